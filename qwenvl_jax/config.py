@@ -58,6 +58,9 @@ class VisionConfig:
     window_size: int | None = 112  # pixels; None: every block attends to the whole frame
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
     tokens_per_second: float = 2  # t positions a second of video; Qwen2-VL counts grid steps instead
+    # From preprocessor_config.json: patches reach the device as uint8 and are normalised there.
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     @property
     def patch_values(self) -> int:
@@ -148,9 +151,7 @@ def _check(c: Config) -> None:
     if v.hidden_size % v.num_heads or (v.hidden_size // v.num_heads) % 4:
         raise InputError(f"vision width {v.hidden_size} over {v.num_heads} heads is not a multiple of 4")
     if v.out_hidden_size != t.hidden_size:
-        raise InputError(
-            f"vision output width {v.out_hidden_size} is not the decoder's width {t.hidden_size}"
-        )
+        raise InputError(f"vision output width {v.out_hidden_size} is not the decoder's width {t.hidden_size}")
     if v.window_size is not None and v.window_size % (v.patch_size * v.spatial_merge_size):
         raise InputError(
             f"window_size {v.window_size} is not a multiple of {v.patch_size * v.spatial_merge_size} pixels"
@@ -164,9 +165,7 @@ def _from_dict(data: dict) -> Config:
         raise InputError("config is not a JSON object")
     family = data.get("model_type")
     if family not in (QWEN2_VL, QWEN2_5_VL):
-        raise InputError(
-            f"model_type {family!r} is not supported; this library runs 'qwen2_vl' and 'qwen2_5_vl'"
-        )
+        raise InputError(f"model_type {family!r} is not supported; this library runs 'qwen2_vl' and 'qwen2_5_vl'")
     text = data.get("text_config") or data
 
     # Newer files nest the decoder but may leave a key at the top level (tie_word_embeddings does both).
@@ -275,15 +274,13 @@ _ARCHITECTURE = {
 
 def _to_dict(c: Config) -> dict:
     t, v = c.text, c.vision
-    text = {
-        f.name: getattr(t, f.name) for f in dataclasses.fields(t) if f.name not in ("mrope_section", "yarn")
-    }
+    text = {f.name: getattr(t, f.name) for f in dataclasses.fields(t) if f.name not in ("mrope_section", "yarn")}
     if t.head_dim * t.num_attention_heads == t.hidden_size:
         del text["head_dim"]  # derived, and absent from the official files
     rope = {"type": "mrope", "mrope_section": list(t.mrope_section)}
     if t.yarn:
         rope |= {"type": "yarn", **{k: x for k, x in vars(t.yarn).items() if x is not None}}
-    vision = {f.name: getattr(v, f.name) for f in dataclasses.fields(v)}
+    vision = {f.name: getattr(v, f.name) for f in dataclasses.fields(v) if not f.name.startswith("image_")}
     vision["in_chans"] = vision["in_channels"]  # the hub's files carry this older spelling
     if c.is_qwen2_5:
         vision["fullatt_block_indexes"] = list(v.fullatt_block_indexes)

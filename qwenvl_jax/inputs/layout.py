@@ -1,0 +1,178 @@
+"""Where things go: M-RoPE positions, window order, lanes, and which vision output lands on which text token.
+
+Everything that depends on a grid is decided here, on the host, in numpy int32, so that the device only ever
+sees rectangles. Nothing is permuted on the device: patches leave the host already in window order, and the
+inverse order is folded into the index that places visual tokens into the text.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from qwenvl_jax.config import Config, VisionConfig
+from qwenvl_jax.types import Grid, InputError
+
+
+def merged_tokens(grid: Grid, vision: VisionConfig) -> int:
+    """How many text tokens a picture or clip of this grid occupies."""
+    return grid.patches // vision.merge_unit
+
+
+def placeholder_runs(tokens: np.ndarray, visuals: tuple, config: Config) -> list[tuple[int, int]]:
+    """Start and end of every visual's placeholder run in `tokens` [t], in reading order.
+
+    Raises InputError where the placeholders and the visuals do not match one for one.
+    """
+    ids = {"image": config.image_token_id, "video": config.video_token_id}
+    tokens = np.asarray(tokens)
+    places = np.flatnonzero((tokens == ids["image"]) | (tokens == ids["video"]))
+    runs, used = [], 0
+    for i, visual in enumerate(visuals):
+        n = merged_tokens(visual.grid, config.vision)
+        run = places[used : used + n]
+        if len(run) < n or run[-1] - run[0] != n - 1 or np.any(tokens[run] != ids[visual.kind]):
+            raise InputError(
+                f"{visual.kind} {i + 1} of {len(visuals)} needs {n} consecutive <|{visual.kind}_pad|> tokens, "
+                f"which the text does not have at its place; give as many placeholders as pictures and videos"
+            )
+        runs.append((int(run[0]), int(run[0]) + n))
+        used += n
+    if used < len(places):
+        raise InputError(
+            f"the text holds {len(places) - used} image or video placeholder tokens more than the "
+            f"{len(visuals)} given pictures and videos fill"
+        )
+    return runs
+
+
+def mrope_positions(tokens: np.ndarray, visuals: tuple, config: Config) -> np.ndarray:
+    """M-RoPE ids [3, t] int32 of one unpadded sequence (Qwen2-VL paper, section 2.1).
+
+    Text advances all three axes together. A visual starting at s takes t = s + step(k), h = s + row and
+    w = s + column over the merged grid; what follows starts one past the largest id on any axis. step(k) is k
+    for Qwen2-VL; for a Qwen2.5-VL video it is trunc(k · seconds_per_grid · tokens_per_second), multiplied in
+    float32 as the reference does before truncating; for a Qwen2.5-VL picture it is 0.
+    """
+    positions = np.empty((3, len(tokens)), np.int32)
+    start = done = 0  # the next position, the next token
+    merge = config.vision.spatial_merge_size
+    for visual, (first, last) in zip(visuals, placeholder_runs(tokens, visuals, config), strict=True):
+        positions[:, done:first] = start + np.arange(first - done)
+        start += first - done
+        t, h, w = visual.grid.t, visual.grid.h // merge, visual.grid.w // merge
+        steps = np.arange(t)
+        if config.is_qwen2_5:
+            seconds = np.float32(visual.seconds_per_grid if visual.kind == "video" else 0)
+            steps = (steps.astype(np.float32) * seconds * np.float32(config.vision.tokens_per_second)).astype(int)
+        axes = np.broadcast_arrays(steps[:, None, None], np.arange(h)[None, :, None], np.arange(w)[None, None, :])
+        positions[:, first:last] = start + np.stack([a.reshape(-1) for a in axes])
+        start, done = int(positions[:, first:last].max()) + 1, last
+    positions[:, done:] = start + np.arange(len(tokens) - done)
+    return positions
+
+
+class _FrameWindows(NamedTuple):
+    """One frame's merged cells in window order. Cells are in raster order over the merged grid."""
+
+    window: np.ndarray  # [cells] which window a cell is in
+    rank: np.ndarray  # [cells] its place within that window
+    sizes: np.ndarray  # [windows] cells in each window
+
+
+@lru_cache(maxsize=1024)
+def _frame_windows(rows: int, cols: int, side: int) -> _FrameWindows:
+    r, c = np.divmod(np.arange(rows * cols), cols)
+    across = -(-cols // side)
+    window = (r // side) * across + c // side
+    width = np.minimum(side, cols - (c // side) * side)  # windows at the right edge are narrower
+    rank = (r % side) * width + c % side
+    return _FrameWindows(window, rank, np.bincount(window))
+
+
+class _Lane:
+    """Fills one lane of blocks with windows, whole windows first, smaller ones where they still fit."""
+
+    def __init__(self, capacity: int, block: int):
+        self.block, self.blocks = block, capacity // block
+        self.free: list[int] = []  # cells left in each opened block
+
+    def place(self, sizes: np.ndarray) -> np.ndarray | None:
+        """First cell of every window (best fit, largest first), or None if they do not all fit."""
+        free, starts = list(self.free), np.empty(len(sizes), np.int64)
+        for i in np.argsort(-sizes, kind="stable"):
+            size = int(sizes[i])
+            fits = [] if size == self.block else [(f, b) for b, f in enumerate(free) if f >= size]
+            if fits:
+                b = min(fits)[1]
+            elif len(free) < self.blocks:
+                b = len(free)
+                free.append(self.block)
+            else:
+                return None
+            starts[i] = b * self.block + self.block - free[b]
+            free[b] -= size
+        self.free = free
+        return starts
+
+
+class Placement(NamedTuple):
+    """Where one frame went. `cells` [h·w/4]: slot, in merged cells, of every merged cell in raster order."""
+
+    lane: int
+    frame: int  # id within the lane, from 1
+    cells: np.ndarray
+    windows: np.ndarray  # [h·w/4] window id within the lane, from 1
+
+
+def _cell_windows(grid: Grid, vision: VisionConfig) -> tuple[_FrameWindows, int]:
+    """A frame's windows and the cells of a block; without windows every merged cell is its own."""
+    rows, cols = grid.h // vision.spatial_merge_size, grid.w // vision.spatial_merge_size
+    side = vision.window_merged if vision.window_size else 1
+    return _frame_windows(rows, cols, side), side * side
+
+
+def slots_needed(grid: Grid, vision: VisionConfig) -> int:
+    """Patch slots one frame of this grid takes in an empty lane: at least h·w, in whole blocks."""
+    windows, block = _cell_windows(grid, vision)
+    lane = _Lane(10**9, block)
+    lane.place(windows.sizes)
+    return len(lane.free) * block * vision.merge_unit
+
+
+def pack_lanes(grids: list[Grid], capacity: int, vision: VisionConfig) -> tuple[list[list[Placement]], int]:
+    """Packs the frames of every grid into lanes of `capacity` patch slots, first fit, in order.
+
+    A frame is the unit, because attention never crosses frames: a long video spreads over lanes.
+    Returns the placements of every grid's frames in order, and the number of lanes.
+    """
+    lanes: list[_Lane] = []
+    frames: list[int] = []  # frames and windows already in each lane
+    window_ids: list[int] = []
+    placed: list[list[Placement]] = []
+    for grid in grids:
+        windows, block = _cell_windows(grid, vision)
+        first_open, out = 0, []
+        for _ in range(grid.t):
+            for lane in range(first_open, len(lanes) + 1):
+                if lane == len(lanes):
+                    lanes.append(_Lane(capacity // vision.merge_unit, block))
+                    frames.append(0)
+                    window_ids.append(0)
+                if (starts := lanes[lane].place(windows.sizes)) is not None:
+                    break
+                if not frames[lane]:
+                    raise ValueError(f"a frame of {grid.h}×{grid.w} patches exceeds a lane of {capacity} slots")
+            first_open = lane  # a lane this size did not fit into will not fit its equal
+            frames[lane] += 1
+            out.append(
+                Placement(
+                    lane,
+                    frames[lane],
+                    starts[windows.window] + windows.rank,
+                    windows.window + window_ids[lane] + 1,
+                )
+            )
+            window_ids[lane] += len(windows.sizes)
+        placed.append(out)
+    return placed, len(lanes)

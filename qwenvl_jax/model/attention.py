@@ -1,0 +1,64 @@
+"""Attention over segments, in plain XLA: the reference that every faster backend must match.
+
+A mask is never an array between modules: it is segment ids, a causal flag, or lengths. Scores are float32.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from qwenvl_jax.model.layers import precision
+
+# Scores that exist at once, in elements: 256 MB of float32. Longer products go over the queries in chunks,
+# which changes nothing in the result, since every query still sees all its keys at once.
+MAX_SCORES = 2**26
+
+
+def attention(q, k, v, q_segments, kv_segments, *, causal: bool):
+    """softmax(q·kᵀ/√H)·v within equal segments.
+
+    q [B, T, N, H]; k, v [B, S, K, H] with N a multiple of K; q_segments [B, T] and kv_segments [B, S] int32.
+    `causal` compares slot indices, so T and S must then be the same slots. Returns [B, T, N, H].
+    """
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    q = q.reshape(B, T, K, N // K, H)
+    keys = jnp.arange(S)
+
+    def block(q, segments, index):
+        scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=precision(q.dtype), preferred_element_type=jnp.float32)
+        mask = segments[:, :, None] == kv_segments[:, None, :]
+        if causal:
+            mask &= index[:, None] >= keys
+        scores = jnp.where(mask[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, -1).astype(v.dtype)
+        return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=precision(v.dtype))
+
+    chunk = T
+    while chunk > 8 and B * N * chunk * S > MAX_SCORES:
+        chunk = -(-chunk // 2)
+    if chunk == T:
+        return block(q, q_segments, jnp.arange(T)).reshape(B, T, N, H)
+
+    chunks = -(-T // chunk)
+
+    def split(x, axis):
+        pad = [(0, 0)] * x.ndim
+        pad[axis] = (0, chunks * chunk - T)
+        x = jnp.pad(x, pad)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, chunk, *x.shape[axis + 1 :]), axis, 0)
+
+    parts = split(q, 1), split(q_segments, 1), split(jnp.arange(T), 0)
+    out = jax.lax.map(jax.checkpoint(lambda p: block(*p)), parts)  # [chunks, B, chunk, K, G, H]
+    return jnp.moveaxis(out, 0, 1).reshape(B, chunks * chunk, N, H)[:, :T]
+
+
+def decode_attention(q, k, v, lengths):
+    """One query a row against its cache. q [B, 1, N, H]; k, v [B, K, S, H]; lengths [B] live slots → [B, 1, N, H]."""
+    B, _, N, H = q.shape
+    K, S = k.shape[1:3]
+    q = q.reshape(B, K, N // K, H)
+    scores = jnp.einsum("BKGH,BKSH->BKGS", q, k, precision=precision(q.dtype), preferred_element_type=jnp.float32)
+    live = jnp.arange(S) < lengths[:, None]
+    scores = jnp.where(live[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, -1).astype(v.dtype)
+    return jnp.einsum("BKGS,BKSH->BKGH", weights, v, precision=precision(v.dtype)).reshape(B, 1, N, H)

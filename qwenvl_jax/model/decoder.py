@@ -1,0 +1,114 @@
+"""The Qwen2 decoder with M-RoPE: one block, scanned over the stack for whole sequences, looped for a token.
+
+A decode step indexes the stacked weights statically and keeps one cache array a layer: scanned, XLA copies
+every layer's weights out of the stack and the caches with them, which triples the bytes a step moves.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qwenvl_jax.config import Config
+from qwenvl_jax.model.attention import attention, decode_attention
+from qwenvl_jax.model.layers import Linear, RMSNorm, precision, rotate, text_rope
+from qwenvl_jax.sharding import constrain
+from qwenvl_jax.types import Cache
+
+
+class DecoderBlock(nn.Module):
+    """x [B, T, D] → (x, state). `attend(q, k, v)` returns the attended values and whatever the caller keeps."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, cos, sin, attend):
+        c = self.config.text
+        linear = lambda features, bias, name: Linear(features, bias, self.config.dtype, name=name)  # noqa: E731
+        norm = lambda name: RMSNorm(c.rms_norm_eps, self.config.dtype, name=name)  # noqa: E731
+        heads = (*x.shape[:2], -1, c.head_dim)
+
+        h = norm("input_layernorm")(x)
+        q = linear(c.num_attention_heads * c.head_dim, True, "q_proj")(h).reshape(heads)
+        k = linear(c.num_key_value_heads * c.head_dim, True, "k_proj")(h).reshape(heads)
+        v = linear(c.num_key_value_heads * c.head_dim, True, "v_proj")(h).reshape(heads)
+        q, k = constrain(rotate(q, cos, sin), "BTNH"), constrain(rotate(k, cos, sin), "BTKH")
+        attended, state = attend(q, k, constrain(v, "BTKH"))
+        x = x + linear(c.hidden_size, False, "o_proj")(attended.reshape(*x.shape[:2], -1))
+
+        h = norm("post_attention_layernorm")(x)
+        gate = linear(c.intermediate_size, False, "gate_proj")(h)
+        h = constrain(jax.nn.silu(gate) * linear(c.intermediate_size, False, "up_proj")(h), "BTF")
+        return constrain(x + linear(c.hidden_size, False, "down_proj")(h), "BTD"), state
+
+
+def embed(config: Config, params: dict, tokens, visual_index, visual=None):
+    """Token embeddings [B, T, D], with row `visual_index[b, t]` of `visual` [X, D] where that is not −1."""
+    x = params["decoder"]["embed_tokens"]["embedding"][tokens].astype(config.dtype)
+    if visual is not None:
+        picked = visual[jnp.maximum(visual_index, 0)].astype(x.dtype)
+        x = jnp.where((visual_index >= 0)[..., None], picked, x)
+    return constrain(x, "BTD")
+
+
+def full(config: Config, params: dict, x, positions, segments, keep):
+    """All layers over x [B, T, D]: the last layer's output, before the final norm, and every layer's `keep(k, v)`
+    stacked (k, v [B, T, K, H])."""
+    cos, sin = text_rope(positions, config.text)
+    block = DecoderBlock(config)
+
+    def attend(q, k, v):
+        return attention(q, k, v, segments, segments, causal=True), keep(k, v)
+
+    def layer(x, weights):
+        return block.apply({"params": weights}, x, cos, sin, attend)
+
+    return jax.lax.scan(layer, x, params["decoder"]["layers"])
+
+
+def step(config: Config, params: dict, tokens, cache: Cache):
+    """One token a row: tokens [B] → (hidden [B, 1, D] before the final norm, the cache one slot longer).
+
+    The token is written at slot `lengths`, and its M-RoPE position is `lengths + deltas` on all three axes.
+    """
+    x = embed(config, params, tokens[:, None], None)
+    positions = jnp.broadcast_to((cache.lengths + cache.deltas)[None, :, None], (3, len(tokens), 1))
+    cos, sin = text_rope(positions, config.text)
+    block = DecoderBlock(config)
+    keys, values = [], []
+
+    def attend(layer, q, k, v):
+        k_cache, v_cache = write(cache.k[layer], k, cache.lengths), write(cache.v[layer], v, cache.lengths)
+        keys.append(k_cache)
+        values.append(v_cache)
+        return decode_attention(q, k_cache, v_cache, cache.lengths + 1), None
+
+    for l in range(config.text.num_hidden_layers):
+        weights = jax.tree.map(lambda w, l=l: w[l], params["decoder"]["layers"])
+        x, _ = block.apply({"params": weights}, x, cos, sin, lambda *qkv, l=l: attend(l, *qkv))
+    return x, Cache(keys, values, cache.lengths + 1, cache.deltas)
+
+
+def write(cache, new, lengths):
+    """Puts new [B, 1, K, H] at slot lengths[b] of every row of cache [B, K, S, H], in place where donated.
+
+    One update a row: a batched update is a scatter, which copies the whole cache on GPUs and on sharded TPUs.
+    """
+    new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
+    if len(cache) == 1:
+        return jax.lax.dynamic_update_slice(cache, new, (0, 0, lengths[0], 0))
+
+    def row(b, cache):
+        return jax.lax.dynamic_update_slice(cache, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, 0, lengths[b], 0))
+
+    return jax.lax.fori_loop(0, len(cache), row, cache)
+
+
+def unembed(config: Config, params: dict, x):
+    """Final norm and output head: x [..., D] → logits [..., V] float32."""
+    p = params["decoder"]
+    x = RMSNorm(config.text.rms_norm_eps, config.dtype).apply({"params": p["norm"]}, x)
+    if config.text.tie_word_embeddings:
+        head, dims = p["embed_tokens"]["embedding"], "...D,VD->...V"
+    else:
+        head, dims = p["lm_head"]["kernel"], "...D,DV->...V"
+    return jnp.einsum(dims, x, head.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,109 @@
+"""The small parts both halves share: one linear layer, two norms, rotary tables.
+
+Norms, rotary tables and softmax are float32 whatever the compute dtype; kernels are [in, out].
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwenvl_jax.config import TextConfig
+
+
+def precision(dtype) -> jax.lax.Precision | None:
+    """float32 means float32: accelerators would otherwise multiply it in bfloat16 or tf32."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+class Linear(nn.Module):
+    """[..., in] → [..., features], in the dtype of its input."""
+
+    features: int
+    use_bias: bool = True
+    param_dtype: str = "bfloat16"
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
+        y = jnp.dot(x, kernel.astype(x.dtype), precision=precision(x.dtype))
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+            y = y + bias.astype(x.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; casts down *before* multiplying by its weight, as the reference does."""
+
+    eps: float
+    param_dtype: str = "bfloat16"
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    eps: float
+    param_dtype: str = "bfloat16"
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, -1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        return (x32 * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x [..., heads, H] by cos, sin [..., H/2] float32, halves paired (not interleaved)."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def vision_rope(positions, head_dim: int):
+    """cos, sin [..., head_dim/2] of patch positions [..., 2] (row, column): a quarter of the head each, θ 10000."""
+    inverse = 10000.0 ** -(np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2))
+    angles = positions[..., None].astype(jnp.float32) * inverse
+    angles = angles.reshape(*positions.shape[:-1], head_dim // 2)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def text_rope(positions, config: TextConfig):
+    """cos, sin [B, T, H/2] of M-RoPE ids [3, B, T]: frequencies are dealt to (t, h, w) in `mrope_section` chunks."""
+    inverse, scale = rope_frequencies(config)
+    axis = np.repeat(np.arange(3), config.mrope_section)
+    angles = jnp.moveaxis(positions.astype(jnp.float32)[axis], 0, -1) * inverse
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rope_frequencies(config: TextConfig) -> tuple[np.ndarray, float]:
+    """Inverse frequencies [H/2] float32 and the factor on cos and sin; YaRN (arXiv:2309.00071) if configured."""
+    half = config.head_dim // 2
+    inverse = config.rope_theta ** -(np.arange(half) / half)
+    yarn = config.yarn
+    if yarn is None:
+        return inverse.astype(np.float32), 1.0
+
+    def dim_of(rotations):  # the frequency that turns this often within the original context (eq. 17)
+        turns = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return half * math.log(turns) / math.log(config.rope_theta)
+
+    low = max(math.floor(dim_of(yarn.beta_fast)), 0)
+    high = min(math.ceil(dim_of(yarn.beta_slow)), config.head_dim - 1)
+    ramp = np.clip((np.arange(half) - low) / max(high - low, 1e-3), 0, 1)
+    inverse = inverse * (1 - ramp) + inverse / yarn.factor * ramp
+    scale = yarn.attention_factor
+    if scale is None:
+        scale = 0.1 * math.log(yarn.factor) + 1 if yarn.factor > 1 else 1.0
+    return inverse.astype(np.float32), float(scale)

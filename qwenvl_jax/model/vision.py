@@ -1,0 +1,122 @@
+"""Both vision towers: lanes of patches in, visual tokens in the decoder's width out.
+
+Qwen2-VL attends to whole frames with LayerNorm and QuickGELU; Qwen2.5-VL attends within 8×8-patch windows
+except at a few layers, with RMSNorm and SwiGLU (Qwen2.5-VL report, section 2.1).
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwenvl_jax.config import Config
+from qwenvl_jax.model.attention import attention
+from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm, rotate, vision_rope
+from qwenvl_jax.sharding import constrain
+from qwenvl_jax.types import VisionBatch
+
+NORM_EPS = 1e-6  # not in any config file; fixed in both reference towers
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+def _norm(config: Config, name: str):
+    kind = RMSNorm if config.is_qwen2_5 else LayerNorm
+    return kind(NORM_EPS, config.dtype, name=name)
+
+
+def patch_embed(config: Config) -> Linear:
+    """The reference's convolution over one patch, as a product: [R, P, C] → [R, P, E]."""
+    return Linear(config.vision.hidden_size, use_bias=False, param_dtype=config.dtype)
+
+
+def normalise(patches, config: Config):
+    """uint8 [..., C] → float32 [..., C], bit for bit what the reference computes on the host."""
+    v = config.vision
+    # Behind the barrier the divisors are not constants, which XLA would turn into inexact reciprocals.
+    mean, std, full = jax.lax.optimization_barrier((np.float32(v.image_mean), np.float32(v.image_std), np.float32(255)))
+    x = patches.astype(jnp.float32).reshape(*patches.shape[:-1], v.in_channels, -1)
+    return ((x / full - mean[:, None]) / std[:, None]).reshape(patches.shape)
+
+
+class VisionBlock(nn.Module):
+    """One transformer block over x [R, P, E]; `segments` [R, P] says who attends to whom."""
+
+    config: Config
+    windowed: bool
+
+    @nn.compact
+    def __call__(self, x, cos, sin, segments):
+        c, v = self.config, self.config.vision
+        linear = lambda features, name: Linear(features, param_dtype=c.dtype, name=name)  # noqa: E731
+        R, P, E = x.shape
+
+        qkv = linear(3 * E, "qkv")(_norm(c, "norm1")(x)).reshape(R, P, 3, v.num_heads, -1)
+        q, k, value = rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin), qkv[:, :, 2]
+        if self.windowed:  # every window lies inside one block: attention is dense over small blocks
+            W = v.block_slots
+            q, k, value, segments = (a.reshape(R * P // W, W, *a.shape[2:]) for a in (q, k, value, segments))
+        attended = attention(q, k, value, segments, segments, causal=False)
+        x = x + linear(E, "proj")(attended.reshape(R, P, E))
+
+        h, act = _norm(c, "norm2")(x), ACTIVATIONS[v.hidden_act]
+        if c.is_qwen2_5:
+            h = act(linear(v.intermediate_size, "gate_proj")(h)) * linear(v.intermediate_size, "up_proj")(h)
+            x = x + linear(E, "down_proj")(h)
+        else:
+            x = x + linear(E, "fc2")(act(linear(v.intermediate_size, "fc1")(h)))
+        return constrain(x, "RPE")
+
+
+class Merger(nn.Module):
+    """[R, P, E] → [R, M, D]: every four neighbouring patches become one visual token."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x):
+        c, v = self.config, self.config.vision
+        width = v.hidden_size * v.merge_unit
+        x = _norm(c, "norm")(x).reshape(x.shape[0], -1, width)
+        x = jax.nn.gelu(Linear(width, param_dtype=c.dtype, name="fc1")(x), approximate=False)
+        return Linear(v.out_hidden_size, param_dtype=c.dtype, name="fc2")(x)
+
+
+def layer_groups(config: Config) -> tuple[int, list[bool]]:
+    """How often a pattern of blocks repeats, and the pattern: for each of its blocks, is it windowed?
+
+    The official 2.5 towers repeat (7 windowed, 1 full) four times; an irregular tower is one long pattern.
+    """
+    v = config.vision
+    windowed = [not v.is_full_attention(i) for i in range(v.depth)]
+    period = next(p for p in range(1, v.depth + 1) if v.depth % p == 0 and windowed == windowed[:p] * (v.depth // p))
+    return v.depth // period, windowed[:period]
+
+
+def encode(config: Config, params: dict, vision: VisionBatch):
+    """Visual tokens [R·M, D] of the lanes; rows of empty slots are meaningless.
+
+    `params` is the whole model's tree. The stack is scanned a pattern at a time, so that compile time does
+    not grow with depth and a group's blocks see their weights by static index.
+    """
+    p = params["vision"]
+    x = normalise(constrain(vision.patches, "RPC"), config).astype(config.dtype)
+    x = patch_embed(config).apply({"params": p["patch_embed"]}, x)
+    rope = vision_rope(vision.positions, config.vision.hidden_size // config.vision.num_heads)
+    repeats, pattern = layer_groups(config)
+
+    def group(x, weights):
+        for i, windowed in enumerate(pattern):
+            block = VisionBlock(config, windowed)
+            layer = jax.tree.map(lambda w, i=i: w[i], weights)
+            x = block.apply({"params": layer}, x, *rope, vision.windows if windowed else vision.frames)
+        return x, None
+
+    stacked = jax.tree.map(lambda w: w.reshape(repeats, len(pattern), *w.shape[1:]), p["blocks"])
+    x, _ = jax.lax.scan(group, constrain(x, "RPE"), stacked)
+    x = Merger(config).apply({"params": p["merger"]}, x)
+    return constrain(x.reshape(-1, x.shape[-1]), "XD")

@@ -1,0 +1,80 @@
+"""Where arrays live: one mesh, and two tables from dimensions to its axes, one for weights, one for activations.
+
+Model code only says `constrain(x, "BTD")`; without a mesh that does nothing.
+"""
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# What each letter of the legend (types.py) is split over. Absent letters are not split.
+ACTIVATIONS = {
+    "B": ("data", "fsdp"),
+    "R": ("data", "fsdp"),
+    "N": "tensor",
+    "K": "tensor",
+    "F": "tensor",
+    "V": "tensor",
+}
+WEIGHTS = {"D": "fsdp", "E": "fsdp", "NH": "tensor", "KH": "tensor", "F": "tensor", "V": "tensor"}
+
+# Dimensions of every parameter by the module and leaf name; stacked leaves have L in front.
+# The vision tower is split over lanes, not heads: its weights are small and its head counts rarely divide.
+DIMS = {
+    "decoder": {
+        "embed_tokens": {"embedding": "V D"},
+        "q_proj": {"kernel": "D NH", "bias": "NH"},
+        "k_proj": {"kernel": "D KH", "bias": "KH"},
+        "v_proj": {"kernel": "D KH", "bias": "KH"},
+        "o_proj": {"kernel": "NH D"},
+        "gate_proj": {"kernel": "D F"},
+        "up_proj": {"kernel": "D F"},
+        "down_proj": {"kernel": "F D"},
+        "lm_head": {"kernel": "D V"},
+    },
+    "vision": {},
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh `data × fsdp × tensor` over the first so many devices."""
+    devices = jax.devices() if devices is None else devices
+    size = data * fsdp * tensor
+    if size > len(devices):
+        raise ValueError(f"a mesh of {data}×{fsdp}×{tensor} needs {size} devices; there are {len(devices)}")
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
+
+
+def constrain(x, dims: str):
+    """Asks for x's dimensions, one letter each, to be laid out by the activation table on the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(tuple(dims), x.shape, ACTIVATIONS, mesh))
+
+
+def param_shardings(params, mesh: Mesh):
+    """A tree of NamedSharding for a tree of parameters (arrays or shapes)."""
+
+    def sharding(path, leaf):
+        keys = [k.key for k in path]
+        dims = DIMS[keys[0]].get(keys[-2], {}).get(keys[-1], "").split()
+        dims = [""] * (leaf.ndim - len(dims)) + dims
+        return NamedSharding(mesh, _spec(dims, leaf.shape, WEIGHTS, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, params)
+
+
+def _spec(dims, shape, table, mesh) -> PartitionSpec:
+    """Splits each dimension over its axes, or not at all where they do not divide it."""
+
+    def axes(dim, size):
+        names = table.get(dim)
+        names = (names,) if isinstance(names, str) else names or ()
+        split = 1
+        for name in names:
+            split *= mesh.shape[name]
+        return names if split > 1 and size % split == 0 else None
+
+    return PartitionSpec(*(axes(d, n) for d, n in zip(dims, shape, strict=True)))
