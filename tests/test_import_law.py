@@ -1,0 +1,115 @@
+"""The import law: which module may see which, read from the syntax trees so that nothing need be imported.
+
+`config, types` <- `sharding` <- `model` <- `params` <- `infer`, `train` <- `serve`, `plan` <- `cli`;
+`inputs` sees `config` and `types` only.
+"""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = {"types", "config"}
+MAY_SEE = {
+    "types": set(),
+    "config": {"types"},
+    "inputs": BASE,
+    "sharding": BASE,
+    "model": BASE | {"sharding"},
+    "params": BASE | {"sharding", "model", "inputs"},
+    "infer": BASE | {"sharding", "model", "params", "inputs"},
+    "train": BASE | {"sharding", "model", "params", "inputs"},
+    "serve": BASE | {"sharding", "model", "params", "inputs", "infer"},
+    "plan": BASE | {"sharding", "model", "params", "inputs", "infer", "train"},
+    "demo": BASE,
+    "cli": None,  # everything
+}
+
+
+def modules():
+    for folder, package in ((ROOT / "qwenvl_jax", "qwenvl_jax"), (ROOT / "convert", "qwenvl_convert")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join((package, *parts)).removesuffix(".__init__"), path
+
+
+MODULES = dict(modules())
+
+
+def imports(path: Path, module: str):
+    """Yields (imported module, is it at the top of the file) for every import in the file."""
+    tree = ast.parse(path.read_text("utf-8"))
+    inner = {
+        n
+        for f in ast.walk(tree)
+        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
+        for n in ast.walk(f)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name, node not in inner
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import in line {node.lineno}"
+            for name in node.names:
+                # `from package import module` names a module, `from module import name` does not.
+                full = f"{node.module}.{name.name}"
+                yield (full if full in MODULES else node.module), node not in inner
+
+
+def layer(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_keeps_the_law(module):
+    package, mine = module.split(".")[0], layer(module)
+    for name, top in imports(MODULES[module], module):
+        root = name.split(".")[0]
+        if root == "qwenvl_convert" and package == "qwenvl_jax":
+            assert mine == "cli" and not top, f"{module} imports {name}"
+        if root in ("jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"):
+            assert mine not in ("inputs", "config", "types", ""), f"{module} imports {name}"
+        if root == "flax":
+            assert mine == "model" and package == "qwenvl_jax", f"{module} imports {name}"
+        if root in ("torch", "transformers"):
+            assert module == "qwenvl_convert.parity" and not top, f"{module} imports {name}"
+        if root == "qwenvl_jax" and package == "qwenvl_jax" and mine:
+            allowed = MAY_SEE[mine]
+            assert allowed is None or layer(name) in allowed | {mine}, f"{module} imports {name}"
+        if root == "qwenvl_jax" and package == "qwenvl_convert":
+            assert layer(name) not in ("cli", "serve", "train", ""), f"{module} imports {name}"
+
+
+def test_no_cycles():
+    graph = {
+        module: {n for n, top in imports(path, module) if top and n in MODULES and n != module}
+        for module, path in MODULES.items()
+    }
+    assert tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_no_catch_all_module():
+    assert not [p for p in MODULES.values() if p.stem in ("utils", "helpers", "common", "misc")]
+
+
+@pytest.mark.parametrize("code", ["import qwenvl_jax", "import qwenvl_jax.cli as c; c.build_parser()"])
+def test_import_is_light(code):
+    """The package and the command's parser load without jax, so `--help` answers at once."""
+    check = f"{code}; import sys; print(sorted({{'jax', 'flax', 'numpy', 'PIL'}} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_public_names():
+    import qwenvl_jax
+
+    for name in qwenvl_jax.__all__:
+        assert getattr(qwenvl_jax, name) is not None
+    assert set(qwenvl_jax.__all__) <= set(dir(qwenvl_jax))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = qwenvl_jax.no_such_name
