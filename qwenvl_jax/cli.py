@@ -1,0 +1,387 @@
+"""The `qwenvl` command: the package's five verbs, and the one place where errors become sentences.
+
+jax and the model are imported inside the commands, so that `--help` and a mistyped option answer at once.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+from qwenvl_jax.types import InputError
+
+_OK, _FAILED, _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 0, 1, 2, 130, 141
+_MEDIA_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width", "fps", "nframes")
+_SAMPLING_OPTIONS = (
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 1 a bug or a failed check, 2 bad input, 130 Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    try:
+        with _quiet(args.debug):
+            code = args.run(args)
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        # The reader has gone (`qwenvl … | head`); without this Python complains once more at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return _INTERRUPTED
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        code, sentence = _explain(error)
+        print(f"qwenvl: {sentence}", file=sys.stderr)
+        return code
+
+
+def convert_main(argv: list[str] | None = None) -> int:
+    """`qwenvl-convert …` is `qwenvl convert …`."""
+    return main(["convert", *(sys.argv[1:] if argv is None else argv)])
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    """The exit code and the sentence for an error; anything not foreseen is called a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return _BAD_INPUT, text
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return _BAD_INPUT, (
+            "out of memory. Try --dtype bfloat16, a smaller --max-pixels, --nframes or --max-new-tokens, "
+            "or a smaller model."
+        )
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return _BAD_INPUT, f"{where}{error.strerror or text}"
+    return _FAILED, f"unexpected {type(error).__name__}: {text[:300]} (--debug shows where; please report it)"
+
+
+@contextlib.contextmanager
+def _quiet(debug: bool):
+    """Keeps the chatter of jax, absl and friends off stderr, where only our own sentences belong."""
+    if debug:
+        yield
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read by XLA when it starts
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(_BAD_INPUT, f"{self.prog}: {message}\nSee '{self.prog} --help'.\n")
+
+
+class _Media(argparse.Action):
+    """Collects --image and --video into one list, in the order of the command line."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        kind = option_string.lstrip("-")
+        namespace.media = [*(namespace.media or []), (kind, value)]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(prog="qwenvl", description="Qwen2-VL and Qwen2.5-VL in JAX.")
+    parser.add_argument("--debug", action="store_true", help="show warnings, logs and tracebacks")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run, text):
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        # SUPPRESS: without it the default here would overwrite `qwenvl --debug generate`.
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        sub.set_defaults(run=run)
+        return sub
+
+    p = command("generate", _generate, "Answer one conversation; the text streams to stdout.")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the question")
+    source.add_argument("--messages", metavar="FILE", help="messages as JSON; - reads stdin")
+    for kind in ("image", "video"):
+        p.add_argument(
+            f"--{kind}", action=_Media, dest="media", metavar="F", help="file or URL; repeatable, order is kept"
+        )
+    p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    _model_options(p)
+
+    p = command("chat", _chat, "Talk to a model about images and videos.")
+    _model_options(p)
+
+    p = command("convert", _convert, "Turn a Hugging Face checkpoint into an Orbax one, or back.")
+    p.add_argument("src", metavar="SRC", help="checkpoint directory or hub id")
+    p.add_argument("dst", metavar="DST", help="directory to create")
+    p.add_argument("--to", choices=("orbax", "hf"), required=True)
+
+    p = command("info", _info, "Say what a checkpoint is, reading only its headers.")
+    p.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory, or a preset such as qwen2.5-vl-7b")
+    p.add_argument("--json", action="store_true")
+
+    p = command("verify", _verify, "Compare this model with the PyTorch one, stage by stage, on your weights.")
+    p.add_argument("checkpoint", metavar="CKPT", help="Hugging Face checkpoint directory")
+    p.add_argument("--image", metavar="F", help="picture to compare on (default: a synthetic one)")
+    return parser
+
+
+def _model_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model", required=True, metavar="DIR_OR_ID", help="checkpoint directory or hub id")
+    p.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="default: the checkpoint's")
+    p.add_argument("--system", metavar="TEXT", help="system prompt")
+    g = p.add_argument_group("sampling", "Defaults come from the checkpoint's generation_config.json.")
+    g.add_argument("--max-new-tokens", type=int, metavar="N")
+    g.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    g.add_argument("--top-p", type=float, metavar="P")
+    g.add_argument("--top-k", type=int, metavar="K")
+    g.add_argument("--min-p", type=float, metavar="P")
+    g.add_argument("--repetition-penalty", type=float, metavar="R")
+    g.add_argument("--seed", type=int)
+    g.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
+    g = p.add_argument_group("images and videos")
+    g.add_argument("--min-pixels", type=int, metavar="N")
+    g.add_argument("--max-pixels", type=int, metavar="N")
+    g.add_argument("--resized-height", type=int, metavar="N")
+    g.add_argument("--resized-width", type=int, metavar="N")
+    g.add_argument("--fps", type=float, help="frames sampled a second of video")
+    g.add_argument("--nframes", type=int, metavar="N", help="frames sampled in all, instead of --fps")
+
+
+def _given(args, names) -> dict:
+    """The options that were given: what is absent is left to the checkpoint's defaults."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _start(args):
+    """Loads the model and returns its engine."""
+    from qwenvl_jax import Engine, load
+
+    return Engine(load(args.model, dtype=args.dtype, progress=sys.stderr.isatty()))
+
+
+# --- generate -------------------------------------------------------------------------------------------
+
+
+def _generate(args) -> int:
+    messages = _read_messages(args) if args.messages else [_user_turn(args.media or [], args.prompt)]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    _apply_media_options(messages, _given(args, _MEDIA_OPTIONS))
+    _check_files(messages)
+    options = _given(args, _SAMPLING_OPTIONS)
+    engine = _start(args)
+    if not args.json:
+        for piece in engine.stream(messages, **options):
+            print(piece, end="", flush=True)
+        print()
+        return _OK
+    (result,) = engine.generate([messages], **options)
+    usage = {
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": len(result.token_ids),
+        "total_tokens": result.prompt_tokens + len(result.token_ids),
+    }
+    answer = {
+        "text": result.text,
+        "token_ids": [int(t) for t in result.token_ids],
+        "finish_reason": result.finish_reason,
+        "usage": usage,
+    }
+    print(json.dumps(answer, ensure_ascii=False))
+    return _OK
+
+
+def _user_turn(media: list[tuple[str, str]], text: str) -> dict:
+    return {
+        "role": "user",
+        "content": [{"type": kind, kind: where} for kind, where in media] + [{"type": "text", "text": text}],
+    }
+
+
+def _read_messages(args) -> list[dict]:
+    if args.media:
+        raise InputError("--image and --video go with --prompt; with --messages, put them in the messages")
+    name = "stdin" if args.messages == "-" else args.messages
+    try:
+        raw = sys.stdin.read() if args.messages == "-" else Path(args.messages).read_text("utf-8")
+        messages = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise InputError(f"{name}: not readable as JSON ({e})") from e
+    if isinstance(messages, dict):  # an OpenAI request body works as it is
+        messages = messages.get("messages")
+    if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
+        raise InputError(f'{name}: expected a list of messages such as {{"role": "user", "content": "Hi"}}')
+    if args.system is not None and messages[0].get("role") == "system":
+        raise InputError(f"{name} has a system message already; leave out --system")
+    return messages
+
+
+def _visual_items(messages: list[dict]):
+    """The image and video items in the messages, with their kind."""
+    for message in messages:
+        content = message.get("content")
+        for item in content if isinstance(content, list) else ():
+            for kind in ("image", "video"):
+                if isinstance(item, dict) and (kind in item or f"{kind}_url" in item):
+                    yield kind, item
+
+
+def _apply_media_options(messages: list[dict], options: dict) -> None:
+    """Options of the command line hold for every picture and clip that does not set its own."""
+    sampling = {"fps", "nframes"}
+    for kind, item in _visual_items(messages):
+        wanted = {k: v for k, v in options.items() if kind == "video" or k not in sampling}
+        if sampling & item.keys():
+            wanted = {k: v for k, v in wanted.items() if k not in sampling}
+        for name, value in wanted.items():
+            item.setdefault(name, value)
+
+
+def _check_files(messages: list[dict]) -> None:
+    """A mistyped file name is reported before minutes of loading weights, not after."""
+    for kind, item in _visual_items(messages):
+        where = item.get(kind)
+        if isinstance(where, str) and "://" not in where and not where.startswith("data:"):
+            _check_file(where)
+
+
+def _check_file(where: str) -> None:
+    if not os.path.exists(where):
+        raise InputError(f"{where}: no such file")
+    if os.path.isdir(where):
+        raise InputError(f"{where}: is a directory, not a file")
+
+
+# --- chat -----------------------------------------------------------------------------------------------
+
+_CHAT_HELP = "/image FILE   /video FILE   /reset   /quit   (Ctrl-C stops an answer)"
+
+
+def _chat(args) -> int:
+    options, media_options = _given(args, _SAMPLING_OPTIONS), _given(args, _MEDIA_OPTIONS)
+    opening = [] if args.system is None else [{"role": "system", "content": args.system}]
+    engine = _start(args)
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - gives input() its line editing and history
+        print(_CHAT_HELP)
+    messages, media = list(opening), []
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except EOFError:
+            return _OK
+        except KeyboardInterrupt:
+            print("\n/quit leaves")
+            continue
+        word, _, rest = line.partition(" ")
+        rest = rest.strip().strip("'\"")
+        if not line:
+            continue
+        if word == "/quit":
+            return _OK
+        if word == "/reset":
+            messages, media = list(opening), []
+        elif word in ("/image", "/video"):
+            media += _attach(word[1:], rest)
+        elif word.startswith("/") and os.sep not in word[1:]:
+            print(_CHAT_HELP)
+        else:
+            turn = _user_turn(media, line)
+            _apply_media_options([turn], media_options)
+            answer = _answer(engine, [*messages, turn], options)
+            media = []
+            if answer is not None:
+                messages += [turn, {"role": "assistant", "content": answer}]
+
+
+def _attach(kind: str, where: str) -> list[tuple[str, str]]:
+    try:
+        if not where:
+            raise InputError(f"/{kind} needs a file")
+        if "://" not in where:
+            _check_file(where)
+    except InputError as e:
+        print(f"qwenvl: {e}", file=sys.stderr)
+        return []
+    return [(kind, where)]
+
+
+def _answer(engine, messages: list[dict], options: dict) -> str | None:
+    """Streams one answer and returns it, cut short by Ctrl-C; None if the turn could not be used."""
+    pieces = []
+    stream = engine.stream(messages, **options)
+    try:
+        for piece in stream:
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+        if not pieces:
+            return None
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        code, sentence = _explain(error)
+        if code != _BAD_INPUT:
+            raise
+        print(f"qwenvl: {sentence}", file=sys.stderr)
+        return None
+    print()
+    return "".join(pieces)
+
+
+# --- convert, info, verify ------------------------------------------------------------------------------
+
+
+def _convert(args) -> int:
+    from qwenvl_convert import hf
+
+    (hf.to_orbax if args.to == "orbax" else hf.to_hf)(args.src, args.dst)
+    print(args.dst)
+    return _OK
+
+
+def _info(args) -> int:
+    raise NotImplementedError
+
+
+def _verify(args) -> int:
+    missing = [m for m in ("torch", "transformers") if importlib.util.find_spec(m) is None]
+    if missing:
+        raise InputError(
+            f"verify compares with PyTorch, and {' and '.join(missing)} is not installed: "
+            "pip install 'qwenvl-jax[parity]'"
+        )
+    from qwenvl_convert import parity
+
+    print(parity.verify(args.checkpoint, image=args.image))
+    return _OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

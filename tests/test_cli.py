@@ -1,0 +1,263 @@
+"""The command line: arguments become messages and options, errors become sentences, and nothing hangs."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from qwenvl_jax import cli
+from qwenvl_jax.types import InputError
+
+
+class FakeEngine:
+    """Records what it is asked and answers from a script; an exception in the script is raised."""
+
+    def __init__(self, *answers):
+        self.answers, self.calls = list(answers), []
+
+    def stream(self, conversation, **options):
+        self.calls.append((json.loads(json.dumps(conversation)), options))
+        answer = self.answers.pop(0) if self.answers else ["ok"]
+        for piece in answer:
+            if isinstance(piece, BaseException) or piece is KeyboardInterrupt:
+                raise piece
+            yield piece
+
+    def generate(self, conversations, **options):
+        self.calls.append((conversations[0], options))
+        return [SimpleNamespace(text="né", token_ids=[5, 6], finish_reason="stop", prompt_tokens=7, logprobs=None)]
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    fake = FakeEngine()
+    monkeypatch.setattr(cli, "_start", lambda args: fake)
+    return fake
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name in ("a.png", "b.png", "c.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
+
+
+def test_generate_streams(engine, capsys):
+    engine.answers = [["Hel", "lo"]]
+    assert cli.main(["generate", "--model", "m", "--prompt", "Hi"]) == 0
+    assert capsys.readouterr() == ("Hello\n", "")
+    assert engine.calls == [([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], {})]
+
+
+def test_media_keep_their_order_and_options_reach_the_items(engine, files):
+    a, b, c = (str(files / n) for n in ("a.png", "b.png", "c.mp4"))
+    argv = ["generate", "--model", "m", "--image", a, "--video", c, "--image", b, "--prompt", "?", "--system", "S"]
+    assert cli.main([*argv, "--max-pixels", "4000", "--fps", "1.5"]) == 0
+    system, user = engine.calls[0][0]
+    assert system == {"role": "system", "content": "S"}
+    assert user["content"] == [
+        {"type": "image", "image": a, "max_pixels": 4000},
+        {"type": "video", "video": c, "max_pixels": 4000, "fps": 1.5},
+        {"type": "image", "image": b, "max_pixels": 4000},
+        {"type": "text", "text": "?"},
+    ]
+
+
+def test_sampling_options_are_passed_only_when_given(engine):
+    argv = ["generate", "--model", "m", "--prompt", "?", "--temperature", "0", "--top-k", "1", "--stop", "a"]
+    assert cli.main([*argv, "--stop", "b", "--seed", "3", "--max-new-tokens", "9", "--repetition-penalty", "1"]) == 0
+    assert engine.calls[0][1] == {
+        "temperature": 0.0,
+        "top_k": 1,
+        "stop": ["a", "b"],
+        "seed": 3,
+        "max_new_tokens": 9,
+        "repetition_penalty": 1.0,
+    }
+
+
+def test_json_is_one_object(engine, capsys):
+    assert cli.main(["generate", "--model", "m", "--prompt", "?", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "text": "né",
+        "token_ids": [5, 6],
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9},
+    }
+
+
+def test_messages_from_file_and_stdin(engine, files, monkeypatch):
+    messages = [
+        {"role": "user", "content": [{"image": str(files / "a.png"), "max_pixels": 1}, {"text": "?"}]},
+        {"role": "assistant", "content": "!"},
+    ]
+    path = files / "m.json"
+    path.write_text(json.dumps(messages))
+    assert cli.main(["generate", "--model", "m", "--messages", str(path), "--max-pixels", "9", "--nframes", "4"]) == 0
+    assert engine.calls[0][0] == messages  # an item's own option wins, and pictures have no frames
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"messages": messages})))
+    assert cli.main(["generate", "--model", "m", "--messages", "-"]) == 0
+    assert engine.calls[1][0] == messages
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "not readable as JSON"),
+        ("[]", "expected a list of messages"),
+        ('{"a": 1}', "expected a list of messages"),
+        ('["hi"]', "expected a list of messages"),
+        ("[" * 100_000, "not readable as JSON"),
+        ('[{"role": "user", "content": [{"type": "image", "image": "nowhere.png"}]}]', "nowhere.png: no such file"),
+    ],
+)
+def test_bad_messages(engine, tmp_path, capsys, content, says):
+    path = tmp_path / "m.json"
+    path.write_text(content)
+    assert cli.main(["generate", "--model", "m", "--messages", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert says in err and err.count("\n") == 1 and not out and not engine.calls
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--image", "nowhere.png", "--prompt", "?"], "nowhere.png: no such file"),
+        (["--image", os.curdir, "--prompt", "?"], "is a directory"),
+        (["--messages", "nowhere.json"], "nowhere.json: No such file or directory"),
+        (["--messages", "m.json", "--image", "a.png"], "go with --prompt"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(engine, capsys, argv, says):
+    assert cli.main(["generate", "--model", "m", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("qwenvl: ") and says in err and err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["paint"],
+        ["generate", "--model", "m"],
+        ["generate", "--prompt", "?"],
+        ["generate", "--model", "m", "--prompt", "?", "--messages", "f"],
+        ["generate", "--model", "m", "--prompt", "?", "--top-k", "many"],
+        ["generate", "--model", "m", "--prompt", "?", "--temp", "1"],
+        ["convert", "a", "b"],
+        ["convert", "a", "b", "--to", "gguf"],
+    ],
+)
+def test_usage_errors(argv, capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(argv)
+    assert e.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 2 and "--help" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (InputError("photo.png: cut\nshort"), 2, "photo.png: cut short"),
+        (OSError(28, "No space left on device", "out/x"), 2, "out/x: No space left on device"),
+        (MemoryError(), 2, "out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), 2, "--max-pixels"),
+        (KeyError("oops"), 1, "unexpected KeyError"),
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(), 141, ""),
+    ],
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_errors_become_sentences(engine, monkeypatch, capsys, error, code, says, debug):
+    monkeypatch.setattr(os, "dup2", lambda *a: None)
+    engine.answers = [["some", error]]
+    argv = ["generate", "--model", "m", "--prompt", "?"]
+    assert cli.main(argv + ["--debug"] * debug) == code
+    err = capsys.readouterr().err
+    assert says in err
+    quiet = isinstance(error, KeyboardInterrupt | BrokenPipeError)
+    assert ("Traceback" in err) == (debug and not quiet)
+    assert debug or err.count("\n") <= 1
+
+
+def test_debug_may_come_first(engine, capsys):
+    engine.answers = [[InputError("bad")]]
+    assert cli.main(["--debug", "generate", "--model", "m", "--prompt", "?"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+# --- chat -----------------------------------------------------------------------------------------------
+
+
+def chat(monkeypatch, *lines):
+    def reader(prompt=""):
+        if not script:
+            raise EOFError
+        line = script.pop(0)
+        if isinstance(line, type):
+            raise line
+        return line
+
+    script = list(lines)
+    monkeypatch.setattr("builtins.input", reader)
+    return cli.main(["chat", "--model", "m", "--system", "S", "--temperature", "0"])
+
+
+def text(turn):
+    return turn["content"] if isinstance(turn["content"], str) else turn["content"][-1]["text"]
+
+
+def test_chat_remembers_and_resets(engine, files, monkeypatch, capsys):
+    engine.answers = [["one"], ["two"], ["three"]]
+    image = str(files / "a.png")
+    assert chat(monkeypatch, f"/image '{image}'", "first", "", "second", "/reset", "third", "/quit", "never") == 0
+    conversations = [c for c, _ in engine.calls]
+    assert [[text(t) for t in c] for c in conversations] == [
+        ["S", "first"],
+        ["S", "first", "one", "second"],
+        ["S", "third"],
+    ]
+    assert conversations[0][1]["content"][0] == {"type": "image", "image": image}
+    assert len(conversations[1][3]["content"]) == 1  # the picture belongs to the first turn only
+    assert all(options == {"temperature": 0.0} for _, options in engine.calls)
+    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+
+
+def test_chat_ctrl_c_stops_the_answer_only(engine, monkeypatch, capsys):
+    engine.answers = [["half", KeyboardInterrupt], ["whole"]]
+    assert chat(monkeypatch, "a", KeyboardInterrupt, "b") == 0
+    assert [text(t) for t in engine.calls[1][0]] == ["S", "a", "half", "b"]
+    assert "half\n" in capsys.readouterr().out
+
+
+def test_chat_survives_bad_input(engine, files, monkeypatch, capsys):
+    image = str(files / "a.png")
+    engine.answers = [[InputError("a.png: not an image")], ["ok"]]
+    assert chat(monkeypatch, "/image nowhere.png", "/image", "/dance", f"/image {image}", "a", "b") == 0
+    out, err = capsys.readouterr()
+    assert "nowhere.png: no such file" in err and "/image needs a file" in err and "not an image" in err
+    assert "/quit" in out
+    assert [text(t) for t in engine.calls[1][0]] == ["S", "b"]
+    assert len(engine.calls[1][0][1]["content"]) == 1  # the picture went with the turn that failed
+
+
+# --- the other verbs ------------------------------------------------------------------------------------
+
+
+def test_verify_without_torch(monkeypatch, capsys):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["verify", "ckpt"]) == 2
+    assert "pip install 'qwenvl-jax[parity]'" in capsys.readouterr().err
+
+
+def test_the_installed_command():
+    """The entry points exist and answer without importing jax."""
+    code = "import sys, qwenvl_jax.cli as c; c.main(['--help'])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for verb in ("generate", "chat", "convert", "info", "verify"):
+        assert verb in out.stdout
