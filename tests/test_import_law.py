@@ -43,12 +43,7 @@ MODULES = dict(modules())
 def imports(path: Path, module: str):
     """Yields (imported module, is it at the top of the file) for every import in the file."""
     tree = ast.parse(path.read_text("utf-8"))
-    inner = {
-        n
-        for f in ast.walk(tree)
-        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
-        for n in ast.walk(f)
-    }
+    inner = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) for n in ast.walk(f)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for name in node.names:

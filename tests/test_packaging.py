@@ -1,0 +1,94 @@
+"""What is promised outside the code: the README's tree and commands, and what a wheel holds."""
+
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def tree():
+    """The paths of the README's annotated tree."""
+    block = re.search(r"## The tree\n\n```\n(.*?)```", README, re.S).group(1)
+    paths, folders = [], []
+    for line in block.splitlines():
+        name, _, note = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        assert note.strip(), f"{name} has no description"
+        folders = folders[:depth]
+        paths.append("".join((*folders, name)))
+        if name.endswith("/"):
+            folders.append(name)
+    return paths
+
+
+def code_files():
+    """Modules that say something, which is all but the empty `__init__.py`s."""
+    files = (p for folder in ("qwenvl_jax", "convert") for p in (ROOT / folder).rglob("*.py"))
+    return {str(p.relative_to(ROOT)) for p in files if p.stat().st_size}
+
+
+@pytest.mark.parametrize("path", tree())
+def test_the_tree_names_what_exists(path):
+    assert (ROOT / path).exists()
+    assert (ROOT / path).is_dir() == path.endswith("/")
+
+
+def test_the_tree_names_every_module():
+    assert code_files() <= set(tree())
+
+
+@pytest.mark.parametrize("name", ["run", "test"])
+def test_ci_runs_the_readme(name):
+    """.ci/run takes its commands from the blocks that carry these marks."""
+    assert len(re.findall(rf"^<!-- ci: {name} -->\n```bash\n[^`]+```$", README, re.M)) == 1
+    assert f" readme {name}\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_wheel_and_sdist(tmp_path):
+    """Both hold every module, the licence and the two commands; the tests stay out of the wheel."""
+    source = tmp_path / "source"
+    source.mkdir()
+    tracked = ["pyproject.toml", "README.md", "LICENSE", *code_files()]
+    tracked += [f"{p.relative_to(ROOT)}" for p in (ROOT / "qwenvl_jax").rglob("__init__.py")]
+    for name in tracked:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    (source / "convert" / "__init__.py").touch()
+    code = f"from setuptools import build_meta as b; b.build_sdist({str(tmp_path)!r}); b.build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as z:
+        names = set(z.namelist())
+        entry_points = z.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    expected = {re.sub("^convert/", "qwenvl_convert/", n) for n in code_files()}
+    assert expected <= names
+    assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"qwenvl_jax", "qwenvl_convert"}
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+    assert "qwenvl = qwenvl_jax.cli:main\nqwenvl-convert = qwenvl_jax.cli:convert_main" in entry_points
+
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as t:
+        inside = {n.split("/", 1)[1] for n in t.getnames() if "/" in n}
+    assert {*code_files(), "pyproject.toml", "README.md", "LICENSE"} <= inside
+
+    # The installed wheel answers, with nothing of this checkout on the path.
+    target = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
+    subprocess.run(pip, check=True, capture_output=True)
+    check = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import qwenvl_jax, qwenvl_convert; "
+        "from qwenvl_jax.cli import main; "
+        "assert all(m.__file__.startswith(sys.argv[1]) for m in (qwenvl_jax, qwenvl_convert)); main(['--help'])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-I", "-c", check, str(target)], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert "generate" in out.stdout
