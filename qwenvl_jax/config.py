@@ -134,11 +134,15 @@ class Config:
 
 def _check(c: Config) -> None:
     t, v = c.text, c.vision
+    numbers = [(f, getattr(part, f.name)) for part in (t, v) for f in dataclasses.fields(part)]
+    for field, value in numbers:
+        if not isinstance(field.default, int | float) or isinstance(field.default, bool) or value is None:
+            continue
+        whole = isinstance(field.default, int) and field.name != "tokens_per_second"
+        if not isinstance(value, int if whole else int | float) or value <= 0:
+            raise InputError(f"{field.name} is {value!r}; it must be a positive {'integer' if whole else 'number'}")
     if c.family not in (QWEN2_VL, QWEN2_5_VL):
         raise InputError(f"model_type {c.family!r} is not one of 'qwen2_vl', 'qwen2_5_vl'")
-    for name, value in {**dataclasses.asdict(t), **{f"vision {k}": x for k, x in vars(v).items()}}.items():
-        if isinstance(value, int) and not isinstance(value, bool) and value <= 0:
-            raise InputError(f"{name} is {value}; it must be positive")
     if t.num_attention_heads % t.num_key_value_heads:
         raise InputError(
             f"num_attention_heads {t.num_attention_heads} is not a multiple of "
@@ -166,7 +170,10 @@ def _from_dict(data: dict) -> Config:
     family = data.get("model_type")
     if family not in (QWEN2_VL, QWEN2_5_VL):
         raise InputError(f"model_type {family!r} is not supported; this library runs 'qwen2_vl' and 'qwen2_5_vl'")
-    text = data.get("text_config") or data
+    text, vision = data.get("text_config") or data, data.get("vision_config") or {}
+    for name, part in (("text_config", text), ("vision_config", vision)):
+        if not isinstance(part, dict):
+            raise InputError(f"{name} is not a JSON object")
 
     # Newer files nest the decoder but may leave a key at the top level (tie_word_embeddings does both).
     def get(key, default=None):
@@ -181,6 +188,8 @@ def _from_dict(data: dict) -> Config:
         )
     rope = get("rope_parameters") or get("rope_scaling") or {}
     max_positions = get("max_position_embeddings", 32768)
+    if not isinstance(hidden, int) or not isinstance(heads, int) or heads <= 0:
+        raise InputError(f"hidden_size {hidden!r} and num_attention_heads {heads!r} must be positive integers")
     head_dim = get("head_dim", hidden // heads)
     text_config = TextConfig(
         vocab_size=get("vocab_size", 152064),
@@ -200,7 +209,7 @@ def _from_dict(data: dict) -> Config:
     return Config(
         family=family,
         text=text_config,
-        vision=_vision_from_dict(family, data.get("vision_config") or {}, hidden),
+        vision=_vision_from_dict(family, vision, hidden),
         dtype=str(get("dtype") or get("torch_dtype") or "bfloat16").removeprefix("torch."),
         **{k: get(k, getattr(Config, k)) for k in _TOKEN_IDS},
     )

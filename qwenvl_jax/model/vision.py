@@ -37,10 +37,11 @@ def patch_embed(config: Config) -> Linear:
 def normalise(patches, config: Config):
     """uint8 [..., C] → float32 [..., C], bit for bit what the reference computes on the host."""
     v = config.vision
-    # Behind the barrier the divisors are not constants, which XLA would turn into inexact reciprocals.
-    mean, std, full = jax.lax.optimization_barrier((np.float32(v.image_mean), np.float32(v.image_std), np.float32(255)))
     x = patches.astype(jnp.float32).reshape(*patches.shape[:-1], v.in_channels, -1)
-    return ((x / full - mean[:, None]) / std[:, None]).reshape(patches.shape)
+    # XLA replaces division by a scalar with a product by its rounded reciprocal, constant or not; adding 0·x
+    # hides that the divisor is the same everywhere, so these stay true divisions.
+    mean, std = np.float32(v.image_mean)[:, None], np.float32(v.image_std)[:, None]
+    return ((x / (255 + 0 * x) - mean) / (std + 0 * x)).reshape(patches.shape)
 
 
 class VisionBlock(nn.Module):

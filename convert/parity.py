@@ -1,0 +1,199 @@
+"""This model against the reference (transformers 4.51.3 on torch), stage by stage, on the same inputs.
+
+Where two implementations part says more than how far their logits are apart, so every stage is compared:
+patches, positions, vision output, merged embeddings, every decoder layer, logits, greedy tokens.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwenvl_jax.config import Config
+from qwenvl_jax.inputs.batch import make_batch
+from qwenvl_jax.model import decoder, qwenvl
+from qwenvl_jax.types import Batch, InputError, Sample
+
+
+class Stage(NamedTuple):
+    """One row of the table. `error` is max |ours − reference| / max |reference|; 0 means bit-equal."""
+
+    name: str
+    shape: tuple[int, ...]
+    error: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.error <= self.limit)
+
+
+def compare(ours: dict, reference: dict, limit: float = 1e-4) -> list[Stage]:
+    """Pairs two dicts of arrays by name; integer stages and patches must be equal."""
+    rows = []
+    for name, theirs in reference.items():
+        mine = np.asarray(ours[name])
+        if mine.shape != theirs.shape:
+            raise AssertionError(f"{name}: shape {mine.shape}, the reference has {theirs.shape}")
+        exact = name == "patches" or np.issubdtype(theirs.dtype, np.integer)
+        gap = np.abs(mine.astype(np.float64) - theirs.astype(np.float64)).max(initial=0)
+        error = float(gap / max(np.abs(theirs.astype(np.float64)).max(initial=0), 1e-30)) if gap else 0.0
+        rows.append(Stage(name, theirs.shape, error if np.isfinite(error) else np.inf, 0.0 if exact else limit))
+    return rows
+
+
+def our_stages(config: Config, params: dict, batch: Batch) -> dict:
+    """Every stage of one batch, at its live tokens only: arrays [live tokens, …] in row order."""
+    live = np.asarray(batch.segments) != 0
+    out = {"positions": np.moveaxis(np.asarray(batch.positions), 0, -1)[live]}
+    visual = None
+    if batch.vision is not None:
+        visual = jax.jit(qwenvl.encode, static_argnums=0)(config, params, batch.vision)
+        index = np.asarray(batch.visual_index)
+        for kind, token in (("image", config.image_token_id), ("video", config.video_token_id)):
+            rows = index[(np.asarray(batch.tokens) == token) & live]
+            if len(rows):
+                out[f"{kind} vision output"] = np.asarray(visual)[rows]
+    x = decoder.embed(config, params, batch.tokens, batch.visual_index, visual)
+    out["merged embeddings"] = np.asarray(x)[live]
+    layer = jax.jit(decoder.full, static_argnums=(0, 5))
+    for l in range(config.text.num_hidden_layers):
+        one = {"decoder": {"layers": jax.tree.map(lambda w, l=l: w[l : l + 1], params["decoder"]["layers"])}}
+        x, _ = layer(config, one, x, batch.positions, batch.segments, _keep_nothing)
+        if l + 1 < config.text.num_hidden_layers:  # the reference hands out the last one only after its norm
+            out[f"decoder layer {l}"] = np.asarray(x)[live]
+    logits = jax.jit(qwenvl.forward, static_argnums=0)(config, params, batch)
+    out["logits"] = np.asarray(logits)[live]
+    return out
+
+
+def _keep_nothing(k, v):
+    return None
+
+
+def reference_inputs(samples: list[Sample], config: Config, side: str = "right") -> dict:
+    """What the reference's forward takes for these samples: padded ids and mask, pixel values, grids, seconds."""
+    import torch
+
+    longest = max(len(s.tokens) for s in samples)
+    ids, mask = (np.zeros((len(samples), longest), np.int64) for _ in range(2))
+    for row, s in enumerate(samples):
+        where = slice(0, len(s.tokens)) if side == "right" else slice(longest - len(s.tokens), None)
+        ids[row, where], mask[row, where] = s.tokens, 1
+    out = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    for kind, values, grid in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        visuals = [v for s in samples for v in s.visuals if v.kind == kind]
+        if visuals:
+            patches = np.concatenate([v.patches for v in visuals])
+            out[values] = torch.tensor(reference_pixels(patches, config))
+            out[grid] = torch.tensor([list(v.grid) for v in visuals])
+            if kind == "video" and config.is_qwen2_5:
+                out["second_per_grid_ts"] = torch.tensor([v.seconds_per_grid for v in visuals])
+    return out
+
+
+def reference_pixels(patches, config: Config) -> np.ndarray:
+    """uint8 patches [n, C] → float32, in the reference image processor's arithmetic."""
+    mean, std = np.float32(config.vision.image_mean), np.float32(config.vision.image_std)
+    x = (patches.astype(np.float64) * (1 / 255)).astype(np.float32).reshape(len(patches), len(mean), -1)
+    return ((x - mean[:, None]) / std[:, None]).reshape(patches.shape)
+
+
+def reference_stages(model, inputs: dict) -> dict:
+    """The stages of `our_stages`, out of a torch model of transformers 4.51.3."""
+    import torch
+
+    keep = inputs["attention_mask"].bool()
+    model.rope_deltas = None  # the reference remembers them across calls
+    grids = {k: inputs.get(k) for k in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if k in inputs}
+    out = {}
+    with torch.no_grad():
+        positions, _ = model.get_rope_index(inputs["input_ids"], attention_mask=inputs["attention_mask"], **grids)
+        out["positions"] = positions.permute(1, 2, 0)[keep].numpy().astype(np.int32)
+        for kind, values in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if values in inputs:
+                seen = model.visual(inputs[values], grid_thw=inputs[f"{kind}_grid_thw"])
+                out[f"{kind} vision output"] = seen.numpy()
+        result = model(**inputs, output_hidden_states=True, use_cache=False)
+    hidden = [h[keep].numpy() for h in result.hidden_states]
+    out["merged embeddings"] = hidden[0]
+    out |= {f"decoder layer {l}": h for l, h in enumerate(hidden[1:-1])}
+    out["logits"] = result.logits[keep].float().numpy()
+    return out
+
+
+def load_reference(path):
+    """The torch model of a Hugging Face checkpoint directory, float32, plain attention."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.no_grad():
+        return AutoModelForImageTextToText.from_pretrained(
+            path, torch_dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+
+def verify(path, image, prompt: str = "Describe this picture.", max_new_tokens: int = 16) -> list[Stage]:
+    """Compares this library with the reference on the user's own checkpoint directory and one picture.
+
+    Everything runs in float32 on the default devices of both frameworks. Needs `pip install qwenvl-jax[parity]`.
+    """
+    try:
+        import torch
+        import transformers
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    except ImportError as e:
+        raise InputError(f"verify compares with torch, which is missing ({e}); pip install 'qwenvl-jax[parity]'") from e
+    if not transformers.__version__.startswith("4.51."):
+        raise InputError(
+            f"verify needs transformers 4.51.3, the reference whose positions are right; "
+            f"{transformers.__version__} is installed: pip install 'qwenvl-jax[parity]'"
+        )
+    from qwenvl_jax.inputs.media import load_image
+    from qwenvl_jax.params.checkpoint import load
+
+    if not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path}: verify needs a Hugging Face checkpoint directory with a config.json")
+    config, params, processor, _ = load(path, dtype="float32")
+    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+    sample = processor.encode(messages)
+    batch = make_batch([sample], config)
+    model, inputs = load_reference(path), reference_inputs([sample], config)
+
+    reference_processor = Qwen2VLImageProcessor.from_pretrained(path)
+    theirs = reference_processor(images=[load_image(image)], return_tensors="np")["pixel_values"]
+    ours = {"patches": reference_pixels(sample.visuals[0].patches, config)} | our_stages(config, params, batch)
+    rows = compare(ours, {"patches": theirs} | reference_stages(model, inputs))
+
+    with torch.no_grad():
+        model.rope_deltas = None
+        answer = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+            temperature=None,
+            top_k=None,
+            top_p=None,
+        )[0, len(sample.tokens) :].numpy()
+    mine = greedy(config, params, batch, len(answer))[0]
+    return rows + compare({"greedy tokens": mine}, {"greedy tokens": answer})
+
+
+def greedy(config: Config, params: dict, batch: Batch, steps: int) -> np.ndarray:
+    """Greedy token ids [B, steps] by prefill and decode, without stopping at eos."""
+    visual = None if batch.vision is None else jax.jit(qwenvl.encode, static_argnums=0)(config, params, batch.vision)
+    x = decoder.embed(config, params, batch.tokens, batch.visual_index, visual)
+    prefill = jax.jit(qwenvl.prefill, static_argnums=(0, 5))
+    decode = jax.jit(qwenvl.decode, static_argnums=0, donate_argnums=3)
+    logits, cache = prefill(config, params, x, batch.positions, batch.segments, batch.tokens.shape[1] + steps)
+    out = []
+    for _ in range(steps):
+        out.append(jnp.argmax(logits, -1).astype(jnp.int32))
+        logits, cache = decode(config, params, out[-1], cache)
+    return np.stack([np.asarray(t) for t in out], 1)

@@ -1,0 +1,124 @@
+"""Presets, and every layout of config.json."""
+
+import json
+
+import pytest
+from tiny import FAMILIES, tiny_config
+
+from qwenvl_jax.config import PRESETS, Config, YarnConfig
+from qwenvl_jax.model.qwenvl import count_params
+from qwenvl_jax.types import InputError
+
+PARAMETERS = {
+    "qwen2-vl-2b": 2_208_985_600,
+    "qwen2-vl-7b": 8_291_375_616,
+    "qwen2-vl-72b": 73_405_560_320,
+    "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
+    "qwen2.5-vl-32b": 33_452_718_336,
+    "qwen2.5-vl-72b": 73_410_777_344,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_are_exact(name):
+    assert count_params(PRESETS[name]) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), *(tiny_config(f) for f in FAMILIES)])
+def test_written_config_reads_back(config):
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def flat(**changes):
+    return PRESETS["qwen2.5-vl-7b"].to_dict() | changes
+
+
+def test_nested_text_config_equals_flat():
+    data = flat()
+    keys = set(data) - {"model_type", "vision_config", "architectures", "image_token_id", "video_token_id"}
+    nested = {k: v for k, v in data.items() if k not in keys} | {"text_config": {k: data[k] for k in keys}}
+    assert Config.from_dict(nested) == PRESETS["qwen2.5-vl-7b"]
+
+
+def test_rope_parameters_of_newer_files():
+    data = flat()
+    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 500000.0}
+    del data["rope_scaling"], data["rope_theta"]
+    text = Config.from_dict(data | {"rope_parameters": rope}).text
+    assert text.rope_theta == 500000 and text.mrope_section == (16, 24, 24) and text.yarn is None
+
+
+def test_newer_dtype_key():
+    data = flat()
+    del data["torch_dtype"]
+    assert Config.from_dict(data | {"dtype": "float32"}).dtype == "float32"
+
+
+@pytest.mark.parametrize("where", ["top", "text"])
+def test_tied_embeddings_at_either_level(where):
+    data = flat()
+    del data["tie_word_embeddings"]
+    data["text_config"] = {k: v for k, v in data.items() if k not in ("vision_config", "model_type")}
+    (data if where == "top" else data["text_config"])["tie_word_embeddings"] = True
+    assert Config.from_dict(data).text.tie_word_embeddings
+
+
+def test_yarn_takes_the_declared_factor():
+    rope = {"type": "yarn", "mrope_section": [16, 24, 24], "factor": 4, "original_max_position_embeddings": 32768}
+    config = Config.from_dict(flat(rope_scaling=rope))
+    assert config.text.yarn == YarnConfig(factor=4.0, original_max_position_embeddings=32768)
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_yarn_factor_from_the_context_when_undeclared():
+    rope = {"rope_type": "yarn", "mrope_section": [16, 24, 24], "original_max_position_embeddings": 32000}
+    assert Config.from_dict(flat(rope_scaling=rope)).text.yarn.factor == 4.0
+
+
+def test_keys_that_quantised_files_leave_out_take_the_reference_defaults():
+    data = flat()
+    for key in ("depth", "num_heads", "patch_size", "intermediate_size"):
+        del data["vision_config"][key]
+    vision = Config.from_dict(data).vision
+    assert (vision.depth, vision.num_heads, vision.patch_size, vision.intermediate_size) == (32, 16, 14, 3420)
+
+
+def test_qwen2_vl_vision_hidden_size_is_the_output_width():
+    vision = Config.from_dict(PRESETS["qwen2-vl-2b"].to_dict()).vision
+    assert (vision.hidden_size, vision.out_hidden_size, vision.window_size) == (1280, 1536, None)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"model_type": "llama"}, "llama"),
+        ({"model_type": None}, "None"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "linear"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 25]}}, "mrope_section"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": -3584}, "hidden_size"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"torch_dtype": "int8"}, "int8"),
+        ({"vision_config": {"out_hidden_size": 10}}, "out"),
+        ({"vision_config": {"window_size": 100}}, "window_size"),
+        ({"vision_config": {"patch_size": 0}}, "patch_size"),
+        ({"vision_config": [1]}, "vision_config"),
+    ],
+)
+def test_a_config_that_cannot_run_is_refused_by_name(changes, named):
+    with pytest.raises(InputError, match=named):
+        Config.from_dict(flat(**changes))
+
+
+def test_unreadable_file_is_named(tmp_path):
+    for content in (b"{", b"[]", b"\xff\xfe"):
+        path = tmp_path / "config.json"
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"config\.json"):
+            Config.from_file(path)
+    with pytest.raises(InputError, match="absent"):
+        Config.from_file(tmp_path / "absent.json")

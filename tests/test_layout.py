@@ -1,0 +1,163 @@
+"""Positions, windows, lanes: the host's arithmetic, against goldens and by brute force."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, with_vision
+
+from qwenvl_jax.inputs.batch import Ladder, geometric, make_batch, round_up
+from qwenvl_jax.inputs.layout import mrope_positions, pack_lanes, slots_needed
+from qwenvl_jax.types import Grid, InputError, Sample, Visual
+
+RNG = np.random.default_rng(0)
+
+
+def empty_clip(config, t, h, w, seconds):
+    grid = Grid(t, h, w)
+    return Visual(np.zeros((grid.patches, 0), np.uint8), grid, "video", seconds)
+
+
+def test_positions_of_a_long_video():
+    config = tiny_config("qwen2_5_vl")  # 2 positions a second
+    s = sample(RNG, config, 14, empty_clip(config, 84, 24, 32, 2.0), 5)
+    p = mrope_positions(s.tokens, s.visuals, config)
+    video = p[:, s.tokens == config.video_token_id]
+    assert video.min(1).tolist() == [15, 15, 15] and video.max(1).tolist() == [347, 26, 30]
+    after = p[:, np.flatnonzero(s.tokens == config.video_token_id)[-1] + 1 :]
+    assert (after == 348 + np.arange(after.shape[1])).all()
+
+
+def test_positions_of_a_slow_video():
+    config = with_vision(tiny_config("qwen2_5_vl"), tokens_per_second=25)
+    tokens = np.array([config.video_token_id] * 3 + [1], np.int32)
+    p = mrope_positions(tokens, (empty_clip(config, 3, 2, 2, 2.0),), config)
+    assert p[0].tolist() == [0, 50, 100, 101] and p[1].tolist() == [0, 0, 0, 101]
+
+
+def test_fractions_are_multiplied_then_truncated():
+    config = tiny_config("qwen2_5_vl")
+    tokens = np.full(5, config.video_token_id, np.int32)
+    p = mrope_positions(tokens, (empty_clip(config, 5, 2, 2, 0.3),), config)
+    assert p[0].tolist() == [0, 0, 1, 1, 2]
+
+
+def test_qwen2_vl_counts_grid_steps():
+    config = tiny_config("qwen2_vl")
+    tokens = np.full(3, config.video_token_id, np.int32)
+    assert mrope_positions(tokens, (empty_clip(config, 3, 2, 2, 9.0),), config)[0].tolist() == [0, 1, 2]
+
+
+def test_text_advances_all_axes_together():
+    p = mrope_positions(np.arange(7), (), tiny_config("qwen2_vl"))
+    assert (p == np.arange(7)).all() and p.shape == (3, 7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_placeholders_and_visuals_must_match(family):
+    config = tiny_config(family)
+    one = picture(RNG, config, 4, 4)
+    s = sample(RNG, config, 3, one, 2)
+    for visuals in ((), (one, one), (picture(RNG, config, 4, 8),), (clip(RNG, config, 1, 4, 4),)):
+        with pytest.raises(InputError, match=r"placeholder|pad"):
+            make_batch([Sample(s.tokens, visuals)], config)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(FAMILIES),
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 11), st.integers(1, 11)), min_size=1, max_size=6),
+    st.sampled_from((0, 256, 1024)),
+)
+def test_lanes_hold_every_cell_once_and_no_window_straddles_a_block(family, sizes, spare):
+    config = tiny_config(family)
+    v = config.vision
+    grids = [Grid(t, 2 * h, 2 * w) for t, h, w in sizes]
+    capacity = spare + -(-max(slots_needed(g, v) for g in grids) // 64) * 64
+    placed, lanes = pack_lanes(grids, capacity, v)
+    taken = set()
+    for grid, frames in zip(grids, placed, strict=True):
+        assert len(frames) == grid.t
+        for p in frames:
+            assert 0 <= p.lane < lanes
+            cells = {(p.lane, int(c)) for c in p.cells}
+            assert len(cells) == grid.h * grid.w // 4 and not cells & taken
+            assert 0 <= p.cells.min() and p.cells.max() < capacity // 4
+            taken |= cells
+            if family == "qwen2_5_vl":
+                rows, cols = np.divmod(np.arange(len(p.cells)), grid.w // 2)
+                truth = rows // 4 * 1000 + cols // 4  # windows are 4 × 4 merged cells
+                for window in np.unique(p.windows):
+                    members = p.windows == window
+                    assert len(set(truth[members])) == 1 and len(set(p.cells[members] // 16)) == 1
+                assert len(np.unique(p.windows)) == len(np.unique(truth))
+
+
+def test_windows_of_one_lane_have_distinct_ids():
+    config = tiny_config("qwen2_5_vl")
+    placed, lanes = pack_lanes([Grid(2, 10, 6), Grid(1, 4, 22)], 1024, config.vision)
+    assert lanes == 1
+    seen = [set(p.windows.tolist()) for frames in placed for p in frames]
+    assert sum(map(len, seen)) == len(set().union(*seen))
+    assert [p.frame for frames in placed for p in frames] == [1, 2, 3]
+
+
+def test_a_long_video_spreads_over_lanes():
+    config = tiny_config("qwen2_5_vl")
+    s = sample(RNG, config, 2, clip(RNG, config, 9, 8, 16), 2)
+    batch = make_batch([s], config, Ladder(patches=(256,)))
+    assert batch.vision.patches.shape[0] == 8  # two frames of 128 patches a lane: five lanes, rounded up
+
+
+def test_packing_wastes_little_on_a_photo():
+    v = tiny_config("qwen2_5_vl").vision
+    for h, w in ((78, 138), (36, 52), (154, 272)):  # 1092×1932, 504×728 and 2156×3808 pixels
+        assert slots_needed(Grid(1, h, w), v) <= 1.04 * h * w
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lanes_give_back_the_patches_through_the_index(family):
+    config = tiny_config(family)
+    samples = mixed_samples(config)
+    batch = make_batch(samples, config)
+    R, P, C = batch.vision.patches.shape
+    flat = batch.vision.patches.reshape(R * P // 4, 4, C)
+    for row, s in enumerate(samples):
+        index = batch.visual_index[row, : len(s.tokens)]
+        assert ((index >= 0) == (np.isin(s.tokens, (151, 152)))).all()
+        want = [v.patches.reshape(-1, 4, C) for v in s.visuals]
+        if want:
+            assert (flat[index[index >= 0]] == np.concatenate(want)).all()
+    assert (batch.visual_index[batch.segments == 0] == -1).all()
+
+
+def test_patch_positions_are_rows_and_columns():
+    config = tiny_config("qwen2_5_vl")
+    h, w = 10, 6
+    rows, cols = np.divmod(np.arange(h * w), w)
+    raster = (rows * 16 + cols).reshape(h // 2, 2, w // 2, 2).swapaxes(1, 2).reshape(-1)  # the reference's order
+    patches = np.repeat(raster.astype(np.uint8)[:, None], config.vision.patch_values, 1)
+    visual = Visual(patches, Grid(1, h, w), "image")
+    v = make_batch([sample(RNG, config, 1, visual)], config).vision
+    live = v.frames > 0
+    coded = v.patches[live][:, 0].astype(int)
+    assert (v.positions[live] == np.stack(np.divmod(coded, 16), -1)).all() and live.sum() == h * w
+
+
+def test_ladders():
+    assert geometric(64, 400) == (64, 96, 128, 192, 256, 384, 512)
+    assert round_up(65, geometric(64, 400), "tokens") == 96
+    with pytest.raises(InputError, match="600 tokens"):
+        round_up(600, geometric(64, 400), "tokens")
+
+
+def test_wrong_patch_shape_is_named():
+    config = tiny_config("qwen2_vl")
+    good = picture(RNG, config, 4, 4)
+    s = sample(RNG, config, 2, good)
+    with pytest.raises(InputError, match="visual 1"):
+        make_batch([Sample(s.tokens, (good._replace(patches=good.patches[:, :-1]),))], config)
+    with pytest.raises(InputError, match="conversation"):
+        make_batch([], config)
+    with pytest.raises(InputError, match="no tokens"):
+        make_batch([Sample(np.zeros(0, np.int32))], config)

@@ -1,0 +1,103 @@
+"""Tiny random models and samples of both families, shared by the tests."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from qwenvl_jax.config import Config, TextConfig, VisionConfig
+from qwenvl_jax.model.qwenvl import init
+from qwenvl_jax.types import Grid, Sample, Visual
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+
+
+def tiny_config(family: str, text: dict | None = None, vision: dict | None = None, **top) -> Config:
+    """A few thousand weights, with every feature of the family switched on."""
+    two = family == "qwen2_vl"
+    text = dict(
+        vocab_size=160,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        mrope_section=(2, 2, 2),
+        max_position_embeddings=2048,
+    ) | (text or {})
+    vision = dict(
+        depth=4,
+        hidden_size=32,
+        intermediate_size=64 if two else 44,
+        out_hidden_size=text["hidden_size"],
+        num_heads=2,
+        hidden_act="quick_gelu" if two else "silu",
+        window_size=None if two else 112,
+        fullatt_block_indexes=() if two else (1, 3),
+    ) | (vision or {})
+    tokens = dict(
+        image_token_id=151, video_token_id=152, vision_start_token_id=153, vision_end_token_id=154, eos_token_id=155
+    )
+    return Config(
+        **dict(family=family, text=TextConfig(**text), vision=VisionConfig(**vision), dtype="float32", **tokens) | top
+    )
+
+
+def tiny_params(config: Config, seed: int = 0) -> dict:
+    """Random weights with nothing left at zero or one: biases and norms count too."""
+    rng = np.random.default_rng(seed)
+
+    def jitter(path, w):
+        one = path[-1].key == "scale"
+        return (one + 0.2 * rng.standard_normal(w.shape)).astype(w.dtype)
+
+    return jax.tree_util.tree_map_with_path(jitter, init(config, jax.random.key(seed)))
+
+
+def picture(rng, config: Config, h: int, w: int) -> Visual:
+    """A random still of h × w patches: its two frames are equal, as for every image."""
+    return _visual(rng, config, Grid(1, h, w), "image", 0.0)
+
+
+def clip(rng, config: Config, t: int, h: int, w: int, seconds_per_grid: float = 1.0) -> Visual:
+    return _visual(rng, config, Grid(t, h, w), "video", seconds_per_grid)
+
+
+def _visual(rng, config, grid, kind, seconds):
+    patches = rng.integers(0, 256, (grid.patches, config.vision.patch_values), dtype=np.uint8)
+    return Visual(patches, grid, kind, seconds)
+
+
+def sample(rng, config: Config, *parts) -> Sample:
+    """Random text tokens where a part is a number, a framed run of placeholders where it is a Visual."""
+    tokens, visuals = [], []
+    for part in parts:
+        if isinstance(part, Visual):
+            token = config.image_token_id if part.kind == "image" else config.video_token_id
+            n = part.grid.patches // config.vision.merge_unit
+            tokens += [config.vision_start_token_id, *[token] * n, config.vision_end_token_id]
+            visuals.append(part)
+        else:
+            tokens += rng.integers(1, 150, part).tolist()
+    return Sample(np.array(tokens, np.int32), tuple(visuals))
+
+
+def mixed_samples(config: Config, seed: int = 0) -> list[Sample]:
+    """Text only; two pictures that no window divides; a clip with fractional seconds a grid; both kinds in one row."""
+    rng = np.random.default_rng(seed)
+    pic, vid = (lambda *a: picture(rng, config, *a)), (lambda *a: clip(rng, config, *a))
+    return [
+        sample(rng, config, 9),
+        sample(rng, config, 3, pic(10, 22), 4, pic(18, 6), 5),
+        sample(rng, config, 2, vid(3, 6, 10, 0.83), 7),
+        sample(rng, config, pic(4, 4), 2, vid(2, 4, 12, 2.6), 3, vid(4, 4, 4, 0.4), 11),
+    ]
+
+
+def with_vision(config: Config, **changes) -> Config:
+    return config.replace(vision=dataclasses.replace(config.vision, **changes))
+
+
+def with_text(config: Config, **changes) -> Config:
+    return config.replace(text=dataclasses.replace(config.text, **changes))
