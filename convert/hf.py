@@ -1,0 +1,157 @@
+"""Conversion between Hugging Face and Orbax checkpoints, bit for bit, one layer in memory at a time.
+
+Stock Orbax saves a tree that is in memory. Here the leaves of the tree are parameters still in their files
+(`hf.Leaf`), and a type handler for them reads and writes one layer after the other. The result is an ordinary
+Orbax checkpoint of numpy arrays, which stock Orbax restores.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from qwenvl_jax.params.checkpoint import (
+    CHUNK_BYTES,
+    FORMAT,
+    MARKER,
+    PARAMS,
+    carry,
+    read_config,
+    staged,
+    stored_params,
+    write_json,
+)
+from qwenvl_jax.params.hf import STACKED, Leaf, Source, progress_bar, table, tensor_shape, unflatten
+from qwenvl_jax.params.tensors import Writer
+from qwenvl_jax.types import InputError
+
+PIECE_BYTES = 256 << 20
+
+
+def to_orbax(src, dst, *, progress: bool = True) -> None:
+    """Writes the Hugging Face checkpoint directory `src` as a new directory `dst` that `qwenvl_jax.load` reads.
+
+    Host memory stays within a few layers, whatever the size of the model. Raises InputError if `dst` exists,
+    if the disk is full, or for any fault of `src` that `read_params` would find; then nothing named `dst` is left.
+    """
+    src = Path(src)
+    config = read_config(src)
+    with (
+        Source(src, config) as source,
+        staged(dst, source.nbytes) as work,
+        progress_bar("converting", source.nbytes, progress) as bar,
+    ):
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (Leaf, _LeafHandler(source, bar)),
+            (jax.Array, ocp.type_handlers.ArrayHandler()),  # unused; Orbax warns when it is not there
+        )
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(work / PARAMS, unflatten(source.leaves))
+        carry(src, work)
+        write_json(work / MARKER, {"format": FORMAT})
+
+
+class _LeafHandler(ocp.type_handlers.NumpyHandler):
+    """Saves leaves that are still in a Source's files; what it writes reads back as numpy arrays."""
+
+    def __init__(self, source: Source, bar):
+        super().__init__()
+        self._source, self._bar = source, bar
+
+    async def serialize(self, values, infos, args=None):
+        with ThreadPoolExecutor(1) as ahead:  # reads the next piece while this one is written
+            for leaf, info in zip(values, infos, strict=True):
+                pieces = _pieces(leaf.path, leaf.shape, leaf.dtype.itemsize)
+                spec = ocp.type_handlers.get_json_tspec_write(
+                    info,
+                    use_ocdbt=True,
+                    global_shape=leaf.shape,
+                    local_shape=tuple(i.stop - i.start for i in pieces[0]),
+                    dtype=leaf.dtype,
+                    process_index=0,
+                    arg=ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES),
+                )
+                store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+                coming = ahead.submit(self._source.read, leaf, pieces[0], None, self._bar)
+                for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+                    part = coming.result()
+                    if following:
+                        coming = ahead.submit(self._source.read, leaf, following, None, self._bar)
+                    await store[piece].write(part, can_reference_source_data_indefinitely=True)
+        return []
+
+
+def _pieces(path: str, shape: tuple[int, ...], itemsize: int) -> list[tuple[slice, ...]]:
+    """Cuts a parameter into what is in memory at once: layers, or runs of a tensor's rows where that is less."""
+    lead = 1 if path.startswith(STACKED) else 0
+    axis = len(shape) - 1 if path.endswith("/kernel") else lead
+    one = math.prod(shape[lead:]) * itemsize
+    step = shape[axis] if lead else max(1, min(shape[axis], shape[axis] * PIECE_BYTES // one))
+    cuts = [slice(i, min(i + step, shape[axis])) for i in range(0, shape[axis], step)]
+    layers = [(slice(l, l + 1),) for l in range(shape[0])] if lead else [()]
+    inner = [slice(0, n) for n in shape[lead:]]
+    at = axis - lead
+    return [(*layer, *inner[:at], cut, *inner[at + 1 :]) for layer in layers for cut in cuts]
+
+
+def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000, progress: bool = True) -> None:
+    """Writes one of our checkpoint directories `src` as a new Hugging Face directory `dst`.
+
+    layout: "hub" names tensors as the hub's files do (`visual.*`, `model.*`), which every version of transformers
+    reads; "nested" as newer saves do (`model.visual.*`, `model.language_model.*`).
+    max_shard_bytes: more weights than this are split over several files, with an index.
+    Memory, errors and leftovers as for `to_orbax`.
+    """
+    src = Path(src)
+    config = read_config(src)
+    if max_shard_bytes <= 0:
+        raise InputError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
+    if not (src / MARKER).is_file():
+        raise InputError(f"{src}: not a checkpoint of ours, there is no {MARKER} in it")
+    stored, names = stored_params(src, config), table(config, layout)
+    shapes = {}
+    for path, name in _file_order(names):
+        shapes[name] = (np.dtype(stored[path].dtype), tensor_shape(config, path, stored[path].shape))
+    nbytes = sum(int(np.prod(m.shape)) * np.dtype(m.dtype).itemsize for m in stored.values())
+    with staged(dst, nbytes) as work, progress_bar("converting", nbytes, progress) as bar:
+        with Writer(work, shapes, max_shard_bytes) as writer:
+            for path, group in names.items():
+                try:
+                    _write_leaf((src / PARAMS).absolute(), path, group, writer, bar)
+                except ValueError as e:  # what the storage layer raises for missing or damaged data
+                    raise InputError(f"{src / PARAMS}: {path} cannot be read, it looks damaged ({e})") from e
+            writer.finish()
+        carry(src, work)
+
+
+def _file_order(names: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+    """(parameter path, tensor name) layer by layer, so that a layer's tensors share a file as far as they can."""
+    towers = {}
+    entries = []
+    for path, group in names.items():
+        tower = towers.setdefault("/".join(path.split("/")[:2]), len(towers))
+        entries += [(tower, layer, path, name) for layer, name in enumerate(group)]
+    return [(path, name) for *_, path, name in sorted(entries, key=lambda e: e[:2])]
+
+
+def _write_leaf(params: Path, path: str, names: tuple[str, ...], writer: Writer, bar) -> None:
+    base = {"driver": "file", "path": f"{params}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}
+    store = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+    stacked, transpose = path.startswith(STACKED), path.endswith("/kernel")
+    pieces = _pieces(path, store.shape, store.dtype.numpy_dtype.itemsize)
+    coming = store[pieces[0]].read()
+    for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+        part = coming.result()
+        if following:
+            coming = store[following].read()  # reads ahead while this one is written
+        name, rows = names[0], piece[-1 if transpose else 0]
+        if stacked:
+            name, part, rows = names[piece[0].start], part[0], piece[-1 if transpose else 1]
+        writer.write_rows(name, rows.start, part if part.ndim > 1 else part[:, None], transpose)
+        bar.update(part.nbytes)

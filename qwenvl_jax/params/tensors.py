@@ -1,0 +1,306 @@
+"""Safetensors files, read and written in place: a tensor is a dtype, a shape and a byte range of a file.
+
+The format is a length, a JSON header and the bytes, so nothing more than `pread` and `pwrite` is needed to move
+any part of any tensor, in any order and from several threads, without a copy of the file in memory. Headers come
+from strangers: every number is checked against the file's size before it is used.
+"""
+
+import contextlib
+import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from qwenvl_jax.types import InputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the reference reader's limit
+_ROWS = 256  # rows transposed at once: a multiple of a cache line on both sides, and few enough for the cache
+
+
+class Tensor(NamedTuple):
+    """Where one tensor lies. dtype is the file's name for it ("BF16"), which need not be one we can read."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape with everything behind the first dimension flattened."""
+        return (self.shape[0], math.prod(self.shape[1:])) if self.shape else (1, 1)
+
+
+# Reading
+
+
+class Reader:
+    """The open files of a checkpoint directory, and `tensors`: name → Tensor. Use it as a context manager."""
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        self._open = {}
+        try:
+            self.tensors = self._read_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        for fd in self._open.values():
+            os.close(fd)
+        self._open = {}
+
+    def _read_all(self) -> dict[str, Tensor]:
+        names = self._files()
+        tensors = {}
+        for file, claimed in names.items():
+            held = self._read_header(file)
+            if claimed is not None and claimed != held.keys():
+                name = sorted(claimed ^ held.keys())[0]
+                where = f"{file.name} does not hold it" if name in claimed else f"{file.name} holds it"
+                raise InputError(f"{self.directory / INDEX}: does not match the files on tensor {name}: {where}")
+            tensors |= held
+        return tensors
+
+    def _files(self) -> dict[Path, set[str] | None]:
+        """The weight files, each with the tensors that an index says are in it (None: there is no index)."""
+        if (self.directory / SINGLE).is_file():
+            return {self.directory / SINGLE: None}
+        index = self.directory / INDEX
+        if not index.is_file():
+            raise InputError(
+                f"{self.directory}: no {SINGLE} and no {INDEX}; weights are read from safetensors files only"
+            )
+        try:
+            weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+            pairs = [(name, Path(file)) for name, file in weight_map.items()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise InputError(f"{index}: not a readable index of weight files ({e!r})") from e
+        files = {}
+        for name, file in pairs:
+            if file.name != str(file) or file.name == "..":
+                raise InputError(f"{index}: tensor {name} is placed in {str(file)!r}, outside this directory")
+            files.setdefault(self.directory / file, set()).add(name)
+        if not files:
+            raise InputError(f"{index}: names no tensors")
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{file}: missing, though {INDEX} places tensors in it; download it again")
+        return files
+
+    def _read_header(self, file: Path) -> dict[str, Tensor]:
+        try:
+            fd = self._open[file] = os.open(file, os.O_RDONLY)
+            size = os.fstat(fd).st_size
+            length = int.from_bytes(os.pread(fd, 8, 0), "little")
+            if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise InputError(
+                    f"{file}: not a safetensors file, or cut short ({size} bytes, its header claims {length})"
+                )
+            header = json.loads(os.pread(fd, length, 8).decode("utf-8"), object_pairs_hook=_no_duplicates)
+        except OSError as e:
+            raise InputError(f"{file}: cannot be read ({e.strerror})") from e
+        except (ValueError, RecursionError) as e:
+            if isinstance(e, InputError):
+                raise
+            raise InputError(f"{file}: its safetensors header is not valid JSON ({e})") from e
+        if not isinstance(header, dict):
+            raise InputError(f"{file}: its safetensors header is not a JSON object")
+        header.pop("__metadata__", None)
+        begin = 8 + length
+        tensors = {name: _entry(file, name, entry, begin) for name, entry in header.items()}
+        at = begin
+        for name, t in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+            if t.start != at:
+                raise InputError(f"{file}: tensor {name} overlaps its neighbour or leaves a hole")
+            at = t.stop
+        if at != size:
+            raise InputError(
+                f"{file}: {size} bytes long, its header describes {at}; it is cut short or damaged, download it again"
+            )
+        return tensors
+
+    def read(self, tensor: Tensor, row: int, out: np.ndarray) -> None:
+        """Fills `out` (contiguous, the tensor's own dtype, whole rows) from the tensor's row `row` on."""
+        view = out.reshape(-1).view(np.uint8)
+        at = tensor.start + row * (tensor.nbytes // max(tensor.matrix[0], 1))
+        done = 0
+        while done < view.size:  # one call reads at most 2 GiB
+            try:
+                n = os.preadv(self._open[tensor.file], [view[done:]], at + done)
+            except OSError as e:
+                raise InputError(f"{tensor.file}: reading failed ({e.strerror})") from e
+            if n == 0:
+                raise InputError(f"{tensor.file}: became shorter while it was read")
+            done += n
+
+    def read_part(self, tensor: Tensor, rows: slice, columns: slice, transpose: bool, out: np.ndarray) -> None:
+        """Fills `out` with [rows, columns] of the tensor as a matrix; transposed, [columns, rows].
+
+        Casts to out's dtype. Only the wanted rows are read, a few at a time, so only a few megabytes are
+        used beside `out`.
+        """
+        dtype = DTYPES[tensor.dtype]
+        width = tensor.matrix[1]
+        if out.dtype == dtype:  # numpy copies plain integers faster, and without holding the interpreter
+            out, dtype = out.view(_bits(dtype)), _bits(dtype)
+            if not transpose and columns == slice(0, width) and out.flags.c_contiguous:
+                return self.read(tensor, rows.start, out)
+        scratch = np.empty((min(_ROWS, rows.stop - rows.start), width), dtype)
+        for row in range(rows.start, rows.stop, _ROWS):
+            n = min(_ROWS, rows.stop - row)
+            self.read(tensor, row, scratch[:n])
+            part = scratch[:n, columns]
+            at = row - rows.start
+            if transpose:
+                out[:, at : at + n] = part.T
+            else:
+                out[at : at + n] = part
+
+
+def _entry(file: Path, name: str, entry, begin: int) -> Tensor:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        good = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in [*shape, start, stop])
+    except (TypeError, KeyError, ValueError):
+        good = False
+    if not good or stop < start:
+        raise InputError(f"{file}: the header's entry for tensor {name} is malformed")
+    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
+        raise InputError(
+            f"{file}: tensor {name} is {dtype} of shape {shape}, but {stop - start} bytes are set aside for it"
+        )
+    return Tensor(file, dtype, tuple(shape), begin + start, begin + stop)
+
+
+def _no_duplicates(pairs):
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return out
+
+
+def _bits(dtype: np.dtype) -> np.dtype:
+    return np.dtype(f"u{dtype.itemsize}")
+
+
+# Writing
+
+
+class Writer:
+    """Writes tensors of known shapes into `directory`, in any order, split into files of at most `max_bytes`.
+
+    shapes: name → (dtype, shape), in the order they are laid out. The files have their full size at once, so a
+    full disk shows before the work is done; a header is written only by `finish`, so that a file left behind by
+    an interruption cannot be read as a checkpoint.
+    """
+
+    def __init__(self, directory, shapes: dict, max_bytes: int):
+        groups, room = [{}], max_bytes
+        for name, (dtype, shape) in shapes.items():
+            nbytes = math.prod(shape) * dtype.itemsize
+            if groups[-1] and nbytes > room:
+                groups.append({})
+                room = max_bytes
+            groups[-1][name] = (dtype, shape, nbytes)
+            room -= nbytes
+        directory = Path(directory)
+        count = len(groups)
+        names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        self.tensors, self._open, self._headers = {}, {}, {}
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self._index = directory / INDEX if count > 1 else None
+        self._total = sum(nbytes for group in groups for _, _, nbytes in group.values())
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            for file, group in zip((directory / n for n in names), groups, strict=True):
+                self._lay_out(file, group)
+            undo.pop_all()
+
+    def _lay_out(self, file: Path, group: dict) -> None:
+        entries, at = {}, 0
+        for name, (dtype, shape, nbytes) in group.items():
+            entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + nbytes]}
+            at += nbytes
+        # transformers refuses a file that does not say which framework's layout it has.
+        header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        begin = 8 + len(header)
+        for name, e in entries.items():
+            start, stop = e["data_offsets"]
+            self.tensors[name] = Tensor(file, e["dtype"], tuple(e["shape"]), begin + start, begin + stop)
+        self._headers[file] = len(header).to_bytes(8, "little") + header
+        fd = self._open[file] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        os.posix_fallocate(fd, 0, begin + at)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self._pool.shutdown(cancel_futures=True)
+        for fd in self._open.values():
+            os.close(fd)
+        self._open = {}
+
+    def write_rows(self, name: str, row: int, part: np.ndarray, transpose: bool) -> None:
+        """Writes rows from `row` on: `part` is [rows, width], or [width, rows] to be transposed."""
+        t = self.tensors[name]
+        part = part.view(_bits(part.dtype))
+        if transpose:
+            part = part.T
+        rows, width = part.shape
+        at = t.start + row * width * part.itemsize
+        fd = self._open[t.file]
+        if part.flags.c_contiguous:
+            return _pwrite(fd, part, at)
+
+        def write(first):
+            block = np.empty((min(_ROWS, rows - first), width), part.dtype)
+            for c in range(0, width, _ROWS):
+                block[:, c : c + _ROWS] = part[first : first + len(block), c : c + _ROWS]
+            _pwrite(fd, block, at + first * width * part.itemsize)
+
+        for _ in self._pool.map(write, range(0, rows, _ROWS)):
+            pass
+
+    def finish(self) -> None:
+        """Writes the headers and the index; the caller syncs."""
+        for file, header in self._headers.items():
+            _pwrite(self._open[file], np.frombuffer(header, np.uint8), 0)
+        self.close()
+        if self._index:
+            index = {
+                "metadata": {"total_size": self._total},
+                "weight_map": {name: t.file.name for name, t in sorted(self.tensors.items())},
+            }
+            self._index.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _pwrite(fd: int, part: np.ndarray, at: int) -> None:
+    view = memoryview(part.reshape(-1).view(np.uint8))
+    while view:
+        n = os.pwrite(fd, view, at)
+        view, at = view[n:], at + n
