@@ -1,0 +1,297 @@
+"""Messages to prompt, rendered by the checkpoint's own template.
+
+What a user types can never become a control token: `prompt_parts` shields typed text while the template
+renders, so every control token in its result was written by the template.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property, lru_cache
+from itertools import chain
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.sandbox
+import numpy as np
+
+from qwenvl_jax.config import Config
+from qwenvl_jax.inputs.messages import strings
+from qwenvl_jax.types import InputError, Visual
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}`, which marks the assistant's words, renders as its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's interface
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    # As transformers has it: jinja2's own filter escapes for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message):
+    raise jinja2.TemplateError(message)
+
+
+@lru_cache(maxsize=16)
+def _compile(source: str) -> tuple[jinja2.Template, frozenset[str]]:
+    """The template and the variables it reads. A checkpoint's template is untrusted code: hence the sandbox."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+    return environment.from_string(source), frozenset(variables)
+
+
+@dataclass(frozen=True, eq=False)
+class ChatTemplate:
+    """A checkpoint's jinja chat template.
+
+    sources: by name; "default" is required, "tool_use" (if any) is taken when there are tools.
+    origin: the file, for errors.
+    variables: the tokenizer's special tokens (`bos_token`, …), which templates may print.
+    """
+
+    sources: Mapping[str, str]
+    origin: str = "chat template"
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for source in self.sources.values():
+            try:
+                _compile(source)
+            except (jinja2.TemplateError, RecursionError) as e:
+                raise InputError(f"{self.origin}: not a valid chat template ({e})") from e
+
+    @classmethod
+    def from_dir(cls, path) -> "ChatTemplate":
+        """Reads chat_template.jinja, else chat_template.json, else tokenizer_config.json, as transformers does."""
+        path = Path(path)
+        tokenizer = read_json(path / "tokenizer_config.json", missing={})
+        variables = {}
+        for key, value in tokenizer.items():
+            value = value.get("content") if isinstance(value, Mapping) else value  # an AddedToken, or its text
+            if key.endswith("_token") and isinstance(value, str):
+                variables[key] = value
+        jinja, wrapped = path / "chat_template.jinja", path / "chat_template.json"
+        if jinja.exists():
+            origin, value = jinja, _read_text(jinja)
+        elif wrapped.exists():
+            origin, value = wrapped, read_json(wrapped).get("chat_template")
+        else:
+            origin, value = path / "tokenizer_config.json", tokenizer.get("chat_template")
+        if value is None:
+            raise InputError(
+                f"{path} has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
+            )
+        if isinstance(value, list) and all(isinstance(v, Mapping) for v in value):
+            value = {v.get("name"): v.get("template") for v in value}
+        sources = value if isinstance(value, Mapping) else {"default": value}
+        if "default" not in sources or not all(isinstance(s, str) for s in sources.values()):
+            raise InputError(f"{origin}: chat_template must be a string or named templates with a 'default'")
+        return cls(dict(sources), str(origin), variables)
+
+    @property
+    def handles_tools(self) -> bool:
+        return "tool_use" in self.sources or "tools" in _compile(self.sources["default"])[1]
+
+    @cached_property
+    def default_system(self) -> str:
+        """The system prompt that the template adds by itself, "" if none."""
+        text = self.render([{"role": "user", "content": ""}], add_generation_prompt=False)
+        found = re.search(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.DOTALL)
+        return found[1] if found else ""
+
+    def render(self, messages: list[dict], tools: list[dict] | None = None, **flags) -> str:
+        """Text of normalised messages, tools folded in if the template has no place for them.
+
+        flags: add_generation_prompt, add_vision_id.
+        """
+        if not self.handles_tools:
+            messages, tools = _fold_tools(messages, tools, lambda: self.default_system), None
+        source = self.sources.get("tool_use" if tools else "default", self.sources["default"])
+        try:
+            # The flags last: a file must not set add_generation_prompt for us.
+            values = {**self.variables, "messages": messages, "tools": tools, "documents": None, **flags}
+            return _compile(source)[0].render(values)
+        except Exception as e:  # whatever the template's author did wrong, or asked to raise
+            raise InputError(f"{self.origin}: the chat template failed: {e}") from e
+
+
+def read_json(path: Path, missing: dict | None = None) -> dict:
+    """A JSON object from a file; `missing`, if given, when there is no such file."""
+    if missing is not None and not path.exists():
+        return missing
+    try:
+        data = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not readable as JSON ({e})") from e
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return data
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} has no {path.name}; a checkpoint directory needs it") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: not readable ({e})") from e
+
+
+# Qwen2.5's tool format, as Qwen2.5-Instruct's published template writes it.
+_TOOLS_HEAD = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_TOOLS_TAIL = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": '
+    "<args-json-object>}\n</tool_call>"
+)
+
+
+def _fold_tools(messages: list[dict], tools: list[dict] | None, default_system) -> list[dict]:
+    """Says tools, calls and results in plain system, assistant and user messages, in Qwen2.5's format."""
+    out: list[dict] = []
+    if tools:
+        section = _TOOLS_HEAD + "".join("\n" + _tojson(t) for t in tools) + _TOOLS_TAIL
+        if messages[0]["role"] == "system":
+            items, messages = _items(messages[0]["content"]), messages[1:]
+        else:
+            items = _items(default_system())
+        out.append({"role": "system", "content": [*items, *_items(("\n\n" if items else "") + section)]})
+    previous = None
+    for message in messages:
+        role, items = message["role"], _items(message["content"])
+        if role == "tool":
+            items = [*_items("<tool_response>\n"), *items, *_items("\n</tool_response>")]
+            if previous == "tool":  # results that follow each other share one user turn
+                out[-1] = {"role": "user", "content": [*out[-1]["content"], *_items("\n"), *items]}
+            else:
+                out.append({"role": "user", "content": items})
+        elif message.get("tool_calls"):
+            functions = [call["function"] for call in message["tool_calls"]]
+            calls = [
+                f'<tool_call>\n{{"name": "{f["name"]}", "arguments": {_tojson(f["arguments"])}}}\n</tool_call>'
+                for f in functions
+            ]
+            items = [*items, *_items("\n" if items else ""), *_items("\n".join(calls))]
+            out.append({"role": role, "content": items})
+        else:
+            out.append(message)
+        previous = role
+    return [{**m, "content": _joined(m["content"])} for m in out]
+
+
+def _items(content) -> list[dict]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content else []
+    return content
+
+
+def _joined(content):
+    """A string where a list is all text: text-only templates know no lists."""
+    if isinstance(content, list) and all(item["type"] == "text" for item in content):
+        return "".join(item["text"] for item in content)
+    return content
+
+
+def prompt_parts(
+    template: ChatTemplate,
+    messages: list[dict],
+    tools: list[dict] | None,
+    control_tokens: Iterable[str],
+    *,
+    allow_control_tokens: bool = False,
+    **flags,
+) -> list[str]:
+    """The rendered prompt, split: plain text at even places, control tokens at odd ones.
+
+    Every control token contains a pivot character, `|` in all of Qwen's. While the template renders, pivots
+    in typed text are private-use characters that occur nowhere in the input; so whatever joins or nests,
+    a token needs a pivot that only the template can have written. The pivots return before the text is
+    encoded. With `allow_control_tokens` nothing is shielded, which is what transformers does.
+    """
+    control = sorted(control_tokens, key=len, reverse=True)  # the longest match wins, as in tokenizers
+    restore = {}
+    if not allow_control_tokens:
+        pivots = sorted({_pivot(token) for token in control})
+        used = set().union(*control, *template.sources.values(), *strings(messages), *strings(tools))
+        free = (c for c in map(chr, chain(range(0xE000, 0xF900), range(0xF0000, 0x10FFFE))) if c not in used)
+        shield = {ord(p): c for p, c in zip(pivots, free, strict=False)}
+        if len(shield) < len(pivots):
+            raise InputError("the messages use every private-use character of Unicode")
+        restore = {ord(c): chr(p) for p, c in shield.items()}
+        messages = [_shielded(m, shield) for m in messages]
+        tools = _translate(tools, shield)
+    text = template.render(messages, tools, **flags)
+    parts = re.split("(" + "|".join(map(re.escape, control)) + ")", text) if control else [text]
+    return [part.translate(restore) for part in parts]
+
+
+def _pivot(token: str) -> str:
+    if "|" in token:
+        return "|"
+    return next((c for c in token if not c.isalnum()), token[0])
+
+
+def _shielded(message: dict, table: dict) -> dict:
+    """Roles and item types are ours, and templates compare them: they stay."""
+    out = {**_translate(message, table), "role": message["role"]}
+    if isinstance(message["content"], list):
+        out["content"] = [
+            {"type": "text", "text": item["text"].translate(table)} if item["type"] == "text" else item
+            for item in message["content"]
+        ]
+    return out
+
+
+def expand_placeholders(tokens: np.ndarray, visuals: Sequence[Visual], config: Config) -> np.ndarray:
+    """Repeats each picture's and clip's placeholder id once per merged visual token (t·h·w / merge²).
+
+    tokens: [t] int32 with one placeholder per visual, in the order of `visuals`. Returns [t'] int32.
+    """
+    repeats = np.ones(len(tokens), np.int64)
+    places = check_placeholders(tokens, [v.kind for v in visuals], config)
+    repeats[places] = [v.grid.patches // config.vision.merge_unit for v in visuals]
+    return np.repeat(tokens, repeats)
+
+
+def check_placeholders(tokens: np.ndarray, kinds: Sequence[str], config: Config) -> np.ndarray:
+    """Where the placeholders are; InputError unless they are as many, and in the order, of `kinds`."""
+    ids = {"image": config.image_token_id, "video": config.video_token_id}
+    places = np.flatnonzero(np.isin(tokens, list(ids.values())))
+    if tokens[places].tolist() != [ids[k] for k in kinds]:
+        found = {k: int((tokens == i).sum()) for k, i in ids.items()}
+        raise InputError(
+            f"the prompt has {found['image']} image and {found['video']} video placeholders for "
+            f"{kinds.count('image')} images and {kinds.count('video')} videos, or in another order; "
+            "a placeholder may be typed in the text, or the chat template knows no pictures"
+        )
+    return places
+
+
+def _translate(value, table: dict):
+    if isinstance(value, str):
+        return value.translate(table)
+    if isinstance(value, Mapping):
+        return {_translate(k, table): _translate(v, table) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_translate(v, table) for v in value]
+    return value

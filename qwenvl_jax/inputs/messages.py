@@ -1,0 +1,195 @@
+"""Every style of message in one normal form, so that nothing after this file knows OpenAI's from Qwen's."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+from qwenvl_jax.types import InputError
+
+IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+VIDEO_OPTIONS = IMAGE_OPTIONS + (
+    "fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start", "video_end",
+)  # fmt: skip
+
+_ROLES = {r: r for r in ("system", "user", "assistant", "tool")} | {"developer": "system"}  # OpenAI's synonym
+_MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
+_KINDS = {
+    "text": "text", "input_text": "text", "output_text": "text",
+    "image": "image", "image_url": "image", "input_image": "image",
+    "video": "video", "video_url": "video", "input_video": "video",
+}  # fmt: skip
+_SOURCES = {
+    "text": ("text",),
+    "image": ("image", "image_url", "url", "path", "base64"),
+    "video": ("video", "video_url", "url", "path"),
+}
+_OPTIONS = {"text": (), "image": IMAGE_OPTIONS, "video": VIDEO_OPTIONS}
+_DETAIL = ("auto", "low", "high")
+
+
+class Media(NamedTuple):
+    """A picture or clip that a message refers to, not yet opened."""
+
+    kind: str  # "image" or "video"
+    source: Any
+    options: dict  # what the item itself sets, of IMAGE_OPTIONS or VIDEO_OPTIONS
+    where: str  # "message 0 item 1", for errors
+
+
+def normalize(messages: Sequence[Mapping]) -> tuple[list[dict], list[Media]]:
+    """OpenAI- and Qwen-style messages in the form that the templates read, and their media in reading order.
+
+    Content stays a string, or becomes a list of `{"type": "text", "text": …}`, `{"type": "image", …}` and
+    `{"type": "video", …}`. Keys that are None or an empty list count as absent (dataset rows and dumped
+    SDK objects carry them). Raises InputError that names the message and the item.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise InputError("messages must be a list of at least one {'role': …, 'content': …}")
+    media: list[Media] = []
+    return [_message(m, f"message {i}", media) for i, m in enumerate(messages)], media
+
+
+def _present(value: Mapping) -> dict:
+    return {k: v for k, v in value.items() if v is not None and not (isinstance(v, list) and not v)}
+
+
+def _message(message, where: str, media: list[Media]) -> dict:
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where} is {_name(message)}, not an object with 'role' and 'content'")
+    given = _present(message)
+    role = given.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise InputError(f"{where} has role {role!r}; known roles are {', '.join(_ROLES)}")
+    if unknown := sorted(map(str, given.keys() - _MESSAGE_KEYS)):
+        raise InputError(f"{where} has an unknown key {unknown[0]!r}")
+    out = {"role": _ROLES[role]}
+    if "tool_calls" in given:
+        if role != "assistant":
+            raise InputError(f"{where} has tool_calls but its role is {role!r}, not 'assistant'")
+        out["tool_calls"] = _tool_calls(given["tool_calls"], where)
+    content = message.get("content")
+    if content is None and "tool_calls" in out:
+        content = ""
+    if isinstance(content, str):
+        out["content"] = content
+    elif isinstance(content, list | tuple):
+        out["content"] = [_item(item, f"{where} item {j}", media) for j, item in enumerate(content)]
+    else:
+        raise InputError(f"{where} has content of {_name(content)}; it must be a string or a list of items")
+    for key in ("name", "tool_call_id"):
+        if key in given:
+            if not isinstance(given[key], str):
+                raise InputError(f"{where} has {key!r} of {_name(given[key])}; it must be a string")
+            out[key] = given[key]
+    _check_strings(out, where)
+    return out
+
+
+def _item(item, where: str, media: list[Media]) -> dict:
+    if not isinstance(item, Mapping):
+        raise InputError(f"{where} is {_name(item)}, not an object with a 'type'")
+    given = _present(item)
+    kind = _kind(given, where)
+    detail = [given.pop("detail")] if kind == "image" and "detail" in given else []
+    given.pop("type", None)
+    sources = [k for k in _SOURCES[kind] if k in given]
+    if len(sources) != 1:
+        raise InputError(
+            f"{where} is of type {kind} and must have one of {', '.join(map(repr, _SOURCES[kind]))}; "
+            f"it has {len(sources)}"
+        )
+    key, source = sources[0], given.pop(sources[0])
+    if key in ("image_url", "video_url") and isinstance(source, Mapping):
+        inner = _present(source)
+        source = inner.pop("url", None)
+        detail += [inner.pop("detail")] if "detail" in inner else []
+        if not isinstance(source, str) or inner:
+            raise InputError(f"{where}: {key!r} must be a string or {{'url': string}}")
+    if any(d not in _DETAIL for d in detail):
+        raise InputError(f"{where} has detail {detail[0]!r}; known are {', '.join(_DETAIL)}")
+    if kind == "video" and isinstance(source, list | tuple) and "sample_fps" in given:
+        given.setdefault("fps", given.pop("sample_fps"))  # qwen-vl-utils' name for the rate of given frames
+    if unknown := sorted(map(str, given.keys() - set(_OPTIONS[kind]))):
+        raise InputError(f"{where} has an unknown key {unknown[0]!r} for type {kind}")
+    if kind == "text":
+        if not isinstance(source, str):
+            raise InputError(f"{where} has text of {_name(source)}; it must be a string")
+        return {"type": "text", "text": source}
+    if key == "base64":
+        source = f"data:image;base64,{source}"
+    media.append(Media(kind, source, given, where))
+    return {"type": kind, kind: kind}  # templates look for the key, and never need the data
+
+
+def _kind(given: dict, where: str) -> str:
+    if "type" in given:
+        if not isinstance(given["type"], str) or given["type"] not in _KINDS:
+            raise InputError(f"{where} has type {given['type']!r}; known types are {', '.join(_KINDS)}")
+        return _KINDS[given["type"]]
+    kinds = {_KINDS[k] for k in ("text", "image", "image_url", "video", "video_url") if k in given}
+    if len(kinds) != 1:
+        raise InputError(f"{where} has no 'type' and needs exactly one of 'text', 'image', 'video'")
+    return kinds.pop()
+
+
+def _tool_calls(calls, where: str) -> list[dict]:
+    if not isinstance(calls, list | tuple):
+        raise InputError(f"{where}: tool_calls must be a list")
+    out = []
+    for i, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise InputError(f"{where}: tool_calls[{i}] needs {{'function': {{'name': …, 'arguments': …}}}}")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            # OpenAI sends a string of JSON, Qwen's format holds the object. What does not parse (a model may
+            # have written it) stays a string, which is what Qwen's own template makes of it.
+            try:
+                arguments = json.loads(arguments or "{}")
+            except (ValueError, RecursionError):
+                pass
+        call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        named = {"name": function["name"], "arguments": {} if arguments is None else arguments}
+        out.append(call_id | {"type": "function", "function": named})
+    return out
+
+
+def check_tools(tools) -> list[dict] | None:
+    """Tool descriptions as JSON objects, or None when there are none."""
+    if not tools:
+        return None
+    if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
+        raise InputError("tools must be a list of JSON objects ({'type': 'function', 'function': …})")
+    try:
+        tools = json.loads(json.dumps(tools))
+    except (TypeError, ValueError, RecursionError) as e:
+        raise InputError(f"tools cannot be written as JSON ({e})") from e
+    _check_strings(tools, "tools")
+    return tools
+
+
+def _name(value) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def strings(value, depth: int = 0) -> Iterator[str]:
+    """Every string in a JSON-like value, keys included; RecursionError beyond a hundred levels."""
+    if depth > 100:
+        raise RecursionError
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(strings(v, depth + 1) for pair in value.items() for v in pair)
+    elif isinstance(value, list | tuple):
+        yield from chain.from_iterable(strings(v, depth + 1) for v in value)
+
+
+def _check_strings(value, where: str) -> None:
+    try:
+        for s in strings(value):
+            s.encode()
+    except UnicodeEncodeError as e:
+        raise InputError(f"{where} holds {e.object[e.start]!a}, half of a character (a lone surrogate)") from None
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply") from None

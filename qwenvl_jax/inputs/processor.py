@@ -1,0 +1,235 @@
+"""The one door to the model's inputs: conversations in, a Batch of numpy arrays out."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Tokenizer
+
+from qwenvl_jax.config import Config
+from qwenvl_jax.inputs.batch import make_batch
+from qwenvl_jax.inputs.chat import (
+    ChatTemplate,
+    check_placeholders,
+    expand_placeholders,
+    prompt_parts,
+    read_json,
+)
+from qwenvl_jax.inputs.media import Preprocessing, image_visual, video_visual
+from qwenvl_jax.inputs.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Media, check_tools, normalize
+from qwenvl_jax.types import Batch, InputError, Sample, Visual
+
+_LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
+
+
+@dataclass(frozen=True, eq=False)
+class Processor:
+    """Turns messages into ids and patches as one checkpoint wants them. Holds no state; share it freely.
+
+    tokenizer: its `encode_special_tokens` is switched on, so that `tokenizer.encode(text)` gives plain ids
+        for control tokens that occur in a text.
+    eos_ids: the ids that end an answer.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    preprocessing: Preprocessing
+    config: Config
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        self.tokenizer.encode_special_tokens = True
+        if not self.eos_ids:
+            object.__setattr__(self, "eos_ids", (self.config.eos_token_id,))
+
+    @classmethod
+    def from_dir(cls, path, config: Config) -> "Processor":
+        """Reads a checkpoint directory: tokenizer, chat template, preprocessor and generation config.
+
+        Raises InputError that names the missing or unreadable file.
+        """
+        path = Path(path)
+        eos = read_json(path / "generation_config.json", missing={}).get("eos_token_id")
+        return cls(
+            tokenizer=_read_tokenizer(path),
+            template=ChatTemplate.from_dir(path),
+            preprocessing=_read_preprocessing(path),
+            config=config,
+            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        )
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """The tokens that steer the model, with their ids; typed in a message they are plain characters."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {token.content: i for i, token in added.items() if token.special}
+
+    def render(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        tools: Sequence[Mapping] | None = None,
+        add_generation_prompt: bool = True,
+        add_vision_id: bool = False,
+    ) -> str:
+        """The prompt as text, for inspection: one placeholder a picture, media unopened."""
+        return "".join(
+            prompt_parts(
+                self.template,
+                normalize(messages)[0],
+                check_tools(tools),
+                self.control_tokens,
+                add_generation_prompt=add_generation_prompt,
+                add_vision_id=add_vision_id,
+            )
+        )
+
+    def encode(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        tools: Sequence[Mapping] | None = None,
+        add_generation_prompt: bool = True,
+        add_vision_id: bool = False,
+        allow_control_tokens: bool = False,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        resized_height: int | None = None,
+        resized_width: int | None = None,
+        fps: float | None = None,
+        nframes: int | None = None,
+        min_frames: int | None = None,
+        max_frames: int | None = None,
+        total_pixels: int | None = None,
+        video_start: float | None = None,
+        video_end: float | None = None,
+    ) -> Sample:
+        """One conversation as ids and patches.
+
+        tools: JSON descriptions in OpenAI's form.
+        add_vision_id: number the pictures and clips ("Picture 1: ").
+        allow_control_tokens: let control tokens typed in messages act, as transformers does.
+        The other options are defaults for every picture and clip; what an item of a message sets wins.
+        Raises InputError that names the message and item at fault.
+        """
+        options = dict(
+            min_pixels=min_pixels, max_pixels=max_pixels,
+            resized_height=resized_height, resized_width=resized_width,
+            fps=fps, nframes=nframes, min_frames=min_frames, max_frames=max_frames,
+            total_pixels=total_pixels, video_start=video_start, video_end=video_end,
+        )  # fmt: skip
+        normal, media = normalize(messages)
+        parts = prompt_parts(
+            self.template,
+            normal,
+            check_tools(tools),
+            self.control_tokens,
+            allow_control_tokens=allow_control_tokens,
+            add_generation_prompt=add_generation_prompt,
+            add_vision_id=add_vision_id,
+        )
+        tokens = self._ids(parts)
+        check_placeholders(tokens, [m.kind for m in media], self.config)  # before anything is decoded
+        visuals = self._visuals(media, options)
+        return Sample(expand_placeholders(tokens, visuals, self.config), visuals)
+
+    def __call__(self, conversations: Sequence[Sequence[Mapping]], **options) -> Batch:
+        """A batch of conversations, one row each; options as in `encode`."""
+        return make_batch([self.encode(c, **options) for c in conversations], self.config)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids; bytes that are not yet a whole character come out as U+FFFD."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def _ids(self, parts: list[str]) -> np.ndarray:
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self.control_tokens[part])
+            elif part:
+                ids += self.tokenizer.encode(part, add_special_tokens=False).ids
+        tokens = np.array(ids, np.int32)
+        if len(tokens) and tokens.max() >= self.config.text.vocab_size:
+            raise InputError(
+                f"the tokenizer gave id {tokens.max()}, but the model's vocabulary has "
+                f"{self.config.text.vocab_size}; tokenizer and config.json do not belong together"
+            )
+        return tokens
+
+    def _visuals(self, media: list[Media], options: dict) -> tuple[Visual, ...]:
+        if len(media) < 2:
+            return tuple(self._visual(m, options) for m in media)
+        with ThreadPoolExecutor(min(_LOADERS, len(media))) as pool:
+            return tuple(pool.map(lambda m: self._visual(m, options), media))
+
+    def _visual(self, media: Media, options: dict) -> Visual:
+        names, load = (IMAGE_OPTIONS, image_visual) if media.kind == "image" else (VIDEO_OPTIONS, video_visual)
+        chosen = {k: options[k] for k in names} | media.options
+        # A clip takes fps or nframes: an item's choice of one overrules a default of the other.
+        for mine, other in (("fps", "nframes"), ("nframes", "fps")):
+            if mine in media.options and other not in media.options and other in chosen:
+                chosen[other] = None
+        try:
+            return load(media.source, self.preprocessing, **chosen)
+        except InputError as e:
+            raise InputError(f"{media.where}: {e}") from e
+
+
+def _read_preprocessing(path: Path) -> Preprocessing:
+    file = path / "preprocessor_config.json"
+    newer = path / "processor_config.json"  # transformers 5 nests the image processor in this one
+    nested = {} if file.exists() else read_json(newer, missing={}).get("image_processor")
+    try:
+        return Preprocessing.from_dict(nested or read_json(file))
+    except InputError as e:
+        if nested or file.exists():
+            raise InputError(f"{newer if nested else file}: {e}") from e
+        raise
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    file = path / "tokenizer.json"
+    if not file.exists():
+        return _build_tokenizer(path)
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as e:  # the library raises bare Exception
+        raise InputError(f"{file}: not a readable tokenizer ({e})") from e
+
+
+# Qwen2's split into words, which vocab.json and merges.txt do not record.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def _build_tokenizer(path: Path) -> Tokenizer:
+    """The same tokenizer from the files of older saves: vocab.json, merges.txt, tokenizer_config.json."""
+    vocab, merges = path / "vocab.json", path / "merges.txt"
+    if not (vocab.exists() and merges.exists()):
+        raise InputError(f"{path} has no tokenizer.json (nor vocab.json with merges.txt)")
+    try:
+        tokenizer = Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
+    except Exception as e:  # the library raises bare Exception
+        raise InputError(f"{vocab}, {merges}: not a readable vocabulary ({e})") from e
+    bytes_only = dict(add_prefix_space=False, use_regex=False)
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(**bytes_only),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel(**bytes_only)
+    added = read_json(path / "tokenizer_config.json").get("added_tokens_decoder", {})
+    for i in sorted(added, key=int):  # ids follow from the order
+        tokenizer.add_tokens([tokenizers.AddedToken(**added[i])])
+        if tokenizer.token_to_id(added[i]["content"]) != int(i):
+            raise InputError(f"{path}: added token {json.dumps(added[i]['content'])} cannot have id {i}")
+    return tokenizer
