@@ -5,6 +5,7 @@ jax and the model are imported inside the commands, so that `--help` and a misty
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -137,6 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("src", metavar="SRC", help="checkpoint directory or hub id")
     p.add_argument("dst", metavar="DST", help="directory to create")
     p.add_argument("--to", choices=("orbax", "hf"), required=True)
+    p.add_argument("--layout", choices=("hub", "nested"), default="hub", help="tensor names, with --to hf")
 
     p = command("info", _info, "Say what a checkpoint is, reading only its headers.")
     p.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory, or a preset such as qwen2.5-vl-7b")
@@ -144,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = command("verify", _verify, "Compare this model with the PyTorch one, stage by stage, on your weights.")
     p.add_argument("checkpoint", metavar="CKPT", help="Hugging Face checkpoint directory")
-    p.add_argument("--image", metavar="F", help="picture to compare on (default: a synthetic one)")
+    p.add_argument("--image", metavar="F", required=True, help="picture to compare on")
     return parser
 
 
@@ -175,11 +177,29 @@ def _given(args, names) -> dict:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def _start(args):
-    """Loads the model and returns its engine."""
+def _options(args):
+    """The sampling options, checked before anything is loaded."""
+    from qwenvl_jax.infer.options import GenerateOptions
+
+    options = GenerateOptions(**_given(args, _SAMPLING_OPTIONS))
+    options.resolve({}, 0)
+    return options
+
+
+def _encoder(args):
+    """The checkpoint's directory, and messages → Sample. Needs no weights, so bad input is told at once."""
+    from qwenvl_jax import Processor
+    from qwenvl_jax.params import checkpoint
+
+    path = checkpoint.find(args.model)
+    processor = Processor.from_dir(path, checkpoint.read_config(path))
+    return path, functools.partial(processor.encode, **_given(args, _MEDIA_OPTIONS))
+
+
+def _engine(path, args):
     from qwenvl_jax import Engine, load
 
-    return Engine(load(args.model, dtype=args.dtype, progress=sys.stderr.isatty()))
+    return Engine(load(path, dtype=args.dtype))
 
 
 # --- generate -------------------------------------------------------------------------------------------
@@ -189,16 +209,16 @@ def _generate(args) -> int:
     messages = _read_messages(args) if args.messages else [_user_turn(args.media or [], args.prompt)]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
-    _apply_media_options(messages, _given(args, _MEDIA_OPTIONS))
-    _check_files(messages)
-    options = _given(args, _SAMPLING_OPTIONS)
-    engine = _start(args)
+    options = _options(args)
+    path, encode = _encoder(args)
+    sample = encode(messages)
+    engine = _engine(path, args)
     if not args.json:
-        for piece in engine.stream(messages, **options):
+        for piece in engine.stream(sample, options):
             print(piece, end="", flush=True)
         print()
         return _OK
-    (result,) = engine.generate([messages], **options)
+    (result,) = engine.generate([sample], options)
     usage = {
         "prompt_tokens": result.prompt_tokens,
         "completion_tokens": len(result.token_ids),
@@ -239,35 +259,6 @@ def _read_messages(args) -> list[dict]:
     return messages
 
 
-def _visual_items(messages: list[dict]):
-    """The image and video items in the messages, with their kind."""
-    for message in messages:
-        content = message.get("content")
-        for item in content if isinstance(content, list) else ():
-            for kind in ("image", "video"):
-                if isinstance(item, dict) and (kind in item or f"{kind}_url" in item):
-                    yield kind, item
-
-
-def _apply_media_options(messages: list[dict], options: dict) -> None:
-    """Options of the command line hold for every picture and clip that does not set its own."""
-    sampling = {"fps", "nframes"}
-    for kind, item in _visual_items(messages):
-        wanted = {k: v for k, v in options.items() if kind == "video" or k not in sampling}
-        if sampling & item.keys():
-            wanted = {k: v for k, v in wanted.items() if k not in sampling}
-        for name, value in wanted.items():
-            item.setdefault(name, value)
-
-
-def _check_files(messages: list[dict]) -> None:
-    """A mistyped file name is reported before minutes of loading weights, not after."""
-    for kind, item in _visual_items(messages):
-        where = item.get(kind)
-        if isinstance(where, str) and "://" not in where and not where.startswith("data:"):
-            _check_file(where)
-
-
 def _check_file(where: str) -> None:
     if not os.path.exists(where):
         raise InputError(f"{where}: no such file")
@@ -281,9 +272,10 @@ _CHAT_HELP = "/image FILE   /video FILE   /reset   /quit   (Ctrl-C stops an answ
 
 
 def _chat(args) -> int:
-    options, media_options = _given(args, _SAMPLING_OPTIONS), _given(args, _MEDIA_OPTIONS)
+    options = _options(args)
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
-    engine = _start(args)
+    path, encode = _encoder(args)
+    engine = _engine(path, args)
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
@@ -312,8 +304,7 @@ def _chat(args) -> int:
             print(_CHAT_HELP)
         else:
             turn = _user_turn(media, line)
-            _apply_media_options([turn], media_options)
-            answer = _answer(engine, [*messages, turn], options)
+            answer = _answer(engine, encode, [*messages, turn], options)
             media = []
             if answer is not None:
                 messages += [turn, {"role": "assistant", "content": answer}]
@@ -331,17 +322,17 @@ def _attach(kind: str, where: str) -> list[tuple[str, str]]:
     return [(kind, where)]
 
 
-def _answer(engine, messages: list[dict], options: dict) -> str | None:
+def _answer(engine, encode, messages: list[dict], options) -> str | None:
     """Streams one answer and returns it, cut short by Ctrl-C; None if the turn could not be used."""
     pieces = []
-    stream = engine.stream(messages, **options)
     try:
-        for piece in stream:
-            pieces.append(piece)
-            print(piece, end="", flush=True)
+        with contextlib.closing(engine.stream(encode(messages), options)) as stream:
+            for piece in stream:
+                pieces.append(piece)
+                print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        stream.close()
         if not pieces:
+            print()
             return None
     except BrokenPipeError:
         raise
@@ -361,13 +352,23 @@ def _answer(engine, messages: list[dict], options: dict) -> str | None:
 def _convert(args) -> int:
     from qwenvl_convert import hf
 
-    (hf.to_orbax if args.to == "orbax" else hf.to_hf)(args.src, args.dst)
+    from qwenvl_jax.params import checkpoint
+
+    src = checkpoint.find(args.src)
+    if args.to == "orbax":
+        hf.to_orbax(src, args.dst)
+    else:
+        hf.to_hf(src, args.dst, layout=args.layout)
     print(args.dst)
     return _OK
 
 
 def _info(args) -> int:
-    raise NotImplementedError
+    from qwenvl_jax import info
+
+    facts = info.describe(args.checkpoint)
+    print(json.dumps(facts) if args.json else info.table(facts))
+    return _OK
 
 
 def _verify(args) -> int:
@@ -379,8 +380,13 @@ def _verify(args) -> int:
         )
     from qwenvl_convert import parity
 
-    print(parity.verify(args.checkpoint, image=args.image))
-    return _OK
+    rows = parity.verify(args.checkpoint, args.image)
+    print(f"{'stage':<22} {'shape':<18} {'max rel. error':>14} {'limit':>8}")
+    for row in rows:
+        shape = "×".join(map(str, row.shape))
+        verdict = "" if row.ok else "  FAILED"
+        print(f"{row.name:<22} {shape:<18} {row.error:>14.1e} {row.limit:>8.0e}{verdict}")
+    return _OK if all(row.ok for row in rows) else _FAILED
 
 
 if __name__ == "__main__":

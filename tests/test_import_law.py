@@ -26,6 +26,7 @@ MAY_SEE = {
     "serve": BASE | {"sharding", "model", "params", "inputs", "infer"},
     "plan": BASE | {"sharding", "model", "params", "inputs", "infer", "train"},
     "demo": BASE,
+    "info": BASE | {"model", "params"},
     "cli": None,  # everything
 }
 

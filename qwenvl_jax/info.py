@@ -1,0 +1,84 @@
+"""What a checkpoint is, told from its config and the headers of its weight files; no weight is read."""
+
+import collections
+import dataclasses
+import math
+from pathlib import Path
+
+from qwenvl_jax.config import PRESETS, Config
+from qwenvl_jax.model.qwenvl import count_params
+from qwenvl_jax.params import checkpoint
+from qwenvl_jax.params.tensors import DTYPES, Reader
+from qwenvl_jax.types import InputError
+
+
+def describe(path_or_preset) -> dict:
+    """Facts of a checkpoint directory, either format, or of one of `PRESETS`; all of it can be written as JSON.
+
+    family, preset (the official size it has, or None), format ("hf", "orbax" or "preset"), parameters,
+    dtypes {name: parameters}, files {name: bytes} of the weights, bytes, config.
+    Raises InputError if there is no such directory or its headers are damaged.
+    """
+    config = PRESETS.get(str(path_or_preset))
+    if config:
+        count = count_params(config)
+        return _facts(config, "preset", {config.dtype: count}, {})
+    path = Path(path_or_preset)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such directory, nor one of the presets {', '.join(PRESETS)}")
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path}: not a checkpoint, there is no config.json in it")
+    config, dtypes = Config.from_file(path / "config.json"), collections.Counter()
+    if (path / checkpoint.MARKER).is_file():
+        form, files = "orbax", sorted(f for f in (path / checkpoint.PARAMS).rglob("*") if f.is_file())
+        for leaf in checkpoint.stored_params(path, config).values():
+            dtypes[str(leaf.dtype)] += math.prod(leaf.shape)
+    else:
+        form = "hf"
+        with Reader(path) as reader:
+            files = sorted({t.file for t in reader.tensors.values()})
+            for tensor in reader.tensors.values():
+                dtype = DTYPES.get(tensor.dtype)
+                dtypes[dtype.name if dtype else tensor.dtype] += math.prod(tensor.shape)
+    return _facts(config, form, dict(dtypes), {str(f.relative_to(path)): f.stat().st_size for f in files})
+
+
+def _facts(config: Config, form: str, dtypes: dict, files: dict) -> dict:
+    sizes = (config.family, config.text, config.vision)
+    same = (name for name, p in PRESETS.items() if (p.family, p.text, p.vision) == sizes)
+    return {
+        "family": config.family,
+        "preset": next(same, None),
+        "format": form,
+        "parameters": sum(dtypes.values()),
+        "dtypes": dtypes,
+        "files": files,
+        "bytes": sum(files.values()),
+        "config": dataclasses.asdict(config),
+    }
+
+
+def table(facts: dict) -> str:
+    """The facts for people, a line each."""
+    t, v = facts["config"]["text"], facts["config"]["vision"]
+    rows = {
+        "family": facts["family"] + (f", the sizes of {facts['preset']}" if facts["preset"] else ""),
+        "format": facts["format"],
+        "parameters": f"{facts['parameters']:,}",
+        "dtype": ", ".join(facts["dtypes"]),
+        "decoder": f"{t['num_hidden_layers']} layers of width {t['hidden_size']}, "
+        f"{t['num_attention_heads']} heads ({t['num_key_value_heads']} for keys and values), "
+        f"MLP {t['intermediate_size']}, vocabulary {t['vocab_size']}",
+        "vision": f"{v['depth']} blocks of width {v['hidden_size']}, {v['num_heads']} heads",
+        "context": f"{t['max_position_embeddings']:,} tokens",
+    }
+    if t["tie_word_embeddings"]:
+        rows["decoder"] += ", tied embeddings"
+    if v["window_size"]:
+        layers = ", ".join(map(str, v["fullatt_block_indexes"]))
+        rows["vision"] += f", windows of {v['window_size']} pixels, full attention in blocks {layers}"
+    if t["yarn"]:
+        rows["context"] += f", YaRN factor {t['yarn']['factor']:g}"
+    if facts["files"]:
+        rows["weights"] = f"{facts['bytes']:,} bytes in {len(facts['files'])} files"
+    return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
