@@ -171,11 +171,11 @@ def _fold_tools(messages: list[dict], tools: list[dict] | None, default_system) 
     out: list[dict] = []
     if tools:
         section = _TOOLS_HEAD + "".join("\n" + _tojson(t) for t in tools) + _TOOLS_TAIL
-        if messages[0]["role"] == "system":
-            items, messages = _items(messages[0]["content"]), messages[1:]
-        else:
-            items = _items(default_system())
-        out.append({"role": "system", "content": [*items, *_items(("\n\n" if items else "") + section)]})
+        given = messages[0]["role"] == "system"
+        system = messages[0]["content"] if given else default_system()
+        messages = messages[given:]
+        section = ("\n\n" if given or system else "") + section
+        out.append({"role": "system", "content": [*_items(system), *_items(section)]})
     previous = None
     for message in messages:
         role, items = message["role"], _items(message["content"])
