@@ -269,3 +269,42 @@ def test_the_installed_command():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for verb in ("generate", "chat", "convert", "info", "verify"):
         assert verb in out.stdout
+
+
+def test_info_of_a_preset(capsys):
+    assert cli.main(["info", "qwen2.5-vl-72b"]) == 0
+    out = capsys.readouterr().out
+    assert "73,410,777,344" in out and "the sizes of qwen2.5-vl-72b" in out
+    assert cli.main(["info", "qwen2-vl-2b", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"] == 2208985600 and facts["dtypes"] == {"bfloat16": 2208985600}
+    assert facts["config"]["text"]["num_hidden_layers"] == 28
+
+
+def test_convert_there_and_back_and_info(tiny_checkpoint, tmp_path, capsys):
+    """Both formats tell the same about a model, and a second conversion does not write over the first."""
+    orbax, back = tmp_path / "orbax", tmp_path / "hf"
+    assert cli.main(["convert", str(tiny_checkpoint), str(orbax), "--to", "orbax"]) == 0
+    assert cli.convert_main([str(orbax), str(back), "--to", "hf", "--layout", "nested"]) == 0
+    assert capsys.readouterr() == (f"{orbax}\n{back}\n", "")
+    facts = []
+    for path in (tiny_checkpoint, orbax, back):
+        assert cli.main(["info", str(path), "--json"]) == 0
+        facts.append(json.loads(capsys.readouterr().out))
+        on_disk = sum((path / name).stat().st_size for name in facts[-1]["files"])
+        assert facts[-1]["bytes"] == on_disk > 2 * facts[-1]["parameters"]
+    assert [f["format"] for f in facts] == ["hf", "orbax", "hf"]
+    same = [{k: f[k] for k in ("family", "preset", "parameters", "dtypes", "config")} for f in facts]
+    assert same[0] == same[1] == same[2] and facts[0]["family"] == tiny_checkpoint.name
+    assert cli.main(["convert", str(back), str(orbax), "--to", "orbax"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["info"], ["convert", "--to", "orbax"], ["generate", "--prompt", "?", "--model"]])
+def test_not_a_checkpoint(argv, tmp_path, capsys):
+    for path, says in ((tmp_path, "no config.json"), (tmp_path / "nowhere", "no such directory")):
+        extra = [str(tmp_path / "new")] if argv[0] == "convert" else []
+        assert cli.main([*argv, str(path), *extra]) == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
