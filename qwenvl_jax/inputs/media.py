@@ -1,0 +1,308 @@
+"""Opens untrusted pictures safely and cuts them into patches, so that nothing past this file sees a decoder.
+
+Patches stay uint8 until the device normalises them (`pixel_table` says to which float32 values): a quarter
+of the bytes to move, and no arithmetic on the host. Clips are in `video.py`.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from qwenvl_jax.inputs.source import locate, name_of
+from qwenvl_jax.types import Grid, InputError, Visual
+
+MAX_ASPECT = 200  # the reference's limit
+MAX_PIXELS = 1 << 27  # of a picture, declared or resized: 134 megapixels, half a gigabyte once decoded
+MAX_IMAGE_BYTES = 128 << 20
+
+# Pillow's own readers of common formats. Others are left out on purpose: some start programs (EPS runs
+# Ghostscript) and few are fuzzed. MPO comes with JPEG.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
+_UPRIGHT = {  # EXIF orientation → what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How pictures become patches: a checkpoint's `preprocessor_config.json`; defaults are the official files'."""
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 12845056  # 16384 visual tokens
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self):
+        for name in ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"):
+            check_whole(name, getattr(self, name))
+        if self.min_pixels > self.max_pixels:
+            raise InputError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(isinstance(v, float | int) and math.isfinite(v) for v in values):
+                raise InputError(f"{name} is {values!r}; it must be three numbers")
+        if 0 in self.image_std:
+            raise InputError("image_std has a zero")
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a visual token; both sides of a resized picture are multiples of it."""
+        return self.patch_size * self.merge_size
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Preprocessing":
+        """Reads `preprocessor_config.json`, older (`min_pixels`) or newer (`size.shortest_edge`) layout."""
+        if not isinstance(data, dict):
+            raise InputError("preprocessor_config.json is not a JSON object")
+        for key, value in (
+            ("do_resize", True),
+            ("do_rescale", True),
+            ("do_normalize", True),
+            ("do_convert_rgb", True),
+            ("resample", 3),
+            ("rescale_factor", 1 / 255),
+        ):
+            if data.get(key, value) not in (value, None):
+                raise InputError(f"preprocessor_config.json says {key} = {data[key]!r}; only {value!r} is supported")
+        size = data.get("size") or {}
+        values = {
+            "min_pixels": data.get("min_pixels") or size.get("shortest_edge"),
+            "max_pixels": data.get("max_pixels") or size.get("longest_edge"),
+            **{k: data.get(k) for k in ("patch_size", "temporal_patch_size", "merge_size")},
+            **{k: tuple(data[k]) for k in ("image_mean", "image_std") if data.get(k) is not None},
+        }
+        return cls(**{k: v for k, v in values.items() if v is not None})
+
+
+def pixel_table(p: Preprocessing) -> np.ndarray:
+    """[3, 256] float32: what the reference makes of each uint8 value of each channel, bit for bit.
+
+    transformers 4.51.3 rescales in float64, rounds to float32, then subtracts and divides in float32.
+    """
+    unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    mean, std = np.float32(p.image_mean)[:, None], np.float32(p.image_std)[:, None]
+    return (unit - mean) / std
+
+
+def smart_resize(
+    height: int, width: int, factor: int = 28, min_pixels: float = 56 * 56, max_pixels: float = 12845056
+) -> tuple[int, int]:
+    """The (height, width) to resize to: multiples of `factor`, area within bounds, aspect nearly kept.
+
+    As in today's reference: sides round half to even, none is under `factor`, and an aspect of exactly 200
+    passes. (transformers 4.51.3 refused sides under `factor`; qwen-vl-utils scaled them up before it saw
+    them.) Raises InputError for an empty picture or a larger aspect.
+    """
+    if height <= 0 or width <= 0:
+        raise InputError(f"the picture is empty ({width} × {height} pixels)")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise InputError(
+            f"the picture is {width} × {height} pixels; one side may be at most {MAX_ASPECT} times the other"
+        )
+    h, w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
+    if h * w > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        h = max(factor, math.floor(height / scale / factor) * factor)
+        w = max(factor, math.floor(width / scale / factor) * factor)
+    elif h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        h, w = math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
+    if h * w > MAX_PIXELS:
+        raise InputError(f"the picture would be resized to {w} × {h} pixels; lower min_pixels or max_pixels")
+    return h, w
+
+
+def target_size(
+    height: int,
+    width: int,
+    p: Preprocessing,
+    *,
+    min_pixels: float | None = None,
+    max_pixels: float | None = None,
+    resized_height: int | None = None,
+    resized_width: int | None = None,
+) -> tuple[int, int]:
+    """The (height, width) of the resized picture under one item's options, which win over `p`.
+
+    `resized_*` go through smart_resize themselves, with its default bounds, as in qwen-vl-utils. One bound
+    given alone moves the other if it must.
+    """
+    if (resized_height is None) != (resized_width is None):
+        raise InputError("resized_height and resized_width must be given together")
+    if resized_height is not None:
+        check_whole("resized_height", resized_height)
+        check_whole("resized_width", resized_width)
+        area = p.factor**2
+        return smart_resize(resized_height, resized_width, p.factor, 4 * area, 16384 * area)
+    for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+        if value is not None and not value > 0:
+            raise InputError(f"{name} is {value!r}; it must be positive")
+    low = min_pixels or min(p.min_pixels, max_pixels or p.min_pixels)
+    high = max_pixels or max(p.max_pixels, low)
+    if low > high:
+        raise InputError(f"min_pixels {low} is larger than max_pixels {high}")
+    return smart_resize(height, width, p.factor, low, high)
+
+
+def image_visual(
+    source,
+    preprocessing: Preprocessing,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    resized_height: int | None = None,
+    resized_width: int | None = None,
+) -> Visual:
+    """One still picture as patches [h·w, C] uint8, its one frame standing for all frames of a grid step.
+
+    source: anything `load_image` takes. Raises InputError naming it.
+    """
+    image, p = load_image(source), preprocessing
+    try:
+        height, width = target_size(
+            image.height,
+            image.width,
+            p,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            resized_height=resized_height,
+            resized_width=resized_width,
+        )
+    except InputError as e:
+        raise InputError(f"{name_of(source)}: {e}") from e
+    patches = empty_patches(1, height, width, p)
+    fill(patches[0], resize(image, height, width), range(p.temporal_patch_size))
+    return as_visual(patches, "image")
+
+
+def load_image(source) -> Image.Image:
+    """The picture as an upright RGB PIL image: EXIF orientation applied, RGBA put on white.
+
+    source: path, file:// or http(s) URL, base64 data: URL, bytes, PIL image, or uint8 array [H, W],
+    [H, W, 3] or [H, W, 4]. A PIL image that needs no change is returned as it is. An animation gives its
+    first frame. Modes other than RGBA go through `convert("RGB")`, which drops a gray or palette picture's
+    transparency, as in the reference. Sizes are checked on the header, before anything is decoded.
+    """
+    name = name_of(source)
+    if isinstance(source, Image.Image):
+        return _decoded(source, name)
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
+            raise InputError(
+                f"{name}: a picture given as an array must be uint8 [H, W], [H, W, 3] or [H, W, 4], "
+                f"not {source.dtype} {list(source.shape)}"
+            )
+        _check_size(name, source.shape[1], source.shape[0])
+        return _decoded(Image.fromarray(np.ascontiguousarray(source)), name)
+    data = locate(source, MAX_IMAGE_BYTES)
+    if isinstance(data, bytes):
+        return _decoded(_identify(io.BytesIO(data), name), name)
+    try:
+        if data.stat().st_size > MAX_IMAGE_BYTES:
+            raise InputError(f"{name}: larger than {MAX_IMAGE_BYTES >> 20} MiB, the limit for a picture")
+        with data.open("rb") as file:
+            return _decoded(_identify(file, name), name)
+    except OSError as e:
+        raise InputError(f"{name}: cannot be read ({e.strerror or e})") from e
+
+
+def _identify(file, name: str) -> Image.Image:
+    """Reads the header only. Image.open would do, but for its warning about sizes of its own choosing."""
+    Image.init()
+    prefix = file.read(16)
+    if not prefix:
+        raise InputError(f"{name}: is empty")
+    for format_name in _FORMATS:
+        opener, accepts = Image.OPEN[format_name]
+        if accepts and accepts(prefix) is not True:
+            continue  # False, or a str saying that this Pillow was built without the format
+        file.seek(0)
+        try:
+            return opener(file, None)
+        except Exception:  # a hostile header makes Pillow raise anything, struct.error included
+            continue
+    raise InputError(f"{name}: not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF, …), or damaged")
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    _check_size(name, image.width, image.height)
+    try:
+        image.load()
+        try:
+            orientation = image.getexif().get(0x0112)
+        except Exception:  # a damaged EXIF block says nothing; the pixels are still good
+            orientation = None
+        if isinstance(orientation, int) and orientation in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[orientation])
+        if image.mode == "RGB":
+            return image
+        if image.mode == "RGBA":
+            canvas = Image.new("RGB", image.size, (255, 255, 255))
+            canvas.paste(image, mask=image.getchannel("A"))
+            return canvas
+        if isinstance(image.info.get("transparency"), bytes):
+            image = image.copy()
+            del image.info["transparency"]  # else convert warns that it drops it
+        return image.convert("RGB")
+    except Exception as e:  # whatever a decoder says about hostile bytes
+        raise InputError(f"{name}: cannot be decoded ({e})") from e
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if width <= 0 or height <= 0:
+        raise InputError(f"{name}: the picture is empty ({width} × {height} pixels)")
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{name}: {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels in all")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise InputError(f"{name}: {width} × {height} pixels; one side may be at most {MAX_ASPECT} times the other")
+
+
+def resize(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Pillow's bicubic with antialiasing, which the reference uses."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def empty_patches(t: int, height: int, width: int, p: Preprocessing) -> np.ndarray:
+    """Uninitialised patches [t, h-block, w-block, h-in-block, w-in-block, channel, frame, y, x] uint8."""
+    m, s = p.merge_size, p.patch_size
+    return np.empty((t, height // p.factor, width // p.factor, m, m, 3, p.temporal_patch_size, s, s), np.uint8)
+
+
+def fill(step: np.ndarray, image: Image.Image, frames: Sequence[int]) -> None:
+    """Writes one resized RGB image into the given frames of one grid step of `empty_patches`.
+
+    Row of blocks by row of blocks: what is read and written then stays in the cache. The transpose is
+    paid once; further frames are copied from the first.
+    """
+    rows, _, m, _, _, _, s, _ = step.shape
+    pixels = np.asarray(image).reshape(rows, m, s, -1, m, s, 3)
+    for row, strip in zip(step, pixels, strict=True):
+        first = row[..., frames[0], :, :]
+        first[:] = strip.transpose(2, 0, 3, 5, 1, 4)
+        for frame in frames[1:]:
+            row[..., frame, :, :] = first
+
+
+def as_visual(patches: np.ndarray, kind: str, seconds_per_grid: float = 0.0) -> Visual:
+    """Names what `empty_patches` and `fill` made; no copy."""
+    t, rows, columns, m, _, *values = patches.shape
+    return Visual(patches.reshape(-1, math.prod(values)), Grid(t, rows * m, columns * m), kind, seconds_per_grid)
+
+
+def check_whole(name: str, value) -> None:
+    """InputError unless an option is a positive whole number."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value <= 0:
+        raise InputError(f"{name} is {value!r}; it must be a positive whole number")

@@ -1,0 +1,107 @@
+"""Finds the bytes a user points at, by path, URL or buffer, without trusting what is there."""
+
+import base64
+import binascii
+import http.client
+import re
+import stat
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+from qwenvl_jax.types import InputError
+
+FETCH_SECONDS = 30.0  # for a whole download
+
+
+def name_of(source) -> str:
+    """What to call a source in a message: short, whatever was given."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"{len(source)} bytes"
+    if isinstance(source, str | Path):
+        text = str(source)
+        if text[:5].lower() == "data:":
+            return f"{re.split('[;,]', text[:60])[0]} URL of {len(text)} characters"
+        return text if len(text) <= 200 else f"{text[:197]}…"
+    return f"{type(source).__name__} object"
+
+
+def locate(source, max_bytes: int) -> bytes | Path:
+    """The bytes of a URL or buffer, or the path of a regular file that exists; else InputError.
+
+    `max_bytes` holds for what must be in memory (downloads, data URLs), not for files.
+    """
+    name = name_of(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    if not isinstance(source, str | Path):
+        raise InputError(f"{name}: give a path, a URL, bytes, a PIL image or a uint8 array")
+    scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://|(data):", source) if isinstance(source, str) else None
+    scheme = scheme and scheme[0].rstrip(":/").lower()
+    if scheme == "data":
+        return _from_data_url(source, name, max_bytes)
+    if scheme in ("http", "https"):
+        return _fetch(source, max_bytes)
+    if scheme not in (None, "file"):
+        raise InputError(f"{name}: {scheme}:// is not supported; use a path, file://, http(s):// or data:")
+    path = Path(source)
+    try:
+        if scheme:
+            path = Path(source[len("file://") :])
+            if not path.exists():
+                path = Path(urllib.parse.unquote(str(path)))
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as e:
+        raise InputError(f"{name}: {getattr(e, 'strerror', None) or e}") from e
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{name}: {'is a directory' if stat.S_ISDIR(mode) else 'not a regular file'}")
+    return path
+
+
+def _from_data_url(url: str, name: str, max_bytes: int) -> bytes:
+    head, comma, body = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise InputError(f"{name}: not of the form data:image/png;base64,…")
+    if len(body) > max_bytes * 4 // 3 + 4:
+        raise InputError(f"{name}: larger than {max_bytes >> 20} MiB")
+    try:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise InputError(f"{name}: the base64 is damaged ({e})") from e
+
+
+def _fetch(url: str, max_bytes: int) -> bytes:
+    """Downloads over http(s) and nothing else: the opener knows no other scheme to be redirected to."""
+    name, opener = name_of(url), urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    deadline, body = time.monotonic() + FETCH_SECONDS, bytearray()
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "qwenvl-jax"})
+        with opener.open(request, timeout=FETCH_SECONDS) as response:
+            # read1 returns what has come, so that a server sending a byte at a time meets the deadline.
+            while chunk := response.read1(1 << 16):
+                body += chunk
+                if len(body) > max_bytes:
+                    raise InputError(f"{name}: larger than {max_bytes >> 20} MiB")
+                if time.monotonic() > deadline:
+                    raise InputError(f"{name}: not downloaded within {FETCH_SECONDS:g} seconds")
+            if response.length:  # what Content-Length promised and read1 did not get
+                raise InputError(f"{name}: the download broke off after {len(body)} bytes")
+    except (OSError, http.client.HTTPException, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
+        if isinstance(e, urllib.error.HTTPError):
+            e.close()
+        raise InputError(f"{name}: cannot be downloaded ({e})") from e
+    return bytes(body)
