@@ -23,7 +23,6 @@ from qwenvl_jax.inputs.chat import (
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
 from qwenvl_jax.inputs.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Media, check_tools, normalize
 from qwenvl_jax.inputs.video import video_visual
-from qwenvl_jax.inputs.video import video_visual
 from qwenvl_jax.types import Batch, InputError, Sample, Visual
 
 _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
