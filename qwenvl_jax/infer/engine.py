@@ -1,0 +1,401 @@
+"""Conversations in, answers out: batches, buckets and the decode loop around the pure model.
+
+The loop never waits for a token. Each step is dispatched as soon as the one before is, the drawn token goes
+from step to step on the device, and the host reads it `lag` steps later; what was dispatched past a row's
+end is thrown away. (A loop on the device would keep a second copy of the cache.)
+"""
+
+import functools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from qwenvl_jax.infer import sampling
+from qwenvl_jax.infer.detokenize import Detokenizer
+from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions
+from qwenvl_jax.infer.programs import CHUNK, Programs
+from qwenvl_jax.inputs.batch import Ladder, make_batch, round_up
+from qwenvl_jax.types import Batch, InputError, Model, Sample, VisionBatch
+
+
+@dataclass(frozen=True)
+class Result:
+    """One answer.
+
+    text: the answer without eos, stop ids or stop strings.
+    token_ids: everything generated, with the eos or stop id that ended it (as in transformers and vLLM);
+        after a stop string, up to the token that completed it.
+    finish_reason: "stop" (eos, a stop id or string) or "length" (max_new_tokens, or the context is full).
+    logprobs: one for each of token_ids, under the raw logits; None unless asked for.
+    top_logprobs: for each of token_ids the best (id, logprob) pairs; None unless asked for.
+    others: the other n − 1 samples of the same conversation.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    others: tuple["Result", ...] = ()
+
+    @property
+    def samples(self) -> tuple["Result", ...]:
+        """All n samples, this one first."""
+        return (self, *self.others)
+
+
+class Engine:
+    """Generates with one model. Programs are compiled when first needed, or ahead by `warmup`.
+
+    max_batch: rows decoded together; longer lists are split.
+    max_length: tokens of a prompt and its answer together, at most (and by default) the model's context.
+    ladder: the sizes to compile for; `tokens` serves prompts and caches.
+    lag: how many steps the host reads behind the device.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_batch: int = 8,
+        max_length: int | None = None,
+        ladder: Ladder | None = None,
+        lag: int = 4,
+    ):
+        context = model.config.text.max_position_embeddings
+        max_length = context if max_length is None else max_length
+        if not 1 < max_length <= context:
+            raise InputError(f"max_length is {max_length}; it must be from 2 to the model's context, {context}")
+        if max_batch < 1 or lag < 0:
+            raise InputError(f"max_batch is {max_batch} and lag {lag}; they must be at least 1 and 0")
+        self.config, self.processor, self.generation = model.config, model.processor, model.generation
+        self.max_batch, self.max_length, self.lag = max_batch, max_length, lag
+        ladder = ladder or Ladder()
+        rows, tokens = _capped(ladder.rows, max_batch), _capped(ladder.tokens, max_length)
+        self.ladder = ladder._replace(rows=rows, tokens=tokens)
+
+        self.params = jax.tree.map(jnp.asarray, model.params)
+        layouts = [leaf.sharding for leaf in jax.tree.leaves(self.params)]
+        mesh = next((s.mesh for s in layouts if isinstance(s, NamedSharding)), None)
+        # Inputs go to every device of the mesh; the model's own constraints split them.
+        self._layout = layouts[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self._programs = Programs(self.config, tokens, mesh)
+
+    @property
+    def traces(self) -> dict[str, int]:
+        """How often each program was traced, which is how often XLA compiled."""
+        return dict(self._programs.traces)
+
+    def generate(
+        self,
+        conversations: Sequence,
+        options: GenerateOptions | Sequence[GenerateOptions] | None = None,
+        *,
+        tools: list | None = None,
+        **changes,
+    ) -> list[Result]:
+        """Answers every conversation; the results are in their order.
+
+        conversations: each a list of messages, or a `Sample` that the processor has made of one.
+        options: for all, or one for each; `changes` are single options for all (`temperature=0.7`) and win.
+        Everything is encoded before the first token is generated, so bad input anywhere costs nothing, and
+        all pictures are in host memory at once. Raises InputError for bad input, bad options, or a prompt
+        that leaves no room in the context.
+        """
+        if isinstance(conversations, Sample) or any(isinstance(c, dict) for c in conversations):
+            raise InputError("generate takes a list of conversations; put the one you have into a list")
+        if options is None or isinstance(options, GenerateOptions):
+            options = [options or GenerateOptions()] * len(conversations)
+        if len(options) != len(conversations):
+            raise InputError(f"{len(options)} options were given for {len(conversations)} conversations")
+        requests = [self._request(c, o, tools, changes) for c, o in zip(conversations, options, strict=True)]
+        for rows in _batches(requests, self.max_batch):
+            for _ in self._run(rows):
+                pass
+        return [request.result() for request in requests]
+
+    def stream(
+        self,
+        conversation,
+        options: GenerateOptions | None = None,
+        *,
+        tools: list | None = None,
+        **changes,
+    ) -> "Stream":
+        """Answers one conversation piece by piece; the pieces joined are the text `generate` gives.
+
+        No piece holds part of a character or of a stop string. Raises as `generate` does, before any piece.
+        """
+        request = self._request(conversation, options or GenerateOptions(), tools, changes)
+        if len(request.rows) > 1:
+            raise InputError(f"n is {len(request.rows)}; only one sample can be streamed, generate gives several")
+        return Stream(request, self._run(request.rows))
+
+    def _request(self, conversation, options: GenerateOptions, tools, changes: dict) -> "_Request":
+        options = options.replace(**changes).resolve(self.generation, self.config.eos_token_id)
+        sample = conversation
+        if not isinstance(sample, Sample):
+            sample = self.processor.encode(conversation, tools=tools)
+        length = len(sample.tokens)
+        if length >= self.max_length:
+            shrink = " with fewer pictures or frames, or a smaller max_pixels" if sample.visuals else ""
+            raise InputError(
+                f"the prompt has {length} tokens; the context of {self.max_length} must hold it and at least "
+                f"one new token. Give a shorter conversation{shrink}"
+            )
+        decode = functools.partial(self.processor.decode, skip_special_tokens=options.skip_special_tokens)
+        return _Request(sample, options, min(options.max_new_tokens, self.max_length - length), decode)
+
+    def _run(self, rows: list["_Row"]) -> Iterator[None]:
+        """Generates one batch to its end; the rows take in one token each between two yields."""
+        programs = self._programs
+        variant = {
+            "sample": not all(row.options.greedy for row in rows),
+            "logprobs": MAX_LOGPROBS if any(row.options.logprobs is not None for row in rows) else None,
+        }
+        draw, state, cache, knobs = self._start(rows, variant)
+        unread, dispatched = deque([_fetch(draw)]), 1
+        while live := [row for row in rows if row.finish_reason is None]:
+            while len(unread) <= self.lag and dispatched < max(row.limit for row in live):
+                # This step writes slot prompt + dispatched − 1. Rows that are done may run past the end.
+                while cache.k[0].shape[2] < max(row.prompt_tokens for row in live) + dispatched:
+                    cache = programs.grow(cache)
+                draw, state, cache = programs.step(self.params, draw.tokens, state, cache, knobs, **variant)
+                unread.append(_fetch(draw))
+                dispatched += 1
+            values = jax.device_get(unread.popleft())
+            for b, row in enumerate(rows):
+                row.push(b, values)
+            yield
+
+    def _start(self, rows: list["_Row"], variant: dict):
+        """From the prompts to the first drawn token. A prompt is read once, however many rows have it."""
+        requests = list(dict.fromkeys(row.request for row in rows))
+        prefilled = self._prompt(make_batch([r.sample for r in requests], self.config, self.ladder))
+        size = round_up(len(rows), self.ladder.rows, "rows")
+        if len(requests) < len(rows):
+            source = np.zeros(size, np.int32)
+            source[: len(rows)] = [requests.index(row.request) for row in rows]
+            prefilled = self._programs.fork(self._put(source), *prefilled)
+        logits, prompt, cache = prefilled
+        keys = self._put(sampling.seed_keys([row.seed for row in rows], size))
+        knobs = self._put(sampling.make_knobs([row.options.knobs for row in rows], size))
+        draw, state = self._programs.first(logits, prompt, keys, knobs, **variant)
+        return draw, state, cache, knobs
+
+    def _prompt(self, batch: Batch):
+        """Reads the prompts: (logits [B, V] after each, ids that each holds [B, V], the cache)."""
+        batch = self._put(batch)
+        x, prompt = self._programs.embed(self.params, batch.tokens, batch.segments)
+        if batch.vision is not None:
+            for i, chunk in enumerate(self._programs.encode(self.params, batch.vision)):
+                x = self._programs.place(x, batch.visual_index, chunk, self._put(np.int32(i * CHUNK)))
+        logits, cache = self._programs.prefill(self.params, x, batch.positions, batch.segments)
+        return logits, prompt, cache
+
+    def _put(self, tree):
+        return jax.device_put(tree, self._layout)
+
+    def warmup(
+        self,
+        *,
+        max_tokens: int,
+        max_pixels: int | None = None,
+        max_visuals: int | None = None,
+        n: int = 1,
+        sample: Sequence[bool] = (False, True),
+        logprobs: Sequence[bool] = (False,),
+        progress: bool = True,
+    ) -> None:
+        """Compiles every program that requests within these limits can need, by running each once.
+
+        max_tokens: of a prompt and its answer together.
+        max_pixels: of one picture or video frame after resizing; None for text only.
+        max_visuals: pictures and pairs of video frames in one batch; by default one a row.
+        n: samples of every conversation.
+        sample, logprobs: the kinds of batches to prepare for: any row not greedy, any row with logprobs.
+        """
+        tokens = self.ladder.tokens
+        tokens = tokens[: tokens.index(round_up(min(max_tokens, self.max_length), tokens, "tokens")) + 1]
+        variants = [{"sample": s, "logprobs": MAX_LOGPROBS if p else None} for s in sample for p in logprobs]
+        shapes = self._vision_shapes(max_pixels, max_visuals or self.max_batch) if max_pixels else []
+        forks = _forks(n, self.max_batch, self.ladder.rows)
+        jobs = [functools.partial(self._warm_vision, *shape) for shape in shapes]
+        for B in self.ladder.rows:
+            chunk = shapes[0] if shapes else None
+            jobs += [functools.partial(self._warm_prompt, B, T, forks, chunk) for T in tokens]
+            jobs.append(functools.partial(self._warm_steps, B, tokens, variants))
+        for job in tqdm(jobs, desc="compiling", disable=not progress):
+            jax.block_until_ready(job())
+
+    def _vision_shapes(self, max_pixels: int, visuals: int) -> list[tuple[int, int]]:
+        """Lane buckets (R, P) that so many frames of so many pixels can come to, the smallest first.
+
+        There are never more lanes than frames. Edge windows may leave slots of their blocks empty, hence one
+        rung more than the patches need.
+        """
+        patches, lanes = self.ladder.patches, self.ladder.lanes
+        largest = round_up(max_pixels // self.config.vision.patch_size**2, patches, "patches in a frame")
+        spare = 1 if self.config.vision.window_size else 0
+        lanes = lanes[: lanes.index(round_up(visuals, lanes, "lanes")) + 1]
+        return [(R, P) for P in patches[: patches.index(largest) + 1 + spare] for R in lanes]
+
+    def _warm_vision(self, R: int, P: int):
+        ids = np.zeros((R, P), np.int32)
+        patches = np.zeros((R, P, self.config.vision.patch_values), np.uint8)
+        vision = VisionBatch(patches, np.zeros((R, P, 2), np.int32), ids, ids)
+        return self._programs.encode(self.params, self._put(vision))
+
+    def _warm_prompt(self, B: int, T: int, forks: set[tuple[int, int]], vision: tuple[int, int] | None):
+        empty = np.zeros((B, T), np.int32)
+        batch = Batch(empty, np.zeros((3, B, T), np.int32), empty, empty - 1)
+        prefilled = self._prompt(batch)
+        for size in (to for of, to in forks if of == B):
+            self._programs.fork(self._put(np.zeros(size, np.int32)), *prefilled)
+        if vision:
+            batch = self._put(batch)
+            x, _ = self._programs.embed(self.params, batch.tokens, batch.segments)
+            chunk = self._warm_vision(*vision)[0]
+            self._programs.place(x, batch.visual_index, chunk, self._put(np.int32(0)))
+        return prefilled
+
+    def _warm_steps(self, B: int, tokens: Sequence[int], variants: list[dict]):
+        logits, prompt, cache = self._warm_prompt(B, tokens[0], set(), None)
+        keys, knobs = self._put((sampling.seed_keys([], B), sampling.make_knobs([], B)))
+        while True:
+            for variant in variants:
+                draw, state = self._programs.first(logits, jnp.copy(prompt), keys, knobs, **variant)
+                draw, state, cache = self._programs.step(self.params, draw.tokens, state, cache, knobs, **variant)
+            if cache.k[0].shape[2] >= tokens[-1]:
+                return cache
+            cache = self._programs.grow(cache)
+
+
+class Stream:
+    """An answer in pieces. `result` is None until they have run out; `close` gives up before that."""
+
+    def __init__(self, request: "_Request", steps: Iterator[None]):
+        self._request = request
+        self._pieces = self._read(steps)
+
+    def _read(self, steps: Iterator[None]) -> Iterator[str]:
+        (row,) = self._request.rows
+        for _ in steps:
+            if row.pieces[-1]:
+                yield row.pieces[-1]
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        self._pieces.close()
+
+    @property
+    def result(self) -> Result | None:
+        return self._request.result() if self._request.rows[0].finish_reason else None
+
+
+class _Request:
+    """One conversation and the rows, one a sample, that answer it."""
+
+    def __init__(self, sample: Sample, options: GenerateOptions, limit: int, decode):
+        self.sample = sample
+        self.rows = [
+            _Row(self, options, options.seed + j, limit, Detokenizer(decode, options.stop)) for j in range(options.n)
+        ]
+
+    def result(self) -> Result:
+        first, *others = (row.result() for row in self.rows)
+        return replace(first, others=tuple(others))
+
+
+class _Row:
+    """One row of a batch: what it may still do, and what it has so far."""
+
+    def __init__(self, request: _Request, options: GenerateOptions, seed: int, limit: int, text: Detokenizer):
+        self.request, self.options, self.seed, self.limit, self._text = request, options, seed, limit, text
+        self.prompt_tokens = len(request.sample.tokens)
+        self._stop_ids = frozenset(options.stop_token_ids)
+        self.finish_reason: str | None = None
+        self.pieces: list[str] = []  # of text, one a token
+        self._ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._top: list[list[tuple[int, float]]] = []
+
+    def push(self, b: int, draw: sampling.Draw) -> None:
+        """Takes row b of a draw that is on the host; one that comes after the end is dropped."""
+        if self.finish_reason:
+            return
+        token, asked = int(draw.tokens[b]), self.options.logprobs
+        self._ids.append(token)
+        if asked is not None:
+            self._logprobs.append(float(draw.logprobs[b]))
+            best = zip(draw.top_ids[b, :asked].tolist(), draw.top_logprobs[b, :asked].tolist(), strict=True)
+            self._top.append(list(best))
+        ended = token in self._stop_ids
+        piece = "" if ended else self._text.push(token)
+        if ended or self._text.stopped:
+            self.finish_reason = "stop"
+        elif len(self._ids) == self.limit:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            piece += self._text.finish()
+        self.pieces.append(piece)
+
+    def result(self) -> Result:
+        asked = self.options.logprobs
+        return Result(
+            "".join(self.pieces),
+            self._ids,
+            self.finish_reason,
+            self.prompt_tokens,
+            None if asked is None else self._logprobs,
+            self._top if asked else None,
+        )
+
+
+def _capped(rungs: Sequence[int], most: int) -> tuple[int, ...]:
+    """The rungs below `most`, and `most`."""
+    return (*(r for r in rungs if r < most), most)
+
+
+def _batches(requests: list[_Request], max_batch: int) -> Iterator[list[_Row]]:
+    """Rows of similar prompt length together, the longest first, so that memory runs out early or not at all.
+
+    The samples of one conversation stay together where they fit, so that it is read once.
+    """
+    batch = []
+    for request in sorted(requests, key=lambda r: -len(r.sample.tokens)):
+        if batch and len(batch) + len(request.rows) > max_batch:
+            yield batch
+            batch = []
+        batch = batch + request.rows
+        while len(batch) >= max_batch:
+            yield batch[:max_batch]
+            batch = batch[max_batch:]
+    if batch:
+        yield batch
+
+
+def _forks(n: int, max_batch: int, rungs: Sequence[int]) -> set[tuple[int, int]]:
+    """The (prompts, rows) buckets that conversations with n samples each lead to."""
+    counts = {(u, u * n) for u in range(1, max_batch // n + 1)} | {(1, max_batch), (1, n % max_batch)}
+    counts = {(u, rows) for u, rows in counts if u < rows and (n <= max_batch or u == 1)} if n > 1 else set()
+    return {(round_up(u, rungs, "rows"), round_up(rows, rungs, "rows")) for u, rows in counts}
+
+
+def _fetch(draw: sampling.Draw) -> sampling.Draw:
+    """Starts the copy to the host, to be read later without waiting."""
+    for leaf in jax.tree.leaves(draw):
+        leaf.copy_to_host_async()
+    return draw

@@ -1,0 +1,131 @@
+"""The compiled programs of an engine: few, and each for one rung of a ladder, never for a pair of rungs.
+
+`encode` is compiled for a lane bucket (R, P), `embed`, `place` and `prefill` for a (B, T), `first` for a B,
+`step` and `grow` for a (B, S), and `fork` only where a conversation has several samples. They meet in shapes
+that depend on one of them alone: vision output travels in chunks of a fixed size, and S follows from T.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from qwenvl_jax.config import Config
+from qwenvl_jax.infer import sampling
+from qwenvl_jax.model import qwenvl
+from qwenvl_jax.sharding import constrain
+from qwenvl_jax.types import Cache
+
+CHUNK = 1024  # visual tokens that go into the text at a time
+
+
+class Programs:
+    """Jitted functions, made once. `traces` counts how often each was traced, by name."""
+
+    def __init__(self, config: Config, rungs: Sequence[int], mesh: Mesh | None):
+        """rungs: the T and S that exist, rising; mesh: where the parameters live, None for one device."""
+        self.config, self.rungs, self.mesh = config, tuple(rungs), mesh
+        self.traces = Counter()
+        variant = ("sample", "logprobs")
+        self.encode = self._program(self._encode)
+        self.embed = self._program(self._embed)
+        self.place = self._program(self._place, donate_argnames="x")
+        self.prefill = self._program(self._prefill)
+        self.fork = self._program(self._fork)
+        self.first = self._program(self._first, static_argnames=variant, donate_argnames="prompt")
+        self.step = self._program(self._step, static_argnames=variant, donate_argnames=("state", "cache"))
+        self.pad = self._program(self._pad, static_argnames="slots")
+
+    def grow(self, cache: Cache) -> Cache:
+        """The cache with the next rung's slots; the old one is used up, a layer at a time, so that only one
+        layer is held twice."""
+        slots = self.slots(cache.k[0].shape[2])
+        for layers in (cache.k, cache.v):
+            for l, layer in enumerate(layers):
+                layers[l] = self.pad(layer, slots=slots)
+        return cache
+
+    def slots(self, tokens: int) -> int:
+        """The rung after this one, which gives a prompt's cache room for an answer; the last has none."""
+        return next((r for r in self.rungs if r > tokens), self.rungs[-1])
+
+    def _program(self, f, **options):
+        name = f.__name__.strip("_")
+
+        @functools.wraps(f)
+        def traced(*args, **kwargs):
+            self.traces[name] += 1
+            return f(*args, **kwargs)
+
+        jitted = jax.jit(traced, **options)
+        if self.mesh is None:
+            return jitted
+
+        def call(*args, **kwargs):
+            with jax.set_mesh(self.mesh):
+                return jitted(*args, **kwargs)
+
+        return call
+
+    def _encode(self, params, vision):
+        """VisionBatch → [CHUNK, D] pieces of the flattened [R·M, D] output, zeros at the end."""
+        x = qwenvl.encode(self.config, params, vision)
+        x = jnp.pad(x, ((0, -len(x) % CHUNK), (0, 0)))
+        return [_whole(x[i : i + CHUNK]) for i in range(0, len(x), CHUNK)]
+
+    def _embed(self, params, tokens, segments):
+        """tokens, segments [B, T] → (text embeddings [B, T, D], ids that the prompts hold [B, V])."""
+        prompt = sampling.prompt_ids(tokens, segments, self.config.text.vocab_size)
+        return qwenvl.embed(self.config, params, tokens, None), constrain(prompt, "BV")
+
+    def _place(self, x, visual_index, chunk, start):
+        """Puts rows start … start + CHUNK of the vision output where visual_index [B, T] wants them in x."""
+        index = visual_index - start
+        here = (visual_index >= 0) & (index >= 0) & (index < CHUNK)
+        picked = chunk[jnp.clip(index, 0, CHUNK - 1)].astype(x.dtype)
+        return constrain(jnp.where(here[..., None], picked, x), "BTD")
+
+    def _prefill(self, params, x, positions, segments):
+        slots = self.slots(segments.shape[1])
+        logits, cache = qwenvl.prefill(self.config, params, x, positions, segments, slots)
+        return constrain(logits, "BV"), _settled_cache(cache)
+
+    def _fork(self, source, logits, prompt, cache):
+        """Row b of the results is row source[b] of what was prefilled."""
+        logits, prompt, cache = jax.tree.map(lambda a: a[source], (logits, prompt, cache))
+        return constrain(logits, "BV"), constrain(prompt, "BV"), _settled_cache(cache)
+
+    def _first(self, logits, prompt, keys, knobs, *, sample, logprobs):
+        draw, state = sampling.start(logits, prompt, keys, knobs, sample=sample, logprobs=logprobs)
+        return jax.tree.map(_whole, draw), _settled_state(state)
+
+    def _step(self, params, tokens, state, cache, knobs, *, sample, logprobs):
+        """One token a row: decodes `tokens` [B] and draws the next ones, in one dispatch."""
+        logits, cache = qwenvl.decode(self.config, params, tokens, cache)
+        draw, state = sampling.draw(logits, state, knobs, sample=sample, logprobs=logprobs)
+        return jax.tree.map(_whole, draw), _settled_state(state), _settled_cache(cache)
+
+    def _pad(self, layer, *, slots):
+        return constrain(jnp.pad(layer, ((0, 0), (0, 0), (0, slots - layer.shape[2]), (0, 0))), "BKSH")
+
+
+# On a mesh, what programs hand on to each other has one layout; otherwise XLA would choose one per program,
+# and the next program would be compiled once for each that it meets.
+
+
+def _whole(x):
+    """The same on every device, so that any process can read it."""
+    return constrain(x, "." * x.ndim)
+
+
+def _settled_cache(cache: Cache) -> Cache:
+    k, v = ([constrain(layer, "BKSH") for layer in layers] for layers in (cache.k, cache.v))
+    return Cache(k, v, _whole(cache.lengths), _whole(cache.deltas))
+
+
+def _settled_state(state: sampling.State) -> sampling.State:
+    index, keys = _whole(state.index), _whole(state.keys)
+    return sampling.State(index, keys, constrain(state.prompt, "BV"), constrain(state.counts, "BV"))
