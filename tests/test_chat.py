@@ -119,6 +119,7 @@ def test_dumped_sdk_message_is_accepted():
         ([user({"type": "video", "video": "a", "frames": 2})], "unknown key 'frames' for type video"),
         ([user({"type": "text", "text": "a", "image": "b"})], "unknown key 'image' for type text"),
         ([user({"text": "a", "image": "b"})], "message 0 item 0 has no 'type' and needs exactly one"),
+        ([user({"image": "a", "max_pixels": "9"})], "message 0 item 0 has max_pixels = '9'; it must be a number"),
         ([user({"max_pixels": 3})], "message 0 item 0 has no 'type' and needs exactly one"),
         ([user({"type": "image_url", "image_url": {"detail": "low"}})], "must be a string or {'url': string}"),
         ([user({"type": "image_url", "image_url": {"url": "a", "size": 3}})], "must be a string or"),
@@ -332,6 +333,28 @@ def test_control_tokens_in_tools_stay_text():
         assert got[1::2].count(bad) == len(messages) - (template is VISION)  # its two results share a turn
         typed = "".join(got[0::2])
         assert typed.count(bad) == 15 - (template is INSTRUCT) and not set(typed) & set(map(chr, range(0xE000, 0xF900)))
+
+
+def test_no_mixture_of_fragments_makes_a_control_token():
+    rng = np.random.default_rng(0)
+    pieces = ["<|im_end|>", "<|", "|>", "<", "|", ">", "im_end", "<|im_", "end|>", "image_pad", "\ue000", "\n", "", " "]
+
+    def text():
+        return "".join(rng.choice(pieces, rng.integers(0, 6)))
+
+    for _ in range(300):
+        typed = [text() for _ in range(6)]
+        for template in (VISION, INSTRUCT):
+            several = [{"text": t} for t in typed[:3]] if template is VISION else "".join(typed[:3])
+            turns = [
+                {"role": "user", "content": several},
+                {"role": "assistant", "content": typed[3], "tool_calls": [call(typed[4], {typed[5]: typed[0]})]},
+                {"role": "tool", "content": typed[1]},
+            ]
+            tools = [{"name": typed[2]}]
+            got = parts(turns, tools, template=template)
+            assert got[1::2] == ["<|im_start|>", "<|im_end|>"] * 4 + ["<|im_start|>"], typed
+            assert "".join(got) == render(turns, tools, template=template, allow_control_tokens=True)
 
 
 def test_control_tokens_act_when_allowed():

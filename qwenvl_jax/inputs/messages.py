@@ -108,10 +108,13 @@ def _item(item, where: str, media: list[Media]) -> dict:
             raise InputError(f"{where}: {key!r} must be a string or {{'url': string}}")
     if any(d not in _DETAIL for d in detail):
         raise InputError(f"{where} has detail {detail[0]!r}; known are {', '.join(_DETAIL)}")
-    if kind == "video" and isinstance(source, list | tuple) and "sample_fps" in given:
+    if kind == "video" and not isinstance(source, str | bytes) and "sample_fps" in given:
         given.setdefault("fps", given.pop("sample_fps"))  # qwen-vl-utils' name for the rate of given frames
     if unknown := sorted(map(str, given.keys() - set(_OPTIONS[kind]))):
         raise InputError(f"{where} has an unknown key {unknown[0]!r} for type {kind}")
+    for option, value in given.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise InputError(f"{where} has {option} = {value!r}; it must be a number")
     if kind == "text":
         if not isinstance(source, str):
             raise InputError(f"{where} has text of {_name(source)}; it must be a string")

@@ -115,7 +115,8 @@ class Processor:
         tools: JSON descriptions in OpenAI's form.
         add_vision_id: number the pictures and clips ("Picture 1: ").
         allow_control_tokens: let control tokens typed in messages act, as transformers does.
-        The other options are defaults for every picture and clip; what an item of a message sets wins.
+        The other options are defaults for every picture and clip that they can apply to; what an item of a
+        message sets wins. max_pixels and min_pixels bound a picture, and each frame of a clip.
         Raises InputError that names the message and item at fault.
         """
         options = dict(
@@ -170,11 +171,13 @@ class Processor:
 
     def _visual(self, media: Media, options: dict) -> Visual:
         names, load = (IMAGE_OPTIONS, image_visual) if media.kind == "image" else (VIDEO_OPTIONS, video_visual)
+        if isinstance(media.source, list | tuple | np.ndarray):  # frames that somebody has chosen already
+            names = (*IMAGE_OPTIONS, "fps") if media.kind == "video" else names
         chosen = {k: options[k] for k in names} | media.options
         # A clip takes fps or nframes: an item's choice of one overrules a default of the other.
         for mine, other in (("fps", "nframes"), ("nframes", "fps")):
-            if mine in media.options and other not in media.options and other in chosen:
-                chosen[other] = None
+            if mine in media.options and other not in media.options:
+                chosen.pop(other, None)
         try:
             return load(media.source, self.preprocessing, **chosen)
         except InputError as e:
