@@ -187,6 +187,14 @@ def test_the_files_of_a_template_rank_as_in_transformers(tmp_path):
     assert ChatTemplate.from_dir(tmp_path).render(messages) == "1x"
 
 
+def test_content_reaches_the_template_in_the_form_it_was_given():
+    template = ChatTemplate({"default": "{% for m in messages %}{{ m.content is string }} {% endfor %}"})
+    call_turn = {"role": "assistant", "content": "a", "tool_calls": [call("f", {})]}
+    assert template.render(normalize([{"role": "user", "content": "a"}, user({"text": "a"}), call_turn])[0]) == (
+        "True False True "
+    )
+
+
 def test_named_templates(tmp_path):
     named = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t{{ tools | length }}"}]
     write(tmp_path, tokenizer_config_json={"chat_template": named})

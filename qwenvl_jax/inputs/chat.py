@@ -174,42 +174,35 @@ def _fold_tools(messages: list[dict], tools: list[dict] | None, default_system) 
         given = messages[0]["role"] == "system"
         system = messages[0]["content"] if given else default_system()
         messages = messages[given:]
-        section = ("\n\n" if given or system else "") + section
-        out.append({"role": "system", "content": [*_items(system), *_items(section)]})
+        out.append(_turn("system", system, "\n\n" if given or system else "", section))
     previous = None
     for message in messages:
-        role, items = message["role"], _items(message["content"])
+        role, content = message["role"], message["content"]
         if role == "tool":
-            items = [*_items("<tool_response>\n"), *items, *_items("\n</tool_response>")]
+            result = ("<tool_response>\n", content, "\n</tool_response>")
             if previous == "tool":  # results that follow each other share one user turn
-                out[-1] = {"role": "user", "content": [*out[-1]["content"], *_items("\n"), *items]}
+                out[-1] = _turn("user", out[-1]["content"], "\n", *result)
             else:
-                out.append({"role": "user", "content": items})
+                out.append(_turn("user", *result))
         elif message.get("tool_calls"):
             functions = [call["function"] for call in message["tool_calls"]]
             calls = [
                 f'<tool_call>\n{{"name": "{f["name"]}", "arguments": {_tojson(f["arguments"])}}}\n</tool_call>'
                 for f in functions
             ]
-            items = [*items, *_items("\n" if items else ""), *_items("\n".join(calls))]
-            out.append({"role": role, "content": items})
+            out.append(_turn(role, content, "\n" if content else "", "\n".join(calls)))
         else:
             out.append(message)
         previous = role
-    return [{**m, "content": _joined(m["content"])} for m in out]
+    return out
 
 
-def _items(content) -> list[dict]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
-    return content
-
-
-def _joined(content):
-    """A string where a list is all text: text-only templates know no lists."""
-    if isinstance(content, list) and all(item["type"] == "text" for item in content):
-        return "".join(item["text"] for item in content)
-    return content
+def _turn(role: str, *contents: str | list[dict]) -> dict:
+    """A message of several contents; a string where all is text, for text-only templates know no lists."""
+    items = [i for c in contents for i in ([{"type": "text", "text": c}] if isinstance(c, str) else c)]
+    if all(item["type"] == "text" for item in items):
+        return {"role": role, "content": "".join(item["text"] for item in items)}
+    return {"role": role, "content": items}
 
 
 def prompt_parts(
