@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
@@ -19,17 +18,16 @@ from qwenvl_jax.params.checkpoint import (
     FORMAT,
     MARKER,
     PARAMS,
+    PIECE_BYTES,
+    Stored,
     carry,
     read_config,
     staged,
-    stored_params,
     write_json,
 )
 from qwenvl_jax.params.hf import STACKED, Leaf, Source, progress_bar, table, tensor_shape, unflatten
 from qwenvl_jax.params.tensors import Writer
 from qwenvl_jax.types import InputError
-
-PIECE_BYTES = 256 << 20
 
 
 def to_orbax(src, dst, *, progress: bool = True) -> None:
@@ -64,25 +62,21 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
         self._source, self._bar = source, bar
 
     async def serialize(self, values, infos, args=None):
-        with ThreadPoolExecutor(1) as ahead:  # reads the next piece while this one is written
-            for leaf, info in zip(values, infos, strict=True):
-                pieces = _pieces(leaf.path, leaf.shape, leaf.dtype.itemsize)
-                spec = ocp.type_handlers.get_json_tspec_write(
-                    info,
-                    use_ocdbt=True,
-                    global_shape=leaf.shape,
-                    local_shape=tuple(i.stop - i.start for i in pieces[0]),
-                    dtype=leaf.dtype,
-                    process_index=0,
-                    arg=ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES),
-                )
-                store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
-                coming = ahead.submit(self._source.read, leaf, pieces[0], None, self._bar)
-                for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-                    part = coming.result()
-                    if following:
-                        coming = ahead.submit(self._source.read, leaf, following, None, self._bar)
-                    await store[piece].write(part, can_reference_source_data_indefinitely=True)
+        for leaf, info in zip(values, infos, strict=True):
+            store = None
+            for piece, part in _read_ahead(self._source, leaf, self._bar):
+                if store is None:  # chunks fit in the first piece, so no later one shares a chunk with another
+                    spec = ocp.type_handlers.get_json_tspec_write(
+                        info,
+                        use_ocdbt=True,
+                        global_shape=leaf.shape,
+                        local_shape=part.shape,
+                        dtype=leaf.dtype,
+                        process_index=0,
+                        arg=ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES),
+                    )
+                    store = await ts.open(ts.Spec(spec), create=True, open=True, context=info.ts_context)
+                await store[piece].write(part, can_reference_source_data_indefinitely=True)
         return []
 
 
@@ -113,20 +107,37 @@ def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000
         raise InputError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
     if not (src / MARKER).is_file():
         raise InputError(f"{src}: not a checkpoint of ours, there is no {MARKER} in it")
-    stored, names = stored_params(src, config), table(config, layout)
-    shapes = {}
-    for path, name in _file_order(names):
-        shapes[name] = (np.dtype(stored[path].dtype), tensor_shape(config, path, stored[path].shape))
-    nbytes = sum(int(np.prod(m.shape)) * np.dtype(m.dtype).itemsize for m in stored.values())
-    with staged(dst, nbytes) as work, progress_bar("converting", nbytes, progress) as bar:
-        with Writer(work, shapes, max_shard_bytes) as writer:
-            for path, group in names.items():
-                try:
-                    _write_leaf((src / PARAMS).absolute(), path, group, writer, bar)
-                except ValueError as e:  # what the storage layer raises for missing or damaged data
-                    raise InputError(f"{src / PARAMS}: {path} cannot be read, it looks damaged ({e})") from e
-            writer.finish()
+    source, names = Stored(src, config), table(config, layout)
+    shapes = {
+        name: (source.leaves[path].dtype, tensor_shape(config, path, source.leaves[path].shape))
+        for path, name in _file_order(names)
+    }
+    with (
+        staged(dst, source.nbytes) as work,
+        progress_bar("converting", source.nbytes, progress) as bar,
+        Writer(work, shapes, max_shard_bytes) as writer,
+    ):
+        for path, group in names.items():
+            transpose = path.endswith("/kernel")
+            for piece, part in _read_ahead(source, source.leaves[path], bar):
+                name, rows = group[0], piece[-1 if transpose else 0]
+                if path.startswith(STACKED):
+                    name, part, rows = group[piece[0].start], part[0], piece[-1 if transpose else 1]
+                writer.write_rows(name, rows.start, part if part.ndim > 1 else part[:, None], transpose)
+        writer.finish()
         carry(src, work)
+
+
+def _read_ahead(source, leaf: Leaf, bar):
+    """(index, array) of a parameter's pieces, the next one being read while this one is used."""
+    pieces = _pieces(leaf.path, leaf.shape, leaf.dtype.itemsize)
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(source.read, leaf, pieces[0], None, bar)
+        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+            part = coming.result()
+            if following:
+                coming = ahead.submit(source.read, leaf, following, None, bar)
+            yield piece, part
 
 
 def _file_order(names: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
@@ -137,21 +148,3 @@ def _file_order(names: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
         tower = towers.setdefault("/".join(path.split("/")[:2]), len(towers))
         entries += [(tower, layer, path, name) for layer, name in enumerate(group)]
     return [(path, name) for *_, path, name in sorted(entries, key=lambda e: e[:2])]
-
-
-def _write_leaf(params: Path, path: str, names: tuple[str, ...], writer: Writer, bar) -> None:
-    base = {"driver": "file", "path": f"{params}/"}
-    kvstore = {"driver": "ocdbt", "base": base, "path": path.replace("/", ".") + "/"}
-    store = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
-    stacked, transpose = path.startswith(STACKED), path.endswith("/kernel")
-    pieces = _pieces(path, store.shape, store.dtype.numpy_dtype.itemsize)
-    coming = store[pieces[0]].read()
-    for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-        part = coming.result()
-        if following:
-            coming = store[following].read()  # reads ahead while this one is written
-        name, rows = names[0], piece[-1 if transpose else 0]
-        if stacked:
-            name, part, rows = names[piece[0].start], part[0], piece[-1 if transpose else 1]
-        writer.write_rows(name, rows.start, part if part.ndim > 1 else part[:, None], transpose)
-        bar.update(part.nbytes)

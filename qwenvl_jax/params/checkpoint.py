@@ -16,12 +16,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
+import tensorstore as ts
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.qwenvl import abstract_params
-from qwenvl_jax.params.hf import STACKED, flatten, progress_bar, read_params, unflatten
+from qwenvl_jax.params.hf import STACKED, Leaf, aligned_empty, flatten, read_params, to_devices, unflatten
 from qwenvl_jax.params.tensors import INDEX
 from qwenvl_jax.sharding import param_shardings
 from qwenvl_jax.types import InputError, Model
@@ -33,6 +34,7 @@ SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
 _HUB_FILES = (*SIDE_FILES, "*.safetensors", f"{PARAMS}/**")
 # Small enough that a process that needs one shard reads little more than it, and a few are written at a time.
 CHUNK_BYTES = 16 << 20
+PIECE_BYTES = 256 << 20  # read at a time
 
 
 def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
@@ -87,36 +89,53 @@ def save(model: Model, path, *, files_from=None) -> None:
 
 
 def restore(path: Path, config: Config, shardings=None, dtype=None, progress: bool = True) -> dict:
-    """Reads the parameters of one of our directories straight onto their devices (see `load`)."""
-    stored = stored_params(path, config)
-    shapes = abstract_params(config)
-    if shardings is None:
-        device = SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: device, shapes)
-    flat = flatten(shapes)
-    target = jax.tree_util.tree_map_with_path(
-        lambda keys, s, sharding: jax.ShapeDtypeStruct(
-            s.shape, dtype or stored["/".join(k.key for k in keys)].dtype, sharding=sharding
-        ),
-        shapes,
-        shardings,
-    )
-    largest = max(s.size for s in flat.values()) * 4
-    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=max(2, 2 + largest // 10**9))
-    total = sum(s.size * stored[p].dtype.itemsize for p, s in flat.items())
-    with ocp.Checkpointer(handler) as checkpointer, progress_bar("loading", total, progress) as bar:
+    """Reads the parameters of one of our directories straight onto their devices; as read_params in hf.py."""
+    return to_devices(Stored(path, config), shardings, dtype, progress)
+
+
+class Stored:
+    """One of our directories opened as parameters: `leaves`, checked against the config, and `read`.
+
+    Orbax's own restore starts on all parameters at once and hides what went wrong; this reads a part of one
+    at a time from the same files.
+    """
+
+    def __init__(self, path: Path, config: Config):
+        self.leaves = stored_params(path, config)
+        self._params = (Path(path) / PARAMS).absolute()
+        # What is on its way from the disk is in memory: a few chunks, not the dozens that are the default.
+        self._context = ts.Context({"file_io_concurrency": {"limit": 4}, "cache_pool": {"total_bytes_limit": 1 << 20}})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in self.leaves.values())
+
+    def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
+        """As Source.read in hf.py."""
+        base = {"driver": "file", "path": f"{self._params}/"}
+        kvstore = {"driver": "ocdbt", "base": base, "path": leaf.path.replace("/", ".") + "/"}
+        spec = {"driver": "zarr", "kvstore": kvstore}
+        index = [slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape, strict=True)]
+        out = aligned_empty([i.stop - i.start for i in index], leaf.dtype if dtype is None else jnp.dtype(dtype))
         try:
-            args = ocp.checkpoint_utils.construct_restore_args(target)
-            params = checkpointer.restore(path / PARAMS, item=target, restore_args=args)
-        except (ValueError, OSError, KeyError) as e:
-            raise InputError(f"{path / PARAMS}: cannot be restored, it looks damaged ({_first_line(e)})") from e
-        jax.block_until_ready(params)
-        bar.update(total)
-    return params
+            store = ts.open(spec, open=True, read=True, context=self._context).result()
+            chunk = store.chunk_layout.read_chunk.shape[0]
+            source = ts.cast(store, out.dtype) if out.dtype != leaf.dtype else store
+            first, stop = index[0].start, index[0].stop
+            step = max(1, PIECE_BYTES * out.shape[0] // max(out.nbytes, 1) // chunk) * chunk
+            for at in range(first // chunk * chunk, stop, step):  # cut between chunks
+                cut = slice(max(at, first), min(at + step, stop))
+                part = out[cut.start - first : cut.stop - first]
+                ts.array(part).write(source[(cut, *index[1:])]).result()
+                if bar is not None:
+                    bar.update(part.size * leaf.dtype.itemsize)
+        except (ValueError, OSError) as e:  # what the storage layer raises for missing or damaged data
+            raise InputError(f"{self._params}: {leaf.path} cannot be read, it looks damaged ({_first_line(e)})") from e
+        return out
 
 
-def stored_params(path: Path, config: Config) -> dict:
-    """What one of our directories holds, checked against its config: parameter path → Orbax's shape and dtype."""
+def stored_params(path: Path, config: Config) -> dict[str, Leaf]:
+    """What one of our directories holds, checked against its config: parameter path → shape and dtype."""
     marker = read_json(path / MARKER)
     if marker.get("format") != FORMAT:
         raise InputError(
@@ -124,14 +143,15 @@ def stored_params(path: Path, config: Config) -> dict:
         )
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            stored = flatten(checkpointer.metadata(path / PARAMS).item_metadata.tree)
+            tree = checkpointer.metadata(path / PARAMS).item_metadata.tree
+        stored = {p: Leaf(p, tuple(m.shape), np.dtype(m.dtype)) for p, m in flatten(tree).items()}
     except (ValueError, OSError, KeyError, AttributeError) as e:
         raise InputError(f"{path / PARAMS}: not a readable Orbax checkpoint ({_first_line(e)})") from e
     needed = flatten(abstract_params(config))
     for name in sorted(needed.keys() ^ stored.keys()):
         raise InputError(f"{path / PARAMS}: {name} is {'missing' if name in needed else 'unexpected'}")
     for name, want in needed.items():
-        if tuple(stored[name].shape) != want.shape:
+        if stored[name].shape != want.shape:
             raise InputError(
                 f"{path / PARAMS}: {name} has shape {list(stored[name].shape)}; "
                 f"config.json calls for {list(want.shape)}"

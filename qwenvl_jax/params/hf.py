@@ -103,12 +103,12 @@ def unflatten(flat: dict) -> dict:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A parameter that is still in its files: `tensors` holds one entry a layer, or one."""
+    """A parameter that is still on disk: `tensors` holds one entry a layer, or one (none in an Orbax checkpoint)."""
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -136,6 +136,7 @@ class Source:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all parameters."""
         return sum(leaf.nbytes for leaf in self.leaves.values())
 
     def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
@@ -145,7 +146,7 @@ class Source:
         """
         index = [slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape, strict=True)]
         dtype = leaf.dtype if dtype is None else dtype
-        out = _aligned([i.stop - i.start for i in index], dtype)
+        out = aligned_empty([i.stop - i.start for i in index], dtype)
         stacked, transpose = leaf.path.startswith(STACKED), leaf.path.endswith("/kernel")
         layers = range(index[0].start, index[0].stop) if stacked else [0]
         inner = index[1:] if stacked else index
@@ -180,10 +181,16 @@ def read_params(directory, config: Config, shardings=None, dtype=None, progress:
     parameter's shard on one device plus some megabytes.
     Raises InputError for damaged files and for any tensor that is missing, unexpected or of another shape or dtype.
     """
+    with Source(directory, config) as source:
+        return to_devices(source, shardings, dtype, progress)
+
+
+def to_devices(source, shardings=None, dtype=None, progress: bool = True) -> dict:
+    """The parameters of a source (`leaves`, `read`, `nbytes`) as jax arrays; see read_params."""
     flat_shardings = None if shardings is None else flatten(shardings)
     default = SingleDeviceSharding(jax.local_devices()[0])
     out = {}
-    with Source(directory, config) as source, progress_bar("loading", source.nbytes, progress) as bar:
+    with progress_bar("loading", source.nbytes, progress) as bar:
         for path, leaf in source.leaves.items():
             sharding = flat_shardings[path] if flat_shardings else default
             out[path] = _place(source, leaf, sharding, leaf.dtype if dtype is None else jnp.dtype(dtype), bar)
@@ -195,7 +202,7 @@ def progress_bar(what: str, nbytes: int, progress: bool = True) -> tqdm:
     return tqdm(desc=what, total=nbytes, unit="B", unit_scale=True, disable=None if progress else True)
 
 
-def _place(source: Source, leaf: Leaf, sharding, dtype, bar) -> jax.Array:
+def _place(source, leaf: Leaf, sharding, dtype, bar) -> jax.Array:
     devices = {}  # devices that hold the same part share one read
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         key = tuple(i.indices(n)[:2] for i, n in zip(index, leaf.shape, strict=True))
@@ -208,7 +215,7 @@ def _place(source: Source, leaf: Leaf, sharding, dtype, bar) -> jax.Array:
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
-def _aligned(shape, dtype: np.dtype) -> np.ndarray:
+def aligned_empty(shape, dtype: np.dtype) -> np.ndarray:
     """An empty array on a 64-byte border, which jax's CPU backend takes over without a copy."""
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
