@@ -52,7 +52,7 @@ class Preprocessing:
             raise InputError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            if len(values) != 3 or not all(isinstance(v, float | int) and math.isfinite(v) for v in values):
+            if not isinstance(values, tuple) or len(values) != 3 or not all(map(is_number, values)):
                 raise InputError(f"{name} is {values!r}; it must be three numbers")
         if 0 in self.image_std:
             raise InputError("image_std has a zero")
@@ -78,11 +78,15 @@ class Preprocessing:
             if data.get(key, value) not in (value, None):
                 raise InputError(f"preprocessor_config.json says {key} = {data[key]!r}; only {value!r} is supported")
         size = data.get("size") or {}
+        if not isinstance(size, dict):
+            raise InputError(
+                f"preprocessor_config.json says size = {size!r}; it must have shortest_edge and longest_edge"
+            )
         values = {
             "min_pixels": data.get("min_pixels") or size.get("shortest_edge"),
             "max_pixels": data.get("max_pixels") or size.get("longest_edge"),
             **{k: data.get(k) for k in ("patch_size", "temporal_patch_size", "merge_size")},
-            **{k: tuple(data[k]) for k in ("image_mean", "image_std") if data.get(k) is not None},
+            **{k: tuple(v) if isinstance(v := data.get(k), list) else v for k in ("image_mean", "image_std")},
         }
         return cls(**{k: v for k, v in values.items() if v is not None})
 
@@ -306,3 +310,7 @@ def check_whole(name: str, value) -> None:
     """InputError unless an option is a positive whole number."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value <= 0:
         raise InputError(f"{name} is {value!r}; it must be a positive whole number")
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)

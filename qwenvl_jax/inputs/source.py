@@ -89,6 +89,8 @@ def _fetch(url: str, max_bytes: int) -> bytes:
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "qwenvl-jax"})
         with opener.open(request, timeout=FETCH_SECONDS) as response:
+            if (response.length or 0) > max_bytes:
+                raise InputError(f"{name}: larger than {max_bytes >> 20} MiB")
             # read1 returns what has come, so that a server sending a byte at a time meets the deadline.
             while chunk := response.read1(1 << 16):
                 body += chunk

@@ -21,6 +21,7 @@ from qwenvl_jax.inputs.media import (
     check_whole,
     empty_patches,
     fill,
+    is_number,
     load_image,
     resize,
     target_size,
@@ -79,7 +80,7 @@ def video_visual(
         min_pixels=min_pixels, max_pixels=max_pixels, resized_height=resized_height, resized_width=resized_width
     )
     p = preprocessing
-    if fps is not None and not (_is_number(fps) and fps > 0):
+    if fps is not None and not (is_number(fps) and fps > 0):
         raise InputError(f"fps is {fps!r}; it must be a positive number")
     if isinstance(source, list | tuple) or (isinstance(source, np.ndarray) and source.ndim == 4):
         for name, value in (("nframes", nframes), ("video_start", video_start), ("video_end", video_end)):
@@ -95,7 +96,7 @@ def video_visual(
     if min_frames and max_frames and min_frames > max_frames:
         raise InputError(f"min_frames {min_frames} is larger than max_frames {max_frames}")
     for name, value in (("video_start", video_start), ("video_end", video_end)):
-        if value is not None and not (_is_number(value) and value >= 0):
+        if value is not None and not (is_number(value) and value >= 0):
             raise InputError(f"{name} is {value!r}; it must be a number of seconds")
 
     def plan(total: int, rate: float) -> tuple[list[int], float]:
@@ -178,7 +179,7 @@ def frame_size(
     The budget of the whole clip lowers the bound of a frame, but not under 1.05 · min_pixels; a larger
     max_pixels has no effect. A max_pixels under the default min_pixels lowers that.
     """
-    if total_pixels is not None and not (_is_number(total_pixels) and total_pixels > 0):
+    if total_pixels is not None and not (is_number(total_pixels) and total_pixels > 0):
         raise InputError(f"total_pixels is {total_pixels!r}; it must be a positive number")
     area = p.factor**2
     low = min_pixels or min(FRAME_MIN_TOKENS * area, max_pixels or math.inf)
@@ -315,7 +316,3 @@ def _opener(data: bytes | Path) -> Callable:
             raise InputError(f"it is not a video file that can be decoded ({why})") from e
 
     return open_clip
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)

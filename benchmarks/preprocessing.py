@@ -1,0 +1,75 @@
+"""Images a second from JPEG bytes to patches, this package next to transformers 4.51.3; one thread each.
+
+Both sides start from the same bytes and run in turns, so that whatever else the machine does hits both. The
+reference's side is what its users run: Pillow decode, EXIF, convert, `Qwen2VLImageProcessor`, to a numpy array.
+No larger free photograph is at hand, so the two photos are the test suite's, scaled up with sensor-like grain added
+(which keeps the JPEG, and so its decoding, as heavy as a camera's).
+
+    python benchmarks/preprocessing.py --rounds 15
+"""
+
+import argparse
+import io
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers import Qwen2VLImageProcessor
+
+from qwenvl_jax.inputs.media import Preprocessing, image_visual, pixel_table
+
+PHOTO = Path(__file__).resolve().parents[1] / "tests/data/media/coffee.jpg"
+SIZES = {"1080p": (1920, 1080), "4K": (3840, 2160)}
+
+
+def photo(width: int, height: int) -> bytes:
+    image = ImageOps.fit(Image.open(PHOTO), (width, height), Image.Resampling.BICUBIC)
+    grain = np.random.default_rng(0).normal(0, 4, (height, width, 1))
+    noisy = (np.asarray(image) + grain).round().clip(0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noisy).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    preprocessing = Preprocessing()
+    processor = Qwen2VLImageProcessor(min_pixels=preprocessing.min_pixels, max_pixels=preprocessing.max_pixels)
+
+    def ours(data: bytes) -> np.ndarray:
+        return image_visual(data, preprocessing).patches
+
+    def reference(data: bytes) -> np.ndarray:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        return processor(image, return_tensors="np")["pixel_values"]
+
+    print("| photo | JPEG | ours, images/s | transformers, images/s | ratio | spread of the ratio |")
+    print("|---|---|---|---|---|---|")
+    for name, (width, height) in SIZES.items():
+        data = photo(width, height)
+        values = ours(data).reshape(-1, 3, 2 * preprocessing.patch_size**2)
+        table = pixel_table(preprocessing)
+        normal = np.stack([table[c][values[:, c]] for c in range(3)], axis=1).reshape(len(values), -1)
+        if not np.array_equal(normal, reference(data)):
+            raise SystemExit(f"{name}: the two sides disagree")
+        del values, normal
+        times = {ours: [], reference: []}
+        for _ in range(rounds):
+            for run, taken in times.items():
+                start = time.perf_counter()
+                run(data)
+                taken.append(time.perf_counter() - start)
+        ratios = [b / a for a, b in zip(times[ours], times[reference], strict=True)]
+        mine, theirs = (1 / statistics.median(t) for t in times.values())
+        print(
+            f"| {name} | {len(data) / 1e6:.1f} MB | {mine:.1f} | {theirs:.2f} | {statistics.median(ratios):.1f}× "
+            f"| {min(ratios):.1f}–{max(ratios):.1f}× |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Bytes from paths, file://, http(s) and data: URLs, and the error for each way in which they can be missing."""
+
+import base64
+import os
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwenvl_jax.inputs import media, source
+from qwenvl_jax.inputs.media import Preprocessing, image_visual, load_image
+from qwenvl_jax.inputs.source import locate, name_of
+from qwenvl_jax.inputs.video import video_visual
+from qwenvl_jax.types import InputError
+
+MEDIA = Path(__file__).parent / "data" / "media"
+PHOTO = MEDIA / "coffee.jpg"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Serves tests/data/media, and a few addresses that misbehave. Yields the base URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            answer = getattr(self, "do_" + self.path.strip("/").split("?")[0].replace("-", "_"), None)
+            if answer:
+                return answer()
+            path = MEDIA / self.path.strip("/")
+            if not path.is_file():
+                return self.send_error(404)
+            self.reply(path.read_bytes())
+
+        def reply(self, body, length=None):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body) if length is None else length))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def redirect(self, where):
+            self.send_response(302)
+            self.send_header("Location", where)
+            self.end_headers()
+
+        def do_moved(self):
+            self.redirect("/coffee.jpg")
+
+        def do_moved_to_file(self):
+            self.redirect(PHOTO.as_uri())
+
+        def do_moved_to_ftp(self):
+            self.redirect("ftp://localhost/coffee.jpg")
+
+        def do_moved_in_circles(self):
+            self.redirect("/moved-in-circles")
+
+        def do_broken_off(self):
+            self.reply(PHOTO.read_bytes()[:1000], length=PHOTO.stat().st_size)
+
+        def do_trickle(self):
+            self.send_response(200)
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(b"x")
+                    self.wfile.flush()
+                    time.sleep(0.02)
+            except OSError:
+                pass  # the client has had enough
+
+        def do_endless(self):
+            self.send_response(200)
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(bytes(1 << 16))
+            except OSError:
+                pass
+
+        def do_nonsense(self):
+            self.wfile.write(b"\x00\x01\x02 not http at all\r\n\r\n")
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
+
+
+def data_url(path: Path, mime: str = "image/jpeg") -> str:
+    return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def test_all_forms_of_one_picture_agree(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(MEDIA)
+    spaced = tmp_path / "a photo 100%25.jpg"
+    spaced.write_bytes(PHOTO.read_bytes())
+    wrapped = data_url(PHOTO).replace("base64,", "base64,\n", 1)
+    pixels = np.asarray(load_image(PHOTO))
+    sources = [
+        str(PHOTO),
+        "coffee.jpg",
+        f"file://{PHOTO}",
+        f"FILE://{PHOTO}",
+        f"file://{spaced}",  # as it is
+        spaced.as_uri(),  # percent-encoded
+        f"{server}/coffee.jpg",
+        f"{server}/moved",
+        data_url(PHOTO),
+        data_url(PHOTO, ""),
+        wrapped,
+        PHOTO.read_bytes(),
+        bytearray(PHOTO.read_bytes()),
+        memoryview(PHOTO.read_bytes()),
+        load_image(PHOTO),
+        pixels,
+    ]
+    for given in sources:
+        assert np.array_equal(np.asarray(load_image(given)), pixels), name_of(given)
+
+
+def test_clip_from_url(server):
+    options = dict(nframes=2, resized_height=56, resized_width=56)
+    clip = video_visual(f"{server}/bunny.mp4", Preprocessing(), **options)
+    for given in (MEDIA / "bunny.mp4", data_url(MEDIA / "bunny.mp4", "video/mp4")):
+        assert np.array_equal(video_visual(given, Preprocessing(), **options).patches, clip.patches)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("missing.jpg", "404"),
+        ("moved-to-file", "not allowed"),
+        ("moved-to-ftp", "ftp"),
+        ("moved-in-circles", "infinite loop"),
+        ("broken-off", "broke off after 1000 bytes"),
+        ("nonsense", "cannot be downloaded"),
+        ("trickle", r"not downloaded within 0\.2 seconds"),
+        ("endless", "larger than 1 MiB"),
+    ],
+)
+def test_download_errors_name_the_url(server, monkeypatch, address, message):
+    monkeypatch.setattr(source, "FETCH_SECONDS", 0.2)
+    monkeypatch.setattr(media, "MAX_IMAGE_BYTES", 1 << 20)
+    with pytest.raises(InputError, match=message) as error:
+        load_image(f"{server}/{address}")
+    assert f"{server}/{address}" in str(error.value)
+
+
+def test_declared_length_over_the_limit_is_refused_before_the_body(server):
+    with pytest.raises(InputError, match="larger than 0 MiB"):  # else it would say that the download broke off
+        locate(f"{server}/broken-off", 2000)
+
+
+def test_no_server():
+    with pytest.raises(InputError, match=r"http://127.0.0.1:9/a.png: cannot be downloaded"):
+        load_image("http://127.0.0.1:9/a.png")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("no/such/file.png", r"^no/such/file\.png: No such file"),
+        ("file:///no/such/file.png", r"^file:///no/such/file\.png: No such file"),
+        (str(MEDIA), "is a directory"),
+        ("/dev/zero", "not a regular file"),
+        ("", "is a directory"),
+        ("nul\0byte.png", "null"),
+        ("x" * 5000, "x…: File name too long"),
+        ("ftp://localhost/a.png", r"ftp:// is not supported"),
+        ("gopher+x://localhost/a.png", r"gopher\+x:// is not supported"),
+        ("http:///nowhere", "cannot be downloaded"),
+        ("http://[bad/a.png", "cannot be downloaded"),
+        ("http://localhost/a b\r\nc", "cannot be downloaded"),
+        ("data:image/png,abc", r"^data:image/png URL of 18 characters: not of the form"),
+        ("data:image/png;base64", "not of the form"),
+        ("data:image/png;base64,abc", "base64 is damaged"),
+        ("data:image/png;base64,????", "base64 is damaged"),
+        ("data:image/png;base64,é", "base64 is damaged"),
+        ("data:image/png;base64,", "is empty"),
+        (b"", "^0 bytes: is empty"),
+        (None, "^NoneType object: give a path"),
+        (7, "^int object: give a path"),
+        ({"url": "x"}, "^dict object: give a path"),
+    ],
+)
+def test_errors_name_the_source(given, message):
+    with pytest.raises(InputError, match=message) as error:
+        load_image(given)
+    assert len(str(error.value)) < 400
+    with pytest.raises(InputError, match=message if "empty" not in message else "decoded"):
+        video_visual(given, Preprocessing())
+
+
+def test_pipe_is_refused_without_waiting_for_a_writer(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="not a regular file"):
+        load_image(tmp_path / "pipe")
+
+
+def test_unreadable_file(tmp_path, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"coffee\.jpg: cannot be read \(Permission denied\)"):
+        load_image(PHOTO)
+
+
+def test_size_limits(monkeypatch):
+    monkeypatch.setattr(media, "MAX_IMAGE_BYTES", 1000)
+    for given in (PHOTO, data_url(PHOTO)):
+        with pytest.raises(InputError, match="larger than 0 MiB"):
+            image_visual(given, Preprocessing())
