@@ -1,0 +1,329 @@
+"""Conversion loses no bit in either direction, streams, and leaves nothing that looks finished when it is not."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from qwenvl_convert import hf
+from safetensors.numpy import load_file
+from tiny import FAMILIES, tiny_config, with_text
+from tiny_hf import assert_same_bits, bits, nested, torch_tensors, write_hf
+
+import qwenvl_jax
+from qwenvl_jax.params import checkpoint
+from qwenvl_jax.params.hf import flatten, read_params
+from qwenvl_jax.types import InputError
+
+
+def read_files(directory) -> dict:
+    """Every tensor of every safetensors file, read by the safetensors library."""
+    out = {}
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        out |= load_file(file)
+    return out
+
+
+@pytest.mark.parametrize("files", [1, 3])
+@pytest.mark.parametrize("layout", ["hub", "nested"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back_bit_for_bit(family, tied, dtype, layout, files, tmp_path):
+    config = with_text(tiny_config(family), tie_word_embeddings=tied)
+    tensors = torch_tensors(config, dtype)
+    write_hf(tmp_path / "src", config, tensors, layout, files)
+    hf.to_orbax(tmp_path / "src", tmp_path / "orbax", progress=False)
+    limit = 10**9 if files == 1 else sum(x.nbytes for x in tensors.values()) // 3
+    hf.to_hf(tmp_path / "orbax", tmp_path / "back", layout=layout, max_shard_bytes=limit, progress=False)
+    want = tensors if layout == "hub" else {nested(n): x for n, x in tensors.items()}
+    assert_same_bits(read_files(tmp_path / "back"), want)
+    written = sorted((tmp_path / "back").glob("*.safetensors"))
+    if files == 1:
+        assert [f.name for f in written] == ["model.safetensors"]
+    else:
+        index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+        assert len(written) >= 3 and {f.name for f in written} == set(index["weight_map"].values())
+        assert index["metadata"]["total_size"] == sum(x.nbytes for x in want.values())
+        assert all(n in load_file(tmp_path / "back" / f) for n, f in index["weight_map"].items())
+        assert all(sum(x.nbytes for x in load_file(f).values()) <= limit for f in written)
+
+
+def test_a_tensor_larger_than_the_limit_gets_a_file_of_its_own(tmp_path):
+    config = tiny_config("qwen2_vl")
+    tensors = torch_tensors(config, "bfloat16")
+    hf.to_orbax(write_hf(tmp_path / "src", config, tensors), tmp_path / "orbax")
+    hf.to_hf(tmp_path / "orbax", tmp_path / "back", max_shard_bytes=1)
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) == len(tensors)
+    assert_same_bits(read_files(tmp_path / "back"), tensors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_orbax_restores_what_is_written(family, tmp_path):
+    config = tiny_config(family)
+    src = write_hf(tmp_path / "src", config, torch_tensors(config, "bfloat16"))
+    want = read_params(src, config)
+    hf.to_orbax(src, tmp_path / "orbax")
+    path = tmp_path / "orbax" / "params"
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), want)
+    with ocp.StandardCheckpointer() as checkpointer:
+        assert_same_bits(flatten(checkpointer.restore(path)), flatten(want))
+        arrays = checkpointer.restore(path, target)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(arrays))
+    assert_same_bits(flatten(arrays), flatten(want))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        assert_same_bits(flatten(checkpointer.restore(path)), flatten(want))
+    assert_same_bits(flatten(checkpoint.restore(tmp_path / "orbax", config)), flatten(want))
+
+
+def test_saved_models_convert_too(tmp_path):
+    config = tiny_config("qwen2_5_vl")
+    tensors = torch_tensors(config)
+    params = read_params(write_hf(tmp_path / "src", config, tensors), config)
+    checkpoint.save(qwenvl_jax.Model(config, params, None), tmp_path / "saved")
+    hf.to_hf(tmp_path / "saved", tmp_path / "back")
+    assert_same_bits(read_files(tmp_path / "back"), tensors)
+    assert checkpoint.read_config(tmp_path / "back") == config
+
+
+def test_everything_but_the_weights_is_carried_verbatim(tokenizer_dir, tmp_path):
+    config = tiny_config("qwen2_5_vl")
+    src = write_hf(tmp_path / "src", config, torch_tensors(config), files=2)
+    (src / "config.json").write_text("  " + (src / "config.json").read_text().replace("{", '{"unknown": "é", ', 1))
+    for file in tokenizer_dir.iterdir():
+        shutil.copyfile(file, src / file.name)
+    for name in ("chat_template.jinja", "merges.txt", "vocab.json", "README.md", "LICENSE"):
+        (src / name).write_text(f"this is {name}")
+    (src / "pytorch_model.bin").write_text("not this")
+    hf.to_orbax(src, tmp_path / "orbax")
+    hf.to_hf(tmp_path / "orbax", tmp_path / "back")
+    weights = {"pytorch_model.bin", *(f.name for f in src.glob("model*"))}
+    side = {f.name for f in src.iterdir()} - weights
+    assert len(side) == 11
+    assert {f.name for f in (tmp_path / "orbax").iterdir()} == side | {"params", "qwenvl_jax.json"}
+    assert {f.name for f in (tmp_path / "back").iterdir()} == side | {"model.safetensors"}
+    for name in side:
+        for copy in ("orbax", "back"):
+            assert (tmp_path / copy / name).read_bytes() == (src / name).read_bytes(), name
+
+
+def test_conversion_holds_a_few_layers_at_most(tmp_path):
+    """numpy's own account of what it allocates; the benchmark measures the whole process."""
+    text = dict(num_hidden_layers=12, intermediate_size=8192, hidden_size=192, num_attention_heads=16)
+    config = tiny_config("qwen2_5_vl", text=text)
+    src = write_hf(tmp_path / "src", config, torch_tensors(config, "bfloat16"))
+    layer = 8192 * 192 * 2
+    tracemalloc.start()
+    try:
+        hf.to_orbax(src, tmp_path / "orbax")
+        _, there = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        hf.to_hf(tmp_path / "orbax", tmp_path / "back")
+        _, back = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert there < 5 * layer + 10e6 < 12 * layer
+    assert back < 5 * layer + 10e6
+
+
+# Faults
+
+
+@pytest.fixture
+def src(tmp_path):
+    config = tiny_config("qwen2_5_vl")
+    return write_hf(tmp_path / "src", config, torch_tensors(config))
+
+
+@pytest.fixture
+def orbax(src, tmp_path):
+    hf.to_orbax(src, tmp_path / "orbax")
+    return tmp_path / "orbax"
+
+
+def test_existing_destination_is_refused(orbax, src, tmp_path):
+    for dst in (orbax, src, src / "config.json"):
+        before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")}
+        with pytest.raises(InputError, match="exists already"):
+            hf.to_orbax(src, dst)
+        with pytest.raises(InputError, match="exists already"):
+            hf.to_hf(orbax, dst)
+        assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")} == before
+
+
+def test_wrong_sources_and_options(orbax, src, tmp_path):
+    def fails(message, job, *args, **kwargs):
+        with pytest.raises(InputError, match=message):
+            job(*args, tmp_path / "out", **kwargs)
+        assert {p.name for p in tmp_path.iterdir()} == {"src", "orbax", "empty"}
+
+    (tmp_path / "empty").mkdir()
+    fails(r"no config\.json", hf.to_orbax, tmp_path / "empty")
+    fails(r"no config\.json", hf.to_hf, tmp_path / "nowhere")
+    fails("safetensors files only", hf.to_orbax, orbax)
+    fails(r"no qwenvl_jax\.json", hf.to_hf, src)
+    fails("layout 'v3' is not one of hub, nested", hf.to_hf, orbax, layout="v3")
+    fails("must be positive", hf.to_hf, orbax, max_shard_bytes=0)
+    for file in (orbax / "params" / "ocdbt.process_0" / "d").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    fails("looks damaged", hf.to_hf, orbax)
+    weights = src / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    fails("cut short", hf.to_orbax, src)
+
+
+def test_no_room_is_seen_before_the_work(orbax, src, monkeypatch, tmp_path):
+    usage = type("usage", (), {"free": 10 << 20})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    for job, source in ((hf.to_orbax, src), (hf.to_hf, orbax)):
+        with pytest.raises(InputError, match=r"no room on the disk; 0\.07 GB are needed and 0\.01 GB are free"):
+            job(source, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def run(code: str, *args):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(qwenvl_jax.__file__).parents[1])}
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+FULL = """
+import resource, sys
+from qwenvl_convert import hf
+from qwenvl_jax.types import InputError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    getattr(hf, sys.argv[1])(sys.argv[2], sys.argv[3])
+except InputError as e:
+    print(e)
+"""
+
+
+@pytest.mark.parametrize("job", ["to_orbax", "to_hf"])
+def test_a_disk_that_fills_up_on_the_way(job, orbax, src, tmp_path):
+    """A limit on the size of a file makes the kernel refuse the writes in the middle, as a full disk does."""
+    out = run(FULL, job, src if job == "to_orbax" else orbax, tmp_path / "out")
+    assert "no room on the disk; 0.07 GB are needed" in out.stdout, out.stdout + out.stderr
+    assert out.stderr == ""
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_disk_that_fills_up_while_tensors_are_written(orbax, monkeypatch, tmp_path):
+    """Some file systems promise room and do not have it."""
+    pwrite, calls = os.pwrite, []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) > 30:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(*args)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(InputError, match="no room on the disk"):
+        hf.to_hf(orbax, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+# Kills itself, as `kill -9` would, at the n-th call of a function.
+KILLED = """
+import os, signal, sys
+job, src, dst, module, owner, name, n = sys.argv[1:]
+import importlib
+from qwenvl_convert import hf
+target = importlib.import_module(module)
+target = getattr(target, owner) if owner else target
+original, calls = getattr(target, name), []
+
+def counted(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == int(n):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+setattr(target, name, counted)
+getattr(hf, job)(src, dst)
+"""
+POINTS = {
+    "to_orbax": [
+        ("qwenvl_jax.params.hf", "Source", "read", 1),
+        ("qwenvl_jax.params.hf", "Source", "read", 40),
+        ("qwenvl_convert.hf", "", "carry", 1),
+        ("qwenvl_jax.params.checkpoint", "", "_sync", 1),
+        ("os", "", "rename", 2),  # the first is Orbax's own, inside
+    ],
+    "to_hf": [
+        ("qwenvl_jax.params.tensors", "Writer", "write_rows", 1),
+        ("qwenvl_jax.params.tensors", "Writer", "write_rows", 40),
+        ("qwenvl_jax.params.tensors", "Writer", "finish", 1),
+        ("qwenvl_convert.hf", "", "carry", 1),
+        ("os", "", "rename", 1),
+    ],
+}
+
+
+@pytest.mark.parametrize(("job", "point"), [(job, point) for job in POINTS for point in POINTS[job]])
+def test_killed_on_the_way(job, point, orbax, src, tmp_path):
+    source, dst = src if job == "to_orbax" else orbax, tmp_path / "out"
+    out = run(KILLED, job, source, dst, *point)
+    assert out.returncode == -signal.SIGKILL, out.stderr
+    assert not dst.exists() and (tmp_path / "out.partial").exists()
+    with pytest.raises(InputError, match="no such directory"):
+        qwenvl_jax.load(dst)
+    getattr(hf, job)(source, dst)
+    assert not (tmp_path / "out.partial").exists()
+    config = checkpoint.read_config(dst)
+    read = checkpoint.restore if job == "to_orbax" else read_params
+    assert_same_bits(flatten(read(dst, config)), flatten(read_params(src, config)))
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_half_written_weights_do_not_load_under_the_partial_name(n, orbax, tmp_path):
+    run(KILLED, "to_hf", orbax, tmp_path / "out", "qwenvl_jax.params.tensors", "Writer", "write_rows", n)
+    shutil.copyfile(orbax / "config.json", tmp_path / "out.partial" / "config.json")
+    with pytest.raises(InputError, match="cut short"):
+        read_params(tmp_path / "out.partial", checkpoint.read_config(orbax))
+
+
+# With the reference's own files
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_writes_we_read_we_write_transformers_reads(family, tied, dtype, tmp_path):
+    import torch
+    import transformers
+
+    config = with_text(tiny_config(family, dtype=dtype), tie_word_embeddings=tied)
+    name = "Qwen2_5_VL" if config.is_qwen2_5 else "Qwen2VL"
+    cls = getattr(transformers, f"{name}ForConditionalGeneration")
+    torch.manual_seed(0)
+    model = cls(getattr(transformers, f"{name}Config")(**config.to_dict())).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "src", max_shard_size="100KB")
+    assert len(list((tmp_path / "src").glob("*.safetensors"))) > 2
+    assert checkpoint.read_config(tmp_path / "src") == config
+    want = read_files(tmp_path / "src")
+    assert ("lm_head.weight" in want) == (not tied)
+    params = read_params(tmp_path / "src", config)
+    np.testing.assert_array_equal(
+        bits(params["decoder"]["layers"]["down_proj"]["kernel"][1]), bits(want["model.layers.1.mlp.down_proj.weight"].T)
+    )
+    hf.to_orbax(tmp_path / "src", tmp_path / "orbax")
+    hf.to_hf(tmp_path / "orbax", tmp_path / "back", max_shard_bytes=100_000)
+    assert_same_bits(read_files(tmp_path / "back"), want)
+    again, report = cls.from_pretrained(tmp_path / "back", torch_dtype="auto", output_loading_info=True)
+    assert not any(report.values()), report
+    state = model.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(x, state[n]) and x.dtype == state[n].dtype for n, x in again.state_dict().items())
