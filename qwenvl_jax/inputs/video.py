@@ -152,14 +152,11 @@ def frame_count(
 
 
 def frame_indices(first: int, last: int, n: int) -> list[int]:
-    """`n` frame numbers spread evenly over first … last, both included.
+    """`n` frame numbers spread evenly over first … last, both included; `n` is even, so none is a tie.
 
-    In float32 and from both ends towards the middle, as torch.linspace does: halves round as there.
+    The reference does this in float32, and may be one off, depending on its machine, in clips of many thousand frames.
     """
-    step = np.float32(last - first) / np.float32(n - 1)
-    i = np.arange(n, dtype=np.float32)
-    values = np.where(i < n // 2, np.float32(first) + step * i, np.float32(last) - step * (n - 1 - i))
-    return np.round(values).astype(int).tolist()
+    return np.linspace(first, last, n).round().astype(int).tolist()
 
 
 def frame_size(
@@ -285,9 +282,13 @@ def _decode(open_clip: Callable) -> Iterator[tuple[int, object]]:
 def _upright(frame) -> Image.Image:
     if frame.width * frame.height > MAX_PIXELS:
         raise InputError(f"frames of {frame.width} × {frame.height} pixels; the limit is {MAX_PIXELS:,} pixels")
-    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    turn = _ROTATIONS.get(frame.rotation % 360)
-    return image.transpose(turn) if turn is not None else image
+    return _turned(Image.fromarray(frame.to_ndarray(format="rgb24")), frame.rotation)
+
+
+def _turned(image: Image.Image, degrees: int) -> Image.Image:
+    """Counter-clockwise, by right angles only; the few clips with another are left as they are."""
+    turn = _ROTATIONS.get(degrees % 360)
+    return image if turn is None else image.transpose(turn)
 
 
 def _opener(data: bytes | Path) -> Callable:

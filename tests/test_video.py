@@ -1,0 +1,427 @@
+"""Clips: the sampling rules, frames picked from real files of several containers, frame lists, bad files."""
+
+import base64
+import io
+import struct
+import sys
+import wave
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwenvl_jax.inputs import video
+from qwenvl_jax.inputs.media import Preprocessing, image_visual, pixel_table
+from qwenvl_jax.inputs.video import frame_count, frame_indices, frame_range, frame_size, video_visual
+from qwenvl_jax.types import Grid, InputError
+
+av = pytest.importorskip("av")
+
+CLIP = Path(__file__).parent / "data" / "media" / "bunny.mp4"  # 100 frames, 25 a second, 640 × 360
+P = Preprocessing()
+SMALL = dict(resized_height=56, resized_width=84)
+
+
+def frame(i: int, width: int = 84, height: int = 56) -> np.ndarray:
+    """A gray frame that tells its number to whoever decodes it: value 4·i + 10, safe from lossy codecs."""
+    return np.full((height, width, 3), 4 * i + 10, np.uint8)
+
+
+def clip(path: Path, n: int, *, codec: str = "mpeg4", rate: int = 10, times=None, options=None, **opened) -> Path:
+    """Writes n frames; times: presentation time of each in 1/1000 s (a variable frame rate)."""
+    with av.open(str(path), "w", options=options or {}, **opened) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.bit_rate = 84, 56, 4_000_000
+        stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i in range(n):
+            picture = av.VideoFrame.from_ndarray(frame(i), format="rgb24")
+            picture.time_base = Fraction(1, 1000) if times else Fraction(1, rate)
+            picture.pts = times[i] if times else i
+            for packet in stream.encode(picture):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def numbers(visual, p: Preprocessing = P) -> list[float]:
+    """The frame numbers that `frame` wrote, as read back from the patches."""
+    per_frame = visual.patches.reshape(visual.grid.t, -1, 3, p.temporal_patch_size, p.patch_size**2)
+    return ((per_frame.mean(axis=(1, 2, 4)).ravel() - 10) / 4).tolist()
+
+
+# --- sampling rules
+
+
+@pytest.mark.parametrize(
+    ("total", "rate", "options", "expected"),
+    [
+        (300, 30, {}, 20),
+        (300, 30, {"fps": 1}, 10),
+        (5, 30, {}, 4),
+        (300, 30, {"nframes": 7}, 8),
+        (300, 30, {"nframes": 5}, 4),  # 2.5 pairs round to even
+        (2, 30, {}, 2),
+        (3, 30, {}, 2),
+        (100000, 30, {}, 768),
+        (100000, 30, {"max_frames": 9}, 8),
+        (300, 30, {"fps": 0.1, "min_frames": 9}, 10),
+        (300, 30, {"fps": 1000}, 300),
+        (10, 30, {"min_frames": 100}, 10),
+    ],
+)
+def test_frame_count(total, rate, options, expected):
+    assert frame_count(total, rate, **options) == expected
+
+
+@pytest.mark.parametrize(("total", "options"), [(1, {}), (0, {}), (10, {"nframes": 12}), (10, {"nframes": 1})])
+def test_frame_count_refuses(total, options):
+    with pytest.raises(InputError, match=f"of the clip's {total} frames"):
+        frame_count(total, 30, **options)
+
+
+@pytest.mark.parametrize(("n", "size"), [(60, (532, 952)), (768, (140, 252))])
+def test_frame_size(n, size):
+    assert frame_size(1080, 1920, n, P, min_pixels=16 * 784, total_pixels=20480 * 784) == size
+    assert n / 2 * size[0] * size[1] / 784 == {60: 19380, 768: 17280}[n]
+
+
+def test_frame_size_bounds():
+    assert frame_size(1080, 1920, 20, P) == (560, 1008)  # at most 768 tokens
+    assert frame_size(1080, 1920, 20, P, max_pixels=10**9) == (560, 1008)  # which a larger wish does not move
+    assert frame_size(1080, 1920, 20, P, max_pixels=50176) == (168, 280)  # under the least by default: it gives way
+    assert frame_size(10, 20, 20, P) == (224, 448)  # at least 128 tokens
+
+
+def test_frame_range():
+    assert frame_range(100, 25, None, None) == (0, 99)
+    assert frame_range(100, 25, 1, None) == (25, 99)
+    assert frame_range(100, 25, None, 1) == (0, 25)
+    assert frame_range(100, 25, 0.99, 1.99) == (25, 49)
+    assert frame_range(100, 25, 0, 1000) == (0, 99)
+    for start, end in ((2, 1), (1, 1), (4, None), (1000, None), (None, 0)):
+        with pytest.raises(InputError, match=r"video_start .* video_end"):
+            frame_range(100, 25, start, end)
+
+
+def test_frame_indices():
+    assert frame_indices(0, 99, 4) == [0, 33, 66, 99]
+    assert frame_indices(10, 11, 2) == [10, 11]
+    for n in (2, 4, 100, 768):
+        found = frame_indices(0, 5000, n)
+        assert (found[0], found[-1], len(set(found))) == (0, 5000, n)
+
+
+@pytest.mark.parity
+def test_frame_indices_equal_torch():
+    torch = pytest.importorskip("torch")
+    for total in [*range(2, 130), 1001, 2000]:
+        for n in range(2, min(total, 768) + 1, 2):
+            for first in (0, 17):
+                last = first + total - 1
+                assert frame_indices(first, last, n) == torch.linspace(first, last, n).round().long().tolist()
+
+
+# --- files
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("clip.mp4", "mpeg4"),
+        ("clip.mp4", "libx264"),
+        ("clip.mkv", "libx264"),
+        ("clip.mkv", "mpeg4"),
+        ("clip.webm", "libvpx-vp9"),
+        ("clip.avi", "mjpeg"),
+        ("clip.avi", "mpeg4"),
+        ("clip.mov", "mpeg4"),
+        ("clip.ts", "mpeg2video"),
+        ("clip.flv", "flv1"),
+        ("clip.gif", "gif"),
+        ("clip.m4v", "mpeg4"),  # a bare stream: no index, no timestamps
+        ("clip.h264", "libx264"),
+    ],
+)
+def test_containers(tmp_path, name, codec):
+    path = clip(tmp_path / name, 50, codec=codec, rate=25)
+    with av.open(str(path)) as container:
+        frames = [f.to_image() for f in container.decode(video=0)]
+    assert len(frames) == 50
+    visual = video_visual(path, P, nframes=8, **SMALL)
+    assert (visual.kind, visual.grid) == ("video", Grid(4, 4, 6))
+    listed = video_visual([frames[i] for i in (0, 7, 14, 21, 28, 35, 42, 49)], P, **SMALL)
+    assert np.array_equal(visual.patches, listed.patches)
+    assert visual.seconds_per_grid == pytest.approx(2 / (8 / 50 * 25), rel=1e-3)
+    again = video_visual(path.read_bytes(), P, nframes=8, **SMALL)
+    assert np.array_equal(again.patches, visual.patches)
+
+
+def test_real_clip():
+    visual = video_visual(CLIP, P)
+    assert visual.grid == Grid(4, 26, 46)  # 4 seconds, two frames each
+    assert visual.patches.shape == (4 * 26 * 46, 1176)
+    assert visual.seconds_per_grid == 1.0
+    assert video_visual(CLIP, P, fps=1.25, **SMALL).seconds_per_grid == 2 / (4 / 100 * 25)
+    part = video_visual(CLIP, P, fps=4, video_start=1, video_end=2, **SMALL)  # frames 25 … 50
+    assert part.grid.t == 2
+    assert part.seconds_per_grid == 2 / (4 / 26 * 25)
+
+
+def test_variable_frame_rate(tmp_path):
+    times = [0, 40, 80, 120, 1000, 2000, 2040, 2080, 3500, 4500]
+    path = clip(tmp_path / "vfr.mkv", 10, times=times)
+    visual = video_visual(path, P, nframes=4, **SMALL)
+    assert np.round(numbers(visual)).tolist() == [0, 3, 6, 9]
+    assert visual.seconds_per_grid == pytest.approx(2 / (4 / 10 * 9 / 4.5))  # nine intervals in 4.5 s
+
+
+def test_fragmented_file_that_declares_no_frames(tmp_path):
+    path = clip(tmp_path / "f.mp4", 30, options={"movflags": "frag_keyframe+empty_moov"})
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 0
+    assert video_visual(path, P, nframes=6, **SMALL).grid.t == 3
+
+
+def test_frames_that_do_not_decode_are_not_counted(tmp_path, monkeypatch):
+    path = clip(tmp_path / "short.mp4", 20)
+    count = video._count
+    monkeypatch.setattr(video, "_count", lambda open_clip: (count(open_clip)[0] + 7, 10.0))
+    visual = video_visual(path, P, nframes=4, **SMALL)
+    assert np.round(numbers(visual)).tolist() == [0, 6, 13, 19]
+    assert visual.seconds_per_grid == 2 / (4 / 20 * 10)
+
+
+def test_rotation_is_applied(tmp_path):
+    """A phone's portrait clip: stored lying, with a matrix in the track header saying how to turn it."""
+    upright = clip(tmp_path / "a.mp4", 4)
+    data = bytearray(upright.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40  # version 0: the matrix follows 40 bytes of other fields
+    assert struct.unpack(">9i", data[at : at + 36]) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    data[at : at + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 56 << 16, 0, 1 << 30)  # 90° clockwise
+    plain, turned = video_visual(upright, P, nframes=2), video_visual(bytes(data), P, nframes=2)
+    assert (plain.grid.h, plain.grid.w) == (turned.grid.w, turned.grid.h)
+
+    rng = np.random.default_rng(0).integers(0, 255, (4, 6, 3)).astype(np.uint8)
+    picture = Image.fromarray(rng).resize((84, 56), Image.Resampling.NEAREST)
+    assert np.array_equal(
+        np.asarray(video._turned(picture, -90)), np.asarray(picture.transpose(Image.Transpose.ROTATE_270))
+    )
+
+
+def test_only_sampled_frames_are_converted(monkeypatch):
+    kept = []
+    fill = video.fill
+    monkeypatch.setattr(video, "fill", lambda *args: kept.append(args[1].size) or fill(*args))
+    video_visual(CLIP, P, nframes=6, **SMALL)
+    assert kept == [(84, 56)] * 6
+
+
+# --- lists of frames
+
+
+@pytest.mark.parametrize(("n", "rows"), [(1, 4900), (2, 4900), (3, 9800), (4, 9800), (5, 14700), (6, 14700)])
+def test_frame_lists(n, rows):
+    """Seven such clips give 34300, 34300, 68600, … rows."""
+    frames = [frame(i, 980, 980) for i in range(n)]
+    visual = video_visual(frames, P)
+    assert visual.patches.shape == (rows, 1176)
+    assert numbers(visual) == [*range(n)] + [n - 1] * (n % 2)
+    assert visual.seconds_per_grid == 1.0
+    assert video_visual(frames, P, fps=8).seconds_per_grid == 0.25
+
+
+def test_frames_in_every_form(tmp_path):
+    frames = [Image.fromarray(frame(i)) for i in range(4)]
+    frames[0].save(tmp_path / "0.png")
+    file = io.BytesIO()
+    frames[1].save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    mixed = [str(tmp_path / "0.png"), url, np.asarray(frames[2]), frames[3]]
+    expected = video_visual(frames, P)
+    assert np.array_equal(video_visual(mixed, P).patches, expected.patches)
+    assert np.array_equal(video_visual(np.stack([frame(i) for i in range(4)]), P).patches, expected.patches)
+    assert video_visual(tuple(mixed), P, max_pixels=3136).grid == Grid(2, 2, 4)
+
+
+def test_one_frame_is_its_picture():
+    still = image_visual(frame(3), P)
+    assert np.array_equal(video_visual([frame(3)], P).patches, still.patches)
+
+
+@pytest.mark.parametrize(
+    ("frames", "options", "message"),
+    [
+        ([], {}, "list of frames is empty"),
+        ([frame(0), frame(1, 112, 56)], {}, r"frame 1 \(ndarray object\) would be resized to 112 × 56"),
+        ([frame(0), "no/such.png"], {}, r"frame 1: no/such\.png: No such file"),
+        ([frame(0), b"text"], {}, "frame 1: 4 bytes: not a picture"),
+        ([frame(0)], {"nframes": 4}, "nframes chooses frames of a video file"),
+        ([frame(0)], {"video_start": 0.0}, "video_start chooses"),
+        ([frame(0)], {"video_end": 1}, "video_end chooses"),
+        ([frame(0)], {"fps": 0}, "fps is 0"),
+    ],
+)
+def test_bad_frame_lists(frames, options, message):
+    with pytest.raises(InputError, match=message):
+        video_visual(frames, P, **options)
+
+
+# --- bad files and options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fps": 2, "nframes": 4}, "fps or nframes, not both"),
+        ({"fps": 0}, "fps is 0"),
+        ({"fps": -1.0}, "fps is -1"),
+        ({"fps": float("inf")}, "fps is inf"),
+        ({"fps": "2"}, "fps is '2'"),
+        ({"nframes": 0}, "nframes is 0"),
+        ({"nframes": 4.0}, r"nframes is 4\.0"),
+        ({"nframes": 102}, r"bunny\.mp4: nframes 102 rounds to 102 of the clip's 100 frames"),
+        ({"nframes": 1}, "nframes 1 rounds to 0"),
+        ({"min_frames": 8, "max_frames": 4}, "min_frames 8 is larger than max_frames 4"),
+        ({"max_frames": 1}, "0 would be sampled"),
+        ({"video_start": -1}, "video_start is -1"),
+        ({"video_end": "1s"}, "video_end is '1s'"),
+        ({"video_start": 3, "video_end": 1}, r"bunny\.mp4: video_start 3 and video_end 1 leave fewer than two"),
+        ({"video_start": 100}, r"clip of 4\.00 seconds"),
+        ({"total_pixels": 0}, "total_pixels is 0"),
+        ({"min_pixels": -1}, "min_pixels is -1"),
+        ({"min_pixels": 20000, "max_pixels": 10000}, "min_pixels 20000 is larger"),
+        ({"resized_width": 28}, "must be given together"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(InputError, match=message):
+        video_visual(CLIP, P, **options)
+
+
+def sound() -> bytes:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(1), out.setsampwidth(2), out.setframerate(8000), out.writeframes(bytes(16000))
+    return file.getvalue()
+
+
+def with_garbage(data: bytes) -> bytes:
+    """Intact boxes, all coded pictures overwritten."""
+    at = data.index(b"mdat") + 4
+    size = struct.unpack(">I", data[at - 8 : at - 4])[0] - 8
+    return data[:at] + b"\xff" * size + data[at + size :]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not a video file that can be decoded"),
+        (b"hello, this is text", "not a video file that can be decoded"),
+        (CLIP.read_bytes()[:100], "no video stream"),
+        (with_garbage(CLIP.read_bytes()), "decoded"),
+        (sound(), "not a video file that can be decoded|no video stream"),
+    ],
+)
+def test_bad_files(tmp_path, data, message):
+    path = tmp_path / "bad.mp4"
+    path.write_bytes(data)
+    for given in (path, data):
+        with pytest.raises(InputError, match=message):
+            video_visual(given, P)
+    with pytest.raises(InputError, match=r"bad\.mp4"):
+        video_visual(path, P)
+
+
+def test_sound_in_a_video_container(tmp_path):
+    path = tmp_path / "sound.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        samples.sample_rate = 8000
+        for packet in [*stream.encode(samples), *stream.encode()]:
+            container.mux(packet)
+    with pytest.raises(InputError, match=r"sound\.mkv: it has no video stream"):
+        video_visual(path, P)
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:4.0,\nfile://{clip}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile {clip}\n",
+    ],
+)
+@pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "concat:list.mp4"])
+def test_playlists_cannot_reach_other_files(tmp_path, playlist, name):
+    path = tmp_path / name
+    path.write_text(playlist.format(clip=CLIP))
+    for given in (path, path.read_bytes()):
+        with pytest.raises(InputError, match="not a video file that can be decoded"):
+            video_visual(given, P)
+
+
+def test_limits_come_before_memory(monkeypatch):
+    monkeypatch.setattr(video, "MAX_CLIP_PIXELS", 100_000)
+    for given in (CLIP, [CLIP.parent / "coffee.jpg"]):
+        with pytest.raises(InputError, match="over the limit of 100,000 pixels a clip"):
+            video_visual(given, P)
+    monkeypatch.setattr(video, "MAX_PIXELS", 100_000)
+    monkeypatch.setattr(video, "_decode", lambda open_clip: pytest.fail("decoded"))
+    with pytest.raises(InputError, match=r"bunny\.mp4: frames of 640 × 360 pixels; the limit is 100,000"):
+        video_visual(CLIP, P)
+
+
+def test_without_pyav(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(InputError, match=r"pip install 'qwenvl-jax\[video\]'"):
+        video_visual(CLIP, P)
+    assert video_visual([frame(0)], P).grid.t == 1  # frame lists need no decoder
+
+
+# --- transformers 4.51.3
+
+
+def reference(frames: list[Image.Image]):
+    """transformers' image processor on a clip that qwen-vl-utils has sized."""
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.Qwen2VLImageProcessor(min_pixels=P.min_pixels, max_pixels=P.max_pixels)
+    out = processor(images=None, videos=[frames], return_tensors="np")
+    return out["pixel_values_videos"], tuple(out["video_grid_thw"][0].tolist())
+
+
+def assert_equals_reference(visual, frames):
+    values, grid = reference(frames)
+    assert visual.grid == grid
+    table, raw = pixel_table(P), visual.patches.reshape(len(visual.patches), 3, -1)
+    mine = np.stack([table[c][raw[:, c]] for c in range(3)], axis=1).reshape(values.shape)
+    assert np.array_equal(mine, values)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_listed_frames_equal_the_reference(n):
+    rng = np.random.default_rng(n)
+    frames = [Image.fromarray(rng.integers(0, 256, (75, 130, 3), dtype=np.uint8)) for _ in range(n)]
+    assert_equals_reference(video_visual(frames, P), frames)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("options", "picked", "size"),
+    [
+        ({}, [0, 14, 28, 42, 57, 71, 85, 99], (364, 644)),
+        ({"nframes": 3, "max_pixels": 100352}, [0, 33, 66, 99], (224, 420)),
+        ({"fps": 3, "video_start": 1.0, "video_end": 3.0}, [25, 35, 45, 55, 65, 75], (364, 644)),
+        ({"nframes": 2, "resized_height": 100, "resized_width": 200}, [0, 99], (112, 196)),
+    ],
+)
+def test_file_equals_frames_decoded_independently(options, picked, size):
+    with av.open(str(CLIP)) as container:
+        frames = [f.to_image() for f in container.decode(video=0)]
+    chosen = [frames[i].resize(size[::-1], Image.Resampling.BICUBIC) for i in picked]
+    assert_equals_reference(video_visual(CLIP, P, **options), chosen)
