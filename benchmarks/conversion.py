@@ -1,0 +1,159 @@
+"""How fast weights are loaded and converted, and in how much memory, next to a plain copy of the same files.
+
+    python benchmarks/conversion.py DIR [--size qwen2-vl-2b] [--jobs copy load to_orbax load_orbax to_hf]
+
+Writes a checkpoint of random bf16 weights in the shape of an official model to DIR (which needs three times its
+size: 14 GB for 2B, 50 GB for 7B), runs each job in a process of its own, and removes what it wrote. Files are
+dropped from the page cache before each job and flushed to the disk at its end, the copy's too, so the times
+are the disk's as much as ours.
+
+"anonymous" is the peak of the process's own memory above what it was just before the job; "file" is the peak of
+mapped files, which the kernel can take back. On a CPU the loaded parameters are in host memory as well; the
+column has them subtracted.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from qwenvl_jax.config import PRESETS
+
+JOBS = ("copy", "load", "to_orbax", "load_orbax", "to_hf")
+
+
+def write_random(directory: Path, config) -> None:
+    """The checkpoint, from one block of random numbers that is used over and over."""
+    from qwenvl_jax.model.qwenvl import abstract_params
+    from qwenvl_jax.params.hf import flatten, table, tensor_shape
+    from qwenvl_jax.params.tensors import DTYPES, Writer
+
+    directory.mkdir()
+    shapes = {}
+    for path, leaf in flatten(abstract_params(config)).items():
+        for name in table(config)[path]:
+            shapes[name] = (DTYPES["BF16"], tensor_shape(config, path, leaf.shape))
+    noise = (0.02 * np.random.default_rng(0).standard_normal(1 << 24, np.float32)).astype(DTYPES["BF16"])
+    with Writer(directory, shapes, 5_000_000_000) as writer:
+        for name, tensor in writer.tensors.items():
+            rows, width = tensor.matrix
+            step = max(1, noise.size // width)
+            for row in range(0, rows, step):
+                n = min(step, rows - row)
+                writer.write_rows(name, row, noise[: n * width].reshape(n, width), transpose=False)
+        writer.finish()
+    (directory / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def job(name: str, base: Path) -> None:
+    """Runs in a process of its own; says on stdout when it is about to start, and how long it took."""
+    import jax
+    from qwenvl_convert import hf
+
+    from qwenvl_jax.params import checkpoint
+    from qwenvl_jax.params.hf import read_params
+
+    config = checkpoint.read_config(base / "hf")
+    jax.block_until_ready(jax.numpy.zeros(1))
+    print(json.dumps({"anonymous": memory(os.getpid())["RssAnon"]}), flush=True)
+    start = time.perf_counter()
+    if name == "copy":
+        copy(base / "hf", base / "copy")
+    elif name == "load":
+        jax.block_until_ready(read_params(base / "hf", config, progress=False))
+    elif name == "to_orbax":
+        hf.to_orbax(base / "hf", base / "orbax", progress=False)
+    elif name == "load_orbax":
+        jax.block_until_ready(checkpoint.restore(base / "orbax", config, progress=False))
+    else:
+        hf.to_hf(base / "orbax", base / "back", progress=False)
+    print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
+
+
+def copy(source: Path, target: Path) -> None:
+    target.mkdir()
+    for file in source.iterdir():
+        shutil.copyfile(file, target / file.name)
+        with open(target / file.name, "rb") as f:
+            os.fsync(f.fileno())
+
+
+def memory(pid: int) -> dict[str, int]:
+    """RssAnon and RssFile in bytes; empty when the process has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    return {k: int(v.split()[0]) * 1024 for k, v in (line.split(":", 1) for line in lines) if k.startswith("Rss")}
+
+
+def measure(name: str, base: Path) -> dict[str, float]:
+    for file in base.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    command = [sys.executable, __file__, str(base), "--job", name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        peak = {"RssAnon": 0, "RssFile": 0}
+
+        def watch():
+            while process.poll() is None:
+                for key, value in memory(process.pid).items():
+                    peak[key] = max(peak.get(key, 0), value)
+                time.sleep(0.01)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        lines = [json.loads(line) for line in process.stdout]
+        thread.join()
+    if len(lines) != 2:
+        sys.exit(f"{name} failed")
+    return {
+        "seconds": lines[1]["seconds"],
+        "anonymous": peak["RssAnon"] - lines[0]["anonymous"],
+        "file": peak["RssFile"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--size", choices=PRESETS, default="qwen2-vl-2b")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
+    parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        return job(args.job, args.directory)
+    base = args.directory / f"bench-{args.size}"
+    base.mkdir(parents=True)
+    try:
+        config = PRESETS[args.size]
+        write_random(base / "hf", config)
+        size = sum(f.stat().st_size for f in (base / "hf").glob("*.safetensors"))
+        t = config.text
+        largest = 2 * t.num_hidden_layers * t.hidden_size * t.intermediate_size
+        print(f"{args.size}: {size / 1e9:.2f} GB; largest stacked parameter {largest / 1e6:.0f} MB\n")
+        print(f"{'job':<12}{'seconds':>9}{'GB/s':>7}{'anonymous MB':>14}{'file MB':>9}", flush=True)
+        for name in args.jobs:
+            m = measure(name, base)
+            own = m["anonymous"] - (size if name.startswith("load") else 0)
+            print(
+                f"{name:<12}{m['seconds']:>9.1f}{size / m['seconds'] / 1e9:>7.2f}"
+                f"{own / 1e6:>14.0f}{m['file'] / 1e6:>9.0f}",
+                flush=True,
+            )
+            shutil.rmtree(base / "copy", ignore_errors=True)
+    finally:
+        shutil.rmtree(base)
+
+
+if __name__ == "__main__":
+    main()
