@@ -323,6 +323,8 @@ def with_garbage(data: bytes) -> bytes:
         (b"", "not a video file that can be decoded"),
         (b"hello, this is text", "not a video file that can be decoded"),
         (CLIP.read_bytes()[:100], "no video stream"),
+        (CLIP.read_bytes()[:-2000], "cut off: of 100 frames only 9[0-9] are there"),
+        (CLIP.read_bytes().replace(b"avc1", b"nope"), "codec is unknown"),
         (with_garbage(CLIP.read_bytes()), "decoded"),
         (sound(), "not a video file that can be decoded|no video stream"),
     ],

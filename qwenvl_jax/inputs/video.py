@@ -254,15 +254,18 @@ def _sampled(open_clip: Callable, plan: Callable, size: Callable, p: Preprocessi
 def _count(open_clip: Callable) -> tuple[int, float]:
     """Number of frames and their mean rate, from the packets: headers leave both out, or lie."""
     with open_clip() as (container, stream):
-        times = []
-        n = 0
+        n, packets, times = 0, 0, []
         for packet in container.demux(stream):
+            packets += packet.pts is not None
             if packet.size and not packet.is_discard:
                 n += 1
                 if packet.pts is not None:
-                    times.append(packet.pts * packet.time_base)
+                    times.append(packet.pts)
+        # MP4 and MOV index every frame at their start or end, so a missing one means a broken-off copy.
+        if "mp4" in container.format.name and packets < stream.frames:
+            raise InputError(f"the file is cut off: of {stream.frames} frames only {packets} are there")
         declared = stream.average_rate or stream.guessed_rate
-    span = max(times) - min(times) if times else 0
+        span = (max(times) - min(times)) * stream.time_base if times else 0
     timed = Fraction(len(times) - 1) / span if span > 0 else None
     # The header's figure is exact where it is right, and what the reference goes by; where the timestamps
     # contradict it (variable rate in Matroska, say), they win.
@@ -308,6 +311,8 @@ def _opener(data: bytes | Path) -> Callable:
                 if not container.streams.video:
                     raise InputError("it has no video stream")
                 stream = container.streams.video[0]
+                if stream.codec_context is None:
+                    raise InputError("its video codec is unknown")
                 width, height = stream.codec_context.width, stream.codec_context.height
                 if width * height > MAX_PIXELS:
                     raise InputError(f"frames of {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels")
