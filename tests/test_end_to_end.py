@@ -43,18 +43,15 @@ one_family = pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect
 
 
 @one_family
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [(b"", "bad.jpg"), (b"not a picture", "bad.jpg"), (None, "bad.jpg"), (slice(0, 2000), "bad.jpg")],
-)
-def test_bad_pictures(tiny_checkpoint, tmp_path, capsys, content, says):
+@pytest.mark.parametrize("content", [b"", b"hi\n", b"this is not a picture", None, slice(0, 2000)], ids=str)
+def test_bad_pictures(tiny_checkpoint, tmp_path, capsys, content):
     """Empty, not a picture, missing, cut short: told by name, before any weight is read."""
     path = tmp_path / "bad.jpg"
     if content is not None:
         path.write_bytes(Path(PHOTO).read_bytes()[content] if isinstance(content, slice) else content)
     assert cli.main(["generate", "--model", str(tiny_checkpoint), "--image", str(path), "--prompt", "?"]) == 2
     out, err = capsys.readouterr()
-    assert says in err and err.count("\n") == 1 and not out
+    assert "bad.jpg" in err and err.count("\n") == 1 and not out
 
 
 @one_family

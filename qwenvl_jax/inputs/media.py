@@ -229,6 +229,7 @@ def _identify(file, name: str) -> Image.Image:
     prefix = file.read(16)
     if not prefix:
         raise InputError(f"{name}: is empty")
+    prefix = prefix.ljust(16, b"\0")  # Pillow unpacks numbers from it without a look at its length
     for format_name in _FORMATS:
         opener, accepts = Image.OPEN[format_name]
         if accepts and accepts(prefix) is not True:
