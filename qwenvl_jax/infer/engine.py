@@ -164,8 +164,9 @@ class Engine:
         unread, dispatched = deque([_fetch(draw)]), 1
         while live := [row for row in rows if row.finish_reason is None]:
             while len(unread) <= self.lag and dispatched < max(row.limit for row in live):
-                # This step writes slot prompt + dispatched − 1. Rows that are done may run past the end.
-                while cache.k[0].shape[2] < max(row.prompt_tokens for row in live) + dispatched:
+                # This step writes slot prompt + dispatched − 1 of a row, if it still needs it.
+                slots = max(row.prompt_tokens + min(dispatched, row.limit - 1) for row in live)
+                while cache.k[0].shape[2] < slots:
                     cache = programs.grow(cache)
                 draw, state, cache = programs.step(self.params, draw.tokens, state, cache, knobs, **variant)
                 unread.append(_fetch(draw))

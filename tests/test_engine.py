@@ -1,0 +1,457 @@
+"""The engine on tiny random models: right tokens, no waiting, no recompiling, and text that ends where it should."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, tiny_params
+
+from qwenvl_jax.infer import engine as engine_module
+from qwenvl_jax.infer.detokenize import Detokenizer
+from qwenvl_jax.infer.engine import Engine
+from qwenvl_jax.infer.options import GenerateOptions
+from qwenvl_jax.inputs.batch import Ladder, make_batch
+from qwenvl_jax.model import qwenvl
+from qwenvl_jax.types import Batch, InputError, Model, Sample
+
+# Ids are bytes: every token is one byte of UTF-8, a few are two, so that borders fall inside characters.
+PAIRS = {150: b"st", 149: "é".encode(), 148: b"\xe2\x82"}
+SPECIAL = range(151, 160)
+EOS = 155
+
+
+class FakeProcessor:
+    """A byte-level tokenizer of 160 ids and no media."""
+
+    def encode(self, messages, *, tools=None):
+        text = "".join(m["content"] for m in messages) + ("tools" if tools else "")
+        return Sample(np.frombuffer(text.encode(), np.uint8).astype(np.int32))
+
+    def decode(self, ids, skip_special_tokens=True):
+        ids = [i for i in ids if i not in SPECIAL or not skip_special_tokens]
+        return b"".join(PAIRS.get(i) or bytes([i]) for i in ids).decode("utf-8", "replace")
+
+
+@functools.cache
+def model(family="qwen2_5_vl"):
+    windows = {"fullatt_block_indexes": (1,)} if family == "qwen2_5_vl" else {}
+    config = tiny_config(family, {"num_hidden_layers": 2}, {"depth": 2} | windows)
+    return Model(config, tiny_params(config), FakeProcessor(), {})
+
+
+@functools.cache
+def shared(family="qwen2_5_vl"):
+    return Engine(model(family), max_batch=4, ladder=Ladder(tokens=(64, 128, 192, 256)))
+
+
+forward = jax.jit(qwenvl.forward, static_argnums=0)
+
+
+def logits_after(family, samples, answers):
+    """Logits [len(answer) + 1, V] of every row, from one full forward over prompts and answers together."""
+    m = model(family)
+    batch = make_batch(samples, m.config)
+    longest = max(len(s.tokens) + len(a) for s, a in zip(samples, answers, strict=True))
+    longest = max(longest, batch.tokens.shape[1])
+    grow = ((0, 0), (0, longest - batch.tokens.shape[1]))
+    tokens, segments = np.pad(batch.tokens, grow), np.pad(batch.segments, grow)
+    positions = np.pad(batch.positions, ((0, 0), *grow))
+    visual_index = np.pad(batch.visual_index, grow, constant_values=-1)
+    for b, (s, answer) in enumerate(zip(samples, answers, strict=True)):
+        here = slice(len(s.tokens), len(s.tokens) + len(answer))
+        tokens[b, here], segments[b, here] = answer, 1
+        positions[:, b, here] = positions[:, b].max() + 1 + np.arange(len(answer))
+    logits = forward(m.config, m.params, Batch(tokens, positions, segments, visual_index, batch.vision))
+    ends = [(len(s.tokens) - 1, len(s.tokens) + len(a)) for s, a in zip(samples, answers, strict=True)]
+    return [np.asarray(row[first:last]) for row, (first, last) in zip(logits, ends, strict=True)]
+
+
+def texts(rng, *lengths):
+    return [sample(rng, model().config, n) for n in lengths]
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_one_full_forward(family):
+    """Text, two pictures, a clip and a mix in one batch of unequal lengths, with the cache growing on the way."""
+    m = model(family)
+    samples = mixed_samples(m.config)
+    results = shared(family).generate(samples, max_new_tokens=120, ignore_eos=True)
+    assert shared(family).traces["pad"] == 1  # from 192 slots to 256
+    answers = [r.token_ids for r in results]
+    for s, r, logits in zip(samples, results, logits_after(family, samples, answers), strict=True):
+        assert (r.prompt_tokens, len(r.token_ids), r.finish_reason) == (len(s.tokens), 120, "length")
+        assert logits[:-1].argmax(-1).tolist() == r.token_ids
+
+
+def test_lists_longer_than_a_batch_come_back_in_order():
+    rng = np.random.default_rng(1)
+    samples = texts(rng, 5, 70, 9, 30, 6, 100, 7) + mixed_samples(model().config)
+    together = shared().generate(samples, max_new_tokens=6)
+    alone = [shared().generate([s], max_new_tokens=6)[0] for s in samples]
+    assert together == alone
+
+
+def test_what_a_seed_draws_does_not_depend_on_the_batch():
+    rng = np.random.default_rng(2)
+    samples = texts(rng, 11, 40, 75, 20)
+    options = [
+        GenerateOptions(max_new_tokens=12, temperature=t, top_k=k, top_p=p, seed=s)
+        for t, k, p, s in ((1.0, 0, 1.0, 1), (0.7, 30, 0.9, 2), (1.5, 0, 0.95, 2**40), (0, 0, 1, 4))
+    ]
+    together = shared().generate(samples, options)
+    backwards = shared().generate(samples[::-1], options[::-1])[::-1]
+    roomy = Engine(model(), max_batch=8, ladder=Ladder(rows=(8,), tokens=(512,)))
+    assert together == backwards == roomy.generate(samples, options)
+    assert together == [shared().generate([s], o)[0] for s, o in zip(samples, options, strict=True)]
+    again = shared().generate(samples, [o.replace(seed=9) for o in options])
+    assert [a.token_ids == b.token_ids for a, b in zip(together, again, strict=True)] == [False] * 3 + [True]
+
+
+def test_no_seed_is_a_new_seed_each_time():
+    (s,) = texts(np.random.default_rng(3), 12)
+    a, b = (shared().generate([s], temperature=3.0, top_k=0, max_new_tokens=20)[0] for _ in range(2))
+    assert a.token_ids != b.token_ids
+
+
+def test_samples_of_one_conversation_read_it_once(monkeypatch):
+    config, engine, rng = model().config, shared(), np.random.default_rng(4)
+    shown = sample(rng, config, 3, picture(rng, config, 8, 12), 5)
+    rows = []
+    prefill, encode = engine._programs.prefill, engine._programs.encode
+    monkeypatch.setattr(engine._programs, "prefill", lambda p, x, *a: rows.append(len(x)) or prefill(p, x, *a))
+    monkeypatch.setattr(engine._programs, "encode", lambda *a: rows.append("encode") or encode(*a))
+    options = dict(temperature=1.0, top_k=0, max_new_tokens=8, ignore_eos=True)
+    (result,) = engine.generate([shown], n=4, seed=10, **options)
+    assert rows == ["encode", 1]
+    alone = [engine.generate([shown], seed=10 + j, **options)[0] for j in range(4)]
+    assert [s.token_ids for s in result.samples] == [s.token_ids for s in alone]
+    assert len({tuple(s.token_ids) for s in result.samples}) > 1 and len(result.others) == 3
+
+    rows.clear()
+    results = engine.generate([*texts(rng, 6), shown], [GenerateOptions(n=n, seed=10, **options) for n in (1, 3)])
+    assert rows == ["encode", 2] and [len(r.samples) for r in results] == [1, 3]
+    assert [s.token_ids for s in results[1].samples] == [s.token_ids for s in alone[:3]]
+
+
+def test_more_samples_than_rows_in_a_batch():
+    (s,) = texts(np.random.default_rng(5), 9)
+    (result,) = shared().generate([s], n=6, temperature=1.0, seed=0, max_new_tokens=3)
+    assert [r.token_ids for r in result.samples] == [
+        shared().generate([s], temperature=1.0, seed=j, max_new_tokens=3)[0].token_ids for j in range(6)
+    ]
+
+
+def test_penalties_reach_the_prompt_and_the_output():
+    (s,) = texts(np.random.default_rng(6), 40)
+    plain = shared().generate([s], max_new_tokens=20, ignore_eos=True)[0].token_ids
+    assert set(plain) & set(s.tokens.tolist()) or len(set(plain)) < 20
+    # Large enough that an id is never taken twice, nor, with repetition, one of the prompt.
+    fresh = shared().generate([s], max_new_tokens=20, ignore_eos=True, frequency_penalty=100)[0].token_ids
+    assert len(set(fresh)) == 20
+    fresh = shared().generate([s], max_new_tokens=20, ignore_eos=True, presence_penalty=100)[0].token_ids
+    assert len(set(fresh)) == 20
+    tight = GenerateOptions(max_new_tokens=20, ignore_eos=True, repetition_penalty=1e6)
+    first = shared().generate([s], tight)[0].token_ids[0]
+    (logits,) = logits_after("qwen2_5_vl", [s], [[0] * 30])
+    outside = [i for i in np.argsort(-logits[0]) if i not in s.tokens]
+    assert first == outside[0]
+
+
+def test_logprobs_are_those_of_a_full_forward():
+    s, other = texts(np.random.default_rng(7), 15, 15)
+    options = [GenerateOptions(temperature=1.3, seed=1, logprobs=3), GenerateOptions()]
+    r, without = shared().generate([s, other], options, max_new_tokens=5, ignore_eos=True)
+    assert without.logprobs is None and without.top_logprobs is None
+    (logits,) = logits_after("qwen2_5_vl", [s], [r.token_ids])
+    expected = np.asarray(jax.nn.log_softmax(logits[:-1]))
+    np.testing.assert_allclose(r.logprobs, expected[np.arange(5), r.token_ids], rtol=1e-4)
+    for top, row in zip(r.top_logprobs, expected, strict=True):
+        assert [i for i, _ in top] == np.argsort(-row)[:3].tolist()
+        np.testing.assert_allclose([p for _, p in top], -np.sort(-row)[:3], rtol=1e-4)
+    assert shared().generate([s], options[0], max_new_tokens=5, logprobs=0)[0].top_logprobs is None
+
+
+def test_defaults_are_the_checkpoints(monkeypatch):
+    (s,) = texts(np.random.default_rng(8), 20)
+    engine = shared()
+    greedy = engine.generate([s], max_new_tokens=12, ignore_eos=True)[0].token_ids
+    options = dict(seed=1, temperature=1.9, top_k=0, max_new_tokens=12)
+    sampled = engine.generate([s], stop_token_ids=[greedy[3]], **options)[0].token_ids
+    generation = {"do_sample": True, "temperature": 1.9, "top_k": 0, "max_new_tokens": 12, "eos_token_id": [greedy[3]]}
+    monkeypatch.setattr(engine, "generation", generation)
+    assert engine.generate([s], temperature=0)[0].token_ids == greedy[: greedy.index(greedy[3]) + 1]
+    assert engine.generate([s], seed=1)[0].token_ids == sampled != greedy
+
+
+# Ends
+
+
+def scripted(monkeypatch, ids):
+    """The engine, whose draws say `ids` as the host reads them, whatever the model drew."""
+    script = iter(ids)
+
+    def read(draw):
+        return draw._replace(tokens=np.array([next(script, 65)]))
+
+    monkeypatch.setattr(engine_module.jax, "device_get", read)
+    return shared()
+
+
+HELLO = [*b"Hello, ", 149, 148, 0xAC, *b" la", 150, *b"!stop"]  # "Hello, é€ last!stop"
+
+
+@pytest.mark.parametrize(
+    "options, text, tokens, reason",
+    [
+        (dict(max_new_tokens=9), "Hello, é\ufffd", 9, "length"),
+        (dict(max_new_tokens=10), "Hello, é€", 10, "length"),
+        (dict(stop=["o, "]), "Hell", 7, "stop"),
+        (dict(stop=["last!"]), "Hello, é€ ", 15, "stop"),  # over four tokens
+        (dict(stop=["as"]), "Hello, é€ l", 14, "stop"),  # ends inside a token
+        (dict(stop=["é"]), "Hello, ", 8, "stop"),
+        (dict(stop=["zzz", "stopped"], max_new_tokens=19), "Hello, é€ last!stop", 19, "length"),
+        (dict(stop=["stop", "st!"]), "Hello, é€ la", 15, "stop"),  # a false start of one, then the other
+        (dict(stop=["lo, é€ x", "€"]), "Hello, é", 10, "stop"),
+        (dict(stop_token_ids=[149]), "Hello, ", 8, "stop"),
+        (dict(stop_token_ids=[ord("!")], stop=["!"]), "Hello, é€ last", 15, "stop"),
+    ],
+    ids=str,
+)
+def test_ends(monkeypatch, options, text, tokens, reason):
+    (s,) = texts(np.random.default_rng(0), 8)
+    engine = scripted(monkeypatch, HELLO)
+    (r,) = engine.generate([s], **{"max_new_tokens": 40} | options)
+    assert (r.text, len(r.token_ids), r.finish_reason) == (text, tokens, reason)
+    assert r.token_ids == HELLO[:tokens]
+
+    stream = scripted(monkeypatch, HELLO).stream(s, **{"max_new_tokens": 40} | options)
+    assert stream.result is None
+    pieces = list(stream)
+    assert "".join(pieces) == text and all(pieces) and stream.result == r
+    assert len(pieces) > 1
+
+
+def test_eos_ends_the_text_and_is_not_in_it(monkeypatch):
+    ids = [*b"ok", EOS, *b"more"]
+    (s,) = texts(np.random.default_rng(0), 8)
+    (r,) = scripted(monkeypatch, ids).generate([s])
+    assert (r.text, r.token_ids, r.finish_reason) == ("ok", ids[:3], "stop")
+    (r,) = scripted(monkeypatch, ids).generate([s], ignore_eos=True, max_new_tokens=7)
+    assert (r.text, r.token_ids, r.finish_reason) == ("okmore", ids, "length")
+
+
+def test_generation_ends_where_the_context_does():
+    engine = warm()
+    short, long = texts(np.random.default_rng(9), 20, 189)
+    results = engine.generate([short, long], max_new_tokens=1000, ignore_eos=True)
+    assert [(len(r.token_ids), r.finish_reason) for r in results] == [(172, "length"), (3, "length")]
+    options = [GenerateOptions(max_new_tokens=n, ignore_eos=True) for n in (172, 3)]
+    assert results == [engine.generate([s], o)[0] for s, o in zip((short, long), options, strict=True)]
+
+
+def test_one_row_may_end_long_before_another():
+    short, long = texts(np.random.default_rng(10), 30, 10)
+    options = [GenerateOptions(max_new_tokens=2), GenerateOptions(max_new_tokens=150)]
+    results = shared().generate([short, long], options, ignore_eos=True)
+    assert [len(r.token_ids) for r in results] == [2, 150]
+    assert results[1] == shared().generate([long], options[1], ignore_eos=True)[0]
+
+
+# Streaming
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_streamed_pieces_joined_are_the_generated_text(temperature):
+    for s in texts(np.random.default_rng(11), 10, 33):
+        options = GenerateOptions(max_new_tokens=60, temperature=temperature, top_k=0, seed=3, stop=("q", "7g"))
+        stream = shared().stream(s, options)
+        pieces = list(stream)
+        (r,) = shared().generate([s], options)
+        assert "".join(pieces) == r.text and stream.result == r
+
+
+def test_a_stream_can_be_given_up():
+    (s,) = texts(np.random.default_rng(12), 10)
+    stream = shared().stream(s, max_new_tokens=100, ignore_eos=True)
+    next(stream)
+    stream.close()
+    assert list(stream) == [] and stream.result is None
+    assert shared().generate([s], max_new_tokens=3)  # the engine is none the worse
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_detokenizer_equals_decoding_everything_at_once(seed):
+    rng = np.random.default_rng(seed)
+    text = "".join(rng.choice(list("aé€😀\ufffd"), 30)).encode()
+    noise = bytes(rng.choice([0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80, 0xFF, 0xC3, 0x61], 200).tolist())
+    raw = text + noise + text
+    cuts = np.sort(rng.choice(len(raw), 120, replace=False))
+    tokens = [t for t in np.split(np.frombuffer(raw, np.uint8), cuts) if len(t)]
+
+    def decode(ids):
+        return b"".join(tokens[i].tobytes() for i in ids).decode("utf-8", "replace")
+
+    detokenizer = Detokenizer(decode)
+    pieces = [detokenizer.push(i) for i in range(len(tokens))]
+    assert "".join(pieces) + detokenizer.finish() == raw.decode("utf-8", "replace")
+
+
+def test_detokenizer_holds_nothing_back_for_long():
+    """Bytes that never become a character must not stall the stream, nor cost more and more."""
+    longest = 0
+
+    def decode(ids):
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return (b"\xe4" * len(ids)).decode("utf-8", "replace")
+
+    detokenizer = Detokenizer(decode)
+    released = sum(len(detokenizer.push(i)) for i in range(1000))
+    assert released > 980 and longest < 12
+
+
+# Waiting and compiling
+
+
+@pytest.mark.parametrize("lag", [0, 1, 4])
+def test_steps_are_dispatched_ahead_of_what_is_read(monkeypatch, lag):
+    engine = shared()
+    monkeypatch.setattr(engine, "lag", lag)
+    (s,) = texts(np.random.default_rng(13), 10)
+    events = []
+    step, get = engine._programs.step, jax.device_get
+    monkeypatch.setattr(engine._programs, "step", lambda *a, **k: events.append("step") or step(*a, **k))
+    monkeypatch.setattr(engine_module.jax, "device_get", lambda x: events.append("read") or get(x))
+    engine.generate([s], max_new_tokens=20, ignore_eos=True)
+    assert events.count("read") == 20 and events.count("step") == 19  # no step in vain either
+    reads = [i for i, e in enumerate(events) if e == "read"]
+    ahead = [events[:i].count("step") - n for n, i in enumerate(reads)]
+    assert ahead == [min(lag, 19 - n) for n in range(20)]
+
+
+def test_nothing_else_crosses_between_host_and_device():
+    rng = np.random.default_rng(14)
+    samples = mixed_samples(model().config)
+    options = dict(max_new_tokens=60, temperature=0.8, seed=1, repetition_penalty=1.1, logprobs=2, n=1)
+    before = shared().generate(samples, **options)
+    with jax.transfer_guard("disallow"):
+        assert shared().generate(samples, **options) == before
+        list(shared().stream(texts(rng, 9)[0], max_new_tokens=60))
+
+
+def test_surplus_steps_are_thrown_away(monkeypatch):
+    """An end is seen `lag` steps late; what was dispatched meanwhile must leave no trace."""
+    (s,) = texts(np.random.default_rng(15), 30)
+    greedy = shared().generate([s], max_new_tokens=30, ignore_eos=True)[0].token_ids
+    stop = greedy[5]
+    expected = greedy[: greedy.index(stop) + 1]
+    for lag in (0, 3, 10):
+        monkeypatch.setattr(shared(), "lag", lag)
+        (r,) = shared().generate([s], stop_token_ids=[stop], max_new_tokens=30)
+        assert (r.token_ids, r.finish_reason) == (expected, "stop")
+
+
+LIMITS = dict(max_tokens=192, max_pixels=16 * 16 * 14**2, max_visuals=4, n=2)
+
+
+@functools.cache
+def warm():
+    """A smaller model, all of whose programs are compiled."""
+    config = tiny_config("qwen2_5_vl", {"num_hidden_layers": 1}, {"depth": 2, "fullatt_block_indexes": (1,)})
+    ladder = Ladder(rows=(1, 2), tokens=(64, 128), patches=(64, 256))
+    engine = Engine(Model(config, tiny_params(config), FakeProcessor(), {}), max_batch=2, max_length=192, ladder=ladder)
+    engine.warmup(progress=False, **LIMITS)
+    return engine
+
+
+def test_programs_are_a_sum_of_ladders():
+    """Rows 1, 2; tokens 64, 128, 192; lanes 1, 2, 4 of 64 or 256 patches; greedy or not."""
+    rows, tokens, caches, lanes, kinds = 2, 3, 2, 3 * 2, 2
+    assert warm().traces == {
+        "encode": lanes, "embed": rows * tokens, "place": rows * tokens, "prefill": rows * tokens,
+        "fork": caches, "first": rows * kinds, "step": rows * caches * kinds, "pad": rows * (caches - 1),
+    }  # fmt: skip
+
+
+def test_no_new_traces_after_warmup():
+    engine, rng = warm(), np.random.default_rng(16)
+    traces = engine.traces
+    for i in range(50):
+        conversations = []
+        for _ in range(rng.integers(1, 6)):
+            parts = [int(rng.integers(1, 60))]
+            for _ in range(rng.integers(0, 3)):
+                h, w = (2 * int(a) for a in rng.integers(2, 7, 2))
+                parts += [picture(rng, engine.config, h, w), int(rng.integers(1, 10))]
+            conversations.append(sample(rng, engine.config, *parts))
+        if i % 5 == 0:
+            conversations.append(sample(rng, engine.config, 2, clip(rng, engine.config, 2, 6, 8), 3))
+        options = GenerateOptions(
+            max_new_tokens=int(rng.integers(1, 40)),
+            temperature=float(rng.choice([0, 0.7])),
+            top_k=int(rng.integers(0, 50)),
+            top_p=float(rng.uniform(0.1, 1)),
+            n=int(rng.integers(1, 3)),
+        )
+        results = engine.generate(conversations, options)
+        assert len(results) == len(conversations)
+        assert engine.traces == traces, f"request {i}"
+
+
+def test_warmup_shows_its_progress(capsys):
+    warm().warmup(**LIMITS)
+    assert "compiling: 100%" in capsys.readouterr().err
+
+
+# Bad input
+
+
+def test_a_prompt_beyond_the_context_is_refused():
+    rng = np.random.default_rng(17)
+    engine = warm()
+    fits, exact = texts(rng, 191, 192)
+    assert len(engine.generate([fits])[0].token_ids) == 1
+    with pytest.raises(InputError, match=r"192 tokens.* 192 .*shorter conversation$"):
+        engine.generate([fits, exact])
+    shown = sample(rng, model().config, picture(rng, model().config, 20, 40))
+    with pytest.raises(InputError, match=r"202 tokens.* 192 .*max_pixels"):
+        engine.stream(shown)
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda e, s: e.generate(s), "list of conversations"),
+        (lambda e, s: e.generate([{"role": "user", "content": "hi"}]), "list of conversations"),
+        (lambda e, s: e.generate([s, s], [GenerateOptions()]), "1 options were given for 2"),
+        (lambda e, s: e.generate([s], temperature=-1), "temperature"),
+        (lambda e, s: e.generate([s], tempratur=1), "tempratur"),
+        (lambda e, s: e.stream(s, n=2), "n is 2"),
+        (lambda e, s: Engine(model(), max_length=4096), "4096.*2048"),
+        (lambda e, s: Engine(model(), max_batch=0), "max_batch"),
+    ],
+)
+def test_bad_calls(call, says):
+    with pytest.raises(InputError, match=says):
+        call(shared(), texts(np.random.default_rng(18), 5)[0])
+
+
+def test_messages_go_through_the_processor():
+    messages = [{"role": "user", "content": "What is it?"}]
+    (r,) = shared().generate([messages], max_new_tokens=4)
+    (with_tools,) = shared().generate([messages], tools=[{"name": "f"}], max_new_tokens=4)
+    assert (r.prompt_tokens, with_tools.prompt_tokens) == (11, 16)
+    assert shared().generate([]) == []
+    assert "".join(shared().stream(messages, max_new_tokens=4)) == r.text
+
+
+def test_numpy_weights_do():
+    config, params, processor, _ = model()
+    (s,) = texts(np.random.default_rng(19), 10)
+    engine = Engine(Model(config, jax.tree.map(np.asarray, params), processor, {}), max_batch=1)
+    assert engine.generate([s], max_new_tokens=5) == shared().generate([s], max_new_tokens=5)
+    assert all(isinstance(w, jax.Array) for w in jax.tree.leaves(engine.params))  # not sent anew each step
