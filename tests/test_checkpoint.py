@@ -463,8 +463,8 @@ def test_staged_leaves_nothing_after_an_error(tmp_path):
 
 
 def test_staged_removes_what_a_killed_run_left(tmp_path):
-    (tmp_path / "out.partial" / "params").mkdir(parents=True)
-    (tmp_path / "out.partial" / "config.json").write_text("{}")
+    (tmp_path / "out.partial-qwenvl_jax" / "params").mkdir(parents=True)
+    (tmp_path / "out.partial-qwenvl_jax" / "config.json").write_text("{}")
     with checkpoint.staged(tmp_path / "out", 10) as work:
         assert list(work.iterdir()) == []
         (work / "a").write_text("x")

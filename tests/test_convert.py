@@ -67,6 +67,23 @@ def test_a_tensor_larger_than_the_limit_gets_a_file_of_its_own(tmp_path):
     assert_same_bits(read_files(tmp_path / "back"), tensors)
 
 
+@pytest.mark.parametrize("piece", [1, 1000, 30_000])
+@pytest.mark.parametrize("tied", [True, False])
+def test_large_parameters_go_in_pieces_and_chunks(tied, piece, monkeypatch, tmp_path):
+    """Pieces and chunks far smaller than a tensor, with remainders, in both directions and in loading."""
+    monkeypatch.setattr(hf, "PIECE_BYTES", piece)
+    monkeypatch.setattr(checkpoint, "PIECE_BYTES", piece)
+    monkeypatch.setattr(hf, "CHUNK_BYTES", 700)
+    config = tiny_config("qwen2_5_vl", text={"vocab_size": 607, "tie_word_embeddings": tied})
+    tensors = torch_tensors(config, "bfloat16")
+    src = write_hf(tmp_path / "src", config, tensors)
+    hf.to_orbax(src, tmp_path / "orbax")
+    hf.to_hf(tmp_path / "orbax", tmp_path / "back")
+    assert_same_bits(read_files(tmp_path / "back"), tensors)
+    params = checkpoint.restore(tmp_path / "orbax", config)
+    assert_same_bits(flatten(params), flatten(read_params(src, config)))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stock_orbax_restores_what_is_written(family, tmp_path):
     config = tiny_config(family)
@@ -276,11 +293,11 @@ def test_killed_on_the_way(job, point, orbax, src, tmp_path):
     source, dst = src if job == "to_orbax" else orbax, tmp_path / "out"
     out = run(KILLED, job, source, dst, *point)
     assert out.returncode == -signal.SIGKILL, out.stderr
-    assert not dst.exists() and (tmp_path / "out.partial").exists()
+    assert not dst.exists() and (tmp_path / "out.partial-qwenvl_jax").exists()
     with pytest.raises(InputError, match="no such directory"):
         qwenvl_jax.load(dst)
     getattr(hf, job)(source, dst)
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out.partial-qwenvl_jax").exists()
     config = checkpoint.read_config(dst)
     read = checkpoint.restore if job == "to_orbax" else read_params
     assert_same_bits(flatten(read(dst, config)), flatten(read_params(src, config)))
@@ -289,9 +306,9 @@ def test_killed_on_the_way(job, point, orbax, src, tmp_path):
 @pytest.mark.parametrize("n", [1, 40])
 def test_half_written_weights_do_not_load_under_the_partial_name(n, orbax, tmp_path):
     run(KILLED, "to_hf", orbax, tmp_path / "out", "qwenvl_jax.params.tensors", "Writer", "write_rows", n)
-    shutil.copyfile(orbax / "config.json", tmp_path / "out.partial" / "config.json")
+    shutil.copyfile(orbax / "config.json", tmp_path / "out.partial-qwenvl_jax" / "config.json")
     with pytest.raises(InputError, match="cut short"):
-        read_params(tmp_path / "out.partial", checkpoint.read_config(orbax))
+        read_params(tmp_path / "out.partial-qwenvl_jax", checkpoint.read_config(orbax))
 
 
 # With the reference's own files

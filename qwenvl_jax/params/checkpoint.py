@@ -28,13 +28,13 @@ from qwenvl_jax.sharding import param_shardings
 from qwenvl_jax.types import InputError, Model
 
 FORMAT = 1
-MARKER, PARAMS = "qwenvl_jax.json", "params"
+MARKER, PARAMS, PARTIAL = "qwenvl_jax.json", "params", ".partial-qwenvl_jax"
 # Everything of a checkpoint that is not weights.
 SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
 _HUB_FILES = (*SIDE_FILES, "*.safetensors", f"{PARAMS}/**")
 # Small enough that a process that needs one shard reads little more than it, and a few are written at a time.
 CHUNK_BYTES = 16 << 20
-PIECE_BYTES = 256 << 20  # read at a time
+PIECE_BYTES = 64 << 20  # in memory at a time, where a single layer is not larger
 
 
 def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
@@ -172,7 +172,7 @@ def find(path_or_id) -> Path:
 
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=list(_HUB_FILES)))
-    except (OSError, ValueError) as e:  # what huggingface_hub raises for no network, no such repo, no access
+    except Exception as e:  # no network, no such repo, no access: the type depends on the version and its http library
         raise InputError(
             f"{path_or_id}: no such directory, and it could not be had from the hub ({_first_line(e)})"
         ) from e
@@ -225,7 +225,7 @@ def staged(path, nbytes: int):
     path = Path(path).expanduser().absolute()
     if os.path.lexists(path):
         raise InputError(f"{path}: exists already; choose another name, or remove it first")
-    work = path.with_name(path.name + ".partial")
+    work = path.with_name(path.name + PARTIAL)
     need = nbytes + (64 << 20)
     lock = None
     try:
