@@ -1,10 +1,15 @@
 """The engine on tiny random models: right tokens, no waiting, no recompiling, and text that ends where it should."""
 
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, tiny_params
 
 from qwenvl_jax.infer import engine as engine_module
@@ -104,7 +109,7 @@ def test_what_a_seed_draws_does_not_depend_on_the_batch():
     ]
     together = shared().generate(samples, options)
     backwards = shared().generate(samples[::-1], options[::-1])[::-1]
-    roomy = Engine(model(), max_batch=8, ladder=Ladder(rows=(8,), tokens=(512,)))
+    roomy = Engine(model(), max_batch=8, ladder=Ladder(rows=(8,), tokens=(320,)))
     assert together == backwards == roomy.generate(samples, options)
     assert together == [shared().generate([s], o)[0] for s, o in zip(samples, options, strict=True)]
     again = shared().generate(samples, [o.replace(seed=9) for o in options])
@@ -244,13 +249,17 @@ def test_eos_ends_the_text_and_is_not_in_it(monkeypatch):
     assert (r.text, r.token_ids, r.finish_reason) == ("okmore", ids, "length")
 
 
+@functools.cache
+def cramped():
+    return Engine(model(), max_batch=2, max_length=100, ladder=Ladder(rows=(2,), tokens=(64,)))
+
+
 def test_generation_ends_where_the_context_does():
-    engine = warm()
-    short, long = texts(np.random.default_rng(9), 20, 189)
-    results = engine.generate([short, long], max_new_tokens=1000, ignore_eos=True)
-    assert [(len(r.token_ids), r.finish_reason) for r in results] == [(172, "length"), (3, "length")]
-    options = [GenerateOptions(max_new_tokens=n, ignore_eos=True) for n in (172, 3)]
-    assert results == [engine.generate([s], o)[0] for s, o in zip((short, long), options, strict=True)]
+    short, long = texts(np.random.default_rng(9), 20, 97)
+    results = cramped().generate([short, long], max_new_tokens=1000, ignore_eos=True)
+    assert [(len(r.token_ids), r.finish_reason) for r in results] == [(80, "length"), (3, "length")]
+    options = [GenerateOptions(max_new_tokens=n, ignore_eos=True) for n in (80, 3)]
+    assert results == shared().generate([short, long], options)
 
 
 def test_one_row_may_end_long_before_another():
@@ -298,6 +307,20 @@ def test_detokenizer_equals_decoding_everything_at_once(seed):
     detokenizer = Detokenizer(decode)
     pieces = [detokenizer.push(i) for i in range(len(tokens))]
     assert "".join(pieces) + detokenizer.finish() == raw.decode("utf-8", "replace")
+
+
+def test_detokenizer_with_the_real_tokenizer(tokenizer_dir):
+    """Any ids at all: broken characters, control tokens, ids that the tokenizer does not have."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    rng = np.random.default_rng(0)
+    text = tokenizer.encode("Les élèves 学生们 😀👩‍👩‍👧 пришли\n\n\tdef f(x): return '€'").ids
+    for ids in (text, rng.integers(0, 256, 300).tolist(), [*rng.integers(0, 151936, 300).tolist(), *text]):
+        for skip in (True, False):
+            decode = functools.partial(tokenizer.decode, skip_special_tokens=skip)
+            detokenizer = Detokenizer(decode)
+            pieces = [detokenizer.push(i) for i in ids]
+            assert "".join(pieces) + detokenizer.finish() == decode(ids)
+            assert sum(bool(p) for p in pieces) > len(ids) // 4
 
 
 def test_detokenizer_holds_nothing_back_for_long():
@@ -355,22 +378,22 @@ def test_surplus_steps_are_thrown_away(monkeypatch):
         assert (r.token_ids, r.finish_reason) == (expected, "stop")
 
 
-LIMITS = dict(max_tokens=192, max_pixels=16 * 16 * 14**2, max_visuals=4, n=2)
+LIMITS = dict(max_tokens=128, max_pixels=16 * 16 * 14**2, max_visuals=4, n=2)
 
 
 @functools.cache
 def warm():
-    """A smaller model, all of whose programs are compiled."""
+    """A smaller model, all of whose programs within the limits are compiled."""
     config = tiny_config("qwen2_5_vl", {"num_hidden_layers": 1}, {"depth": 2, "fullatt_block_indexes": (1,)})
-    ladder = Ladder(rows=(1, 2), tokens=(64, 128), patches=(64, 256))
-    engine = Engine(Model(config, tiny_params(config), FakeProcessor(), {}), max_batch=2, max_length=192, ladder=ladder)
+    ladder = Ladder(rows=(1, 2), tokens=(64, 128, 192), patches=(64, 256))
+    engine = Engine(Model(config, tiny_params(config), FakeProcessor(), {}), max_batch=2, ladder=ladder)
     engine.warmup(progress=False, **LIMITS)
     return engine
 
 
 def test_programs_are_a_sum_of_ladders():
-    """Rows 1, 2; tokens 64, 128, 192; lanes 1, 2, 4 of 64 or 256 patches; greedy or not."""
-    rows, tokens, caches, lanes, kinds = 2, 3, 2, 3 * 2, 2
+    """Rows 1, 2; prompts 64, 128; caches 128, 192; lanes 1, 2, 4 of 64 or 256 patches; greedy or not."""
+    rows, tokens, caches, lanes, kinds = 2, 2, 2, 3 * 2, 2
     assert warm().traces == {
         "encode": lanes, "embed": rows * tokens, "place": rows * tokens, "prefill": rows * tokens,
         "fork": caches, "first": rows * kinds, "step": rows * caches * kinds, "pad": rows * (caches - 1),
@@ -379,27 +402,29 @@ def test_programs_are_a_sum_of_ladders():
 
 def test_no_new_traces_after_warmup():
     engine, rng = warm(), np.random.default_rng(16)
-    traces = engine.traces
+    traces, sizes = engine.traces, set()
     for i in range(50):
         conversations = []
         for _ in range(rng.integers(1, 6)):
-            parts = [int(rng.integers(1, 60))]
+            parts = [int(rng.integers(1, 25))]
             for _ in range(rng.integers(0, 3)):
-                h, w = (2 * int(a) for a in rng.integers(2, 7, 2))
+                h, w = (2 * int(a) for a in rng.integers(2, 6, 2))
                 parts += [picture(rng, engine.config, h, w), int(rng.integers(1, 10))]
             conversations.append(sample(rng, engine.config, *parts))
         if i % 5 == 0:
             conversations.append(sample(rng, engine.config, 2, clip(rng, engine.config, 2, 6, 8), 3))
         options = GenerateOptions(
-            max_new_tokens=int(rng.integers(1, 40)),
+            max_new_tokens=int(rng.integers(1, 31)),
             temperature=float(rng.choice([0, 0.7])),
             top_k=int(rng.integers(0, 50)),
             top_p=float(rng.uniform(0.1, 1)),
             n=int(rng.integers(1, 3)),
         )
         results = engine.generate(conversations, options)
-        assert len(results) == len(conversations)
+        assert [r.prompt_tokens for r in results] == [len(c.tokens) for c in conversations]
         assert engine.traces == traces, f"request {i}"
+        sizes |= {r.prompt_tokens for r in results}
+    assert len(sizes) > 50
 
 
 def test_warmup_shows_its_progress(capsys):
@@ -412,13 +437,13 @@ def test_warmup_shows_its_progress(capsys):
 
 def test_a_prompt_beyond_the_context_is_refused():
     rng = np.random.default_rng(17)
-    engine = warm()
-    fits, exact = texts(rng, 191, 192)
+    engine = cramped()
+    fits, exact = texts(rng, 99, 100)
     assert len(engine.generate([fits])[0].token_ids) == 1
-    with pytest.raises(InputError, match=r"192 tokens.* 192 .*shorter conversation$"):
+    with pytest.raises(InputError, match=r"100 tokens.* 100 .*shorter conversation$"):
         engine.generate([fits, exact])
     shown = sample(rng, model().config, picture(rng, model().config, 20, 40))
-    with pytest.raises(InputError, match=r"202 tokens.* 192 .*max_pixels"):
+    with pytest.raises(InputError, match=r"202 tokens.* 100 .*max_pixels"):
         engine.stream(shown)
 
 
@@ -455,3 +480,39 @@ def test_numpy_weights_do():
     engine = Engine(Model(config, jax.tree.map(np.asarray, params), processor, {}), max_batch=1)
     assert engine.generate([s], max_new_tokens=5) == shared().generate([s], max_new_tokens=5)
     assert all(isinstance(w, jax.Array) for w in jax.tree.leaves(engine.params))  # not sent anew each step
+
+
+ON_A_MESH = """
+import jax, test_engine as t
+from qwenvl_jax.sharding import make_mesh, param_shardings
+config, params, processor, _ = t.model()
+mesh = make_mesh(data=2, tensor=2)
+split = jax.device_put(params, param_shardings(params, mesh))
+assert any(not w.sharding.is_fully_replicated for w in jax.tree.leaves(split))
+engine = t.Engine(t.Model(config, split, processor, {}), max_batch=4, ladder=t.shared().ladder)
+compiled = []
+def count(event, *_, **__):
+    if "backend_compile" in event:
+        compiled.append(event)
+jax.monitoring.register_event_duration_secs_listener(count)
+options = dict(max_new_tokens=70, seed=1, temperature=0.9, ignore_eos=True)
+samples = t.mixed_samples(config)
+expected = [r.token_ids for r in t.shared().generate(samples, **options)]
+compiled.clear()
+with jax.transfer_guard("disallow"):
+    assert [r.token_ids for r in engine.generate(samples, **options)] == expected
+assert len(compiled) == sum(engine.traces.values()), (len(compiled), engine.traces)
+"""
+
+
+@pytest.mark.slow
+def test_weights_on_a_mesh_give_the_same_answers():
+    """Four devices, rows and heads split; every program is compiled for one layout only."""
+    here = Path(__file__).parent
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    done = subprocess.run([sys.executable, "-c", ON_A_MESH], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

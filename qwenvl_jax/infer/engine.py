@@ -274,7 +274,8 @@ class Engine:
             for variant in variants:
                 draw, state = self._programs.first(logits, jnp.copy(prompt), keys, knobs, **variant)
                 draw, state, cache = self._programs.step(self.params, draw.tokens, state, cache, knobs, **variant)
-            if cache.k[0].shape[2] >= tokens[-1]:
+            # A prompt in the last bucket has a cache of the rung after it.
+            if cache.k[0].shape[2] >= self._programs.slots(tokens[-1]):
                 return cache
             cache = self._programs.grow(cache)
 
