@@ -131,7 +131,9 @@ def load_reference(path):
     """The torch model of a Hugging Face checkpoint directory, float32, plain attention."""
     import torch
     from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # it would draw on stderr even where that is a file
     with torch.no_grad():
         return AutoModelForImageTextToText.from_pretrained(
             path, torch_dtype=torch.float32, attn_implementation="eager"

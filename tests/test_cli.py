@@ -263,6 +263,15 @@ def test_verify_without_torch(monkeypatch, capsys):
     assert "pip install 'qwenvl-jax[parity]'" in capsys.readouterr().err
 
 
+def test_verify_says_what_failed(monkeypatch, capsys):
+    stage = SimpleNamespace(name="logits", shape=(3, 160), error=0.5, limit=1e-4, ok=False)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "qwenvl_convert.parity", SimpleNamespace(verify=lambda path, image: [stage]))
+    monkeypatch.setattr("qwenvl_convert.parity", sys.modules["qwenvl_convert.parity"], raising=False)
+    assert cli.main(["verify", "ckpt", "--image", "a.png"]) == 1
+    assert capsys.readouterr().out.splitlines()[1].split() == ["logits", "3×160", "5.0e-01", "1e-04", "FAILED"]
+
+
 def test_the_installed_command():
     """The entry points exist and answer without importing jax."""
     code = "import sys, qwenvl_jax.cli as c; c.main(['--help'])"

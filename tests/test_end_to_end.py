@@ -168,3 +168,17 @@ def test_tokens_equal_the_reference(reference, media, capsys):
     theirs = out[0, inputs["input_ids"].shape[1] :].tolist()
     assert len(set(theirs)) > 8  # a stuck model would prove little
     assert answer["token_ids"] == theirs
+
+
+@pytest.mark.parity
+def test_verify(reference, capsys):
+    """`qwenvl verify` prints one table, stage by stage, and nothing else."""
+    path, _ = reference
+    assert cli.main(["verify", str(path), "--image", PHOTO]) == 0
+    out, err = capsys.readouterr()
+    stages = [line.split("  ")[0] for line in out.splitlines()]
+    assert stages[:4] == ["stage", "patches", "positions", "image vision output"]
+    assert stages[-2:] == ["logits", "greedy tokens"]
+    assert "FAILED" not in out and not err
+    assert cli.main(["verify", str(path), "--image", "nowhere.jpg"]) == 2
+    assert "nowhere.jpg" in capsys.readouterr().err
