@@ -117,19 +117,36 @@ class Config:
 
     @classmethod
     def from_file(cls, path) -> "Config":
-        path = Path(path)
         try:
-            data = json.loads(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-            raise InputError(f"{path}: not a readable config.json ({e})") from e
-        try:
-            return _from_dict(data)
+            return _from_dict(read_json(Path(path)))
         except InputError as e:
-            raise InputError(f"{path}: {e}") from e
+            raise e if str(path) in str(e) else InputError(f"{path}: {e}") from e
 
     def to_dict(self) -> dict:
         """The flat Hugging Face layout, which every version of transformers reads."""
         return _to_dict(self)
+
+
+def read_json(path: Path, missing: dict | None = None) -> dict:
+    """A JSON object from a checkpoint's file; `missing`, if given, when there is no such file."""
+    if missing is not None and not path.exists():
+        return missing
+    try:
+        data = json.loads(read_text(path))
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not readable as JSON ({e})") from e
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return data
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} has no {path.name}; a checkpoint directory needs it") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: not readable ({e})") from e
 
 
 def _check(c: Config) -> None:

@@ -64,6 +64,27 @@ def test_truncated_weights(tiny_checkpoint, tmp_path, capsys):
 
 
 @one_family
+def test_the_checkpoints_own_normalisation_reaches_the_device(tiny_checkpoint, tmp_path):
+    import jax
+
+    from qwenvl_jax import load
+    from qwenvl_jax.inputs.media import Preprocessing, pixel_table
+    from qwenvl_jax.model.vision import normalise
+
+    for file in tiny_checkpoint.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "preprocessor_config.json").unlink()
+    settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    config = load(tmp_path, progress=False).config
+    levels = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 3, 392))
+    seen = jax.jit(normalise, static_argnums=1)(levels.reshape(256, 1176), config).reshape(levels.shape)
+    want = pixel_table(Preprocessing.from_dict(settings))
+    assert (np.asarray(seen) == want.T[:, :, None]).all()
+    assert not np.array_equal(want, pixel_table(Preprocessing()))
+
+
+@one_family
 @pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(tiny_checkpoint):
     """stdout is the answer and nothing else, stderr is empty, and a reader that leaves early is no error."""

@@ -20,7 +20,7 @@ import jinja2.nodes
 import jinja2.sandbox
 import numpy as np
 
-from qwenvl_jax.config import Config
+from qwenvl_jax.config import Config, read_json, read_text
 from qwenvl_jax.inputs.messages import strings
 from qwenvl_jax.types import InputError, Visual
 
@@ -89,7 +89,7 @@ class ChatTemplate:
                 variables[key] = value
         jinja, wrapped = path / "chat_template.jinja", path / "chat_template.json"
         if jinja.exists():
-            origin, value = jinja, _read_text(jinja)
+            origin, value = jinja, read_text(jinja)
         elif wrapped.exists():
             origin, value = wrapped, read_json(wrapped).get("chat_template")
         else:
@@ -130,28 +130,6 @@ class ChatTemplate:
             return _compile(source)[0].render(values)
         except Exception as e:  # whatever the template's author did wrong, or asked to raise
             raise InputError(f"{self.origin}: the chat template failed: {e}") from e
-
-
-def read_json(path: Path, missing: dict | None = None) -> dict:
-    """A JSON object from a file; `missing`, if given, when there is no such file."""
-    if missing is not None and not path.exists():
-        return missing
-    try:
-        data = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not readable as JSON ({e})") from e
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return data
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path.parent} has no {path.name}; a checkpoint directory needs it") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: not readable ({e})") from e
 
 
 # Qwen2.5's tool format, as Qwen2.5-Instruct's published template writes it.

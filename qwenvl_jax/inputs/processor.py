@@ -11,14 +11,13 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from qwenvl_jax.config import Config
+from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.inputs.batch import make_batch
 from qwenvl_jax.inputs.chat import (
     ChatTemplate,
     check_placeholders,
     expand_placeholders,
     prompt_parts,
-    read_json,
 )
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
 from qwenvl_jax.inputs.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Media, check_tools, normalize

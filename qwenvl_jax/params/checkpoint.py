@@ -6,6 +6,7 @@ A directory being written has another name until it is complete, so what carries
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -20,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from qwenvl_jax.config import Config
+from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params.hf import STACKED, Leaf, aligned_empty, flatten, read_params, to_devices, unflatten
 from qwenvl_jax.params.tensors import INDEX
@@ -56,9 +57,11 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
         params = restore(path, config, shardings, dtype, progress)
     else:
         params = read_params(path, config, shardings, dtype, progress)
-    if dtype is not None:
-        config = config.replace(dtype=dtype)
-    return Model(config, params, processor, read_json(path / "generation_config.json", default={}))
+    # Pictures are normalised on the device, so the model must know how.
+    mean, std = processor.preprocessing.image_mean, processor.preprocessing.image_std
+    vision = dataclasses.replace(config.vision, image_mean=mean, image_std=std)
+    config = config.replace(dtype=dtype or config.dtype, vision=vision)
+    return Model(config, params, processor, read_json(path / "generation_config.json", missing={}))
 
 
 def save(model: Model, path, *, files_from=None) -> None:
@@ -189,18 +192,6 @@ def read_config(path: Path) -> Config:
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
         raise InputError(f"{file}: quantised checkpoints ({method}) are not supported; use the original model")
     return config
-
-
-def read_json(file: Path, default: dict | None = None) -> dict:
-    if default is not None and not file.exists():
-        return default
-    try:
-        data = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{file}: not readable JSON ({_first_line(e)})") from e
-    if not isinstance(data, dict):
-        raise InputError(f"{file}: not a JSON object")
-    return data
 
 
 def write_json(file: Path, data: dict) -> None:
