@@ -5,7 +5,6 @@ jax and the model are imported inside the commands, so that `--help` and a misty
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import json
 import logging
@@ -189,11 +188,19 @@ def _options(args):
 def _encoder(args):
     """The checkpoint's directory, and messages → Sample. Needs no weights, so bad input is told at once."""
     from qwenvl_jax import Processor
+    from qwenvl_jax.infer.options import room
     from qwenvl_jax.params import checkpoint
 
     path = checkpoint.find(args.model)
-    processor = Processor.from_dir(path, checkpoint.read_config(path))
-    return path, functools.partial(processor.encode, **_given(args, _MEDIA_OPTIONS))
+    config = checkpoint.read_config(path)
+    processor, options = Processor.from_dir(path, config), _given(args, _MEDIA_OPTIONS)
+
+    def encode(messages):
+        sample = processor.encode(messages, **options)
+        room(sample, config.text.max_position_embeddings)
+        return sample
+
+    return path, encode
 
 
 def _engine(path, args):

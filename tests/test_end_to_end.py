@@ -55,6 +55,17 @@ def test_bad_pictures(tiny_checkpoint, tmp_path, capsys, content):
 
 
 @one_family
+def test_a_prompt_beyond_the_context(tiny_checkpoint, tmp_path, capsys):
+    """Told before any weight is read: there are none here."""
+    for file in tiny_checkpoint.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).symlink_to(file)
+    assert cli.main(["generate", "--model", str(tmp_path), "--prompt", "word " * 40_000]) == 2
+    out, err = capsys.readouterr()
+    assert "32768" in err and err.count("\n") == 1 and not out
+
+
+@one_family
 def test_truncated_weights(tiny_checkpoint, tmp_path, capsys):
     for file in tiny_checkpoint.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[: 1 << 20 if file.suffix == ".safetensors" else None])

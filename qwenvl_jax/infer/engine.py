@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.detokenize import Detokenizer
-from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions
+from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, room
 from qwenvl_jax.infer.programs import CHUNK, Programs
 from qwenvl_jax.inputs.batch import Ladder, make_batch, round_up
 from qwenvl_jax.types import Batch, InputError, Model, Sample, VisionBatch
@@ -143,15 +143,9 @@ class Engine:
         sample = conversation
         if not isinstance(sample, Sample):
             sample = self.processor.encode(conversation, tools=tools)
-        length = len(sample.tokens)
-        if length >= self.max_length:
-            shrink = " with fewer pictures or frames, or a smaller max_pixels" if sample.visuals else ""
-            raise InputError(
-                f"the prompt has {length} tokens; the context of {self.max_length} must hold it and at least "
-                f"one new token. Give a shorter conversation{shrink}"
-            )
+        limit = min(options.max_new_tokens, room(sample, self.max_length))
         decode = functools.partial(self.processor.decode, skip_special_tokens=options.skip_special_tokens)
-        return _Request(sample, options, min(options.max_new_tokens, self.max_length - length), decode)
+        return _Request(sample, options, limit, decode)
 
     def _run(self, rows: list["_Row"]) -> Iterator[None]:
         """Generates one batch to its end; the rows take in one token each between two yields."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwenvl_jax.infer.sampling import Knobs
-from qwenvl_jax.types import InputError
+from qwenvl_jax.types import InputError, Sample
 
 MAX_LOGPROBS = 20
 _DEFAULT_NEW_TOKENS = 512
@@ -106,6 +106,18 @@ class GenerateOptions:
         )
         _check(options)
         return options
+
+
+def room(sample: Sample, context: int) -> int:
+    """How many tokens fit after the prompt; InputError if not even one does."""
+    length = len(sample.tokens)
+    if length >= context:
+        shrink = " with fewer pictures or frames, or a smaller max_pixels" if sample.visuals else ""
+        raise InputError(
+            f"the prompt has {length} tokens; the context of {context} must hold it and at least "
+            f"one new token. Give a shorter conversation{shrink}"
+        )
+    return context - length
 
 
 def _listed(value, kind, name) -> tuple:
