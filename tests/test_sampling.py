@@ -285,7 +285,9 @@ def test_eos_ids_and_length_come_from_the_checkpoint():
         {"top_k": -1}, {"top_k": 1.5}, {"top_p": 0}, {"top_p": 1.01}, {"min_p": -0.1}, {"min_p": 1.1},
         {"repetition_penalty": 0}, {"presence_penalty": float("nan")}, {"frequency_penalty": None},
         {"max_new_tokens": 0}, {"max_new_tokens": True}, {"n": 0}, {"seed": 1.5}, {"logprobs": 21}, {"logprobs": -1},
-        {"stop": [""]}, {"stop": ""}, {"stop": [3]}, {"stop": 3}, {"stop_token_ids": ["a"]}, {"tempratur": 1},
+        {"temperature": 1e39}, {"temperature": 10**400}, {"top_p": 1e-46}, {"repetition_penalty": 1e-46},
+        {"repetition_penalty": 1e39}, {"frequency_penalty": 1e39}, {"frequency_penalty": -1e38},
+        {"presence_penalty": -(10**400)}, {"stop": [""]}, {"stop": ""}, {"stop": [3]}, {"stop": 3}, {"stop_token_ids": ["a"]}, {"tempratur": 1},
     ],
     ids=str,
 )  # fmt: skip
@@ -293,3 +295,48 @@ def test_bad_options_are_named(options):
     (name,) = options
     with pytest.raises(InputError, match=name):
         GenerateOptions().replace(**options).resolve({}, EOS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e6}, {"temperature": 1e-46}, {"temperature": 1.2e-38}, {"top_p": 1.2e-38}, {"min_p": 1e-46},
+        {"repetition_penalty": 1e6}, {"repetition_penalty": 1e-6}, {"frequency_penalty": 1e6},
+        {"frequency_penalty": -1e6}, {"presence_penalty": 1e6}, {"seed": 10**400}, {"top_k": 10**400},
+    ],
+    ids=lambda o: f"{min(o)}-{str(min(o.values()))[:8]}",
+)  # fmt: skip
+@pytest.mark.parametrize("base", [0.0, 0.5])
+def test_the_widest_options_allowed_give_a_token_that_can_be(base, options):
+    """One id has all the probability, and the penalties move every id alike."""
+    o = GenerateOptions(**{"temperature": base, **options}).resolve({}, EOS)
+    knobs = sampling.make_knobs([o.knobs], 1)
+    x = np.full((1, V), -1e4, np.float32)
+    x[0, 13] = 1e4
+    state = fresh_state([o.seed])._replace(counts=np.full((1, V), 30_000, np.int32))
+    assert np.isfinite(penalise(x, state.prompt, state.counts, knobs)).all()
+    if o.temperature < 2 and abs(o.frequency_penalty) < 2 and o.repetition_penalty == 1:
+        assert draw(x, state, knobs, sample=not o.greedy)[0].tokens.tolist() == [13]
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [{"temperature": "x"}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}, {"repetition_penalty": 1e39},
+     {"eos_token_id": "x"}, {"eos_token_id": [1, 2.5]}],
+    ids=str,
+)  # fmt: skip
+def test_what_the_checkpoint_says_wrong_is_not_the_callers_fault(generation):
+    (name,) = generation
+    with pytest.raises(InputError, match=rf"^generation_config\.json: {name} is"):
+        GenerateOptions().resolve({"do_sample": True, **generation}, EOS)
+    if name != "eos_token_id":
+        with pytest.raises(InputError, match=rf"^{name} is"):
+            GenerateOptions(**{name: -1}).resolve({"do_sample": True, **generation}, EOS)
+
+
+def test_options_of_the_processor_are_told_apart():
+    with pytest.raises(InputError, match=r"unknown option max_pixels;.*processor\.encode"):
+        GenerateOptions().replace(max_pixels=1000)
+    with pytest.raises(InputError, match="unknown option tempratur; ") as e:
+        GenerateOptions().replace(tempratur=1)
+    assert "processor" not in str(e.value)

@@ -1,7 +1,7 @@
 """What a caller may ask of a generation, and where the answers come from when nothing is asked."""
 
 import dataclasses
-import math
+import inspect
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwenvl_jax.infer.sampling import Knobs
+from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.types import InputError, Sample
 
 MAX_LOGPROBS = 20
 _DEFAULT_NEW_TOKENS = 512
+# Far beyond any use, and products with logits and counts stay finite in float32.
+_LIMIT = 1e6
+_TINY = float(np.finfo(np.float32).tiny)  # what is smaller, the device may flush to zero
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,12 @@ class GenerateOptions:
     """Settings of one conversation. None means the checkpoint's generation_config.json, see `resolve`.
 
     max_new_tokens: tokens to generate at most.
-    temperature: 0 is greedy. Penalties apply to greedy rows too, as in transformers.
+    temperature: 0 is greedy, 1e6 the most. Penalties apply to greedy rows too, as in transformers.
     top_k: how many of the most likely tokens to keep; 0 is off.
     top_p: keep the most likely tokens whose probability reaches this; 1 is off.
     min_p: keep tokens at least this fraction as likely as the best one; 0 is off.
-    repetition_penalty: divides positive logits of tokens in the prompt or output; 1 is off.
-    presence_penalty, frequency_penalty: subtracted once, or once an occurrence, for generated tokens.
+    repetition_penalty: divides positive logits of tokens in the prompt or output; 1 is off; 1e-6 to 1e6.
+    presence_penalty, frequency_penalty: subtracted once, or once an occurrence, for generated tokens; -1e6 to 1e6.
     seed: what is drawn follows from the seed and the token's index alone, not from the batch around it.
         Sample j of n uses seed + j. None draws a new one each time.
     n: how many samples of this conversation; it is encoded and read once for all of them.
@@ -54,8 +58,7 @@ class GenerateOptions:
 
     @property
     def greedy(self) -> bool:
-        # What float32 flushes to zero would divide by zero on the device.
-        return self.temperature < np.finfo(np.float32).tiny
+        return self.temperature < _TINY  # or the device would divide by zero
 
     @property
     def knobs(self) -> Knobs:
@@ -70,7 +73,10 @@ class GenerateOptions:
         unknown = changes.keys() - {f.name for f in dataclasses.fields(self)}
         if unknown:
             known = ", ".join(f.name for f in dataclasses.fields(self))
-            raise InputError(f"unknown option {', '.join(sorted(unknown))}; known are {known}")
+            hint = ""
+            if unknown & inspect.signature(Processor.encode).parameters.keys():
+                hint = ". Pixel and frame options go to processor.encode(messages, ...), whose Sample generate takes"
+            raise InputError(f"unknown option {', '.join(sorted(unknown))}; known are {known}{hint}")
         return dataclasses.replace(self, **changes)
 
     def resolve(self, generation: Mapping, eos_token_id: int) -> "GenerateOptions":
@@ -91,6 +97,7 @@ class GenerateOptions:
             temperature = default("temperature", 1.0) if generation.get("do_sample") else 0.0
         eos = generation.get("eos_token_id")
         eos = eos_token_id if eos is None else eos
+        eos = _listed(eos, int, "generation_config.json: eos_token_id")
         stop_token_ids = _listed(self.stop_token_ids, int, "stop_token_ids")
         options = dataclasses.replace(
             self,
@@ -102,9 +109,9 @@ class GenerateOptions:
             repetition_penalty=default("repetition_penalty", 1.0),
             seed=secrets.randbits(63) if self.seed is None else self.seed,
             stop=_listed(self.stop, str, "stop"),
-            stop_token_ids=stop_token_ids + (() if self.ignore_eos else _listed(eos, int, "eos_token_id")),
+            stop_token_ids=stop_token_ids + (() if self.ignore_eos else eos),
         )
-        _check(options)
+        _check(options, {k for k, x in generation.items() if x is not None and getattr(self, k, 0) is None})
         return options
 
 
@@ -128,23 +135,26 @@ def _listed(value, kind, name) -> tuple:
     return values
 
 
-def _check(o: GenerateOptions) -> None:
+def _check(o: GenerateOptions, theirs: set[str]) -> None:
+    """theirs: the options whose value is the checkpoint's, so that it gets the blame."""
+
     def number(name, what, fits, kinds=(int, float)):
         value = getattr(o, name)
         # numpy scalars are welcome; True is not the number one.
         if isinstance(value, np.generic):
             value = value.item()
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not fits(value):
-            raise InputError(f"{name} is {getattr(o, name)!r}; it must be {what}")
+        if isinstance(value, bool) or not isinstance(value, kinds) or not fits(value):  # nan fits nowhere
+            where = "generation_config.json: " if name in theirs else ""
+            raise InputError(f"{where}{name} is {getattr(o, name)!r}; it must be {what}")
 
     number("max_new_tokens", "a whole number, 1 or more", lambda x: x >= 1, int)
-    number("temperature", "0 (greedy) or more", lambda x: x >= 0)
+    number("temperature", "between 0 (greedy) and 1e6", lambda x: 0 <= x <= _LIMIT)
     number("top_k", "a whole number, 1 or more, or 0 for off", lambda x: x >= 0, int)
-    number("top_p", "above 0 and at most 1 (off)", lambda x: 0 < x <= 1)
+    number("top_p", f"at least {_TINY:.2g} and at most 1 (off)", lambda x: _TINY <= x <= 1)
     number("min_p", "between 0 (off) and 1", lambda x: 0 <= x <= 1)
-    number("repetition_penalty", "above 0; 1 is off", lambda x: x > 0)
-    number("presence_penalty", "a finite number; 0 is off", lambda x: True)
-    number("frequency_penalty", "a finite number; 0 is off", lambda x: True)
+    number("repetition_penalty", "between 1e-6 and 1e6; 1 is off", lambda x: 1 / _LIMIT <= x <= _LIMIT)
+    number("presence_penalty", "between -1e6 and 1e6; 0 is off", lambda x: abs(x) <= _LIMIT)
+    number("frequency_penalty", "between -1e6 and 1e6; 0 is off", lambda x: abs(x) <= _LIMIT)
     number("seed", "a whole number", lambda x: True, int)
     number("n", "a whole number, 1 or more", lambda x: x >= 1, int)
     if o.logprobs is not None:
