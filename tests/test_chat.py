@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,9 @@ def test_dumped_sdk_message_is_accepted():
         ([user({"type": "text", "text": "a", "image": "b"})], "unknown key 'image' for type text"),
         ([user({"text": "a", "image": "b"})], "message 0 item 0 has no 'type' and needs exactly one"),
         ([user({"image": "a", "max_pixels": "9"})], "message 0 item 0 has max_pixels = '9'; it must be a number"),
+        ([user({"image": "a", "min_pixels": math.inf})], "message 0 item 0 has min_pixels = inf; it must be a number"),
+        ([user({"image": "a", "min_pixels": 10**400})], "message 0 item 0 has min_pixels = 1000.*…; it must be a"),
+        ([user({"image": "a", "min_pixels": 10**5000})], "message 0 item 0 has min_pixels = a number of thousands"),
         ([user({"max_pixels": 3})], "message 0 item 0 has no 'type' and needs exactly one"),
         ([user({"type": "image_url", "image_url": {"detail": "low"}})], "must be a string or {'url': string}"),
         ([user({"type": "image_url", "image_url": {"url": "a", "size": 3}})], "must be a string or"),
@@ -136,6 +140,7 @@ def test_malformed_messages_are_named(messages, error):
 
 
 @pytest.mark.parametrize("tools, error", [({"a": 1}, "must be a list"), (["f"], "must be a list"),
+                                          ({}, "must be a list"), ("", "must be a list"),
                                           ([{"f": print}], "cannot be written as JSON"),
                                           ([{"f": "\udc00"}], "tools holds")])  # fmt: skip
 def test_malformed_tools(tools, error):

@@ -156,6 +156,13 @@ def test_item_options_win():
         ({"min_pixels": 0}, "min_pixels is 0"),
         ({"max_pixels": -1}, "max_pixels is -1"),
         ({"max_pixels": float("nan")}, "max_pixels is nan"),
+        ({"max_pixels": float("inf")}, "max_pixels is inf"),
+        ({"min_pixels": "5"}, "min_pixels is '5'; it must be a positive number"),
+        ({"max_pixels": [5]}, r"max_pixels is \[5\]"),
+        ({"min_pixels": True}, "min_pixels is True"),
+        ({"max_pixels": 10**400}, "max_pixels is 1000.*…"),
+        ({"max_pixels": 10**5000}, "max_pixels is a number of thousands of digits"),
+        ({"resized_height": 10**400, "resized_width": 28}, "resized_height is 1000.*…; it must be a positive whole"),
         ({"min_pixels": 10000, "max_pixels": 5000}, "min_pixels 10000 is larger than max_pixels 5000"),
     ],
 )

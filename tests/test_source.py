@@ -110,12 +110,14 @@ def test_all_forms_of_one_picture_agree(server, tmp_path, monkeypatch):
         "coffee.jpg",
         f"file://{PHOTO}",
         f"FILE://{PHOTO}",
+        f"file://localhost{PHOTO}",
         f"file://{spaced}",  # as it is
         spaced.as_uri(),  # percent-encoded
         f"{server}/coffee.jpg",
         f"{server}/moved",
         data_url(PHOTO),
         data_url(PHOTO, ""),
+        data_url(PHOTO).replace("data:image/jpeg", "DATA:image/JPEG"),
         wrapped,
         PHOTO.read_bytes(),
         bytearray(PHOTO.read_bytes()),

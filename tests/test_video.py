@@ -264,6 +264,10 @@ def test_one_frame_is_its_picture():
         ([frame(0)], {"video_start": 0.0}, "video_start chooses"),
         ([frame(0)], {"video_end": 1}, "video_end chooses"),
         ([frame(0)], {"fps": 0}, "fps is 0"),
+        ([frame(0)] * 4, {"fps": 1e-9}, r"the clip would last 4e\+09 seconds; it may last 1,000,000 at most"),
+        ([frame(0)], {"fps": 1e-300}, "would last 2e\\+300 seconds"),
+        ([frame(0)], {"fps": 5e-324}, "would last inf seconds"),
+        ([frame(0)], {"min_pixels": "5"}, "frame 0: min_pixels is '5'"),
     ],
 )
 def test_bad_frame_lists(frames, options, message):
@@ -292,7 +296,12 @@ def test_bad_frame_lists(frames, options, message):
         ({"video_end": "1s"}, "video_end is '1s'"),
         ({"video_start": 3, "video_end": 1}, r"bunny\.mp4: video_start 3 and video_end 1 leave fewer than two"),
         ({"video_start": 100}, r"clip of 4\.00 seconds"),
+        ({"nframes": 10**400}, "nframes is 1000"),
+        ({"video_end": 10**5000}, "video_end is a number of thousands of digits"),
         ({"total_pixels": 0}, "total_pixels is 0"),
+        ({"total_pixels": float("inf")}, "total_pixels is inf"),
+        ({"min_pixels": "5"}, "min_pixels is '5'"),
+        ({"max_pixels": [5]}, "max_pixels is "),
         ({"min_pixels": -1}, "min_pixels is -1"),
         ({"min_pixels": 20000, "max_pixels": 10000}, "min_pixels 20000 is larger"),
         ({"resized_width": 28}, "must be given together"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from qwenvl_jax.inputs.source import locate, name_of
+from qwenvl_jax.inputs.source import locate, name_of, shown
 from qwenvl_jax.types import Grid, InputError, Visual
 
 MAX_ASPECT = 200  # the reference's limit
@@ -152,8 +152,7 @@ def target_size(
         area = p.factor**2
         return smart_resize(resized_height, resized_width, p.factor, 4 * area, 16384 * area)
     for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-        if value is not None and not value > 0:
-            raise InputError(f"{name} is {value!r}; it must be positive")
+        check_positive(name, value)
     low = min_pixels or min(p.min_pixels, max_pixels or p.min_pixels)
     high = max_pixels or max(p.max_pixels, low)
     if low > high:
@@ -308,10 +307,20 @@ def as_visual(patches: np.ndarray, kind: str, seconds_per_grid: float = 0.0) -> 
 
 
 def check_whole(name: str, value) -> None:
-    """InputError unless an option is a positive whole number."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value <= 0:
-        raise InputError(f"{name} is {value!r}; it must be a positive whole number")
+    """InputError unless an option is a positive whole number, of a size that arithmetic can take."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise InputError(f"{name} is {shown(value)}; it must be a positive whole number, at most {2**31 - 1}")
+
+
+def check_positive(name: str, value) -> None:
+    """InputError unless an option is a positive number, or None."""
+    if value is not None and not (is_number(value) and value > 0):
+        raise InputError(f"{name} is {shown(value)}; it must be a positive number")
 
 
 def is_number(value) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is an int or float that fits a finite float; JSON has longer integers, and Infinity."""
+    try:
+        return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+from qwenvl_jax.inputs.media import is_number
+from qwenvl_jax.inputs.source import shown
 from qwenvl_jax.types import InputError
 
 IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
@@ -113,8 +115,8 @@ def _item(item, where: str, media: list[Media]) -> dict:
     if unknown := sorted(map(str, given.keys() - set(_OPTIONS[kind]))):
         raise InputError(f"{where} has an unknown key {unknown[0]!r} for type {kind}")
     for option, value in given.items():
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise InputError(f"{where} has {option} = {value!r}; it must be a number")
+        if not is_number(value):
+            raise InputError(f"{where} has {option} = {shown(value)}; it must be a number")
     if kind == "text":
         if not isinstance(source, str):
             raise InputError(f"{where} has text of {_name(source)}; it must be a string")
@@ -160,7 +162,7 @@ def _tool_calls(calls, where: str) -> list[dict]:
 
 def check_tools(tools) -> list[dict] | None:
     """Tool descriptions as JSON objects, or None when there are none."""
-    if not tools:
+    if tools is None:
         return None
     if not isinstance(tools, list | tuple) or not all(isinstance(t, Mapping) for t in tools):
         raise InputError("tools must be a list of JSON objects ({'type': 'function', 'function': …})")
@@ -169,7 +171,7 @@ def check_tools(tools) -> list[dict] | None:
     except (TypeError, ValueError, RecursionError) as e:
         raise InputError(f"tools cannot be written as JSON ({e})") from e
     _check_strings(tools, "tools")
-    return tools
+    return tools or None
 
 
 def _name(value) -> str:

@@ -28,6 +28,15 @@ def name_of(source) -> str:
     return f"{type(source).__name__} object"
 
 
+def shown(value) -> str:
+    """A value as a message quotes it: `repr`, but short, and for whole numbers of any length."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
 def locate(source, max_bytes: int) -> bytes | Path:
     """The bytes of a URL or buffer, or the path of a regular file that exists; else InputError.
 
@@ -38,7 +47,7 @@ def locate(source, max_bytes: int) -> bytes | Path:
         return bytes(source)
     if not isinstance(source, str | Path):
         raise InputError(f"{name}: give a path, a URL, bytes, a PIL image or a uint8 array")
-    scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://|(data):", source) if isinstance(source, str) else None
+    scheme = re.match(r"(?i)[a-z][a-z0-9+.-]*://|data:", source) if isinstance(source, str) else None
     scheme = scheme and scheme[0].rstrip(":/").lower()
     if scheme == "data":
         return _from_data_url(source, name, max_bytes)
@@ -49,7 +58,7 @@ def locate(source, max_bytes: int) -> bytes | Path:
     path = Path(source)
     try:
         if scheme:
-            path = Path(source[len("file://") :])
+            path = Path(re.sub("(?i)^file://(localhost(?=/))?", "", source))
             if not path.exists():
                 path = Path(urllib.parse.unquote(str(path)))
         mode = path.stat().st_mode

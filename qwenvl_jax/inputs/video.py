@@ -18,6 +18,7 @@ from qwenvl_jax.inputs.media import (
     MAX_PIXELS,
     Preprocessing,
     as_visual,
+    check_positive,
     check_whole,
     empty_patches,
     fill,
@@ -26,7 +27,7 @@ from qwenvl_jax.inputs.media import (
     resize,
     target_size,
 )
-from qwenvl_jax.inputs.source import locate, name_of
+from qwenvl_jax.inputs.source import locate, name_of, shown
 from qwenvl_jax.types import InputError, Visual
 
 DEFAULT_FPS = 2.0
@@ -35,6 +36,7 @@ FRAME_MIN_TOKENS, FRAME_MAX_TOKENS = 128, 768  # visual tokens of one frame (bef
 TOTAL_TOKENS = 128000 * 0.9  # of the whole clip
 MAX_VIDEO_BYTES = 512 << 20  # of a download; files are read as they are decoded
 MAX_CLIP_PIXELS = 1 << 28  # of all sampled frames, resized: 0.8 GB of patches
+MAX_CLIP_SECONDS = 10**6  # eleven days. Positions count half seconds, in float32 and int32: both hold these exactly.
 
 # What FFmpeg may take a file for. Playlists and the like (HLS, concat, DASH) are left out on purpose: they
 # make it open other files and addresses.
@@ -67,7 +69,8 @@ def video_visual(
     source: a video file (path, file:// or http(s) URL, base64 data: URL, bytes), or a list of frames, each
         anything `load_image` takes.
     fps, nframes: frames a second to sample (default 2), or how many in all; not both. `min_frames` and
-        `max_frames` bound what fps gives. For a frame list, fps says at what rate the frames were taken.
+        `max_frames` bound what fps gives. For a frame list, fps says at what rate the frames were taken; the
+        list may span MAX_CLIP_SECONDS at most.
     min_pixels, max_pixels: area of a resized frame; total_pixels: budget of the whole clip, in pixels of
         paired frames. A frame list takes the image rules, frame by frame, and its last frame is repeated
         if their number is odd; total_pixels and min/max_frames do not apply to it.
@@ -80,8 +83,7 @@ def video_visual(
         min_pixels=min_pixels, max_pixels=max_pixels, resized_height=resized_height, resized_width=resized_width
     )
     p = preprocessing
-    if fps is not None and not (is_number(fps) and fps > 0):
-        raise InputError(f"fps is {fps!r}; it must be a positive number")
+    check_positive("fps", fps)
     if isinstance(source, list | tuple) or (isinstance(source, np.ndarray) and source.ndim == 4):
         for name, value in (("nframes", nframes), ("video_start", video_start), ("video_end", video_end)):
             if value is not None:
@@ -97,7 +99,7 @@ def video_visual(
         raise InputError(f"min_frames {min_frames} is larger than max_frames {max_frames}")
     for name, value in (("video_start", video_start), ("video_end", video_end)):
         if value is not None and not (is_number(value) and value >= 0):
-            raise InputError(f"{name} is {value!r}; it must be a number of seconds")
+            raise InputError(f"{name} is {shown(value)}; it must be a number of seconds")
 
     def plan(total: int, rate: float) -> tuple[list[int], float]:
         first, last = frame_range(total, rate, video_start, video_end)
@@ -176,8 +178,8 @@ def frame_size(
     The budget of the whole clip lowers the bound of a frame, but not under 1.05 · min_pixels; a larger
     max_pixels has no effect. A max_pixels under the default min_pixels lowers that.
     """
-    if total_pixels is not None and not (is_number(total_pixels) and total_pixels > 0):
-        raise InputError(f"total_pixels is {total_pixels!r}; it must be a positive number")
+    for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels), ("total_pixels", total_pixels)):
+        check_positive(name, value)
     area = p.factor**2
     low = min_pixels or min(FRAME_MIN_TOKENS * area, max_pixels or math.inf)
     budget = (total_pixels or TOTAL_TOKENS * area) / n * p.temporal_patch_size
@@ -214,7 +216,16 @@ def _listed(frames: Sequence, p: Preprocessing, fps: float, sizing: dict) -> Vis
         spare = len(patches) * per_step - len(frames) if i == len(frames) - 1 else 0
         slot = i % per_step
         fill(patches[i // per_step], resize(image, height, width), range(slot, slot + 1 + spare))
-    return as_visual(patches, "video", per_step / fps)
+    return _clip(patches, per_step / fps)
+
+
+def _clip(patches: np.ndarray, seconds_per_grid: float) -> Visual:
+    if len(patches) * seconds_per_grid > MAX_CLIP_SECONDS:
+        raise InputError(
+            f"at its fps the clip would last {len(patches) * seconds_per_grid:.3g} seconds; "
+            f"it may last {MAX_CLIP_SECONDS:,} at most"
+        )
+    return as_visual(patches, "video", seconds_per_grid)
 
 
 def _allocate(n: int, height: int, width: int, p: Preprocessing) -> np.ndarray:
@@ -246,7 +257,7 @@ def _sampled(open_clip: Callable, plan: Callable, size: Callable, p: Preprocessi
             fill(patches[found // p.temporal_patch_size], resize(image, height, width), [found % p.temporal_patch_size])
             found += 1
             if found == len(indices):
-                return as_visual(patches, "video", p.temporal_patch_size / sampled_fps)
+                return _clip(patches, p.temporal_patch_size / sampled_fps)
         total = seen
     raise InputError("no frame of it can be decoded")
 
