@@ -5,7 +5,10 @@ Stock Orbax saves a tree that is in memory. Here the leaves of the tree are para
 Orbax checkpoint of numpy arrays, which stock Orbax restores.
 """
 
+import contextlib
 import math
+import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,9 +45,10 @@ def to_orbax(src, dst, *, progress: bool = True) -> None:
         Source(src, config) as source,
         staged(dst, source.nbytes) as work,
         progress_bar("converting", source.nbytes, progress) as bar,
+        _orderly_interrupt() as heed,
     ):
         registry = ocp.type_handlers.create_type_handler_registry(
-            (Leaf, _LeafHandler(source, bar)),
+            (Leaf, _LeafHandler(source, bar, heed)),
             (jax.Array, ocp.type_handlers.ArrayHandler()),  # unused; Orbax warns when it is not there
         )
         handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
@@ -57,9 +61,9 @@ def to_orbax(src, dst, *, progress: bool = True) -> None:
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
     """Saves leaves that are still in a Source's files; what it writes reads back as numpy arrays."""
 
-    def __init__(self, source: Source, bar):
+    def __init__(self, source: Source, bar, heed):
         super().__init__()
-        self._source, self._bar = source, bar
+        self._source, self._bar, self._heed = source, bar, heed
 
     async def serialize(self, values, infos, args=None):
         # A flush after every piece would cost half as much time again; `staged` flushes all of it before the rename.
@@ -79,6 +83,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
                     )
                     store = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
                 await store[piece].write(part, can_reference_source_data_indefinitely=True)
+                self._heed()
         return []
 
 
@@ -119,6 +124,7 @@ def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000
     with (
         staged(dst, source.nbytes) as work,
         progress_bar("converting", source.nbytes, progress) as bar,
+        _orderly_interrupt() as heed,
         Writer(work, shapes, max_shard_bytes) as writer,
     ):
         for path, group in names.items():
@@ -128,8 +134,38 @@ def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000
                 if path.startswith(STACKED):
                     name, part, rows = group[piece[0].start], part[0], piece[-1 if transpose else 1]
                 writer.write_rows(name, rows.start, part if part.ndim > 1 else part[:, None], transpose)
+                heed()
         writer.finish()
         carry(src, work)
+
+
+@contextlib.contextmanager
+def _orderly_interrupt():
+    """Holds Ctrl-C back until `heed`, which this yields, is called, or the block ends.
+
+    Orbax's writers work on in their threads after an exception from nowhere: they would create files in a directory
+    that is being removed, and print tracebacks. A second Ctrl-C is not held back.
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield lambda: None  # the program has its own way of stopping
+        return
+    asked = []
+
+    def note(*_):
+        asked.append(True)
+        signal.signal(signal.SIGINT, previous)
+
+    def heed():
+        if asked:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield heed
+        heed()
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _read_ahead(source, leaf: Leaf, bar):

@@ -251,12 +251,13 @@ def test_a_disk_that_fills_up_while_tensors_are_written(orbax, monkeypatch, tmp_
     assert not list(tmp_path.glob("out*"))
 
 
-# Kills itself, as `kill -9` would, at the n-th call of a function.
+# Sends itself a signal at the n-th call of a function.
 KILLED = """
-import os, signal, sys
-job, src, dst, module, owner, name, n = sys.argv[1:]
+import os, sys
+job, src, dst, signal, module, owner, name, n = sys.argv[1:]
 import importlib
 from qwenvl_convert import hf
+from qwenvl_jax.cli import main
 target = importlib.import_module(module)
 target = getattr(target, owner) if owner else target
 original, calls = getattr(target, name), []
@@ -264,11 +265,11 @@ original, calls = getattr(target, name), []
 def counted(*args, **kwargs):
     calls.append(1)
     if len(calls) == int(n):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(signal))
     return original(*args, **kwargs)
 
 setattr(target, name, counted)
-getattr(hf, job)(src, dst)
+sys.exit(main(["convert", src, dst, "--to", job.removeprefix("to_")]))
 """
 POINTS = {
     "to_orbax": [
@@ -291,7 +292,7 @@ POINTS = {
 @pytest.mark.parametrize(("job", "point"), [(job, point) for job in POINTS for point in POINTS[job]])
 def test_killed_on_the_way(job, point, orbax, src, tmp_path):
     source, dst = src if job == "to_orbax" else orbax, tmp_path / "out"
-    out = run(KILLED, job, source, dst, *point)
+    out = run(KILLED, job, source, dst, int(signal.SIGKILL), *point)
     assert out.returncode == -signal.SIGKILL, out.stderr
     assert not dst.exists() and (tmp_path / "out.partial-qwenvl_jax").exists()
     with pytest.raises(InputError, match="no such directory"):
@@ -303,9 +304,27 @@ def test_killed_on_the_way(job, point, orbax, src, tmp_path):
     assert_same_bits(flatten(read(dst, config)), flatten(read_params(src, config)))
 
 
+@pytest.mark.parametrize(("job", "point"), [(job, point) for job in POINTS for point in POINTS[job]])
+def test_interrupted_on_the_way(job, point, orbax, src, tmp_path):
+    """Ctrl-C leaves nothing, and says nothing."""
+    out = run(KILLED, job, src if job == "to_orbax" else orbax, tmp_path / "out", int(signal.SIGINT), *point)
+    assert (out.returncode, out.stdout, out.stderr) == (130, "", "\n")
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize("n", [1, 40])
 def test_half_written_weights_do_not_load_under_the_partial_name(n, orbax, tmp_path):
-    run(KILLED, "to_hf", orbax, tmp_path / "out", "qwenvl_jax.params.tensors", "Writer", "write_rows", n)
+    run(
+        KILLED,
+        "to_hf",
+        orbax,
+        tmp_path / "out",
+        int(signal.SIGKILL),
+        "qwenvl_jax.params.tensors",
+        "Writer",
+        "write_rows",
+        n,
+    )
     shutil.copyfile(orbax / "config.json", tmp_path / "out.partial-qwenvl_jax" / "config.json")
     with pytest.raises(InputError, match="cut short"):
         read_params(tmp_path / "out.partial-qwenvl_jax", checkpoint.read_config(orbax))

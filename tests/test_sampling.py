@@ -287,7 +287,8 @@ def test_eos_ids_and_length_come_from_the_checkpoint():
         {"max_new_tokens": 0}, {"max_new_tokens": True}, {"n": 0}, {"seed": 1.5}, {"logprobs": 21}, {"logprobs": -1},
         {"temperature": 1e39}, {"temperature": 10**400}, {"top_p": 1e-46}, {"repetition_penalty": 1e-46},
         {"repetition_penalty": 1e39}, {"frequency_penalty": 1e39}, {"frequency_penalty": -1e38},
-        {"presence_penalty": -(10**400)}, {"stop": [""]}, {"stop": ""}, {"stop": [3]}, {"stop": 3}, {"stop_token_ids": ["a"]}, {"tempratur": 1},
+        {"presence_penalty": -(10**400)}, {"stop": [""]},
+        {"stop": ""}, {"stop": [3]}, {"stop": 3}, {"stop_token_ids": ["a"]}, {"tempratur": 1},
     ],
     ids=str,
 )  # fmt: skip

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -243,7 +244,11 @@ def staged(path, nbytes: int):
                     raise _disk_full(path, need, shutil.disk_usage(path.parent).free) from e
                 raise
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            for _ in range(50):  # Orbax's threads may still be writing
+                shutil.rmtree(work, ignore_errors=True)
+                if not work.exists():
+                    break
+                time.sleep(0.1)
     finally:
         if lock is not None:
             os.close(lock)
