@@ -48,9 +48,8 @@ def our_stages(config: Config, params: dict, batch: Batch) -> dict:
     """Every stage of one batch, at its live tokens only: arrays [live tokens, …] in row order."""
     live = np.asarray(batch.segments) != 0
     out = {"positions": np.moveaxis(np.asarray(batch.positions), 0, -1)[live]}
-    visual = None
-    if batch.vision is not None:
-        visual = jax.jit(qwenvl.encode, static_argnums=0)(config, params, batch.vision)
+    visual = _encode(config, params, batch)
+    if visual is not None:
         index = np.asarray(batch.visual_index)
         for kind, token in (("image", config.image_token_id), ("video", config.video_token_id)):
             rows = index[(np.asarray(batch.tokens) == token) & live]
@@ -67,6 +66,11 @@ def our_stages(config: Config, params: dict, batch: Batch) -> dict:
     logits = jax.jit(qwenvl.forward, static_argnums=0)(config, params, batch)
     out["logits"] = np.asarray(logits)[live]
     return out
+
+
+def _encode(config: Config, params: dict, batch: Batch):
+    encode = jax.jit(qwenvl.encode, static_argnums=0)
+    return jnp.concatenate([encode(config, params, v) for v in batch.vision]) if batch.vision else None
 
 
 def _keep_nothing(k, v):
@@ -189,7 +193,7 @@ def verify(path, image, prompt: str = "Describe this picture.", max_new_tokens: 
 
 def greedy(config: Config, params: dict, batch: Batch, steps: int) -> np.ndarray:
     """Greedy token ids [B, steps] by prefill and decode, without stopping at eos."""
-    visual = None if batch.vision is None else jax.jit(qwenvl.encode, static_argnums=0)(config, params, batch.vision)
+    visual = _encode(config, params, batch)
     x = decoder.embed(config, params, batch.tokens, batch.visual_index, visual)
     prefill = jax.jit(qwenvl.prefill, static_argnums=(0, 5))
     decode = jax.jit(qwenvl.decode, static_argnums=0, donate_argnums=3)

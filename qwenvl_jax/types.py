@@ -70,13 +70,13 @@ class VisionBatch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A rectangle of tokens, with the vision lanes it refers to (None when no row has a picture)."""
+    """A rectangle of tokens, and the vision lanes it refers to, by size: one call of the tower each."""
 
     tokens: Any  # [B, T] int32
     positions: Any  # [3, B, T] int32
     segments: Any  # [B, T] int32: 0 = padding, else the id of the sequence within the row
-    visual_index: Any  # [B, T] int32: row of the flattened [R·M, D] vision output, -1 = a text token
-    vision: VisionBatch | None = None
+    visual_index: Any  # [B, T] int32: row of the joined [Σ R·M, D] vision output, -1 = a text token
+    vision: tuple[VisionBatch, ...] = ()
 
 
 class Cache(NamedTuple):

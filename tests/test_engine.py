@@ -16,7 +16,8 @@ from qwenvl_jax.infer import engine as engine_module
 from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.engine import Engine
 from qwenvl_jax.infer.options import GenerateOptions
-from qwenvl_jax.inputs.batch import Ladder, make_batch
+from qwenvl_jax.inputs.batch import Ladder, geometric, make_batch
+from qwenvl_jax.inputs.media import Preprocessing, image_visual
 from qwenvl_jax.model import qwenvl
 from qwenvl_jax.types import Batch, InputError, Model, Sample
 
@@ -425,6 +426,53 @@ def test_no_new_traces_after_warmup():
         assert engine.traces == traces, f"request {i}"
         sizes |= {r.prompt_tokens for r in results}
     assert len(sizes) > 50
+
+
+def test_fifty_image_sizes_and_prompt_lengths_compile_nothing_after_warmup():
+    """Real resizing, from squares to the aspect limit; counted by jax's own compile events, not only by ours."""
+    ladder = Ladder(tokens=geometric(64, 384))
+    rng, engine = np.random.default_rng(20), Engine(model("qwen2_vl"), max_batch=1, ladder=ladder)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    jax.jit(lambda x: x + len(compiled))(np.zeros(7))
+    assert compiled  # the listener hears compilation
+    engine.warmup(max_tokens=384, max_pixels=100_352, sample=(False,))
+    traces, seen, lengths = engine.traces, set(), set()
+    compiled.clear()
+    for i in range(50):
+        width = int(rng.integers(30, 1500))
+        height = -(-width // 199) if i % 10 == 0 else int(rng.integers(30, 1500))
+        shown = image_visual(np.zeros((height, width, 3), np.uint8), Preprocessing(max_pixels=100_352))
+        conversation = sample(rng, engine.config, int(rng.integers(1, 120)), shown, 3)
+        engine.generate([conversation], max_new_tokens=int(rng.integers(1, 20)), temperature=0)
+        seen.add((width, height))
+        lengths.add(len(conversation.tokens))
+        assert (engine.traces, compiled) == (traces, []), f"{width}×{height}"
+    assert len(seen) == 50 and len(lengths) > 25
+
+
+def test_long_clips_are_several_calls_of_the_tower():
+    """Clips of many frames, each in a lane of its own, four rows of them."""
+    ladder = Ladder(tokens=(64, 256), lanes=(1, 2, 4), slots=1024)
+    rng, engine = np.random.default_rng(21), Engine(model(), max_batch=4, ladder=ladder)
+    samples = [sample(rng, engine.config, 2, clip(rng, engine.config, 11, 8, 10), 3) for _ in range(4)]
+    together = engine.generate(samples, max_new_tokens=4)
+    assert [r.token_ids for r in together] == [engine.generate([s], max_new_tokens=4)[0].token_ids for s in samples]
+    logits = logits_after("qwen2_5_vl", samples, [r.token_ids for r in together])
+    assert [row[:-1].argmax(-1).tolist() for row in logits] == [r.token_ids for r in together]
+
+
+def test_bad_samples_anywhere_cost_nothing():
+    rng = np.random.default_rng(22)
+    good = sample(rng, model().config, 5)
+    shown = picture(rng, model().config, 8, 8)
+    engine = Engine(model(), max_batch=1, ladder=Ladder(patches=(256,)))
+    for bad in (Sample(good.tokens, (shown,)), sample(rng, model().config, 2, picture(rng, model().config, 20, 20))):
+        with pytest.raises(InputError, match=r"placeholder|pad|patches in a frame"):
+            engine.generate([good, bad])
+    assert engine.traces == {}
 
 
 def test_warmup_shows_its_progress(capsys):

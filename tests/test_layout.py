@@ -106,7 +106,30 @@ def test_a_long_video_spreads_over_lanes():
     config = tiny_config("qwen2_5_vl")
     s = sample(RNG, config, 2, clip(RNG, config, 9, 8, 16), 2)
     batch = make_batch([s], config, Ladder(patches=(256,)))
-    assert batch.vision.patches.shape[0] == 8  # two frames of 128 patches a lane: five lanes, rounded up
+    assert [v.patches.shape[:2] for v in batch.vision] == [(8, 256)]  # two frames a lane: five lanes, rounded up
+
+
+def test_more_lanes_than_one_call_takes_are_several_calls():
+    config = tiny_config("qwen2_5_vl")
+    s = sample(RNG, config, 2, clip(RNG, config, 11, 8, 16), 2)
+    batch = make_batch([s], config, Ladder(patches=(256,), slots=1024))
+    assert [v.patches.shape[:2] for v in batch.vision] == [(4, 256), (2, 256)]
+    places = batch.visual_index[batch.visual_index >= 0]
+    assert len(set(places)) == 11 * 32 and places.max() < 6 * 64
+
+
+def test_a_small_frame_does_not_share_the_lane_of_a_large_one():
+    config = tiny_config("qwen2_vl")
+    small, large = clip(RNG, config, 6, 8, 8), picture(RNG, config, 64, 64)
+    batch = make_batch([sample(RNG, config, 2, small, large)], config)
+    assert [v.patches.shape[:2] for v in batch.vision] == [(2, 256), (1, 4096)]
+
+
+@pytest.mark.parametrize("window", [28, 56, 84, 112, 140, 168, 224])
+def test_lanes_are_whole_blocks_for_every_window(window):
+    config = with_vision(tiny_config("qwen2_5_vl"), window_size=window)
+    for v in make_batch(mixed_samples(config), config).vision:
+        assert v.patches.shape[1] % config.vision.block_slots == 0
 
 
 def test_packing_wastes_little_on_a_photo():
@@ -120,12 +143,11 @@ def test_lanes_give_back_the_patches_through_the_index(family):
     config = tiny_config(family)
     samples = mixed_samples(config)
     batch = make_batch(samples, config)
-    R, P, C = batch.vision.patches.shape
-    flat = batch.vision.patches.reshape(R * P // 4, 4, C)
+    flat = np.concatenate([v.patches.reshape(-1, 4, v.patches.shape[-1]) for v in batch.vision])
     for row, s in enumerate(samples):
         index = batch.visual_index[row, : len(s.tokens)]
         assert ((index >= 0) == (np.isin(s.tokens, (151, 152)))).all()
-        want = [v.patches.reshape(-1, 4, C) for v in s.visuals]
+        want = [v.patches.reshape(-1, 4, v.patches.shape[-1]) for v in s.visuals]
         if want:
             assert (flat[index[index >= 0]] == np.concatenate(want)).all()
     assert (batch.visual_index[batch.segments == 0] == -1).all()
@@ -138,7 +160,7 @@ def test_patch_positions_are_rows_and_columns():
     raster = (rows * 16 + cols).reshape(h // 2, 2, w // 2, 2).swapaxes(1, 2).reshape(-1)  # the reference's order
     patches = np.repeat(raster.astype(np.uint8)[:, None], config.vision.patch_values, 1)
     visual = Visual(patches, Grid(1, h, w), "image")
-    v = make_batch([sample(RNG, config, 1, visual)], config).vision
+    (v,) = make_batch([sample(RNG, config, 1, visual)], config).vision
     live = v.frames > 0
     coded = v.patches[live][:, 0].astype(int)
     assert (v.positions[live] == np.stack(np.divmod(coded, 16), -1)).all() and live.sum() == h * w

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILIES, mixed_samples, tiny_config, tiny_params, with_text, with_vision
+from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, tiny_params, with_text, with_vision
 
 from qwenvl_jax.config import YarnConfig
 from qwenvl_jax.inputs.batch import Ladder, make_batch
@@ -45,6 +45,17 @@ def test_lane_packing_leaves_the_logits_unchanged(model):
     samples = mixed_samples(model[0])
     one_lane = Ladder(lanes=(1,), patches=(4096,))
     assert_same(logits_by_row(*model, samples, one_lane), logits_by_row(*model, samples))
+
+
+def test_sizes_and_calls_leave_the_logits_unchanged(model):
+    config = model[0]
+    rng = np.random.default_rng(3)
+    large, small = picture(rng, config, 40, 48), picture(rng, config, 6, 8)
+    samples = [sample(rng, config, 3, large, 2, clip(rng, config, 7, 8, 10, 0.7), small, 4), *mixed_samples(config)]
+    batch = make_batch(samples, config, Ladder(slots=512))
+    assert len(batch.vision) > 3
+    one_lane = Ladder(lanes=(1,), patches=(8192,))
+    assert_same(logits_by_row(*model, samples, Ladder(slots=512)), logits_by_row(*model, samples, one_lane))
 
 
 def test_batch_order_leaves_the_logits_unchanged(model):
@@ -108,7 +119,7 @@ def test_prefill_and_decode_equal_one_forward(model):
     want = [x[-tail - 1 :] for x in logits_by_row(config, params, longer)]
 
     batch = make_batch(samples, config)
-    visual = encode(config, params, batch.vision)
+    visual = jnp.concatenate([encode(config, params, v) for v in batch.vision])
     x = embed(config, params, batch.tokens, batch.visual_index, visual)
     logits, cache = jax.jit(prefill, static_argnums=(0, 5))(
         config, params, x, batch.positions, batch.segments, batch.tokens.shape[1] + 7
@@ -145,7 +156,7 @@ def test_grouped_layers_equal_a_plain_loop(full):
     params = tiny_params(config)
     repeats, pattern = vision.layer_groups(config)
     assert pattern * repeats == [i not in full for i in range(4)]
-    lanes = make_batch(mixed_samples(config), config).vision
+    (lanes,) = make_batch(mixed_samples(config), config).vision
     p = params["vision"]
     x = vision.normalise(lanes.patches, config)
     x = vision.patch_embed(config).apply({"params": p["patch_embed"]}, x)

@@ -95,8 +95,9 @@ def test_irregular_full_attention_layers(full, tmp_path):
     assert_stages(config, mixed_samples(config), tmp_path)
 
 
-def test_another_window_and_clock(tmp_path):
-    config = with_vision(tiny_config("qwen2_5_vl"), window_size=56, tokens_per_second=25)
+@pytest.mark.parametrize("window", [56, 84, 168])
+def test_another_window_and_clock(window, tmp_path):
+    config = with_vision(tiny_config("qwen2_5_vl"), window_size=window, tokens_per_second=25)
     assert_stages(config, mixed_samples(config), tmp_path)
 
 

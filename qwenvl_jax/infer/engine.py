@@ -21,6 +21,8 @@ from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, room
 from qwenvl_jax.infer.programs import CHUNK, Programs
 from qwenvl_jax.inputs.batch import Ladder, make_batch, round_up
+from qwenvl_jax.inputs.layout import placeholder_runs, slots_needed
+from qwenvl_jax.inputs.media import MAX_ASPECT
 from qwenvl_jax.types import Batch, InputError, Model, Sample, VisionBatch
 
 
@@ -144,6 +146,9 @@ class Engine:
         if not isinstance(sample, Sample):
             sample = self.processor.encode(conversation, tools=tools)
         limit = min(options.max_new_tokens, room(sample, self.max_length))
+        placeholder_runs(sample.tokens, sample.visuals, self.config)
+        for visual in sample.visuals:
+            self.ladder.lane(slots_needed(visual.grid, self.config.vision), self.config.vision)
         decode = functools.partial(self.processor.decode, skip_special_tokens=options.skip_special_tokens)
         return _Request(sample, options, limit, decode)
 
@@ -189,9 +194,14 @@ class Engine:
         """Reads the prompts: (logits [B, V] after each, ids that each holds [B, V], the cache)."""
         batch = self._put(batch)
         x, prompt = self._programs.embed(self.params, batch.tokens, batch.segments)
-        if batch.vision is not None:
-            for i, chunk in enumerate(self._programs.encode(self.params, batch.vision)):
-                x = self._programs.place(x, batch.visual_index, chunk, self._put(np.int32(i * CHUNK)))
+        start = 0
+        for lanes in batch.vision:
+            end = start + lanes.frames.size // self.config.vision.merge_unit
+            for chunk in self._programs.encode(self.params, lanes):
+                stop = min(start + CHUNK, end)
+                rows = self._put((np.int32(start), np.int32(stop)))
+                x = self._programs.place(x, batch.visual_index, chunk, *rows)
+                start = stop
         logits, cache = self._programs.prefill(self.params, x, batch.positions, batch.segments)
         return logits, prompt, cache
 
@@ -236,11 +246,18 @@ class Engine:
         There are never more lanes than frames. Edge windows may leave slots of their blocks empty, hence one
         rung more than the patches need.
         """
-        patches, lanes = self.ladder.patches, self.ladder.lanes
-        largest = round_up(max_pixels // self.config.vision.patch_size**2, patches, "patches in a frame")
-        spare = 1 if self.config.vision.window_size else 0
-        lanes = lanes[: lanes.index(round_up(visuals, lanes, "lanes")) + 1]
-        return [(R, P) for P in patches[: patches.index(largest) + 1 + spare] for R in lanes]
+        vision, ladder = self.config.vision, self.ladder
+        # A side is never shorter than one visual token, so a long thin picture may exceed max_pixels.
+        side = vision.patch_size * vision.spatial_merge_size
+        max_pixels = max(max_pixels, int(side * (MAX_ASPECT * max_pixels) ** 0.5))
+        # Nothing beyond the ladder is ever accepted, so it need not be compiled.
+        largest = min(max_pixels // vision.patch_size**2, ladder.patches[-1])
+        largest = round_up(largest, ladder.patches, "patches in a frame")
+        spare = 1 if vision.window_size else 0
+        rungs = ladder.patches[: ladder.patches.index(largest) + 1 + spare]
+        lanes = ladder.lanes[: ladder.lanes.index(round_up(visuals, ladder.lanes, "lanes")) + 1]
+        capacities = dict.fromkeys(ladder.lane(P, vision) for P in rungs)
+        return [(R, P) for P in capacities for R in lanes if R <= ladder.most_lanes(P)]
 
     def _warm_vision(self, R: int, P: int):
         ids = np.zeros((R, P), np.int32)
@@ -258,7 +275,7 @@ class Engine:
             batch = self._put(batch)
             x, _ = self._programs.embed(self.params, batch.tokens, batch.segments)
             chunk = self._warm_vision(*vision)[0]
-            self._programs.place(x, batch.visual_index, chunk, self._put(np.int32(0)))
+            self._programs.place(x, batch.visual_index, chunk, *self._put((np.int32(0), np.int32(0))))
         return prefilled
 
     def _warm_steps(self, B: int, tokens: Sequence[int], variants: list[dict]):

@@ -81,10 +81,10 @@ class Programs:
         prompt = sampling.prompt_ids(tokens, segments, self.config.text.vocab_size)
         return qwenvl.embed(self.config, params, tokens, None), constrain(prompt, "BV")
 
-    def _place(self, x, visual_index, chunk, start):
-        """Puts rows start … start + CHUNK of the vision output where visual_index [B, T] wants them in x."""
+    def _place(self, x, visual_index, chunk, start, stop):
+        """Puts rows start … stop of the vision output, at most CHUNK, where visual_index [B, T] wants them in x."""
         index = visual_index - start
-        here = (visual_index >= 0) & (index >= 0) & (index < CHUNK)
+        here = (visual_index >= start) & (visual_index < stop)
         picked = chunk[jnp.clip(index, 0, CHUNK - 1)].astype(x.dtype)
         return constrain(jnp.where(here[..., None], picked, x), "BTD")
 

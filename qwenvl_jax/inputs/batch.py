@@ -9,15 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwenvl_jax.config import Config
+from qwenvl_jax.config import Config, VisionConfig
 from qwenvl_jax.inputs.layout import (
-    merged_tokens,
     mrope_positions,
     pack_lanes,
     placeholder_runs,
     slots_needed,
 )
-from qwenvl_jax.types import Batch, InputError, Sample, VisionBatch
+from qwenvl_jax.types import Batch, InputError, Sample, VisionBatch, Visual
 
 
 def geometric(low: int, high: int) -> tuple[int, ...]:
@@ -29,12 +28,22 @@ def geometric(low: int, high: int) -> tuple[int, ...]:
 
 
 class Ladder(NamedTuple):
-    """The sizes programs are compiled for. Every rung of `patches` must be a multiple of the block size."""
+    """The sizes programs are compiled for."""
 
     rows: tuple[int, ...] = tuple(2**i for i in range(11))  # B
     tokens: tuple[int, ...] = geometric(64, 131072)  # T
     lanes: tuple[int, ...] = tuple(2**i for i in range(11))  # R
-    patches: tuple[int, ...] = geometric(256, 131072)  # P
+    patches: tuple[int, ...] = geometric(256, 131072)  # P, rounded up to whole window blocks
+    slots: int = 131072  # R · P of one call of the vision tower, at most; what is beyond goes into further calls
+
+    def lane(self, slots: int, vision: VisionConfig) -> int:
+        """P for a frame that takes so many slots."""
+        rung = round_up(slots, self.patches, "patches in a frame")
+        return -(-rung // vision.block_slots) * vision.block_slots
+
+    def most_lanes(self, capacity: int) -> int:
+        """The largest R for lanes of this P."""
+        return max([r for r in self.lanes if r * capacity <= self.slots], default=self.lanes[0])
 
 
 def round_up(size: int, rungs: Sequence[int], what: str) -> int:
@@ -64,7 +73,7 @@ def make_batch(samples: Sequence[Sample], config: Config, ladder: Ladder | None 
     positions = np.zeros((3, *shape), np.int32)
 
     visuals = [v for s in samples for v in s.visuals]
-    vision, places = pack_vision(visuals, config, ladder) if visuals else (None, [])
+    vision, places = pack_vision(visuals, config, ladder)
     places = iter(places)
     for b, s in enumerate(samples):
         n = len(s.tokens)
@@ -75,21 +84,43 @@ def make_batch(samples: Sequence[Sample], config: Config, ladder: Ladder | None 
     return Batch(tokens, positions, segments, visual_index, vision)
 
 
-def pack_vision(visuals: Sequence, config: Config, ladder: Ladder) -> tuple[VisionBatch, list[np.ndarray]]:
+def pack_vision(
+    visuals: Sequence[Visual], config: Config, ladder: Ladder
+) -> tuple[tuple[VisionBatch, ...], list[np.ndarray]]:
     """Lanes of patches in window order, and for every visual the place of each of its merged tokens in the
-    flattened [R·M] vision output, in the order the text wants them."""
+    flattened [Σ R·M] vision output, in the order the text wants them.
+
+    Only frames within a factor of four in size share lanes: attention costs the square of a lane's length, which
+    a small frame must not pay for a large one beside it.
+    """
     v = config.vision
+    sizes: dict[int, list[int]] = {}
     for i, visual in enumerate(visuals):
         if visual.patches.shape != (visual.grid.patches, v.patch_values):
             raise InputError(
                 f"visual {i + 1} has patches of shape {visual.patches.shape}, "
                 f"its grid {tuple(visual.grid)} needs {(visual.grid.patches, v.patch_values)}"
             )
+        capacity = ladder.lane(slots_needed(visual.grid, v), v)
+        sizes.setdefault(capacity.bit_length() // 2, []).append(i)
+    calls, places, start = [], [np.zeros(0, np.int32)] * len(visuals), 0
+    for _, members in sorted(sizes.items()):
+        lanes, inner = _pack_lanes([visuals[i] for i in members], v, ladder)
+        for i, place in zip(members, inner, strict=True):
+            places[i] = start + place
+        start += lanes.frames.size // v.merge_unit
+        most = ladder.most_lanes(lanes.frames.shape[1])
+        calls += [VisionBatch(*(a[r : r + most] for a in lanes)) for r in range(0, len(lanes.frames), most)]
+    return tuple(calls), places
+
+
+def _pack_lanes(visuals: list[Visual], v: VisionConfig, ladder: Ladder) -> tuple[VisionBatch, list[np.ndarray]]:
+    """As many lanes as these visuals need, rounded up to whole calls, and where in [R·M] their tokens are."""
     unit, side = v.merge_unit, v.spatial_merge_size
-    largest = max(slots_needed(visual.grid, v) for visual in visuals)
-    capacity = round_up(largest, ladder.patches, "patches in a frame")
+    capacity = max(ladder.lane(slots_needed(visual.grid, v), v) for visual in visuals)
     placements, lanes = pack_lanes([visual.grid for visual in visuals], capacity, v)
-    lanes = round_up(lanes, ladder.lanes, "lanes of patches")
+    rest = lanes % ladder.most_lanes(capacity)
+    lanes = lanes - rest + (round_up(rest, ladder.lanes, "lanes of patches") if rest else 0)
 
     patches = np.zeros((lanes, capacity, v.patch_values), np.uint8)
     positions = np.zeros((lanes, capacity, 2), np.int32)
@@ -111,5 +142,4 @@ def pack_vision(visuals: Sequence, config: Config, ladder: Ladder) -> tuple[Visi
             windows[p.lane, slots] = np.repeat(p.windows, unit)
             out[k] = p.lane * (capacity // unit) + p.cells
         places.append(out.reshape(-1))
-        assert out.size == merged_tokens(visual.grid, v)
     return VisionBatch(patches, positions, frames, windows), places

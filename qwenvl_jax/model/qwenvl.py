@@ -63,7 +63,7 @@ def count_params(config: Config) -> int:
 
 def forward(config: Config, params: dict, batch: Batch):
     """Logits [B, T, V] float32 of a whole batch; padding anywhere, marked by segment 0."""
-    visual = None if batch.vision is None else encode(config, params, batch.vision)
+    visual = jnp.concatenate([encode(config, params, v) for v in batch.vision]) if batch.vision else None
     x = embed(config, params, batch.tokens, batch.visual_index, visual)
     x, _ = decoder.full(config, params, x, batch.positions, batch.segments, lambda k, v: None)
     return decoder.unembed(config, params, x)
