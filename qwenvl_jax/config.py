@@ -7,12 +7,14 @@ Field names are those of the Hugging Face files, except that a vision tower's ow
 
 import dataclasses
 import json
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwenvl_jax.types import InputError
 
 QWEN2_VL, QWEN2_5_VL = "qwen2_vl", "qwen2_5_vl"
+VISION_ACTIVATIONS = ("silu", "gelu", "quick_gelu")
 
 
 @dataclass(frozen=True)
@@ -149,30 +151,77 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not readable ({e})") from e
 
 
+def _is(value, kind) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+_KINDS = {
+    int: ("a positive integer", lambda v: _is(v, int) and 0 < v < 2**31),
+    float: ("a positive, finite number", lambda v: _is(v, int | float) and 0 < v < 1e300),
+    bool: ("true or false", lambda v: isinstance(v, bool)),
+    str: ("a string", lambda v: isinstance(v, str)),
+    dict: ("a JSON object", lambda v: isinstance(v, dict)),
+    list: ("a list", lambda v: isinstance(v, list)),
+    list[int]: ("a list of integers", lambda v: isinstance(v, list) and all(_is(x, int) for x in v)),
+    "id": ("a token id", lambda v: _is(v, int) and 0 <= v < 2**31),
+}
+
+
+def _typed(name: str, value, kind):
+    what, fits = _KINDS[kind]
+    if not fits(value):
+        raise InputError(f"{name} is {reprlib.repr(value)}; it must be {what}")
+    return value
+
+
+def _reader(*objects: dict, where: str = ""):
+    """Typed reads from the first of `objects` that has a key; null, which transformers may write, is no value."""
+
+    def get(key: str, kind, default=None):
+        value = next((o[key] for o in objects if o.get(key) is not None), None)
+        return default if value is None else _typed(where + key, value, kind)
+
+    return get
+
+
 def _check(c: Config) -> None:
     t, v = c.text, c.vision
-    numbers = [(f, getattr(part, f.name)) for part in (t, v) for f in dataclasses.fields(part)]
-    for field, value in numbers:
-        if not isinstance(field.default, int | float) or isinstance(field.default, bool) or value is None:
-            continue
-        whole = isinstance(field.default, int) and field.name != "tokens_per_second"
-        if not isinstance(value, int if whole else int | float) or value <= 0:
-            raise InputError(f"{field.name} is {value!r}; it must be a positive {'integer' if whole else 'number'}")
     if c.family not in (QWEN2_VL, QWEN2_5_VL):
         raise InputError(f"model_type {c.family!r} is not one of 'qwen2_vl', 'qwen2_5_vl'")
+    for part in (t, v, t.yarn):
+        for field in dataclasses.fields(part) if part else ():
+            value = getattr(part, field.name)
+            for kind in (int, float, bool, str):
+                if field.type == kind or (field.type == kind | None and value is not None):
+                    _typed(field.name, value, kind)
+    for name in _TOKEN_IDS:
+        _typed(name, getattr(c, name), "id")
+    for name in ("image_token_id", "video_token_id"):
+        if getattr(c, name) >= t.vocab_size:
+            raise InputError(f"{name} {getattr(c, name)} is not below vocab_size {t.vocab_size}")
+    if c.image_token_id == c.video_token_id:
+        raise InputError(f"image_token_id and video_token_id are both {c.image_token_id}; they must differ")
+    if v.hidden_act not in VISION_ACTIVATIONS:
+        raise InputError(f"vision hidden_act {v.hidden_act!r} is not one of {', '.join(VISION_ACTIVATIONS)}")
+    if not all(0 <= i < v.depth for i in v.fullatt_block_indexes):
+        indexes = reprlib.repr(v.fullatt_block_indexes)
+        raise InputError(f"fullatt_block_indexes {indexes} must be from 0 to {v.depth - 1}, as depth is {v.depth}")
     if t.num_attention_heads % t.num_key_value_heads:
         raise InputError(
             f"num_attention_heads {t.num_attention_heads} is not a multiple of "
             f"num_key_value_heads {t.num_key_value_heads}"
         )
-    if len(t.mrope_section) != 3 or 2 * sum(t.mrope_section) != t.head_dim:
+    if len(t.mrope_section) != 3 or min(t.mrope_section) <= 0 or 2 * sum(t.mrope_section) != t.head_dim:
+        section = reprlib.repr(t.mrope_section)
         raise InputError(
-            f"mrope_section {t.mrope_section} must be three numbers that sum to half of head_dim {t.head_dim}"
+            f"mrope_section {section} must be three positive numbers that sum to half of head_dim {t.head_dim}"
         )
     if v.hidden_size % v.num_heads or (v.hidden_size // v.num_heads) % 4:
         raise InputError(f"vision width {v.hidden_size} over {v.num_heads} heads is not a multiple of 4")
     if v.out_hidden_size != t.hidden_size:
         raise InputError(f"vision output width {v.out_hidden_size} is not the decoder's width {t.hidden_size}")
+    if c.is_qwen2_5 and v.window_size is None:
+        raise InputError("window_size is None; Qwen2.5-VL has windows")
     if v.window_size is not None and v.window_size % (v.patch_size * v.spatial_merge_size):
         raise InputError(
             f"window_size {v.window_size} is not a multiple of {v.patch_size * v.spatial_merge_size} pixels"
@@ -187,48 +236,44 @@ def _from_dict(data: dict) -> Config:
     family = data.get("model_type")
     if family not in (QWEN2_VL, QWEN2_5_VL):
         raise InputError(f"model_type {family!r} is not supported; this library runs 'qwen2_vl' and 'qwen2_5_vl'")
-    text, vision = data.get("text_config") or data, data.get("vision_config") or {}
-    for name, part in (("text_config", text), ("vision_config", vision)):
-        if not isinstance(part, dict):
-            raise InputError(f"{name} is not a JSON object")
-
+    top = _reader(data)
+    text, vision = top("text_config", dict, data), top("vision_config", dict, {})
     # Newer files nest the decoder but may leave a key at the top level (tie_word_embeddings does both).
-    def get(key, default=None):
-        values = (text.get(key), data.get(key), default)
-        return next((v for v in values if v is not None), None)
-
-    d = TextConfig()
-    hidden, heads = get("hidden_size", 8192), get("num_attention_heads", 64)
-    if get("use_sliding_window", False):
+    get = _reader(text, data)
+    if get("hidden_act", str, "silu") != "silu":
+        raise InputError(f"hidden_act {get('hidden_act', str)!r} of the decoder is not supported; only 'silu' is")
+    windowed = any(kind != "full_attention" for kind in get("layer_types", list, []))
+    if windowed or get("use_sliding_window", bool, False):
         raise InputError(
-            "use_sliding_window is true; sliding-window attention is not supported (no official file has it)"
+            f"{'layer_types' if windowed else 'use_sliding_window'} asks for more than full attention; "
+            "sliding-window attention is not supported (no official file has it)"
         )
-    rope = get("rope_parameters") or get("rope_scaling") or {}
-    max_positions = get("max_position_embeddings", 32768)
-    if not isinstance(hidden, int) or not isinstance(heads, int) or heads <= 0:
-        raise InputError(f"hidden_size {hidden!r} and num_attention_heads {heads!r} must be positive integers")
-    head_dim = get("head_dim", hidden // heads)
+    d = TextConfig()
+    hidden, heads = get("hidden_size", int, 8192), get("num_attention_heads", int, 64)
+    max_positions = get("max_position_embeddings", int, 32768)
+    rope_key = "rope_parameters" if get("rope_parameters", dict) else "rope_scaling"
+    rope = _reader(get(rope_key, dict, {}), where=f"{rope_key}.")
     text_config = TextConfig(
-        vocab_size=get("vocab_size", 152064),
+        vocab_size=get("vocab_size", int, 152064),
         hidden_size=hidden,
-        intermediate_size=get("intermediate_size", 29568),
-        num_hidden_layers=get("num_hidden_layers", 80),
+        intermediate_size=get("intermediate_size", int, 29568),
+        num_hidden_layers=get("num_hidden_layers", int, 80),
         num_attention_heads=heads,
-        num_key_value_heads=get("num_key_value_heads", heads if "num_key_value_heads" in text else 8),
-        head_dim=head_dim,
-        rms_norm_eps=get("rms_norm_eps", 1e-5),
-        rope_theta=float(rope.get("rope_theta", get("rope_theta", d.rope_theta))),
-        mrope_section=tuple(rope.get("mrope_section") or d.mrope_section),
+        num_key_value_heads=get("num_key_value_heads", int, heads if "num_key_value_heads" in text else 8),
+        head_dim=get("head_dim", int, hidden // heads),
+        rms_norm_eps=get("rms_norm_eps", float, 1e-5),
+        rope_theta=float(rope("rope_theta", float, get("rope_theta", float, d.rope_theta))),
+        mrope_section=tuple(rope("mrope_section", list[int], d.mrope_section)),
         yarn=_yarn(rope, max_positions),
         max_position_embeddings=max_positions,
-        tie_word_embeddings=bool(data.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        tie_word_embeddings=_reader(data, text)("tie_word_embeddings", bool, False),
     )
     return Config(
         family=family,
         text=text_config,
-        vision=_vision_from_dict(family, vision, hidden),
-        dtype=str(get("dtype") or get("torch_dtype") or "bfloat16").removeprefix("torch."),
-        **{k: get(k, getattr(Config, k)) for k in _TOKEN_IDS},
+        vision=_vision_from_dict(family, _reader(vision, where="vision_config."), hidden),
+        dtype=get("dtype", str, get("torch_dtype", str, "bfloat16")).removeprefix("torch."),
+        **{k: get(k, "id", getattr(Config, k)) for k in _TOKEN_IDS},
     )
 
 
@@ -241,53 +286,53 @@ _TOKEN_IDS = (
 )
 
 
-def _yarn(rope: dict, max_positions: int) -> YarnConfig | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _yarn(get, max_positions: int) -> YarnConfig | None:
+    kind = get("rope_type", str, get("type", str, "default"))
     if kind in ("default", "mrope"):
         return None
     if kind != "yarn":
         raise InputError(f"rope type {kind!r} is not supported; known are 'default', 'mrope' and 'yarn'")
-    original = rope.get("original_max_position_embeddings") or max_positions
+    original = get("original_max_position_embeddings", int, max_positions)
     return YarnConfig(
         # The declared factor, as the paper and the model cards have it. transformers 4.51.3 replaces it by
         # max_position_embeddings / original, which differs where a file's numbers disagree (128000 / 32768).
-        factor=float(rope.get("factor") or max_positions / original),
+        factor=float(get("factor", float, max_positions / original)),
         original_max_position_embeddings=original,
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        attention_factor=rope.get("attention_factor"),
+        beta_fast=float(get("beta_fast", float, 32)),
+        beta_slow=float(get("beta_slow", float, 1)),
+        attention_factor=get("attention_factor", float),
     )
 
 
-def _vision_from_dict(family: str, v: dict, text_width: int) -> VisionConfig:
+def _vision_from_dict(family: str, get, text_width: int) -> VisionConfig:
     # Quantised checkpoints leave keys out; the defaults are those of the reference's config classes.
     common = dict(
-        depth=v.get("depth", 32),
-        num_heads=v.get("num_heads", 16),
-        in_channels=v.get("in_channels", v.get("in_chans", 3)),
-        patch_size=v.get("patch_size", v.get("spatial_patch_size", 14)),
-        spatial_merge_size=v.get("spatial_merge_size", 2),
-        temporal_patch_size=v.get("temporal_patch_size", 2),
+        depth=get("depth", int, 32),
+        num_heads=get("num_heads", int, 16),
+        in_channels=get("in_channels", int, get("in_chans", int, 3)),
+        patch_size=get("patch_size", int, get("spatial_patch_size", int, 14)),
+        spatial_merge_size=get("spatial_merge_size", int, 2),
+        temporal_patch_size=get("temporal_patch_size", int, 2),
     )
     if family == QWEN2_VL:
-        width = v.get("embed_dim", 1280)
+        width = get("embed_dim", int, 1280)
         return VisionConfig(
             hidden_size=width,
-            intermediate_size=int(width * v.get("mlp_ratio", 4)),
-            out_hidden_size=v.get("hidden_size", text_width),
-            hidden_act=v.get("hidden_act", "quick_gelu"),
+            intermediate_size=int(width * get("mlp_ratio", float, 4)),
+            out_hidden_size=get("hidden_size", int, text_width),
+            hidden_act=get("hidden_act", str, "quick_gelu"),
             window_size=None,
             fullatt_block_indexes=(),
             **common,
         )
     return VisionConfig(
-        hidden_size=v.get("hidden_size", 1280),
-        intermediate_size=v.get("intermediate_size", 3420),
-        out_hidden_size=v.get("out_hidden_size", text_width),
-        hidden_act=v.get("hidden_act", "silu"),
-        window_size=v.get("window_size", 112),
-        fullatt_block_indexes=tuple(v.get("fullatt_block_indexes", (7, 15, 23, 31))),
-        tokens_per_second=v.get("tokens_per_second", 4),
+        hidden_size=get("hidden_size", int, 1280),
+        intermediate_size=get("intermediate_size", int, 3420),
+        out_hidden_size=get("out_hidden_size", int, text_width),
+        hidden_act=get("hidden_act", str, "silu"),
+        window_size=get("window_size", int, 112),
+        fullatt_block_indexes=tuple(get("fullatt_block_indexes", list[int], (7, 15, 23, 31))),
+        tokens_per_second=get("tokens_per_second", float, 4),
         **common,
     )
 

@@ -1,12 +1,15 @@
 """Presets, and every layout of config.json."""
 
+import copy
 import json
+import math
 
 import pytest
 from tiny import FAMILIES, tiny_config
 
-from qwenvl_jax.config import PRESETS, Config, YarnConfig
+from qwenvl_jax.config import PRESETS, VISION_ACTIVATIONS, Config, YarnConfig
 from qwenvl_jax.model.qwenvl import count_params
+from qwenvl_jax.model.vision import ACTIVATIONS
 from qwenvl_jax.types import InputError
 
 PARAMETERS = {
@@ -107,11 +110,84 @@ def test_qwen2_vl_vision_hidden_size_is_the_output_width():
         ({"vision_config": {"window_size": 100}}, "window_size"),
         ({"vision_config": {"patch_size": 0}}, "patch_size"),
         ({"vision_config": [1]}, "vision_config"),
+        ({"vision_config": []}, "vision_config"),
+        ({"vision_config": 0}, "vision_config"),
+        ({"text_config": []}, "text_config"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": "full_attention"}, "layer_types"),
+        ({"vision_config": {"fullatt_block_indexes": [7, 32]}}, "fullatt_block_indexes"),
+        ({"vision_config": {"fullatt_block_indexes": [-1]}}, "fullatt_block_indexes"),
+        ({"vision_config": {"fullatt_block_indexes": [7.0]}}, "fullatt_block_indexes"),
+        ({"vision_config": {"fullatt_block_indexes": 7}}, "fullatt_block_indexes"),
+        ({"vision_config": {"hidden_act": "relu6"}}, "hidden_act"),
+        ({"vision_config": {"hidden_act": [1]}}, "hidden_act"),
+        ({"vision_config": {"depth": True}}, "depth"),
+        ({"vision_config": {"tokens_per_second": "2"}}, "tokens_per_second"),
+        ({"image_token_id": "151655"}, "image_token_id"),
+        ({"video_token_id": 152064}, "video_token_id"),
+        ({"image_token_id": 151656}, "image_token_id"),
+        ({"vision_start_token_id": -1}, "vision_start_token_id"),
+        ({"eos_token_id": 1.5}, "eos_token_id"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps"),
+        ({"rope_theta": 10**400}, "rope_theta"),
+        ({"rope_theta": "abc"}, "rope_theta"),
+        ({"vocab_size": 2**31}, "vocab_size"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+        ({"rope_scaling": "yarn"}, "rope_scaling"),
+        ({"rope_scaling": [1]}, "rope_scaling"),
+        ({"rope_scaling": {"type": 1}}, "rope_scaling.type"),
+        ({"torch_dtype": 16}, "torch_dtype"),
+        *(
+            ({"rope_scaling": {"type": "mrope", "mrope_section": section}}, "mrope_section")
+            for section in (5, "abc", ["a", "b", "c"], [0, 32, 32], [-16, 40, 40], [16.0, 24, 24], [])
+        ),
+        *(
+            ({"rope_scaling": {"type": "yarn", "mrope_section": [16, 24, 24], key: value}}, key)
+            for key in ("factor", "beta_fast", "attention_factor", "original_max_position_embeddings")
+            for value in (0, -4, math.inf, math.nan, "x")
+        ),
     ],
 )
 def test_a_config_that_cannot_run_is_refused_by_name(changes, named):
     with pytest.raises(InputError, match=named):
         Config.from_dict(flat(**changes))
+
+
+@pytest.mark.parametrize("ratio", ["4", 0, math.nan, [4]])
+def test_qwen2_vl_mlp_ratio_is_a_number(ratio):
+    data = PRESETS["qwen2-vl-7b"].to_dict()
+    data["vision_config"]["mlp_ratio"] = ratio
+    with pytest.raises(InputError, match="mlp_ratio"):
+        Config.from_dict(data)
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl-7b", "qwen2.5-vl-7b"])
+def test_null_is_the_same_as_an_absent_key(name):
+    data = PRESETS[name].to_dict()
+    required = (
+        "model_type",
+        "num_key_value_heads",
+    )  # a null of the latter means one for each head, as in the reference
+    for part in (data, data["vision_config"], data["rope_scaling"]):
+        for key in set(part) - set(required):
+            without, null = copy.deepcopy(data), copy.deepcopy(data)
+            where = "vision_config" if part is data["vision_config"] else "rope_scaling"
+            (without if part is data else without[where]).pop(key)
+            (null if part is data else null[where])[key] = None
+            assert _result(null) == _result(without), key
+
+
+def _result(data):
+    try:
+        return Config.from_dict(data)
+    except InputError as e:
+        return str(e)
+
+
+def test_known_activations_are_those_of_the_vision_tower():
+    assert set(VISION_ACTIVATIONS) == set(ACTIVATIONS)
 
 
 def test_unreadable_file_is_named(tmp_path):
