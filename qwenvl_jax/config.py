@@ -44,6 +44,14 @@ class TextConfig:
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = False
 
+    @property
+    def context(self) -> int:
+        """Tokens that a row may have. YaRN's stretch counts where the file still declares the original context,
+        as the official Qwen2-VL files do once Qwen's documented `rope_scaling` is added to them.
+        """
+        stretched = self.yarn.factor * self.yarn.original_max_position_embeddings if self.yarn else 0
+        return max(self.max_position_embeddings, int(stretched))
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -60,7 +68,8 @@ class VisionConfig:
     window_size: int | None = 112  # pixels; None: every block attends to the whole frame
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
     tokens_per_second: float = 2  # t positions a second of video; Qwen2-VL counts grid steps instead
-    # From preprocessor_config.json: patches reach the device as uint8 and are normalised there.
+    # Patches reach the device as uint8 and are normalised there. Not in config.json: checkpoint.read_config takes
+    # them from preprocessor_config.json.
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 

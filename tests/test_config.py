@@ -79,6 +79,26 @@ def test_yarn_factor_from_the_context_when_undeclared():
     assert Config.from_dict(flat(rope_scaling=rope)).text.yarn.factor == 4.0
 
 
+@pytest.mark.parametrize(
+    "name, changes, context",
+    [
+        ("qwen2-vl-7b", {}, 131072),  # Qwen's documented rope_scaling on the official file, which declares 32768
+        ("qwen2.5-vl-7b", {}, 131072),  # declares 128000
+        ("qwen2.5-vl-7b", {"factor": 2}, 128000),
+        ("qwen2.5-vl-7b", {"factor": None}, 128000),  # 128000 / 32768 · 32768
+        ("qwen2.5-vl-7b", {"type": "mrope"}, 128000),
+        ("qwen2-vl-7b", {"type": "mrope"}, 32768),
+    ],
+)
+def test_yarn_gives_the_longer_context(name, changes, context):
+    data = PRESETS[name].to_dict()
+    data["rope_scaling"] |= {"type": "yarn", "factor": 4, "original_max_position_embeddings": 32768} | changes
+    config = Config.from_dict(data)
+    assert config.text.context == context
+    assert config.to_dict()["max_position_embeddings"] == data["max_position_embeddings"]
+    assert Config.from_dict(config.to_dict()) == config
+
+
 def test_keys_that_quantised_files_leave_out_take_the_reference_defaults():
     data = flat()
     for key in ("depth", "num_heads", "patch_size", "intermediate_size"):
