@@ -87,7 +87,9 @@ def test_the_checkpoints_own_normalisation_reaches_the_device(tiny_checkpoint, t
     (tmp_path / "preprocessor_config.json").unlink()
     settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    config = load(tmp_path, progress=False).config
+    model = load(tmp_path, progress=False)
+    config = model.config
+    assert model.processor.config == config
     levels = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 3, 392))
     seen = jax.jit(normalise, static_argnums=1)(levels.reshape(256, 1176), config).reshape(levels.shape)
     want = pixel_table(Preprocessing.from_dict(settings))

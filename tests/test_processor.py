@@ -211,7 +211,7 @@ def test_a_missing_file_is_named_with_its_directory(tokenizer_dir, tmp_path, nam
 
 @pytest.mark.parametrize("name, text", [("tokenizer.json", "{}"), ("preprocessor_config.json", "{"),
                                         ("preprocessor_config.json", '{"patch_size": -1}'),
-                                        ("generation_config.json", "[]")])  # fmt: skip
+                                        ("preprocessor_config.json", "[]")])  # fmt: skip
 def test_an_unreadable_file_is_named(tokenizer_dir, tmp_path, name, text):
     path = copy(tokenizer_dir, tmp_path / "checkpoint")
     (path / name).write_text(text)
@@ -219,12 +219,16 @@ def test_an_unreadable_file_is_named(tokenizer_dir, tmp_path, name, text):
         Processor.from_dir(path, CONFIG)
 
 
-def test_eos_ids(processor, tokenizer_dir, tmp_path):
-    assert processor.eos_ids == (151645, 151643)
-    path = copy(tokenizer_dir, tmp_path / "a", "generation_config.json")
-    assert Processor.from_dir(path, CONFIG).eos_ids == (151645,)
-    (path / "generation_config.json").write_text('{"eos_token_id": 7}')
-    assert Processor.from_dir(path, CONFIG).eos_ids == (7,)
+@pytest.mark.parametrize("key", ["patch_size", "temporal_patch_size", "merge_size"])
+def test_preprocessing_that_contradicts_the_config_is_refused(tokenizer_dir, tmp_path, key):
+    path = copy(tokenizer_dir, tmp_path / "a", "preprocessor_config.json")
+    for file, data in (
+        ("processor_config.json", {"image_processor": {key: 4}}),
+        ("preprocessor_config.json", {key: 4}),
+    ):
+        (path / file).write_text(json.dumps(data))
+        with pytest.raises(InputError, match=rf"{file}: {key} is 4, but config\.json"):
+            Processor.from_dir(path, CONFIG)
 
 
 def test_preprocessing_nested_as_transformers_5_saves_it(processor, tokenizer_dir, tmp_path):

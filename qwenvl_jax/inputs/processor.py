@@ -24,6 +24,7 @@ from qwenvl_jax.inputs.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Media, chec
 from qwenvl_jax.inputs.video import video_visual
 from qwenvl_jax.types import Batch, InputError, Sample, Visual
 
+PREPROCESSOR_FILE = "preprocessor_config.json"
 _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
 
 
@@ -33,35 +34,27 @@ class Processor:
 
     tokenizer: its `encode_special_tokens` is switched on, so that `tokenizer.encode(text)` gives plain ids
         for control tokens that occur in a text.
-    eos_ids: the ids that end an answer.
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate
     preprocessing: Preprocessing
     config: Config
-    eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         self.tokenizer.encode_special_tokens = True
-        if not self.eos_ids:
-            object.__setattr__(self, "eos_ids", (self.config.eos_token_id,))
 
     @classmethod
     def from_dir(cls, path, config: Config) -> "Processor":
-        """Reads a checkpoint directory: tokenizer, chat template, preprocessor and generation config.
+        """Reads a checkpoint directory: tokenizer, chat template and preprocessor config.
 
-        Raises InputError that names the missing or unreadable file.
+        Raises InputError that names the missing or unreadable file, or what in it contradicts `config`.
         """
         path = Path(path)
-        eos = read_json(path / "generation_config.json", missing={}).get("eos_token_id")
-        return cls(
-            tokenizer=_read_tokenizer(path),
-            template=ChatTemplate.from_dir(path),
-            preprocessing=_read_preprocessing(path),
-            config=config,
-            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        )
+        preprocessing = read_preprocessing(path, config)
+        if preprocessing is None:
+            raise InputError(f"{path} has no {PREPROCESSOR_FILE}; a checkpoint directory needs it")
+        return cls(_read_tokenizer(path), ChatTemplate.from_dir(path), preprocessing, config)
 
     @cached_property
     def control_tokens(self) -> dict[str, int]:
@@ -183,16 +176,25 @@ class Processor:
             raise InputError(f"{media.where}: {e}") from e
 
 
-def _read_preprocessing(path: Path) -> Preprocessing:
-    file = path / "preprocessor_config.json"
-    newer = path / "processor_config.json"  # transformers 5 nests the image processor in this one
-    nested = {} if file.exists() else read_json(newer, missing={}).get("image_processor")
+def read_preprocessing(path: Path, config: Config) -> Preprocessing | None:
+    """How a checkpoint directory says pictures are cut and normalised, checked against its config; None: not at all."""
+    file = path / PREPROCESSOR_FILE
+    if file.exists():
+        data = read_json(file)
+    else:  # transformers 5 nests the image processor in another
+        file = path / "processor_config.json"
+        data = read_json(file, missing={}).get("image_processor")
+    if data is None:
+        return None
     try:
-        return Preprocessing.from_dict(nested or read_json(file))
+        preprocessing = Preprocessing.from_dict(data)
     except InputError as e:
-        if nested or file.exists():
-            raise InputError(f"{newer if nested else file}: {e}") from e
-        raise
+        raise InputError(f"{file}: {e}") from e
+    for key in ("patch_size", "temporal_patch_size", "merge_size"):
+        ours, models = getattr(preprocessing, key), getattr(config.vision, key.replace("merge", "spatial_merge"))
+        if ours != models:
+            raise InputError(f"{file}: {key} is {ours}, but config.json's vision_config calls for {models}")
+    return preprocessing
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

@@ -58,10 +58,7 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
         params = restore(path, config, shardings, dtype, progress)
     else:
         params = read_params(path, config, shardings, dtype, progress)
-    # Pictures are normalised on the device, so the model must know how.
-    mean, std = processor.preprocessing.image_mean, processor.preprocessing.image_std
-    vision = dataclasses.replace(config.vision, image_mean=mean, image_std=std)
-    config = config.replace(dtype=dtype or config.dtype, vision=vision)
+    config = config.replace(dtype=dtype or config.dtype)
     return Model(config, params, processor, read_json(path / "generation_config.json", missing={}))
 
 
@@ -183,7 +180,12 @@ def find(path_or_id) -> Path:
 
 
 def read_config(path: Path) -> Config:
-    """The config of a checkpoint directory; InputError for a model that is not supported or is quantised."""
+    """The config of a checkpoint directory, with the normalisation of its preprocessor config if there is one.
+
+    Raises InputError for a model that is not supported or is quantised.
+    """
+    from qwenvl_jax.inputs.processor import read_preprocessing
+
     file = path / "config.json"
     if not file.is_file():
         raise InputError(f"{path}: not a checkpoint, there is no config.json in it")
@@ -192,7 +194,12 @@ def read_config(path: Path) -> Config:
     if quantised:
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
         raise InputError(f"{file}: quantised checkpoints ({method}) are not supported; use the original model")
-    return config
+    preprocessing = read_preprocessing(path, config)
+    if preprocessing is None:
+        return config
+    # Pictures are normalised on the device, so the model must know how.
+    mean, std = preprocessing.image_mean, preprocessing.image_std
+    return config.replace(vision=dataclasses.replace(config.vision, image_mean=mean, image_std=std))
 
 
 def write_json(file: Path, data: dict) -> None:
