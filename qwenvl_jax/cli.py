@@ -6,6 +6,7 @@ jax and the model are imported inside the commands, so that `--help` and a misty
 import argparse
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -17,22 +18,47 @@ from pathlib import Path
 from qwenvl_jax.types import InputError
 
 _OK, _FAILED, _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 0, 1, 2, 130, 141
-_MEDIA_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width", "fps", "nframes")
-_SAMPLING_OPTIONS = (
+_ENCODING = (
+    "tools",
+    "add_vision_id",
+    "allow_control_tokens",
+    "min_pixels",
+    "max_pixels",
+    "resized_height",
+    "resized_width",
+    "total_pixels",
+    "fps",
+    "nframes",
+    "min_frames",
+    "max_frames",
+    "video_start",
+    "video_end",
+)
+_SAMPLING = (
     "max_new_tokens",
     "temperature",
     "top_p",
     "top_k",
     "min_p",
     "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
     "seed",
     "stop",
 )
+# What a request body may hold beside its messages, and what it is called here.
+_REQUEST = {name: name for name in (*_SAMPLING, "tools")} | {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 1 a bug or a failed check, 2 bad input, 130 Ctrl-C."""
     args = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal whose encoding lacks a character of the answer should get the rest of it.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _quiet(args.debug):
             code = args.run(args)
@@ -122,7 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("generate", _generate, "Answer one conversation; the text streams to stdout.")
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the question")
-    source.add_argument("--messages", metavar="FILE", help="messages as JSON; - reads stdin")
+    source.add_argument("--messages", metavar="FILE", help="messages or an OpenAI request as JSON; - reads stdin")
+    p.add_argument("--tools", metavar="FILE", help="descriptions of tools as JSON, in OpenAI's form")
     for kind in ("image", "video"):
         p.add_argument(
             f"--{kind}", action=_Media, dest="media", metavar="F", help="file or URL; repeatable, order is kept"
@@ -160,27 +187,39 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--top-k", type=int, metavar="K")
     g.add_argument("--min-p", type=float, metavar="P")
     g.add_argument("--repetition-penalty", type=float, metavar="R")
+    g.add_argument("--presence-penalty", type=float, metavar="R")
+    g.add_argument("--frequency-penalty", type=float, metavar="R")
     g.add_argument("--seed", type=int)
     g.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; repeatable")
-    g = p.add_argument_group("images and videos")
-    g.add_argument("--min-pixels", type=int, metavar="N")
+    g = p.add_argument_group("images and videos", "For all of them; what an item of --messages sets wins.")
+    g.add_argument("--min-pixels", type=int, metavar="N", help="of an image, or of each frame")
     g.add_argument("--max-pixels", type=int, metavar="N")
-    g.add_argument("--resized-height", type=int, metavar="N")
+    g.add_argument("--resized-height", type=int, metavar="N", help="instead of the bounds, with --resized-width")
     g.add_argument("--resized-width", type=int, metavar="N")
+    g.add_argument("--total-pixels", type=int, metavar="N", help="of all frames of a video, taken in pairs")
     g.add_argument("--fps", type=float, help="frames sampled a second of video")
+    g.add_argument("--min-frames", type=int, metavar="N", help="at least so many, whatever --fps gives")
+    g.add_argument("--max-frames", type=int, metavar="N")
     g.add_argument("--nframes", type=int, metavar="N", help="frames sampled in all, instead of --fps")
+    g.add_argument("--video-start", type=float, metavar="SECONDS")
+    g.add_argument("--video-end", type=float, metavar="SECONDS")
+    g = p.add_argument_group("prompt")
+    flag = dict(action="store_true", default=None)
+    g.add_argument("--add-vision-id", **flag, help="number the images and videos")
+    g.add_argument("--allow-control-tokens", **flag, help="let tokens such as <|im_end|> that are typed in a text act")
 
 
 def _given(args, names) -> dict:
     """The options that were given: what is absent is left to the checkpoint's defaults."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    values = {name: getattr(args, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _options(args):
     """The sampling options, checked before anything is loaded."""
     from qwenvl_jax.infer.options import GenerateOptions
 
-    options = GenerateOptions(**_given(args, _SAMPLING_OPTIONS))
+    options = GenerateOptions(**_given(args, _SAMPLING))
     options.resolve({}, 0)
     return options
 
@@ -193,11 +232,11 @@ def _encoder(args):
 
     path = checkpoint.find(args.model)
     config = checkpoint.read_config(path)
-    processor, options = Processor.from_dir(path, config), _given(args, _MEDIA_OPTIONS)
+    processor, options = Processor.from_dir(path, config), _given(args, _ENCODING)
 
     def encode(messages):
         sample = processor.encode(messages, **options)
-        room(sample, config.text.max_position_embeddings)
+        room(sample, config.text.context)
         return sample
 
     return path, encode
@@ -213,7 +252,12 @@ def _engine(path, args):
 
 
 def _generate(args) -> int:
-    messages = _read_messages(args) if args.messages else [_user_turn(args.media or [], args.prompt)]
+    if args.tools is not None:
+        args.tools = _read_json("--tools", args.tools)
+    if args.messages is None:
+        messages = [_user_turn(args.media or [], args.prompt)]
+    else:
+        messages = _read_messages(args)
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
     options = _options(args)
@@ -237,7 +281,7 @@ def _generate(args) -> int:
         "finish_reason": result.finish_reason,
         "usage": usage,
     }
-    print(json.dumps(answer, ensure_ascii=False))
+    print(json.dumps(answer))
     return _OK
 
 
@@ -249,21 +293,41 @@ def _user_turn(media: list[tuple[str, str]], text: str) -> dict:
 
 
 def _read_messages(args) -> list[dict]:
+    """The messages; what else a request body says becomes an option in `args`, unless it was given there."""
     if args.media:
         raise InputError("--image and --video go with --prompt; with --messages, put them in the messages")
     name = "stdin" if args.messages == "-" else args.messages
-    try:
-        raw = sys.stdin.read() if args.messages == "-" else Path(args.messages).read_text("utf-8")
-        messages = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise InputError(f"{name}: not readable as JSON ({e})") from e
-    if isinstance(messages, dict):  # an OpenAI request body works as it is
-        messages = messages.get("messages")
+    messages = _read_json("--messages", args.messages)
+    request = messages if isinstance(messages, dict) else {}  # an OpenAI request body works as it is
+    if request:
+        messages = request.get("messages")
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
         raise InputError(f'{name}: expected a list of messages such as {{"role": "user", "content": "Hi"}}')
     if args.system is not None and messages[0].get("role") == "system":
         raise InputError(f"{name} has a system message already; leave out --system")
+    asked = {}
+    for key, value in request.items():
+        if value is None or key in ("messages", "model"):
+            continue
+        if key not in _REQUEST:
+            raise InputError(f"{name}: request key {key!r} is not supported; take it out")
+        if _REQUEST[key] in asked:
+            raise InputError(f"{name}: {key!r} is given twice, under two names")
+        asked[_REQUEST[key]] = value
+    for option, value in asked.items():
+        if getattr(args, option) is None:
+            setattr(args, option, value)
     return messages
+
+
+def _read_json(option: str, where: str):
+    """What a JSON file holds, or stdin for "-"."""
+    if not where:
+        raise InputError(f"{option} is empty; it must name a file, or be - for stdin")
+    try:
+        return json.loads(sys.stdin.read() if where == "-" else Path(where).read_text("utf-8"))
+    except (ValueError, RecursionError) as e:  # a ValueError too: not UTF-8, or a number of thousands of digits
+        raise InputError(f"{'stdin' if where == '-' else where}: not readable as JSON ({e})") from e
 
 
 def _check_file(where: str) -> None:

@@ -1,5 +1,6 @@
 """The command line: arguments become messages and options, errors become sentences, and nothing hangs."""
 
+import inspect
 import io
 import json
 import os
@@ -21,7 +22,7 @@ class FakeEngine:
     """
 
     def __init__(self, *answers):
-        self.answers, self.calls = list(answers), []
+        self.answers, self.calls, self.args = list(answers), [], None
 
     def encode(self, messages):
         return json.loads(json.dumps(messages))
@@ -42,7 +43,12 @@ class FakeEngine:
 @pytest.fixture
 def engine(monkeypatch):
     fake = FakeEngine()
-    monkeypatch.setattr(cli, "_encoder", lambda args: ("m", fake.encode))
+
+    def encoder(args):
+        fake.args = args
+        return "m", fake.encode
+
+    monkeypatch.setattr(cli, "_encoder", encoder)
     monkeypatch.setattr(cli, "_engine", lambda path, args: fake)
     return fake
 
@@ -77,6 +83,7 @@ def test_media_keep_their_order(engine):
 
 def test_sampling_options_are_passed_only_when_given(engine):
     argv = ["generate", "--model", "m", "--prompt", "?", "--temperature", "0", "--top-k", "1", "--stop", "a"]
+    argv += ["--presence-penalty", "-1", "--frequency-penalty", "0"]
     assert cli.main([*argv, "--stop", "b", "--seed", "3", "--max-new-tokens", "9", "--repetition-penalty", "1"]) == 0
     assert engine.calls[0][1] == GenerateOptions(
         temperature=0.0,
@@ -85,6 +92,8 @@ def test_sampling_options_are_passed_only_when_given(engine):
         seed=3,
         max_new_tokens=9,
         repetition_penalty=1.0,
+        presence_penalty=-1.0,
+        frequency_penalty=0.0,
     )
 
 
@@ -112,6 +121,84 @@ def test_messages_from_file_and_stdin(engine, files, monkeypatch):
     assert engine.calls[1][0] == messages
 
 
+def test_every_option_of_encode_is_an_option_here(monkeypatch, tmp_path):
+    """The command line gives the processor what its Python callers can give it, and only what was given."""
+    from qwenvl_jax import Processor
+
+    class Recorder:
+        def encode(self, messages, **options):
+            seen.append(options)
+            raise InputError("enough")
+
+    monkeypatch.setattr("qwenvl_jax.params.checkpoint.read_config", lambda path: None)
+    monkeypatch.setattr(Processor, "from_dir", lambda path, config: Recorder())
+    (tmp_path / "tools.json").write_text('[{"type": "function"}]')
+    values = {
+        "min_pixels": 1, "max_pixels": 2, "resized_height": 3, "resized_width": 4, "total_pixels": 5,
+        "fps": 0.5, "nframes": 6, "min_frames": 7, "max_frames": 8, "video_start": 0.0, "video_end": 9.5,
+    }  # fmt: skip
+    argv = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    argv += ["--add-vision-id", "--allow-control-tokens", "--tools", str(tmp_path / "tools.json")]
+    seen, base = [], ["generate", "--model", str(tmp_path), "--prompt", "?"]
+    assert cli.main(base) == cli.main([*base, *argv]) == 2
+    given = values | {"add_vision_id": True, "allow_control_tokens": True, "tools": [{"type": "function"}]}
+    assert seen == [{}, given]
+    known = inspect.signature(Processor.encode).parameters.keys() - {"self", "messages", "add_generation_prompt"}
+    assert given.keys() == known
+
+
+def test_a_request_body_sets_what_no_flag_sets(engine, tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = {
+        "model": "gpt", "messages": [{"role": "user", "content": "Hi"}], "tools": tools, "max_completion_tokens": 9,
+        "max_tokens": None, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": "x", "presence_penalty": 1,
+        "frequency_penalty": 0.5, "top_k": 7,
+    }  # fmt: skip
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps(body))
+    assert cli.main(["generate", "--model", "m", "--messages", str(path), "--temperature", "0", "--stop", "y"]) == 0
+    assert engine.calls == [
+        (
+            body["messages"],
+            GenerateOptions(
+                max_new_tokens=9, temperature=0.0, top_p=0.9, top_k=7, seed=3, stop=["y"],
+                presence_penalty=1, frequency_penalty=0.5,
+            ),
+        )
+    ]  # fmt: skip
+    assert engine.args.tools == tools
+    (tmp_path / "none.json").write_text("[]")
+    assert cli.main(["generate", "--model", "m", "--messages", str(path), "--tools", str(tmp_path / "none.json")]) == 0
+    assert engine.args.tools == []
+
+
+@pytest.mark.parametrize(
+    ("request_body", "says"),
+    [
+        ({"stream": True}, "m.json: request key 'stream' is not supported"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "'max_completion_tokens' is given twice"),
+        ({"max_tokens": "many"}, "max_new_tokens is 'many'"),
+        ({"stop": [""]}, "stop is"),
+    ],
+)
+def test_bad_request_bodies(engine, tmp_path, capsys, request_body, says):
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hi"}], **request_body}))
+    assert cli.main(["generate", "--model", "m", "--messages", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert says in err and err.count("\n") == 1 and not out and not engine.calls
+
+
+@pytest.mark.parametrize("json_flag", [[], ["--json"]])
+def test_an_encoding_without_the_answers_characters(engine, monkeypatch, json_flag):
+    engine.answers = [["n", "é"]]
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
+    assert cli.main(["generate", "--model", "m", "--prompt", "?", *json_flag]) == 0
+    text = raw.getvalue().decode("ascii")
+    assert json.loads(text)["text"] == "né" if json_flag else text == "n\\xe9\n"
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -120,6 +207,7 @@ def test_messages_from_file_and_stdin(engine, files, monkeypatch):
         ('{"a": 1}', "expected a list of messages"),
         ('["hi"]', "expected a list of messages"),
         ("[" * 100_000, "not readable as JSON"),
+        ("[" + "9" * 5001 + "]", "not readable as JSON"),
     ],
 )
 def test_bad_messages(engine, tmp_path, capsys, content, says):
@@ -136,6 +224,8 @@ def test_bad_messages(engine, tmp_path, capsys, content, says):
         (["--prompt", "?", "--temperature", "-1"], "temperature is -1.0"),
         (["--prompt", "?", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--prompt", "?", "--stop", ""], "stop is"),
+        (["--messages", ""], "--messages is empty"),
+        (["--prompt", "?", "--tools", ""], "--tools is empty"),
         (["--messages", "nowhere.json"], "nowhere.json: No such file or directory"),
         (["--messages", "m.json", "--image", "a.png"], "go with --prompt"),
     ],
