@@ -161,18 +161,30 @@ def verify(path, image, prompt: str = "Describe this picture.", max_new_tokens: 
             f"{transformers.__version__} is installed: pip install 'qwenvl-jax[parity]'"
         )
     from qwenvl_jax.inputs.media import load_image
-    from qwenvl_jax.params.checkpoint import load
+    from qwenvl_jax.inputs.processor import Processor
+    from qwenvl_jax.params.checkpoint import MARKER, load, read_config
 
-    if not (Path(path) / "config.json").is_file():
+    path = Path(path)
+    if (path / MARKER).is_file():
+        raise InputError(f"{path}: an Orbax checkpoint; verify needs the Hugging Face directory, which torch can read")
+    if not (path / "config.json").is_file():
         raise InputError(f"{path}: verify needs a Hugging Face checkpoint directory with a config.json")
-    config, params, processor, _ = load(path, dtype="float32")
+    # What can be wrong with the picture is told before either side reads the weights.
+    processor = Processor.from_dir(path, read_config(path))
+    picture, smallest = load_image(image), processor.preprocessing.factor
+    if min(picture.size) < smallest:
+        raise InputError(
+            f"{image}: {picture.width} × {picture.height} pixels; verify needs sides of at least {smallest}, "
+            "since transformers 4.51.3 refuses smaller ones"
+        )
     messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
     sample = processor.encode(messages)
+    config, params, *_ = load(path, dtype="float32")
     batch = make_batch([sample], config)
     model, inputs = load_reference(path), reference_inputs([sample], config)
 
     reference_processor = Qwen2VLImageProcessor.from_pretrained(path)
-    theirs = reference_processor(images=[load_image(image)], return_tensors="np")["pixel_values"]
+    theirs = reference_processor(images=[picture], return_tensors="np")["pixel_values"]
     ours = {"patches": reference_pixels(sample.visuals[0].patches, config)} | our_stages(config, params, batch)
     rows = compare(ours, {"patches": theirs} | reference_stages(model, inputs))
 

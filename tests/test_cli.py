@@ -4,14 +4,17 @@ import inspect
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from qwenvl_jax import cli
 from qwenvl_jax.infer.options import GenerateOptions
+from qwenvl_jax.params import checkpoint
 from qwenvl_jax.types import InputError
 
 
@@ -407,3 +410,19 @@ def test_not_a_checkpoint(argv, tmp_path, capsys):
         err = capsys.readouterr().err
         assert says in err and err.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
+def test_what_verify_cannot_compare_is_told_before_any_weight_is_read(tiny_checkpoint, tmp_path, capsys):
+    pytest.importorskip("torch")
+    for file in tiny_checkpoint.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    Image.new("RGB", (100, 27)).save(tmp_path / "small.png")
+    argv = ["verify", str(tmp_path), "--image", str(tmp_path / "small.png")]
+    assert cli.main(argv) == 2
+    assert "small.png: 100 × 27 pixels; verify needs sides of at least 28" in capsys.readouterr().err
+    (tmp_path / checkpoint.MARKER).write_text("{}")
+    assert cli.main(argv) == 2
+    assert "verify needs the Hugging Face directory" in capsys.readouterr().err
