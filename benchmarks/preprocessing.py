@@ -5,6 +5,9 @@ reference's side is what its users run: Pillow decode, EXIF, convert, `Qwen2VLIm
 No larger free photograph is at hand, so the two photos are the test suite's, scaled up with sensor-like grain added
 (which keeps the JPEG, and so its decoding, as heavy as a camera's).
 
+This package hands over uint8 patches, which the device normalises to bit-equal values (checked here, outside the
+timing); the reference's time includes the normalisation.
+
     python benchmarks/preprocessing.py --rounds 15
 """
 

@@ -1,5 +1,6 @@
 """What is promised outside the code: the README's tree and commands, and what a wheel holds."""
 
+import json
 import re
 import subprocess
 import sys
@@ -41,7 +42,32 @@ def test_the_tree_names_what_exists(path):
 
 
 def test_the_tree_names_every_module():
-    assert code_files() <= set(tree())
+    beside = {str(p.relative_to(ROOT)) for folder in ("tests", "benchmarks") for p in (ROOT / folder).glob("*.py")}
+    assert code_files() | beside <= set(tree())
+
+
+@pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs(tiny_checkpoint, tmp_path, capsys):
+    """As it is written, but for the model and the picture; the settings of the copy keep it short."""
+    for file in tiny_checkpoint.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    for name, key, value in (("generation", "max_new_tokens", 8), ("preprocessor", "max_pixels", 50176)):
+        name = f"{name}_config.json"
+        settings = json.loads((tmp_path / name).read_text()) | {key: value}
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_text(json.dumps(settings))
+    code = re.search(r"^## Python\n\n```python\n(.*?)^```$", README, re.M | re.S).group(1)
+    for given, here in (("Qwen/Qwen2.5-VL-3B-Instruct", tmp_path), ("photo.jpg", ROOT / "tests/data/media/coffee.jpg")):
+        assert code.count(given) == 1
+        code = code.replace(given, str(here))
+    names = {}
+    exec(code, names)
+    assert len(names["results"]) == 2 and 1 <= len(names["results"][1].token_ids) <= 8
+    assert len(names["small"].visuals) == 1
+    out, err = capsys.readouterr()
+    assert names["results"][1].finish_reason in out
+    assert not err
 
 
 @pytest.mark.parametrize("name", ["run", "test"])
