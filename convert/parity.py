@@ -14,6 +14,7 @@ import numpy as np
 from qwenvl_jax.config import Config
 from qwenvl_jax.inputs.batch import make_batch
 from qwenvl_jax.model import decoder, qwenvl
+from qwenvl_jax.model.layers import RMSNorm
 from qwenvl_jax.types import Batch, InputError, Sample
 
 
@@ -61,8 +62,10 @@ def our_stages(config: Config, params: dict, batch: Batch) -> dict:
     for l in range(config.text.num_hidden_layers):
         one = {"decoder": {"layers": jax.tree.map(lambda w, l=l: w[l : l + 1], params["decoder"]["layers"])}}
         x, _ = layer(config, one, x, batch.positions, batch.segments, _keep_nothing)
-        if l + 1 < config.text.num_hidden_layers:  # the reference hands out the last one only after its norm
-            out[f"decoder layer {l}"] = np.asarray(x)[live]
+        if l + 1 == config.text.num_hidden_layers:  # the reference hands out the last one only after its norm
+            norm = RMSNorm(config.text.rms_norm_eps, config.dtype)
+            x = norm.apply({"params": params["decoder"]["norm"]}, x)
+        out[f"decoder layer {l}"] = np.asarray(x)[live]
     logits = jax.jit(qwenvl.forward, static_argnums=0)(config, params, batch)
     out["logits"] = np.asarray(logits)[live]
     return out
@@ -126,7 +129,7 @@ def reference_stages(model, inputs: dict) -> dict:
         result = model(**inputs, output_hidden_states=True, use_cache=False)
     hidden = [h[keep].numpy() for h in result.hidden_states]
     out["merged embeddings"] = hidden[0]
-    out |= {f"decoder layer {l}": h for l, h in enumerate(hidden[1:-1])}
+    out |= {f"decoder layer {l}": h for l, h in enumerate(hidden[1:])}
     out["logits"] = result.logits[keep].float().numpy()
     return out
 

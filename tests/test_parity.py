@@ -47,7 +47,8 @@ def assert_stages(config, samples, directory, side="right", ladder=None):
     model, params = reference(config, directory)
     batch = make_batch(samples, config, ladder)
     rows = compare(our_stages(config, params, batch), reference_stages(model, reference_inputs(samples, config, side)))
-    assert {r.name for r in rows} >= {"positions", "merged embeddings", "logits"}
+    layers = {f"decoder layer {l}" for l in range(config.text.num_hidden_layers)}
+    assert {r.name for r in rows} >= {"positions", "merged embeddings", *layers, "logits"}
     assert all(r.ok for r in rows), "\n".join(map(str, rows))
     return model, params, batch
 
