@@ -41,9 +41,11 @@ def to_orbax(src, dst, *, progress: bool = True) -> None:
     """
     src = Path(src)
     config = read_config(src)
+    if (src / MARKER).is_file():
+        raise InputError(f"{src}: is an Orbax checkpoint already; --to hf turns it into a Hugging Face one")
     with (
         Source(src, config) as source,
-        staged(dst, source.nbytes) as work,
+        staged(dst, source.nbytes, src) as work,
         progress_bar("converting", source.nbytes, progress) as bar,
         _orderly_interrupt() as heed,
     ):
@@ -115,14 +117,16 @@ def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000
     if max_shard_bytes <= 0:
         raise InputError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
     if not (src / MARKER).is_file():
-        raise InputError(f"{src}: not a checkpoint of ours, there is no {MARKER} in it")
+        if any(src.glob("*.safetensors")):
+            raise InputError(f"{src}: is a Hugging Face checkpoint already; --to orbax turns it into an Orbax one")
+        raise InputError(f"{src}: not an Orbax checkpoint of ours, there is no {MARKER} in it")
     source, names = Stored(src, config), table(config, layout)
     shapes = {
         name: (source.leaves[path].dtype, tensor_shape(config, path, source.leaves[path].shape))
         for path, name in _file_order(names)
     }
     with (
-        staged(dst, source.nbytes) as work,
+        staged(dst, source.nbytes, src) as work,
         progress_bar("converting", source.nbytes, progress) as bar,
         _orderly_interrupt() as heed,
         Writer(work, shapes, max_shard_bytes) as writer,

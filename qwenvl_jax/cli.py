@@ -164,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("src", metavar="SRC", help="checkpoint directory or hub id")
     p.add_argument("dst", metavar="DST", help="directory to create")
     p.add_argument("--to", choices=("orbax", "hf"), required=True)
-    p.add_argument("--layout", choices=("hub", "nested"), default="hub", help="tensor names, with --to hf")
+    p.add_argument("--layout", choices=("hub", "nested"), help="tensor names, with --to hf (default: hub)")
 
     p = command("info", _info, "Say what a checkpoint is, reading only its headers.")
     p.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory, or a preset such as qwen2.5-vl-7b")
@@ -425,11 +425,13 @@ def _convert(args) -> int:
 
     from qwenvl_jax.params import checkpoint
 
+    if args.to == "orbax" and args.layout:
+        raise InputError("--layout is about the tensor names of Hugging Face files; it goes with --to hf only")
     src = checkpoint.find(args.src)
     if args.to == "orbax":
         hf.to_orbax(src, args.dst)
     else:
-        hf.to_hf(src, args.dst, layout=args.layout)
+        hf.to_hf(src, args.dst, layout=args.layout or "hub")
     print(args.dst)
     return _OK
 

@@ -306,6 +306,8 @@ def test_load_and_save(tokenizer_dir, tmp_path):
     assert_same_bits(flatten(again.params), flatten(model.params))
     text = [{"role": "user", "content": "hello"}]
     assert again.processor.render(text) == model.processor.render(text)
+    checkpoint.save(model._replace(generation={}), tmp_path / "plain", files_from=tmp_path / "hf")
+    assert qwenvl_jax.load(tmp_path / "plain").generation == {}
     assert (tmp_path / "ours" / "tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
 
 
@@ -395,13 +397,18 @@ def test_restore_of_damaged_checkpoints(ours, tmp_path):
     (path / "qwenvl_jax.json").write_text('{"format": 2}')
     fails("format 2")
     (path / "qwenvl_jax.json").write_text('{"format": 1}')
+    with (path / "params" / "manifest.ocdbt").open("r+b") as file:
+        manifest = file.read()
+        file.truncate(20)
+    fails(r"params: not a readable Orbax checkpoint \(DATA_LOSS: Error decoding local file .*manifest\.ocdbt")
+    (path / "params" / "manifest.ocdbt").write_bytes(manifest)
     for file in (path / "params" / "ocdbt.process_0" / "d").iterdir():
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     fails("damaged")
     shutil.rmtree(path / "params" / "ocdbt.process_0")
     fails("damaged|not a readable")
     shutil.rmtree(path / "params")
-    fails("not a readable Orbax checkpoint")
+    fails("params: not a readable Orbax checkpoint, there are no parameters in it")
 
 
 SHARDED = """
@@ -445,6 +452,19 @@ def test_sharded_loading_on_eight_devices(ours, tmp_path):
 # Writing
 
 
+def test_save_refuses_files_that_see_pictures_otherwise(ours, tokenizer_dir, tmp_path):
+    model, _ = ours
+    hf_checkpoint(tmp_path / "other", tokenizer_dir)
+    (tmp_path / "other" / "preprocessor_config.json").write_text('{"image_std": [0.5, 0.5, 0.5]}')
+    with pytest.raises(
+        InputError, match=r"other: its image_std is \(0\.5, 0\.5, 0\.5\), the model's config says \(0\.26"
+    ):
+        checkpoint.save(model, tmp_path / "out", files_from=tmp_path / "other")
+    with pytest.raises(InputError, match="nowhere: no such directory"):
+        checkpoint.save(model, tmp_path / "out", files_from=tmp_path / "nowhere")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_save_refuses_to_overwrite(ours):
     model, path = ours
     before = sorted(path.rglob("*"))
@@ -485,7 +505,9 @@ def test_staged_needs_room_and_a_parent(tmp_path):
         checkpoint.staged(tmp_path / "o", 10**15),
     ):
         pass
-    with pytest.raises(InputError, match="cannot be written"), checkpoint.staged(tmp_path / "no" / "o", 10):
+    with pytest.raises(InputError, match="no directory .*/no; make it"), checkpoint.staged(tmp_path / "no" / "o", 10):
+        pass
+    with pytest.raises(InputError, match="cannot be written"), checkpoint.staged(tmp_path / ("o" * 300), 10):
         pass
     assert list(tmp_path.iterdir()) == []
 

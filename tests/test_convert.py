@@ -20,6 +20,7 @@ from tiny import FAMILIES, tiny_config, with_text
 from tiny_hf import assert_same_bits, bits, nested, torch_tensors, write_hf
 
 import qwenvl_jax
+from qwenvl_jax import cli
 from qwenvl_jax.params import checkpoint
 from qwenvl_jax.params.hf import flatten, read_params
 from qwenvl_jax.types import InputError
@@ -187,8 +188,11 @@ def test_wrong_sources_and_options(orbax, src, tmp_path):
     (tmp_path / "empty").mkdir()
     fails(r"no config\.json", hf.to_orbax, tmp_path / "empty")
     fails(r"no config\.json", hf.to_hf, tmp_path / "nowhere")
-    fails("safetensors files only", hf.to_orbax, orbax)
-    fails(r"no qwenvl_jax\.json", hf.to_hf, src)
+    fails("is an Orbax checkpoint already", hf.to_orbax, orbax)
+    fails("is a Hugging Face checkpoint already", hf.to_hf, src)
+    shutil.copyfile(src / "config.json", tmp_path / "empty" / "config.json")
+    fails("safetensors files only", hf.to_orbax, tmp_path / "empty")
+    fails(r"no qwenvl_jax\.json", hf.to_hf, tmp_path / "empty")
     fails("layout 'v3' is not one of hub, nested", hf.to_hf, orbax, layout="v3")
     fails("must be positive", hf.to_hf, orbax, max_shard_bytes=0)
     for file in (orbax / "params" / "ocdbt.process_0" / "d").iterdir():
@@ -197,6 +201,30 @@ def test_wrong_sources_and_options(orbax, src, tmp_path):
     weights = src / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     fails("cut short", hf.to_orbax, src)
+
+
+def test_destinations_that_cannot_be(orbax, src, tmp_path):
+    before = set(tmp_path.rglob("*"))
+    (tmp_path / "link").symlink_to(src)
+    for job, source in ((hf.to_orbax, src), (hf.to_hf, orbax)):
+        with pytest.raises(InputError, match=rf"no directory {tmp_path}/no; make it"):
+            job(source, tmp_path / "no" / "out")
+        with pytest.raises(InputError, match=rf"{source}/out: is inside {source}, the checkpoint that is read"):
+            job(source, source / "out")
+    with pytest.raises(InputError, match="link/out: is inside"):
+        hf.to_orbax(src, tmp_path / "link" / "out")
+    assert set(tmp_path.rglob("*")) == before | {tmp_path / "link"}
+
+
+def test_layout_is_for_hugging_face_only(src, tmp_path, capsys):
+    assert cli.main(["convert", str(src), str(tmp_path / "out"), "--to", "orbax", "--layout", "nested"]) == 2
+    assert "goes with --to hf only" in capsys.readouterr().err
+
+
+def test_relative_paths(orbax, src, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    hf.to_hf("orbax", "back")
+    assert_same_bits(read_files("back"), read_files("src"))
 
 
 def test_no_room_is_seen_before_the_work(orbax, src, monkeypatch, tmp_path):
@@ -253,7 +281,7 @@ def test_a_disk_that_fills_up_while_tensors_are_written(orbax, monkeypatch, tmp_
 
 # Sends itself a signal at the n-th call of a function.
 KILLED = """
-import os, sys
+import os, sys, time
 job, src, dst, signal, module, owner, name, n = sys.argv[1:]
 import importlib
 from qwenvl_convert import hf
@@ -265,6 +293,7 @@ original, calls = getattr(target, name), []
 def counted(*args, **kwargs):
     calls.append(1)
     if len(calls) == int(n):
+        time.sleep(0.003)  # so that other threads are in the middle of something
         os.kill(os.getpid(), int(signal))
     return original(*args, **kwargs)
 
@@ -308,6 +337,17 @@ def test_killed_on_the_way(job, point, orbax, src, tmp_path):
 def test_interrupted_on_the_way(job, point, orbax, src, tmp_path):
     """Ctrl-C leaves nothing, and says nothing."""
     out = run(KILLED, job, src if job == "to_orbax" else orbax, tmp_path / "out", int(signal.SIGINT), *point)
+    assert (out.returncode, out.stdout, out.stderr) == (130, "", "\n")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("n", [2, 5, 8])
+def test_interrupted_while_orbax_writes(n, tmp_path):
+    """With parameters so large that its threads are at work when the next piece is read."""
+    config = tiny_config("qwen2_5_vl", text={"intermediate_size": 80_000, "vocab_size": 80_000})
+    write_hf(tmp_path / "src", config, torch_tensors(config))
+    point = ("qwenvl_jax.params.hf", "Source", "read", n)
+    out = run(KILLED, "to_orbax", tmp_path / "src", tmp_path / "out", int(signal.SIGINT), *point)
     assert (out.returncode, out.stdout, out.stderr) == (130, "", "\n")
     assert not list(tmp_path.glob("out*"))
 

@@ -63,13 +63,26 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
 
 
 def save(model: Model, path, *, files_from=None) -> None:
-    """Writes a model as a new directory `path` that `load` reads; only the params and config need be there.
+    """Writes a model as a new directory `path`: its parameters, config and generation settings.
 
-    files_from: a checkpoint directory whose tokenizer, template and preprocessor files are carried along.
-    The config and the generation settings are the model's own. Raises InputError if `path` exists or the disk is full.
+    files_from: a checkpoint directory whose tokenizer, template and preprocessor files are carried along. Only with
+    them can `load` read the directory; without, it holds weights for `restore` and `qwenvl convert`.
+    Raises InputError if `path` exists, if the disk is full, or if the model's pictures are not those of `files_from`.
     """
+    from qwenvl_jax.inputs.processor import read_preprocessing
+
     if jax.process_count() > 1:
         raise InputError("save writes from a single process; this job has several")
+    if files_from is not None:
+        files_from, vision = Path(files_from), model.config.vision
+        if not files_from.is_dir():
+            raise InputError(f"{files_from}: no such directory")
+        theirs = read_preprocessing(files_from, model.config)
+        for key in ("image_mean", "image_std") if theirs else ():
+            if getattr(theirs, key) != getattr(vision, key):
+                raise InputError(
+                    f"{files_from}: its {key} is {getattr(theirs, key)}, the model's config says {getattr(vision, key)}"
+                )
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     with staged(path, nbytes) as work:
         # Whole layers, so that converting and sharded loading can read one without its neighbours.
@@ -82,10 +95,9 @@ def save(model: Model, path, *, files_from=None) -> None:
         with ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
             checkpointer.save(work / PARAMS, model.params, save_args=args)
         if files_from is not None:
-            carry(Path(files_from), work)
+            carry(files_from, work)
         write_json(work / "config.json", model.config.to_dict())
-        if model.generation:
-            write_json(work / "generation_config.json", model.generation)
+        write_json(work / "generation_config.json", dict(model.generation))
         write_json(work / MARKER, {"format": FORMAT})
 
 
@@ -103,7 +115,7 @@ class Stored:
 
     def __init__(self, path: Path, config: Config):
         self.leaves = stored_params(path, config)
-        self._params = (Path(path) / PARAMS).absolute()
+        self._params = path / PARAMS
         # What is on its way from the disk is in memory: a few chunks, not the dozens that are the default.
         self._context = ts.Context({"file_io_concurrency": {"limit": 4}, "cache_pool": {"total_bytes_limit": 1 << 20}})
 
@@ -113,9 +125,7 @@ class Stored:
 
     def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
         """As Source.read in hf.py."""
-        base = {"driver": "file", "path": f"{self._params}/"}
-        kvstore = {"driver": "ocdbt", "base": base, "path": leaf.path.replace("/", ".") + "/"}
-        spec = {"driver": "zarr", "kvstore": kvstore}
+        spec = {"driver": "zarr", "kvstore": _kvstore(self._params) | {"path": leaf.path.replace("/", ".") + "/"}}
         index = [slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape, strict=True)]
         out = aligned_empty([i.stop - i.start for i in index], leaf.dtype if dtype is None else jnp.dtype(dtype))
         try:
@@ -142,12 +152,18 @@ def stored_params(path: Path, config: Config) -> dict[str, Leaf]:
         raise InputError(
             f"{path / MARKER}: format {marker.get('format')!r} is not {FORMAT}; a newer qwenvl_jax wrote it"
         )
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path / PARAMS).item_metadata.tree
-        stored = {p: Leaf(p, tuple(m.shape), np.dtype(m.dtype)) for p, m in flatten(tree).items()}
-    except (ValueError, OSError, KeyError, AttributeError) as e:
+    try:  # not through Orbax, whose threads report a damaged file on stderr, each for itself
+        files = ts.KvStore.open(_kvstore(path / PARAMS)).result()
+        stored = {}
+        for key in files.list().result():
+            name, _, file = key.decode().rpartition("/")
+            if file == ".zarray":
+                entry, name = json.loads(files[key]), name.replace(".", "/")
+                stored[name] = Leaf(name, tuple(entry["shape"]), jnp.dtype(entry["dtype"]))
+    except (ValueError, OSError, KeyError, TypeError) as e:
         raise InputError(f"{path / PARAMS}: not a readable Orbax checkpoint ({_first_line(e)})") from e
+    if not stored:
+        raise InputError(f"{path / PARAMS}: not a readable Orbax checkpoint, there are no parameters in it")
     needed = flatten(abstract_params(config))
     for name in sorted(needed.keys() ^ stored.keys()):
         raise InputError(f"{path / PARAMS}: {name} is {'missing' if name in needed else 'unexpected'}")
@@ -158,6 +174,10 @@ def stored_params(path: Path, config: Config) -> dict[str, Leaf]:
                 f"config.json calls for {list(want.shape)}"
             )
     return stored
+
+
+def _kvstore(params: Path) -> dict:
+    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{params.absolute()}/"}}
 
 
 def find(path_or_id) -> Path:
@@ -215,15 +235,20 @@ def carry(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged(path, nbytes: int):
+def staged(path, nbytes: int, outside: Path | None = None):
     """Yields a directory to fill, which becomes `path` when the block ends well and is removed when it does not.
 
     nbytes: what will be written, checked against the free space first. What a killed run left behind is removed.
+    outside: a directory that `path` must not be in.
     Raises InputError if `path` exists, if another process is writing it, or if the disk is full.
     """
     path = Path(path).expanduser().absolute()
     if os.path.lexists(path):
         raise InputError(f"{path}: exists already; choose another name, or remove it first")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: cannot be written, there is no directory {path.parent}; make it first")
+    if outside is not None and path.resolve().is_relative_to(outside.resolve()):
+        raise InputError(f"{path}: is inside {outside}, the checkpoint that is read; choose a place outside of it")
     work = path.with_name(path.name + PARTIAL)
     need = nbytes + (64 << 20)
     lock = None
