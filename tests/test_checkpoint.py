@@ -505,7 +505,7 @@ def test_staged_needs_room_and_a_parent(tmp_path):
         checkpoint.staged(tmp_path / "o", 10**15),
     ):
         pass
-    with pytest.raises(InputError, match="no directory .*/no; make it"), checkpoint.staged(tmp_path / "no" / "o", 10):
+    with pytest.raises(InputError, match=r"no directory .*/no; make it"), checkpoint.staged(tmp_path / "no" / "o", 10):
         pass
     with pytest.raises(InputError, match="cannot be written"), checkpoint.staged(tmp_path / ("o" * 300), 10):
         pass
