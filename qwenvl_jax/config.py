@@ -109,7 +109,7 @@ class Config:
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
-    eos_token_id: int = 151645
+    eos_token_id: int | tuple[int, ...] = 151645
 
     def __post_init__(self):
         _check(self)
@@ -173,6 +173,7 @@ _KINDS = {
     list: ("a list", lambda v: isinstance(v, list)),
     list[int]: ("a list of integers", lambda v: isinstance(v, list) and all(_is(x, int) for x in v)),
     "id": ("a token id", lambda v: _is(v, int) and 0 <= v < 2**31),
+    "ids": ("a token id or a list of them", lambda v: _is(v, int) or (isinstance(v, list | tuple) and v)),
 }
 
 
@@ -205,6 +206,8 @@ def _check(c: Config) -> None:
                     _typed(field.name, value, kind)
     for name in _TOKEN_IDS:
         _typed(name, getattr(c, name), "id")
+    for one in c.eos_token_id if isinstance(c.eos_token_id, tuple) else (c.eos_token_id,):
+        _typed("eos_token_id", one, "id")
     for name in ("image_token_id", "video_token_id"):
         if getattr(c, name) >= t.vocab_size:
             raise InputError(f"{name} {getattr(c, name)} is not below vocab_size {t.vocab_size}")
@@ -212,9 +215,9 @@ def _check(c: Config) -> None:
         raise InputError(f"image_token_id and video_token_id are both {c.image_token_id}; they must differ")
     if v.hidden_act not in VISION_ACTIVATIONS:
         raise InputError(f"vision hidden_act {v.hidden_act!r} is not one of {', '.join(VISION_ACTIVATIONS)}")
-    if not all(0 <= i < v.depth for i in v.fullatt_block_indexes):
-        indexes = reprlib.repr(v.fullatt_block_indexes)
-        raise InputError(f"fullatt_block_indexes {indexes} must be from 0 to {v.depth - 1}, as depth is {v.depth}")
+    # Indexes beyond a shallow tower's depth mean nothing, in the reference too: small test models have them.
+    if any(i < 0 for i in v.fullatt_block_indexes):
+        raise InputError(f"fullatt_block_indexes {reprlib.repr(v.fullatt_block_indexes)} must not be negative")
     if t.num_attention_heads % t.num_key_value_heads:
         raise InputError(
             f"num_attention_heads {t.num_attention_heads} is not a multiple of "
@@ -277,22 +280,18 @@ def _from_dict(data: dict) -> Config:
         max_position_embeddings=max_positions,
         tie_word_embeddings=_reader(data, text)("tie_word_embeddings", bool, False),
     )
+    eos = get("eos_token_id", "ids", Config.eos_token_id)
     return Config(
         family=family,
         text=text_config,
         vision=_vision_from_dict(family, _reader(vision, where="vision_config."), hidden),
         dtype=get("dtype", str, get("torch_dtype", str, "bfloat16")).removeprefix("torch."),
+        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
         **{k: get(k, "id", getattr(Config, k)) for k in _TOKEN_IDS},
     )
 
 
-_TOKEN_IDS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "eos_token_id",
-)
+_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def _yarn(get, max_positions: int) -> YarnConfig | None:
@@ -388,7 +387,7 @@ def _to_dict(c: Config) -> dict:
         "use_sliding_window": False,
         **text,
         "rope_scaling": rope,
-        **{k: getattr(c, k) for k in _TOKEN_IDS},
+        **{k: getattr(c, k) for k in (*_TOKEN_IDS, "eos_token_id")},
         "vision_config": {"model_type": c.family, **vision},
     }
 

@@ -54,6 +54,7 @@ def _facts(config: Config, form: str, dtypes: dict, files: dict) -> dict:
         "dtypes": dtypes,
         "files": files,
         "bytes": sum(files.values()),
+        "context": config.text.context,
         "config": dataclasses.asdict(config),
     }
 
@@ -70,7 +71,7 @@ def table(facts: dict) -> str:
         f"{t['num_attention_heads']} heads ({t['num_key_value_heads']} for keys and values), "
         f"MLP {t['intermediate_size']}, vocabulary {t['vocab_size']}",
         "vision": f"{v['depth']} blocks of width {v['hidden_size']}, {v['num_heads']} heads",
-        "context": f"{t['max_position_embeddings']:,} tokens",
+        "context": f"{facts['context']:,} tokens",
     }
     if t["tie_word_embeddings"]:
         rows["decoder"] += ", tied embeddings"

@@ -107,6 +107,14 @@ def test_keys_that_quantised_files_leave_out_take_the_reference_defaults():
     assert (vision.depth, vision.num_heads, vision.patch_size, vision.intermediate_size) == (32, 16, 14, 3420)
 
 
+def test_several_eos_ids_and_full_attention_beyond_the_depth():
+    vision = PRESETS["qwen2.5-vl-7b"].to_dict()["vision_config"] | {"depth": 2}
+    config = Config.from_dict(json.loads(json.dumps(flat(eos_token_id=[151645, 151643], vision_config=vision))))
+    assert config.eos_token_id == (151645, 151643) and hash(config)
+    assert not any(config.vision.is_full_attention(i) for i in range(2))
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_qwen2_vl_vision_hidden_size_is_the_output_width():
     vision = Config.from_dict(PRESETS["qwen2-vl-2b"].to_dict()).vision
     assert (vision.hidden_size, vision.out_hidden_size, vision.window_size) == (1280, 1536, None)
@@ -136,7 +144,6 @@ def test_qwen2_vl_vision_hidden_size_is_the_output_width():
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"layer_types": "full_attention"}, "layer_types"),
-        ({"vision_config": {"fullatt_block_indexes": [7, 32]}}, "fullatt_block_indexes"),
         ({"vision_config": {"fullatt_block_indexes": [-1]}}, "fullatt_block_indexes"),
         ({"vision_config": {"fullatt_block_indexes": [7.0]}}, "fullatt_block_indexes"),
         ({"vision_config": {"fullatt_block_indexes": 7}}, "fullatt_block_indexes"),

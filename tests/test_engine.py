@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, tiny_params
+from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, tiny_params, with_text
 
+from qwenvl_jax.config import YarnConfig
 from qwenvl_jax.infer import engine as engine_module
 from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.engine import Engine
@@ -481,6 +482,12 @@ def test_warmup_shows_its_progress(capsys):
 
 
 # Bad input
+
+
+def test_yarn_lengthens_the_context():
+    m, yarn = model(), YarnConfig(factor=4.0, original_max_position_embeddings=512)
+    config = with_text(m.config, yarn=yarn, max_position_embeddings=512)
+    assert Engine(m._replace(config=config)).max_length == 2048
 
 
 def test_a_prompt_beyond_the_context_is_refused():

@@ -71,7 +71,7 @@ class Engine:
         ladder: Ladder | None = None,
         lag: int = 4,
     ):
-        context = model.config.text.max_position_embeddings
+        context = model.config.text.context
         max_length = context if max_length is None else max_length
         if not 1 < max_length <= context:
             raise InputError(f"max_length is {max_length}; it must be from 2 to the model's context, {context}")
