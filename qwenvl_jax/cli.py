@@ -307,7 +307,7 @@ def _read_messages(args) -> list[dict]:
         raise InputError(f"{name} has a system message already; leave out --system")
     asked = {}
     for key, value in request.items():
-        if value is None or key in ("messages", "model"):
+        if value is None or key in ("messages", "model", "stream"):
             continue
         if key not in _REQUEST:
             raise InputError(f"{name}: request key {key!r} is not supported; take it out")

@@ -178,7 +178,7 @@ def test_a_request_body_sets_what_no_flag_sets(engine, tmp_path):
 @pytest.mark.parametrize(
     ("request_body", "says"),
     [
-        ({"stream": True}, "m.json: request key 'stream' is not supported"),
+        ({"response_format": {}}, "m.json: request key 'response_format' is not supported"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "'max_completion_tokens' is given twice"),
         ({"max_tokens": "many"}, "max_new_tokens is 'many'"),
         ({"stop": [""]}, "stop is"),
