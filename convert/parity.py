@@ -13,6 +13,7 @@ import numpy as np
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.inputs.batch import make_batch
+from qwenvl_jax.inputs.media import Preprocessing, pixel_table
 from qwenvl_jax.model import decoder, qwenvl
 from qwenvl_jax.model.layers import RMSNorm
 from qwenvl_jax.types import Batch, InputError, Sample
@@ -106,9 +107,10 @@ def reference_inputs(samples: list[Sample], config: Config, side: str = "right")
 
 def reference_pixels(patches, config: Config) -> np.ndarray:
     """uint8 patches [n, C] → float32, in the reference image processor's arithmetic."""
-    mean, std = np.float32(config.vision.image_mean), np.float32(config.vision.image_std)
-    x = (patches.astype(np.float64) * (1 / 255)).astype(np.float32).reshape(len(patches), len(mean), -1)
-    return ((x - mean[:, None]) / std[:, None]).reshape(patches.shape)
+    mean, std = config.vision.image_mean, config.vision.image_std
+    table = pixel_table(Preprocessing(image_mean=mean, image_std=std))
+    values = patches.reshape(len(patches), len(mean), -1)
+    return np.stack([table[c][values[:, c]] for c in range(len(mean))], 1).reshape(patches.shape)
 
 
 def reference_stages(model, inputs: dict) -> dict:

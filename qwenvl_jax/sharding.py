@@ -6,6 +6,8 @@ Model code only says `constrain(x, "BTD")`; without a mesh that does nothing.
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from qwenvl_jax.types import InputError
+
 AXES = ("data", "fsdp", "tensor")
 
 # What each letter of the legend (types.py) is split over. Absent letters are not split.
@@ -42,7 +44,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     devices = jax.devices() if devices is None else devices
     size = data * fsdp * tensor
     if size > len(devices):
-        raise ValueError(f"a mesh of {data}×{fsdp}×{tensor} needs {size} devices; there are {len(devices)}")
+        raise InputError(f"a mesh of {data}×{fsdp}×{tensor} needs {size} devices; there are {len(devices)}")
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
 
 

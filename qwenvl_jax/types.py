@@ -9,6 +9,7 @@ One alphabet for einsum letters, shapes in docstrings, sharding tables and the c
     N  query heads                E  vision width
     K  key/value heads            C  values in a patch (3 · 2 · 14 · 14 = 1176)
     G  N / K                      W  patch slots in a window block (64)
+    X  visual tokens of all lanes (Σ R · M)
     H  head width                 V  vocabulary
     F  MLP width                  3  the M-RoPE axes (time, height, width)
 

@@ -454,6 +454,15 @@ def test_fifty_image_sizes_and_prompt_lengths_compile_nothing_after_warmup():
     assert len(seen) == 50 and len(lengths) > 25
 
 
+def test_warmup_for_more_frames_than_lanes_in_a_call():
+    ladder = Ladder(rows=(1,), tokens=(128, 192), lanes=(1, 2), patches=(64,))
+    engine = Engine(model("qwen2_vl"), max_batch=1, ladder=ladder)
+    engine.warmup(max_tokens=128, max_pixels=56 * 112, max_visuals=9, sample=(False,), progress=False)
+    traces, rng = engine.traces, np.random.default_rng(23)
+    engine.generate([sample(rng, engine.config, 2, clip(rng, engine.config, 9, 4, 8), 3)], max_new_tokens=2)
+    assert traces["encode"] == 2 and engine.traces == traces
+
+
 def test_long_clips_are_several_calls_of_the_tower():
     """Clips of many frames, each in a lane of its own, four rows of them."""
     ladder = Ladder(tokens=(64, 256), lanes=(1, 2, 4), slots=1024)

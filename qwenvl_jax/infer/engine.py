@@ -222,7 +222,7 @@ class Engine:
         """Compiles every program that requests within these limits can need, by running each once.
 
         max_tokens: of a prompt and its answer together.
-        max_pixels: of one picture or video frame after resizing; None for text only.
+        max_pixels: the largest that pictures and video frames are prepared with; None for text only.
         max_visuals: pictures and pairs of video frames in one batch; by default one a row.
         n: samples of every conversation.
         sample, logprobs: the kinds of batches to prepare for: any row not greedy, any row with logprobs.
@@ -243,8 +243,8 @@ class Engine:
     def _vision_shapes(self, max_pixels: int, visuals: int) -> list[tuple[int, int]]:
         """Lane buckets (R, P) that so many frames of so many pixels can come to, the smallest first.
 
-        There are never more lanes than frames. Edge windows may leave slots of their blocks empty, hence one
-        rung more than the patches need.
+        There are never more lanes than frames, nor more in a call than the ladder has. Edge windows may leave
+        slots of their blocks empty, hence one rung more than the patches need.
         """
         vision, ladder = self.config.vision, self.ladder
         # A side is never shorter than one visual token, so a long thin picture may exceed max_pixels.
@@ -255,9 +255,9 @@ class Engine:
         largest = round_up(largest, ladder.patches, "patches in a frame")
         spare = 1 if vision.window_size else 0
         rungs = ladder.patches[: ladder.patches.index(largest) + 1 + spare]
-        lanes = ladder.lanes[: ladder.lanes.index(round_up(visuals, ladder.lanes, "lanes")) + 1]
+        most = round_up(min(visuals, ladder.lanes[-1]), ladder.lanes, "lanes")
         capacities = dict.fromkeys(ladder.lane(P, vision) for P in rungs)
-        return [(R, P) for P in capacities for R in lanes if R <= ladder.most_lanes(P)]
+        return [(R, P) for P in capacities for R in ladder.lanes if R <= min(most, ladder.most_lanes(P))]
 
     def _warm_vision(self, R: int, P: int):
         ids = np.zeros((R, P), np.int32)

@@ -21,6 +21,7 @@ import jinja2.sandbox
 import numpy as np
 
 from qwenvl_jax.config import Config, read_json, read_text
+from qwenvl_jax.inputs.layout import merged_tokens
 from qwenvl_jax.inputs.messages import strings
 from qwenvl_jax.types import InputError, Visual
 
@@ -240,7 +241,7 @@ def expand_placeholders(tokens: np.ndarray, visuals: Sequence[Visual], config: C
     """
     repeats = np.ones(len(tokens), np.int64)
     places = check_placeholders(tokens, [v.kind for v in visuals], config)
-    repeats[places] = [v.grid.patches // config.vision.merge_unit for v in visuals]
+    repeats[places] = [merged_tokens(v.grid, config.vision) for v in visuals]
     return np.repeat(tokens, repeats)
 
 
