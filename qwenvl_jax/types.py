@@ -80,6 +80,18 @@ class Batch(NamedTuple):
     vision: tuple[VisionBatch, ...] = ()
 
 
+class TrainBatch(NamedTuple):
+    """Packed rows to learn from: what follows each token, and how much it counts.
+
+    Rows of a preference (DPO) batch hold pairs of neighbouring segments: 2j+1 is preferred to 2j+2.
+    """
+
+    inputs: Batch  # one VisionBatch of fixed shape, empty lanes where there are no pictures
+    targets: Any  # [B, T] int32: the next token of the same segment; 0 where the weight is
+    weights: Any  # [B, T] float32: 1 where the target is learnt, else 0
+    reference: Any = None  # DPO: [B, n] float32, log-probability of segment i+1 under the reference model
+
+
 class Cache(NamedTuple):
     """Keys and values of every layer, one array a layer so that a decode step updates them in place.
 
