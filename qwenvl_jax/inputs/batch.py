@@ -11,6 +11,7 @@ import numpy as np
 
 from qwenvl_jax.config import Config, VisionConfig
 from qwenvl_jax.inputs.layout import (
+    Placement,
     mrope_positions,
     pack_lanes,
     placeholder_runs,
@@ -116,12 +117,19 @@ def pack_vision(
 
 def _pack_lanes(visuals: list[Visual], v: VisionConfig, ladder: Ladder) -> tuple[VisionBatch, list[np.ndarray]]:
     """As many lanes as these visuals need, rounded up to whole calls, and where in [R·M] their tokens are."""
-    unit, side = v.merge_unit, v.spatial_merge_size
     capacity = max(ladder.lane(slots_needed(visual.grid, v), v) for visual in visuals)
     placements, lanes = pack_lanes([visual.grid for visual in visuals], capacity, v)
     rest = lanes % ladder.most_lanes(capacity)
     lanes = lanes - rest + (round_up(rest, ladder.lanes, "lanes of patches") if rest else 0)
+    return fill_lanes(visuals, placements, lanes, capacity, v)
 
+
+def fill_lanes(
+    visuals: Sequence[Visual], placements: Sequence[Sequence[Placement]], lanes: int, capacity: int, v: VisionConfig
+) -> tuple[VisionBatch, list[np.ndarray]]:
+    """`lanes` lanes of `capacity` patch slots with every visual where it was placed, and where in [R·M] its merged
+    tokens are."""
+    unit, side = v.merge_unit, v.spatial_merge_size
     patches = np.zeros((lanes, capacity, v.patch_values), np.uint8)
     positions = np.zeros((lanes, capacity, 2), np.int32)
     frames = np.zeros((lanes, capacity), np.int32)

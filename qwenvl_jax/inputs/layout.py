@@ -5,6 +5,9 @@ sees rectangles. Nothing is permuted on the device: patches leave the host alrea
 inverse order is folded into the index that places visual tokens into the text.
 """
 
+import copy
+import sys
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -96,9 +99,13 @@ class _Lane:
     def __init__(self, capacity: int, block: int):
         self.block, self.blocks = block, capacity // block
         self.free: list[int] = []  # cells left in each opened block
+        self.room = self.blocks * block  # cells left in all
+        self.frames = self.windows = 0  # how many are in it
 
     def place(self, sizes: np.ndarray) -> np.ndarray | None:
         """First cell of every window (best fit, largest first), or None if they do not all fit."""
+        if (total := int(sizes.sum())) > self.room:
+            return None
         free, starts = list(self.free), np.empty(len(sizes), np.int64)
         for i in np.argsort(-sizes, kind="stable"):
             size = int(sizes[i])
@@ -113,6 +120,9 @@ class _Lane:
             starts[i] = b * self.block + self.block - free[b]
             free[b] -= size
         self.free = free
+        self.room -= total
+        self.frames += 1
+        self.windows += len(sizes)
         return starts
 
 
@@ -140,39 +150,47 @@ def slots_needed(grid: Grid, vision: VisionConfig) -> int:
     return len(lane.free) * block * vision.merge_unit
 
 
-def pack_lanes(grids: list[Grid], capacity: int, vision: VisionConfig) -> tuple[list[list[Placement]], int]:
-    """Packs the frames of every grid into lanes of `capacity` patch slots, first fit, in order.
+class Lanes:
+    """Lanes of `capacity` patch slots, filled first fit as pictures and clips come; at most `limit` of them.
 
     A frame is the unit, because attention never crosses frames: a long video spreads over lanes.
-    Returns the placements of every grid's frames in order, and the number of lanes.
     """
-    lanes: list[_Lane] = []
-    frames: list[int] = []  # frames and windows already in each lane
-    window_ids: list[int] = []
-    placed: list[list[Placement]] = []
-    for grid in grids:
-        windows, block = _cell_windows(grid, vision)
-        first_open, out = 0, []
-        for _ in range(grid.t):
-            for lane in range(first_open, len(lanes) + 1):
-                if lane == len(lanes):
-                    lanes.append(_Lane(capacity // vision.merge_unit, block))
-                    frames.append(0)
-                    window_ids.append(0)
-                if (starts := lanes[lane].place(windows.sizes)) is not None:
-                    break
-                if not frames[lane]:
-                    raise ValueError(f"a frame of {grid.h}×{grid.w} patches exceeds a lane of {capacity} slots")
-            first_open = lane  # a lane this size did not fit into will not fit its equal
-            frames[lane] += 1
-            out.append(
-                Placement(
-                    lane,
-                    frames[lane],
-                    starts[windows.window] + windows.rank,
-                    windows.window + window_ids[lane] + 1,
-                )
-            )
-            window_ids[lane] += len(windows.sizes)
-        placed.append(out)
-    return placed, len(lanes)
+
+    def __init__(self, capacity: int, vision: VisionConfig, limit: int = sys.maxsize):
+        self.capacity, self.vision, self.limit = capacity, vision, limit
+        self.lanes: list[_Lane] = []
+
+    def place(self, grids: Iterable[Grid]) -> list[list[Placement]] | None:
+        """The placements of every grid's frames in order; None, and nothing changes, if not all of them fit."""
+        before = [copy.copy(lane) for lane in self.lanes]  # placing replaces a lane's list, it never changes it
+        placed = []
+        for grid in grids:
+            windows, block = _cell_windows(grid, self.vision)
+            first_open, out = 0, []
+            for _ in range(grid.t):
+                for i in range(first_open, len(self.lanes) + 1):
+                    if i == self.limit:
+                        self.lanes = before
+                        return None
+                    if i == len(self.lanes):
+                        self.lanes.append(_Lane(self.capacity // self.vision.merge_unit, block))
+                    lane = self.lanes[i]
+                    frames, first_window = lane.frames, lane.windows
+                    if (starts := lane.place(windows.sizes)) is not None:
+                        break
+                    if not frames:
+                        self.lanes = before
+                        raise ValueError(
+                            f"a frame of {grid.h}×{grid.w} patches exceeds a lane of {self.capacity} slots"
+                        )
+                first_open = i  # a lane this size did not fit into will not fit its equal
+                cells = starts[windows.window] + windows.rank
+                out.append(Placement(i, frames + 1, cells, windows.window + first_window + 1))
+            placed.append(out)
+        return placed
+
+
+def pack_lanes(grids: list[Grid], capacity: int, vision: VisionConfig) -> tuple[list[list[Placement]], int]:
+    """The placements of every grid's frames, and the number of lanes they take."""
+    lanes = Lanes(capacity, vision)
+    return lanes.place(grids), len(lanes.lanes)

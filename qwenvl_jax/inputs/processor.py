@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -25,7 +27,16 @@ from qwenvl_jax.inputs.video import video_visual
 from qwenvl_jax.types import Batch, InputError, Sample, Visual
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+_TURN_START, _TURN_END, _ASSISTANT = "<|im_start|>", "<|im_end|>", "assistant\n"  # ChatML, of all the family
 _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
+
+
+class Prompt(NamedTuple):
+    """A conversation before its media are opened."""
+
+    tokens: np.ndarray  # [t] int32, one placeholder a picture or clip
+    turns: np.ndarray  # [t] int32: k for the words of the k-th assistant message and the <|im_end|> after, else 0
+    media: list[Media]  # in reading order
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +54,9 @@ class Processor:
 
     def __post_init__(self):
         self.tokenizer.encode_special_tokens = True
+
+    def __reduce__(self):  # a pickled tokenizer forgets the setting
+        return Processor, (self.tokenizer, self.template, self.preprocessing, self.config)
 
     @classmethod
     def from_dir(cls, path, config: Config) -> "Processor":
@@ -117,6 +131,26 @@ class Processor:
             fps=fps, nframes=nframes, min_frames=min_frames, max_frames=max_frames,
             total_pixels=total_pixels, video_start=video_start, video_end=video_end,
         )  # fmt: skip
+        prompt = self.prompt(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            add_vision_id=add_vision_id,
+            allow_control_tokens=allow_control_tokens,
+        )
+        visuals = self.open(prompt.media, options)
+        return Sample(expand_placeholders(prompt.tokens, visuals, self.config), visuals)
+
+    def prompt(
+        self,
+        messages: Sequence[Mapping],
+        *,
+        tools: Sequence[Mapping] | None = None,
+        allow_control_tokens: bool = False,
+        add_generation_prompt: bool = False,
+        add_vision_id: bool = False,
+    ) -> Prompt:
+        """The first half of `encode`: everything but opening the media."""
         normal, media = normalize(messages)
         parts = prompt_parts(
             self.template,
@@ -127,10 +161,9 @@ class Processor:
             add_generation_prompt=add_generation_prompt,
             add_vision_id=add_vision_id,
         )
-        tokens = self._ids(parts)
+        tokens, turns = self._ids(parts)
         check_placeholders(tokens, [m.kind for m in media], self.config)  # before anything is decoded
-        visuals = self._visuals(media, options)
-        return Sample(expand_placeholders(tokens, visuals, self.config), visuals)
+        return Prompt(tokens, turns, media)
 
     def __call__(self, conversations: Sequence[Sequence[Mapping]], **options) -> Batch:
         """A batch of conversations, one row each; options as in `encode`."""
@@ -140,32 +173,46 @@ class Processor:
         """Text of ids; bytes that are not yet a whole character come out as U+FFFD."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
-    def _ids(self, parts: list[str]) -> np.ndarray:
+    def _ids(self, parts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of the parts, and the `turns` of `Prompt`. Only the template can have opened or closed a turn."""
         ids: list[int] = []
+        turns: list[int] = []
+        turn = count = 0
         for i, part in enumerate(parts):
             if i % 2:
+                turn = 0 if part == _TURN_START else turn
                 ids.append(self.control_tokens[part])
+                turns.append(turn)
+                turn = 0 if part == _TURN_END else turn
             elif part:
-                ids += self.tokenizer.encode(part, add_special_tokens=False).ids
+                encoding = self.tokenizer.encode(part, add_special_tokens=False)
+                head = 0
+                if i and parts[i - 1] == _TURN_START and part.startswith(_ASSISTANT):
+                    turn = count = count + 1
+                    # A token that joins the header's newline to the words cannot follow the header: not learnt.
+                    head = sum(start < len(_ASSISTANT) for start, _ in encoding.offsets)
+                ids += encoding.ids
+                turns += [0] * head + [turn] * (len(encoding.ids) - head)
         tokens = np.array(ids, np.int32)
         if len(tokens) and tokens.max() >= self.config.text.vocab_size:
             raise InputError(
                 f"the tokenizer gave id {tokens.max()}, but the model's vocabulary has "
                 f"{self.config.text.vocab_size}; tokenizer and config.json do not belong together"
             )
-        return tokens
+        return tokens, np.array(turns, np.int32)
 
-    def _visuals(self, media: list[Media], options: dict) -> tuple[Visual, ...]:
+    def open(self, media: Sequence[Media], options: Mapping = MappingProxyType({})) -> tuple[Visual, ...]:
+        """The second half of `encode`: pictures and clips as patches. options: of `encode`, by name."""
         if len(media) < 2:
             return tuple(self._visual(m, options) for m in media)
         with ThreadPoolExecutor(min(_LOADERS, len(media))) as pool:
             return tuple(pool.map(lambda m: self._visual(m, options), media))
 
-    def _visual(self, media: Media, options: dict) -> Visual:
+    def _visual(self, media: Media, options: Mapping) -> Visual:
         names, load = (IMAGE_OPTIONS, image_visual) if media.kind == "image" else (VIDEO_OPTIONS, video_visual)
         if isinstance(media.source, list | tuple | np.ndarray):  # frames that somebody has chosen already
             names = (*IMAGE_OPTIONS, "fps") if media.kind == "video" else names
-        chosen = {k: options[k] for k in names} | media.options
+        chosen = {k: options.get(k) for k in names} | media.options
         # A clip takes fps or nframes: an item's choice of one overrules a default of the other.
         for mine, other in (("fps", "nframes"), ("nframes", "fps")):
             if mine in media.options and other not in media.options:
