@@ -21,18 +21,24 @@ ACTIVATIONS = {
 }
 WEIGHTS = {"D": "fsdp", "E": "fsdp", "NH": "tensor", "KH": "tensor", "F": "tensor", "V": "tensor"}
 
+
+def _linear(inputs: str, outputs: str) -> dict[str, str]:
+    """An adapter is split as its kernel is; its rank is not."""
+    return {"kernel": f"{inputs} {outputs}", "lora_a": f"{inputs} -", "lora_b": f"- {outputs}"}
+
+
 # Dimensions of every parameter by the module and leaf name; stacked leaves have L in front.
 # The vision tower is split over lanes, not heads: its weights are small and its head counts rarely divide.
 DIMS = {
     "decoder": {
         "embed_tokens": {"embedding": "V D"},
-        "q_proj": {"kernel": "D NH", "bias": "NH"},
-        "k_proj": {"kernel": "D KH", "bias": "KH"},
-        "v_proj": {"kernel": "D KH", "bias": "KH"},
-        "o_proj": {"kernel": "NH D"},
-        "gate_proj": {"kernel": "D F"},
-        "up_proj": {"kernel": "D F"},
-        "down_proj": {"kernel": "F D"},
+        "q_proj": _linear("D", "NH") | {"bias": "NH"},
+        "k_proj": _linear("D", "KH") | {"bias": "KH"},
+        "v_proj": _linear("D", "KH") | {"bias": "KH"},
+        "o_proj": _linear("NH", "D"),
+        "gate_proj": _linear("D", "F"),
+        "up_proj": _linear("D", "F"),
+        "down_proj": _linear("F", "D"),
         "lm_head": {"kernel": "D V"},
     },
     "vision": {},
@@ -54,6 +60,17 @@ def constrain(x, dims: str):
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, _spec(tuple(dims), x.shape, ACTIVATIONS, mesh))
+
+
+def local_rows(B: int) -> int:
+    """Rows that one device holds of a dimension "B" of this size, on the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return B if mesh.empty else activation_sharding("B", (B,), mesh).shard_shape((B,))[0]
+
+
+def activation_sharding(dims: str, shape: tuple[int, ...], mesh) -> NamedSharding:
+    """The activation table's layout for dimensions, one letter each ("." is never split), of these sizes."""
+    return NamedSharding(mesh, _spec(tuple(dims), shape, ACTIVATIONS, mesh))
 
 
 def param_shardings(params, mesh: Mesh):

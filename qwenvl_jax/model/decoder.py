@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention, decode_attention
-from qwenvl_jax.model.layers import Linear, RMSNorm, precision, rotate, text_rope
+from qwenvl_jax.model.layers import Linear, RMSNorm, precision, rematerialised, rotate, text_rope
 from qwenvl_jax.sharding import constrain
 from qwenvl_jax.types import Cache
 
@@ -50,9 +50,9 @@ def embed(config: Config, params: dict, tokens, visual_index, visual=None):
     return constrain(x, "BTD")
 
 
-def full(config: Config, params: dict, x, positions, segments, keep):
+def full(config: Config, params: dict, x, positions, segments, keep, *, remat: bool = False):
     """All layers over x [B, T, D]: the last layer's output, before the final norm, and every layer's `keep(k, v)`
-    stacked (k, v [B, T, K, H])."""
+    stacked (k, v [B, T, K, H]). With `remat`, a backward pass keeps only each layer's input."""
     cos, sin = text_rope(positions, config.text)
     block = DecoderBlock(config)
 
@@ -62,7 +62,7 @@ def full(config: Config, params: dict, x, positions, segments, keep):
     def layer(x, weights):
         return block.apply({"params": weights}, x, cos, sin, attend)
 
-    return jax.lax.scan(layer, x, params["decoder"]["layers"])
+    return jax.lax.scan(rematerialised(layer) if remat else layer, x, params["decoder"]["layers"])
 
 
 def step(config: Config, params: dict, tokens, cache: Cache):
@@ -105,10 +105,20 @@ def write(cache, new, lengths):
 
 def unembed(config: Config, params: dict, x):
     """Final norm and output head: x [..., D] → logits [..., V] float32."""
+    return logits(final_norm(config, params, x), *head(config, params))
+
+
+def final_norm(config: Config, params: dict, x):
+    return RMSNorm(config.text.rms_norm_eps, config.dtype).apply({"params": params["decoder"]["norm"]}, x)
+
+
+def head(config: Config, params: dict) -> tuple[jax.Array, str]:
+    """The output head and its dimensions: "VD" where it is the token embedding, "DV" where it is its own."""
     p = params["decoder"]
-    x = RMSNorm(config.text.rms_norm_eps, config.dtype).apply({"params": p["norm"]}, x)
-    if config.text.tie_word_embeddings:
-        head, dims = p["embed_tokens"]["embedding"], "...D,VD->...V"
-    else:
-        head, dims = p["lm_head"]["kernel"], "...D,DV->...V"
+    return (p["embed_tokens"]["embedding"], "VD") if config.text.tie_word_embeddings else (p["lm_head"]["kernel"], "DV")
+
+
+def logits(x, head, dims: str):
+    """x [..., D], after the final norm, times the head: [..., V] float32."""
+    dims = f"...D,{dims}->...V"
     return jnp.einsum(dims, x, head.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32)

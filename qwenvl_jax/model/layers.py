@@ -18,8 +18,16 @@ def precision(dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
+def rematerialised(f):
+    """`f`, the body of a scan, computed again in the backward pass instead of keeping what it computed."""
+    return jax.checkpoint(f, prevent_cse=False)  # a scan's body cannot be merged with its own recomputation
+
+
 class Linear(nn.Module):
-    """[..., in] → [..., features], in the dtype of its input."""
+    """[..., in] → [..., features], in the dtype of its input; plus a low-rank adapter, if its parameters hold one.
+
+    The adapter (params/lora.py): lora_a [in, r], lora_b [r, features], lora_scale [].
+    """
 
     features: int
     use_bias: bool = True
@@ -33,6 +41,11 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(x.dtype)
+        if self.has_variable("params", "lora_a"):
+            a, b, scale = (self.get_variable("params", f"lora_{leaf}") for leaf in ("a", "b", "scale"))
+            # Scaled while narrow and in float32: the scale is exact, and that costs nothing at this width.
+            low = jnp.dot(x, a.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32)
+            y = y + jnp.dot((low * scale).astype(x.dtype), b.astype(x.dtype), precision=precision(x.dtype))
         return y
 
 

@@ -9,7 +9,7 @@ from qwenvl_jax.model.decoder import embed
 from qwenvl_jax.model.vision import encode
 from qwenvl_jax.types import Batch, Cache
 
-__all__ = ["abstract_params", "count_params", "decode", "embed", "encode", "forward", "init", "prefill"]
+__all__ = ["abstract_params", "count_params", "decode", "embed", "encode", "forward", "hidden", "init", "prefill"]
 
 
 def init(config: Config, key) -> dict:
@@ -63,10 +63,15 @@ def count_params(config: Config) -> int:
 
 def forward(config: Config, params: dict, batch: Batch):
     """Logits [B, T, V] float32 of a whole batch; padding anywhere, marked by segment 0."""
-    visual = jnp.concatenate([encode(config, params, v) for v in batch.vision]) if batch.vision else None
-    x = embed(config, params, batch.tokens, batch.visual_index, visual)
-    x, _ = decoder.full(config, params, x, batch.positions, batch.segments, lambda k, v: None)
-    return decoder.unembed(config, params, x)
+    return decoder.unembed(config, params, hidden(config, params, batch))
+
+
+def hidden(config: Config, params: dict, batch: Batch, *, remat: bool = False):
+    """The decoder's output [B, T, D] before the final norm; `remat`: a backward pass keeps only the blocks' inputs."""
+    seen = [encode(config, params, v, remat=remat) for v in batch.vision]
+    x = embed(config, params, batch.tokens, batch.visual_index, jnp.concatenate(seen) if seen else None)
+    x, _ = decoder.full(config, params, x, batch.positions, batch.segments, lambda k, v: None, remat=remat)
+    return x
 
 
 def prefill(config: Config, params: dict, embeds, positions, segments, slots: int):

@@ -11,7 +11,7 @@ import numpy as np
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention
-from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm, rotate, vision_rope
+from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm, rematerialised, rotate, vision_rope
 from qwenvl_jax.sharding import constrain
 from qwenvl_jax.types import VisionBatch
 
@@ -98,11 +98,12 @@ def layer_groups(config: Config) -> tuple[int, list[bool]]:
     return v.depth // period, windowed[:period]
 
 
-def encode(config: Config, params: dict, vision: VisionBatch):
+def encode(config: Config, params: dict, vision: VisionBatch, *, remat: bool = False):
     """Visual tokens [R·M, D] of the lanes; rows of empty slots are meaningless.
 
     `params` is the whole model's tree. The stack is scanned a pattern at a time, so that compile time does
-    not grow with depth and a group's blocks see their weights by static index.
+    not grow with depth and a group's blocks see their weights by static index. With `remat`, a backward pass
+    keeps only each block's input.
     """
     p = params["vision"]
     x = normalise(constrain(vision.patches, "RPC"), config).astype(config.dtype)
@@ -112,9 +113,10 @@ def encode(config: Config, params: dict, vision: VisionBatch):
 
     def group(x, weights):
         for i, windowed in enumerate(pattern):
-            block = VisionBlock(config, windowed)
+            apply = VisionBlock(config, windowed).apply
             layer = jax.tree.map(lambda w, i=i: w[i], weights)
-            x = block.apply({"params": layer}, x, *rope, vision.windows if windowed else vision.frames)
+            segments = vision.windows if windowed else vision.frames
+            x = (rematerialised(apply) if remat else apply)({"params": layer}, x, *rope, segments)
         return x, None
 
     stacked = jax.tree.map(lambda w: w.reshape(repeats, len(pattern), *w.shape[1:]), p["blocks"])

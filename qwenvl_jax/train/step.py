@@ -1,0 +1,203 @@
+"""One optimizer step as one compiled program: gradients of the trainable leaves only, summed over micro-batches.
+
+Frozen leaves have no gradient, no optimizer state, and no place in what the optimizer sees: a flat dict from
+parameter path to array. Every optax transformation that works leaf by leaf works on it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qwenvl_jax.params.hf import flatten, unflatten
+from qwenvl_jax.sharding import activation_sharding, param_shardings
+from qwenvl_jax.types import Batch, InputError, TrainBatch, VisionBatch
+
+GROUPS = ("vision", "merger", "llm")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes. Moments are float32 (the first as `mu_dtype` says), whatever the parameters are."""
+
+    step: Any  # [] int32: updates made
+    params: dict  # the whole tree, trainable or not
+    opt_state: Any  # of the trainable leaves only
+
+
+def group(path: str) -> str:
+    """Which of GROUPS the parameter at a path such as "decoder/layers/q_proj/kernel" belongs to."""
+    if path.startswith("vision/merger/"):
+        return "merger"
+    return "vision" if path.startswith("vision/") else "llm"
+
+
+def make_schedule(
+    learning_rate: float, schedule: str = "constant", *, warmup: int = 0, total: int | None = None, end: float = 0.0
+) -> optax.Schedule:
+    """Learning rate by update: from 0 up in `warmup` updates, then constant, or down to `end`·learning_rate at `total`.
+
+    Raises InputError for a name that is not in SCHEDULES, and for a decay without a `total` beyond `warmup`.
+    """
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
+    if schedule == "constant":
+        after = optax.constant_schedule(learning_rate)
+    elif total is None or total <= warmup:
+        raise InputError(f"a {schedule} schedule ends after {total} steps, which must be more than warmup, {warmup}")
+    elif schedule == "cosine":
+        after = optax.cosine_decay_schedule(learning_rate, total - warmup, end)
+    else:
+        after = optax.linear_schedule(learning_rate, end * learning_rate, total - warmup)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup), after], [warmup])
+
+
+def make_optimizer(
+    learning_rate: float | optax.Schedule,
+    *,
+    scales: dict[str, float] | None = None,
+    weight_decay: float = 0.0,
+    clip: float | None = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    mu_dtype=None,
+) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101) on a flat dict of parameters.
+
+    learning_rate: a number, or what `make_schedule` gives. scales: factors on it by group, such as {"vision": 0.1}.
+    weight_decay: not for biases and the scales of norms. clip: largest global gradient norm, None for no limit.
+    mu_dtype: of the first moment, such as "bfloat16"; None is float32.
+    Raises InputError for a group that is not in GROUPS.
+    """
+    for name in scales or {}:
+        if name not in GROUPS:
+            raise InputError(f"{name!r} is not one of the groups {', '.join(GROUPS)}")
+
+    def scale_groups(updates, _):
+        return {path: u * scales.get(group(path), 1.0) for path, u in updates.items()}
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype),
+        optax.add_decayed_weights(weight_decay, decays) if weight_decay else optax.identity(),
+        optax.stateless(scale_groups) if scales else optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def decays(params: dict) -> dict[str, bool]:
+    """Weight-decay mask of a flat dict: everything but biases and scales."""
+    return {path: not path.endswith(("bias", "scale")) for path in params}
+
+
+def init_state(params: dict, optimizer: optax.GradientTransformation, trainable: Callable[[str], bool]) -> TrainState:
+    """The state before the first step. It holds `params` themselves, which the first step therefore uses up.
+
+    On a mesh, call it (like the step) within `jax.set_mesh(mesh)`.
+    Raises InputError if nothing is trainable.
+    """
+
+    def start(train):
+        opt_state = optimizer.init({path: w.astype(jnp.float32) for path, w in train.items()})
+        return _settled(TrainState(jnp.zeros((), jnp.int32), {}, opt_state))
+
+    return jax.jit(start)(_split(params, trainable)[0])._replace(params=params)
+
+
+def make_step(
+    loss: Callable, optimizer: optax.GradientTransformation, trainable: Callable[[str], bool], *, noise=None, seed=0
+):
+    """Compiles `step(state, batch) → (state, metrics)`; the state that goes in is donated.
+
+    loss: (params, TrainBatch) → (total, weight, metrics), all sums, such as `partial(sft_loss, config)`.
+    batch: a TrainBatch whose every leaf has a leading axis A of micro-batches, which are read one after the other.
+    The gradient is the sum of theirs over the sum of their weights, so that A only trades memory for time.
+    noise: (params, key) → params, applied before the loss with another key every micro-batch (LoRA's dropout);
+    keys follow from `seed`, the step and the micro-batch.
+
+    metrics, all scalars on the device: `loss`, `weight` (what the loss is averaged over: trained tokens or pairs),
+    `grad_norm` before clipping, `finite`, and the loss's own, averaged. Where loss or gradient are not finite,
+    `finite` is False and the state comes back as it was.
+    """
+
+    def step(state: TrainState, batch: TrainBatch):
+        train, frozen = _split(state.params, trainable)
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def total_of(train, micro, index):
+            params = unflatten(train | frozen)
+            if noise is not None:
+                params = noise(params, jax.random.fold_in(step_key, index))
+            total, weight, metrics = loss(params, micro)
+            return total, {"loss": total, "weight": weight} | metrics
+
+        def accumulate(carry, part):
+            grads, sums = jax.grad(total_of, has_aux=True)(train, *part)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (_settled(grads), sums)), None
+
+        micros = len(batch.targets)
+        first = jax.tree.map(lambda a: a[0], batch)
+        _, sums = jax.eval_shape(total_of, train, first, jnp.zeros((), jnp.int32))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (train, sums))
+        parts = batch, jnp.arange(micros)
+        (grads, sums), _ = jax.lax.scan(accumulate, (_settled(zeros[0]), zeros[1]), parts)
+
+        weight = sums.pop("weight")
+        share = 1 / jnp.where(weight > 0, weight, 1)
+        grads = jax.tree.map(lambda g: g * share, grads)
+        metrics = {name: value * share for name, value in sums.items()}
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+
+        masters = {path: w.astype(jnp.float32) for path, w in train.items()}
+        updates, opt_state = optimizer.update(grads, state.opt_state, masters)
+        new = {path: (w + updates[path]).astype(train[path].dtype) for path, w in masters.items()}
+        new, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (new, opt_state), (train, state.opt_state)
+        )
+        state = _settled(TrainState(state.step + finite, unflatten(new | frozen), opt_state))
+        return state, metrics | {"weight": weight, "grad_norm": norm, "finite": finite}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def shardings(tree, mesh):
+    """A tree of NamedSharding for a TrainState, or anything with parameters or their likenesses (moments, gradients)
+    in it, nested or flat: each lies as its parameter does, all else is on every device. Arrays or shapes."""
+
+    def sharding(path, leaf):
+        keys = "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey)).split("/")
+        if keys[0] in ("decoder", "vision") and leaf.ndim:
+            return next(iter(flatten(param_shardings(unflatten({"/".join(keys): leaf}), mesh)).values()))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def batch_shardings(batch: TrainBatch, mesh) -> TrainBatch:
+    """A tree of NamedSharding for a batch (arrays or shapes) with a leading axis A: rows and lanes are split."""
+    lanes = VisionBatch("RPC", "RP.", "RP", "RP")
+    inputs = Batch("BT", ".BT", "BT", "BT", (lanes,) * len(batch.inputs.vision))
+    dims = TrainBatch(inputs, "BT", "BT", None if batch.reference is None else "B.")
+    return jax.tree.map(lambda d, leaf: activation_sharding(f".{d}", leaf.shape, mesh), dims, batch)
+
+
+def _split(params: dict, trainable: Callable[[str], bool]) -> tuple[dict, dict]:
+    """(trainable, frozen) leaves by path."""
+    flat = flatten(params)
+    train = {path: w for path, w in flat.items() if trainable(path)}
+    if not train:
+        raise InputError("nothing is trainable: every group is frozen, or no parameter's name fits the pattern")
+    return train, {path: w for path, w in flat.items() if path not in train}
+
+
+def _settled(tree):
+    """One layout for what a step hands to the next; otherwise XLA would choose, and compile again for its choice."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
