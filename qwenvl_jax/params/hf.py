@@ -223,7 +223,8 @@ def aligned_empty(shape, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _hub_name(name: str) -> str:
+def hub_name(name: str) -> str:
+    """A name of either layout, as the hub's files spell it."""
     decoder, visual = LAYOUTS["nested"]
     for old, new in ((visual, "visual."), (decoder, "model.")):
         if name.startswith(old):
@@ -234,7 +235,7 @@ def _hub_name(name: str) -> str:
 def _match(reader: Reader, config: Config) -> dict[str, Leaf]:
     held = {}
     for name, tensor in reader.tensors.items():
-        hub = _hub_name(name)
+        hub = hub_name(name)
         if hub in held:
             raise InputError(f"{reader.directory}: tensor {hub} is stored twice, under two spellings")
         held[hub] = (name, tensor)

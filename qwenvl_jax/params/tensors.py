@@ -48,10 +48,13 @@ class Tensor(NamedTuple):
 
 
 class Reader:
-    """The open files of a checkpoint directory, and `tensors`: name → Tensor. Use it as a context manager."""
+    """The open files of a checkpoint directory, and `tensors`: name → Tensor. Use it as a context manager.
 
-    def __init__(self, directory):
-        self.directory = Path(directory)
+    single: the file's name where there is only one.
+    """
+
+    def __init__(self, directory, single: str = SINGLE):
+        self.directory, self._single = Path(directory), single
         self._open = {}
         try:
             self.tensors = self._read_all()
@@ -84,12 +87,12 @@ class Reader:
 
     def _files(self) -> dict[Path, set[str] | None]:
         """The weight files, each with the tensors that an index says are in it (None: there is no index)."""
-        if (self.directory / SINGLE).is_file():
-            return {self.directory / SINGLE: None}
+        if (self.directory / self._single).is_file():
+            return {self.directory / self._single: None}
         index = self.directory / INDEX
         if not index.is_file():
             raise InputError(
-                f"{self.directory}: no {SINGLE} and no {INDEX}; weights are read from safetensors files only"
+                f"{self.directory}: no {self._single} and no {INDEX}; weights are read from safetensors files only"
             )
         try:
             weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
@@ -210,12 +213,12 @@ def _bits(dtype: np.dtype) -> np.dtype:
 class Writer:
     """Writes tensors of known shapes into `directory`, in any order, split into files of at most `max_bytes`.
 
-    shapes: name → (dtype, shape), in the order they are laid out. The files have their full size at once, so a
-    full disk shows before the work is done; a header is written only by `finish`, so that a file left behind by
-    an interruption cannot be read as a checkpoint.
+    shapes: name → (dtype, shape), in the order they are laid out; single: the file's name if there is one.
+    The files have their full size at once, so a full disk shows before the work is done; a header is written only
+    by `finish`, so that a file left behind by an interruption cannot be read as a checkpoint.
     """
 
-    def __init__(self, directory, shapes: dict, max_bytes: int):
+    def __init__(self, directory, shapes: dict, max_bytes: int, single: str = SINGLE):
         groups, room = [{}], max_bytes
         for name, (dtype, shape) in shapes.items():
             nbytes = math.prod(shape) * dtype.itemsize
@@ -226,7 +229,7 @@ class Writer:
             room -= nbytes
         directory = Path(directory)
         count = len(groups)
-        names = [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        names = [single] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
         self.tensors, self._open, self._headers = {}, {}, {}
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         self._index = directory / INDEX if count > 1 else None
