@@ -25,7 +25,7 @@ MAY_SEE = {
     "train": BASE | {"sharding", "model", "params", "inputs"},
     "serve": BASE | {"sharding", "model", "params", "inputs", "infer"},
     "plan": BASE | {"sharding", "model", "params", "inputs", "infer", "train"},
-    "demo": BASE,
+    "demo": BASE | {"sharding", "model", "params", "inputs", "metrics", "infer", "train", "evaluate"},
     "info": BASE | {"model", "params"},
     "cli": None,  # everything
 }

@@ -1,0 +1,4 @@
+"""Data for the demo checkpoint: questions about rendered pictures, charts and clips, and its small tokenizer.
+
+Everything is drawn when it is asked for, from a seed and an index, so that nothing need be stored.
+"""

@@ -1,0 +1,55 @@
+"""Finds the fonts, emoji and tables that the demo's data is drawn from; they are large, so the package has none."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from qwenvl_jax.types import InputError
+
+VARIABLE = "QWENVL_DEMO_ASSETS"
+HOW = f"""get them with
+  pip install --no-deps --target DIR trdg==1.8.0 vega-datasets==0.9.0
+  npm install --prefix DIR emoji-datasource-google@16.0.0
+and give DIR, or set {VARIABLE} to it"""
+
+
+class Assets(NamedTuple):
+    """Folders and files to draw from.
+
+    Sources and licences: fonts, those of trdg's whose name table says OFL 1.1 or Apache-2.0 (listed in
+    `lines.py`). words, trdg's copy of the dwyl/english-words list (Unlicense). emoji, Google's Noto Emoji
+    (Apache-2.0) as packed by emoji-datasource. tables, those of vega-datasets that are in the public domain
+    (listed in `charts.py`).
+    """
+
+    fonts: Path  # *.ttf
+    words: Path  # one a line
+    emoji: Path  # 64-pixel PNG files named by code point
+    tables: Path  # *.csv and *.json
+
+
+def find_assets(directory: str | Path | None = None) -> Assets:
+    """The assets under `directory`, else under $QWENVL_DEMO_ASSETS, else as packages of this Python.
+
+    Raises InputError that names what is missing, with the two commands that fetch everything.
+    """
+    given = directory or os.environ.get(VARIABLE)
+    root = Path(given) if given else None
+    trdg, vega = (_package(name, root) for name in ("trdg", "vega_datasets"))
+    found = Assets(
+        fonts=trdg / "fonts" / "latin",
+        words=trdg / "dicts" / "en.txt",
+        emoji=(root or Path()) / "node_modules" / "emoji-datasource-google" / "img" / "google" / "64",
+        tables=vega / "_data",
+    )
+    for name, path in found._asdict().items():
+        if not path.exists():
+            raise InputError(f"the demo's {name} are not at {path}; {HOW}")
+    return found
+
+
+def _package(name: str, root: Path | None) -> Path:
+    """A package's folder; it is only located, as importing it would want what it depends on."""
+    spec = None if root else importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else (root or Path()) / name

@@ -1,0 +1,82 @@
+"""The demo's source of records: a fixed mixture of drawn questions, each made from its number alone."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from qwenvl_jax.demo import charts, clips, lines, scenes
+from qwenvl_jax.demo.assets import Assets
+from qwenvl_jax.types import InputError
+
+# How often each task comes in the default mixture, and how its answers are marked.
+WEIGHTS = {"ocr": 0.3, "name": 0.1, "count": 0.12, "locate": 0.18, "chart": 0.18, "clip": 0.12}
+METRICS = {"ocr": "exact", "name": "exact", "count": "exact", "locate": "iou", "clip": "seconds"}
+EVALUATION_ONLY = ("ocr_unseen_fonts",)
+TASKS = (*WEIGHTS, *EVALUATION_ONLY)  # in a fixed order: a task's place is part of its seeds
+_SPLITS = ("train", "evaluation")
+_STEP = 0.6180339887498949  # the golden ratio spreads tasks evenly over any run of indices
+
+
+class Scenes:
+    """`length` records, record i depending on (seed, split, task, i) only; cheap to make, pickle and fork.
+
+    split: "train" or "evaluation"; the latter has other scenes, words, numbers and parts of the tables.
+    weights: {task: relative frequency}; by default the training mixture.
+    A record is {"messages": [user, assistant], "answer", "task", "metric"}, pictures being PIL images and
+    clips uint8 arrays [frames, height, width, 3].
+    """
+
+    def __init__(
+        self,
+        assets: Assets,
+        split: str = "train",
+        *,
+        length: int = 10**9,
+        seed: int = 0,
+        weights: Mapping[str, float] | None = None,
+    ):
+        if split not in _SPLITS:
+            raise InputError(f"split is {split!r}; it must be one of {', '.join(_SPLITS)}")
+        weights = dict(weights or WEIGHTS)
+        for task, weight in weights.items():
+            if task not in TASKS or not weight > 0:
+                raise InputError(f"weights has {task!r}: {weight!r}; tasks are {', '.join(TASKS)}, weights positive")
+            if task in EVALUATION_ONLY and split == "train":
+                raise InputError(f"{task} is for evaluation only; leave it out of the training mixture")
+        self.assets, self.split, self.length, self.seed = assets, split, length, seed
+        self.tasks = tuple(weights)
+        self.bounds = np.cumsum(list(weights.values())) / sum(weights.values())
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        place = np.searchsorted(self.bounds, index * _STEP % 1.0, side="right")
+        return self.record(self.tasks[min(int(place), len(self.tasks) - 1)], index)
+
+    def record(self, task: str, index: int) -> dict:
+        """The record that `index` would be if it were of that task."""
+        evaluation = self.split == "evaluation"
+        rng = np.random.default_rng((self.seed, _SPLITS.index(self.split), TASKS.index(task), int(index)))
+        metric = METRICS.get(task, "exact")
+        if task == "chart":
+            question, media, answer, metric = charts.chart(rng, self.assets, evaluation)
+        elif task == "clip":
+            question, media, answer = clips.clip(rng, self.assets)
+        elif task in ("ocr", "ocr_unseen_fonts"):
+            question, media, answer = lines.line(rng, self.assets, evaluation, task == "ocr_unseen_fonts")
+        else:
+            question, media, answer = getattr(scenes, task)(rng, self.assets)
+        kind, options = ("video", {"fps": clips.FPS}) if task == "clip" else ("image", {})
+        item = {"type": kind, kind: media} | options
+        return {
+            "messages": [
+                {"role": "user", "content": [item, {"type": "text", "text": question}]},
+                {"role": "assistant", "content": answer},
+            ],
+            "answer": answer,
+            "task": task,
+            "metric": metric,
+        }

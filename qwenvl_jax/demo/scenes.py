@@ -1,0 +1,84 @@
+"""Scenes of emoji: what is it, how many are there, where is each one."""
+
+import json
+
+import numpy as np
+
+from qwenvl_jax.demo.assets import Assets
+from qwenvl_jax.demo.canvas import background, grain
+from qwenvl_jax.demo.emoji import NAMES, plural, sprite
+
+NAME = ("What is it?", "What is this?", "What do you see?", "Name the object.")
+COUNT = ("How many {} are there?", "How many {} do you see?", "Count the {}.")
+LOCATE = ("Locate every {}.", "Find every {}.", "Where is the {}?", "Give the box of every {}.")
+MOST = 6  # of one kind in a scene to count
+_GAP = 2  # pixels between any two
+
+
+def name(rng: np.random.Generator, assets: Assets):
+    """One emoji anywhere in a picture, as (question, picture, its name)."""
+    image, (what,), _ = scene(rng, assets, [1], sizes=(28, 84), side=(112, 196))
+    return NAME[rng.integers(len(NAME))], image, what
+
+
+def count(rng: np.random.Generator, assets: Assets):
+    """One to six of a kind among up to five others, as (question, picture, number)."""
+    while True:
+        wanted = int(rng.integers(1, MOST + 1))
+        image, kinds, boxes = scene(rng, assets, [wanted, *_others(rng, 5)], sizes=(24, 48), side=(140, 196))
+        if len(boxes[kinds[0]]) == wanted:  # else the picture was too full, and small numbers would be commoner
+            return COUNT[rng.integers(len(COUNT))].format(plural(kinds[0])), image, str(wanted)
+
+
+def locate(rng: np.random.Generator, assets: Assets):
+    """One to three of a kind among up to four others, as (question, picture, Qwen2.5's JSON list of boxes)."""
+    image, kinds, boxes = scene(
+        rng, assets, [int(rng.integers(1, 4)), *_others(rng, 4)], sizes=(28, 72), side=(140, 196)
+    )
+    found = sorted(boxes[kinds[0]], key=lambda b: (b[1], b[0]))
+    # "Where is the X?" presupposes a single one.
+    questions = LOCATE if len(found) == 1 else [q for q in LOCATE if "every" in q]
+    question = questions[rng.integers(len(questions))].format(kinds[0])
+    return question, image, json.dumps([{"bbox_2d": list(box), "label": kinds[0]} for box in found])
+
+
+def _others(rng: np.random.Generator, most: int) -> list[int]:
+    """How many there are of each further kind, up to `most` in all."""
+    numbers, left = [], int(rng.integers(0, most + 1))
+    while left:
+        numbers.append(int(rng.integers(1, left + 1)))
+        left -= numbers[-1]
+    return numbers
+
+
+def scene(rng: np.random.Generator, assets: Assets, numbers: list[int], sizes: tuple[int, int], side: tuple[int, int]):
+    """Draws so many of each of as many random kinds, none overlapping another or cut off.
+
+    sizes: of the longer side, in pixels, both included; side: of the picture, likewise, in steps of 28.
+    Returns (picture, kinds, {kind: boxes (x1, y1, x2, y2)}), x2 and y2 being just past the last pixel. Of a
+    kind after its first, those that find no room are left out.
+    """
+    width, height = (int(rng.integers(side[0] // 28, side[1] // 28 + 1)) * 28 for _ in "wh")
+    kinds = [NAMES[i] for i in rng.choice(len(NAMES), len(numbers), replace=False)]
+    image, _ = background(rng, width, height)
+    taken: list[tuple[int, int, int, int]] = []
+    boxes: dict[str, list] = {kind: [] for kind in kinds}
+    for kind, number in zip(kinds, numbers, strict=True):
+        for _ in range(number):
+            size = int(rng.integers(sizes[0] // 4, sizes[1] // 4 + 1)) * 4
+            drawn = sprite(assets.emoji, kind, size, bool(rng.integers(2)))
+            box = place(rng, width, height, drawn.width, drawn.height, taken)
+            if box:
+                taken.append(box)
+                boxes[kind].append(box)
+                image.paste(drawn.image, box[:2], drawn.image)
+    return (grain(rng, image, 12) if rng.random() < 0.3 else image), kinds, boxes
+
+
+def place(rng: np.random.Generator, width: int, height: int, wide: int, tall: int, taken: list) -> tuple | None:
+    """A box of that size clear of the taken ones, or None after twenty tries."""
+    spots = rng.integers(0, [width - wide + 1, height - tall + 1], (20, 2)).tolist()
+    for x, y in spots:
+        if all(x >= r + _GAP or x + wide + _GAP <= l or y >= b + _GAP or y + tall + _GAP <= t for l, t, r, b in taken):
+            return x, y, x + wide, y + tall
+    return None

@@ -1,0 +1,65 @@
+"""A contact sheet of records, to see with one's own eyes what the demo is asked."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from qwenvl_jax.demo.assets import find_assets
+from qwenvl_jax.demo.render import TASKS, Scenes
+
+_WIDE = 300
+_FRAMES = 5  # to a row
+
+
+def contact_sheet(records: Sequence[dict], columns: int = 4) -> Image.Image:
+    """The records' pictures, question and answer under each; every frame of a clip."""
+    cards = [_card(record) for record in records]
+    rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
+    heights = [max(card.height for card in row) for row in rows]
+    sheet = Image.new("RGB", (_WIDE * columns, sum(heights)), (120, 120, 120))
+    for i, row in enumerate(rows):
+        for j, card in enumerate(row):
+            sheet.paste(card, (j * _WIDE, sum(heights[:i])))
+    return sheet
+
+
+def _card(record: dict) -> Image.Image:
+    media, text = record["messages"][0]["content"]
+    if "image" in media:
+        picture = media["image"].copy()
+        if record["task"] == "locate":
+            import json
+
+            for found in json.loads(record["answer"]):
+                x1, y1, x2, y2 = found["bbox_2d"]
+                ImageDraw.Draw(picture).rectangle((x1, y1, x2 - 1, y2 - 1), outline=(255, 0, 0))
+    else:
+        frames = media["video"]
+        n, h, w, _ = frames.shape
+        scale = (_WIDE - 10) / (_FRAMES * w)
+        picture = Image.new("RGB", (_FRAMES * w, -(-n // _FRAMES) * h))
+        for i, frame in enumerate(frames):
+            picture.paste(Image.fromarray(frame), (i % _FRAMES * w, i // _FRAMES * h))
+        picture = picture.resize((int(picture.width * scale), int(picture.height * scale)))
+    lines = [text["text"]] + [record["answer"][i : i + 46] for i in range(0, len(record["answer"]), 46)]
+    card = Image.new("RGB", (_WIDE - 4, picture.height + 14 * len(lines) + 10), (200, 200, 200))
+    card.paste(picture, (4, 4))
+    draw, face = ImageDraw.Draw(card), ImageFont.load_default(11)
+    for i, line in enumerate(lines):
+        draw.text((4, picture.height + 6 + 14 * i), line, (0, 0, 0) if i == 0 else (0, 0, 160), face)
+    return card
+
+
+def main() -> None:
+    """`python -m qwenvl_jax.demo.sheet FOLDER [ASSETS]`: one PNG a task."""
+    folder, assets = Path(sys.argv[1]), find_assets(*sys.argv[2:3])
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        source = Scenes(assets, "evaluation", weights={task: 1})
+        contact_sheet([source[i] for i in range(24)]).save(folder / f"{task}.png")
+
+
+if __name__ == "__main__":
+    main()
