@@ -1,0 +1,329 @@
+"""Records to packed batches, shuffled and sharded, and resumable at the exact record.
+
+The stream of a run's records is a pure function of (seed, shard, position): the whole state is one position, so
+a resume with other worker processes or threads still gives the very same batches.
+"""
+
+import json
+import logging
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qwenvl_jax.config import Config
+from qwenvl_jax.inputs.batch import fill_lanes
+from qwenvl_jax.inputs.layout import Lanes
+from qwenvl_jax.inputs.processor import Processor
+from qwenvl_jax.train.records import BadRecord, Encoder, Example, PackShape, is_visual
+from qwenvl_jax.types import Batch, InputError, TrainBatch
+
+_LOG = logging.getLogger(__name__)
+_CHUNK = 1 << 24
+
+
+class JsonLines:
+    """The records of a JSONL file by number, found by byte offsets: sixteen bytes of memory a line.
+
+    Opening reads the file once, for the offsets and a checksum. It must not change while it is in use; when it
+    has changed since a state was saved, `Dataset.set_state` says so.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            self._file = os.open(self.path, os.O_RDONLY)
+            ends, checksum, size = [], 0, 0
+            while chunk := os.pread(self._file, _CHUNK, size):
+                if size == 0 and chunk.lstrip()[:1] == b"[":
+                    raise InputError(f"{path} is a JSON array; write one record a line, as jq -c '.[]' {path} does")
+                ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (size + 1))
+                checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+        except OSError as e:
+            raise InputError(f"{path}: {e.strerror}") from e
+        starts = np.concatenate([[0], *ends])
+        self._starts = starts if starts[-1] == size else np.append(starts, size)  # the last line may have no end
+        lengths = np.diff(self._starts)
+        blank = lengths == 1
+        for line in np.flatnonzero(lengths == 2):
+            blank[line] = not self._line(line).strip()
+        self._lines = np.flatnonzero(~blank)
+        self.identity = {"bytes": size, "crc32": checksum}
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return json.loads(self._line(self._lines[index]))
+        except (ValueError, RecursionError) as e:
+            raise BadRecord("unreadable", f"not JSON ({e})") from e
+
+    def where(self, index: int) -> str:
+        return f"{self.path}:{self._lines[index] + 1}"
+
+    def _line(self, line: int) -> bytes:
+        start, end = self._starts[line : line + 2].tolist()
+        return os.pread(self._file, end - start, start)
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_file"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._file = os.open(self.path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+
+class _Bad(NamedTuple):
+    """What comes through the pipeline in the place of a bad record."""
+
+    where: str
+    reason: str
+    message: str
+
+
+class _Load:
+    """One record by number, read and encoded; in worker processes too, hence a class that can be pickled."""
+
+    def __init__(self, source, encoder: Encoder):
+        self.source, self.encoder = source, encoder
+
+    def __call__(self, index: int) -> Example | _Bad:
+        try:
+            try:
+                record = self.source[int(index)]
+            except OSError as e:
+                raise BadRecord("unreadable", str(e)) from e
+            return self.encoder(record)
+        except InputError as e:
+            where = self.source.where(index) if hasattr(self.source, "where") else f"record {index}"
+            return _Bad(where, getattr(e, "reason", "unreadable"), str(e))
+
+
+class Dataset:
+    """An endless or finite iterator of TrainBatch, numpy arrays of one shape.
+
+    records: a JSONL file, or any object with `len()` and `[i]` that gives record i, the same one every time
+        (rendered on the fly, say); several threads may ask at once, and with workers it must be picklable.
+    shape: of every batch, on this host.
+    seed: of the order, another in every epoch; shuffle=False keeps the records' own.
+    epochs: how often each record comes; None: without end. Hosts may come to different numbers of batches, so
+        with several give the steps, not the epochs.
+    shard: (index, count) of this host; every record is in one shard.
+    on_error: what a bad record does: "stop" raises InputError with its file and line, "skip" logs it as a
+        warning and counts it in `skipped`.
+    preferences: records are preferences; each becomes two neighbouring segments of a row, the chosen one first.
+    media_root: what relative paths start from; by default the JSONL file's directory.
+    options: of `Processor.encode` for every record (max_pixels, fps, allow_control_tokens, …).
+    threads: that read and encode; 0 to do without.
+    workers: processes that do, each with so many threads; 0 for none. As everywhere in Python, a script that
+        asks for some needs `if __name__ == "__main__":`.
+    """
+
+    def __init__(
+        self,
+        records,
+        processor: Processor,
+        shape: PackShape,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        epochs: int | None = None,
+        shard: tuple[int, int] = (0, 1),
+        on_error: str = "stop",
+        preferences: bool = False,
+        media_root=None,
+        options: Mapping | None = None,
+        threads: int = 2,
+        workers: int = 0,
+    ):
+        if isinstance(records, str | Path):
+            media_root = Path(records).parent if media_root is None else media_root
+            records = JsonLines(records)
+        _check_shape(shape, processor.config, preferences)
+        if on_error not in ("stop", "skip"):
+            raise InputError(f"on_error is {on_error!r}; it must be 'stop' or 'skip'")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
+        if epochs is not None and epochs < 1:
+            raise InputError(f"epochs is {epochs}; it must be 1 or more, or None for no end")
+        index, count = shard
+        if not 0 <= index < count:
+            raise InputError(f"shard is {shard}; it must be (index, count) with 0 ≤ index < count")
+        self._epoch = len(range(index, len(records), count))
+        if not self._epoch:
+            name = getattr(records, "path", "the source")
+            raise InputError(f"{name} has {len(records)} records; every one of {count} hosts needs one at least")
+        self._config, self._shape, self._on_error = processor.config, shape, on_error
+        self._order = dict(seed=seed, shuffle=shuffle, shard=[index, count], records=len(records))
+        self._order |= getattr(records, "identity", {})
+        encoder = Encoder(processor, shape, preferences=preferences, folder=media_root, options=options)
+        self._load = _Load(records, encoder)
+        self._epochs, self._threads, self._workers = epochs, threads, workers
+        self._stream: Iterator | None = None
+        self.set_state({"position": 0, "skipped": {}, "order": self._order})
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many bad records were skipped, by `BadRecord.reason`, up to the last batch."""
+        return dict(self._skipped)
+
+    @property
+    def epoch(self) -> float:
+        """How many times this shard's records have been read, up to the last batch."""
+        return self._position / self._epoch
+
+    def get_state(self) -> dict:
+        """Where the stream is, after the last batch; JSON-able."""
+        return {"position": self._position, "skipped": self.skipped, "order": dict(self._order)}
+
+    def set_state(self, state: dict) -> None:
+        """Continues after the batch that the state was taken after. InputError if the records or their order differ."""
+        for key, mine in self._order.items():
+            if (theirs := state["order"].get(key)) != mine:
+                raise InputError(
+                    f"the saved run read other records, or in another order: its {key} is {theirs}, now it is {mine}; "
+                    "give it the same, or start a new run"
+                )
+        self.close()
+        self._position, self._skipped = state["position"], Counter(state["skipped"])
+        self._waiting: Example | None = None  # read, but for the next batch: not counted by the position yet
+        self._bad_in_a_row = 0
+
+    def close(self) -> None:
+        """Ends threads and worker processes; the next batch starts them anew."""
+        if self._stream is not None:
+            self._stream.close()
+        self._stream, self._waiting = None, None
+
+    def __iter__(self) -> "Dataset":
+        return self
+
+    def __next__(self) -> TrainBatch:
+        try:
+            batch = self._next()
+        except BaseException:  # what was read for a batch that never came is read again
+            self.close()
+            raise
+        if batch is None:
+            raise StopIteration
+        return batch
+
+    def _next(self) -> TrainBatch | None:
+        if self._stream is None:
+            self._stream = self._open()
+        packer = _Packer(self._shape, self._config)
+        position, skipped = self._position, Counter(self._skipped)
+        while True:
+            item = next(self._stream, None) if self._waiting is None else self._waiting
+            self._waiting = None
+            if item is None:
+                break
+            if isinstance(item, _Bad):
+                self._bad(item, position)
+                skipped[item.reason] += 1
+            elif packer.add(item):
+                self._bad_in_a_row = 0
+            else:
+                self._waiting = item
+                break
+            position += 1
+        self._position, self._skipped = position, skipped
+        return packer.batch() if packer.spans else None
+
+    def _open(self) -> Iterator:
+        try:
+            import grain
+        except ImportError as e:
+            raise InputError("reading training data needs grain: pip install 'qwenvl-jax[train]'") from e
+        index, count = self._order["shard"]
+        ds = grain.MapDataset.range(self._order["records"])
+        if self._order["shuffle"]:
+            ds = ds.shuffle(seed=self._order["seed"])
+        ds = ds[index::count].repeat(self._epochs)[self._position :].map(self._load)
+        ds = ds.to_iter_dataset(grain.ReadOptions(self._threads, 8 * self._threads))
+        if self._workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # grain reads flags, which only absl's own programs parse
+                flags.FLAGS.mark_as_parsed()
+            ds = ds.mp_prefetch(grain.MultiprocessingOptions(self._workers, 8))
+        return iter(ds)
+
+    def _bad(self, bad: _Bad, position: int) -> None:
+        if self._on_error == "stop":
+            raise InputError(f"{bad.where}: {bad.message}")
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row == self._epoch:
+            raise InputError(f"none of {self._epoch} records can be used; the last is {bad.where}: {bad.message}")
+        if position < self._epoch:  # once is enough
+            _LOG.warning("%s: %s; skipped", bad.where, bad.message)
+
+
+def _check_shape(shape: PackShape, config: Config, preferences: bool) -> None:
+    if min(shape[:4]) < 1:
+        raise InputError(f"{shape}: rows, tokens, lanes and patches must be 1 or more")
+    if shape.patches % config.vision.block_slots:
+        raise InputError(f"patches is {shape.patches}; it must be a multiple of {config.vision.block_slots}")
+    if preferences and (shape.segments is None or shape.segments < 2 or shape.segments % 2):
+        raise InputError(f"segments is {shape.segments}; preferences need an even number, 2 or more")
+
+
+class _Packer:
+    """One batch being filled: an example goes into the first row with room, and its pictures into the lanes."""
+
+    def __init__(self, shape: PackShape, config: Config):
+        self.shape, self.config = shape, config
+        B, T = shape.rows, shape.tokens
+        self.tokens, self.segments, self.targets = (np.zeros((B, T), np.int32) for _ in range(3))
+        self.positions, self.weights = np.zeros((3, B, T), np.int32), np.zeros((B, T), np.float32)
+        self.used, self.count = np.zeros(B, int), np.zeros(B, int)  # tokens and segments of each row
+        self.lanes = Lanes(shape.patches, config.vision, shape.lanes)
+        self.visuals, self.placements = [], []
+        self.spans = []  # of every segment: row, first and last token, first and last visual
+
+    def add(self, example: Example) -> bool:
+        """False, and nothing changes, if it does not fit. Into an empty batch what the Encoder lets pass fits."""
+        length, most = sum(len(s.tokens) for s in example.segments), self.shape.segments or self.shape.tokens
+        room = (self.used + length <= self.shape.tokens) & (self.count + len(example.segments) <= most)
+        if not room.any():
+            return False
+        placements = self.lanes.place([v.grid for v in example.visuals])
+        if placements is None:
+            return False
+        row, first = int(np.argmax(room)), len(self.visuals)
+        self.visuals += example.visuals
+        self.placements += placements
+        for segment in example.segments:
+            start, stop = self.used[row], self.used[row] + len(segment.tokens)
+            self.count[row] += 1
+            self.used[row] = stop
+            self.tokens[row, start:stop] = segment.tokens
+            self.segments[row, start:stop] = self.count[row]
+            self.positions[:, row, start:stop] = segment.positions
+            # Position i learns token i + 1 of its own segment.
+            self.weights[row, start : stop - 1] = segment.weights[1:]
+            self.targets[row, start : stop - 1] = segment.tokens[1:] * (segment.weights[1:] > 0)
+            self.spans.append((row, start, stop, first, len(self.visuals)))
+        return True
+
+    def batch(self) -> TrainBatch:
+        lanes, places = fill_lanes(
+            self.visuals, self.placements, self.shape.lanes, self.shape.patches, self.config.vision
+        )
+        visual_index = np.full(self.tokens.shape, -1, np.int32)
+        for row, start, stop, first, last in self.spans:
+            if last > first:
+                span = slice(start, stop)
+                pads = is_visual(self.tokens[row, span], self.config)
+                visual_index[row, span][pads] = np.concatenate(places[first:last])
+        inputs = Batch(self.tokens, self.positions, self.segments, visual_index, (lanes,))
+        return TrainBatch(inputs, self.targets, self.weights)
