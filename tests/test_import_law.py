@@ -23,6 +23,8 @@ MAY_SEE = {
     "params": BASE | {"sharding", "model", "inputs"},
     "infer": BASE | {"sharding", "model", "params", "inputs"},
     "train": BASE | {"sharding", "model", "params", "inputs"},
+    "metrics": set(),
+    "evaluate": BASE | {"sharding", "model", "params", "inputs", "infer", "metrics"},
     "serve": BASE | {"sharding", "model", "params", "inputs", "infer"},
     "plan": BASE | {"sharding", "model", "params", "inputs", "infer", "train"},
     "demo": BASE | {"sharding", "model", "params", "inputs", "metrics", "infer", "train", "evaluate"},

@@ -1,0 +1,218 @@
+"""How right an answer is, and how sure that is: the metrics of the literature as pure functions of strings.
+
+Every metric takes a prediction and the right answers and gives a score from 0 to 1, but for boxes, which are
+counted (`match_boxes`), since their score belongs to a whole task.
+"""
+
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
+
+_Z = 1.959963984540054  # the normal distribution's 97.5% point: two-sided 95%
+_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+
+
+def exact(prediction: str, golds: Sequence[str], *, case_sensitive: bool = True) -> float:
+    """1 if the prediction is one of the answers, else 0.
+
+    Both sides are in Unicode's composed form (NFC) and without white space at their ends; nothing else is changed.
+    """
+
+    def normal(text):
+        text = unicodedata.normalize("NFC", text).strip()
+        return text if case_sensitive else text.casefold()
+
+    return float(normal(prediction) in map(normal, golds))
+
+
+def anls(prediction: str, golds: Sequence[str], *, threshold: float = 0.5) -> float:
+    """Average normalised Levenshtein similarity of one item: ST-VQA (arXiv:1905.13648), the best of the golds.
+
+    1 − distance / length of the longer, and 0 where distance / length reaches the threshold. Case and white
+    space at the ends do not count, as in DocVQA's evaluation (arXiv:2007.00398).
+    """
+
+    def one(a, b):
+        longer = max(len(a), len(b))
+        far = _levenshtein(a, b) / longer if longer else 0.0
+        return 1 - far if far < threshold else 0.0
+
+    normal = unicodedata.normalize("NFC", prediction).strip().lower()
+    return max(one(normal, unicodedata.normalize("NFC", gold).strip().lower()) for gold in golds)
+
+
+def relaxed(prediction: str, golds: Sequence[str], *, tolerance: float = 0.05) -> float:
+    """Relaxed accuracy of ChartQA (arXiv:2203.10244): 1 for a number within 5% of the answer, else 0.
+
+    Where one side is no number, both must be equal but for case and white space at the ends. "12%" is 0.12, as in
+    the evaluation that Pix2Struct published. Only 0 is within 5% of 0 (that evaluation compares "0" as a string).
+    """
+
+    def one(gold):
+        p, g = _number(prediction), _number(gold)
+        if p is None or g is None:
+            return prediction.strip().lower() == gold.strip().lower()
+        return abs(p - g) <= tolerance * abs(g) * (1 + 1e-9)  # 1.05 is within 5% of 1 in decimals, not in binary
+
+    return float(any(map(one, golds)))
+
+
+def seconds(prediction: str, golds: Sequence[str], *, tolerance: float = 0.5) -> float:
+    """1 if the first time that the prediction names is within `tolerance` seconds of an answer, else 0.
+
+    A time is a number of seconds or m:ss or h:mm:ss, the ways of Qwen2.5-VL (arXiv:2502.13923).
+    """
+    p = first_time(prediction)
+    return float(p is not None and any(abs(p - first_time(gold)) <= tolerance + 1e-9 for gold in golds))
+
+
+def first_time(text: str) -> float | None:
+    """The first time in a text, in seconds; None if there is none."""
+    found = re.search(rf"(?:(?:([0-9]+):)?([0-9]+):)?({_NUMBER})", text)
+    if not found:
+        return None
+    hours, minutes, rest = (float(part or 0) for part in found.groups())
+    time = 3600 * hours + 60 * minutes + rest
+    return time if math.isfinite(time) else None
+
+
+def _number(text: str) -> float | None:
+    text = text.strip()
+    percent = text.endswith("%")
+    text = text.removesuffix("%").strip()
+    if not re.fullmatch(_NUMBER, text) or not math.isfinite(float(text)):
+        return None
+    return float(text) / 100 if percent else float(text)
+
+
+def _levenshtein(a: str, b: str) -> int:
+    """Insertions, deletions and substitutions of one character that turn a into b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+# --- boxes ----------------------------------------------------------------------------------------------
+
+
+class Box(NamedTuple):
+    """A labelled rectangle, in pixels of the picture as the model sees it (after its resizing)."""
+
+    label: str
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+class Matched(NamedTuple):
+    """Counts of one picture."""
+
+    right: int  # pairs of a predicted and a gold box
+    predicted: int
+    gold: int
+
+    @property
+    def f1(self) -> float:
+        return 2 * self.right / total if (total := self.predicted + self.gold) else 1.0
+
+
+def parse_boxes(text: str) -> list[Box]:
+    """The boxes of Qwen2.5-VL's answer, `[{"bbox_2d": [x1, y1, x2, y2], "label": "…"}]`, in a ```json fence or not.
+
+    What is no JSON, being cut off at its end or lacking a comma, is read object by object; what has not four
+    numbers or no label is left out. A single object need not be in a list.
+    """
+    fenced = re.search(r"```(?:json)?\s*(.*?)\s*(?:```|\Z)", text, re.S)
+    try:
+        objects = json.loads(fenced[1] if fenced else text)
+    except (ValueError, RecursionError):
+        objects = [_broken(piece) for piece in text.split("{")[1:]]
+    boxes = []
+    for o in objects if isinstance(objects, list) else [objects]:
+        box, label = (o.get("bbox_2d"), o.get("label")) if isinstance(o, dict) else (None, None)
+        if isinstance(label, str) and isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)):
+            boxes.append(Box(label, *map(float, box)))
+    return boxes
+
+
+def _broken(piece: str) -> dict:
+    """What can be made out of one object, from behind its brace on."""
+    numbers = r"\s*,\s*".join([f"({_NUMBER})"] * 4)
+    box = re.search(rf"""["']bbox_2d["']\s*:\s*\[\s*{numbers}""", piece)
+    label = re.search(r"""["']label["']\s*:\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')""", piece)
+    if not (box and label):
+        return {}
+    return {"bbox_2d": [float(x) for x in box.groups()], "label": label[1] if label[1] is not None else label[2]}
+
+
+def _is_finite(x) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e9
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two rectangles, labels aside; 0 where one is empty or inside out."""
+    width, height = min(a.x2, b.x2) - max(a.x1, b.x1), min(a.y2, b.y2) - max(a.y1, b.y1)
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = sum((box.x2 - box.x1) * (box.y2 - box.y1) for box in (a, b))
+    return width * height / (areas - width * height)
+
+
+def match_boxes(predicted: Sequence[Box], gold: Sequence[Box], *, threshold: float = 0.5) -> Matched:
+    """The most boxes that can be paired off one to one, with the same label (but for case) and an IoU of `threshold`.
+
+    A second box on an object that has one already is an extra one, and counts against the prediction.
+    """
+
+    def label(box):
+        return unicodedata.normalize("NFC", box.label).strip().casefold()
+
+    fits = [[label(p) == label(g) and iou(p, g) >= threshold for g in gold] for p in predicted]
+    taker: dict[int, int] = {}  # gold → predicted
+
+    def place(p, tried):
+        """Finds p a gold box, if need be by moving the one that has it (augmenting paths)."""
+        for g, fit in enumerate(fits[p]):
+            if fit and g not in tried:
+                tried.add(g)
+                if g not in taker or place(taker[g], tried):
+                    taker[g] = p
+                    return True
+        return False
+
+    return Matched(sum(place(p, set()) for p in range(len(predicted))), len(predicted), len(gold))
+
+
+# --- intervals ------------------------------------------------------------------------------------------
+
+
+def wilson(right: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a proportion, `right` of n ≥ 1: Wilson 1927 (doi:10.1080/01621459.1927.10502953)."""
+    p, z2 = right / n, _Z * _Z
+    centre, half = p + z2 / (2 * n), _Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+    return max(low, 0.0) if right else 0.0, min(high, 1.0) if right < n else 1.0
+
+
+def bootstrap(
+    numerators: Sequence[float], denominators: Sequence[float], *, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95% percentile interval of sum(numerators) / sum(denominators), items drawn with replacement.
+
+    With ones below it is that of a mean. Whole items are drawn, since the boxes of one picture go together.
+    """
+    import numpy as np  # here, so that the command line's parser does without
+
+    pairs = np.stack([np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)], 1)
+    rng = np.random.default_rng(seed)
+    sums = np.array([pairs[rng.integers(0, len(pairs), len(pairs))].sum(0) for _ in range(resamples)])
+    ratios = np.divide(sums[:, 0], sums[:, 1], out=np.ones(resamples), where=sums[:, 1] > 0)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
