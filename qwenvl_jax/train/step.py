@@ -5,6 +5,7 @@ parameter path to array. Every optax transformation that works leaf by leaf work
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -105,8 +106,9 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, trainable:
 
     def start(train):
         opt_state = optimizer.init({path: w.astype(jnp.float32) for path, w in train.items()})
-        return _settled(TrainState(jnp.zeros((), jnp.int32), {}, opt_state))
+        return _settled(TrainState(jnp.zeros((), jnp.int32), {}, opt_state), params)
 
+    params = jax.tree.map(jnp.asarray, params)
     return jax.jit(start)(_split(params, trainable)[0])._replace(params=params)
 
 
@@ -128,6 +130,7 @@ def make_step(
 
     def step(state: TrainState, batch: TrainBatch):
         train, frozen = _split(state.params, trainable)
+        settled = partial(_settled, params=state.params)
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def total_of(train, micro, index):
@@ -139,14 +142,14 @@ def make_step(
 
         def accumulate(carry, part):
             grads, sums = jax.grad(total_of, has_aux=True)(train, *part)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (_settled(grads), sums)), None
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (settled(grads), sums)), None
 
         micros = len(batch.targets)
         first = jax.tree.map(lambda a: a[0], batch)
         _, sums = jax.eval_shape(total_of, train, first, jnp.zeros((), jnp.int32))
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (train, sums))
         parts = batch, jnp.arange(micros)
-        (grads, sums), _ = jax.lax.scan(accumulate, (_settled(zeros[0]), zeros[1]), parts)
+        (grads, sums), _ = jax.lax.scan(accumulate, (settled(zeros[0]), zeros[1]), parts)
 
         weight = sums.pop("weight")
         share = 1 / jnp.where(weight > 0, weight, 1)
@@ -161,21 +164,22 @@ def make_step(
         new, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (new, opt_state), (train, state.opt_state)
         )
-        state = _settled(TrainState(state.step + finite, unflatten(new | frozen), opt_state))
+        state = settled(TrainState(state.step + finite, unflatten(new | frozen), opt_state))
         return state, metrics | {"weight": weight, "grad_norm": norm, "finite": finite}
 
     return jax.jit(step, donate_argnums=0)
 
 
-def shardings(tree, mesh):
-    """A tree of NamedSharding for a TrainState, or anything with parameters or their likenesses (moments, gradients)
-    in it, nested or flat: each lies as its parameter does, all else is on every device. Arrays or shapes."""
+def shardings(tree, params: dict, mesh):
+    """A tree of NamedSharding for a TrainState, or for anything else with likenesses of the parameters in it (moments,
+    gradients), nested or flat: each lies as its parameter does, all else is on every device. Arrays or shapes."""
+    where = flatten(param_shardings(params, mesh))
+    shapes = {path: w.shape for path, w in flatten(params).items()}
 
     def sharding(path, leaf):
-        keys = "/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey)).split("/")
-        if keys[0] in ("decoder", "vision") and leaf.ndim:
-            return next(iter(flatten(param_shardings(unflatten({"/".join(keys): leaf}), mesh)).values()))
-        return NamedSharding(mesh, PartitionSpec())
+        keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+        name = keys[-1] if keys and "/" in keys[-1] else "/".join(keys)
+        return where[name] if shapes.get(name) == leaf.shape else NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
@@ -197,7 +201,7 @@ def _split(params: dict, trainable: Callable[[str], bool]) -> tuple[dict, dict]:
     return train, {path: w for path, w in flat.items() if path not in train}
 
 
-def _settled(tree):
+def _settled(tree, params: dict):
     """One layout for what a step hands to the next; otherwise XLA would choose, and compile again for its choice."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh))
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(tree, params, mesh))
