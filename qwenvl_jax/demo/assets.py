@@ -8,42 +8,53 @@ from typing import NamedTuple
 from qwenvl_jax.types import InputError
 
 VARIABLE = "QWENVL_DEMO_ASSETS"
+WEBFONTS = (
+    "pt-serif", "lora", "merriweather", "noto-serif", "source-serif-4", "playfair-display", "eb-garamond",
+    "roboto-slab", "roboto-mono", "courier-prime", "inconsolata", "caveat", "crimson-text", "ibm-plex-mono",
+    "patrick-hand",
+)  # fmt: skip
 HOW = f"""get them with
+
   pip install --no-deps --target DIR trdg==1.8.0 vega-datasets==0.9.0
-  npm install --prefix DIR emoji-datasource-google@16.0.0
+  npm install --prefix DIR emoji-datasource-google@16.0.0 {" ".join(f"@fontsource/{name}@5" for name in WEBFONTS)}
+
 and give DIR, or set {VARIABLE} to it"""
 
 
 class Assets(NamedTuple):
     """Folders and files to draw from.
 
-    Sources and licences: fonts, those of trdg's whose name table says OFL 1.1 or Apache-2.0 (listed in
-    `lines.py`). words, trdg's copy of the dwyl/english-words list (Unlicense). emoji, Google's Noto Emoji
-    (Apache-2.0) as packed by emoji-datasource. tables, those of vega-datasets that are in the public domain
-    (listed in `charts.py`).
+    Sources and licences: fonts, those of trdg's that are under OFL 1.1 or Apache-2.0, and Fontsource's
+    packages of such (listed in `fonts.py`). words, trdg's copy of the dwyl/english-words list (Unlicense).
+    emoji, Google's Noto Emoji (Apache-2.0) as packed by emoji-datasource. tables, those of vega-datasets that
+    are in the public domain (listed in `charts.py`).
     """
 
-    fonts: Path  # *.ttf
+    fonts: Path  # trdg's *.ttf
+    webfonts: Path  # Fontsource's packages, one a family
     words: Path  # one a line
     emoji: Path  # 64-pixel PNG files named by code point
     tables: Path  # *.csv and *.json
 
 
 def find_assets(directory: str | Path | None = None) -> Assets:
-    """The assets under `directory`, else under $QWENVL_DEMO_ASSETS, else as packages of this Python.
+    """The assets under `directory`, else under $QWENVL_DEMO_ASSETS.
 
-    Raises InputError that names what is missing, with the two commands that fetch everything.
+    Without either, the Python packages may be installed ones, and `node_modules` is looked for in the working
+    directory. Raises InputError that names what is missing, with the two commands that fetch everything.
     """
     given = directory or os.environ.get(VARIABLE)
     root = Path(given) if given else None
     trdg, vega = (_package(name, root) for name in ("trdg", "vega_datasets"))
+    modules = (root or Path()) / "node_modules"
     found = Assets(
         fonts=trdg / "fonts" / "latin",
+        webfonts=modules / "@fontsource",
         words=trdg / "dicts" / "en.txt",
-        emoji=(root or Path()) / "node_modules" / "emoji-datasource-google" / "img" / "google" / "64",
+        emoji=modules / "emoji-datasource-google" / "img" / "google" / "64",
         tables=vega / "_data",
     )
-    for name, path in found._asdict().items():
+    for name, path in [*found._asdict().items(), *(("webfonts", found.webfonts / name) for name in WEBFONTS)]:
         if not path.exists():
             raise InputError(f"the demo's {name} are not at {path}; {HOW}")
     return found

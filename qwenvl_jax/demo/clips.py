@@ -5,8 +5,8 @@ import numpy as np
 from qwenvl_jax.demo.assets import Assets
 from qwenvl_jax.demo.canvas import background
 from qwenvl_jax.demo.emoji import NAMES, sprite
+from qwenvl_jax.demo.questions import WHEN, ask
 
-QUESTIONS = ("When does the {} appear?", "At what time does the {} appear?", "When do you first see the {}?")
 FPS = 2.0
 
 
@@ -32,7 +32,7 @@ def clip(rng: np.random.Generator, assets: Assets):
         taken.append(path)
         for canvas, (x, y, _, _) in zip(canvases[start:], path[start:].tolist(), strict=True):
             canvas.paste(drawn.image, (x, y), drawn.image)
-    question = QUESTIONS[rng.integers(len(QUESTIONS))].format(kinds[0])
+    question = ask(rng, WHEN, kinds[0])
     return question, np.stack([np.asarray(c) for c in canvases]), f"{starts[0] / FPS} seconds"
 
 

@@ -1,42 +1,18 @@
 """Lines of text in many fonts, for "read the text"."""
 
+import csv
+import re
 import zlib
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 
 from qwenvl_jax.demo.assets import Assets
 from qwenvl_jax.demo.canvas import background, contrast, grain
-
-QUESTIONS = ("Read the text.", "What does it say?", "What is written here?", "Transcribe the text.")
-
-# Of trdg's hundred fonts, those whose own name table says OFL 1.1 or Apache-2.0, but for the eight hairline
-# and thin ones, which fade away at the sizes used here.
-_LATO = ("Black", "Bold", "Heavy", "Light", "Medium", "Semibold")
-_RALEWAY = ("Black", "Bold", "ExtraBold", "ExtraLight", "Light", "Medium", "SemiBold")
-_OPEN_SANS = ("Bold", "ExtraBold", "Light", "Semibold")
-
-
-def _faces(family: str, weights: tuple[str, ...]) -> tuple[str, ...]:
-    upright = tuple(f"{family}-{w}.ttf" for w in ("Regular", *weights))
-    return upright + tuple(f"{family}-{w}Italic.ttf" for w in ("", *weights))
-
-
-FONTS = (
-    *_faces("Lato", _LATO),
-    *_faces("OpenSans", _OPEN_SANS),
-    *_faces("Raleway", _RALEWAY),
-    *_faces("Roboto", ("Black", "Bold", "Light", "Medium")),
-    "RobotoCondensed-Bold.ttf", "RobotoCondensed-BoldItalic.ttf", "RobotoCondensed-Italic.ttf",
-    "RobotoCondensed-Light.ttf", "RobotoCondensed-Regular.ttf", "AmaticSC-Regular.ttf",
-)  # fmt: skip
-# Never trained on: two whole families, and one style each of a known narrow and a known handwritten one.
-UNSEEN_FONTS = (
-    *_faces("Sansation", ("Bold", "Light")),
-    "DroidSans.ttf", "DroidSans-Bold.ttf", "RobotoCondensed-LightItalic.ttf", "Amatic-Bold.ttf",
-)  # fmt: skip
+from qwenvl_jax.demo.emoji import NAMES, plural
+from qwenvl_jax.demo.fonts import CAPITALS, font, pick
+from qwenvl_jax.demo.questions import ALL, READ, ask
 
 MAX_WIDTH = 280
 MAX_CHARS = 16
@@ -46,45 +22,43 @@ _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of codes: without I and O, which many f
 
 def line(rng: np.random.Generator, assets: Assets, evaluation: bool, unseen_fonts: bool = False):
     """One line of text as (question, picture, answer); evaluation has texts that training never has."""
-    fonts = UNSEEN_FONTS if unseen_fonts else FONTS
-    name = fonts[rng.integers(len(fonts))]
-    text = _text(rng, str(assets.words), evaluation)
-    if name.startswith("Amatic"):  # it draws small letters as capitals
+    family, file = pick(rng, unseen_fonts)
+    text = _text(rng, assets, evaluation)
+    if family in CAPITALS:
         text = text.upper()
-    return QUESTIONS[rng.integers(len(QUESTIONS))], _picture(rng, str(assets.fonts / name), text), text
+    return ask(rng, READ), _picture(rng, assets, file, text), text
 
 
 def held_out(text: str) -> bool:
-    """Whether a word, or a number, date, price or code as a whole, is kept from training: one in ten."""
+    """Whether a word, or a place, number, date, price or code as a whole, is kept from training: one in ten."""
     return zlib.crc32(text.lower().encode()) % 10 == 0
 
 
-@lru_cache(1)
-def _words(path: str) -> tuple[list[str], list[str]]:
-    """Words of 3 to 12 plain small letters: (for training, held out)."""
-    lines = Path(path).read_text("utf-8").splitlines()
-    words = [w for w in lines if 3 <= len(w) <= 12 and w.isascii() and w.isalpha() and w.islower()]
-    return [w for w in words if not held_out(w)], [w for w in words if held_out(w)]
+@lru_cache(2)
+def _pools(assets: Assets, evaluation: bool) -> tuple[list[str], list[str], list[str]]:
+    """(words of 3 to 12 small letters, places, the words that the tokenizer has whole)."""
+    words = [w for w in assets.words.read_text("utf-8").splitlines() if re.fullmatch("[a-z]{3,12}", w)]
+    with (assets.tables / "airports.csv").open(encoding="utf-8", newline="") as file:
+        cities = {row["city"] for row in csv.DictReader(file)}
+    places = sorted(c for c in cities if re.fullmatch(f"[A-Za-z ]{{3,{MAX_CHARS}}}", c))
+    known = {*NAMES, *map(plural, NAMES), *re.findall("[a-z]+", " ".join(ALL).lower())}
+    return tuple([w for w in pool if held_out(w) == evaluation] for pool in (words, places, sorted(known)))
 
 
-@lru_cache(1024)
-def font(path: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-
-
-def _text(rng: np.random.Generator, words: str, evaluation: bool) -> str:
-    if rng.random() < 0.6:
-        pool = _words(words)[evaluation]
-        text = pool[rng.integers(len(pool))]
-        if rng.random() < 0.4:
-            second = pool[rng.integers(len(pool))]
-            text = f"{text} {second}" if len(text) + len(second) < MAX_CHARS else text
-        style = (str.lower, str.capitalize, str.title, str.upper)[np.searchsorted((0.4, 0.65, 0.8), rng.random())]
-        return style(text)
-    while True:
-        text = _figures(rng)
-        if held_out(text) == evaluation:
-            return text
+def _text(rng: np.random.Generator, assets: Assets, evaluation: bool) -> str:
+    kind = np.searchsorted((0.45, 0.58, 0.65), rng.random(), side="right")
+    if kind == 3:
+        while True:
+            text = _figures(rng)
+            if held_out(text) == evaluation:
+                return text
+    pool = _pools(assets, evaluation)[kind]
+    text = pool[rng.integers(len(pool))]
+    if kind != 1 and rng.random() < 0.4:
+        second = pool[rng.integers(len(pool))]
+        text = f"{text} {second}" if len(text) + len(second) < MAX_CHARS else text
+    style = np.searchsorted((0.4, 0.65, 0.8), rng.random(), side="right")
+    return (text, text.capitalize(), text.title(), text.upper())[style]
 
 
 def _figures(rng: np.random.Generator) -> str:
@@ -106,17 +80,17 @@ def _figures(rng: np.random.Generator) -> str:
     return f"{letters}{('', '-', ' ', '/', '#')[n(0, 5)]}{digits}"
 
 
-def _picture(rng: np.random.Generator, path: str, text: str) -> Image.Image:
+def _picture(rng: np.random.Generator, assets: Assets, file: str, text: str) -> Image.Image:
     height = 28 if rng.random() < 0.8 else 56
     size = int(rng.integers(15, 24) if height == 28 else rng.integers(24, 46))
-    face = font(path, size)
+    face = font(assets, file, size)
     if face.getlength(text) > MAX_WIDTH - 8:
         size = int(size * (MAX_WIDTH - 8) / face.getlength(text))
-        face = font(path, size)
+        face = font(assets, file, size)
     left, top, right, bottom = face.getbbox(text)
     while bottom - top > height - 4:  # tall letters with tails
         size -= 1
-        face = font(path, size)
+        face = font(assets, file, size)
         left, top, right, bottom = face.getbbox(text)
     wide, tall = right - left, bottom - top
     width = min(MAX_WIDTH, -(-(wide + 6 + int(rng.integers(0, 20))) // 28) * 28)

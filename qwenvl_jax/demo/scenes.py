@@ -7,10 +7,8 @@ import numpy as np
 from qwenvl_jax.demo.assets import Assets
 from qwenvl_jax.demo.canvas import background, grain
 from qwenvl_jax.demo.emoji import NAMES, plural, sprite
+from qwenvl_jax.demo.questions import COUNT, LOCATE, LOCATE_ALL, LOCATE_ONE, NAME, ask
 
-NAME = ("What is it?", "What is this?", "What do you see?", "Name the object.")
-COUNT = ("How many {} are there?", "How many {} do you see?", "Count the {}.")
-LOCATE = ("Locate every {}.", "Find every {}.", "Where is the {}?", "Give the box of every {}.")
 MOST = 6  # of one kind in a scene to count
 _GAP = 2  # pixels between any two
 
@@ -18,7 +16,7 @@ _GAP = 2  # pixels between any two
 def name(rng: np.random.Generator, assets: Assets):
     """One emoji anywhere in a picture, as (question, picture, its name)."""
     image, (what,), _ = scene(rng, assets, [1], sizes=(28, 84), side=(112, 196))
-    return NAME[rng.integers(len(NAME))], image, what
+    return ask(rng, NAME), image, what
 
 
 def count(rng: np.random.Generator, assets: Assets):
@@ -27,7 +25,7 @@ def count(rng: np.random.Generator, assets: Assets):
         wanted = int(rng.integers(1, MOST + 1))
         image, kinds, boxes = scene(rng, assets, [wanted, *_others(rng, 5)], sizes=(24, 48), side=(140, 196))
         if len(boxes[kinds[0]]) == wanted:  # else the picture was too full, and small numbers would be commoner
-            return COUNT[rng.integers(len(COUNT))].format(plural(kinds[0])), image, str(wanted)
+            return ask(rng, COUNT, plural(kinds[0])), image, str(wanted)
 
 
 def locate(rng: np.random.Generator, assets: Assets):
@@ -36,9 +34,8 @@ def locate(rng: np.random.Generator, assets: Assets):
         rng, assets, [int(rng.integers(1, 4)), *_others(rng, 4)], sizes=(28, 72), side=(140, 196)
     )
     found = sorted(boxes[kinds[0]], key=lambda b: (b[1], b[0]))
-    # "Where is the X?" presupposes a single one.
-    questions = LOCATE if len(found) == 1 else [q for q in LOCATE if "every" in q]
-    question = questions[rng.integers(len(questions))].format(kinds[0])
+    forms = ((LOCATE, kinds[0]), (LOCATE_ONE, kinds[0]) if len(found) == 1 else (LOCATE_ALL, plural(kinds[0])))
+    question = ask(rng, *forms[rng.integers(2)])
     return question, image, json.dumps([{"bbox_2d": list(box), "label": kinds[0]} for box in found])
 
 

@@ -11,8 +11,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from qwenvl_jax.demo import charts, clips, lines, scenes
 from qwenvl_jax.demo.emoji import NAMES, plural
+from qwenvl_jax.demo.questions import ALL
 
 # In the order of Qwen2.5-VL, which has them from id 151643 on; here they follow the words.
 SPECIAL = (
@@ -75,12 +75,8 @@ def special_ids() -> dict[str, int]:
 
 def _pieces() -> list[str]:
     """Everything worth one token, as the split above cuts it."""
-    questions = (
-        *lines.QUESTIONS, *scenes.NAME, *scenes.COUNT, *scenes.LOCATE, *clips.QUESTIONS,
-        *charts.VALUE, *charts.HIGHEST, *charts.LOWEST,
-    )  # fmt: skip
     kinds = [word for name in NAMES for word in (name, plural(name))]
-    texts = ["system\n", "user\n", "assistant\n", SYSTEM, *questions, " seconds"]
+    texts = ["system\n", "user\n", "assistant\n", SYSTEM, *ALL, *(q[0].lower() + q[1:] for q in ALL), " seconds"]
     # Split into " word", "word" and punctuation, as the regular expression does for plain English.
     found = [piece for text in texts for piece in re.findall(r" ?[A-Za-z]+|[^\sA-Za-z]", text.replace("{}", ""))]
     return [*JSON_PIECES, *found, *kinds, *(f" {word}" for word in kinds)]
