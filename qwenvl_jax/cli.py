@@ -1,4 +1,4 @@
-"""The `qwenvl` command: the package's five verbs, and the one place where errors become sentences.
+"""The `qwenvl` command: the package's verbs, and the one place where errors become sentences.
 
 jax and the model are imported inside the commands, so that `--help` and a mistyped option answer at once.
 """
@@ -10,14 +10,18 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
 from pathlib import Path
 
+from qwenvl_jax import evaluate
+from qwenvl_jax.train import options as train_options
 from qwenvl_jax.types import InputError
 
 _OK, _FAILED, _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 0, 1, 2, 130, 141
+_NOT_DONE = 75  # sysexits.h: "temporary failure, the user is invited to try again"
 _ENCODING = (
     "tools",
     "add_vision_id",
@@ -54,7 +58,8 @@ _REQUEST = {name: name for name in (*_SAMPLING, "tools")} | {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 1 a bug or a failed check, 2 bad input, 130 Ctrl-C."""
+    """Runs one command; returns its exit code: 0, 1 a bug or a failed check, 2 bad input, 75 training that a SIGTERM
+    put off, 130 Ctrl-C."""
     args = build_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal whose encoding lacks a character of the answer should get the rest of it.
@@ -159,6 +164,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = command("chat", _chat, "Talk to a model about images and videos.")
     _model_options(p)
+
+    p = command("train", _train, "Fine-tune a model. The same command goes on with a run that was stopped.")
+    p.add_argument("config", nargs="?", metavar="FILE.toml", help="the keys below, with _ for -; flags win")
+    train_options.add_arguments(p)
+
+    p = command("eval", evaluate.command, "Answer questions and score the answers.")
+    evaluate.add_arguments(p)
+
+    p = command("plot", _plot, "Draw the metrics of training runs.")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
+    p.add_argument("-o", "--output", default="loss.png", metavar="FILE.png", help="default: loss.png")
 
     p = command("convert", _convert, "Turn a Hugging Face checkpoint into an Orbax one, or back.")
     p.add_argument("src", metavar="SRC", help="checkpoint directory or hub id")
@@ -415,6 +431,29 @@ def _answer(engine, encode, messages: list[dict], options) -> str | None:
         return None
     print()
     return "".join(pieces)
+
+
+# --- train, plot ----------------------------------------------------------------------------------------
+
+
+def _train(args) -> int:
+    from qwenvl_jax.train.finetune import finetune
+
+    def evaluator(model, data, encoding):
+        return evaluate.Evaluator(model, data, encoding=encoding)
+
+    options = train_options.TrainOptions.read(args.config, train_options.flags(args))
+    ended = finetune(options, evaluator)
+    return {None: _OK, signal.SIGTERM: _NOT_DONE, signal.SIGINT: _INTERRUPTED}[ended]
+
+
+def _plot(args) -> int:
+    from qwenvl_jax import plot
+    from qwenvl_jax.train.run import read_metrics
+
+    plot.draw({run: read_metrics(run) for run in args.runs}, args.output)
+    print(args.output)
+    return _OK
 
 
 # --- convert, info, verify ------------------------------------------------------------------------------

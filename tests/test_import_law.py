@@ -29,6 +29,7 @@ MAY_SEE = {
     "plan": BASE | {"sharding", "model", "params", "inputs", "infer", "train"},
     "demo": BASE | {"sharding", "model", "params", "inputs", "metrics", "infer", "train", "evaluate"},
     "info": BASE | {"model", "params"},
+    "plot": BASE,
     "cli": None,  # everything
 }
 

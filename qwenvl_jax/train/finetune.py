@@ -1,0 +1,86 @@
+"""A whole fine-tuning from its options: a checkpoint and records in, a checkpoint that `load` opens out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from qwenvl_jax.params import checkpoint, lora
+from qwenvl_jax.train.data import Dataset
+from qwenvl_jax.train.loop import make_run_mesh, train
+from qwenvl_jax.train.options import TrainOptions
+from qwenvl_jax.train.records import PackShape
+from qwenvl_jax.train.run import Run
+from qwenvl_jax.types import InputError, Model
+
+FINAL, ADAPTER = "final", "adapter"
+_ENCODING = ("min_pixels", "max_pixels", "total_pixels", "fps", "max_frames")
+
+
+def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Callable] | None = None) -> int | None:
+    """Trains as `options` say and writes the result; if a signal ends the run early, returns its number.
+
+    evaluator: (model, eval_data, options of Processor.encode) → params → metrics by name.
+    The result is the directory `final` in the output, which `load` opens; with LoRA, adapters are merged into it,
+    and beside it is `adapter`, which PEFT opens too. Where they are there already, nothing is left to do.
+    Raises InputError for everything that the options, the checkpoint or the records have wrong.
+    """
+    for name in ("model", "data", "output"):
+        if not getattr(options, name):
+            raise InputError(f"{name} is not given; give --{name} or put it into the TOML file")
+    final, adapter = (Path(options.output).expanduser() / name for name in (FINAL, ADAPTER))
+    with Run(options):  # refuses another run's directory before any weights are read
+        if final.is_dir():
+            _say(f"finished before: {final}")
+            return None
+    source = checkpoint.find(options.model)
+    stored = checkpoint.read_config(source)
+    # Small updates are lost in bfloat16 weights. Adapters are float32 anyway.
+    param_dtype = options.param_dtype or (None if options.lora_rank else "float32")
+    model = checkpoint.load(source, mesh=make_run_mesh(options), dtype=param_dtype)
+    model = model._replace(config=model.config.replace(dtype=options.dtype or stored.dtype))
+    encoding = {name: value for name in _ENCODING if (value := getattr(options, name)) is not None}
+    data = Dataset(
+        options.data,
+        model.processor,
+        PackShape(options.rows, options.tokens, options.lanes, options.patches, options.segments),
+        seed=options.seed,
+        on_error=options.on_bad_record,
+        preferences=options.task == "dpo",
+        options=encoding,
+        threads=options.threads,
+        workers=options.workers,
+    )
+    evaluate = None
+    if options.eval_data:
+        if evaluator is None:
+            raise InputError("eval_data is given, but there is nothing to evaluate with")
+        evaluate = evaluator(model, options.eval_data, encoding)
+    try:
+        result = train(model, data, options, evaluate=evaluate, donate=True)
+    finally:
+        data.close()
+    if result.signal is not None:
+        _say(f"stopped after step {result.step}; the same command goes on from there")
+        return result.signal
+    if data.skipped:
+        _say("records skipped: " + ", ".join(f"{reason}: {n}" for reason, n in sorted(data.skipped.items())))
+    if jax.process_count() > 1:
+        _say(f"trained to step {result.step}; run the same command in a single process to write {final}")
+        return None
+    params = result.params
+    if options.lora_rank:
+        if not adapter.exists():
+            lora.save_adapter(model.config, params, adapter, base_name=options.model)
+            _say(f"adapter for PEFT: {adapter}")
+        params = lora.merge(params)
+    # Trained in whatever precision, it is stored in the one it came in.
+    params = jax.tree.map(lambda w: w.astype(stored.dtype), params)
+    checkpoint.save(model._replace(config=stored, params=params), final, files_from=source)
+    _say(f"model of step {result.step}: {final}")
+    return None
+
+
+def _say(sentence: str) -> None:
+    if jax.process_index() == 0:
+        print(sentence, flush=True)

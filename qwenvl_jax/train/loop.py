@@ -1,0 +1,350 @@
+"""The training loop: batches in, steps, metrics, evaluations and checkpoints out, and exactly on from where it stopped.
+
+The device never waits for the host: a step is dispatched, then the next batch is read and sent, then the metrics of
+the step before are fetched. Nothing moves between them but what is moved by name (`jax.transfer_guard`).
+"""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from qwenvl_jax.params import lora
+from qwenvl_jax.params.hf import flatten, unflatten
+from qwenvl_jax.sharding import make_mesh, param_shardings
+from qwenvl_jax.train.flops import peak_flops, train_flops
+from qwenvl_jax.train.losses import dpo_loss, segment_logprobs, sft_loss
+from qwenvl_jax.train.options import TrainOptions
+from qwenvl_jax.train.run import CHECKPOINTS, Run
+from qwenvl_jax.train.step import (
+    TrainState,
+    batch_shardings,
+    group,
+    init_state,
+    make_optimizer,
+    make_schedule,
+    make_step,
+)
+from qwenvl_jax.types import InputError, Model, TrainBatch
+
+
+class Result(NamedTuple):
+    """What `train` returns: the parameters at the end, or of the best checkpoint if `best` names a metric."""
+
+    params: dict
+    step: int  # whose parameters they are
+    signal: int | None = None  # SIGTERM or SIGINT if that ended the run early; the same call goes on from there
+
+
+def train(
+    model: Model,
+    data,
+    options: TrainOptions,
+    *,
+    evaluate: Callable[[dict], dict[str, float]] | None = None,
+    donate: bool = False,
+) -> Result:
+    """Trains a model, or goes on training if `options.output` holds a run with the same options.
+
+    data: an iterator of TrainBatch (numpy, without the leading axis A) with `get_state()` and `set_state(state)`, whose
+        state JSON can hold. It must not end before `options.steps · options.accumulate` batches.
+    evaluate: params → metrics by name, called every `options.eval_every` steps and after the last one.
+    donate: use up `model.params`, which saves a copy of them.
+    SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint; a second Ctrl-C ends it at once. A bad
+    record that stops the run, too, leaves a checkpoint.
+    Raises InputError for options that do not fit, bad records, and too many steps that are not finite.
+    """
+    if options.best and evaluate is None:
+        raise InputError(f"best is {options.best!r}, a metric of the evaluation, but there is nothing to evaluate on")
+    with Run(options) as run, _Signals() as signals:
+        return _Loop(model, data, options, evaluate, donate, run, signals).run_to_end()
+
+
+class _Loop:
+    """One call of `train`."""
+
+    def __init__(self, model, data, options, evaluate, donate, run, signals):
+        self.data, self.options, self.evaluate, self.run, self.signals = data, options, evaluate, run, signals
+        self.config = model.config.replace(dtype=options.dtype or model.config.dtype)
+        self.mesh = make_run_mesh(options)
+        params = model.params if donate else jax.tree.map(jnp.copy, model.params)
+        if self.mesh is not None:
+            params = jax.device_put(params, param_shardings(params, self.mesh))
+        noise = None
+        if options.lora_rank:
+            key = jax.random.key(options.seed)
+            params = lora.add(
+                self.config,
+                params,
+                key,
+                rank=options.lora_rank,
+                alpha=options.lora_alpha,
+                targets=options.lora_targets,
+            )
+            if options.lora_dropout:
+                noise = partial(lora.dropout, rate=options.lora_dropout)
+        chosen = lora.is_trainable if options.lora_rank else lambda path: True
+        self.trainable = lambda path: chosen(path) and group(path) not in options.freeze
+
+        self.reference = None
+        if options.task == "dpo":
+            # With LoRA, the reference model is the base, which is there anyway.
+            base = None if options.lora_rank else model.params if not donate else jax.tree.map(jnp.copy, params)
+            self.reference = _reference(self.config, options, base)
+            loss = partial(dpo_loss, self.config, beta=options.beta, remat=options.remat)
+        else:
+            loss = partial(sft_loss, self.config, remat=options.remat)
+        schedule = make_schedule(options.learning_rate, options.schedule, warmup=options.warmup, total=options.steps)
+        optimizer = _optimizer(options, schedule)
+        self.step_fn = make_step(loss, optimizer, self.trainable, noise=noise, seed=options.seed)
+        self.learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(options.steps)), np.float64)
+        with self.on_mesh():
+            self.state = init_state(params, optimizer, self.trainable)
+        trains = {group(path) for path in flatten(params) if self.trainable(path)}
+        self.flops = partial(train_flops, self.config, trains=trains, weights=not options.lora_rank)
+        devices = jax.devices()[: 1 if self.mesh is None else self.mesh.size]
+        peak = peak_flops(devices[0].device_kind)
+        self.peak = peak and peak * len(devices)
+
+        self.step = self.skipped = self.skipped_in_row = 0
+        self.pending, self.clock = [], None
+        if run.step:
+            like = jax.tree.map(_like, _kept(self.state, self.trainable))
+            saved, progress = run.restore(like)
+            self.state = _with(self.state, saved)
+            self.step, self.skipped = run.step, progress["skipped"]
+            self.skipped_in_row = progress["skipped_in_row"]
+            data.set_state(progress["data"])
+
+    def on_mesh(self):
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def run_to_end(self) -> Result:
+        o, trouble = self.options, None
+        self.bar = tqdm(desc="training", total=o.steps, initial=self.step, unit="step", disable=None)
+        with self.bar:
+            batch = self.load() if self.step < o.steps else None
+            while self.step < o.steps:
+                position = self.data.get_state()  # of a checkpoint after this step: the next batch is read ahead
+                self.dispatch(*batch)
+                if self.step < o.steps:
+                    try:
+                        batch = self.load()
+                    except InputError as e:  # a bad record must not cost the steps before it
+                        trouble = e
+                self.read(keep=1)
+                last = self.step == o.steps or trouble is not None
+                evaluating = self.evaluate and (self.step % o.eval_every == 0 or self.step == o.steps)
+                stopping = self.signals.reached(self.step)
+                if evaluating or last or stopping or self.step % o.save_every == 0:
+                    self.checkpoint(position, self.evaluate if evaluating and not stopping else None)
+                if trouble is not None:
+                    self.run.wait()
+                    raise trouble
+                if stopping:
+                    break
+        self.run.wait()
+        if self.step == o.steps and o.best and self.run.best_step not in (None, self.step):
+            best = self.run.best_step
+            saved, _ = self.run.restore(jax.tree.map(_like, _kept(self.state, self.trainable)), best)
+            return Result(_with(self.state, saved).params, best)
+        return Result(self.state.params, self.step, self.signals.caught if self.step < o.steps else None)
+
+    def load(self) -> tuple[TrainBatch, dict]:
+        """The next batch on the device, with its leading axis A, and what is known of it."""
+        try:
+            micros = [next(self.data) for _ in range(self.options.accumulate)]
+        except StopIteration:
+            raise InputError(
+                f"the data ended after {self.step} steps of {self.options.steps}; give more epochs or fewer steps"
+            ) from None
+        batch = jax.tree.map(lambda *parts: np.stack(parts), *micros)
+        inputs = batch.inputs
+        lanes = sum(v.frames.shape[1] for v in inputs.vision)
+        patches = max((v.frames.shape[2] for v in inputs.vision), default=0)
+        flops = len(inputs.tokens) * self.flops(*inputs.tokens.shape[1:], lanes, patches)
+        facts = {"flops": flops, "tokens": int(np.count_nonzero(inputs.segments))}
+        if hasattr(self.data, "epoch"):
+            facts["epoch"] = self.data.epoch
+        with jax.transfer_guard("disallow"):
+            return _place(batch, self.mesh), facts
+
+    def dispatch(self, batch: TrainBatch, facts: dict) -> None:
+        """Starts a step; the device works on when this returns."""
+        with jax.transfer_guard("disallow"), self.on_mesh():
+            if self.reference is not None:
+                batch = batch._replace(reference=self.reference(self.state.params, batch))
+            self.state, metrics = self.step_fn(self.state, batch)
+        self.step += 1
+        self.pending.append((self.step, metrics, facts))
+
+    def read(self, keep: int, extra: dict | None = None) -> None:
+        """Fetches and writes down the metrics of all steps but the last `keep`; `extra` goes with the last one."""
+        while len(self.pending) > keep:
+            step, metrics, facts = self.pending.pop(0)
+            with jax.transfer_guard("disallow"):
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            line = self.judge(step, values) | self.rates(**facts)
+            self.bar.update()
+            self.bar.set_postfix_str(_postfix(line))
+            extra_here = extra if extra and not self.pending else {}
+            if step % self.options.log_every == 0 or extra_here or step == self.options.steps:
+                self.run.log(step, line | extra_here)
+
+    def judge(self, step: int, values: dict) -> dict:
+        """The line of a step; too many in a row that are not finite end the run."""
+        finite = bool(values.pop("finite"))
+        values["learning_rate"] = float(self.learning_rates[step - 1 - self.skipped])
+        self.skipped += not finite
+        self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
+        if self.skipped_in_row >= self.options.max_bad_steps:
+            where = self.run.path / CHECKPOINTS / str(self.run.step) if self.run.step else "none yet"
+            raise InputError(
+                f"step {step}: loss or gradient is not finite, as in the {self.skipped_in_row - 1} steps before; none "
+                f"of them changed the weights (last checkpoint: {where}). Try a smaller learning_rate or dtype float32"
+            )
+        return values | {"skipped_steps": self.skipped}
+
+    def rates(self, flops: int, tokens: int, **facts) -> dict:
+        facts["tokens"] = tokens
+        before, self.clock = self.clock, time.perf_counter()
+        if before is None:  # the first step compiles; after a pause there is nothing to compare with
+            return facts
+        seconds = self.clock - before
+        speed = flops / seconds
+        use = {"mfu": speed / self.peak} if self.peak else {"flops_per_second": speed}
+        return facts | {"tokens_per_second": tokens / seconds} | use
+
+    def checkpoint(self, position, evaluate) -> None:
+        """Settles everything up to this step, evaluates if asked to, and begins to save."""
+        metrics = None
+        if evaluate is None:
+            self.read(keep=0)
+        else:
+            self.read(keep=1)
+            jax.block_until_ready(self.state)
+            metrics = evaluate(self.state.params)
+            metrics = {name.removeprefix("eval/"): float(value) for name, value in metrics.items()}
+            if self.options.best and self.options.best not in metrics:
+                raise InputError(f"best is {self.options.best!r}; the evaluation gives {', '.join(metrics)}")
+            self.read(keep=0, extra={f"eval/{name}": value for name, value in metrics.items()})
+            self.bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        if self.step > self.run.step:
+            progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "data": position}
+            self.run.save(self.step, _kept(self.state, self.trainable), progress, metrics)
+        self.clock = None
+
+
+def make_run_mesh(options: TrainOptions):
+    sizes = options.mesh_data, options.mesh_fsdp, options.mesh_tensor
+    if math.prod(sizes) == 1:
+        return None
+    share = options.mesh_data * options.mesh_fsdp
+    for name in ("rows", "lanes"):
+        if getattr(options, name) % share:
+            raise InputError(
+                f"{name} is {getattr(options, name)}; mesh_data · mesh_fsdp = {share} devices cannot share that evenly"
+            )
+    return make_mesh(*sizes)
+
+
+def _place(batch: TrainBatch, mesh) -> TrainBatch:
+    """The batch on its devices. Every process of several reads the whole batch and keeps its devices' part."""
+    if mesh is None:
+        return jax.device_put(batch)
+    places = batch_shardings(batch, mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, places)
+    return jax.tree.map(lambda a, s: jax.make_array_from_callback(a.shape, s, lambda i: a[i]), batch, places)
+
+
+def _optimizer(options: TrainOptions, schedule):
+    rates = {"vision": options.vision_learning_rate, "merger": options.merger_learning_rate}
+    return make_optimizer(
+        schedule,
+        scales={name: rate / options.learning_rate for name, rate in rates.items() if rate is not None},
+        weight_decay=options.weight_decay,
+        clip=options.clip or None,
+        b1=options.betas[0],
+        b2=options.betas[1],
+        mu_dtype=options.moment_dtype,
+    )
+
+
+def _reference(config, options: TrainOptions, base: dict | None):
+    """(params, batch [A, …]) → [A, B, n]; what the reference model makes of every segment."""
+    logprobs = partial(segment_logprobs, config, n=options.segments, remat=options.remat)
+
+    @jax.jit
+    def reference(params, batch):
+        return jax.lax.map(lambda micro: logprobs(params, micro), batch)
+
+    return lambda params, batch: reference(lora.strip(params) if base is None else base, batch)
+
+
+def _kept(state: TrainState, trainable) -> dict:
+    """What a checkpoint holds: frozen weights are in the checkpoint that training started from."""
+    trained = {path: w for path, w in flatten(state.params).items() if trainable(path)}
+    moments = {f"{i:05}": leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}
+    return {"step": state.step, "params": unflatten(trained), "opt_state": moments}
+
+
+def _with(state: TrainState, kept: dict) -> TrainState:
+    """The state with what a checkpoint held in it."""
+    params = unflatten(flatten(state.params) | flatten(kept["params"]))
+    moments = [leaf for _, leaf in sorted(kept["opt_state"].items())]
+    return TrainState(kept["step"], params, jax.tree.unflatten(jax.tree.structure(state.opt_state), moments))
+
+
+def _like(leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _postfix(line: dict) -> str:
+    words = [f"loss {line['loss']:.4f}"]
+    if "tokens_per_second" in line:
+        words.append(f"{line['tokens_per_second']:.0f} tokens/s")
+    if "mfu" in line:
+        words.append(f"MFU {line['mfu']:.1%}")
+    elif "flops_per_second" in line:
+        words.append(f"{line['flops_per_second'] / 1e9:.1f} GFLOP/s")
+    return ", ".join(words)
+
+
+class _Signals:
+    """Turns SIGTERM and Ctrl-C into a wish that the loop grants after its step. The second time they act as ever."""
+
+    def __enter__(self):
+        self.caught, self._old = None, {}
+        if threading.current_thread() is threading.main_thread():
+            # With several processes, jax tells all of them at which step to stop.
+            mine = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+            self._old = {s: signal.signal(s, self._catch) for s in mine}
+        return self
+
+    def _catch(self, number, _):
+        self.caught = number
+        self.__exit__()
+
+    def __exit__(self, *exception):
+        while self._old:
+            signal.signal(*self._old.popitem())
+
+    def reached(self, step: int) -> bool:
+        """Is it time to stop? All processes get the same answer."""
+        if jax.process_count() == 1:
+            return self.caught is not None
+        from jax.experimental import multihost_utils
+
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.caught = signal.SIGTERM
+        return self.caught is signal.SIGTERM

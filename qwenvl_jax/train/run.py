@@ -1,0 +1,183 @@
+"""The directory of a run: its options, checkpoints and metrics, whole at every moment, whenever it is killed.
+
+train.toml      the options; a run only goes on with the same ones
+checkpoints/    what training changes, and how far it got, by step
+metrics.jsonl   one line a step
+tensorboard/    the same for TensorBoard, if tensorboardX is installed
+"""
+
+import fcntl
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from qwenvl_jax.train.options import TrainOptions
+from qwenvl_jax.types import InputError
+
+OPTIONS, CHECKPOINTS, METRICS, BOARD = "train.toml", "checkpoints", "metrics.jsonl", "tensorboard"
+_DELETED = "deleted"
+
+
+class Run:
+    """One run's directory, opened for training; a context manager that lets go of it.
+
+    Raises InputError if another process has it open, or if it holds a run with other options.
+    """
+
+    def __init__(self, options: TrainOptions):
+        if not options.output:
+            raise InputError("output is not given; it names the directory of the run")
+        self.path = Path(options.output).expanduser().absolute()
+        self._metrics = self._board = None
+        self._writes = jax.process_index() == 0
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as e:
+            raise InputError(f"{self.path}: cannot be the directory of a run ({e.strerror})") from e
+        try:
+            self._open(options)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _open(self, options: TrainOptions) -> None:
+        if self._writes:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                raise InputError(f"{self.path}: another process is training there") from e
+        directory = self.path / CHECKPOINTS
+        # A removed checkpoint is renamed first: one that is half removed must not look like one.
+        shutil.rmtree(directory / _DELETED, ignore_errors=True)
+        keep = [checkpoint_managers.LatestN(options.keep)]
+        if options.best:
+            score = lambda metrics: _score(metrics, options)  # noqa: E731
+            keep.append(checkpoint_managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
+        self._manager = ocp.CheckpointManager(
+            directory,
+            item_names=("state", "progress"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+                best_fn=score if options.best else None,
+                todelete_subdir=_DELETED,
+                cleanup_tmp_directories=True,
+            ),
+        )
+        self.step = self._manager.latest_step() or 0
+        file = self.path / OPTIONS
+        if self.step:
+            if not file.is_file():
+                raise InputError(f"{self.path}: holds checkpoints but no {OPTIONS}; give another output")
+            differences = options.differences(TrainOptions.read(file))
+            if differences:
+                raise InputError(
+                    f"{self.path}: holds a run with other options; give those, or another output: "
+                    + "; ".join(differences)
+                )
+        if self._writes:
+            _replace(file, [options.to_toml()])
+            _replace(self.path / METRICS, _lines_up_to(self.path / METRICS, self.step))
+            self._metrics = open(self.path / METRICS, "a", encoding="utf-8")
+            self._board = _board(self.path / BOARD, self.step)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the checkpoint with the best metric; the latest, if no metric was named."""
+        return self._manager.best_step()
+
+    def save(self, step: int, state: dict, progress: dict, metrics: dict | None) -> None:
+        """Begins to write a checkpoint, in the background; `metrics` are an evaluation's, if there was one.
+
+        state: arrays by name. progress: anything JSON can hold.
+        """
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
+        self._manager.save(step, args=args, metrics=metrics, force=True)
+        shutil.rmtree(self.path / CHECKPOINTS / _DELETED, ignore_errors=True)
+        self.step = step
+
+    def restore(self, like: dict, step: int | None = None) -> tuple[dict, dict]:
+        """(state, progress) of a checkpoint, the latest by default, laid out as `like` (jax.ShapeDtypeStruct)."""
+        step = self.step if step is None else step
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore())
+        try:
+            stored = self._manager.restore(step, args=args)
+        except (ValueError, KeyError, OSError) as e:
+            reason = " ".join(str(e).split())[:300]
+            raise InputError(f"{self.path / CHECKPOINTS / str(step)}: cannot be read as this run's ({reason})") from e
+        return stored["state"], stored["progress"]
+
+    def log(self, step: int, values: dict) -> None:
+        """Writes one line, which survives the process, and the same to TensorBoard; null is what is not finite."""
+        if self._metrics is None:
+            return
+        line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def wait(self) -> None:
+        """Until what `save` began is written. What went wrong in the background is raised here."""
+        self._manager.wait_until_finished()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        try:
+            self._manager.close()
+            for file in (self._metrics, self._board):
+                if file is not None:
+                    file.close()
+        finally:
+            os.close(self._lock)
+
+
+def read_metrics(run) -> list[dict]:
+    """The lines of a run's metrics.jsonl, by its directory or the file itself."""
+    file = Path(run).expanduser()
+    file = file / METRICS if file.is_dir() else file
+    if not file.is_file():
+        raise InputError(f"{run}: no run, there is no {METRICS}")
+    return [json.loads(line) for line in _lines_up_to(file, math.inf)]
+
+
+def _lines_up_to(file: Path, step: float) -> list[str]:
+    """The lines up to a step: later ones were computed, but no checkpoint knows of them. A torn line is none."""
+    lines = []
+    for line in file.read_text("utf-8", errors="replace").splitlines(True) if file.exists() else ():
+        try:
+            keep = line.endswith("\n") and json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            continue
+        if keep:
+            lines.append(line)
+    return lines
+
+
+def _replace(file: Path, lines: list[str]) -> None:
+    """Writes a file in one stroke."""
+    work = file.with_name(file.name + ".partial")
+    work.write_text("".join(lines), "utf-8")
+    os.replace(work, file)
+
+
+def _score(metrics: dict, options: TrainOptions) -> float:
+    value = metrics[options.best]
+    return -math.inf if math.isnan(value) else value if options.best_mode == "max" else -value
+
+
+def _board(directory: Path, step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory), purge_step=step + 1)  # what was written after the checkpoint goes
