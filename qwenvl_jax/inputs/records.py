@@ -51,6 +51,8 @@ def preference(record: Mapping, folder: Path | None) -> list[tuple[list, list[in
             common += 1
         prompt, marked = replies[0][:common], False
         replies = [reply[common:] for reply in replies]
+        if not prompt:
+            raise BadRecord("messages", "a preference without a prompt: 'chosen' and 'rejected' begin differently")
     prompt, unlearnt = _weighed(_filled(prompt, marked, record, folder))
     out = []
     for reply in replies:
@@ -125,7 +127,7 @@ def _filled(messages: list, marked: bool, record: Mapping, folder: Path | None) 
         if not isinstance(item, Mapping):
             return item
         sources = {k: item[k] for k in _SOURCES if item.get(k) is not None}
-        if not sources and item.get("type") in wanted and item.get("base64") is None:
+        if not sources and item.get("type") in list(wanted) and item.get("base64") is None:
             sources = {item["type"]: take(item["type"])}
         return {**item, **{k: _resolved(source, folder) for k, source in sources.items()}}
 

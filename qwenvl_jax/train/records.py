@@ -1,19 +1,12 @@
-"""What a training record may look like, and what is learnt from it; nothing after this file knows the forms apart.
+"""What is learnt from a training record (`inputs/records.py` knows its forms): one conversation, or a pair of them.
 
-    {"messages": [{"role": "user", "content": …}, …]}                  OpenAI's and Qwen's
-    {"conversations": [{"from": "human", "value": "<image>\\n…"}, …], "image": path}    LLaVA's and Qwen's
-    {"messages": prompt, "chosen": reply, "rejected": reply}           a preference; `prompt` (TRL's) for `messages`
-
-Media may lie in the items of a message, or beside the messages under image, images, video, videos (one, or a
-list), to take the place of `<image>`, `<video>` and of items without a source. `tools` go into the prompt, and a
-message with `"weight": 0` is read but not learnt. Other keys are left alone.
+`tools` of a record go into the prompt; pictures, and messages with `"weight": 0`, are read but not learnt.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,23 +15,8 @@ from qwenvl_jax.inputs.chat import expand_placeholders
 from qwenvl_jax.inputs.layout import Lanes, mrope_positions, slots_needed
 from qwenvl_jax.inputs.messages import VIDEO_OPTIONS
 from qwenvl_jax.inputs.processor import Processor, Prompt
+from qwenvl_jax.inputs.records import BadRecord, conversation, preference
 from qwenvl_jax.types import InputError, Visual
-
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-          "observation": "tool", "tool": "tool"}  # fmt: skip
-_SOURCES = ("image", "image_url", "video", "video_url", "url", "path")
-
-
-class BadRecord(InputError):
-    """A record that nothing can be learnt from.
-
-    reason: one of "unreadable", "messages", "placeholders", "media", "too long", "too large",
-        "nothing to learn"; what skipped records are counted by.
-    """
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 class Segment(NamedTuple):
@@ -90,7 +68,7 @@ class Encoder:
         """Raises BadRecord, which says what is wrong."""
         if not isinstance(record, Mapping):
             raise BadRecord("unreadable", f"a record is a JSON object, not a {type(record).__name__}")
-        read = _preference if self.preferences else _conversation
+        read = preference if self.preferences else conversation
         taught = [(self._prompt(messages, record), weights) for messages, weights in read(record, self.folder)]
         media = taught[0][0].media
         for prompt, _ in taught[1:]:
@@ -158,134 +136,3 @@ def _reason(reason: str):
         yield
     except InputError as e:
         raise BadRecord(reason, str(e)) from e
-
-
-def _conversation(record: Mapping, folder: Path | None) -> list[tuple[list, list[int]]]:
-    """The record's messages, and how much each assistant message counts."""
-    if "chosen" in record or "rejected" in record:
-        raise BadRecord("messages", "the record is a preference ('chosen', 'rejected'), and none is expected")
-    return [_weighed(_filled(*_turns(record), record, folder))]
-
-
-def _preference(record: Mapping, folder: Path | None) -> list[tuple[list, list[int]]]:
-    """The same for the preferred conversation and its rival. Of their prompt nothing is learnt."""
-    replies = [_reply(record, key) for key in ("chosen", "rejected")]
-    if any(key in record for key in ("messages", "conversations", "prompt")):
-        prompt, marked = _turns(record)
-    else:  # TRL's form without a prompt: what both conversations begin with
-        common = 0
-        while common < min(map(len, replies)) and replies[0][common] == replies[1][common]:
-            common += 1
-        prompt, marked = replies[0][:common], False
-        replies = [reply[common:] for reply in replies]
-    prompt, unlearnt = _weighed(_filled(prompt, marked, record, folder))
-    out = []
-    for reply in replies:
-        reply, weights = _weighed(reply)
-        out.append((prompt + reply, [0] * len(unlearnt) + weights))
-    return out
-
-
-def _turns(record: Mapping) -> tuple[list, bool]:
-    """The messages, roles and contents named as in OpenAI's form, and whether theirs is the form with markers."""
-    keys = [k for k in ("messages", "conversations", "prompt") if k in record]
-    if len(keys) != 1:
-        raise BadRecord("messages", f"a record has one of 'messages', 'conversations'; this has {len(keys)}")
-    turns = record[keys[0]]
-    turns = [{"role": "user", "content": turns}] if isinstance(turns, str) and keys[0] == "prompt" else turns
-    if not isinstance(turns, list | tuple) or not turns:
-        raise BadRecord("messages", f"{keys[0]!r} must be a list of at least one message")
-    return [_message(turn, f"message {i}") for i, turn in enumerate(turns)], keys[0] == "conversations"
-
-
-def _reply(record: Mapping, key: str) -> list:
-    reply = record.get(key)
-    if isinstance(reply, str):
-        return [{"role": "assistant", "content": reply}]
-    replies = [reply] if isinstance(reply, Mapping) else reply
-    if not isinstance(replies, list | tuple) or not replies:
-        raise BadRecord("messages", f"{key!r} must be a text, a message or a list of messages")
-    return [_message(turn, f"{key} {i}") for i, turn in enumerate(replies)]
-
-
-def _message(turn, where: str):
-    if not isinstance(turn, Mapping) or "from" not in turn:
-        return turn
-    if turn["from"] not in list(_ROLES):
-        raise BadRecord("messages", f"{where} is from {turn['from']!r}; known are {', '.join(_ROLES)}")
-    rest = {k: turn[k] for k in turn.keys() - {"from", "value"}}
-    return rest | {"role": _ROLES[turn["from"]], "content": turn.get("value")}
-
-
-def _weighed(messages: list) -> tuple[list, list[int]]:
-    """The messages without their 'weight', and the weights of the assistant's."""
-    weights, out = [], []
-    for i, message in enumerate(messages):
-        if isinstance(message, Mapping) and "weight" in message:
-            message = dict(message)
-            weight = message.pop("weight")
-            if weight not in (0, 1, None):
-                raise BadRecord("messages", f"message {i} has weight {weight!r}; it must be 0 or 1")
-        else:
-            weight = None
-        if isinstance(message, Mapping) and message.get("role") == "assistant":
-            weights.append(0 if weight == 0 else 1)
-        out.append(message)
-    return out, weights
-
-
-def _filled(messages: list, marked: bool, record: Mapping, folder: Path | None) -> list:
-    """The messages with the media beside them put in their places, and relative paths made to start from folder.
-
-    Markers count in what users and tools say. One line break before a marker and one after belong to the marker:
-    datasets put them there, but who asks a question gives the picture and the text without.
-    """
-    beside = {kind: [*_listed(record.get(kind)), *_listed(record.get(kind + "s"))] for kind in ("image", "video")}
-    marked = marked or any(beside.values())
-    wanted: dict[str, int] = {"image": 0, "video": 0}
-
-    def take(kind: str):
-        wanted[kind] += 1
-        return beside[kind][wanted[kind] - 1] if wanted[kind] <= len(beside[kind]) else ""
-
-    def item(item):
-        if not isinstance(item, Mapping):
-            return item
-        sources = {k: item[k] for k in _SOURCES if item.get(k) is not None}
-        if not sources and item.get("type") in list(wanted) and item.get("base64") is None:
-            sources = {item["type"]: take(item["type"])}
-        return {**item, **{k: _resolved(source, folder) for k, source in sources.items()}}
-
-    out = []
-    for message in messages:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if isinstance(content, list | tuple):
-            message = {**message, "content": [item(i) for i in content]}
-        elif isinstance(content, str) and marked and message.get("role") in ("user", "tool"):
-            parts = re.split(r"\n?<(image|video)>\n?", content)
-            if len(parts) > 1:
-                items = [{"type": kind, kind: _resolved(take(kind), folder)} for kind in parts[1::2]]
-                texts = [[{"type": "text", "text": text}] if text else [] for text in parts[::2]]
-                content = [*texts[0], *(i for pair in zip(items, texts[1:], strict=True) for i in (pair[0], *pair[1]))]
-                message = {**message, "content": content}
-        out.append(message)
-    for kind, count in wanted.items():
-        if count != len(beside[kind]):
-            raise BadRecord(
-                "placeholders", f"the messages have {count} places for {kind}s and the record has {len(beside[kind])}"
-            )
-    return out
-
-
-def _listed(value) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else [] if value is None else [value]
-
-
-def _resolved(source, folder: Path | None):
-    if isinstance(source, Mapping) and "url" in source:
-        return {**source, "url": _resolved(source["url"], folder)}
-    if isinstance(source, list | tuple):  # the frames of a clip
-        return [_resolved(s, folder) for s in source]
-    if folder is None or not isinstance(source, str) or re.match(r"(?i)[a-z][a-z0-9+.-]*://|data:", source):
-        return source
-    return str(folder / source)

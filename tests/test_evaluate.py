@@ -1,0 +1,394 @@
+"""Evaluation: metrics with values worked out by hand, intervals, and questions from a file to a table."""
+
+import json
+import math
+import os
+
+import jax
+import pytest
+from PIL import Image
+
+from qwenvl_jax import cli, metrics
+from qwenvl_jax.evaluate import Evaluator, Question, evaluate, read_questions, score
+from qwenvl_jax.infer.engine import Engine
+from qwenvl_jax.metrics import Box
+from qwenvl_jax.params import checkpoint
+from qwenvl_jax.types import InputError
+
+
+@pytest.mark.parametrize(
+    "prediction, golds, want",
+    [
+        ("Paris", ["Paris"], 1),
+        (" Paris\n", ["Paris "], 1),
+        ("paris", ["Paris"], 0),
+        ("Paris.", ["Paris"], 0),
+        ("a  b", ["a b"], 0),
+        ("", ["x"], 0),
+        ("", [""], 1),
+        ("b", ["a", "b"], 1),
+        ("cafe\u0301", ["café"], 1),  # é as two characters and as one
+        ("2", ["2.0"], 0),
+    ],
+)
+def test_exact(prediction, golds, want):
+    assert metrics.exact(prediction, golds) == want
+
+
+def test_exact_without_case():
+    assert metrics.exact("STRASSE", ["straße"], case_sensitive=False) == 1
+
+
+@pytest.mark.parametrize(
+    "prediction, golds, want",
+    [
+        ("kitten", ["sitting"], 1 - 3 / 7),
+        ("Sitting", ["sITTING "], 1),
+        ("abcd", ["abXY"], 0),  # half of it wrong is too much
+        ("abcde", ["abcXY"], 1 - 2 / 5),
+        ("", ["x"], 0),
+        ("", [""], 1),
+        ("naïve", ["naive", "nave"], 1 - 1 / 5),
+        ("日本語", ["日本"], 1 - 1 / 3),
+        ("abc", ["xyz", "abd"], 1 - 1 / 3),  # the best of several
+    ],
+)
+def test_anls(prediction, golds, want):
+    assert metrics.anls(prediction, golds) == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "prediction, gold, want",
+    [
+        ("105", "100", 1),
+        ("95", "100", 1),
+        ("105.01", "100", 0),
+        ("1.05", "1", 1),  # 1.05 - 1 > 0.05 in binary
+        ("-95", "-100", 1),
+        ("95", "-100", 0),
+        ("0", "0", 1),
+        ("0.0", "0", 1),
+        ("0.001", "0", 0),
+        ("25%", "0.25", 1),
+        ("25 %", "25%", 1),
+        ("25%", "25", 0),
+        ("1e2", "100", 1),
+        ("nan", "nan", 1),  # no numbers, but the same words
+        ("inf", "100", 0),
+        ("1e999", "100", 0),
+        ("", "3", 0),
+        ("3 apples", "3", 0),
+        (" YES ", "yes", 1),
+        ("2019", "year 2019", 0),
+        ("²", "2", 0),
+    ],
+)
+def test_relaxed(prediction, gold, want):
+    assert metrics.relaxed(prediction, [gold]) == want
+
+
+def test_relaxed_takes_any_of_several():
+    assert metrics.relaxed("20", ["10", "20.5"]) == 1
+    assert metrics.relaxed("20", ["10", "x"]) == 0
+
+
+@pytest.mark.parametrize(
+    "prediction, gold, want",
+    [
+        ("3.5 seconds", "3.0 seconds", 1),
+        ("3.51", "3.0", 0),
+        ("1.1", "0.6", 1),  # 1.1 - 0.6 > 0.5 in binary
+        ("2.3", "1.8", 1),
+        ("At 3 s.", "3.5", 1),
+        ("1:02.5", "62", 1),
+        ("01:00:01", "3601.4", 1),
+        ("no idea", "3", 0),
+        ("", "3", 0),
+        ("1, 2 or 3", "3", 0),  # only the first counts
+        ("1e999", "3", 0),
+    ],
+)
+def test_seconds(prediction, gold, want):
+    assert metrics.seconds(prediction, [gold]) == want
+
+
+BOX = '{"bbox_2d": [1, 2, 30, 40], "label": "cat"}'
+CAT = Box("cat", 1, 2, 30, 40)
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        (f"[{BOX}]", [CAT]),
+        (f"```json\n[\n\t{BOX},\n\t{BOX}\n]\n```", [CAT, CAT]),
+        (f"```json\n[{BOX}", [CAT]),  # cut off behind a box,
+        (f'[{BOX}, {{"bbox_2d": [1, 2, 3', [CAT]),  # in a box,
+        (f"[{BOX[:-1]}", [CAT]),  # before its brace
+        (f"Here: [{BOX}, {BOX},] I see two.", [CAT, CAT]),
+        (f"[{BOX} {BOX}]", [CAT, CAT]),
+        ("[{'label': 'cat', 'bbox_2d': [1,2 , 30,40]}]", [CAT]),
+        (BOX, [CAT]),
+        ("[]", []),
+        ("", []),
+        ("none", []),
+        ("3", []),
+        ('["x", null, [1]]', []),
+        ('[{"bbox_2d": [1, 2, 30], "label": "cat"}]', []),
+        ('[{"bbox_2d": [1, 2, 30, "40"], "label": "cat"}]', []),
+        ('[{"bbox_2d": [1, 2, 30, true], "label": "cat"}]', []),
+        ('[{"bbox_2d": [1, 2, 30, 1e999], "label": "cat"}]', []),
+        ('[{"bbox_2d": [1, 2, 30, NaN], "label": "cat"}]', []),
+        ('[{"bbox_2d": [1, 2, 30, 40]}]', []),
+        ('[{"bbox_2d": [1, 2, 30, 40], "label": "{a} \\"é\\""}]', [CAT._replace(label='{a} "é"')]),
+        ("[" * 100_000, []),
+    ],
+)
+def test_parse_boxes(text, want):
+    assert metrics.parse_boxes(text) == want
+
+
+def test_iou():
+    a = Box("", 0, 0, 10, 10)
+    assert metrics.iou(a, a) == 1
+    assert metrics.iou(a, Box("", 5, 0, 15, 10)) == pytest.approx(50 / 150)
+    assert metrics.iou(a, Box("", 0, 0, 5, 10)) == 0.5
+    assert metrics.iou(a, Box("", 10, 0, 20, 10)) == 0
+    assert metrics.iou(a, Box("", 10, 10, 0, 0)) == 0  # inside out
+    assert metrics.iou(a, Box("", 3, 3, 3, 3)) == 0
+
+
+def test_boxes_are_paired_one_to_one():
+    a, b = Box("cat", 0, 0, 10, 10), Box("cat", 20, 0, 30, 10)
+    match = metrics.match_boxes
+    assert match([b, a], [a, b]) == (2, 2, 2)
+    assert match([a, a], [a]) == (1, 2, 1)  # the second on one object is extra
+    assert match([a], [a, b]) == (1, 1, 2)
+    assert match([a._replace(label=" CAT")], [a]) == (1, 1, 1)
+    assert match([a._replace(label="dog")], [a]) == (0, 1, 1)
+    assert match([], [a]) == (0, 0, 1) and match([], []) == (0, 0, 0)
+    # The wide one fits both gold boxes; it must leave the left one to the box that fits nothing else.
+    left, right, wide = Box("x", 0, 0, 10, 10), Box("x", 4, 0, 14, 10), Box("x", 1, 0, 12, 10)
+    far = Box("x", -4, 0, 8, 10)
+    assert metrics.iou(wide, left) >= 0.5 and metrics.iou(wide, right) >= 0.5
+    assert metrics.iou(far, left) >= 0.5 > metrics.iou(far, right)
+    assert match([wide, far], [left, right]) == (2, 2, 2)
+
+
+def test_wilson():
+    """As the formula of the paper has it: the two p with |p̂ − p| = z·√(p(1 − p)/n)."""
+    for right, n in ((0, 7), (1, 1), (3, 10), (465, 500), (500, 500)):
+        low, high = metrics.wilson(right, n)
+        for p in (low, high):
+            assert abs(right / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n), abs=1e-6)
+        assert 0 <= low <= right / n <= high <= 1
+    assert metrics.wilson(465, 500) == pytest.approx((0.9043, 0.9492), abs=1e-4)
+
+
+def test_bootstrap():
+    values = [0.0, 1.0] * 200
+    low, high = metrics.bootstrap(values, [1.0] * 400)
+    # The normal interval of the mean: 0.5 ± 1.96 · 0.5 / √400.
+    assert low == pytest.approx(0.451, abs=0.006) and high == pytest.approx(0.549, abs=0.006)
+    assert metrics.bootstrap(values, [1.0] * 400) == (low, high)  # seeded
+    assert metrics.bootstrap([0.0], [0.0]) == (1.0, 1.0)  # no boxes to find and none found
+
+
+def test_metrics_that_meet_odd_answers():
+    """Deep nesting and large numbers in what a model wrote are wrong answers, not errors."""
+    gold = Question([], (f"[{BOX}]",), "t", "iou", "here")
+    assert score(gold, "[" * 5000 + BOX).score == 1
+    assert score(gold, '[{"bbox_2d": [1e400, 2, 30, 40], "label": "cat"}]').score == 0
+
+
+# Records
+
+
+def write(path, *records):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records))
+    return path
+
+
+def ask(text, *media):
+    return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
+
+
+def test_what_a_record_may_be(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": "3"}]
+    a, b, c, d = read_questions(
+        write(
+            tmp_path / "q.jsonl",
+            {"conversations": turns, "image": "a.png", "task": "count"},
+            "",
+            {"messages": [ask("Ä?")], "answer": ["ä", 3], "metric": "anls"},
+            {"messages": [ask("?"), {"role": "assistant", "content": [{"text": "no"}]}], "answer": "yes"},
+            {"messages": [ask("Where?")], "answer": json.loads(f"[{BOX}]"), "metric": "iou"},
+        ),
+        metric="relaxed",
+    )
+    assert (a.answers, a.task, a.metric, a.where) == (("3",), "count", "relaxed", f"{tmp_path}/q.jsonl:1")
+    assert a.messages[0]["content"] == [
+        {"type": "image", "image": f"{tmp_path}/a.png"},
+        {"type": "text", "text": "How many?"},
+    ]
+    assert (b.answers, b.metric, b.task, b.where) == (("ä", "3"), "anls", "default", f"{tmp_path}/q.jsonl:3")
+    assert c.answers == ("yes",) and len(c.messages) == 1
+    assert score(d, BOX).score == 1
+
+
+@pytest.mark.parametrize(
+    "record, complaint",
+    [
+        ("{", "not readable as JSON"),
+        ("[1]", "a record is a JSON object"),
+        ({"answer": "x"}, "'messages'"),
+        ({"messages": [ask("?")]}, "no 'answer'"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "no question"),
+        ({"messages": [ask("?")], "answer": "x", "metric": "bleu"}, "metric is 'bleu'"),
+        ({"messages": [ask("?")], "answer": "x", "metric": ["iou"]}, "metric is"),
+        ({"messages": [ask("?")], "answer": "x", "task": 3}, "task is 3"),
+        ({"messages": [ask("?")], "answer": {}}, "must be a text or a number"),
+        ({"messages": [ask("?")], "answer": []}, "must be a text or a number"),
+        ({"messages": [ask("?")], "answer": "soon", "metric": "seconds"}, "must name a time"),
+        ({"messages": [ask("?")], "answer": "[", "metric": "iou"}, "not readable as JSON"),
+        ({"messages": [ask("?")], "answer": '[{"bbox_2d": [1, 2]}]', "metric": "iou"}, "must be a list of"),
+        ({"messages": [ask("?")], "answer": BOX, "metric": "iou"}, "must be a list of"),
+        ({"messages": [ask("?")], "image": "a.png", "answer": "x"}, "places for images"),
+    ],
+)
+def test_bad_records_are_named(tmp_path, capsys, record, complaint):
+    """By file and line, before any weights are looked at."""
+    file = write(tmp_path / "q.jsonl", {"messages": [ask("?")], "answer": "x"}, "", record)
+    assert cli.main(["eval", str(file), "--model", str(tmp_path / "none")]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"qwenvl: {file}:3: ") and complaint in err and err.count("\n") == 1
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "latin").write_bytes(b'{"answer": "\xe4"}')
+    for name, complaint in (("none", "cannot be read"), ("latin", "not UTF-8"), ("empty", "no record")):
+        (tmp_path / "empty").write_text("\n")
+        with pytest.raises(InputError, match=f"{name}.*{complaint}"):
+            read_questions(tmp_path / name)
+    with pytest.raises(InputError, match="no record"):
+        read_questions([])
+    with pytest.raises(InputError, match=r"record 1: .*'answer'"):
+        read_questions([{"messages": [ask("?")], "answer": "x"}, {"messages": [ask("?")]}])
+
+
+# Models
+
+
+@pytest.fixture
+def four(tmp_path):
+    """Four records of all sorts: a picture in a file, a clip of frames, a text, boxes."""
+    picture = Image.effect_noise((84, 56), 90)
+    for name in ("a.png", "b.png"):
+        picture.save(tmp_path / name)
+    image = {"type": "image", "image": "a.png"}
+    clip = {"type": "video", "video": ["a.png", "b.png"], "fps": 2}
+    return write(
+        tmp_path / "q.jsonl",
+        {"messages": [ask("Read.", image)], "answer": "abc", "task": "ocr", "metric": "anls"},
+        {"messages": [ask("When does it begin?", clip)], "answer": "0.5 seconds", "task": "clip", "metric": "seconds"},
+        {"messages": [ask("Say é.")], "answer": "é", "task": "echo"},
+        {"messages": [ask("Locate every cat.", image)], "answer": f"[{BOX}]", "task": "locate", "metric": "iou"},
+    )
+
+
+only_new = pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
+
+
+@only_new
+@pytest.mark.slow
+def test_evaluating_again_compiles_nothing_and_keeps_nothing(tiny_checkpoint, four):
+    model = checkpoint.load(tiny_checkpoint, progress=False)
+    evaluator = Evaluator(model, four, batch=2, max_new_tokens=6)
+    first = evaluator.report(model.params)
+    assert [a.question.task for a in first.answers] == ["ocr", "clip", "echo", "locate"]
+    assert evaluator(model.params) == first.metrics()
+
+    # Every answer is that of the engine to this question alone. (It is this engine, so that nothing is compiled.)
+    engine = evaluator._engine
+    engine.params = model.params
+    for answer in first.answers:
+        (result,) = engine.generate([answer.question.messages], temperature=0, max_new_tokens=6)
+        assert (answer.prediction, answer.finish_reason) == (result.text, result.finish_reason)
+    assert evaluate(engine, four, max_new_tokens=6).answers == first.answers
+    assert engine.params is model.params
+
+    traces = engine.traces
+    second = evaluator.report(jax.tree.map(lambda w: -w, model.params))
+    assert engine.traces == traces
+    assert [a.prediction for a in second.answers] != [a.prediction for a in first.answers]
+    assert engine.params is None and evaluator._model.params is None
+
+
+@only_new
+def test_eval_from_file_to_table(tiny_checkpoint, four, tmp_path, capsys, monkeypatch):
+    """A model that is right twice, for the greater part once, and wrong once."""
+    said = {"Read.": "abd", "When": "At 1.0 seconds", "Say": "é", "Locate": f"```json\n[{BOX}, {BOX}]\n```"}
+
+    class Scripted(Engine):
+        def generate(self, conversations, options=None, **changes):
+            assert changes == {"temperature": 0.0, "max_new_tokens": 9}
+            prompts = [self.processor.decode(s.tokens) for s in conversations]
+            return [Said(next(a for q, a in said.items() if q in p)) for p in prompts]
+
+    monkeypatch.setattr("qwenvl_jax.infer.engine.Engine", Scripted)
+    output = tmp_path / "predictions.jsonl"
+    argv = ["eval", str(four), "--model", str(tiny_checkpoint), "--output", str(output), "--max-new-tokens", "9"]
+    assert cli.main(argv) == 0
+    out, _ = capsys.readouterr()
+    rows = [line.split() for line in out.splitlines()]
+    assert [r[0] for r in rows] == ["task", "ocr", "clip", "echo", "locate", "overall"]
+    assert rows[1][1:4] == ["anls", "1", "66.7%"] and rows[2][1:4] == ["seconds", "1", "100.0%"]
+    assert rows[4][1:7] == ["F1", "at", "IoU", "0.5", "1", "66.7%"]
+    assert rows[4][-4:] == ["precision", "50.0%,", "recall", "100.0%"]
+    assert rows[5][1:4] == ["mean", "4", "83.3%"]  # (2/3 + 1 + 1 + 2/3) / 4
+    lines = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert [line["where"] for line in lines] == [f"{four}:{i}" for i in (1, 2, 3, 4)]
+    assert lines[2] == {
+        "where": f"{four}:3",
+        "task": "echo",
+        "metric": "exact",
+        "question": "Say é.",
+        "answer": "é",
+        "prediction": "é",
+        "finish_reason": "stop",
+        "score": 1.0,
+    }
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "b.png", "predictions.jsonl", "q.jsonl"]
+
+    assert cli.main([*argv[:-4], "--json", "--max-new-tokens", "9"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["overall"]["value"] == pytest.approx(5 / 6) and told["overall"]["n"] == 4
+    assert told["tasks"][3]["details"] == {"precision": 0.5, "recall": 1.0}
+    assert told["tasks"][2]["low"] == pytest.approx(metrics.wilson(1, 1)[0])
+
+
+class Said:
+    finish_reason = "stop"
+
+    def __init__(self, text):
+        self.text = text
+
+
+@only_new
+def test_what_is_wrong_with_a_question_is_told_with_its_line(tiny_checkpoint, tmp_path, capsys):
+    model = checkpoint.load(tiny_checkpoint, progress=False)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for message, complaint in (
+        (ask("?", {"type": "image", "image": "missing.png"}), "missing.png: No such file"),
+        (ask("?", {"type": "image", "image": "broken.png"}), "message 0 item 0: .*broken.png"),
+        (ask("?", {"type": "image"}), "1 places for images and the record has 0"),
+        (ask("word " * 40000), "the prompt has"),
+    ):
+        file = write(
+            tmp_path / "bad.jsonl", {"messages": [ask("Hi")], "answer": "x"}, {"messages": [message], "answer": "x"}
+        )
+        with pytest.raises(InputError, match=f"{file}:2: .*{complaint}"):
+            evaluate(model, file, max_new_tokens=1)
+    with pytest.raises(InputError, match="batch is 0"):
+        Evaluator(model, file, batch=0)
+    argv = ["eval", str(file), "--model", "x", "--output", str(tmp_path / "no" / "p.jsonl")]
+    assert cli.main(argv) == 2 and "no directory" in capsys.readouterr().err
