@@ -159,9 +159,9 @@ class Dataset:
         if not 0 <= index < count:
             raise InputError(f"shard is {shard}; it must be (index, count) with 0 ≤ index < count")
         self._epoch = len(range(index, len(records), count))
-        if not self._epoch:
+        if len(records) < count:
             name = getattr(records, "path", "the source")
-            raise InputError(f"{name} has {len(records)} records; every one of {count} hosts needs one at least")
+            raise InputError(f"{name} has {len(records)} records; each of {count} hosts needs at least one")
         self._config, self._shape, self._on_error = processor.config, shape, on_error
         self._order = dict(seed=seed, shuffle=shuffle, shard=[index, count], records=len(records))
         self._order |= getattr(records, "identity", {})
