@@ -183,7 +183,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--layout", choices=("hub", "nested"), help="tensor names, with --to hf (default: hub)")
 
     p = command("info", _info, "Say what a checkpoint is, reading only its headers.")
-    p.add_argument("checkpoint", metavar="CKPT", help="checkpoint directory, or a preset such as qwen2.5-vl-7b")
+    text = "checkpoint directory, or a preset such as qwen2.5-vl-7b (default: demo)"
+    p.add_argument("checkpoint", nargs="?", default="demo", metavar="CKPT", help=text)
     p.add_argument("--json", action="store_true")
 
     p = command("verify", _verify, "Compare this model with the PyTorch one, stage by stage, on your weights.")
@@ -193,7 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _model_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--model", required=True, metavar="DIR_OR_ID", help="checkpoint directory or hub id")
+    p.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="directory or hub id (default: demo)")
     p.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="default: the checkpoint's")
     p.add_argument("--system", metavar="TEXT", help="system prompt")
     g = p.add_argument_group("sampling", "Defaults come from the checkpoint's generation_config.json.")

@@ -367,7 +367,7 @@ _ENCODING = ("min_pixels", "max_pixels", "total_pixels", "fps", "max_frames")
 def add_arguments(parser) -> None:
     """The arguments of `qwenvl eval`."""
     parser.add_argument("data", nargs="+", metavar="FILE", help="questions and their answers as JSONL")
-    parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="checkpoint directory or hub id")
+    parser.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="directory or hub id (default: demo)")
     parser.add_argument("--metric", choices=(*METRICS, BOXES), default="exact", help="of records that name none")
     parser.add_argument("--output", metavar="FILE", help="write every question, answer and score there as JSONL")
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")

@@ -13,7 +13,7 @@ from qwenvl_jax.types import InputError
 
 
 def describe(path_or_preset) -> dict:
-    """Facts of a checkpoint directory, either format, or of one of `PRESETS`; all of it can be written as JSON.
+    """Facts of a checkpoint directory, either format, "demo", or one of `PRESETS`; all of it can be written as JSON.
 
     family, preset (the official size it has, or None), format ("hf", "orbax" or "preset"), parameters,
     dtypes {name: parameters}, files {name: bytes} of the weights, bytes, config.
@@ -23,7 +23,7 @@ def describe(path_or_preset) -> dict:
     if config:
         count = count_params(config)
         return _facts(config, "preset", {config.dtype: count}, {})
-    path = Path(path_or_preset)
+    path = checkpoint.find(path_or_preset) if path_or_preset == checkpoint.DEMO else Path(path_or_preset)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory, nor one of the presets {', '.join(PRESETS)}")
     if not (path / "config.json").is_file():

@@ -349,6 +349,18 @@ def test_load_of_anything_else(tmp_path):
     fails(tmp_path / "empty", r"config\.json")
 
 
+def test_demo_is_the_packaged_one(monkeypatch, tmp_path):
+    package, here = tmp_path / "package", tmp_path / "here"
+    (here / "demo").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(checkpoint.resources, "files", lambda name: package)
+    with pytest.raises(InputError, match="demo: this installation has no demo checkpoint"):
+        checkpoint.find("demo")
+    (package / "demo" / "checkpoint").mkdir(parents=True)
+    assert checkpoint.find("demo") == package / "demo" / "checkpoint"
+    assert checkpoint.find("./demo") == checkpoint.find(Path("demo")) == here / "demo"
+
+
 def test_hub_id(monkeypatch, tokenizer_dir, tmp_path):
     import huggingface_hub
 

@@ -245,7 +245,6 @@ def test_bad_input_is_one_line_and_exit_code_2(engine, capsys, argv, says):
         [],
         ["paint"],
         ["generate", "--model", "m"],
-        ["generate", "--prompt", "?"],
         ["generate", "--model", "m", "--prompt", "?", "--messages", "f"],
         ["generate", "--model", "m", "--prompt", "?", "--top-k", "many"],
         ["generate", "--model", "m", "--prompt", "?", "--temp", "1"],
@@ -400,6 +399,12 @@ def test_convert_there_and_back_and_info(tiny_checkpoint, tmp_path, capsys):
     assert same[0] == same[1] == same[2] and facts[0]["family"] == tiny_checkpoint.name
     assert cli.main(["convert", str(back), str(orbax), "--to", "orbax"]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["generate", "--prompt", "?"], ["chat"], ["eval", "q.jsonl"], ["info"]])
+def test_the_model_is_the_demo_unless_another_is_named(argv):
+    args = cli.build_parser().parse_args(argv)
+    assert (args.checkpoint if argv == ["info"] else args.model) == checkpoint.DEMO
 
 
 @pytest.mark.parametrize("argv", [["info"], ["convert", "--to", "orbax"], ["generate", "--prompt", "?", "--model"]])

@@ -87,6 +87,10 @@ def test_wheel_and_sdist(tmp_path):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
     (source / "convert" / "__init__.py").touch()
+    data = {f"qwenvl_jax/demo/{name}" for name in ("checkpoint/model.safetensors", "samples/scene.png")}
+    for name in data:
+        (source / name).parent.mkdir()
+        (source / name).touch()
     code = f"from setuptools import build_meta as b; b.build_sdist({str(tmp_path)!r}); b.build_wheel({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
 
@@ -95,7 +99,7 @@ def test_wheel_and_sdist(tmp_path):
         names = set(z.namelist())
         entry_points = z.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     expected = {re.sub("^convert/", "qwenvl_convert/", n) for n in code_files()}
-    assert expected <= names
+    assert expected | data <= names
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"qwenvl_jax", "qwenvl_convert"}
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert "qwenvl = qwenvl_jax.cli:main\nqwenvl-convert = qwenvl_jax.cli:convert_main" in entry_points
@@ -103,7 +107,7 @@ def test_wheel_and_sdist(tmp_path):
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as t:
         inside = {n.split("/", 1)[1] for n in t.getnames() if "/" in n}
-    assert {*code_files(), "pyproject.toml", "README.md", "LICENSE"} <= inside
+    assert {*code_files(), *data, "pyproject.toml", "README.md", "LICENSE"} <= inside
 
     # The installed wheel answers, with nothing of this checkout on the path.
     target = tmp_path / "site"

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import time
+from importlib import resources
 from pathlib import Path
 
 import jax
@@ -30,6 +31,7 @@ from qwenvl_jax.sharding import param_shardings
 from qwenvl_jax.types import InputError, Model
 
 FORMAT = 1
+DEMO = "demo"
 MARKER, PARAMS, PARTIAL = "qwenvl_jax.json", "params", ".partial-qwenvl_jax"
 # Everything of a checkpoint that is not weights.
 SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
@@ -40,7 +42,7 @@ PIECE_BYTES = 64 << 20  # in memory at a time, where a single layer is not large
 
 
 def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
-    """Opens a checkpoint: a Hugging Face directory, one written by `save` or `qwenvl convert`, or a hub id.
+    """Opens a checkpoint: a Hugging Face directory, one written by `save` or `qwenvl convert`, a hub id, or "demo".
 
     mesh: lay the parameters out over it (sharding.make_mesh); None puts them on the first device.
     dtype: cast the weights to it and compute in it ("float32"); None keeps the checkpoint's.
@@ -181,7 +183,15 @@ def _kvstore(params: Path) -> dict:
 
 
 def find(path_or_id) -> Path:
-    """The checkpoint's directory, downloaded first if the argument is a hub id such as "Qwen/Qwen2-VL-2B-Instruct"."""
+    """The checkpoint's directory, downloaded first if the argument is a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
+
+    "demo" is the small one that comes with the package, whatever the working directory holds; "./demo" is a directory.
+    """
+    if path_or_id == DEMO:
+        path = Path(str(resources.files("qwenvl_jax"))) / "demo" / "checkpoint"
+        if not path.is_dir():
+            raise InputError(f"{DEMO}: this installation has no demo checkpoint; name a directory or a hub id")
+        return path
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path.absolute()
