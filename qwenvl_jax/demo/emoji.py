@@ -59,17 +59,22 @@ class Sprite(NamedTuple):
 
 @lru_cache(8192)
 def sprite(folder: Path, name: str, size: int, mirrored: bool = False) -> Sprite:
-    """The emoji, its longer visible side `size` pixels long."""
+    """The emoji, its longer visible side `size` pixels long, or one less where its tips are thin."""
     image = _original(folder, name)
     scale = size / max(image.size)
     image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
     if mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    image = _visible(image)
     return Sprite(image, *image.size)
 
 
 @lru_cache(512)
 def _original(folder: Path, name: str) -> Image.Image:
     with Image.open(folder / f"{EMOJI[name]}.png") as file:
-        image = file.convert("RGBA")
+        return _visible(file.convert("RGBA"))
+
+
+def _visible(image: Image.Image) -> Image.Image:
+    """Without the margins that are transparent, or nearly so."""
     return image.crop(image.getchannel("A").point(lambda a: 255 * (a > 64)).getbbox())
