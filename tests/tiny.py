@@ -6,8 +6,9 @@ import jax
 import numpy as np
 
 from qwenvl_jax.config import Config, TextConfig, VisionConfig
+from qwenvl_jax.inputs.batch import Ladder, make_batch
 from qwenvl_jax.model.qwenvl import init
-from qwenvl_jax.types import Grid, Sample, Visual
+from qwenvl_jax.types import Batch, Grid, Sample, TrainBatch, Visual
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 
@@ -101,3 +102,30 @@ def with_vision(config: Config, **changes) -> Config:
 
 def with_text(config: Config, **changes) -> Config:
     return config.replace(text=dataclasses.replace(config.text, **changes))
+
+
+def train_batch(config: Config, rows: list[list[Sample]], T: int = 0, seed: int = 0) -> TrainBatch:
+    """Packs each list of samples into a row, from segment 1; about half of the text tokens are learnt.
+
+    What is learnt of a sample does not depend on where it is packed. T: slots a row, 0 for as few as fit.
+    """
+    samples = [s for row in rows for s in row]
+    alone = make_batch(samples, config, Ladder(patches=(256,)))  # one lane length, so one call of the tower
+    T = T or max(sum(len(s.tokens) for s in row) for row in rows)
+    tokens, segments, targets = (np.zeros((len(rows), T), np.int32) for _ in range(3))
+    weights, index = np.zeros(tokens.shape, np.float32), np.full(tokens.shape, -1, np.int32)
+    positions = np.zeros((3, *tokens.shape), np.int32)
+    i = 0
+    for b, row in enumerate(rows):
+        start = 0
+        for segment, s in enumerate(row, 1):
+            n = len(s.tokens)
+            here = b, slice(start, start + n)
+            tokens[here], segments[here], index[here] = s.tokens, segment, alone.visual_index[i, :n]
+            positions[:, *here] = alone.positions[:, i, :n]
+            learnt = (s.tokens[1:] < 150) & (np.random.default_rng((seed, *s.tokens)).random(n - 1) < 0.5)
+            learnt[-1] = True  # every sample is learnt from
+            here = b, slice(start, start + n - 1)
+            targets[here], weights[here] = np.where(learnt, s.tokens[1:], 0), learnt
+            start, i = start + n, i + 1
+    return TrainBatch(Batch(tokens, positions, segments, index, alone.vision), targets, weights)
