@@ -23,7 +23,7 @@ from qwenvl_jax.train.records import BadRecord, Encoder, Example, PackShape, is_
 from qwenvl_jax.types import Batch, InputError, TrainBatch
 
 _LOG = logging.getLogger(__name__)
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20  # stays in the cache
 
 
 class JsonLines:
