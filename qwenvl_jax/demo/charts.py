@@ -17,8 +17,8 @@ _INKS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103
 def chart(rng: np.random.Generator, assets: Assets, evaluation: bool):
     """A chart of 3 to 7 points as (question, picture, answer, metric).
 
-    About half have their values printed on them. A number is answered as the chart prints it, or would
-    print it. Values too low to be read off an axis are asked for only where they are printed.
+    About half have their values printed on them, and answers are as printed. Values too low to be read off an
+    axis are asked for only where they are printed.
     """
     groups = tables(assets, evaluation)
     group = groups[rng.integers(len(groups))]
@@ -27,9 +27,10 @@ def chart(rng: np.random.Generator, assets: Assets, evaluation: bool):
     face, heading = (font(assets, file, size) for size in (12, 13))
     room = (width - 45) // (max(map(face.getlength, series.labels)) + 5)
     series = _slice(rng, series, int(np.clip(room, 3, MOST)))
-    # At most four digits, the same number of decimals for all.
-    texts = [f"{value:.{0 if max(series.values) >= 20 else 1}f}" for value in series.values]
     labelled = bool(rng.random() < 0.5)
+    # What is printed has to be short; what is read off an axis must not be off by the rounding.
+    whole = max(series.values) >= (20 if labelled else 100) or all(v == int(v) for v in series.values)
+    texts = [f"{value:.{0 if whole else 1}f}" for value in series.values]
     image = _draw(rng, width, height, face, heading, series, texts if labelled else None)
     high, order = max(series.values), np.argsort(series.values)
     kinds = []
