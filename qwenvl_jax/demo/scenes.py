@@ -21,10 +21,10 @@ def name(rng: np.random.Generator, assets: Assets):
 
 def count(rng: np.random.Generator, assets: Assets):
     """One to six of a kind among up to five others, as (question, picture, number)."""
+    wanted = int(rng.integers(1, MOST + 1))
     while True:
-        wanted = int(rng.integers(1, MOST + 1))
         image, kinds, boxes = scene(rng, assets, [wanted, *_others(rng, 5)], sizes=(24, 48), side=(140, 196))
-        if len(boxes[kinds[0]]) == wanted:  # else the picture was too full, and small numbers would be commoner
+        if len(boxes[kinds[0]]) == wanted:  # else the picture was too full
             return ask(rng, COUNT, plural(kinds[0])), image, str(wanted)
 
 
