@@ -444,7 +444,10 @@ def _train(args) -> int:
         return evaluate.Evaluator(model, data, encoding=encoding)
 
     options = train_options.TrainOptions.read(args.config, train_options.flags(args))
-    ended = finetune(options, evaluator)
+    try:
+        ended = finetune(options, evaluator)
+    except KeyboardInterrupt:  # the second one: at once, without waiting for a checkpoint that is being written
+        os._exit(_INTERRUPTED)
     return {None: _OK, signal.SIGTERM: _NOT_DONE, signal.SIGINT: _INTERRUPTED}[ended]
 
 

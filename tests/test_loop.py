@@ -1,5 +1,6 @@
 """The training loop: what it learns, and that stopping it, however rudely, changes nothing of that."""
 
+import hashlib
 import json
 import math
 import os
@@ -12,25 +13,46 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from tiny import tiny_config, tiny_params
 
+from qwenvl_jax.model.qwenvl import abstract_params
+from qwenvl_jax.params import lora
+from qwenvl_jax.params.hf import flatten
 from qwenvl_jax.train import loop, run
 from qwenvl_jax.train.flops import peak_flops, train_flops
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.types import Batch, InputError, Model, TrainBatch, VisionBatch
 
-ROWS, TOKENS, LANES, PATCHES = 2, 16, 1, 64
+ROWS, TOKENS, LANES, PATCHES = 4, 16, 4, 64
 CONFIG = tiny_config(
     "qwen2_5_vl",
     text=dict(num_hidden_layers=1, hidden_size=24, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1),
     vision=dict(depth=1, hidden_size=16, intermediate_size=24, out_hidden_size=24, fullatt_block_indexes=(0,)),
 )
-BASE = dict(rows=ROWS, tokens=TOKENS, lanes=LANES, patches=PATCHES, schedule="constant", remat=False, save_every=3)
+CACHE = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Every program is compiled once for all tests of this file and the processes that they start."""
+    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", *CACHE)}
+    directory = before["jax_compilation_cache_dir"] or str(tmp_path_factory.mktemp("xla"))
+    compilation_cache.reset_cache()
+    for name, value in {"jax_compilation_cache_dir": directory, **CACHE}.items():
+        jax.config.update(name, value)
+    yield directory
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def options(output, **changes) -> TrainOptions:
-    return TrainOptions(**dict(BASE, output=str(output), steps=12, learning_rate=1e-2) | changes)
+    shape = dict(rows=ROWS, tokens=TOKENS, lanes=LANES, patches=PATCHES)
+    rest = dict(steps=12, save_every=3, learning_rate=1e-2, schedule="constant", remat=False, freeze=("vision",))
+    return TrainOptions(**shape | rest | dict(output=str(output)) | changes)
 
 
 def model() -> Model:
@@ -38,19 +60,16 @@ def model() -> Model:
 
 
 class Batches:
-    """Batch i is a function of i alone; every one is a sentence to memorise, so that the loss must fall.
+    """Batch i follows from i alone; after `period` they repeat, so that they can be memorised.
 
-    `events[i]` is called before batch i is given.
+    `events[i]` is called with batch i before it is given out.
     """
 
-    def __init__(self, events=None, segments=1):
-        self.at, self.events, self.segments = 0, events or {}, segments
+    def __init__(self, events=None, *, period=2, segments=1):
+        self.at, self.events, self.period, self.segments = 0, events or {}, period, segments
 
     def __next__(self) -> TrainBatch:
-        if self.at in self.events:
-            self.events[self.at]()
-        rng = np.random.default_rng((1, self.at % 2))
-        self.at += 1
+        rng = np.random.default_rng((1, self.at % self.period))
         tokens = rng.integers(1, 150, (ROWS, TOKENS)).astype(np.int32)
         visual_index = np.full((ROWS, TOKENS), -1, np.int32)
         visual_index[0, 2:6] = np.arange(4)
@@ -58,13 +77,16 @@ class Batches:
         positions = np.broadcast_to(np.arange(TOKENS, dtype=np.int32), (3, ROWS, TOKENS))
         segments = np.repeat(np.arange(1, self.segments + 1, dtype=np.int32), TOKENS // self.segments)
         patches = rng.integers(0, 256, (LANES, PATCHES, CONFIG.vision.patch_values), dtype=np.uint8)
-        places = np.stack(np.divmod(np.arange(PATCHES, dtype=np.int32), 8), -1)[None]
+        places = np.stack(np.divmod(np.arange(PATCHES, dtype=np.int32), 8), -1)
         ones = np.ones((LANES, PATCHES), np.int32)
-        vision = VisionBatch(patches, places, ones, ones)
+        vision = VisionBatch(patches, np.broadcast_to(places, (LANES, PATCHES, 2)), ones, ones)
         inputs = Batch(tokens, positions, np.broadcast_to(segments, (ROWS, TOKENS)), visual_index, (vision,))
         weights = np.ones((ROWS, TOKENS), np.float32)
         weights[:, TOKENS // self.segments - 1 :: TOKENS // self.segments] = 0
-        return TrainBatch(inputs, np.roll(tokens, -1, 1), weights)
+        batch = TrainBatch(inputs, np.roll(tokens, -1, 1), weights)
+        self.events.get(self.at, lambda batch: None)(batch)
+        self.at += 1
+        return batch
 
     def get_state(self):
         return {"at": self.at}
@@ -73,41 +95,301 @@ class Batches:
         self.at = state["at"]
 
 
+def spoil(batch):
+    batch.weights[:] = np.nan
+
+
 def exactly(output) -> list[dict]:
-    """The lines of metrics.jsonl but for what depends on the clock; floats are written to the last bit."""
+    """The lines of metrics.jsonl, each step once, but for what depends on the clock; floats keep their last bit."""
     clock = ("tokens_per_second", "flops_per_second", "mfu")
     lines = [{k: v for k, v in line.items() if k not in clock} for line in run.read_metrics(output)]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return lines
 
 
-def equal(a, b):
+def equal(a, b) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def saved(output) -> list[int]:
+    return sorted(int(p.name) for p in (output / run.CHECKPOINTS).iterdir() if p.name.isdigit())
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """Twelve steps without a stop: (directory, result)."""
     output = tmp_path_factory.mktemp("straight")
-    return output, loop.train(model(), Batches(), options(output))
+    mine = model()
+    result = loop.train(mine, Batches(), options(output))
+    assert equal(mine.params, tiny_params(CONFIG))  # the caller's are as they were, and still there
+    return output, result
 
 
 def test_it_learns(straight):
-    lines = exactly(straight[0])
-    assert len(lines) == 12 and straight[1].step == 12
+    output, result = straight
+    lines = exactly(output)
+    assert len(lines) == result.step == 12
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
-    assert {"grad_norm", "weight", "learning_rate", "tokens", "skipped_steps"} <= lines[0].keys()
+    assert {"grad_norm", "weight", "learning_rate", "tokens", "skipped_steps", "accuracy"} <= lines[0].keys()
+    assert saved(output) == [9, 12]
+    assert not (output / run.CHECKPOINTS / "deleted").exists()
+    before, after = flatten(tiny_params(CONFIG)), flatten(result.params)
+    moved = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert moved == {p for p in before if not p.startswith("vision/") or p.startswith("vision/merger/")}
+
+
+def test_tensorboard_has_the_same(straight):
+    event_files = pytest.importorskip("tensorboardX.record_writer") and list((straight[0] / run.BOARD).iterdir())
+    assert len(event_files) == 1 and event_files[0].stat().st_size > 12 * 50
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_stop_and_resume_is_bit_identical(straight, tmp_path, stop):
-    events = {4: lambda: os.kill(os.getpid(), stop)}
+def test_a_stopped_run_goes_on_bit_for_bit(straight, tmp_path, stop):
     before = signal.getsignal(stop)
-    first = loop.train(model(), Batches(events), options(tmp_path))
+    data = Batches({4: lambda _: os.kill(os.getpid(), stop)})
+    first = loop.train(model(), data, options(tmp_path))
     assert (first.step, first.signal) == (4, stop)
     assert signal.getsignal(stop) is before
-    assert len(exactly(tmp_path)) == 4
+    assert saved(tmp_path) == [3, 4] and len(exactly(tmp_path)) == 4
     second = loop.train(model(), Batches(), options(tmp_path))
     assert (second.step, second.signal) == (12, None)
     assert exactly(tmp_path) == exactly(straight[0])
     assert equal(second.params, straight[1].params)
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    def twice(_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(model(), Batches({4: twice}), options(tmp_path))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_bad_record_costs_no_steps(tmp_path):
+    def bad(_):
+        raise InputError("x.jsonl:7: no such picture")
+
+    with pytest.raises(InputError, match=r"x\.jsonl:7"):
+        loop.train(model(), Batches({5: bad}), options(tmp_path))
+    assert saved(tmp_path) == [3, 5]
+
+
+def test_data_that_ends_too_early(tmp_path):
+    def end(_):
+        raise StopIteration
+
+    with pytest.raises(InputError, match="ended after 5 steps of 12"):
+        loop.train(model(), Batches({5: end}), options(tmp_path))
+
+
+def test_a_step_that_is_not_finite_is_not_applied(straight, tmp_path):
+    """Batches 4 and 5 of 14 are spoilt: the other twelve do what they do without them."""
+    data = Batches({4: spoil, 5: spoil})
+    result = loop.train(model(), data, options(tmp_path, steps=14))
+    lines = exactly(tmp_path)
+    assert [line["skipped_steps"] for line in lines] == [0] * 4 + [1] + [2] * 9
+    assert lines[4]["loss"] is None and "NaN" not in (tmp_path / run.METRICS).read_text()
+    plain = [line["loss"] for line in exactly(straight[0])]
+    assert [line["loss"] for line in lines[:4] + lines[6:]] == plain
+    assert equal(result.params, straight[1].params)
+
+
+def test_too_many_steps_that_are_not_finite(tmp_path):
+    """The count goes through a checkpoint: steps 4 to 6 are spoilt, and the run is stopped after 5."""
+    data = Batches({3: spoil, 4: spoil, 5: lambda _: signal.raise_signal(signal.SIGTERM)})
+    assert loop.train(model(), data, options(tmp_path, max_bad_steps=3)).step == 5
+    with pytest.raises(InputError, match=rf"step 6: .* 2 steps before.*{run.CHECKPOINTS}/5"):
+        loop.train(model(), Batches({5: spoil}), options(tmp_path, max_bad_steps=3))
+
+
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_latest_and_best_survive(tmp_path, mode):
+    """Evaluated at 2, 4, … 12; the best is at 4 or at 8."""
+    scores = iter([0.2, 0.9, 0.5, 0.1, 0.6, 0.4])
+    seen = {}
+
+    def evaluate(params):
+        seen[2 * len(seen) + 2] = jax.tree.map(np.array, params)
+        return {"eval/score": next(scores), "other": 1}
+
+    chosen = dict(eval_every=2, save_every=1, keep=2, best="score", best_mode=mode)
+    result = loop.train(model(), Batches(), options(tmp_path, **chosen), evaluate=evaluate)
+    best = 4 if mode == "max" else 8
+    assert saved(tmp_path) == [best, 11, 12]
+    assert result.step == best and equal(result.params, seen[best])
+    evaluated = {line["step"]: line["eval/score"] for line in exactly(tmp_path) if "eval/score" in line}
+    assert evaluated == {2: 0.2, 4: 0.9, 6: 0.5, 8: 0.1, 10: 0.6, 12: 0.4}
+
+
+def test_best_needs_its_metric(tmp_path):
+    with pytest.raises(InputError, match=r"'score'.* nothing to evaluate"):
+        loop.train(model(), Batches(), options(tmp_path, best="score"))
+    chosen = options(tmp_path, best="score", eval_every=2)
+    with pytest.raises(InputError, match="'score'; the evaluation gives exact, seconds"):
+        loop.train(model(), Batches(), chosen, evaluate=lambda params: {"exact": 0, "seconds": 0})
+
+
+def test_another_run_is_refused(straight):
+    with pytest.raises(InputError, match=r"options \(steps was 12 and is 13; learning_rate was 0\.01 and is 0\.02\);"):
+        loop.train(model(), Batches(), options(straight[0], learning_rate=2e-2, steps=13, save_every=5))
+    (straight[0] / run.OPTIONS).rename(straight[0] / "away")
+    with pytest.raises(InputError, match=r"no train\.toml"):
+        loop.train(model(), Batches(), options(straight[0]))
+    (straight[0] / "away").rename(straight[0] / run.OPTIONS)
+
+
+def test_options_of_a_run_that_saved_nothing_do_not_bind(tmp_path):
+    with run.Run(options(tmp_path)):
+        pass
+    with run.Run(options(tmp_path, steps=5)):
+        assert TrainOptions.read(tmp_path / run.OPTIONS).steps == 5
+
+
+def test_one_process_at_a_time(tmp_path):
+    with run.Run(options(tmp_path)), pytest.raises(InputError, match="another process"):
+        run.Run(options(tmp_path))
+
+
+def test_output_must_be_a_directory(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file"):
+        run.Run(options(tmp_path / "file"))
+    with pytest.raises(InputError, match="output"):
+        run.Run(TrainOptions())
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    loop.train(model(), Batches(), options(tmp_path, steps=1))
+    for file in (tmp_path / run.CHECKPOINTS / "1" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(InputError, match=f"{run.CHECKPOINTS}/1"):
+        loop.train(model(), Batches(), options(tmp_path, steps=1))
+
+
+def test_lines_after_the_checkpoint_go(tmp_path):
+    """Torn and foreign lines too."""
+    file = tmp_path / run.METRICS
+    lines = [json.dumps({"step": s}) + "\n" for s in (1, 2, 3, 4)]
+    file.write_text("".join(lines) + "null\n" + '{"step": 2')
+    with run.Run(options(tmp_path)) as r:
+        assert file.read_text() == ""
+        r.log(1, {"loss": 1.0})
+        r.save(1, {"x": jax.numpy.ones(3)}, {}, None)
+        r.log(2, {"loss": math.inf})
+    with open(file, "a") as f:
+        f.write('{"step": 3, "lo')
+    with run.Run(options(tmp_path)) as r:
+        r.log(2, {"loss": 0.25})
+    assert file.read_text() == '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.25}\n'
+
+
+def test_implicit_transfers_are_caught(tmp_path, monkeypatch):
+    """A batch that stays on the host would be sent silently, every step, while the device waits."""
+    monkeypatch.setattr(loop, "_place", lambda batch, mesh: batch)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        loop.train(model(), Batches(), options(tmp_path))
+
+
+@pytest.mark.slow
+def test_preferences_with_lora(tmp_path):
+    """The policy starts as the reference, so the first loss is log 2; the base stays bit for bit what it was."""
+    chosen = dict(task="dpo", segments=2, lora_rank=2, lora_alpha=4.0, lora_dropout=0.1, freeze=(), accumulate=2)
+    result = loop.train(model(), Batches(segments=2), options(tmp_path, **chosen))
+    lines = exactly(tmp_path)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert lines[0]["weight"] == 2 * ROWS and lines[0]["tokens"] == 2 * ROWS * TOKENS
+    assert lines[-1]["loss"] < 0.5 and lines[-1]["accuracy"] > lines[0]["accuracy"]
+    assert equal(lora.strip(result.params), tiny_params(CONFIG))
+    assert not equal(lora.split(result.params)[1], lora.split(_fresh(chosen))[1])
+    again = loop.train(model(), Batches(segments=2), options(tmp_path, **chosen))  # nothing is left to do
+    assert equal(again.params, result.params)
+
+
+def _fresh(chosen):
+    return lora.add(CONFIG, tiny_params(CONFIG), jax.random.key(0), rank=chosen["lora_rank"], alpha=4.0)
+
+
+def child(output, steps, pause, mesh) -> None:
+    """What the processes below run: prints a digest of the final weights, or why it stopped."""
+    wait = {i: lambda _: time.sleep(float(pause)) for i in range(int(steps))}
+    chosen = options(output, steps=int(steps), save_every=2, mesh_data=int(mesh), mesh_fsdp=int(mesh))
+    result = loop.train(model(), Batches(wait, period=10**6), chosen, donate=True)
+    digest = hashlib.sha256(b"".join(np.asarray(w).tobytes() for w in jax.tree.leaves(result.params)))
+    print(result.signal or digest.hexdigest())
+
+
+def start(cache, output, steps, pause=0.0, mesh=1) -> subprocess.Popen:
+    env = os.environ | {name.upper(): str(value) for name, value in CACHE.items()}
+    env |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu"}
+    if mesh > 1:
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={mesh * mesh}"
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import test_loop; test_loop.child(*sys.argv[1:])"
+    argv = [sys.executable, "-c", code, str(Path(__file__).parent), str(output), str(steps), str(pause), str(mesh)]
+    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process) -> str:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    return out.split()[-1]
+
+
+@pytest.mark.slow
+def test_killed_ten_times(cache, tmp_path):
+    """Whatever kill -9 hits, the run ends with the losses and the weights of one that was never touched."""
+    steps = 120
+    expected = finish(start(cache, tmp_path / "straight", steps))
+    dice, output, kills = random.Random(0), tmp_path / "killed", 0
+    metrics = output / run.METRICS
+    reader = ocp.StandardCheckpointer()
+    for _ in range(10):
+        before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        process, more = start(cache, output, steps, 0.02), dice.randrange(1, 6)
+        while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > before + more):
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0, 0.06))
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+        for step in saved(output):
+            reader.restore(output / run.CHECKPOINTS / str(step) / "state")
+    assert kills == 10
+    assert finish(start(cache, output, steps)) == expected
+    assert exactly(output) == exactly(tmp_path / "straight") and len(exactly(output)) == steps
+    assert {p.name for p in (output / run.CHECKPOINTS).iterdir()} == {"118", "120"}
+
+
+@pytest.mark.slow
+def test_on_a_mesh(cache, tmp_path):
+    """Four devices, data × fsdp, give one device's losses, and go on from one device's checkpoint."""
+    one, four = start(cache, tmp_path / "one", 6), start(cache, tmp_path / "four", 6, mesh=2)
+    finish(one), finish(four)
+    losses = [[line["loss"] for line in exactly(tmp_path / name)] for name in ("one", "four")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_flops_follow_the_parameters():
+    """Six per weight and token, PaLM's rule; two for a frozen tower; four where only adapters learn."""
+    matrices = {p: math.prod(w.shape) for p, w in flatten(abstract_params(CONFIG)).items() if p.endswith("kernel")}
+    decoder = sum(n for p, n in matrices.items() if p.startswith("decoder/"))
+    merger = sum(n for p, n in matrices.items() if p.startswith("vision/merger/"))
+    tower = sum(n for p, n in matrices.items() if p.startswith("vision/")) - merger
+    attention = 12 * ROWS * TOKENS**2 * CONFIG.text.num_attention_heads * CONFIG.text.head_dim
+    look = 4 * LANES * PATCHES**2 * CONFIG.vision.hidden_size
+    text, slots = ROWS * TOKENS * decoder, LANES * PATCHES
+    cells = slots // CONFIG.vision.merge_unit
+    shape = (CONFIG, ROWS, TOKENS, LANES, PATCHES)
+    assert train_flops(*shape) == 6 * (text + slots * tower + cells * merger) + attention + 3 * look
+    frozen = train_flops(*shape, trains={"llm"})
+    assert frozen == 6 * text + 2 * (slots * tower + cells * merger) + attention + look
+    adapters = train_flops(*shape, trains={"llm"}, weights=False)
+    assert adapters == 4 * text + 2 * (slots * tower + cells * merger) + attention + look
+
+
+def test_peaks():
+    assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("TPU v5 lite") < peak_flops("NVIDIA A100-SXM4-80GB") < peak_flops("TPU v5p")
+    assert peak_flops("cpu") is None

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
 from qwenvl_jax.params import lora
@@ -77,8 +78,8 @@ class _Loop:
         self.config = model.config.replace(dtype=options.dtype or model.config.dtype)
         self.mesh = make_run_mesh(options)
         params = model.params if donate else jax.tree.map(jnp.copy, model.params)
-        if self.mesh is not None:
-            params = jax.device_put(params, param_shardings(params, self.mesh))
+        # Laid out as a checkpoint is restored; a run that goes on then needs no other program.
+        params = jax.device_put(params, _layout(params, self.mesh))
         noise = None
         if options.lora_rank:
             key = jax.random.key(options.seed)
@@ -255,6 +256,10 @@ def make_run_mesh(options: TrainOptions):
                 f"{name} is {getattr(options, name)}; mesh_data · mesh_fsdp = {share} devices cannot share that evenly"
             )
     return make_mesh(*sizes)
+
+
+def _layout(params: dict, mesh):
+    return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else param_shardings(params, mesh)
 
 
 def _place(batch: TrainBatch, mesh) -> TrainBatch:

@@ -118,12 +118,11 @@ class TrainOptions:
         _known(changes, "")
         return dataclasses.replace(self, **changes)
 
-    def differences(self, other: "TrainOptions") -> list[str]:
-        """What makes this another run than `other`, as "learning_rate is 1e-05, not 2e-05"."""
-        pairs = (
-            (f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if not f.metadata["free"]
-        )
-        return [f"{name} is {_show(mine)}, not {_show(theirs)}" for name, mine, theirs in pairs if mine != theirs]
+    def differences(self, before: "TrainOptions") -> list[str]:
+        """What makes this another run than the one before, as "learning_rate was 1e-05 and is 2e-05"."""
+        names = [f.name for f in fields(self) if not f.metadata["free"]]
+        pairs = [(name, getattr(before, name), getattr(self, name)) for name in names]
+        return [f"{name} was {_show(old)} and is {_show(new)}" for name, old, new in pairs if old != new]
 
 
 _HINTS = get_type_hints(TrainOptions)

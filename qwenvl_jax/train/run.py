@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -53,19 +54,17 @@ class Run:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
                 raise InputError(f"{self.path}: another process is training there") from e
-        directory = self.path / CHECKPOINTS
-        # A removed checkpoint is renamed first: one that is half removed must not look like one.
-        shutil.rmtree(directory / _DELETED, ignore_errors=True)
-        keep = [checkpoint_managers.LatestN(options.keep)]
+            self._sweep()
+        keep, best_fn = [checkpoint_managers.LatestN(options.keep)], None
         if options.best:
-            score = lambda metrics: _score(metrics, options)  # noqa: E731
-            keep.append(checkpoint_managers.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False))
+            best_fn = partial(_score, options)
+            keep.append(checkpoint_managers.BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False))
         self._manager = ocp.CheckpointManager(
-            directory,
+            self.path / CHECKPOINTS,
             item_names=("state", "progress"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
-                best_fn=score if options.best else None,
+                best_fn=best_fn,
                 todelete_subdir=_DELETED,
                 cleanup_tmp_directories=True,
             ),
@@ -78,14 +77,16 @@ class Run:
             differences = options.differences(TrainOptions.read(file))
             if differences:
                 raise InputError(
-                    f"{self.path}: holds a run with other options; give those, or another output: "
-                    + "; ".join(differences)
+                    f"{self.path}: holds a run with other options ({'; '.join(differences)}); give it the same ones, "
+                    "or give another output"
                 )
         if self._writes:
             _replace(file, [options.to_toml()])
             _replace(self.path / METRICS, _lines_up_to(self.path / METRICS, self.step))
-            self._metrics = open(self.path / METRICS, "a", encoding="utf-8")
-            self._board = _board(self.path / BOARD, self.step)
+
+    def _sweep(self) -> None:
+        """Checkpoints to remove are renamed first, so that what is half removed does not look like one."""
+        shutil.rmtree(self.path / CHECKPOINTS / _DELETED, ignore_errors=True)
 
     @property
     def best_step(self) -> int | None:
@@ -97,9 +98,11 @@ class Run:
 
         state: arrays by name. progress: anything JSON can hold.
         """
+        self.wait()
+        if self._writes:
+            self._sweep()
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         self._manager.save(step, args=args, metrics=metrics, force=True)
-        shutil.rmtree(self.path / CHECKPOINTS / _DELETED, ignore_errors=True)
         self.step = step
 
     def restore(self, like: dict, step: int | None = None) -> tuple[dict, dict]:
@@ -115,8 +118,11 @@ class Run:
 
     def log(self, step: int, values: dict) -> None:
         """Writes one line, which survives the process, and the same to TensorBoard; null is what is not finite."""
-        if self._metrics is None:
+        if not self._writes:
             return
+        if self._metrics is None:
+            self._metrics = open(self.path / METRICS, "a", encoding="utf-8")
+            self._board = _board(self.path / BOARD, self.step)
         line = {"step": step} | {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
@@ -131,9 +137,12 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, *exception):
         try:
-            self._manager.close()
+            if kind is not KeyboardInterrupt:  # who presses Ctrl-C again does not want to wait
+                self._manager.close()
+                if self._writes:
+                    self._sweep()
             for file in (self._metrics, self._board):
                 if file is not None:
                     file.close()
@@ -170,7 +179,7 @@ def _replace(file: Path, lines: list[str]) -> None:
     os.replace(work, file)
 
 
-def _score(metrics: dict, options: TrainOptions) -> float:
+def _score(options: TrainOptions, metrics: dict) -> float:
     value = metrics[options.best]
     return -math.inf if math.isnan(value) else value if options.best_mode == "max" else -value
 
