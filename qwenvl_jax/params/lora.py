@@ -7,6 +7,7 @@ that has no adapter holds zeros, and an adapter of a lower rank than its stack's
 gradients are zero, so training leaves them so.
 """
 
+import math
 import re
 import sys
 from collections import Counter
@@ -141,10 +142,14 @@ def dropout(params: dict, key, rate: float) -> dict:
     if not 0 <= rate < 1:
         raise InputError(f"the adapter's dropout is {rate}; it must be from 0 to below 1")
     flat = flatten(params)
-    for i, path in enumerate(sorted(p for p in flat if p.endswith("/lora_a")) if rate else ()):
-        a = flat[path]
-        keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, (*a.shape[:-1], 1))
-        flat[path] = jnp.where(keep, a / (1 - rate), 0)
+    rows = {path: flat[path].shape[:-1] for path in sorted(flat) if path.endswith("/lora_a")}
+    if not rows or not rate:
+        return params
+    # Drawn at once: a random number generator per layer is slow to compile.
+    keep = jax.random.bernoulli(key, 1 - rate, (sum(map(math.prod, rows.values())),))
+    for path, shape in rows.items():
+        mask, keep = keep[: math.prod(shape)], keep[math.prod(shape) :]
+        flat[path] = jnp.where(mask.reshape(*shape, 1), flat[path] / (1 - rate), 0)
     return unflatten(flat)
 
 
