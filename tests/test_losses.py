@@ -122,6 +122,7 @@ def test_memory_of_a_large_vocabulary(tied):
     assert frozen.cost_analysis()["flops"] < 0.8 * chunked.cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_unpacked(family):
     config = small_config(family)
@@ -136,6 +137,7 @@ def test_packed_equals_unpacked(family):
     assert min(np.abs(g).max() for g in jax.tree.leaves(ours[1])) > 0
 
 
+@pytest.mark.slow
 def test_remat_keeps_less():
     config = tiny_config("qwen2_vl", text=dict(num_hidden_layers=8), vision=dict(depth=8))
     params, batch = qwenvl.abstract_params(config), train_batch(config, [samples_of(config)], T=256)
@@ -155,6 +157,7 @@ def test_inference_is_not_rematerialised():
     assert "remat" not in str(jax.make_jaxpr(partial(qwenvl.forward, config))(params, batch))
 
 
+@pytest.mark.slow
 def test_sft_loss_counts_what_is_learnt():
     config = small_config("qwen2_5_vl")
     params, batch = params_of(config), train_batch(config, [samples_of(config)])
@@ -178,6 +181,7 @@ def dpo_batch(config):
     return batch._replace(reference=reference), [(0, 0), (0, 2), (1, 0)]
 
 
+@pytest.mark.slow
 def test_dpo_equals_the_papers_formula_in_float64():
     """Loss and metrics from eq. 7, and the gradient as the paper writes it out below it, both from our logits."""
     config, beta = small_config("qwen2_5_vl"), 0.3

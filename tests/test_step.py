@@ -1,0 +1,328 @@
+"""The step: what may change, in which layout, by how much, and what a bad batch leaves untouched."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_losses import assert_close, params_of, samples_of, small_config
+from tiny import train_batch
+
+from qwenvl_jax.params.hf import flatten, unflatten
+from qwenvl_jax.train.losses import sft_loss
+from qwenvl_jax.train.step import GROUPS, decays, group, init_state, make_optimizer, make_schedule, make_step
+from qwenvl_jax.types import InputError, TrainBatch
+
+# One leaf of every group, and of every kind that is treated by its name.
+PATHS = {
+    "vision/blocks/qkv/kernel": (2, 3, 4),
+    "vision/merger/fc1/bias": (4,),
+    "decoder/layers/q_proj/kernel": (2, 3, 3),
+    "decoder/layers/q_proj/lora_scale": (2,),
+    "decoder/norm/scale": (3,),
+}
+
+
+def everything(path):
+    return True
+
+
+def toy_params(dtype=jnp.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    return unflatten({path: jnp.asarray(rng.standard_normal(shape), dtype) for path, shape in PATHS.items()})
+
+
+def toy_loss(params, batch):
+    """Σ weights · (target − Σ of all squares)² / 2: a gradient for every leaf, and every micro-batch another."""
+    size = sum(jnp.sum(w.astype(jnp.float32) ** 2) for w in jax.tree.leaves(params))
+    return jnp.sum(batch.weights * (batch.targets - size) ** 2) / 2, jnp.sum(batch.weights), {"size": size}
+
+
+def toy_batch(A=1, seed=0):
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(0, 60, (A, 2, 5))
+    return TrainBatch(None, targets, rng.integers(0, 2, targets.shape).astype(np.float32))
+
+
+def copy(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_groups():
+    assert [group(path) for path in PATHS] == ["vision", "merger", "llm", "llm", "llm"]
+    assert {group(path) for path in flatten(params_of(small_config("qwen2_vl")))} == set(GROUPS)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_schedules(name):
+    rate = make_schedule(2.0, name, warmup=4, total=20, end=0.1)
+    after = {"constant": [2, 2, 2], "linear": [2, 1.1, 0.2], "cosine": [2, 1.1, 0.2]}[name]
+    np.testing.assert_allclose([rate(i) for i in (0, 1, 2, 4, 12, 20)], [0, 0.5, 1, *after], rtol=1e-6)
+    np.testing.assert_allclose(make_schedule(2.0, name, total=20)(0), 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("call, names", [
+    (lambda: make_schedule(1.0, "step"), "schedule 'step'"),
+    (lambda: make_schedule(1.0, "cosine"), "total|ends after None"),
+    (lambda: make_schedule(1.0, "linear", warmup=9, total=9), "warmup, 9"),
+    (lambda: make_optimizer(1.0, scales={"head": 1.0}), "'head'"),
+    (lambda: init_state(toy_params(), optax.sgd(1.0), lambda path: False), "nothing is trainable"),
+])  # fmt: skip
+def test_what_cannot_be(call, names):
+    with pytest.raises(InputError, match=names):
+        call()
+
+
+def test_adamw_by_hand():
+    """Three updates with everything on, against the equations in float64 numpy."""
+    scales, rate = {"vision": 0.5, "merger": 0.0}, make_schedule(0.1, "linear", warmup=1, total=8)
+    optimizer = make_optimizer(rate, scales=scales, weight_decay=0.2, clip=3.0, b1=0.8, b2=0.95, eps=1e-3)
+    state, step = init_state(toy_params(), optimizer, everything), make_step(toy_loss, optimizer, everything)
+    batch = toy_batch()
+    weights, targets = batch.weights.astype(np.float64), batch.targets
+    w = {path: np.float64(x) for path, x in flatten(toy_params()).items()}
+    m, v = ({path: np.zeros(x.shape) for path, x in w.items()} for _ in range(2))
+    decay = {"vision/blocks/qkv/kernel", "decoder/layers/q_proj/kernel"}
+    assert {path for path, yes in decays(w).items() if yes} == decay
+    for t in range(3):
+        state, metrics = step(state, batch)
+        size = sum((x**2).sum() for x in w.values())
+        loss = (weights * (targets - size) ** 2).sum() / 2 / weights.sum()
+        share = (weights * (size - targets)).sum() / weights.sum()
+        grads = {path: 2 * share * x for path, x in w.items()}
+        norm = sum((g**2).sum() for g in grads.values()) ** 0.5
+        assert norm > 3
+        for path, g in grads.items():
+            g = g * 3 / norm
+            m[path] = 0.8 * m[path] + 0.2 * g
+            v[path] = 0.95 * v[path] + 0.05 * g**2
+            u = m[path] / (1 - 0.8 ** (t + 1)) / (np.sqrt(v[path] / (1 - 0.95 ** (t + 1))) + 1e-3)
+            u += 0.2 * w[path] * (path in decay)
+            w[path] = w[path] - float(rate(t)) * scales.get(group(path), 1.0) * u
+        want = {"loss": loss, "grad_norm": norm, "weight": weights.sum(), "size": size / weights.sum(), "finite": True}
+        assert_close(metrics, want)
+        assert_close(flatten(state.params), w)
+    assert state.step == 3
+    assert_equal(state.params["vision"]["merger"], toy_params()["vision"]["merger"])
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_bad_batch_changes_nothing(bad):
+    def loss(params, batch):
+        total, weight, metrics = toy_loss(params, batch)
+        # √0 has no gradient; its value is fine
+        root = jnp.sqrt(jnp.where(batch.targets[0, 0] < 0, 0.0, 1.0) * jnp.sum(params["decoder"]["norm"]["scale"] ** 2))
+        return total + (root if bad == "gradient" else 0), weight, metrics
+
+    optimizer = make_optimizer(make_schedule(0.1, "cosine", total=9), weight_decay=0.1)
+    state, step = init_state(toy_params(), optimizer, everything), make_step(loss, optimizer, everything)
+    good, batch = toy_batch(2), toy_batch(2)
+    if bad == "loss":
+        batch.weights[1, 0, 0] = np.nan
+    else:
+        batch.targets[1, 0, 0] = -1
+    state, _ = step(state, good)
+    before = copy(state)
+    state, metrics = step(state, batch)
+    assert not metrics["finite"]
+    assert np.isfinite(metrics["loss"]) == (bad == "gradient")
+    assert_equal(state, before)
+    state, metrics = step(state, good)  # and training goes on
+    assert metrics["finite"] and state.step == 2
+    assert step._cache_size() == 1
+
+
+def test_a_batch_without_trained_tokens_is_no_disaster():
+    optimizer = make_optimizer(0.1)
+    state, step = init_state(toy_params(), optimizer, everything), make_step(toy_loss, optimizer, everything)
+    batch = toy_batch()
+    state, metrics = step(state, batch._replace(weights=0 * batch.weights))
+    assert metrics["finite"] and metrics["loss"] == 0 and metrics["weight"] == 0
+    assert_equal(state.params, toy_params())
+
+
+def test_moments_of_bfloat16_parameters():
+    optimizer = make_optimizer(1e-2, mu_dtype="bfloat16", weight_decay=0.1)
+    state, step = (
+        init_state(toy_params(jnp.bfloat16), optimizer, everything),
+        make_step(toy_loss, optimizer, everything),
+    )
+    kinds = jax.tree.map(lambda a: a.dtype, state)
+    adam = next(s for s in state.opt_state if hasattr(s, "mu"))
+    assert {a.dtype for a in adam.mu.values()} == {jnp.dtype("bfloat16")}
+    assert {a.dtype for a in adam.nu.values()} == {jnp.dtype("float32")}
+    state, _ = step(state, toy_batch())
+    assert jax.tree.map(lambda a: a.dtype, state) == kinds
+    state, _ = step(state, toy_batch())
+    assert step._cache_size() == 1
+
+
+def test_any_optax_transformation():
+    optimizer = optax.chain(optax.adaptive_grad_clip(0.1), optax.adafactor(1e-2, min_dim_size_to_factor=2))
+    state, step = init_state(toy_params(), optimizer, everything), make_step(toy_loss, optimizer, everything)
+    before, (state, _) = toy_params(), step(state, toy_batch())
+    assert all((a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True))
+
+
+def test_noise_has_another_key_every_time():
+    """A loss that reports the noise: the same in a second run, never the same twice in one."""
+
+    def noise(params, key):
+        return params | {"draw": jax.random.uniform(key)}
+
+    def loss(params, batch):
+        total, weight, _ = toy_loss({k: v for k, v in params.items() if k != "draw"}, batch)
+        return total, weight, {"draw": params["draw"] * 2.0 ** (-8 * batch.targets[0, 0])}
+
+    def run(seed):
+        optimizer = optax.sgd(1e-3)
+        state = init_state(toy_params(), optimizer, everything)
+        step = make_step(loss, optimizer, everything, noise=noise, seed=seed)
+        draws, batch = [], toy_batch(3)
+        batch.targets[:, 0, 0] = 0
+        one = toy_batch(1)
+        one.targets[:, 0, 0] = 0
+        for _ in range(3):
+            state, metrics = step(state, one)
+            draws.append(float(metrics["draw"] * metrics["weight"]))
+        state, metrics = step(state, batch)
+        return draws, float(metrics["draw"] * metrics["weight"])
+
+    draws, total = run(0)
+    assert len({*draws}) == 3
+    assert run(0) == (draws, total)
+    assert run(1) != (draws, total)
+    key = jax.random.fold_in(jax.random.key(0), 3)
+    each = [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(3)]
+    assert total == pytest.approx(sum(each), rel=1e-6) and len({*each}) == 3
+
+
+# The real model
+
+
+def stack(batches):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+@pytest.mark.slow
+def test_accumulation_equals_one_batch_and_a_frozen_tower_costs_nothing():
+    """Four micro-batches of one row, whose shares of trained tokens differ, against one batch of the four rows."""
+    config = small_config("qwen2_5_vl")
+    samples = samples_of(config)
+    one = train_batch(config, [[s] for s in samples], T=64)
+    shares = one.weights.sum(1)
+    assert len({*shares}) > 2
+    # Every micro-batch has all lanes: the place of a visual token in them is then the same.
+    four = [one._replace(inputs=one.inputs._replace(**{
+        k: getattr(one.inputs, k)[..., i : i + 1, :] for k in ("tokens", "positions", "segments", "visual_index")
+    }), targets=one.targets[i : i + 1], weights=one.weights[i : i + 1]) for i in range(4)]  # fmt: skip
+    optimizer = optax.sgd(0.1)
+    compiled = {}
+
+    def run(batch, trainable, name):
+        state = init_state(copy(params_of(config)), optimizer, trainable)
+        step = make_step(partial(sft_loss, config), optimizer, trainable)
+        compiled[name] = step.lower(state, batch).compile()
+        return compiled[name](state, jax.tree.map(jnp.asarray, batch))
+
+    (state, metrics), (want, theirs) = run(stack(four), everything, "four"), run(stack([one]), everything, "one")
+    assert metrics["weight"] == shares.sum()
+    assert_close(metrics, theirs)
+    assert_close(state.params, want.params)
+
+    frozen, _ = run(stack([one]), lambda path: group(path) != "vision", "frozen")
+    tower = {path: w for path, w in flatten(frozen.params).items() if group(path) == "vision"}
+    assert_equal(tower, {path: w for path, w in flatten(params_of(config)).items() if path in tower})
+    assert_close({k: v for k, v in flatten(frozen.params).items() if k not in tower},
+                 {k: v for k, v in flatten(want.params).items() if k not in tower})  # fmt: skip
+    assert compiled["frozen"].cost_analysis()["flops"] < 0.75 * compiled["one"].cost_analysis()["flops"]
+    adam = init_state(params_of(config), make_optimizer(1e-3), lambda path: group(path) != "vision")
+    held = sum(a.size for a in jax.tree.leaves(adam.opt_state) if a.ndim)
+    assert held == 2 * sum(w.size for path, w in flatten(params_of(config)).items() if group(path) != "vision")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_bfloat16_learns(stored):
+    config = small_config("qwen2_5_vl").replace(dtype="bfloat16")
+    params = jax.tree.map(lambda w: w.astype(stored), params_of(small_config("qwen2_5_vl")))
+    optimizer = make_optimizer(5e-3)
+    state = init_state(params, optimizer, everything)
+    step = make_step(partial(sft_loss, config, remat=True), optimizer, everything)
+    batch, losses = stack([train_batch(config, [samples_of(config)])]), []
+    for _ in range(12):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0], losses
+    assert {w.dtype for w in jax.tree.leaves(state.params)} == {jnp.dtype(stored)}
+    assert step._cache_size() == 1
+
+
+ON_A_MESH = """
+import jax, numpy as np
+from functools import partial
+from test_losses import assert_close, params_of, samples_of, small_config
+from test_step import everything, stack
+from tiny import train_batch
+from qwenvl_jax.sharding import make_mesh, param_shardings
+from qwenvl_jax.train.losses import sft_loss
+from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, make_step, shardings
+
+config = small_config("qwen2_5_vl")
+samples = samples_of(config)
+rows = [[samples[i % 4], samples[(i + i // 4) % 4]] for i in range(8)]
+batch = stack([train_batch(config, rows), train_batch(config, rows[::-1])])
+assert batch.inputs.vision[0].frames.shape[1] % 8 == 0  # lanes are split too
+optimizer = make_optimizer(1e-2, eps=1e-3, weight_decay=0.1)  # eps: or the sign of a zero gradient would count
+step = make_step(partial(sft_loss, config, remat=True, chunk=32), optimizer, everything)
+compiled = []
+def count(event, *_, **__):
+    if "backend_compile" in event:
+        compiled.append(event)
+jax.monitoring.register_event_duration_secs_listener(count)
+
+def run(state, batch):
+    seen = []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        seen.append((len(compiled), metrics))
+    counts, metrics = zip(*seen)
+    assert len(set(counts)) == 1, counts  # what comes out is laid out as what goes in
+    return state, list(metrics)
+
+state, metrics = run(init_state(jax.tree.map(np.array, params_of(config)), optimizer, everything), batch)
+alone = state.params, metrics
+for shape in ((2, 2, 2), (8, 1, 1)):
+    mesh = make_mesh(*shape)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params_of(config), param_shardings(params_of(config), mesh))
+        state = init_state(params, optimizer, everything)
+        state, metrics = run(state, jax.device_put(batch, batch_shardings(batch, mesh)))
+    assert_close((state.params, metrics), alone)
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings(state, state.params, mesh))):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    mu = next(s for s in state.opt_state if hasattr(s, "mu")).mu["decoder/layers/gate_proj/kernel"]
+    assert len({str(shard.index) for shard in mu.addressable_shards}) == shape[1] * shape[2]
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one():
+    here = Path(__file__).parent
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    done = subprocess.run([sys.executable, "-W", "error", "-c", ON_A_MESH], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

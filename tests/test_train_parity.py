@@ -1,0 +1,118 @@
+"""Training equals torch's: every tensor's gradient, and twenty AdamW steps, in float32 (transformers 4.51.3)."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from test_losses import small_config
+from test_parity import reference
+from tiny import FAMILIES, clip, picture, sample, train_batch, with_text
+
+from qwenvl_jax.params.hf import STACKED, flatten, table
+from qwenvl_jax.train.losses import sft_loss
+from qwenvl_jax.train.step import init_state, make_optimizer, make_schedule, make_step
+
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
+
+LIMIT = 1e-4
+STEPS = 20
+
+
+def conversations(config):
+    """Pictures, a clip and text; alone, and together."""
+    rng = np.random.default_rng(11)
+    pic, vid = (lambda *a: picture(rng, config, *a)), (lambda *a: clip(rng, config, *a))
+    return [
+        sample(rng, config, 3, pic(10, 14), 12),
+        sample(rng, config, 14),
+        sample(rng, config, 2, vid(3, 6, 8, 0.83), 4, pic(4, 8), 9),
+    ]
+
+
+def torch_loss(model, inputs, labels):
+    model.rope_deltas = None  # the reference remembers them across calls
+    return model(**inputs, labels=labels, use_cache=False).loss
+
+
+def torch_labels(samples, batch):
+    """-100 but where our weights are 1: transformers shifts labels by one, ours are shifted already."""
+    import torch
+
+    labels = torch.full((len(samples), max(len(s.tokens) for s in samples)), -100)
+    for b, s in enumerate(samples):
+        n = len(s.tokens)
+        learnt = batch.weights[b, : n - 1] == 1
+        labels[b, 1:n][torch.tensor(learnt)] = torch.tensor(s.tokens[1:][learnt], dtype=torch.long)
+    assert (labels != -100).sum() == batch.weights.sum()
+    return labels
+
+
+def as_ours(config, tensors):
+    """Torch tensors by name → arrays by our parameters' paths."""
+    out = {}
+    for path, names in table(config).items():
+        leaves = [tensors[name].detach().numpy() for name in names]
+        if path == "vision/patch_embed/kernel":
+            leaves = [w.reshape(len(w), -1) for w in leaves]
+        leaves = [w.T if path.endswith("/kernel") else w for w in leaves]
+        out[path] = np.stack(leaves) if path.startswith(STACKED) else leaves[0]
+    return out
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_gradient_and_twenty_steps(family, tied, tmp_path, capsys):
+    import torch
+    from qwenvl_convert.parity import reference_inputs
+
+    config = with_text(small_config(family), tie_word_embeddings=tied)
+    model, params = reference(config, tmp_path)
+    samples = conversations(config)
+    inputs = reference_inputs(samples, config)
+    labels = torch_labels(samples, train_batch(config, [[s] for s in samples]))
+    batch = train_batch(config, [samples[:2], samples[2:]])  # packed here, one conversation a row there
+
+    def mean_loss(params):
+        total, weight, _ = sft_loss(config, params, batch, chunk=16)
+        return total / weight
+
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
+    theirs = torch_loss(model, inputs, labels)
+    theirs.backward()
+    named = dict(model.named_parameters())
+    assert float(loss) == pytest.approx(theirs.item(), rel=1e-5)
+    want, errors = as_ours(config, {name: p.grad for name, p in named.items()}), {}
+    for path, ours in flatten(grads).items():
+        for l in range(len(ours)) if path.startswith(STACKED) else [...]:  # one tensor of theirs at a time
+            a, b = np.asarray(ours[l], np.float64), want[path][l].astype(np.float64)
+            assert np.abs(b).max() > 0 or path.endswith("k_proj/bias")
+            errors[path, l] = np.abs(a - b).max() / np.abs(b).max()
+    worst = max(errors, key=errors.get)
+    report = f"{family}, {'tied' if tied else 'own head'}: {len(errors)} gradients, worst {worst} {errors[worst]:.1e}"
+    assert errors[worst] <= LIMIT, report
+
+    rate, decay, clip_norm = make_schedule(2e-3, "cosine", warmup=3, total=STEPS), 0.1, 1.0
+    optimizer = make_optimizer(rate, weight_decay=decay, clip=clip_norm)
+    step = make_step(partial(sft_loss, config, remat=True), optimizer, lambda path: True)
+    state = init_state(params, optimizer, lambda path: True)
+    plain = [p for name, p in named.items() if name.endswith("bias") or p.ndim == 1]
+    decayed = [p for name, p in named.items() if not (name.endswith("bias") or p.ndim == 1)]
+    adamw = torch.optim.AdamW([{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}])
+    batch = jax.tree.map(lambda a: np.asarray(a)[None], batch)
+    gaps = []
+    for i in range(STEPS):
+        state, metrics = step(state, batch)
+        for g in adamw.param_groups:
+            g["lr"] = float(rate(i))
+        adamw.zero_grad()
+        theirs = torch_loss(model, inputs, labels)
+        theirs.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        adamw.step()
+        gaps.append(abs(float(metrics["loss"]) - theirs.item()) / theirs.item())
+        assert float(metrics["grad_norm"]) == pytest.approx(norm.item(), rel=1e-3)
+    assert theirs.item() < 0.7 * float(loss)
+    with capsys.disabled():
+        print(f"\n{report}; {STEPS} losses within {max(gaps):.1e}, {float(loss):.3f} to {theirs.item():.3f}")
+    assert max(gaps) <= LIMIT
