@@ -98,7 +98,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         return _BAD_INPUT, (
             "out of memory. Try --dtype bfloat16, a smaller --max-pixels, --nframes or --max-new-tokens, "
-            "or a smaller model."
+            "or a smaller model; in training fewer --rows or --tokens with more --accumulate, or --lora-rank."
         )
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
@@ -438,17 +438,37 @@ def _answer(engine, encode, messages: list[dict], options) -> str | None:
 
 
 def _train(args) -> int:
+    options = train_options.TrainOptions.read(args.config, train_options.flags(args))
     from qwenvl_jax.train.finetune import finetune
 
     def evaluator(model, data, encoding):
         return evaluate.Evaluator(model, data, encoding=encoding)
 
-    options = train_options.TrainOptions.read(args.config, train_options.flags(args))
     try:
-        ended = finetune(options, evaluator)
+        with contextlib.nullcontext() if args.debug else _own_warnings():
+            ended = finetune(options, evaluator)
     except KeyboardInterrupt:  # the second one: at once, without waiting for a checkpoint that is being written
+        print(file=sys.stderr, flush=True)
         os._exit(_INTERRUPTED)
     return {None: _OK, signal.SIGTERM: _NOT_DONE, signal.SIGINT: _INTERRUPTED}[ended]
+
+
+@contextlib.contextmanager
+def _own_warnings():
+    """Lets this package's warnings, such as the records that are skipped, through `_quiet`."""
+    levels = {"": logging.CRITICAL, "absl": logging.CRITICAL, "jax": logging.CRITICAL, "qwenvl_jax": logging.WARNING}
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
+    before = {logger: logger.level for logger in loggers}
+    disabled = logging.root.manager.disable
+    logging.disable(min(disabled, logging.INFO))
+    try:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+        yield
+    finally:
+        logging.disable(disabled)
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 def _plot(args) -> int:

@@ -139,8 +139,8 @@ def test_it_learns(straight):
 
 
 def test_tensorboard_has_the_same(straight):
-    event_files = pytest.importorskip("tensorboardX.record_writer") and list((straight[0] / run.BOARD).iterdir())
-    assert len(event_files) == 1 and event_files[0].stat().st_size > 12 * 50
+    (file,) = (straight[0] / run.BOARD).iterdir()
+    assert file.read_bytes().count(b"grad_norm") == 12
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
@@ -326,7 +326,9 @@ def start(cache, output, steps, pause=0.0, mesh=1) -> subprocess.Popen:
     env |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu"}
     if mesh > 1:
         env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={mesh * mesh}"
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import test_loop; test_loop.child(*sys.argv[1:])"
+    # Without tensorboardX, which is not needed, and quicker.
+    code = "import sys; sys.modules['tensorboardX'] = None; sys.path.insert(0, sys.argv.pop(1))"
+    code += "; import test_loop; test_loop.child(*sys.argv[1:])"
     argv = [sys.executable, "-c", code, str(Path(__file__).parent), str(output), str(steps), str(pause), str(mesh)]
     return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True)
 

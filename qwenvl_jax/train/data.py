@@ -262,7 +262,7 @@ class Dataset:
         if self._on_error == "stop":
             raise InputError(f"{bad.where}: {bad.message}")
         self._bad_in_a_row += 1
-        if self._bad_in_a_row == self._epoch:
+        if self._bad_in_a_row == 2 * self._epoch - 1:  # one good record may be first in an epoch, and last in the next
             raise InputError(f"none of {self._epoch} records can be used; the last is {bad.where}: {bad.message}")
         if position < self._epoch:  # once is enough
             _LOG.warning("%s: %s; skipped", bad.where, bad.message)
