@@ -1,0 +1,222 @@
+"""`qwenvl train` and `qwenvl plot`: options from files and flags, exit codes, and one run from end to end."""
+
+import dataclasses
+import json
+import logging
+import re
+import signal
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwenvl_jax import cli, plot
+from qwenvl_jax.params import checkpoint, lora
+from qwenvl_jax.train import finetune, options, run, step
+from qwenvl_jax.train.options import TrainOptions
+from qwenvl_jax.types import InputError
+
+FIELDS = {f.name: f for f in dataclasses.fields(TrainOptions)}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the command would train, without training; `asked.answer` is what training ends with."""
+
+    def fake(given, evaluator):
+        fake.options = given
+        if isinstance(fake.answer, BaseException):
+            raise fake.answer
+        return fake.answer
+
+    fake.answer, fake.options = None, None
+    monkeypatch.setattr(finetune, "finetune", fake)
+    return fake
+
+
+def test_flags_override_the_file(asked, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'model = "m"\nrows = 2\nlearning_rate = 1\nfreeze = ["vision"]\nbetas = [0.8, 0.9]\nremat = false\n'
+    )
+    assert cli.main(["train", str(file), "--rows", "3", "--lora-targets", "q_proj", "--lora-targets", "v_proj"]) == 0
+    expected = dict(model="m", rows=3, learning_rate=1.0, freeze=("vision",), betas=(0.8, 0.9), remat=False)
+    assert asked.options == TrainOptions(**expected, lora_targets=("q_proj", "v_proj"))
+    assert cli.main(["train", str(file), "--remat", "--betas", "0.7", "0.6", "--freeze", "llm"]) == 0
+    assert (asked.options.remat, asked.options.betas, asked.options.freeze) == (True, (0.7, 0.6), ("llm",))
+
+
+def test_options_come_back_from_their_file(tmp_path):
+    given = TrainOptions(
+        model='a "b"\\ü', learning_rate=3e-7, betas=(0.5, 0.25), freeze=("vision", "llm"), fps=2.0, remat=False
+    )
+    (tmp_path / "x.toml").write_text(given.to_toml(), "utf-8")
+    assert TrainOptions.read(tmp_path / "x.toml") == given
+    assert given.differences(TrainOptions.read(tmp_path / "x.toml", {"keep": 9, "log_every": 5, "threads": 0})) == []
+    assert given.replace(fps=None).differences(given) == ["fps was 2.0 and is not given"]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_key_is_documented_where_it_is_looked_for(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"--{name.replace('_', '-')}" in text
+    assert FIELDS[name].metadata["doc"] in text and len(FIELDS[name].metadata["doc"]) > 5
+
+
+def test_choices_are_those_of_the_step():
+    assert options.GROUPS == step.GROUPS
+    assert FIELDS["schedule"].metadata["choices"] == step.SCHEDULES
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("learning_rat = 1e-5", "unknown key learning_rat; did you mean learning_rate?"),
+        ("zzz = 1", "unknown key zzz; `qwenvl train --help`"),
+        ("[optimizer]\nclip = 1", "unknown key optimizer"),
+        ("rows = 0", "rows is 0; it must be a whole number, at least 1"),
+        ("rows = 1.5", "rows is 1.5; it must be a whole number"),
+        ("rows = true", "rows is True; it must be a whole number"),
+        ("remat = 1", "remat is 1; it must be true or false"),
+        ('task = "rlhf"', "task is 'rlhf'; it must be one of sft, dpo"),
+        ('freeze = ["llm", "eyes"]', "freeze is 'eyes'; it must be one of vision, merger, llm"),
+        ("betas = [0.9]", "betas is [0.9]; it must be a list of 2"),
+        ("betas = [0.9, 1.0]", "betas is 1.0; it must be a number, at least 0, less than 1"),
+        ("learning_rate = nan", "learning_rate is nan; it must be a number, more than 0, at most 1"),
+        ("weight_decay = inf", "weight_decay is inf"),
+        ("model = 5", "model is 5; it must be a string"),
+        ("rows = ", "not readable as TOML"),
+    ],
+)
+def test_bad_options_are_named(asked, tmp_path, capsys, line, sentence):
+    file = tmp_path / "bad.toml"
+    file.write_text(line)
+    assert cli.main(["train", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"qwenvl: {file}: ") and sentence in error
+    assert asked.options is None
+
+
+def test_bad_options_outside_a_file(tmp_path, capsys):
+    assert cli.main(["train", "--steps", "0"]) == 2
+    assert "steps is 0; it must be a whole number, at least 1" in capsys.readouterr().err
+    assert cli.main(["train", str(tmp_path / "none.toml")]) == 2
+    assert "none.toml: cannot be read" in capsys.readouterr().err
+    assert cli.main(["train", "--model", "m", "--data", "d"]) == 2
+    assert "output is not given" in capsys.readouterr().err
+    with pytest.raises(InputError, match="warmup is 10"):
+        TrainOptions(warmup=10, steps=10)
+    with pytest.raises(InputError, match="did you mean steps"):
+        TrainOptions().replace(step=3)
+    for name in ("rows", "lanes"):
+        with pytest.raises(InputError, match=f"{name} is 3; .* 2 devices"):
+            finetune.make_run_mesh(TrainOptions(**dict(rows=4, lanes=4, mesh_fsdp=2) | {name: 3}))
+
+
+@pytest.mark.parametrize("ended, code", [(None, 0), (signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_exit_codes(asked, ended, code):
+    asked.answer = ended
+    assert cli.main(["train"]) == code
+
+
+def test_the_second_interrupt_does_not_wait(asked, monkeypatch):
+    """Threads that write a checkpoint would keep the process alive."""
+    codes = []
+    monkeypatch.setattr(cli.os, "_exit", lambda code: codes.append(code) or sys.exit(code))
+    asked.answer = KeyboardInterrupt()
+    with pytest.raises(SystemExit):
+        cli.main(["train"])
+    assert codes == [130]
+
+
+def test_skipped_records_are_told(monkeypatch, caplog):
+    """Warnings of this package are shown, others are not."""
+
+    def warn(given, evaluator):
+        logging.getLogger("qwenvl_jax.train.data").warning("x.jsonl:3: no picture; skipped")
+        logging.getLogger("jax._src").warning("chatter")
+        logging.getLogger("elsewhere").warning("chatter")
+
+    monkeypatch.setattr(finetune, "finetune", warn)
+    assert cli.main(["train"]) == 0
+    assert [r.getMessage() for r in caplog.records] == ["x.jsonl:3: no picture; skipped"]
+
+
+def written(directory, steps, **values):
+    directory.mkdir()
+    lines = [{"step": s} | {name: value(s) for name, value in values.items()} for s in range(1, steps + 1)]
+    (directory / run.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(directory)
+
+
+def test_plot(tmp_path, capsys):
+    one = written(tmp_path / "one", 20, loss=lambda s: 1 / s, skipped_steps=lambda s: 0)
+    two = written(tmp_path / "two", 300, loss=lambda s: None if s == 7 else 2 / s, accuracy=lambda s: s / 300)
+    with open(tmp_path / "two" / run.METRICS, "a") as f:
+        f.write('{"step": 301, "loss": 0.1, "eval/overall": 0.5}\n{"step": 302, "los')
+    assert cli.main(["plot", one, two, "-o", str(tmp_path / "a.png")]) == 0
+    assert capsys.readouterr() == (f"{tmp_path / 'a.png'}\n", "")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "PNG" and image.width > 3 * 500  # three panels: loss, eval/overall, accuracy
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 20
+    assert cli.main(["plot", one, "-o", str(tmp_path / "b.png")]) == 0
+    with Image.open(tmp_path / "b.png") as image:
+        assert image.width < 700
+
+
+def test_plot_says_what_is_missing(tmp_path, capsys, monkeypatch):
+    assert cli.main(["plot", str(tmp_path / "none")]) == 2
+    assert "no metrics.jsonl" in capsys.readouterr().err
+    empty = written(tmp_path / "empty", 0)
+    assert cli.main(["plot", empty]) == 2
+    assert "nothing to draw yet" in capsys.readouterr().err
+    with pytest.raises(InputError, match="cannot be written"):
+        plot.draw({"a": [{"step": 1, "loss": 1.0}]}, tmp_path / "no" / "x.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=re.escape("pip install 'qwenvl-jax[train]'")):
+        plot.draw({"a": [{"step": 1, "loss": 1.0}]}, tmp_path / "x.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
+def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
+    """A picture's answer learnt with LoRA: metrics, the model that `generate` opens, the adapter, and no second run."""
+    Image.new("RGB", (112, 112), "red").save(tmp_path / "red.png")
+    user = {"role": "user", "content": [{"type": "image", "image": "red.png"}, {"type": "text", "text": "Colour?"}]}
+    record = {"messages": [user, {"role": "assistant", "content": "red"}]}
+    bad = {"messages": [user | {"content": [{"type": "image", "image": "no.png"}]}, record["messages"][1]]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(bad) + "\n")
+    (tmp_path / "eval.jsonl").write_text(json.dumps(record | {"task": "colour"}) + "\n")
+    output = tmp_path / "run"
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'model = "{tiny_checkpoint}"\ndata = "{tmp_path}/data.jsonl"\neval_data = "{tmp_path}/eval.jsonl"\n'
+        f'output = "{output}"\nrows = 1\ntokens = 64\nlanes = 1\npatches = 64\nlora_rank = 4\nlearning_rate = 0.02\n'
+        'schedule = "linear"\nlora_targets = ["llm", "merger"]\n'
+    )
+    argv = ["train", str(file), "--steps", "30", "--on-bad-record", "skip", "--best", "overall", "--eval-every", "30"]
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert f"model of step 30: {output / 'final'}" in out and f"adapter for PEFT: {output / 'adapter'}" in out
+    assert "records skipped: media: " in out and "colour/exact 1" in out and not err
+    lines = run.read_metrics(output)
+    assert len(lines) == 30 and lines[-1]["eval/colour/exact"] == 1
+    assert (lines[0]["accuracy"], lines[-1]["accuracy"]) == (0, 1) and lines[-1]["loss"] < lines[0]["loss"] / 2
+
+    ask = ["--image", str(tmp_path / "red.png"), "--prompt", "Colour?", "--temperature", "0"]
+    assert cli.main(["generate", "--model", str(output / "final"), *ask]) == 0
+    assert capsys.readouterr().out == "red\n"
+    base, final = (checkpoint.load(path) for path in (tiny_checkpoint, output / "final"))
+    assert final.config == base.config
+    adapted = lora.load_adapter(base.config, base.params, output / "adapter")
+    for mine, theirs in zip(jax.tree.leaves(lora.merge(adapted)), jax.tree.leaves(final.params), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out == f"finished before: {output / 'final'}\n"
+    assert cli.main([*argv, "--learning-rate", "0.1"]) == 2
+    assert "learning_rate was 0.02 and is 0.1" in capsys.readouterr().err
