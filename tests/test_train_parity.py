@@ -60,9 +60,8 @@ def as_ours(config, tensors):
     return out
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_gradient_and_twenty_steps(family, tied, tmp_path, capsys):
+@pytest.mark.parametrize("family, tied", [(FAMILIES[0], True), (FAMILIES[1], False), (FAMILIES[1], True)])
+def test_every_gradient_and_twenty_steps(family, tied, tmp_path):
     import torch
     from qwenvl_convert.parity import reference_inputs
 
@@ -86,11 +85,10 @@ def test_every_gradient_and_twenty_steps(family, tied, tmp_path, capsys):
     for path, ours in flatten(grads).items():
         for l in range(len(ours)) if path.startswith(STACKED) else [...]:  # one tensor of theirs at a time
             a, b = np.asarray(ours[l], np.float64), want[path][l].astype(np.float64)
-            assert np.abs(b).max() > 0 or path.endswith("k_proj/bias")
+            assert np.abs(b).max() > 0
             errors[path, l] = np.abs(a - b).max() / np.abs(b).max()
     worst = max(errors, key=errors.get)
-    report = f"{family}, {'tied' if tied else 'own head'}: {len(errors)} gradients, worst {worst} {errors[worst]:.1e}"
-    assert errors[worst] <= LIMIT, report
+    assert errors[worst] <= LIMIT, f"{worst}: {errors[worst]:.1e}"
 
     rate, decay, clip_norm = make_schedule(2e-3, "cosine", warmup=3, total=STEPS), 0.1, 1.0
     optimizer = make_optimizer(rate, weight_decay=decay, clip=clip_norm)
@@ -113,6 +111,4 @@ def test_every_gradient_and_twenty_steps(family, tied, tmp_path, capsys):
         gaps.append(abs(float(metrics["loss"]) - theirs.item()) / theirs.item())
         assert float(metrics["grad_norm"]) == pytest.approx(norm.item(), rel=1e-3)
     assert theirs.item() < 0.7 * float(loss)
-    with capsys.disabled():
-        print(f"\n{report}; {STEPS} losses within {max(gaps):.1e}, {float(loss):.3f} to {theirs.item():.3f}")
-    assert max(gaps) <= LIMIT
+    assert max(gaps) <= LIMIT, gaps

@@ -81,7 +81,8 @@ def _logprobs(config: Config, params: dict, x, targets, chunk: int):
     head, dims = decoder.head(config, params)
     # Chunks cut T, so that B stays split over the mesh; D is gathered once here, not in every chunk.
     head = constrain(head.astype(x.dtype), dims.replace("D", "."))
-    width = min(max(1, chunk // local_rows(B)), T)
+    chunks = -(-T // max(1, chunk // local_rows(B)))
+    width = -(-T // chunks)
     pad = -T % width
 
     def cut(a):
