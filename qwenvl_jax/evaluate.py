@@ -78,11 +78,11 @@ class Report:
     answers: tuple[Answer, ...]
 
     def metrics(self) -> dict[str, float]:
-        """{"TASK/METRIC": value, …, "overall": value}, for a training run's log."""
+        """{"eval/TASK/METRIC": value, …, "eval/overall": value}, for a training run's log."""
         named = {}
         for s in self.scores:
-            named |= {f"{s.task}/{name}": value for name, value in {s.metric: s.value, **s.details}.items()}
-        return named | {"overall": self.overall.value}
+            named |= {f"eval/{s.task}/{name}": value for name, value in {s.metric: s.value, **s.details}.items()}
+        return named | {"eval/overall": self.overall.value}
 
     def to_dict(self) -> dict:
         """The scores, as `--json` prints them."""
@@ -171,7 +171,7 @@ class Evaluator:
         engine = self._engine or self._new_engine(params)
         own, engine.params = engine.params, jax.tree.map(jax.numpy.asarray, params)
         try:
-            return _report(self._answers(engine))
+            return report(self._answers(engine))
         finally:
             engine.params = own if self._model is None else None
 
@@ -229,7 +229,8 @@ def score(question: Question, prediction: str, finish_reason: str = "stop") -> A
     return Answer(question, prediction, finish_reason, value)
 
 
-def _report(answers: Sequence[Answer]) -> Report:
+def report(answers: Sequence[Answer]) -> Report:
+    """The scores of at least one answer; tasks in the order of their first."""
     groups: dict[tuple[str, str], list[Answer]] = {}
     for a in answers:
         groups.setdefault((a.question.task, a.question.metric), []).append(a)
@@ -242,7 +243,10 @@ def _score(task: str, metric: str, answers: Sequence[Answer]) -> Score:
     if metric == BOXES:
         right, predicted, gold = (sum(column) for column in zip(*(a.matched for a in answers), strict=True))
         pairs = [(2 * a.matched.right, a.matched.predicted + a.matched.gold) for a in answers]
-        details = {"precision": right / predicted if predicted else 1.0, "recall": right / gold if gold else 1.0}
+        # Of no boxes none is wrong; but where there was something to find, silence is not precise either.
+        precision = right / predicted if predicted else float(not gold)
+        recall = right / gold if gold else float(not predicted)
+        details = {"precision": precision, "recall": recall}
         value = metrics.Matched(right, predicted, gold).f1
         return Score(task, metric, n, value, *metrics.bootstrap(*zip(*pairs, strict=True)), details)
     values = [a.score for a in answers]

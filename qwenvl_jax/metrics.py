@@ -206,7 +206,8 @@ def bootstrap(
 ) -> tuple[float, float]:
     """The 95% percentile interval of sum(numerators) / sum(denominators), items drawn with replacement.
 
-    With ones below it is that of a mean. Whole items are drawn, since the boxes of one picture go together.
+    With ones below it is that of a mean. Whole items are drawn, since the boxes of one picture go together. Where
+    all items score the same it has no width, however few they are.
     """
     import numpy as np  # here, so that the command line's parser does without
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from qwenvl_jax import cli, metrics
-from qwenvl_jax.evaluate import Evaluator, Question, evaluate, read_questions, score
+from qwenvl_jax.evaluate import Evaluator, Question, evaluate, read_questions, report, score
 from qwenvl_jax.infer.engine import Engine
 from qwenvl_jax.metrics import Box
 from qwenvl_jax.params import checkpoint
@@ -193,6 +193,30 @@ def test_bootstrap():
     assert metrics.bootstrap([0.0], [0.0]) == (1.0, 1.0)  # no boxes to find and none found
 
 
+def test_boxes_are_counted_over_a_task():
+    """F1 of all boxes together, not the mean of the items' own; silence is neither precise nor complete."""
+    boxes = [Box("cat", 20 * i, 0, 20 * i + 10, 10) for i in range(4)]
+    text = json.dumps([{"bbox_2d": b[1:], "label": b.label} for b in boxes])
+
+    def scored(*predictions):
+        question = Question([], (text,), "t", "iou", "here")
+        ((s,), _, answers) = vars(report([score(question, p) for p in predictions])).values()
+        return s, [a.score for a in answers]
+
+    one = json.dumps([{"bbox_2d": [0, 0, 10, 10], "label": "cat"}])
+    s, each = scored(text, one)
+    assert each == [1.0, 2 / 5]
+    assert s.value == pytest.approx(10 / 13) and s.details == {"precision": 1.0, "recall": 5 / 8}
+    assert s.low < s.value < s.high
+    s, _ = scored("", "no")
+    assert (s.value, s.details) == (0.0, {"precision": 0.0, "recall": 0.0})
+    text = "[]"
+    s, _ = scored("[]", "none here")
+    assert (s.value, s.details) == (1.0, {"precision": 1.0, "recall": 1.0})
+    s, _ = scored(one)
+    assert (s.value, s.details) == (0.0, {"precision": 0.0, "recall": 0.0})
+
+
 def test_metrics_that_meet_odd_answers():
     """Deep nesting and large numbers in what a model wrote are wrong answers, not errors."""
     gold = Question([], (f"[{BOX}]",), "t", "iou", "here")
@@ -305,7 +329,10 @@ def test_evaluating_again_compiles_nothing_and_keeps_nothing(tiny_checkpoint, fo
     evaluator = Evaluator(model, four, batch=2, max_new_tokens=6)
     first = evaluator.report(model.params)
     assert [a.question.task for a in first.answers] == ["ocr", "clip", "echo", "locate"]
-    assert evaluator(model.params) == first.metrics()
+    told = evaluator(model.params)
+    assert told == first.metrics()
+    tasks = ("ocr/anls", "clip/seconds", "echo/exact", "locate/iou", "locate/precision", "locate/recall", "overall")
+    assert list(told) == [f"eval/{name}" for name in tasks]
 
     # Every answer is that of the engine to this question alone. (It is this engine, so that nothing is compiled.)
     engine = evaluator._engine
