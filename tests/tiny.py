@@ -7,7 +7,7 @@ import numpy as np
 
 from qwenvl_jax.config import Config, TextConfig, VisionConfig
 from qwenvl_jax.inputs.batch import Ladder, make_batch
-from qwenvl_jax.model.qwenvl import init
+from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.types import Batch, Grid, Sample, TrainBatch, Visual
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
@@ -49,11 +49,11 @@ def tiny_params(config: Config, seed: int = 0) -> dict:
     """Random weights with nothing left at zero or one: biases and norms count too."""
     rng = np.random.default_rng(seed)
 
-    def jitter(path, w):
+    def random(path, w):
         one = path[-1].key == "scale"
         return (one + 0.2 * rng.standard_normal(w.shape)).astype(w.dtype)
 
-    return jax.tree_util.tree_map_with_path(jitter, init(config, jax.random.key(seed)))
+    return jax.tree_util.tree_map_with_path(random, abstract_params(config))
 
 
 def picture(rng, config: Config, h: int, w: int) -> Visual:

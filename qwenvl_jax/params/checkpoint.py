@@ -69,12 +69,16 @@ def save(model: Model, path, *, files_from=None) -> None:
 
     files_from: a checkpoint directory whose tokenizer, template and preprocessor files are carried along. Only with
     them can `load` read the directory; without, it holds weights for `restore` and `qwenvl convert`.
-    Raises InputError if `path` exists, if the disk is full, or if the model's pictures are not those of `files_from`.
+    Raises InputError if `path` exists, if the disk is full, if the parameters are not those of the config, or if the
+    model's pictures are not those of `files_from`.
     """
     from qwenvl_jax.inputs.processor import read_preprocessing
 
     if jax.process_count() > 1:
         raise InputError("save writes from a single process; this job has several")
+    odd = sorted(flatten(model.params).keys() ^ flatten(abstract_params(model.config)).keys())
+    if odd:
+        raise InputError(f"{path}: the parameters are not those of the config ({odd[0]}); an adapter is merged first")
     if files_from is not None:
         files_from, vision = Path(files_from), model.config.vision
         if not files_from.is_dir():
