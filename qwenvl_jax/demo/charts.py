@@ -15,7 +15,7 @@ _INKS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103
 
 
 def chart(rng: np.random.Generator, assets: Assets, evaluation: bool):
-    """A chart of 3 to 7 points as (question, picture, answer, metric).
+    """A chart of 3 to 7 points: (picture, [(question, answer), …], metric of the first answer).
 
     About half have their values printed on them, and answers are as printed. Values too low to be read off an
     axis are asked for only where they are printed.
@@ -38,12 +38,12 @@ def chart(rng: np.random.Generator, assets: Assets, evaluation: bool):
         kinds.append((HIGHEST, order[-1]))
     if series.values[order[1]] - series.values[order[0]] > _CLEAR * high:
         kinds.append((LOWEST, order[0]))
-    if kinds and rng.random() < 0.4:
-        forms, which = kinds[rng.integers(len(kinds))]
-        return ask(rng, forms), image, series.labels[which], "exact"
     readable = [i for i, value in enumerate(series.values) if labelled or value >= 0.2 * high]
-    which = readable[rng.integers(len(readable))]
-    return ask(rng, VALUE, series.labels[which]), image, texts[which], "relaxed"
+    ends = [(ask(rng, forms), series.labels[i]) for forms, i in rng.permutation(np.array(kinds, object).reshape(-1, 2))]
+    values = [(ask(rng, VALUE, series.labels[i]), texts[i]) for i in rng.permutation(readable)]
+    if ends and rng.random() < 0.4:
+        return image, [ends[0], *values[:2], *ends[1:], *values[2:]], "exact"
+    return image, [values[0], *ends, *values[1:]], "relaxed"
 
 
 def _slice(rng: np.random.Generator, series: Series, most: int) -> Series:

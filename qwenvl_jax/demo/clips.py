@@ -11,7 +11,7 @@ FPS = 2.0
 
 
 def clip(rng: np.random.Generator, assets: Assets):
-    """Six to ten seconds as (question, frames [n, h, w, 3] uint8, "3.5 seconds"); n is even.
+    """Six to ten seconds: (frames [n, h, w, 3] uint8, [(question, "3.5 seconds"), …]), then of the others; n is even.
 
     The one asked for is absent from the first frame, and stays once it is there. Others are there from the
     start or turn up at another time; they rest or drift.
@@ -24,16 +24,17 @@ def clip(rng: np.random.Generator, assets: Assets):
     ground, _ = background(rng, side, side)
     canvases = [ground.copy() for _ in range(frames)]
     taken: list[np.ndarray] = []
+    turns = []
     for kind, start in zip(kinds, starts, strict=True):
         drawn = sprite(assets.emoji, kind, int(rng.integers(5, 7 if side == 56 else 9)) * 4, bool(rng.integers(2)))
         path = _path(rng, frames, side, drawn.width, drawn.height, taken)
         if path is None:
             continue
         taken.append(path)
+        turns.append((ask(rng, WHEN, kind), f"{start / FPS} seconds"))
         for canvas, (x, y, _, _) in zip(canvases[start:], path[start:].tolist(), strict=True):
             canvas.paste(drawn.image, (x, y), drawn.image)
-    question = ask(rng, WHEN, kinds[0])
-    return question, np.stack([np.asarray(c) for c in canvases]), f"{starts[0] / FPS} seconds"
+    return np.stack([np.asarray(c) for c in canvases]), turns
 
 
 def _path(rng: np.random.Generator, frames: int, side: int, wide: int, tall: int, taken: list) -> np.ndarray | None:

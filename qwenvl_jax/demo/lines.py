@@ -21,12 +21,12 @@ _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of codes: without I and O, which many f
 
 
 def line(rng: np.random.Generator, assets: Assets, evaluation: bool, unseen_fonts: bool = False):
-    """One line of text as (question, picture, answer); evaluation has texts that training never has."""
+    """One line of text: (picture, [(question, answer)]); evaluation has texts that training never has."""
     family, file = pick(rng, unseen_fonts)
     text = _text(rng, assets, evaluation)
     if family in CAPITALS:
         text = text.upper()
-    return ask(rng, READ), _picture(rng, assets, file, text), text
+    return _picture(rng, assets, file, text), [(ask(rng, READ), text)]
 
 
 def held_out(text: str) -> bool:

@@ -21,8 +21,9 @@ class Scenes:
     """`length` records, record i depending on (seed, split, task, i) only; cheap to make, pickle and fork.
 
     split: "train" or "evaluation"; the latter has other scenes, words, numbers and parts of the tables.
+    turns: questions asked about one picture, at most, as a conversation; the first is of the record's task.
     weights: {task: relative frequency}; by default the training mixture.
-    A record is {"messages": [user, assistant], "answer", "task", "metric"}, pictures being PIL images and
+    A record is {"messages": [user, assistant, …], "answer", "task", "metric"}, pictures being PIL images and
     clips uint8 arrays [frames, height, width, 3].
     """
 
@@ -33,6 +34,7 @@ class Scenes:
         *,
         length: int = 10**9,
         seed: int = 0,
+        turns: int = 1,
         weights: Mapping[str, float] | None = None,
     ):
         if split not in _SPLITS:
@@ -43,7 +45,7 @@ class Scenes:
                 raise InputError(f"weights has {task!r}: {weight!r}; tasks are {', '.join(TASKS)}, weights positive")
             if task in EVALUATION_ONLY and split == "train":
                 raise InputError(f"{task} is for evaluation only; leave it out of the training mixture")
-        self.assets, self.split, self.length, self.seed = assets, split, length, seed
+        self.assets, self.split, self.length, self.seed, self.turns = assets, split, length, seed, turns
         self.tasks = tuple(weights)
         self.bounds = np.cumsum(list(weights.values())) / sum(weights.values())
 
@@ -62,21 +64,22 @@ class Scenes:
         rng = np.random.default_rng((self.seed, _SPLITS.index(self.split), TASKS.index(task), int(index)))
         metric = METRICS.get(task, "exact")
         if task == "chart":
-            question, media, answer, metric = charts.chart(rng, self.assets, evaluation)
+            media, turns, metric = charts.chart(rng, self.assets, evaluation)
         elif task == "clip":
-            question, media, answer = clips.clip(rng, self.assets)
+            media, turns = clips.clip(rng, self.assets)
         elif task in ("ocr", "ocr_unseen_fonts"):
-            question, media, answer = lines.line(rng, self.assets, evaluation, task == "ocr_unseen_fonts")
+            media, turns = lines.line(rng, self.assets, evaluation, task == "ocr_unseen_fonts")
         else:
-            question, media, answer = getattr(scenes, task)(rng, self.assets)
+            media, turns = getattr(scenes, task)(rng, self.assets)
         kind, options = ("video", {"fps": clips.FPS}) if task == "clip" else ("image", {})
         item = {"type": kind, kind: media} | options
+        messages = []
+        for question, answer in turns[: self.turns]:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages[0]["content"] = [item, {"type": "text", "text": messages[0]["content"]}]
         return {
-            "messages": [
-                {"role": "user", "content": [item, {"type": "text", "text": question}]},
-                {"role": "assistant", "content": answer},
-            ],
-            "answer": answer,
+            "messages": messages,
+            "answer": turns[0][1],
             "task": task,
             "metric": metric,
         }

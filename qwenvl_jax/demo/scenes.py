@@ -10,33 +10,51 @@ from qwenvl_jax.demo.emoji import NAMES, plural, sprite
 from qwenvl_jax.demo.questions import COUNT, LOCATE, LOCATE_ALL, LOCATE_ONE, NAME, ask
 
 MOST = 6  # of one kind in a scene to count
+_LOCATED = 3  # of one kind to locate
 _GAP = 2  # pixels between any two
 
 
 def name(rng: np.random.Generator, assets: Assets):
-    """One emoji anywhere in a picture, as (question, picture, its name)."""
-    image, (what,), _ = scene(rng, assets, [1], sizes=(28, 84), side=(112, 196))
-    return ask(rng, NAME), image, what
+    """One emoji anywhere in a picture: (picture, [(question, its name), …]), then where it is."""
+    image, (what,), boxes = scene(rng, assets, [1], sizes=(28, 84), side=(112, 168))
+    return image, [(ask(rng, NAME), what), _locate(rng, what, boxes[what])]
 
 
 def count(rng: np.random.Generator, assets: Assets):
-    """One to six of a kind among up to five others, as (question, picture, number)."""
+    """One to six of a kind among up to five others: (picture, [(question, number), …]), then of the others."""
     wanted = int(rng.integers(1, MOST + 1))
     while True:
-        image, kinds, boxes = scene(rng, assets, [wanted, *_others(rng, 5)], sizes=(24, 48), side=(140, 196))
+        image, kinds, boxes = scene(rng, assets, [wanted, *_others(rng, 5)], sizes=(24, 48), side=(112, 168))
         if len(boxes[kinds[0]]) == wanted:  # else the picture was too full
-            return ask(rng, COUNT, plural(kinds[0])), image, str(wanted)
+            return image, [_count(rng, kinds[0], boxes[kinds[0]]), *_more(rng, kinds[1:], boxes)]
 
 
 def locate(rng: np.random.Generator, assets: Assets):
-    """One to three of a kind among up to four others, as (question, picture, Qwen2.5's JSON list of boxes)."""
-    image, kinds, boxes = scene(
-        rng, assets, [int(rng.integers(1, 4)), *_others(rng, 4)], sizes=(28, 72), side=(140, 196)
-    )
-    found = sorted(boxes[kinds[0]], key=lambda b: (b[1], b[0]))
-    forms = ((LOCATE, kinds[0]), (LOCATE_ONE, kinds[0]) if len(found) == 1 else (LOCATE_ALL, plural(kinds[0])))
+    """One to three of a kind among up to four others: (picture, [(question, Qwen2.5's JSON list of boxes), …]), then
+    of the others."""
+    numbers = [int(rng.integers(1, _LOCATED + 1)), *_others(rng, 4)]
+    image, kinds, boxes = scene(rng, assets, numbers, sizes=(28, 72), side=(112, 168))
+    return image, [_locate(rng, kinds[0], boxes[kinds[0]]), *_more(rng, kinds[1:], boxes)]
+
+
+def _count(rng: np.random.Generator, kind: str, boxes: list) -> tuple[str, str]:
+    return ask(rng, COUNT, plural(kind)), str(len(boxes))
+
+
+def _locate(rng: np.random.Generator, kind: str, boxes: list) -> tuple[str, str]:
+    found = sorted(boxes, key=lambda b: (b[1], b[0]))
+    forms = ((LOCATE, kind), (LOCATE_ONE, kind) if len(found) == 1 else (LOCATE_ALL, plural(kind)))
     question = ask(rng, *forms[rng.integers(2)])
-    return question, image, json.dumps([{"bbox_2d": list(box), "label": kinds[0]} for box in found])
+    return question, json.dumps([{"bbox_2d": list(box), "label": kind} for box in found])
+
+
+def _more(rng: np.random.Generator, kinds: list[str], boxes: dict[str, list]) -> list[tuple[str, str]]:
+    """A question about each further kind that found room."""
+    there = [kind for kind in kinds if boxes[kind]]
+    return [
+        (_locate if len(boxes[kind]) <= _LOCATED and rng.random() < 0.5 else _count)(rng, kind, boxes[kind])
+        for kind in there
+    ]
 
 
 def _others(rng: np.random.Generator, most: int) -> list[int]:

@@ -79,7 +79,8 @@ class _Loop:
         self.mesh = make_run_mesh(options)
         params = model.params if donate else jax.tree.map(jnp.copy, model.params)
         # Laid out as a checkpoint is restored; a run that goes on then needs no other program.
-        params = jax.device_put(params, _layout(params, self.mesh))
+        layout = _layout(params, self.mesh)
+        params = jax.device_put(params, layout)
         noise = None
         if options.lora_rank:
             key = jax.random.key(options.seed)
@@ -99,12 +100,20 @@ class _Loop:
         self.reference = None
         if options.task == "dpo":
             # With LoRA, the reference model is the base, which is there anyway.
-            base = None if options.lora_rank else model.params if not donate else jax.tree.map(jnp.copy, params)
+            base = None
+            if not options.lora_rank:
+                base = jax.tree.map(jnp.copy, params) if donate else jax.device_put(model.params, layout)
             self.reference = _reference(self.config, options, base)
             loss = partial(dpo_loss, self.config, beta=options.beta, remat=options.remat)
         else:
             loss = partial(sft_loss, self.config, remat=options.remat)
-        schedule = make_schedule(options.learning_rate, options.schedule, warmup=options.warmup, total=options.steps)
+        schedule = make_schedule(
+            options.learning_rate,
+            options.schedule,
+            warmup=options.warmup,
+            total=options.steps,
+            cooldown=options.cooldown,
+        )
         optimizer = _optimizer(options, schedule)
         self.step_fn = make_step(loss, optimizer, self.trainable, noise=noise, seed=options.seed)
         self.learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(options.steps)), np.float64)
@@ -176,8 +185,7 @@ class _Loop:
         facts = {"flops": flops, "tokens": int(np.count_nonzero(inputs.segments))}
         if hasattr(self.data, "epoch"):
             facts["epoch"] = self.data.epoch
-        with jax.transfer_guard("disallow"):
-            return _place(batch, self.mesh), facts
+        return _place(batch, self.mesh), facts
 
     def dispatch(self, batch: TrainBatch, facts: dict) -> None:
         """Starts a step; the device works on when this returns."""
@@ -246,7 +254,13 @@ class _Loop:
 
 
 def make_run_mesh(options: TrainOptions):
+    """The mesh that the options ask for; None for a single device."""
     sizes = options.mesh_data, options.mesh_fsdp, options.mesh_tensor
+    if jax.process_count() > 1 and math.prod(sizes) != jax.device_count():
+        raise InputError(
+            f"the {jax.process_count()} processes have {jax.device_count()} devices; mesh_data · mesh_fsdp · "
+            f"mesh_tensor is {math.prod(sizes)}, and must be that"
+        )
     if math.prod(sizes) == 1:
         return None
     share = options.mesh_data * options.mesh_fsdp
@@ -276,6 +290,7 @@ def _optimizer(options: TrainOptions, schedule):
     rates = {"vision": options.vision_learning_rate, "merger": options.merger_learning_rate}
     return make_optimizer(
         schedule,
+        options.optimizer,
         scales={name: rate / options.learning_rate for name, rate in rates.items() if rate is not None},
         weight_decay=options.weight_decay,
         clip=options.clip or None,

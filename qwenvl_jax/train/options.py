@@ -16,6 +16,7 @@ from typing import get_args, get_type_hints
 from qwenvl_jax.types import InputError
 
 GROUPS = ("vision", "merger", "llm")
+_OPTIMIZERS = ("adamw", "muon")
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -46,11 +47,13 @@ class TrainOptions:
     accumulate: int = _key(1, "batches of a step; their gradients are added up before the update", least=1)
     steps: int = _key(1000, "updates to make", least=1)
     # the optimizer
-    learning_rate: float = _key(1e-5, "AdamW's step size at its peak", above=0, most=1)
+    optimizer: str = _key("adamw", "how gradients become updates; muon is for training from nothing", choices=_OPTIMIZERS)
+    learning_rate: float = _key(1e-5, "the optimizer's step size at its peak", above=0, most=1)
     vision_learning_rate: float | None = _key(None, "of the vision tower; default: learning_rate", above=0, most=1)
     merger_learning_rate: float | None = _key(None, "of the merger; default: learning_rate", above=0, most=1)
     freeze: tuple[str, ...] = _key((), "parts of the model to leave as they are; repeatable", choices=GROUPS)
     schedule: str = _key("cosine", "how the step size falls after warmup", choices=("constant", "linear", "cosine"))
+    cooldown: int = _key(0, "last steps, over which a constant step size falls to 0", least=0)
     warmup: int = _key(0, "steps over which the step size rises from 0", least=0)
     weight_decay: float = _key(0.01, "pull of matrices towards 0; norms and biases have none", least=0)
     betas: tuple[float, float] = _key((0.9, 0.95), "decay of AdamW's two moments", least=0, below=1)
@@ -72,6 +75,7 @@ class TrainOptions:
     mesh_data: int = _key(1, "devices that share a batch, each with all weights", least=1, free=True)
     mesh_fsdp: int = _key(1, "devices that share a batch and the weights", least=1, free=True)
     mesh_tensor: int = _key(1, "devices that share the work on each token", least=1, free=True)
+    distributed: bool = _key(False, "this is one process of several, started on every host of a pod", free=True)
     # records
     on_bad_record: str = _key("stop", "what to do about a record that cannot be used", choices=("stop", "skip"))
     threads: int = _key(2, "threads that read records", least=0, free=True)
@@ -95,6 +99,10 @@ class TrainOptions:
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         if self.schedule != "constant" and self.warmup >= self.steps:
             raise InputError(f"warmup is {self.warmup}; it must be less than steps, {self.steps}")
+        if self.cooldown and self.schedule != "constant":
+            raise InputError(f"cooldown is of the constant schedule; schedule is {self.schedule!r}, which falls anyway")
+        if self.cooldown and self.warmup + self.cooldown > self.steps:
+            raise InputError(f"warmup and cooldown are {self.warmup + self.cooldown} steps, more than all {self.steps}")
 
     @classmethod
     def read(cls, file=None, flags: dict | None = None) -> "TrainOptions":
@@ -120,7 +128,10 @@ class TrainOptions:
 
     def differences(self, before: "TrainOptions") -> list[str]:
         """What makes this another run than the one before, as "learning_rate was 1e-05 and is 2e-05"."""
-        names = [f.name for f in fields(self) if not f.metadata["free"]]
+        free = {f.name for f in fields(self) if f.metadata["free"]}
+        if self.schedule == before.schedule == "constant":
+            free |= {"steps", "cooldown"}  # the steps made so far were the same
+        names = [f.name for f in fields(self) if f.name not in free]
         pairs = [(name, getattr(before, name), getattr(self, name)) for name in names]
         return [f"{name} was {_show(old)} and is {_show(new)}" for name, old, new in pairs if old != new]
 
@@ -129,7 +140,7 @@ _HINTS = get_type_hints(TrainOptions)
 _TITLES = {
     "model": "the run",
     "rows": "one step",
-    "learning_rate": "the optimizer",
+    "optimizer": "the optimizer",
     "lora_rank": "LoRA",
     "param_dtype": "precision and memory",
     "on_bad_record": "records",

@@ -18,6 +18,7 @@ from qwenvl_jax.sharding import activation_sharding, param_shardings
 from qwenvl_jax.types import Batch, InputError, TrainBatch, VisionBatch
 
 GROUPS = ("vision", "merger", "llm")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -37,16 +38,26 @@ def group(path: str) -> str:
 
 
 def make_schedule(
-    learning_rate: float, schedule: str = "constant", *, warmup: int = 0, total: int | None = None, end: float = 0.0
+    learning_rate: float,
+    schedule: str = "constant",
+    *,
+    warmup: int = 0,
+    total: int | None = None,
+    cooldown: int = 0,
+    end: float = 0.0,
 ) -> optax.Schedule:
     """Learning rate by update: from 0 up in `warmup` updates, then constant, or down to `end`·learning_rate at `total`.
 
+    cooldown: a constant one falls after all, to 0, in so many updates up to `total`.
     Raises InputError for a name that is not in SCHEDULES, and for a decay without a `total` beyond `warmup`.
     """
     if schedule not in SCHEDULES:
         raise InputError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
     if schedule == "constant":
         after = optax.constant_schedule(learning_rate)
+        if cooldown:
+            fall = optax.linear_schedule(learning_rate, 0.0, cooldown)
+            after = optax.join_schedules([after, fall], [total - cooldown - warmup])
     elif total is None or total <= warmup:
         raise InputError(f"a {schedule} schedule ends after {total} steps, which must be more than warmup, {warmup}")
     elif schedule == "cosine":
@@ -60,6 +71,7 @@ def make_schedule(
 
 def make_optimizer(
     learning_rate: float | optax.Schedule,
+    name: str = "adamw",
     *,
     scales: dict[str, float] | None = None,
     weight_decay: float = 0.0,
@@ -69,27 +81,46 @@ def make_optimizer(
     eps: float = 1e-8,
     mu_dtype=None,
 ) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) on a flat dict of parameters.
+    """An optimizer on a flat dict of parameters, by a name of OPTIMIZERS.
 
+    "adamw": arXiv:1711.05101. "muon": kernels of hidden layers are moved by their orthogonalised momentum, as far as
+    AdamW would (arXiv:2502.16982, section 2.2), so that one learning rate suits both; the rest by AdamW.
     learning_rate: a number, or what `make_schedule` gives. scales: factors on it by group, such as {"vision": 0.1}.
     weight_decay: not for biases and the scales of norms. clip: largest global gradient norm, None for no limit.
     mu_dtype: of the first moment, such as "bfloat16"; None is float32.
-    Raises InputError for a group that is not in GROUPS.
+    Raises InputError for a group that is not in GROUPS, or a name that is not in OPTIMIZERS.
     """
-    for name in scales or {}:
-        if name not in GROUPS:
-            raise InputError(f"{name!r} is not one of the groups {', '.join(GROUPS)}")
+    if name not in OPTIMIZERS:
+        raise InputError(f"optimizer {name!r} is not one of {', '.join(OPTIMIZERS)}")
+    for part in scales or {}:
+        if part not in GROUPS:
+            raise InputError(f"{part!r} is not one of the groups {', '.join(GROUPS)}")
+    rule = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+    if name == "muon":
+        axes = partial(jax.tree.map, lambda w: optax.contrib.MuonDimensionNumbers(w.ndim - 2, w.ndim - 1))
+        muon = optax.contrib.scale_by_muon(mu_dtype=mu_dtype, weight_dimension_numbers=axes)
+        rule = optax.partition({"muon": optax.chain(muon, optax.stateless(_as_large)), "adamw": rule}, _rules)
 
     def scale_groups(updates, _):
         return {path: u * scales.get(group(path), 1.0) for path, u in updates.items()}
 
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
-        optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype),
+        rule,
         optax.add_decayed_weights(weight_decay, decays) if weight_decay else optax.identity(),
         optax.stateless(scale_groups) if scales else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _rules(params: dict) -> dict[str, str]:
+    """Which rule Muon has for each leaf of a flat dict: embeddings and the head are not hidden layers."""
+    return {path: "muon" if path.endswith("/kernel") and "lm_head" not in path else "adamw" for path in params}
+
+
+def _as_large(updates, _):
+    """Orthogonal updates, as large as AdamW's usually are."""
+    return jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates)
 
 
 def decays(params: dict) -> dict[str, bool]:

@@ -1,0 +1,115 @@
+"""Trains the demo from nothing, on records drawn as they are needed, with the trainer that everyone uses.
+
+    python -m qwenvl_jax.demo.train RUN --assets DIR [--steps N] [--rows N] [--dtype bfloat16]
+
+Stopped and started again with the same arguments, it goes on. The result is RUN/final, in Hugging Face's layout.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+
+from qwenvl_jax.config import Config, TextConfig, VisionConfig
+from qwenvl_jax.demo.assets import find_assets
+from qwenvl_jax.demo.render import TASKS, WEIGHTS, Scenes
+from qwenvl_jax.demo.tokenizer import special_ids, write_processor
+from qwenvl_jax.evaluate import Evaluator
+from qwenvl_jax.inputs.processor import Processor
+from qwenvl_jax.model.qwenvl import init
+from qwenvl_jax.train.data import Dataset
+from qwenvl_jax.train.loop import train
+from qwenvl_jax.train.options import TrainOptions
+from qwenvl_jax.train.records import PackShape
+from qwenvl_jax.types import Model
+
+TURNS = 4  # questions about a picture; reading the picture costs as much as answering them
+
+
+def demo_config() -> Config:
+    """Qwen2.5-VL's architecture, small: four million parameters. Windows and full attention take turns."""
+    ids = special_ids()
+    return Config(
+        family="qwen2_5_vl",
+        text=TextConfig(
+            vocab_size=896,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            head_dim=32,
+            max_position_embeddings=4096,
+            rope_theta=10000.0,
+            mrope_section=(4, 6, 6),
+            tie_word_embeddings=True,
+        ),
+        vision=VisionConfig(
+            depth=4,
+            hidden_size=128,
+            intermediate_size=384,
+            out_hidden_size=192,
+            num_heads=4,
+            fullatt_block_indexes=(1, 3),
+        ),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        eos_token_id=ids["<|im_end|>"],
+        dtype="float32",
+    )
+
+
+def demo_options(output, **changes) -> TrainOptions:
+    """How it was trained; the model card says for how many steps."""
+    return TrainOptions(
+        output=str(output),
+        rows=16,
+        tokens=256,
+        lanes=24,
+        patches=256,
+        optimizer="muon",
+        learning_rate=3e-3,
+        schedule="constant",
+        warmup=200,
+        weight_decay=0.02,
+        remat=False,
+        save_every=250,
+        eval_every=1000,
+        keep=1,
+        best="overall",
+    ).replace(**changes)
+
+
+def questions(assets, each: int) -> list[dict]:
+    """`each` questions of every task, none of which was in training."""
+    return [r for task in TASKS for r in Scenes(assets, "evaluation", length=each, weights={task: 1})]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="directory of the run")
+    parser.add_argument("--assets", help="where fonts, emoji and tables are; see qwenvl_jax/demo/assets.py")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--cooldown", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to compute in")
+    parser.add_argument("--questions", type=int, default=64, help="of every task, in each evaluation on the way")
+    args = parser.parse_args()
+
+    assets = find_assets(args.assets)
+    config = demo_config()
+    args.run.mkdir(parents=True, exist_ok=True)
+    processor = Processor.from_dir(write_processor(args.run / "processor"), config)
+    model = Model(config, jax.jit(init, static_argnums=0)(config, jax.random.key(0)), processor)
+    options = demo_options(args.run, steps=args.steps, cooldown=args.cooldown, dtype=args.dtype)
+    shape = PackShape(options.rows, options.tokens, options.lanes, options.patches)
+    data = Dataset(Scenes(assets, turns=TURNS, weights=WEIGHTS), processor, shape, shuffle=False)
+    evaluate = Evaluator(model, questions(assets, args.questions), batch=64, max_new_tokens=96)
+    result = train(model, data, options, evaluate=evaluate, donate=True)
+    data.close()
+    print(f"{args.run}: {result.step} steps")
+
+
+if __name__ == "__main__":
+    main()
