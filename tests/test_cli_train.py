@@ -77,7 +77,7 @@ def test_choices_are_those_of_the_step():
     [
         ("learning_rat = 1e-5", "unknown key learning_rat; did you mean learning_rate?"),
         ("zzz = 1", "unknown key zzz; `qwenvl train --help`"),
-        ("[optimizer]\nclip = 1", "unknown key optimizer"),
+        ("[adam]\nclip = 1", "unknown key adam"),
         ("rows = 0", "rows is 0; it must be a whole number, at least 1"),
         ("rows = 1.5", "rows is 1.5; it must be a whole number"),
         ("rows = true", "rows is True; it must be a whole number"),

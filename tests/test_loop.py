@@ -5,7 +5,9 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -232,12 +234,20 @@ def test_best_needs_its_metric(tmp_path):
 
 
 def test_another_run_is_refused(straight):
-    with pytest.raises(InputError, match=r"options \(steps was 12 and is 13; learning_rate was 0\.01 and is 0\.02\);"):
-        loop.train(model(), Batches(), options(straight[0], learning_rate=2e-2, steps=13, save_every=5))
+    with pytest.raises(InputError, match=r"options \(seed was 0 and is 1; learning_rate was 0\.01 and is 0\.02\);"):
+        loop.train(model(), Batches(), options(straight[0], learning_rate=2e-2, seed=1, save_every=5))
+    with pytest.raises(InputError, match=r"steps was 12 and is 13"):
+        loop.train(model(), Batches(), options(straight[0], schedule="linear", steps=13))
     (straight[0] / run.OPTIONS).rename(straight[0] / "away")
     with pytest.raises(InputError, match=r"no train\.toml"):
         loop.train(model(), Batches(), options(straight[0]))
     (straight[0] / "away").rename(straight[0] / run.OPTIONS)
+
+
+def test_a_constant_schedule_may_go_on_for_longer(straight, tmp_path):
+    assert loop.train(model(), Batches(), options(tmp_path, steps=5)).step == 5
+    assert loop.train(model(), Batches(), options(tmp_path, steps=12)).step == 12
+    assert exactly(tmp_path) == exactly(straight[0])
 
 
 def test_options_of_a_run_that_saved_nothing_do_not_bind(tmp_path):
@@ -312,31 +322,34 @@ def _fresh(chosen):
     return lora.add(CONFIG, tiny_params(CONFIG), jax.random.key(0), rank=chosen["lora_rank"], alpha=4.0)
 
 
-def child(output, steps, pause, mesh) -> None:
-    """What the processes below run: prints a digest of the final weights, or why it stopped."""
+def child(output, steps, pause, data, fsdp, port, rank) -> None:
+    """What the processes below run: prints how it ended, and a digest of the final weights."""
+    if int(port):
+        jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
     wait = {i: lambda _: time.sleep(float(pause)) for i in range(int(steps))}
-    chosen = options(output, steps=int(steps), save_every=2, mesh_data=int(mesh), mesh_fsdp=int(mesh))
+    chosen = options(output, steps=int(steps), save_every=2, mesh_data=int(data), mesh_fsdp=int(fsdp))
     result = loop.train(model(), Batches(wait, period=10**6), chosen, donate=True)
-    digest = hashlib.sha256(b"".join(np.asarray(w).tobytes() for w in jax.tree.leaves(result.params)))
-    print(result.signal or digest.hexdigest())
+    held = [w.addressable_data(0) for w in jax.tree.leaves(result.params)]
+    digest = hashlib.sha256(b"".join(np.asarray(w).tobytes() for w in held))
+    print(result.step, result.signal or 0, digest.hexdigest())
 
 
-def start(cache, output, steps, pause=0.0, mesh=1) -> subprocess.Popen:
+def start(cache, output, steps, pause=0.0, mesh=(1, 1), port=0, rank=0) -> subprocess.Popen:
     env = os.environ | {name.upper(): str(value) for name, value in CACHE.items()}
     env |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu"}
-    if mesh > 1:
-        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={mesh * mesh}"
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={1 if port else math.prod(mesh)}"
     # Without tensorboardX, which is not needed, and quicker.
     code = "import sys; sys.modules['tensorboardX'] = None; sys.path.insert(0, sys.argv.pop(1))"
     code += "; import test_loop; test_loop.child(*sys.argv[1:])"
-    argv = [sys.executable, "-c", code, str(Path(__file__).parent), str(output), str(steps), str(pause), str(mesh)]
+    argv = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    argv += map(str, (output, steps, pause, *mesh, port, rank))
     return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, text=True)
 
 
 def finish(process) -> str:
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0
-    return out.split()[-1]
+    return out.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -367,10 +380,40 @@ def test_killed_ten_times(cache, tmp_path):
 @pytest.mark.slow
 def test_on_a_mesh(cache, tmp_path):
     """Four devices, data × fsdp, give one device's losses, and go on from one device's checkpoint."""
-    one, four = start(cache, tmp_path / "one", 6), start(cache, tmp_path / "four", 6, mesh=2)
+    one, four = start(cache, tmp_path / "one", 6), start(cache, tmp_path / "four", 6, mesh=(2, 2))
     finish(one), finish(four)
-    losses = [[line["loss"] for line in exactly(tmp_path / name)] for name in ("one", "four")]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / run.CHECKPOINTS / "6")
+    finish(start(cache, tmp_path / "moved", 6, mesh=(2, 2)))
+    one, four, moved = ([line["loss"] for line in exactly(tmp_path / name)] for name in ("one", "four", "moved"))
+    np.testing.assert_allclose(four, one, rtol=1e-5)
+    np.testing.assert_allclose(moved, one, rtol=1e-5)
+    assert moved[:4] == one[:4]
+
+
+@pytest.mark.slow
+def test_two_processes(cache, tmp_path):
+    """A SIGTERM to one of them stops both after the same step; they go on, and lose nothing."""
+    steps, output = 40, tmp_path / "two"
+
+    def both(pause):
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        return [start(cache, output, steps, pause, (2, 1), port, rank) for rank in range(2)]
+
+    first = both(0.1)
+    while not (output / run.METRICS).exists() and first[1].poll() is None:
+        time.sleep(0.02)
+    first[1].send_signal(signal.SIGTERM)
+    ends = [finish(process).split()[:2] for process in first]
+    stopped = int(ends[0][0])
+    assert ends == [[str(stopped), str(int(signal.SIGTERM))]] * 2 and 0 < stopped < steps
+    assert max(saved(output)) == stopped == len(exactly(output))
+    assert [finish(process).split()[:2] for process in both(0)] == [[str(steps), "0"]] * 2
+    finish(start(cache, tmp_path / "one", steps))
+    one, two = ([line["loss"] for line in exactly(tmp_path / name)] for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
 def test_flops_follow_the_parameters():

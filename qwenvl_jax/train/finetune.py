@@ -29,7 +29,11 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
         if not getattr(options, name):
             raise InputError(f"{name} is not given; give --{name} or put it into the TOML file")
     final, adapter = (Path(options.output).expanduser() / name for name in (FINAL, ADAPTER))
-    with Run(options):  # refuses another run's directory before any weights are read
+    if options.distributed:
+        jax.distributed.initialize()
+    with Run(options) as run:  # refuses another run's directory before any weights are read
+        if final.is_dir() and run.step < options.steps:
+            raise InputError(f"{final} is there, after {run.step} steps; move it away to go on to {options.steps}")
         if final.is_dir():
             _say(f"finished before: {final}")
             return None

@@ -34,7 +34,9 @@ class TrainOptions:
     model: str = _key("", "checkpoint to start from: a directory or a hub id")
     data: str = _key("", "JSONL file of records to learn from")
     eval_data: str = _key("", "JSONL file of records to answer and score during training")
-    output: str = _key("", "directory of the run: checkpoints, metrics, the result. A run that is there goes on")
+    output: str = _key(
+        "", "directory of the run: checkpoints, metrics, the result. A run that is there goes on", free=True
+    )
     task: str = _key("sft", "what to learn: the assistant's turns, or preferences", choices=("sft", "dpo"))
     beta: float = _key(0.1, "DPO: how strongly to stay near the reference model", above=0)
     seed: int = _key(0, "of the order of records and of dropout", least=0, most=2**31 - 1)
@@ -47,7 +49,9 @@ class TrainOptions:
     accumulate: int = _key(1, "batches of a step; their gradients are added up before the update", least=1)
     steps: int = _key(1000, "updates to make", least=1)
     # the optimizer
-    optimizer: str = _key("adamw", "how gradients become updates; muon is for training from nothing", choices=_OPTIMIZERS)
+    optimizer: str = _key(
+        "adamw", "how gradients become updates; muon is for training from nothing", choices=_OPTIMIZERS
+    )
     learning_rate: float = _key(1e-5, "the optimizer's step size at its peak", above=0, most=1)
     vision_learning_rate: float | None = _key(None, "of the vision tower; default: learning_rate", above=0, most=1)
     merger_learning_rate: float | None = _key(None, "of the merger; default: learning_rate", above=0, most=1)
