@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -277,6 +278,21 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
             file.write_bytes(b"")
     with pytest.raises(InputError, match=f"{run.CHECKPOINTS}/1"):
         loop.train(model(), Batches(), options(tmp_path, steps=1))
+
+
+def test_a_full_disk_is_named(tmp_path):
+    """No file may grow beyond 20 kB; the state is larger."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(InputError, match="no room on the disk"), run.Run(options(tmp_path)) as r:
+        r.save(1, {"x": jax.numpy.arange(100_000)}, {}, None)
+        r.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            r.save(2, {"x": jax.numpy.arange(100_000)}, {}, None)
+            r.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved(tmp_path) == [1]
 
 
 def test_lines_after_the_checkpoint_go(tmp_path):

@@ -286,7 +286,7 @@ def staged(path, nbytes: int, outside: Path | None = None):
                 os.rename(work, path)
                 _sync(path.parent, deep=False)
             except Exception as e:
-                if _is_full(e):
+                if is_full(e):
                     raise _disk_full(path, need, shutil.disk_usage(path.parent).free) from e
                 raise
         finally:
@@ -304,7 +304,7 @@ def _disk_full(path: Path, need: int, free: int) -> InputError:
     return InputError(f"{path}: no room on the disk; {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
 
 
-def _is_full(e: BaseException | None) -> bool:
+def is_full(e: BaseException | None) -> bool:
     """Is this a full disk, a quota or a size limit? Orbax's storage layer says so only in the message."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     while e is not None:

@@ -57,7 +57,8 @@ def train(
     """Trains a model, or goes on training if `options.output` holds a run with the same options.
 
     data: an iterator of TrainBatch (numpy, without the leading axis A) with `get_state()` and `set_state(state)`, whose
-        state JSON can hold. It must not end before `options.steps · options.accumulate` batches.
+        state JSON can hold. It must not end before `options.steps · options.accumulate` batches. Several processes
+        must all be given the same batches, whole; each keeps what its devices need.
     evaluate: params → metrics by name, called every `options.eval_every` steps and after the last one.
     donate: use up `model.params`, which saves a copy of them.
     SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint; a second Ctrl-C ends it at once. A bad

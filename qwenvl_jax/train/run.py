@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from qwenvl_jax.params.checkpoint import is_full
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.types import InputError
 
@@ -132,7 +133,12 @@ class Run:
 
     def wait(self) -> None:
         """Until what `save` began is written. What went wrong in the background is raised here."""
-        self._manager.wait_until_finished()
+        try:
+            self._manager.wait_until_finished()
+        except Exception as e:
+            if is_full(e):
+                raise InputError(f"{self.path}: no room on the disk for a checkpoint; free some and go on") from e
+            raise
 
     def __enter__(self):
         return self
