@@ -252,19 +252,17 @@ def test_accumulation_equals_one_batch_and_a_frozen_tower_costs_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-def test_bfloat16_learns(stored):
-    config = small_config("qwen2_5_vl").replace(dtype="bfloat16")
-    params = jax.tree.map(lambda w: w.astype(stored), params_of(small_config("qwen2_5_vl")))
+def test_bfloat16_learns_with_float32_parameters():
+    config = small_config("qwen2_5_vl")
     optimizer = make_optimizer(5e-3)
-    state = init_state(params, optimizer, everything)
-    step = make_step(partial(sft_loss, config, remat=True), optimizer, everything)
+    state = init_state(copy(params_of(config)), optimizer, everything)
+    step = make_step(partial(sft_loss, config.replace(dtype="bfloat16")), optimizer, everything)
     batch, losses = stack([train_batch(config, [samples_of(config)])]), []
     for _ in range(12):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 * losses[0], losses
-    assert {w.dtype for w in jax.tree.leaves(state.params)} == {jnp.dtype(stored)}
+    assert {w.dtype for w in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert step._cache_size() == 1
 
 

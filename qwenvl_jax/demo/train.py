@@ -2,7 +2,8 @@
 
     python -m qwenvl_jax.demo.train RUN --assets DIR [--steps N] [--rows N] [--dtype bfloat16]
 
-Stopped and started again with the same arguments, it goes on. The result is RUN/final, in Hugging Face's layout.
+Stopped and started again with the same arguments, it goes on; with more steps, it goes further. The result is
+RUN/final, which `qwenvl convert RUN/final DIR --to hf` writes as the Hugging Face checkpoint in this package.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from qwenvl_jax.demo.tokenizer import special_ids, write_processor
 from qwenvl_jax.evaluate import Evaluator
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.qwenvl import init
+from qwenvl_jax.params.checkpoint import save
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.options import TrainOptions
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--cooldown", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to compute in")
+    parser.add_argument("--devices", type=int, default=1, help="that share a batch")
     parser.add_argument("--questions", type=int, default=64, help="of every task, in each evaluation on the way")
     args = parser.parse_args()
 
@@ -102,13 +105,18 @@ def main() -> None:
     args.run.mkdir(parents=True, exist_ok=True)
     processor = Processor.from_dir(write_processor(args.run / "processor"), config)
     model = Model(config, jax.jit(init, static_argnums=0)(config, jax.random.key(0)), processor)
-    options = demo_options(args.run, steps=args.steps, cooldown=args.cooldown, dtype=args.dtype)
+    options = demo_options(args.run, steps=args.steps, cooldown=args.cooldown, dtype=args.dtype, mesh_data=args.devices)
     shape = PackShape(options.rows, options.tokens, options.lanes, options.patches)
     data = Dataset(Scenes(assets, turns=TURNS, weights=WEIGHTS), processor, shape, shuffle=False)
     evaluate = Evaluator(model, questions(assets, args.questions), batch=64, max_new_tokens=96)
     result = train(model, data, options, evaluate=evaluate, donate=True)
     data.close()
-    print(f"{args.run}: {result.step} steps")
+    if result.signal is not None:
+        print(f"stopped after step {result.step}; the same command goes on from there")
+        return
+    final = args.run / "final"
+    save(model._replace(params=result.params), final, files_from=args.run / "processor")
+    print(f"model of step {result.step}: {final}")
 
 
 if __name__ == "__main__":
