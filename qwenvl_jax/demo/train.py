@@ -38,12 +38,12 @@ def demo_config() -> Config:
             hidden_size=192,
             intermediate_size=512,
             num_hidden_layers=6,
-            num_attention_heads=6,
-            num_key_value_heads=3,
-            head_dim=32,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=48,
             max_position_embeddings=4096,
             rope_theta=10000.0,
-            mrope_section=(4, 6, 6),
+            mrope_section=(6, 9, 9),
             tie_word_embeddings=True,
         ),
         vision=VisionConfig(
@@ -67,8 +67,8 @@ def demo_options(output, **changes) -> TrainOptions:
     """How it was trained; the model card says for how many steps."""
     return TrainOptions(
         output=str(output),
-        rows=16,
-        tokens=256,
+        rows=20,
+        tokens=192,
         lanes=24,
         patches=256,
         optimizer="muon",

@@ -3,6 +3,8 @@
 A mask is never an array between modules: it is segment ids, a causal flag, or lengths. Scores are float32.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -24,6 +26,8 @@ def attention(q, k, v, q_segments, kv_segments, *, causal: bool):
     q = q.reshape(B, T, K, N // K, H)
     keys = jnp.arange(S)
 
+    # The backward pass computes scores again; kept, they would be most of what a training step holds.
+    @partial(jax.checkpoint, prevent_cse=False)
     def block(q, segments, index):
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=precision(q.dtype), preferred_element_type=jnp.float32)
         mask = segments[:, :, None] == kv_segments[:, None, :]
@@ -48,7 +52,7 @@ def attention(q, k, v, q_segments, kv_segments, *, causal: bool):
         return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, chunk, *x.shape[axis + 1 :]), axis, 0)
 
     parts = split(q, 1), split(q_segments, 1), split(jnp.arange(T), 0)
-    out = jax.lax.map(jax.checkpoint(lambda p: block(*p)), parts)  # [chunks, B, chunk, K, G, H]
+    out = jax.lax.map(lambda p: block(*p), parts)  # [chunks, B, chunk, K, G, H]
     return jnp.moveaxis(out, 0, 1).reshape(B, chunks * chunk, N, H)[:, :T]
 
 
