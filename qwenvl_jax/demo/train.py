@@ -13,7 +13,8 @@ import jax
 
 from qwenvl_jax.config import Config, TextConfig, VisionConfig
 from qwenvl_jax.demo.assets import find_assets
-from qwenvl_jax.demo.render import TASKS, WEIGHTS, Scenes
+from qwenvl_jax.demo.render import Scenes
+from qwenvl_jax.demo.score import LONGEST, questions
 from qwenvl_jax.demo.tokenizer import special_ids, write_processor
 from qwenvl_jax.evaluate import Evaluator
 from qwenvl_jax.inputs.processor import Processor
@@ -84,11 +85,6 @@ def demo_options(output, **changes) -> TrainOptions:
     ).replace(**changes)
 
 
-def questions(assets, each: int) -> list[dict]:
-    """`each` questions of every task, none of which was in training."""
-    return [r for task in TASKS for r in Scenes(assets, "evaluation", length=each, weights={task: 1})]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="directory of the run")
@@ -107,8 +103,8 @@ def main() -> None:
     model = Model(config, jax.jit(init, static_argnums=0)(config, jax.random.key(0)), processor)
     options = demo_options(args.run, steps=args.steps, cooldown=args.cooldown, dtype=args.dtype, mesh_data=args.devices)
     shape = PackShape(options.rows, options.tokens, options.lanes, options.patches)
-    data = Dataset(Scenes(assets, turns=TURNS, weights=WEIGHTS), processor, shape, shuffle=False)
-    evaluate = Evaluator(model, questions(assets, args.questions), batch=64, max_new_tokens=96)
+    data = Dataset(Scenes(assets, turns=TURNS), processor, shape, shuffle=False)
+    evaluate = Evaluator(model, questions(assets, args.questions), batch=64, max_new_tokens=LONGEST)
     result = train(model, data, options, evaluate=evaluate, donate=True)
     data.close()
     if result.signal is not None:
