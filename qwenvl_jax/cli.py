@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 from qwenvl_jax import evaluate
+from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.train import options as train_options
 from qwenvl_jax.types import InputError
 
@@ -137,6 +138,16 @@ class _Media(argparse.Action):
         namespace.media = [*(namespace.media or []), (kind, value)]
 
 
+def _media_path(where: str) -> str:
+    """What was typed; "demo:scene.png" is the sample of that name that comes with the package."""
+    if not where.startswith("demo:"):
+        return where
+    samples = {f"demo:{f.name}": str(f) for f in sorted(SAMPLES.iterdir()) if f.suffix != ".md"}
+    if where not in samples:
+        raise InputError(f"{where}: no such sample; there are {', '.join(samples)}")
+    return samples[where]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = _Parser(prog="qwenvl", description="Qwen2-VL and Qwen2.5-VL in JAX.")
@@ -157,7 +168,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--tools", metavar="FILE", help="descriptions of tools as JSON, in OpenAI's form")
     for kind in ("image", "video"):
         p.add_argument(
-            f"--{kind}", action=_Media, dest="media", metavar="F", help="file or URL; repeatable, order is kept"
+            f"--{kind}",
+            action=_Media,
+            dest="media",
+            metavar="F",
+            help="file, URL, or demo:NAME for a sample that comes with the package; repeatable, order is kept",
         )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     _model_options(p)
@@ -305,7 +320,8 @@ def _generate(args) -> int:
 def _user_turn(media: list[tuple[str, str]], text: str) -> dict:
     return {
         "role": "user",
-        "content": [{"type": kind, kind: where} for kind, where in media] + [{"type": "text", "text": text}],
+        "content": [{"type": kind, kind: _media_path(where)} for kind, where in media]
+        + [{"type": "text", "text": text}],
     }
 
 
@@ -402,6 +418,7 @@ def _attach(kind: str, where: str) -> list[tuple[str, str]]:
     try:
         if not where:
             raise InputError(f"/{kind} needs a file")
+        where = _media_path(where)
         if "://" not in where:
             _check_file(where)
     except InputError as e:

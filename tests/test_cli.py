@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from qwenvl_jax import cli
+from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.params import checkpoint
 from qwenvl_jax.types import InputError
@@ -289,6 +290,17 @@ def test_debug_may_come_first(engine, capsys):
     engine.answers = [[InputError("bad")]]
     assert cli.main(["--debug", "generate", "--model", "m", "--prompt", "?"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_samples_have_names(engine, monkeypatch, capsys):
+    assert cli.main(["generate", "--image", "demo:scene.png", "--video", "demo:clip.mp4", "--prompt", "?"]) == 0
+    assert chat(monkeypatch, "/image demo:scene.png", "?") == 0
+    given = [[item.get(item["type"]) for item in conversation[-1]["content"]] for conversation, _ in engine.calls]
+    assert given == [[str(SAMPLES / "scene.png"), str(SAMPLES / "clip.mp4"), "?"], [str(SAMPLES / "scene.png"), "?"]]
+    capsys.readouterr()
+    for name in ("demo:photo.png", "demo:../__init__.py", "demo:"):
+        assert cli.main(["generate", "--image", name, "--prompt", "?"]) == 2
+        assert f"{name}: no such sample; there are demo:chart.png, demo:clip.mp4, " in capsys.readouterr().err
 
 
 # --- chat -----------------------------------------------------------------------------------------------

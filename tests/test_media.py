@@ -195,6 +195,7 @@ def test_config_layouts():
         ({"rescale_factor": 1.0}, "rescale_factor"),
         ({"patch_size": "14"}, "patch_size is '14'"),
         ({"merge_size": -2}, "merge_size is -2"),
+        ({"video_max_pixels": 0}, "video_max_pixels is 0"),
         ({"min_pixels": 10, "max_pixels": 5}, "larger than max_pixels"),
         ({"image_mean": [0.5, 0.5]}, "image_mean"),
         ({"image_mean": 0.5}, "image_mean"),

@@ -97,6 +97,14 @@ def test_frame_size_bounds():
     assert frame_size(10, 20, 20, P) == (224, 448)  # at least 128 tokens
 
 
+def test_frame_size_of_a_checkpoint_with_small_frames():
+    small = Preprocessing(min_pixels=784, max_pixels=64 * 784, video_max_pixels=9 * 784)
+    assert frame_size(84, 84, 20, small) == (84, 84)
+    assert frame_size(480, 640, 20, small) == (56, 84)
+    assert frame_size(480, 640, 20, small, max_pixels=40 * 784) == (140, 196)  # an option wins
+    assert frame_size(480, 640, 20, small, min_pixels=16 * 784) == (84, 112)  # this one too
+
+
 def test_frame_range():
     assert frame_range(100, 25, None, None) == (0, 99)
     assert frame_range(100, 25, 1, None) == (25, 99)

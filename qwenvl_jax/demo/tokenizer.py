@@ -50,6 +50,7 @@ CHAT_TEMPLATE = (
 PREPROCESSOR = {
     "min_pixels": 28 * 28,
     "max_pixels": 64 * 28 * 28,
+    "video_max_pixels": 9 * 28 * 28,  # this package's own key
     "patch_size": 14,
     "temporal_patch_size": 2,
     "merge_size": 2,

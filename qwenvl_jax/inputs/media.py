@@ -39,6 +39,7 @@ class Preprocessing:
 
     min_pixels: int = 56 * 56
     max_pixels: int = 12845056  # 16384 visual tokens
+    video_max_pixels: int | None = None  # of a frame of a file, by default; the official files leave it to video.py
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2
@@ -48,6 +49,8 @@ class Preprocessing:
     def __post_init__(self):
         for name in ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"):
             check_whole(name, getattr(self, name))
+        if self.video_max_pixels is not None:
+            check_whole("video_max_pixels", self.video_max_pixels)
         if self.min_pixels > self.max_pixels:
             raise InputError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
         for name in ("image_mean", "image_std"):
@@ -85,7 +88,7 @@ class Preprocessing:
         values = {
             "min_pixels": data.get("min_pixels") or size.get("shortest_edge"),
             "max_pixels": data.get("max_pixels") or size.get("longest_edge"),
-            **{k: data.get(k) for k in ("patch_size", "temporal_patch_size", "merge_size")},
+            **{k: data.get(k) for k in ("video_max_pixels", "patch_size", "temporal_patch_size", "merge_size")},
             **{k: tuple(v) if isinstance(v := data.get(k), list) else v for k in ("image_mean", "image_std")},
         }
         return cls(**{k: v for k, v in values.items() if v is not None})

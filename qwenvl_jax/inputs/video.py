@@ -176,12 +176,14 @@ def frame_size(
     """The (height, width) that each of `n` sampled frames is resized to.
 
     The budget of the whole clip lowers the bound of a frame, but not under 1.05 · min_pixels; a larger
-    max_pixels has no effect. A max_pixels under the default min_pixels lowers that.
+    max_pixels has no effect. A max_pixels under the default min_pixels lowers that. The default of a checkpoint for
+    max_pixels, `p.video_max_pixels`, gives way to a larger min_pixels.
     """
     for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels), ("total_pixels", total_pixels)):
         check_positive(name, value)
     area = p.factor**2
-    low = min_pixels or min(FRAME_MIN_TOKENS * area, max_pixels or math.inf)
+    default = p.video_max_pixels or math.inf
+    low = min_pixels or min(FRAME_MIN_TOKENS * area, max_pixels or default)
     budget = (total_pixels or TOTAL_TOKENS * area) / n * p.temporal_patch_size
     high = max(min(FRAME_MAX_TOKENS * area, budget), int(low * 1.05))
     return target_size(
@@ -189,7 +191,7 @@ def frame_size(
         width,
         p,
         min_pixels=low,
-        max_pixels=min(max_pixels or high, high),
+        max_pixels=min(max_pixels or max(default, low), high),
         resized_height=resized_height,
         resized_width=resized_width,
     )

@@ -1,0 +1,48 @@
+"""Draws the samples that come with the package: questions' pictures and a clip that training never saw."""
+
+import sys
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from qwenvl_jax.demo import SAMPLES
+from qwenvl_jax.demo.assets import Assets, find_assets
+from qwenvl_jax.demo.clips import FPS
+from qwenvl_jax.demo.render import Scenes
+
+# {file: (task, index)} in the evaluation split, chosen for their looks.
+CHOSEN = {
+    "scene.png": ("locate", 3475),
+    "line.png": ("ocr", 1005),
+    "chart.png": ("chart", 1005),
+    "clip.mp4": ("clip", 864),
+}
+
+
+def draw(folder: Path, assets: Assets, chosen: Mapping[str, tuple[str, int]] = CHOSEN) -> None:
+    """Writes the chosen records' pictures (PNG) and clips (H.264, which needs PyAV); existing files are replaced."""
+    for name, (task, index) in chosen.items():
+        media, _ = Scenes(assets, "evaluation").record(task, index)["messages"][0]["content"]
+        if "image" in media:
+            media["image"].save(folder / name, optimize=True)
+        else:
+            _write_clip(folder / name, media["video"])
+
+
+def _write_clip(file: Path, frames: np.ndarray) -> None:
+    """frames: [n, h, w, 3] uint8. Players want 4:2:0, so single pixels lose colour; all else is nearly kept."""
+    import av
+
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(FPS), options={"crf": "10", "preset": "veryslow"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+if __name__ == "__main__":
+    draw(SAMPLES, find_assets(*sys.argv[1:2]))  # python -m qwenvl_jax.demo.draw_samples [ASSETS]
