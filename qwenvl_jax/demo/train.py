@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from qwenvl_jax.config import Config, TextConfig, VisionConfig
+from qwenvl_jax.config import Config, TextConfig, VisionConfig, read_json
 from qwenvl_jax.demo.assets import find_assets
 from qwenvl_jax.demo.render import Scenes
 from qwenvl_jax.demo.score import LONGEST, questions
@@ -99,8 +99,9 @@ def main() -> None:
     assets = find_assets(args.assets)
     config = demo_config()
     args.run.mkdir(parents=True, exist_ok=True)
-    processor = Processor.from_dir(write_processor(args.run / "processor"), config)
-    model = Model(config, jax.jit(init, static_argnums=0)(config, jax.random.key(0)), processor)
+    files = write_processor(args.run / "processor")
+    processor, generation = Processor.from_dir(files, config), read_json(files / "generation_config.json")
+    model = Model(config, jax.jit(init, static_argnums=0)(config, jax.random.key(0)), processor, generation)
     options = demo_options(args.run, steps=args.steps, cooldown=args.cooldown, dtype=args.dtype, mesh_data=args.devices)
     shape = PackShape(options.rows, options.tokens, options.lanes, options.patches)
     data = Dataset(Scenes(assets, turns=TURNS), processor, shape, shuffle=False)
@@ -111,7 +112,7 @@ def main() -> None:
         print(f"stopped after step {result.step}; the same command goes on from there")
         return
     final = args.run / "final"
-    save(model._replace(params=result.params), final, files_from=args.run / "processor")
+    save(model._replace(params=result.params), final, files_from=files)
     print(f"model of step {result.step}: {final}")
 
 
