@@ -147,6 +147,35 @@ def question(record: dict) -> str:
 # --- the source of records ---
 
 
+def test_further_questions_about_the_same_picture(assets, gray):
+    """They follow the one that a record has anyway, and their answers hold for the picture."""
+    one, four = Scenes(assets), Scenes(assets, turns=4)
+    for task in WEIGHTS:
+        more = 0
+        for i in range(8):
+            short, long = one.record(task, i), four.record(task, i)
+            assert question(short) == question(long) and short["messages"][1] == long["messages"][1]
+            assert np.array_equal(np.asarray(media(short)), np.asarray(media(long)))
+            assert [m["role"] for m in long["messages"]] == ["user", "assistant"] * (len(long["messages"]) // 2)
+            assert len(long["messages"]) <= 8
+            for asked, said in zip(long["messages"][2::2], long["messages"][3::2], strict=True):
+                more += 1
+                asked, said = asked["content"], said["content"]
+                if task == "clip":
+                    there = [near(frame, named(asked)).any() for frame in media(long)]
+                    assert said == f"{there.index(True) / clips.FPS} seconds"
+                elif task in ("name", "count", "locate"):
+                    mask = near(media(long), named(asked))
+                    if said.isdigit():
+                        assert blobs(mask) == int(said)
+                    else:
+                        boxes = [box["bbox_2d"] for box in json.loads(said)]
+                        assert blobs(mask) == len(boxes)
+                        for x1, y1, x2, y2 in boxes:
+                            assert mask[y1:y2, x1:x2].all()
+        assert (more > 0) == (task != "ocr")
+
+
 def test_a_record_depends_on_its_number_alone(assets):
     train, again = Scenes(assets), pickle.loads(pickle.dumps(Scenes(assets)))
     other = [Scenes(assets, seed=1), Scenes(assets, "evaluation")]
