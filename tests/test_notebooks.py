@@ -1,0 +1,50 @@
+"""What holds of every notebook as a file; .ci/run executes them."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_stripped(path):
+    """Nothing of a run, nor of the machine it ran on; the bytes are those that nbformat writes."""
+    text = path.read_text("utf-8")
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.validate(notebook)
+    assert nbformat.writes(notebook, ensure_ascii=False) + "\n" == text
+    assert notebook.metadata == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        assert not cell.metadata
+        assert cell.cell_type == "markdown" or (cell.outputs == [] and cell.execution_count is None)
+    assert not re.findall(r"(?<![\w.~])/(?:home|root|Users|mnt|opt|srv|tmp|var|work|content)/|[A-Z]:\\\\", text)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_begins_with_what_it_is_and_what_to_change(path):
+    first = nbformat.read(path, as_version=4).cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    for word in ("7B on real hardware", "load(", "mesh", "bfloat16"):
+        assert word in first.source, f"{path.name} does not say at its top what to change: {word}"
+
+
+def test_links_between_notebooks_lead_somewhere():
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            for link in re.findall(r"\]\(([^):]+)\)", cell.source) if cell.cell_type == "markdown" else ():
+                assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_notebooks_are_listed_and_executed():
+    assert NOTEBOOKS
+    for path in NOTEBOOKS:
+        assert re.search(rf"^  {re.escape(path.name)} +\S", README, re.M), f"README's tree lacks {path.name}"
+    assert "jupyter execute notebooks/*.ipynb" in (ROOT / ".ci" / "run").read_text("utf-8")
