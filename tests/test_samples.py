@@ -32,6 +32,7 @@ def test_the_readme_asks_about_every_sample():
     assert {re.search("demo:([^ ]+)", command)[1] for command, _ in QUESTIONS} == set(CHOSEN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "answer"), QUESTIONS)
 def test_the_demo_answers_as_the_readme_says(command, answer, capsys):
     assert cli.main(shlex.split(command)) == 0
