@@ -39,12 +39,12 @@ class Preprocessing:
 
     min_pixels: int = 56 * 56
     max_pixels: int = 12845056  # 16384 visual tokens
-    video_max_pixels: int | None = None  # of a frame of a file, by default; the official files leave it to video.py
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    video_max_pixels: int | None = None  # of a frame of a file, by default; the official files leave it to video.py
 
     def __post_init__(self):
         for name in ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"):
