@@ -20,13 +20,16 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of codes: without I and O, which many fonts draw like l and 0
 
 
-def line(rng: np.random.Generator, assets: Assets, evaluation: bool, unseen_fonts: bool = False):
-    """One line of text: (picture, [(question, answer)]); evaluation has texts that training never has."""
+def line(rng: np.random.Generator, assets: Assets, evaluation: bool, unseen_fonts: bool = False, spaced: float = 0.0):
+    """One line of text: (picture, [(question, answer)]); evaluation has texts that training never has.
+
+    spaced: how often letters are set apart, up to a visual token each, which makes it easy to tell them.
+    """
     family, file = pick(rng, unseen_fonts)
     text = _text(rng, assets, evaluation)
     if family in CAPITALS:
         text = text.upper()
-    return _picture(rng, assets, file, text), [(ask(rng, READ), text)]
+    return _picture(rng, assets, file, text, rng.random() < spaced), [(ask(rng, READ), text)]
 
 
 def held_out(text: str) -> bool:
@@ -80,7 +83,7 @@ def _figures(rng: np.random.Generator) -> str:
     return f"{letters}{('', '-', ' ', '/', '#')[n(0, 5)]}{digits}"
 
 
-def _picture(rng: np.random.Generator, assets: Assets, file: str, text: str) -> Image.Image:
+def _picture(rng: np.random.Generator, assets: Assets, file: str, text: str, spaced: bool) -> Image.Image:
     height = 28 if rng.random() < 0.8 else 56
     size = int(rng.integers(15, 24) if height == 28 else rng.integers(24, 46))
     face = font(assets, file, size)
@@ -93,12 +96,21 @@ def _picture(rng: np.random.Generator, assets: Assets, file: str, text: str) -> 
         face = font(assets, file, size)
         left, top, right, bottom = face.getbbox(text)
     wide, tall = right - left, bottom - top
+    pitch = 0.0
+    if spaced and len(text) <= MAX_WIDTH // 28:
+        pitch = 28.0 if rng.random() < 0.5 else rng.uniform(min(wide / len(text), 28), 28)
+        wide = int(pitch * len(text)) - (pitch == 28) * 6  # of whole tokens, it fills them
     width = min(MAX_WIDTH, -(-(wide + 6 + int(rng.integers(0, 20))) // 28) * 28)
-    x = int(rng.integers(2, max(3, width - wide - 1)))
+    x = 0 if pitch == 28 else int(rng.integers(2, max(3, width - wide - 1)))
     y = int(rng.integers(2, max(3, height - tall - 1)))
     ground, shade = background(rng, width, height)
     mask = Image.new("L", (width, height))
-    ImageDraw.Draw(mask).text((x - left, y - top), text, fill=255, font=face)
+    draw = ImageDraw.Draw(mask)
+    if pitch:
+        for i, letter in enumerate(text):
+            draw.text((x + pitch * (i + 0.5), y - top), letter, fill=255, font=face, anchor="ma")
+    else:
+        draw.text((x - left, y - top), text, fill=255, font=face)
     slack = min(y, height - tall - y) / max(wide, 1)  # a rotation that keeps the text inside
     if slack > 0.01 and rng.random() < 0.4:
         angle = float(np.degrees(np.clip(rng.normal(0, 0.03), -slack, slack)))

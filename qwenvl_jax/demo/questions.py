@@ -4,6 +4,7 @@ import numpy as np
 
 READ = ("Read the text.", "What does it say?", "What is written here?", "Transcribe the text.")
 NAME = ("What is it?", "What is this?", "What do you see?", "Name the object.")
+LIST = ("List everything.", "List all objects.", "What is there?", "Name everything in order.")
 COUNT = ("How many {} are there?", "How many {} do you see?", "How many {}?", "Count the {}.")
 LOCATE = ("Locate every {}.", "Find every {}.", "Give the box of every {}.")
 LOCATE_ONE = ("Locate the {}.", "Find the {}.", "Where is the {}?")
@@ -12,7 +13,7 @@ VALUE = ("What is the value of {}?", "How much is {}?", "What does the chart sho
 HIGHEST = ("Which is the highest?", "Which has the highest value?", "What has the largest value?")
 LOWEST = ("Which is the lowest?", "Which has the lowest value?", "What has the smallest value?")
 WHEN = ("When does the {} appear?", "At what time does the {} appear?", "When do you first see the {}?")
-ALL = (*READ, *NAME, *COUNT, *LOCATE, *LOCATE_ONE, *LOCATE_ALL, *VALUE, *HIGHEST, *LOWEST, *WHEN)
+ALL = (*READ, *NAME, *LIST, *COUNT, *LOCATE, *LOCATE_ONE, *LOCATE_ALL, *VALUE, *HIGHEST, *LOWEST, *WHEN)
 
 
 def ask(rng: np.random.Generator, forms: tuple[str, ...], what: str = "") -> str:

@@ -9,8 +9,8 @@ from qwenvl_jax.demo.assets import Assets
 from qwenvl_jax.types import InputError
 
 # How often each task comes in the default mixture, and how its answers are marked.
-WEIGHTS = {"ocr": 0.3, "name": 0.1, "count": 0.12, "locate": 0.18, "chart": 0.18, "clip": 0.12}
-METRICS = {"ocr": "exact", "name": "exact", "count": "exact", "locate": "iou", "clip": "seconds"}
+WEIGHTS = {"ocr": 0.34, "name": 0.04, "count": 0.1, "locate": 0.14, "chart": 0.14, "clip": 0.08, "list": 0.16}
+METRICS = {"ocr": "exact", "name": "exact", "count": "exact", "locate": "iou", "clip": "seconds", "list": "exact"}
 EVALUATION_ONLY = ("ocr_unseen_fonts",)
 TASKS = (*WEIGHTS, *EVALUATION_ONLY)  # in a fixed order: a task's place is part of its seeds
 _SPLITS = ("train", "evaluation")
@@ -22,6 +22,7 @@ class Scenes:
 
     split: "train" or "evaluation"; the latter has other scenes, words, numbers and parts of the tables.
     turns: questions asked about one picture, at most, as a conversation; the first is of the record's task.
+    spaced: share of text lines whose letters are set apart, for a model that has yet to learn to read.
     weights: {task: relative frequency}; by default the training mixture.
     A record is {"messages": [user, assistant, …], "answer", "task", "metric"}, pictures being PIL images and
     clips uint8 arrays [frames, height, width, 3].
@@ -35,6 +36,7 @@ class Scenes:
         length: int = 10**9,
         seed: int = 0,
         turns: int = 1,
+        spaced: float = 0.0,
         weights: Mapping[str, float] | None = None,
     ):
         if split not in _SPLITS:
@@ -45,7 +47,8 @@ class Scenes:
                 raise InputError(f"weights has {task!r}: {weight!r}; tasks are {', '.join(TASKS)}, weights positive")
             if task in EVALUATION_ONLY and split == "train":
                 raise InputError(f"{task} is for evaluation only; leave it out of the training mixture")
-        self.assets, self.split, self.length, self.seed, self.turns = assets, split, length, seed, turns
+        self.assets, self.split, self.length, self.seed = assets, split, length, seed
+        self.turns, self.spaced = turns, spaced
         self.tasks = tuple(weights)
         self.bounds = np.cumsum(list(weights.values())) / sum(weights.values())
 
@@ -68,7 +71,9 @@ class Scenes:
         elif task == "clip":
             media, turns = clips.clip(rng, self.assets)
         elif task in ("ocr", "ocr_unseen_fonts"):
-            media, turns = lines.line(rng, self.assets, evaluation, task == "ocr_unseen_fonts")
+            media, turns = lines.line(rng, self.assets, evaluation, task == "ocr_unseen_fonts", self.spaced)
+        elif task == "list":
+            media, turns = scenes.listing(rng, self.assets)
         else:
             media, turns = getattr(scenes, task)(rng, self.assets)
         kind, options = ("video", {"fps": clips.FPS}) if task == "clip" else ("image", {})

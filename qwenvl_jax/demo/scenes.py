@@ -7,7 +7,7 @@ import numpy as np
 from qwenvl_jax.demo.assets import Assets
 from qwenvl_jax.demo.canvas import background, grain
 from qwenvl_jax.demo.emoji import NAMES, plural, sprite
-from qwenvl_jax.demo.questions import COUNT, LOCATE, LOCATE_ALL, LOCATE_ONE, NAME, ask
+from qwenvl_jax.demo.questions import COUNT, LIST, LOCATE, LOCATE_ALL, LOCATE_ONE, NAME, ask
 
 MOST = 6  # of one kind in a scene to count
 _LOCATED = 3  # of one kind to locate
@@ -18,6 +18,25 @@ def name(rng: np.random.Generator, assets: Assets):
     """One emoji anywhere in a picture: (picture, [(question, its name), …]), then where it is."""
     image, (what,), boxes = scene(rng, assets, [1], sizes=(28, 84), side=(112, 168))
     return image, [(ask(rng, NAME), what), _locate(rng, what, boxes[what])]
+
+
+def listing(rng: np.random.Generator, assets: Assets):
+    """Rows of emoji, one in most cells: (picture, [(question, their names in reading order)])."""
+    cell = int(rng.integers(7, 12)) * 4
+    columns, rows = (int(n) for n in rng.integers(1, 168 // cell + 1, 2))
+    width, height = (max(2, -(-cell * n // 28)) * 28 for n in (columns, rows))
+    image, _ = background(rng, width, height)
+    left, top = (int(rng.integers(0, room + 1)) for room in (width - cell * columns, height - cell * rows))
+    names = []
+    for i in range(columns * rows):
+        if rng.random() < 0.85 or not names:
+            names.append(NAMES[rng.integers(len(NAMES))])
+            drawn = sprite(assets.emoji, names[-1], int(rng.integers(6, cell // 4 + 1)) * 4, bool(rng.integers(2)))
+            y, x = divmod(i, columns)
+            x += rng.random() * (1 - drawn.width / cell)
+            y += rng.random() * (1 - drawn.height / cell)
+            image.paste(drawn.image, (left + int(x * cell), top + int(y * cell)), drawn.image)
+    return (grain(rng, image, 12) if rng.random() < 0.3 else image), [(ask(rng, LIST), ", ".join(names))]
 
 
 def count(rng: np.random.Generator, assets: Assets):

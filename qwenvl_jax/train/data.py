@@ -117,7 +117,8 @@ class Dataset:
     seed: of the order, another in every epoch; shuffle=False keeps the records' own.
     epochs: how often each record comes; None: without end. Hosts may come to different numbers of batches, so
         with several give the steps, not the epochs.
-    shard: (index, count) of this host; every record is in one shard.
+    shard: (index, count) of this host, for a loop that joins its hosts' batches; every record is in one shard.
+        `train` wants all records in every process.
     on_error: what a bad record does: "stop" raises InputError with its file and line, "skip" logs it as a
         warning and counts it in `skipped`.
     preferences: records are preferences; each becomes two neighbouring segments of a row, the chosen one first.
