@@ -173,7 +173,32 @@ def test_further_questions_about_the_same_picture(assets, gray):
                         assert blobs(mask) == len(boxes)
                         for x1, y1, x2, y2 in boxes:
                             assert mask[y1:y2, x1:x2].all()
-        assert (more > 0) == (task != "ocr")
+        assert (more > 0) == (task not in ("ocr", "list"))
+
+
+def test_lists_name_everything_in_order(assets, gray):
+    """Names go from the top row to the bottom one, from left to right, and name all that is drawn."""
+    source = Scenes(assets)
+    for i in range(20):
+        record = source.record("list", i)
+        image, names = media(record), record["answer"].split(", ")
+        assert all(near(image, name).any() for name in names)
+        if len(set(names)) == len(names) > 1:  # each once: the columns of a row go up
+            centres = {name: np.argwhere(near(image, name)).mean(0) for name in names}
+            for a, b in itertools.pairwise(names):
+                (ya, xa), (yb, xb) = centres[a], centres[b]
+                assert yb > ya - 44 and (yb > ya + 12 or xb > xa)
+
+
+def test_letters_set_apart_are_the_same_text(assets):
+    """Only the picture differs, and it is wider."""
+    close, apart = Scenes(assets), Scenes(assets, spaced=1.0)
+    wider = 0
+    for i in range(20):
+        a, b = close.record("ocr", i), apart.record("ocr", i)
+        assert a["answer"] == b["answer"] and media(b).width <= lines.MAX_WIDTH and media(b).width % 28 == 0
+        wider += media(b).width > media(a).width
+    assert wider > 10
 
 
 def test_a_record_depends_on_its_number_alone(assets):

@@ -83,7 +83,7 @@ def _figures(rng: np.random.Generator) -> str:
     return f"{letters}{('', '-', ' ', '/', '#')[n(0, 5)]}{digits}"
 
 
-def _picture(rng: np.random.Generator, assets: Assets, file: str, text: str, spaced: bool) -> Image.Image:
+def _picture(rng: np.random.Generator, assets: Assets, file: str, text: str, spaced: bool = False) -> Image.Image:
     height = 28 if rng.random() < 0.8 else 56
     size = int(rng.integers(15, 24) if height == 28 else rng.integers(24, 46))
     face = font(assets, file, size)
