@@ -190,15 +190,21 @@ def test_lists_name_everything_in_order(assets, gray):
                 assert yb > ya - 44 and (yb > ya + 12 or xb > xa)
 
 
-def test_letters_set_apart_are_the_same_text(assets):
-    """Only the picture differs, and it is wider."""
-    close, apart = Scenes(assets), Scenes(assets, spaced=1.0)
-    wider = 0
-    for i in range(20):
-        a, b = close.record("ocr", i), apart.record("ocr", i)
-        assert a["answer"] == b["answer"] and media(b).width <= lines.MAX_WIDTH and media(b).width % 28 == 0
-        wider += media(b).width > media(a).width
-    assert wider > 10
+def test_easy_pictures(assets):
+    """A few characters or letters set apart, and an emoji that fills its picture."""
+    easy = Scenes(assets, easy=1.0)
+    records = [easy.record("ocr", i) for i in range(60)]
+    assert all(media(r).width <= lines.MAX_WIDTH and media(r).width % 28 == 0 for r in records)
+    assert 15 < sum(len(r["answer"]) <= 3 for r in records) < 50
+    room = [
+        np.median([media(r).width / len(r["answer"]) for r in some if 3 < len(r["answer"]) < 10])
+        for some in (records, [Scenes(assets).record("ocr", i) for i in range(60)])
+    ]
+    assert room[0] > 1.3 * room[1]
+    for i in range(10):
+        record = easy.record("name", i)
+        assert media(record).width == media(record).height <= 84
+        assert near(media(record), record["answer"]).mean() > 0.2
 
 
 def test_a_record_depends_on_its_number_alone(assets):

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import string
 import zlib
 from functools import lru_cache
 
@@ -17,19 +18,21 @@ from qwenvl_jax.demo.questions import ALL, READ, ask
 MAX_WIDTH = 280
 MAX_CHARS = 16
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_CHARACTERS = string.ascii_letters + string.digits * 2 + "$€£%.,:/-#"
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of codes: without I and O, which many fonts draw like l and 0
 
 
-def line(rng: np.random.Generator, assets: Assets, evaluation: bool, unseen_fonts: bool = False, spaced: float = 0.0):
+def line(rng: np.random.Generator, assets: Assets, evaluation: bool, unseen_fonts: bool = False, easy: bool = False):
     """One line of text: (picture, [(question, answer)]); evaluation has texts that training never has.
 
-    spaced: how often letters are set apart, up to a visual token each, which makes it easy to tell them.
+    easy: one to three characters, or letters set apart, up to a visual token each.
     """
     family, file = pick(rng, unseen_fonts)
-    text = _text(rng, assets, evaluation)
+    short = easy and rng.random() < 0.5
+    text = _characters(rng) if short else _text(rng, assets, evaluation)
     if family in CAPITALS:
         text = text.upper()
-    return _picture(rng, assets, file, text, rng.random() < spaced), [(ask(rng, READ), text)]
+    return _picture(rng, assets, file, text, easy and not short), [(ask(rng, READ), text)]
 
 
 def held_out(text: str) -> bool:
@@ -62,6 +65,10 @@ def _text(rng: np.random.Generator, assets: Assets, evaluation: bool) -> str:
         text = f"{text} {second}" if len(text) + len(second) < MAX_CHARS else text
     style = np.searchsorted((0.4, 0.65, 0.8), rng.random(), side="right")
     return (text, text.capitalize(), text.title(), text.upper())[style]
+
+
+def _characters(rng: np.random.Generator) -> str:
+    return "".join(_CHARACTERS[i] for i in rng.integers(len(_CHARACTERS), size=rng.integers(1, 4)))
 
 
 def _figures(rng: np.random.Generator) -> str:

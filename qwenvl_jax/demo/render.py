@@ -9,7 +9,7 @@ from qwenvl_jax.demo.assets import Assets
 from qwenvl_jax.types import InputError
 
 # How often each task comes in the default mixture, and how its answers are marked.
-WEIGHTS = {"ocr": 0.34, "name": 0.04, "count": 0.1, "locate": 0.14, "chart": 0.14, "clip": 0.08, "list": 0.16}
+WEIGHTS = {"ocr": 0.34, "name": 0.12, "count": 0.1, "locate": 0.12, "chart": 0.12, "clip": 0.08, "list": 0.12}
 METRICS = {"ocr": "exact", "name": "exact", "count": "exact", "locate": "iou", "clip": "seconds", "list": "exact"}
 EVALUATION_ONLY = ("ocr_unseen_fonts",)
 TASKS = (*WEIGHTS, *EVALUATION_ONLY)  # in a fixed order: a task's place is part of its seeds
@@ -22,7 +22,7 @@ class Scenes:
 
     split: "train" or "evaluation"; the latter has other scenes, words, numbers and parts of the tables.
     turns: questions asked about one picture, at most, as a conversation; the first is of the record's task.
-    spaced: share of text lines whose letters are set apart, for a model that has yet to learn to read.
+    easy: share of lines and names whose pictures are easy to tell, for a model that has yet to learn to see.
     weights: {task: relative frequency}; by default the training mixture.
     A record is {"messages": [user, assistant, …], "answer", "task", "metric"}, pictures being PIL images and
     clips uint8 arrays [frames, height, width, 3].
@@ -36,7 +36,7 @@ class Scenes:
         length: int = 10**9,
         seed: int = 0,
         turns: int = 1,
-        spaced: float = 0.0,
+        easy: float = 0.0,
         weights: Mapping[str, float] | None = None,
     ):
         if split not in _SPLITS:
@@ -48,7 +48,7 @@ class Scenes:
             if task in EVALUATION_ONLY and split == "train":
                 raise InputError(f"{task} is for evaluation only; leave it out of the training mixture")
         self.assets, self.split, self.length, self.seed = assets, split, length, seed
-        self.turns, self.spaced = turns, spaced
+        self.turns, self.easy = turns, easy
         self.tasks = tuple(weights)
         self.bounds = np.cumsum(list(weights.values())) / sum(weights.values())
 
@@ -66,14 +66,17 @@ class Scenes:
         evaluation = self.split == "evaluation"
         rng = np.random.default_rng((self.seed, _SPLITS.index(self.split), TASKS.index(task), int(index)))
         metric = METRICS.get(task, "exact")
+        easy = self.easy > 0 and rng.random() < self.easy
         if task == "chart":
             media, turns, metric = charts.chart(rng, self.assets, evaluation)
         elif task == "clip":
             media, turns = clips.clip(rng, self.assets)
         elif task in ("ocr", "ocr_unseen_fonts"):
-            media, turns = lines.line(rng, self.assets, evaluation, task == "ocr_unseen_fonts", self.spaced)
+            media, turns = lines.line(rng, self.assets, evaluation, task == "ocr_unseen_fonts", easy)
         elif task == "list":
             media, turns = scenes.listing(rng, self.assets)
+        elif task == "name":
+            media, turns = scenes.name(rng, self.assets, easy)
         else:
             media, turns = getattr(scenes, task)(rng, self.assets)
         kind, options = ("video", {"fps": clips.FPS}) if task == "clip" else ("image", {})

@@ -14,9 +14,16 @@ _LOCATED = 3  # of one kind to locate
 _GAP = 2  # pixels between any two
 
 
-def name(rng: np.random.Generator, assets: Assets):
-    """One emoji anywhere in a picture: (picture, [(question, its name), …]), then where it is."""
-    image, (what,), boxes = scene(rng, assets, [1], sizes=(28, 84), side=(112, 168))
+def name(rng: np.random.Generator, assets: Assets, easy: bool = False):
+    """One emoji anywhere in a picture: (picture, [(question, its name), …]), then where it is.
+
+    easy: a picture of little else.
+    """
+    if easy:
+        side = int(rng.integers(1, 4)) * 28
+        image, (what,), boxes = scene(rng, assets, [1], sizes=(side - 8, side), side=(side, side))
+    else:
+        image, (what,), boxes = scene(rng, assets, [1], sizes=(28, 84), side=(112, 168))
     return image, [(ask(rng, NAME), what), _locate(rng, what, boxes[what])]
 
 
