@@ -7,6 +7,7 @@ RUN/final, which `qwenvl convert RUN/final DIR --to hf` writes as the Hugging Fa
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import jax
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--cooldown", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to compute in")
+    parser.add_argument("--weights", type=json.loads, help='of the tasks, as JSON: {"ocr": 2, "name": 1}')
     parser.add_argument("--easy", type=float, default=0.0, help="share of easy pictures, for a start")
     parser.add_argument("--devices", type=int, default=1, help="that share a batch")
     parser.add_argument("--questions", type=int, default=64, help="of every task, in each evaluation on the way")
@@ -106,7 +108,13 @@ def main() -> None:
     options = demo_options(args.run, steps=args.steps, cooldown=args.cooldown, dtype=args.dtype, mesh_data=args.devices)
     shape = PackShape(options.rows, options.tokens, options.lanes, options.patches)
     # One record in some thousands is longer than a row: four questions, each with three boxes in its answer.
-    data = Dataset(Scenes(assets, turns=TURNS, easy=args.easy), processor, shape, shuffle=False, on_error="skip")
+    data = Dataset(
+        Scenes(assets, turns=TURNS, easy=args.easy, weights=args.weights),
+        processor,
+        shape,
+        shuffle=False,
+        on_error="skip",
+    )
     evaluate = Evaluator(model, questions(assets, args.questions), batch=64, max_new_tokens=LONGEST)
     result = train(model, data, options, evaluate=evaluate, donate=True)
     data.close()
