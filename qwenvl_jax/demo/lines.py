@@ -25,14 +25,14 @@ _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of codes: without I and O, which many f
 def line(rng: np.random.Generator, assets: Assets, evaluation: bool, unseen_fonts: bool = False, easy: bool = False):
     """One line of text: (picture, [(question, answer)]); evaluation has texts that training never has.
 
-    easy: one to three characters, or letters set apart, up to a visual token each.
+    easy: one to three characters, or letters set apart, up to a visual token each; most in black and white.
     """
     family, file = pick(rng, unseen_fonts)
     short = easy and rng.random() < 0.5
     text = _characters(rng) if short else _text(rng, assets, evaluation)
     if family in CAPITALS:
         text = text.upper()
-    return _picture(rng, assets, file, text, easy and not short), [(ask(rng, READ), text)]
+    return _picture(rng, assets, file, text, easy, easy and not short), [(ask(rng, READ), text)]
 
 
 def held_out(text: str) -> bool:
@@ -90,7 +90,9 @@ def _figures(rng: np.random.Generator) -> str:
     return f"{letters}{('', '-', ' ', '/', '#')[n(0, 5)]}{digits}"
 
 
-def _picture(rng: np.random.Generator, assets: Assets, file: str, text: str, spaced: bool = False) -> Image.Image:
+def _picture(
+    rng: np.random.Generator, assets: Assets, file: str, text: str, easy: bool = False, spaced: bool = False
+) -> Image.Image:
     height = 28 if rng.random() < 0.8 else 56
     size = int(rng.integers(15, 24) if height == 28 else rng.integers(24, 46))
     face = font(assets, file, size)
@@ -110,7 +112,13 @@ def _picture(rng: np.random.Generator, assets: Assets, file: str, text: str, spa
     width = min(MAX_WIDTH, -(-(wide + 6 + int(rng.integers(0, 20))) // 28) * 28)
     x = 0 if pitch == 28 else int(rng.integers(2, max(3, width - wide - 1)))
     y = int(rng.integers(2, max(3, height - tall - 1)))
-    ground, shade = background(rng, width, height)
+    plain = easy and rng.random() < 0.7
+    if plain:
+        shade = np.full(3, 255 * int(rng.integers(2)))
+        ground, ink = Image.new("RGB", (width, height), tuple(shade.tolist())), tuple((255 - shade).tolist())
+    else:
+        ground, shade = background(rng, width, height)
+        ink = contrast(rng, shade)
     mask = Image.new("L", (width, height))
     draw = ImageDraw.Draw(mask)
     if pitch:
@@ -119,10 +127,12 @@ def _picture(rng: np.random.Generator, assets: Assets, file: str, text: str, spa
     else:
         draw.text((x - left, y - top), text, fill=255, font=face)
     slack = min(y, height - tall - y) / max(wide, 1)  # a rotation that keeps the text inside
-    if slack > 0.01 and rng.random() < 0.4:
+    if slack > 0.01 and rng.random() < 0.4 and not plain:
         angle = float(np.degrees(np.clip(rng.normal(0, 0.03), -slack, slack)))
         mask = mask.rotate(angle, Image.Resampling.BICUBIC, center=(x + wide / 2, y + tall / 2))
-    ground.paste(contrast(rng, shade), mask=mask)
+    ground.paste(ink, mask=mask)
+    if plain:
+        return ground
     if rng.random() < 0.25:
         ground = ground.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 0.7)) * size / 20))
     return grain(rng, ground) if rng.random() < 0.4 else ground

@@ -20,7 +20,7 @@ from qwenvl_jax.demo.tokenizer import special_ids, write_processor
 from qwenvl_jax.evaluate import Evaluator
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.qwenvl import init
-from qwenvl_jax.params.checkpoint import save
+from qwenvl_jax.params.checkpoint import load, save
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.options import TrainOptions
@@ -69,9 +69,7 @@ def demo_options(output, **changes) -> TrainOptions:
     """How it was trained; the model card says for how many steps."""
     return TrainOptions(
         output=str(output),
-        rows=20,
         tokens=192,
-        lanes=24,
         patches=256,
         optimizer="muon",
         learning_rate=3e-3,
@@ -90,6 +88,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="directory of the run")
     parser.add_argument("--assets", help="where fonts, emoji and tables are; see qwenvl_jax/demo/assets.py")
+    parser.add_argument("--start", help="RUN/final of an earlier run to start from, instead of from nothing")
+    parser.add_argument("--rows", type=int, default=20, help="of a batch; each is about two conversations")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--cooldown", type=int, default=0)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to compute in")
@@ -104,8 +104,18 @@ def main() -> None:
     args.run.mkdir(parents=True, exist_ok=True)
     files = write_processor(args.run / "processor")
     processor, generation = Processor.from_dir(files, config), read_json(files / "generation_config.json")
-    model = Model(config, jax.jit(init, static_argnums=0)(config, jax.random.key(0)), processor, generation)
-    options = demo_options(args.run, steps=args.steps, cooldown=args.cooldown, dtype=args.dtype, mesh_data=args.devices)
+    params = load(args.start).params if args.start else jax.jit(init, static_argnums=0)(config, jax.random.key(0))
+    model = Model(config, params, processor, generation)
+    options = demo_options(
+        args.run,
+        model=args.start or "",
+        rows=args.rows,
+        lanes=-(-args.rows * 6 // 5),
+        steps=args.steps,
+        cooldown=args.cooldown,
+        dtype=args.dtype,
+        mesh_data=args.devices,
+    )
     shape = PackShape(options.rows, options.tokens, options.lanes, options.patches)
     # One record in some thousands is longer than a row: four questions, each with three boxes in its answer.
     data = Dataset(
