@@ -359,7 +359,7 @@ def test_text_is_not_cut_off(assets, monkeypatch):
     monkeypatch.setattr(lines, "grain", lambda rng, image: image)
     rng = np.random.default_rng(0)
     for text in ("i", "Wg" * 8, "Tully's", "WWWWWWWWWWWWWWWW") * 20:
-        image = np.asarray(lines._picture(rng, assets, "DroidSans.ttf", text).convert("L"))
+        image = np.asarray(lines._picture(rng, assets, "DroidSans.ttf", text)[0].convert("L"))
         assert image.shape[0] in (28, 56) and image.shape[1] % 28 == 0 and image.shape[1] <= lines.MAX_WIDTH
         assert image.min() < 160
         frame = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
@@ -438,7 +438,7 @@ def test_bars_are_as_high_as_their_values(assets):
     series = Series("Title", ("a", "b", "c"), (10.0, 20.0, 40.0))
     bars = 0
     for seed in range(20):
-        image = np.asarray(charts._draw(np.random.default_rng(seed), 196, 168, face, face, series, None))
+        image = np.asarray(charts._draw(np.random.default_rng(seed), 196, 168, face, face, series, None)[0])
         ink = [c for c in charts._INKS if (image == c).all(-1).sum() > 1000]
         if ink:  # bars, not a line
             heights = (image == ink[0]).all(-1).sum(0)

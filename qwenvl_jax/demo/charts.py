@@ -20,18 +20,7 @@ def chart(rng: np.random.Generator, assets: Assets, evaluation: bool):
     About half have their values printed on them, and answers are as printed. Values too low to be read off an
     axis are asked for only where they are printed.
     """
-    groups = tables(assets, evaluation)
-    group = groups[rng.integers(len(groups))]
-    series = group[rng.integers(len(group))]
-    (width, height), file = SIZES[rng.integers(len(SIZES))], PLAIN[rng.integers(len(PLAIN))]
-    face, heading = (font(assets, file, size) for size in (12, 13))
-    room = (width - 45) // (max(map(face.getlength, series.labels)) + 5)
-    series = _slice(rng, series, int(np.clip(room, 3, MOST)))
-    labelled = bool(rng.random() < 0.5)
-    # What is printed has to be short; what is read off an axis must not be off by the rounding.
-    whole = max(series.values) >= (20 if labelled else 100) or all(v == int(v) for v in series.values)
-    texts = [f"{value:.{0 if whole else 1}f}" for value in series.values]
-    image = _draw(rng, width, height, face, heading, series, texts if labelled else None)
+    image, series, texts, labelled, _ = _chart(rng, assets, evaluation)
     high, order = max(series.values), np.argsort(series.values)
     kinds = []
     if series.values[order[-1]] - series.values[order[-2]] > _CLEAR * high:
@@ -44,6 +33,29 @@ def chart(rng: np.random.Generator, assets: Assets, evaluation: bool):
     if ends and rng.random() < 0.4:
         return image, [ends[0], *values[:2], *ends[1:], *values[2:]], "exact"
     return image, [values[0], *ends, *values[1:]], "relaxed"
+
+
+def glyphs(rng: np.random.Generator, assets: Assets):
+    """A chart of the training part: (picture, all its text, the characters' centres [n, 2], x and y in pixels)."""
+    image, *_, written = _chart(rng, assets, evaluation=False)
+    return image, "".join(text for text, _ in written), np.concatenate([centres for _, centres in written])
+
+
+def _chart(rng: np.random.Generator, assets: Assets, evaluation: bool):
+    """(picture, series, its values as text, whether these are printed on it, [(text, centres), …] on it)."""
+    groups = tables(assets, evaluation)
+    group = groups[rng.integers(len(groups))]
+    series = group[rng.integers(len(group))]
+    (width, height), file = SIZES[rng.integers(len(SIZES))], PLAIN[rng.integers(len(PLAIN))]
+    face, heading = (font(assets, file, size) for size in (12, 13))
+    room = (width - 45) // (max(map(face.getlength, series.labels)) + 5)
+    series = _slice(rng, series, int(np.clip(room, 3, MOST)))
+    labelled = bool(rng.random() < 0.5)
+    # What is printed has to be short; what is read off an axis must not be off by the rounding.
+    whole = max(series.values) >= (20 if labelled else 100) or all(v == int(v) for v in series.values)
+    texts = [f"{value:.{0 if whole else 1}f}" for value in series.values]
+    image, written = _draw(rng, width, height, face, heading, series, texts if labelled else None)
+    return image, series, texts, labelled, written
 
 
 def _slice(rng: np.random.Generator, series: Series, most: int) -> Series:
@@ -64,14 +76,21 @@ def _ticks(high: float) -> list[float]:
     return [step * i for i in range(int(np.ceil(high / step - 1e-9)) + 1)]
 
 
-def _draw(rng: np.random.Generator, width: int, height: int, face, heading, series: Series, texts) -> Image.Image:
-    """The chart, with `texts` over the points if there are any."""
+def _draw(rng: np.random.Generator, width: int, height: int, face, heading, series: Series, texts):
+    """The chart, with `texts` over the points if there are any, and what is written on it: [(text, centres), …]."""
     dark = rng.random() < 0.12
     ground = tuple(rng.integers(15, 50, 3).tolist() if dark else rng.integers(238, 256, 3).tolist())
     text_ink, rule = ((235, 235, 235), (80, 80, 80)) if dark else ((20, 20, 20), (208, 208, 208))
     ink = _INKS[rng.integers(len(_INKS))]
     image = Image.new("RGB", (width, height), ground)
     draw = ImageDraw.Draw(image)
+    written = []
+
+    def write(x, y, text, anchor="mm", face=face, **stroke):
+        draw.text((x, y), text, text_ink, face, anchor=anchor, **stroke)
+        left, top, _, bottom = draw.textbbox((x, y), text, face, anchor=anchor)
+        ends = left + np.array([face.getlength(text[:i]) for i in range(len(text) + 1)])
+        written.append((text, np.stack([(ends[:-1] + ends[1:]) / 2, np.full(len(text), (top + bottom) / 2)], axis=1)))
 
     marks = _ticks(max(series.values))
     decimals = next(d for d in range(4) if all(abs(m - round(m, d)) < 1e-9 for m in marks))
@@ -80,11 +99,11 @@ def _draw(rng: np.random.Generator, width: int, height: int, face, heading, seri
     top, bottom = 36 if texts else 28, height - 20
     heights = [bottom - (bottom - top) * value / marks[-1] for value in series.values]
 
-    draw.text((width / 2, 11), series.title, text_ink, heading, anchor="mm")
+    write(width / 2, 11, series.title, face=heading)
     for i, name in enumerate(names):
         y = bottom - (bottom - top) * i / (len(names) - 1)
         draw.line((left, y, right, y), rule)
-        draw.text((left - 4, y), name, text_ink, face, anchor="rm")
+        write(left - 4, y, name, "rm")
     slot = (right - left) / len(heights)
     points = [(left + slot * (i + 0.5), y) for i, y in enumerate(heights)]
     if rng.random() < 0.6:
@@ -97,7 +116,7 @@ def _draw(rng: np.random.Generator, width: int, height: int, face, heading, seri
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), ink)
     draw.line((left, bottom, right, bottom), text_ink)
     for (x, _), label in zip(points, series.labels, strict=True):
-        draw.text((x, bottom + 10), label, text_ink, face, anchor="mm")
+        write(x, bottom + 10, label)
     for (x, y), text in zip(points if texts else (), texts or (), strict=True):
-        draw.text((x, y - 4), text, text_ink, face, anchor="mb", stroke_width=2, stroke_fill=ground)
-    return image
+        write(x, y - 4, text, "mb", stroke_width=2, stroke_fill=ground)
+    return image, written

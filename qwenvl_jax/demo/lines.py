@@ -27,12 +27,19 @@ def line(rng: np.random.Generator, assets: Assets, evaluation: bool, unseen_font
 
     easy: one to three characters, or letters set apart, up to a visual token each; most in black and white.
     """
+    image, text, _ = glyphs(rng, assets, evaluation, unseen_fonts, easy)
+    return image, [(ask(rng, READ), text)]
+
+
+def glyphs(rng: np.random.Generator, assets: Assets, evaluation=False, unseen_fonts=False, easy=False):
+    """The line that `line` asks about: (picture, text, the characters' centres [n, 2], x and y in pixels)."""
     family, file = pick(rng, unseen_fonts)
     short = easy and rng.random() < 0.5
     text = _characters(rng) if short else _text(rng, assets, evaluation)
     if family in CAPITALS:
         text = text.upper()
-    return _picture(rng, assets, file, text, easy, easy and not short), [(ask(rng, READ), text)]
+    image, centres = _picture(rng, assets, file, text, easy, easy and not short)
+    return image, text, centres
 
 
 def held_out(text: str) -> bool:
@@ -92,7 +99,7 @@ def _figures(rng: np.random.Generator) -> str:
 
 def _picture(
     rng: np.random.Generator, assets: Assets, file: str, text: str, easy: bool = False, spaced: bool = False
-) -> Image.Image:
+) -> tuple[Image.Image, np.ndarray]:
     height = 28 if rng.random() < 0.8 else 56
     size = int(rng.integers(15, 24) if height == 28 else rng.integers(24, 46))
     face = font(assets, file, size)
@@ -126,13 +133,16 @@ def _picture(
             draw.text((x + pitch * (i + 0.5), y - top), letter, fill=255, font=face, anchor="ma")
     else:
         draw.text((x - left, y - top), text, fill=255, font=face)
+    ends = np.array([face.getlength(text[:i]) for i in range(len(text) + 1)])
+    across = x + pitch * (np.arange(len(text)) + 0.5) if pitch else x - left + (ends[:-1] + ends[1:]) / 2
+    centres = np.stack([across, np.full(len(text), y + tall / 2)], axis=1)
     slack = min(y, height - tall - y) / max(wide, 1)  # a rotation that keeps the text inside
     if slack > 0.01 and rng.random() < 0.4 and not plain:
         angle = float(np.degrees(np.clip(rng.normal(0, 0.03), -slack, slack)))
         mask = mask.rotate(angle, Image.Resampling.BICUBIC, center=(x + wide / 2, y + tall / 2))
     ground.paste(ink, mask=mask)
     if plain:
-        return ground
+        return ground, centres
     if rng.random() < 0.25:
         ground = ground.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 0.7)) * size / 20))
-    return grain(rng, ground) if rng.random() < 0.4 else ground
+    return grain(rng, ground) if rng.random() < 0.4 else ground, centres

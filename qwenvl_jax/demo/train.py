@@ -1,4 +1,4 @@
-"""Trains the demo from nothing, on records drawn as they are needed, with the trainer that everyone uses.
+"""Trains the demo on records drawn as they are needed, with the trainer that everyone uses.
 
     python -m qwenvl_jax.demo.train RUN --assets DIR [--steps N] [--rows N] [--dtype bfloat16]
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="directory of the run")
     parser.add_argument("--assets", help="where fonts, emoji and tables are; see qwenvl_jax/demo/assets.py")
-    parser.add_argument("--start", help="RUN/final of an earlier run to start from, instead of from nothing")
+    parser.add_argument("--start", help="RUN/final of an earlier run to start from, or of `qwenvl_jax.demo.pretrain`")
     parser.add_argument("--rows", type=int, default=20, help="of a batch; each is about two conversations")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--cooldown", type=int, default=0)

@@ -1,0 +1,197 @@
+"""Teaches the demo's vision tower what is where, before the decoder learns to talk about it.
+
+    python -m qwenvl_jax.demo.pretrain RUN --assets DIR [--steps N] [--dtype bfloat16]
+
+From answers alone a model this small takes very long to find out that letters have shapes: a picture is many
+visual tokens, and a wrong guess does not say which of them was misread. Here every visual token is asked for
+what its own 28 × 28 pixels show: the characters whose centres lie in it, from left to right, or the emoji that
+covers it and where that one's edges are. What answers is the embedding table that the decoder shares, through a
+few matrices that are thrown away. RUN/final, in Orbax form, is then where `qwenvl_jax.demo.train --start` begins.
+"""
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from qwenvl_jax.config import Config, read_json
+from qwenvl_jax.demo import charts, lines, scenes
+from qwenvl_jax.demo.assets import Assets, find_assets
+from qwenvl_jax.demo.tokenizer import byte_letters, special_ids, vocabulary, write_processor
+from qwenvl_jax.demo.train import demo_config
+from qwenvl_jax.inputs.batch import fill_lanes
+from qwenvl_jax.inputs.layout import Lanes
+from qwenvl_jax.inputs.media import image_visual
+from qwenvl_jax.inputs.processor import Processor
+from qwenvl_jax.model.qwenvl import init
+from qwenvl_jax.model.vision import encode
+from qwenvl_jax.params.checkpoint import load, save
+from qwenvl_jax.train.step import init_state, make_optimizer, make_schedule, make_step
+from qwenvl_jax.types import Batch, Model, TrainBatch
+
+CELL = 28  # pixels to a visual token's side
+SLOTS = 5  # characters of one cell
+LANES, PATCHES = 64, 128
+_COVERED = 0.25  # of a cell, or of an emoji, for the cell to be said to show it
+_SHARES = (0.2, 0.38)  # of pictures, up to which emoji and charts go; the others are lines
+_EMPTY = 0.2  # what a cell that shows nothing counts, beside one that shows something
+
+
+class Cells:
+    """Pictures with a target for each of their cells; batch i depends on (seed, i) only.
+
+    A batch is a TrainBatch whose targets [1, R·M, S] are token ids, `nothing` where a cell shows fewer, whose
+    weights are of that shape, and whose reference [1, R·M, 4] is how far the emoji's left, top, right and bottom
+    edges are from the cell's centre, in cells; NaN where there is none.
+    """
+
+    def __init__(self, assets: Assets, processor: Processor, seed: int = 0, easy: float = 0.2):
+        self.assets, self.processor, self.seed, self.easy = assets, processor, seed, easy
+        words, letters = vocabulary(), byte_letters()
+        self.words = {name: words[name] for name in scenes.NAMES}
+        # A character beyond ASCII is known by its first byte.
+        self.byte = lambda character: words[letters[character.encode()[0]]]
+        self.nothing = special_ids()["<|endoftext|>"]
+
+    def __call__(self, index: int) -> TrainBatch:
+        rng = np.random.default_rng((self.seed, index))
+        vision, unit = self.processor.config.vision, self.processor.config.vision.merge_unit
+        lanes, visuals, placements, answers = Lanes(PATCHES, vision, LANES), [], [], []
+        while True:
+            image, *answer = (self._emoji, self._chart, self._line)[np.searchsorted(_SHARES, rng.random())](rng)
+            visual = image_visual(image, self.processor.preprocessing)
+            placed = lanes.place([visual.grid])
+            if placed is None:
+                break
+            visuals.append(visual)
+            placements += placed
+            answers.append(answer)
+        filled, places = fill_lanes(visuals, placements, LANES, PATCHES, vision)
+        total = LANES * PATCHES // unit
+        targets, weights = np.zeros((total, SLOTS), np.int32), np.zeros((total, SLOTS), np.float32)
+        edges = np.full((total, 4), np.nan, np.float32)
+        for place, (ids, weight, edge) in zip(places, answers, strict=True):
+            targets[place], weights[place], edges[place] = ids, weight, edge
+        inputs = Batch(None, None, None, None, (filled,))
+        return jax.tree.map(lambda a: a[None], TrainBatch(inputs, targets, weights, edges))
+
+    def _line(self, rng: np.random.Generator):
+        image, text, centres = lines.glyphs(rng, self.assets, easy=rng.random() < self.easy)
+        # In a picture two cells high, both say what spans them.
+        return image, *self._spelled(image, text, centres, spanned=True)
+
+    def _chart(self, rng: np.random.Generator):
+        """A piece of a chart, with text smaller than that of lines."""
+        image, text, centres = charts.glyphs(rng, self.assets)
+        corner = rng.integers(0, np.array(image.size) - 5 * CELL + 1)
+        image, centres = image.crop((*corner, *(corner + 5 * CELL))), centres - corner
+        inside = ((centres >= 0) & (centres < 5 * CELL)).all(1)
+        return image, *self._spelled(image, "".join(np.array(list(text))[inside]), centres[inside])
+
+    def _spelled(self, image, text: str, centres: np.ndarray, spanned: bool = False):
+        columns, rows = image.width // CELL, image.height // CELL
+        across, down = np.clip(centres // CELL, 0, [columns - 1, rows - 1]).astype(int).T
+        ids, weights = self._empty(columns * rows)
+        for i in np.lexsort((centres[:, 0], centres[:, 1])):
+            if text[i] != " ":
+                for row in range(rows) if spanned else (down[i],):
+                    cell = row * columns + across[i]
+                    n = int(np.sum(weights[cell] == 1))  # so far
+                    ids[cell, n : n + 1], weights[cell, n : n + 1] = self.byte(text[i]), 1
+        shown = np.sum(weights == 1, axis=1)
+        more = (shown > 0) & (shown < SLOTS)
+        weights[more, shown[more]] = 1  # one more, to say that there is no more
+        return ids, weights, np.full((columns * rows, 4), np.nan)
+
+    def _emoji(self, rng: np.random.Generator):
+        numbers = [1] * int(rng.integers(1, 9))
+        image, _, boxes = scenes.scene(rng, self.assets, numbers, sizes=(20, 84), side=(84, 140))
+        columns, rows = image.width // CELL, image.height // CELL
+        corners = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) * CELL
+        ids, weights = self._empty(len(corners))
+        edges = np.full((len(corners), 4), np.nan)
+        most = np.full(len(corners), _COVERED * CELL * CELL)
+        for name, (box,) in ((n, b) for n, b in boxes.items() if b):
+            box = np.array(box)
+            overlap = np.minimum(corners + CELL, box[2:]) - np.maximum(corners, box[:2])
+            area = np.prod(np.clip(overlap, 0, None), axis=1)
+            # A small one, over the corners of four cells, is each one's.
+            shown = (area >= most) | (area >= _COVERED * np.prod(box[2:] - box[:2])) & (ids[:, 0] == self.nothing)
+            most[shown] = np.maximum(area, _COVERED * CELL * CELL)[shown]
+            ids[shown, 0], weights[shown, :2] = self.words[name], 1.0
+            centre = np.tile(corners[shown] + CELL / 2, 2)
+            edges[shown] = (box - centre) / CELL
+        return image, ids, weights, edges
+
+    def _empty(self, cells: int) -> tuple[np.ndarray, np.ndarray]:
+        weights = np.zeros((cells, SLOTS))
+        weights[:, 0] = _EMPTY
+        return np.full((cells, SLOTS), self.nothing), weights
+
+
+def init_heads(width: int, key) -> dict:
+    """What reads the slots and the edges off a visual token [D]; the first slot starts as the token itself."""
+    slots = jax.random.normal(key, (SLOTS, width, width)) / width**0.5
+    return {"slots": {"kernel": slots.at[0].set(jnp.eye(width))}, "edges": {"table": jnp.zeros((width, 4))}}
+
+
+def cells_loss(config: Config, params: dict, batch: TrainBatch):
+    """Cross-entropy of the slots and Huber loss of the edges: (sum, weight, metrics), as the losses in `train`."""
+    x = encode(config, params, batch.inputs.vision[0]).astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+    dtype = config.dtype
+    slots = jnp.einsum("xd,sde->xse", x.astype(dtype), params["slots"]["kernel"].astype(dtype))
+    table = params["decoder"]["embed_tokens"]["embedding"].astype(dtype)
+    logp = jax.nn.log_softmax(jnp.einsum("xse,ve->xsv", slots, table).astype(jnp.float32))
+    shown = jnp.where(batch.targets == special_ids()["<|endoftext|>"], 0, batch.weights)
+    read = jnp.sum(shown * (jnp.argmax(logp, -1) == batch.targets)) / jnp.sum(shown)
+    chosen = jnp.take_along_axis(logp, batch.targets[..., None], -1)[..., 0]
+    there = ~jnp.isnan(batch.reference)
+    off = jnp.where(there, x @ params["edges"]["table"] - jnp.where(there, batch.reference, 0), 0)
+    huber = jnp.sum(jnp.where(jnp.abs(off) < 0.1, off**2 / 0.2, jnp.abs(off) - 0.05))
+    weight = jnp.sum(batch.weights)
+    pixels = jnp.sum(jnp.abs(off)) / jnp.maximum(jnp.sum(there), 1) * CELL
+    return huber - jnp.sum(chosen * batch.weights), weight, {"read": read * weight, "edges": pixels * weight}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="directory of the run")
+    parser.add_argument("--assets", help="where fonts, emoji and tables are; see qwenvl_jax/demo/assets.py")
+    parser.add_argument("--start", help="RUN/final of an earlier run to start from, instead of from nothing")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to compute in")
+    args = parser.parse_args()
+
+    config, assets = demo_config(), find_assets(args.assets)
+    files = write_processor(args.run / "processor")
+    processor, generation = Processor.from_dir(files, config), read_json(files / "generation_config.json")
+    params = load(args.start).params if args.start else jax.jit(init, static_argnums=0)(config, jax.random.key(0))
+    params = params | init_heads(config.text.hidden_size, jax.random.key(1))
+    trainable = lambda path: path.startswith(("vision", "slots", "edges")) or "embed_tokens" in path  # noqa: E731
+    schedule = make_schedule(args.learning_rate, "cosine", warmup=args.steps // 25, total=args.steps, end=0.02)
+    optimizer = make_optimizer(schedule, "muon", weight_decay=0.02)
+    state = init_state(params, optimizer, trainable)
+    step = make_step(partial(cells_loss, config.replace(dtype=args.dtype)), optimizer, trainable)
+    draw = Cells(assets, processor, args.seed)
+
+    with ThreadPoolExecutor(1) as pool, tqdm(range(args.steps), desc="cells", unit="step", mininterval=10) as bar:
+        coming = pool.submit(draw, 0)
+        for i in bar:
+            batch, coming = coming.result(), pool.submit(draw, i + 1)
+            state, metrics = step(state, batch)
+            if i % 50 == 0:
+                bar.set_postfix({name: f"{float(metrics[name]):.3f}" for name in ("loss", "read", "edges")})
+    kept = {name: state.params[name] for name in ("vision", "decoder")}
+    save(Model(config, kept, processor, generation), args.run / "final", files_from=files)
+
+
+if __name__ == "__main__":
+    main()
