@@ -34,6 +34,8 @@ def line(rng: np.random.Generator, assets: Assets, evaluation: bool, unseen_font
 def glyphs(rng: np.random.Generator, assets: Assets, evaluation=False, unseen_fonts=False, easy=False):
     """The line that `line` asks about: (picture, text, the characters' centres [n, 2], x and y in pixels)."""
     family, file = pick(rng, unseen_fonts)
+    if easy and rng.random() < 0.5:
+        return _block(rng, assets, file, family in CAPITALS)
     short = easy and rng.random() < 0.5
     text = _characters(rng) if short else _text(rng, assets, evaluation)
     if family in CAPITALS:
@@ -78,6 +80,23 @@ def _characters(rng: np.random.Generator) -> str:
     return "".join(_CHARACTERS[i] for i in rng.integers(len(_CHARACTERS), size=rng.integers(1, 4)))
 
 
+def _block(rng: np.random.Generator, assets: Assets, file: str, capitals: bool):
+    """Characters in rows and columns, one to a visual token, to be read row by row."""
+    rows = int(rng.integers(1, 4))
+    columns = int(rng.integers(2, 11 if rows < 3 else 9))
+    text = "".join(_CHARACTERS[i] for i in rng.integers(len(_CHARACTERS), size=rows * columns))
+    text = text.upper() if capitals else text
+    ground, shade = background(rng, columns * 28, rows * 28)
+    if rng.random() < 0.5:
+        ground, shade = Image.new("RGB", ground.size, "white"), np.full(3, 255)
+    draw, ink, face = ImageDraw.Draw(ground), contrast(rng, shade), font(assets, file, int(rng.integers(15, 24)))
+    centres = (np.stack(np.divmod(np.arange(rows * columns), columns)[::-1], 1) + 0.5) * 28
+    centres = centres + rng.uniform(-3, 3, 2)
+    for letter, place in zip(text, centres.tolist(), strict=True):
+        draw.text(tuple(place), letter, ink, face, anchor="mm")
+    return ground, text, centres
+
+
 def _figures(rng: np.random.Generator) -> str:
     n = lambda low, high: int(rng.integers(low, high))  # noqa: E731 - inclusive, exclusive
     kind = n(0, 5)
@@ -101,7 +120,7 @@ def _picture(
     rng: np.random.Generator, assets: Assets, file: str, text: str, easy: bool = False, spaced: bool = False
 ) -> tuple[Image.Image, np.ndarray]:
     height = 28 if rng.random() < 0.8 else 56
-    size = int(rng.integers(15, 24) if height == 28 else rng.integers(24, 46))
+    size = int(rng.integers(18, 25) if height == 28 else rng.integers(25, 46))
     face = font(assets, file, size)
     if face.getlength(text) > MAX_WIDTH - 8:
         size = int(size * (MAX_WIDTH - 8) / face.getlength(text))
@@ -143,6 +162,6 @@ def _picture(
     ground.paste(ink, mask=mask)
     if plain:
         return ground, centres
-    if rng.random() < 0.25:
-        ground = ground.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 0.7)) * size / 20))
-    return grain(rng, ground) if rng.random() < 0.4 else ground, centres
+    if rng.random() < 0.15:
+        ground = ground.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 0.5)) * size / 20))
+    return grain(rng, ground) if rng.random() < 0.3 else ground, centres

@@ -25,6 +25,7 @@ from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape
+from qwenvl_jax.train.step import GROUPS
 from qwenvl_jax.types import Model
 
 TURNS = 4  # questions about a picture; reading the picture costs as much as answering them
@@ -44,7 +45,9 @@ def demo_config() -> Config:
             num_key_value_heads=2,
             head_dim=48,
             max_position_embeddings=4096,
-            rope_theta=10000.0,
+            # Rows and columns have the slow frequencies; with the usual θ a step to the next one turns them by
+            # thousandths, and a model this small cannot tell neighbours apart.
+            rope_theta=10.0,
             mrope_section=(6, 9, 9),
             tie_word_embeddings=True,
         ),
@@ -74,7 +77,6 @@ def demo_options(output, **changes) -> TrainOptions:
         optimizer="muon",
         learning_rate=3e-3,
         schedule="constant",
-        warmup=200,
         weight_decay=0.02,
         remat=False,
         save_every=250,
@@ -95,6 +97,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to compute in")
     parser.add_argument("--weights", type=json.loads, help='of the tasks, as JSON: {"ocr": 2, "name": 1}')
     parser.add_argument("--easy", type=float, default=0.0, help="share of easy pictures, for a start")
+    parser.add_argument("--freeze", nargs="*", default=[], choices=GROUPS, help="what stays as it is")
+    parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--devices", type=int, default=1, help="that share a batch")
     parser.add_argument("--questions", type=int, default=64, help="of every task, in each evaluation on the way")
     args = parser.parse_args()
@@ -113,6 +117,8 @@ def main() -> None:
         lanes=-(-args.rows * 6 // 5),
         steps=args.steps,
         cooldown=args.cooldown,
+        warmup=args.warmup,
+        freeze=tuple(args.freeze),
         dtype=args.dtype,
         mesh_data=args.devices,
     )
