@@ -45,8 +45,8 @@ def demo_config() -> Config:
             num_key_value_heads=2,
             head_dim=48,
             max_position_embeddings=4096,
-            # Rows and columns have the slow frequencies; with the usual θ a step to the next one turns them by
-            # thousandths, and a model this small cannot tell neighbours apart.
+            # Columns have the slowest frequencies; with θ = 10,000 a step to the next column would turn none of
+            # them by more than 0.003 radians.
             rope_theta=10.0,
             mrope_section=(6, 9, 9),
             tie_word_embeddings=True,
