@@ -9,7 +9,7 @@ import pytest
 from test_demo_data import assets  # noqa: F401 - a fixture
 
 from qwenvl_jax.demo import SAMPLES, charts, lines
-from qwenvl_jax.demo.pretrain import CELL, LANES, PATCHES, SLOTS, Cells, cells_loss, init_heads, levelled
+from qwenvl_jax.demo.pretrain import CELL, LANES, PATCHES, SLOTS, Cells, cells_loss, init_heads, levelled, main
 from qwenvl_jax.demo.tokenizer import byte_letters, vocabulary, write_processor
 from qwenvl_jax.demo.train import demo_config
 from qwenvl_jax.inputs.processor import Processor
@@ -137,3 +137,12 @@ def test_training_can_go_on_from_the_weights_so_far():
     assert model.config == demo_config()
     words = np.asarray(model.params["decoder"]["embed_tokens"]["embedding"])
     assert words.shape[0] == demo_config().text.vocab_size and np.isfinite(words).all()
+
+
+def test_a_finished_run_is_refused_before_it_starts(tmp_path, monkeypatch, capsys):
+    (tmp_path / "final").mkdir()
+    monkeypatch.setattr("sys.argv", ["pretrain", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "choose another RUN" in capsys.readouterr().err

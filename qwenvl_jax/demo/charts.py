@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from qwenvl_jax.demo.assets import Assets
-from qwenvl_jax.demo.fonts import PLAIN, font
+from qwenvl_jax.demo.fonts import PLAIN, font, middles
 from qwenvl_jax.demo.questions import HIGHEST, LOWEST, VALUE, ask
 from qwenvl_jax.demo.tables import Series, tables
 
@@ -89,8 +89,7 @@ def _draw(rng: np.random.Generator, width: int, height: int, face, heading, seri
     def write(x, y, text, anchor="mm", face=face, **stroke):
         draw.text((x, y), text, text_ink, face, anchor=anchor, **stroke)
         left, top, _, bottom = draw.textbbox((x, y), text, face, anchor=anchor)
-        ends = left + np.array([face.getlength(text[:i]) for i in range(len(text) + 1)])
-        written.append((text, np.stack([(ends[:-1] + ends[1:]) / 2, np.full(len(text), (top + bottom) / 2)], axis=1)))
+        written.append((text, np.stack([left + middles(face, text), np.full(len(text), (top + bottom) / 2)], axis=1)))
 
     marks = _ticks(max(series.values))
     decimals = next(d for d in range(4) if all(abs(m - round(m, d)) < 1e-9 for m in marks))

@@ -67,6 +67,12 @@ def font(assets: Assets, name: str, size: int) -> ImageFont.FreeTypeFont:
     return _load((assets.webfonts if name.endswith(".woff") else assets.fonts) / name, size)
 
 
+def middles(face: ImageFont.FreeTypeFont, text: str) -> np.ndarray:
+    """How far right of the text's left edge the middle of each of its characters is, in pixels [n]."""
+    ends = np.array([face.getlength(text[:i]) for i in range(len(text) + 1)])
+    return (ends[:-1] + ends[1:]) / 2
+
+
 @lru_cache(4096)
 def _load(path: Path, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from qwenvl_jax.demo.assets import Assets
 from qwenvl_jax.demo.canvas import background, contrast, grain
 from qwenvl_jax.demo.emoji import NAMES, plural
-from qwenvl_jax.demo.fonts import CAPITALS, font, pick
+from qwenvl_jax.demo.fonts import CAPITALS, font, middles, pick
 from qwenvl_jax.demo.questions import ALL, READ, ask
 
 MAX_WIDTH = 280
@@ -25,7 +25,8 @@ _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of codes: without I and O, which many f
 def line(rng: np.random.Generator, assets: Assets, evaluation: bool, unseen_fonts: bool = False, easy: bool = False):
     """One line of text: (picture, [(question, answer)]); evaluation has texts that training never has.
 
-    easy: one to three characters, or letters set apart, up to a visual token each; most in black and white.
+    easy: rows of characters, one to a visual token; else one to three characters, or letters set apart, up to a
+    visual token each, most in black and white.
     """
     image, text, _ = glyphs(rng, assets, evaluation, unseen_fonts, easy)
     return image, [(ask(rng, READ), text)]
@@ -152,8 +153,7 @@ def _picture(
             draw.text((x + pitch * (i + 0.5), y - top), letter, fill=255, font=face, anchor="ma")
     else:
         draw.text((x - left, y - top), text, fill=255, font=face)
-    ends = np.array([face.getlength(text[:i]) for i in range(len(text) + 1)])
-    across = x + pitch * (np.arange(len(text)) + 0.5) if pitch else x - left + (ends[:-1] + ends[1:]) / 2
+    across = x + pitch * (np.arange(len(text)) + 0.5) if pitch else x - left + middles(face, text)
     centres = np.stack([across, np.full(len(text), y + tall / 2)], axis=1)
     slack = min(y, height - tall - y) / max(wide, 1)  # a rotation that keeps the text inside
     if slack > 0.01 and rng.random() < 0.4 and not plain:

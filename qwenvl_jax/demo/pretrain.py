@@ -7,6 +7,7 @@ visual tokens, and a wrong guess does not say which of them was misread. Here ev
 what its own 28 × 28 pixels show: the characters whose centres lie in it, from left to right, or the emoji that
 covers it and where that one's edges are. What answers is the embedding table that the decoder shares, through a
 few matrices that are thrown away. RUN/final, in Orbax form, is then where `qwenvl_jax.demo.train --start` begins.
+A run that is stopped leaves nothing to go on from.
 """
 
 import argparse
@@ -183,6 +184,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to compute in")
     args = parser.parse_args()
 
+    if (args.run / "final").exists():
+        parser.error(f"{args.run / 'final'} exists; choose another RUN")
     config, assets = demo_config(), find_assets(args.assets)
     files = write_processor(args.run / "processor")
     processor, generation = Processor.from_dir(files, config), read_json(files / "generation_config.json")
