@@ -16,7 +16,7 @@ from tiny import clip, mixed_samples, picture, sample, tiny_config
 
 from qwenvl_jax.inputs.layout import mrope_positions
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.train.data import Dataset, JsonLines, _Packer
+from qwenvl_jax.train.data import Dataset, JsonLines, Packer
 from qwenvl_jax.train.records import Example, PackShape, Segment
 from qwenvl_jax.types import InputError, TrainBatch
 
@@ -140,7 +140,7 @@ def test_packing(seed, pair, family):
     """Nothing is lost, nothing is used twice, and what does not fit leaves the batch as it was."""
     rng, config = np.random.default_rng(seed), tiny_config(family)
     shape = PackShape(3, 150, 3, 64 * int(rng.integers(2, 5)), segments=[None, 4][int(pair or rng.integers(2))])
-    packer, taken, refused = _Packer(shape, config), [], 0
+    packer, taken, refused = Packer(shape, config), [], 0
     for _ in range(40):
         parts = [int(rng.integers(1, 20))]
         for _ in range(rng.integers(0, 3)):
@@ -159,7 +159,7 @@ def test_packing(seed, pair, family):
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_first_row_with_room(family):
     rng, config = np.random.default_rng(0), tiny_config(family)
-    packer = _Packer(PackShape(2, 20, 1, 64), config)
+    packer = Packer(PackShape(2, 20, 1, 64), config)
     for length in (12, 9, 8, 11):
         assert packer.add(as_example(rng, config, sample(rng, config, length), False))
     assert not packer.add(as_example(rng, config, sample(rng, config, 1), False))
@@ -173,7 +173,7 @@ def test_every_size_shares_the_one_call():
     rng = np.random.default_rng(0)
     examples = [as_example(rng, config, s, False) for s in mixed_samples(config)]
     shape = PackShape(4, 256, 4, 512)
-    packer = _Packer(shape, config)
+    packer = Packer(shape, config)
     assert all(map(packer.add, examples))
     check_packed(config, shape, packer.batch(), examples)
 

@@ -26,6 +26,7 @@ from qwenvl_jax.params import lora
 from qwenvl_jax.params.hf import flatten
 from qwenvl_jax.train import loop, run
 from qwenvl_jax.train.flops import peak_flops, train_flops
+from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.types import Batch, InputError, Model, TrainBatch, VisionBatch
 
@@ -139,6 +140,17 @@ def test_it_learns(straight):
     before, after = flatten(tiny_params(CONFIG)), flatten(result.params)
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
     assert moved == {p for p in before if not p.startswith("vision/") or p.startswith("vision/merger/")}
+
+
+def test_a_loss_of_ones_own(straight, tmp_path):
+    def doubled(config, params, batch, *, remat):
+        total, weight, metrics = sft_loss(config, params, batch, remat=remat)
+        return 2 * total, weight, metrics | {"half": total}
+
+    loop.train(model(), Batches(), options(tmp_path, steps=1), loss=doubled)
+    (line,) = exactly(tmp_path)
+    plain = exactly(straight[0])[0]["loss"]
+    assert line["loss"] == pytest.approx(2 * plain, rel=1e-6) and line["half"] == pytest.approx(plain, rel=1e-6)
 
 
 def test_tensorboard_has_the_same(straight):

@@ -4,6 +4,7 @@ import numpy as np
 
 from qwenvl_jax.demo.assets import Assets
 from qwenvl_jax.demo.canvas import background
+from qwenvl_jax.demo.cells import Thing, of_things
 from qwenvl_jax.demo.emoji import NAMES, sprite
 from qwenvl_jax.demo.questions import WHEN, ask
 
@@ -11,10 +12,10 @@ FPS = 2.0
 
 
 def clip(rng: np.random.Generator, assets: Assets):
-    """Six to ten seconds: (frames [n, h, w, 3] uint8, [(question, "3.5 seconds"), …]), then of the others; n is even.
+    """Six to ten seconds: (frames [n, h, w, 3] uint8, [(question, "3.5 seconds"), …], facts), then of the others.
 
-    The one asked for is absent from the first frame, and stays once it is there. Others are there from the
-    start or turn up at another time; they rest or drift.
+    n is even, and facts are what `demo.cells` tells of the clip. The one asked for is absent from the first frame, and
+    stays once it is there. Others are there from the start or turn up at another time; they rest or drift.
     """
     side = 56 if rng.random() < 0.4 else 84
     frames = int(rng.integers(6, 11)) * 2
@@ -24,7 +25,7 @@ def clip(rng: np.random.Generator, assets: Assets):
     ground, _ = background(rng, side, side)
     canvases = [ground.copy() for _ in range(frames)]
     taken: list[np.ndarray] = []
-    turns = []
+    turns, things = [], []
     for kind, start in zip(kinds, starts, strict=True):
         drawn = sprite(assets.emoji, kind, int(rng.integers(5, 7 if side == 56 else 9)) * 4, bool(rng.integers(2)))
         path = _path(rng, frames, side, drawn.width, drawn.height, taken)
@@ -32,9 +33,11 @@ def clip(rng: np.random.Generator, assets: Assets):
             continue
         taken.append(path)
         turns.append((ask(rng, WHEN, kind), f"{start / FPS} seconds"))
+        things.append(Thing(kind, path, start=start))
         for canvas, (x, y, _, _) in zip(canvases[start:], path[start:].tolist(), strict=True):
             canvas.paste(drawn.image, (x, y), drawn.image)
-    return np.stack([np.asarray(c) for c in canvases]), turns
+    facts = of_things(things, side, side, frames)
+    return np.stack([np.asarray(c) for c in canvases]), turns, facts
 
 
 def _path(rng: np.random.Generator, frames: int, side: int, wide: int, tall: int, taken: list) -> np.ndarray | None:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from qwenvl_jax.demo.assets import Assets
 from qwenvl_jax.demo.canvas import background, contrast, grain
+from qwenvl_jax.demo.cells import of_text
 from qwenvl_jax.demo.emoji import NAMES, plural
 from qwenvl_jax.demo.fonts import CAPITALS, font, middles, pick
 from qwenvl_jax.demo.questions import ALL, READ, ask
@@ -23,13 +24,13 @@ _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of codes: without I and O, which many f
 
 
 def line(rng: np.random.Generator, assets: Assets, evaluation: bool, unseen_fonts: bool = False, easy: bool = False):
-    """One line of text: (picture, [(question, answer)]); evaluation has texts that training never has.
+    """One line of text: (picture, [(question, answer)], facts); evaluation has texts that training never has.
 
     easy: rows of characters, one to a visual token; else one to three characters, or letters set apart, up to a
     visual token each, most in black and white.
     """
-    image, text, _ = glyphs(rng, assets, evaluation, unseen_fonts, easy)
-    return image, [(ask(rng, READ), text)]
+    image, text, centres = glyphs(rng, assets, evaluation, unseen_fonts, easy)
+    return image, [(ask(rng, READ), text)], of_text(text, centres, image.width, image.height)
 
 
 def glyphs(rng: np.random.Generator, assets: Assets, evaluation=False, unseen_fonts=False, easy=False):

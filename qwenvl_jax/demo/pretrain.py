@@ -23,6 +23,7 @@ from tqdm import tqdm
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.demo import charts, lines, scenes
 from qwenvl_jax.demo.assets import Assets, find_assets
+from qwenvl_jax.demo.cells import CELL, COVERED, cell_corners, overlap
 from qwenvl_jax.demo.tokenizer import byte_letters, special_ids, vocabulary, write_processor
 from qwenvl_jax.demo.train import demo_config
 from qwenvl_jax.inputs.batch import fill_lanes
@@ -35,10 +36,8 @@ from qwenvl_jax.params.checkpoint import load, save
 from qwenvl_jax.train.step import init_state, make_optimizer, make_schedule, make_step
 from qwenvl_jax.types import Batch, Model, TrainBatch, VisionBatch
 
-CELL = 28  # pixels to a visual token's side
 SLOTS = 5  # characters of one cell
 LANES, PATCHES = 64, 128
-_COVERED = 0.25  # of a cell, or of an emoji, for the cell to be said to show it
 _SHARES = (0.1, 0.2)  # of pictures, up to which emoji and charts go; the others are lines
 _EMPTY = 0.2  # what a cell that shows nothing counts, beside one that shows something
 
@@ -112,18 +111,16 @@ class Cells:
     def _emoji(self, rng: np.random.Generator):
         numbers = [1] * int(rng.integers(1, 9))
         image, _, boxes = scenes.scene(rng, self.assets, numbers, sizes=(20, 84), side=(84, 140))
-        columns, rows = image.width // CELL, image.height // CELL
-        corners = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) * CELL
+        corners = cell_corners(image.width, image.height)
         ids, weights = self._empty(len(corners))
         edges = np.full((len(corners), 4), np.nan)
-        most = np.full(len(corners), _COVERED * CELL * CELL)
+        most = np.full(len(corners), COVERED * CELL * CELL)
         for name, (box,) in ((n, b) for n, b in boxes.items() if b):
             box = np.array(box)
-            overlap = np.minimum(corners + CELL, box[2:]) - np.maximum(corners, box[:2])
-            area = np.prod(np.clip(overlap, 0, None), axis=1)
+            area = overlap(corners, box)
             # A small one, over the corners of four cells, is each one's.
-            shown = (area >= most) | (area >= _COVERED * np.prod(box[2:] - box[:2])) & (ids[:, 0] == self.nothing)
-            most[shown] = np.maximum(area, _COVERED * CELL * CELL)[shown]
+            shown = (area >= most) | (area >= COVERED * np.prod(box[2:] - box[:2])) & (ids[:, 0] == self.nothing)
+            most[shown] = np.maximum(area, COVERED * CELL * CELL)[shown]
             ids[shown, 0], weights[shown, :2] = self.words[name], 1.0
             centre = np.tile(corners[shown] + CELL / 2, 2)
             edges[shown] = (box - centre) / CELL

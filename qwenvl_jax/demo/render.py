@@ -6,6 +6,7 @@ import numpy as np
 
 from qwenvl_jax.demo import charts, clips, lines, scenes
 from qwenvl_jax.demo.assets import Assets
+from qwenvl_jax.demo.cells import of_nothing
 from qwenvl_jax.types import InputError
 
 # How often each task comes in the default mixture, and how its answers are marked.
@@ -24,8 +25,8 @@ class Scenes:
     turns: questions asked about one picture, at most, as a conversation; the first is of the record's task.
     easy: share of lines and names whose pictures are easy to tell, for a model that has yet to learn to see.
     weights: {task: relative frequency}; by default the training mixture.
-    A record is {"messages": [user, assistant, …], "answer", "task", "metric"}, pictures being PIL images and
-    clips uint8 arrays [frames, height, width, 3].
+    A record is {"messages": [user, assistant, …], "answer", "task", "metric", "facts"}, pictures being PIL images,
+    clips uint8 arrays [frames, height, width, 3], and facts what `demo.cells` tells of their visual tokens.
     """
 
     def __init__(
@@ -69,16 +70,17 @@ class Scenes:
         easy = self.easy > 0 and rng.random() < self.easy
         if task == "chart":
             media, turns, metric = charts.chart(rng, self.assets, evaluation)
+            facts = of_nothing(media.width, media.height)
         elif task == "clip":
-            media, turns = clips.clip(rng, self.assets)
+            media, turns, facts = clips.clip(rng, self.assets)
         elif task in ("ocr", "ocr_unseen_fonts"):
-            media, turns = lines.line(rng, self.assets, evaluation, task == "ocr_unseen_fonts", easy)
+            media, turns, facts = lines.line(rng, self.assets, evaluation, task == "ocr_unseen_fonts", easy)
         elif task == "list":
-            media, turns = scenes.listing(rng, self.assets)
+            media, turns, facts = scenes.listing(rng, self.assets)
         elif task == "name":
-            media, turns = scenes.name(rng, self.assets, easy)
+            media, turns, facts = scenes.name(rng, self.assets, easy)
         else:
-            media, turns = getattr(scenes, task)(rng, self.assets)
+            media, turns, facts = getattr(scenes, task)(rng, self.assets)
         kind, options = ("video", {"fps": clips.FPS}) if task == "clip" else ("image", {})
         item = {"type": kind, kind: media} | options
         messages = []
@@ -90,4 +92,5 @@ class Scenes:
             "answer": turns[0][1],
             "task": task,
             "metric": metric,
+            "facts": facts,
         }

@@ -1,4 +1,7 @@
-"""Scenes of emoji: what is it, how many are there, where is each one."""
+"""Scenes of emoji: what is it, how many are there, where is each one.
+
+The last thing that a question's function returns is what `demo.cells` tells of the picture.
+"""
 
 import json
 
@@ -6,6 +9,7 @@ import numpy as np
 
 from qwenvl_jax.demo.assets import Assets
 from qwenvl_jax.demo.canvas import background, grain
+from qwenvl_jax.demo.cells import Facts, Thing, cell_of, of_things
 from qwenvl_jax.demo.emoji import NAMES, plural, sprite
 from qwenvl_jax.demo.questions import COUNT, LIST, LOCATE, LOCATE_ALL, LOCATE_ONE, NAME, ask
 
@@ -15,7 +19,7 @@ _GAP = 2  # pixels between any two
 
 
 def name(rng: np.random.Generator, assets: Assets, easy: bool = False):
-    """One emoji anywhere in a picture: (picture, [(question, its name), …]), then where it is.
+    """One emoji anywhere in a picture: (picture, [(question, its name), …], facts), then where it is.
 
     easy: a picture of little else.
     """
@@ -24,17 +28,17 @@ def name(rng: np.random.Generator, assets: Assets, easy: bool = False):
         image, (what,), boxes = scene(rng, assets, [1], sizes=(side - 8, side), side=(side, side))
     else:
         image, (what,), boxes = scene(rng, assets, [1], sizes=(28, 84), side=(112, 168))
-    return image, [(ask(rng, NAME), what), _locate(rng, what, boxes[what])]
+    return image, [(ask(rng, NAME), what), _locate(rng, what, boxes[what])], _facts(image, boxes)
 
 
 def listing(rng: np.random.Generator, assets: Assets):
-    """Rows of emoji, one in most cells: (picture, [(question, their names in reading order)])."""
+    """Rows of emoji, one in most cells: (picture, [(question, their names in reading order)], facts)."""
     cell = int(rng.integers(7, 12)) * 4
     columns, rows = (int(n) for n in rng.integers(1, 168 // cell + 1, 2))
     width, height = (max(2, -(-cell * n // 28)) * 28 for n in (columns, rows))
     image, _ = background(rng, width, height)
     left, top = (int(rng.integers(0, room + 1)) for room in (width - cell * columns, height - cell * rows))
-    names = []
+    names, things = [], []
     for i in range(columns * rows):
         if rng.random() < 0.85 or not names:
             names.append(NAMES[rng.integers(len(NAMES))])
@@ -42,25 +46,30 @@ def listing(rng: np.random.Generator, assets: Assets):
             y, x = divmod(i, columns)
             x += rng.random() * (1 - drawn.width / cell)
             y += rng.random() * (1 - drawn.height / cell)
-            image.paste(drawn.image, (left + int(x * cell), top + int(y * cell)), drawn.image)
-    return (grain(rng, image, 12) if rng.random() < 0.3 else image), [(ask(rng, LIST), ", ".join(names))]
+            corner = np.array([left + int(x * cell), top + int(y * cell)])
+            box = [*corner, *(corner + [drawn.width, drawn.height])]
+            things.append(Thing(names[-1], [box], index=len(things)))
+            image.paste(drawn.image, tuple(corner.tolist()), drawn.image)
+    image = grain(rng, image, 12) if rng.random() < 0.3 else image
+    return image, [(ask(rng, LIST), ", ".join(names))], of_things(things, width, height)
 
 
 def count(rng: np.random.Generator, assets: Assets):
-    """One to six of a kind among up to five others: (picture, [(question, number), …]), then of the others."""
+    """One to six of a kind among up to five others: (picture, [(question, number), …], facts), then of the
+    others."""
     wanted = int(rng.integers(1, MOST + 1))
     while True:
         image, kinds, boxes = scene(rng, assets, [wanted, *_others(rng, 5)], sizes=(24, 48), side=(112, 168))
         if len(boxes[kinds[0]]) == wanted:  # else the picture was too full
-            return image, [_count(rng, kinds[0], boxes[kinds[0]]), *_more(rng, kinds[1:], boxes)]
+            return image, [_count(rng, kinds[0], boxes[kinds[0]]), *_more(rng, kinds[1:], boxes)], _facts(image, boxes)
 
 
 def locate(rng: np.random.Generator, assets: Assets):
-    """One to three of a kind among up to four others: (picture, [(question, Qwen2.5's JSON list of boxes), …]), then
-    of the others."""
+    """One to three of a kind among up to four others: (picture, [(question, Qwen2.5's JSON list of boxes), …],
+    facts), then of the others."""
     numbers = [int(rng.integers(1, _LOCATED + 1)), *_others(rng, 4)]
     image, kinds, boxes = scene(rng, assets, numbers, sizes=(28, 72), side=(112, 168))
-    return image, [_locate(rng, kinds[0], boxes[kinds[0]]), *_more(rng, kinds[1:], boxes)]
+    return image, [_locate(rng, kinds[0], boxes[kinds[0]]), *_more(rng, kinds[1:], boxes)], _facts(image, boxes)
 
 
 def _count(rng: np.random.Generator, kind: str, boxes: list) -> tuple[str, str]:
@@ -68,10 +77,20 @@ def _count(rng: np.random.Generator, kind: str, boxes: list) -> tuple[str, str]:
 
 
 def _locate(rng: np.random.Generator, kind: str, boxes: list) -> tuple[str, str]:
-    found = sorted(boxes, key=lambda b: (b[1], b[0]))
+    found = _in_order(boxes)
     forms = ((LOCATE, kind), (LOCATE_ONE, kind) if len(found) == 1 else (LOCATE_ALL, plural(kind)))
     question = ask(rng, *forms[rng.integers(2)])
     return question, json.dumps([{"bbox_2d": list(box), "label": kind} for box in found])
+
+
+def _in_order(boxes: list) -> list:
+    """In the order in which a reader of visual tokens comes upon their centres."""
+    return sorted(boxes, key=lambda box: (*cell_of(box), box))
+
+
+def _facts(image, boxes: dict[str, list]) -> Facts:
+    things = [Thing(kind, [b], nth=n) for kind, found in boxes.items() for n, b in enumerate(_in_order(found), 1)]
+    return of_things(things, image.width, image.height)
 
 
 def _more(rng: np.random.Generator, kinds: list[str], boxes: dict[str, list]) -> list[tuple[str, str]]:

@@ -11,23 +11,31 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from qwenvl_jax.config import Config, TextConfig, VisionConfig, read_json
 from qwenvl_jax.demo.assets import find_assets
+from qwenvl_jax.demo.cells import FACTS
+from qwenvl_jax.demo.emoji import NAMES, plural
 from qwenvl_jax.demo.render import Scenes
 from qwenvl_jax.demo.score import LONGEST, questions
-from qwenvl_jax.demo.tokenizer import special_ids, write_processor
+from qwenvl_jax.demo.tokenizer import special_ids, vocabulary, write_processor
 from qwenvl_jax.evaluate import Evaluator
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.qwenvl import init
+from qwenvl_jax.model.decoder import full
+from qwenvl_jax.model.qwenvl import embed, encode, init
 from qwenvl_jax.params.checkpoint import load, save
-from qwenvl_jax.train.data import Dataset
+from qwenvl_jax.train.data import Packer
 from qwenvl_jax.train.loop import train
+from qwenvl_jax.train.losses import token_logprobs
 from qwenvl_jax.train.options import TrainOptions
-from qwenvl_jax.train.records import PackShape
+from qwenvl_jax.train.records import BadRecord, Encoder, PackShape
 from qwenvl_jax.train.step import GROUPS
-from qwenvl_jax.types import Model
+from qwenvl_jax.types import Model, TrainBatch
 
+_PLACED, _TOLD = 2, 4  # layers of the decoder after which visual tokens are to know their place, and the facts
+_ASIDE = 0.1  # what all that counts
 TURNS = 4  # questions about a picture; reading the picture costs as much as answering them
 
 
@@ -45,10 +53,11 @@ def demo_config() -> Config:
             num_key_value_heads=2,
             head_dim=48,
             max_position_embeddings=4096,
-            # Columns have the slowest frequencies; with θ = 10,000 a step to the next column would turn none of
-            # them by more than 0.003 radians.
-            rope_theta=10.0,
-            mrope_section=(6, 9, 9),
+            # Time, height and width share one sweep of frequencies, in this order. Rows and columns need some that a
+            # step turns noticeably, to read in order; to find what a question names, however far off, takes some that
+            # hardly turn at all. In Qwen's own proportions, (6, 9, 9), no θ gives both.
+            rope_theta=200.0,
+            mrope_section=(3, 4, 17),
             tie_word_embeddings=True,
         ),
         vision=VisionConfig(
@@ -66,6 +75,106 @@ def demo_config() -> Config:
         eos_token_id=ids["<|im_end|>"],
         dtype="float32",
     )
+
+
+class Lessons:
+    """Batches of the records of Scenes, in order, for ever, with the facts that each token is told in `reference`
+    [B, T · len(FACTS)]. Records too long for a row are left out."""
+
+    def __init__(self, scenes: Scenes, processor: Processor, shape: PackShape):
+        self.scenes, self.shape, self.config = scenes, shape, processor.config
+        self.encoder = Encoder(processor, shape)
+        self.position, self.waiting = 0, None
+        words = vocabulary()
+        spellings = {name: (name, plural(name), f"Ġ{name}", f"Ġ{plural(name)}") for name in NAMES}
+        self.kinds = {words[word]: name for name, forms in spellings.items() for word in forms if word in words}
+
+    def get_state(self) -> dict:
+        return {"position": self.position}
+
+    def set_state(self, state: dict) -> None:
+        self.position, self.waiting = state["position"], None
+
+    def close(self) -> None: ...
+
+    def __next__(self) -> TrainBatch:
+        packer, told = Packer(self.shape, self.config), []
+        while True:
+            if self.waiting is None:
+                record = self.scenes[self.position]
+                try:
+                    self.waiting = self.encoder(record), record["facts"]
+                except BadRecord:
+                    self.position += 1
+                    continue
+            if not packer.add(self.waiting[0]):
+                break
+            told.append(self.waiting[1])
+            self.position, self.waiting = self.position + 1, None
+        batch = packer.batch()
+        facts = np.full((*batch.inputs.tokens.shape, len(FACTS)), np.nan, np.float32)
+        for (row, start, stop, *_), known in zip(packer.spans, told, strict=True):
+            here = facts[row, start:stop]
+            here[batch.inputs.visual_index[row, start:stop] >= 0] = known.cells
+            for t, token in enumerate(batch.inputs.tokens[row, start:stop].tolist()):
+                if self.kinds.get(token) in known.kinds:
+                    here[t] = known.kinds[self.kinds[token]]
+        return batch._replace(reference=facts.reshape(len(facts), -1))
+
+
+def demo_loss(config: Config, params: dict, batch: TrainBatch, *, remat: bool = False):
+    """Cross-entropy, and what visual tokens are to say of themselves early in the decoder; as `sft_loss`.
+
+    M-RoPE tells a token how far off others are, but answers name pixels counted from the picture's corner, seconds
+    from a clip's start, and how many there are. From answers alone, the decoder takes long to find out how to count.
+    So the hidden states of visual tokens are asked for their place after _PLACED layers, and they and words for the
+    facts in `demo.cells` after _TOLD (for the last of them already then), through fixed random matrices.
+    """
+    inputs = batch.inputs
+    seen = [encode(config, params, v, remat=remat) for v in inputs.vision]
+    x = embed(config, params, inputs.tokens, inputs.visual_index, jnp.concatenate(seen))
+    states = []
+    for part in (slice(_PLACED), slice(_PLACED, _TOLD), slice(_TOLD, None)):
+        layers = jax.tree.map(lambda w, part=part: w[part], params["decoder"]["layers"])
+        stack = params | {"decoder": params["decoder"] | {"layers": layers}}
+        x, _ = full(config, stack, x, inputs.positions, inputs.segments, lambda k, v: None, remat=remat)
+        states.append(x)
+    logp = token_logprobs(config, params, x, batch.targets)
+    entropy, weight = -jnp.sum(logp * batch.weights), jnp.sum(batch.weights)
+
+    slots = jnp.arange(inputs.tokens.shape[1])
+    start = jax.lax.cummax(jnp.where(inputs.tokens == config.vision_start_token_id, slots, 0), axis=1)
+    corner = jnp.take_along_axis(inputs.positions, start[None], axis=2)
+    visual = (inputs.visual_index >= 0)[..., None]
+    places = jnp.where(visual, jnp.moveaxis(inputs.positions - corner - 1, 0, -1), jnp.nan)
+    facts = batch.reference.reshape(*inputs.tokens.shape, len(FACTS))
+    # Where things are, to a tenth of a cell. A count of one is by far the likeliest; from absolute errors alone, it is
+    # all that would be learnt.
+    width = jnp.array([1.0 if name in ("nth", "start", "core") else 0.1 for name in FACTS])
+    told = (
+        _told(states[0], places, 0.1, seed=0),
+        _told(states[1], facts[..., :-1], width[:-1], seed=0),
+        _told(states[0], facts[..., -1:], width[-1], seed=1),
+    )
+    losses, errors = zip(*told, strict=True)
+    errors = dict(zip(("t", "h", "w", *FACTS), jnp.concatenate(errors), strict=True))
+    _, named = _told(states[1], jnp.where(visual, jnp.nan, facts[..., :-1]), width[:-1], seed=0)
+    errors |= {f"named_{name}": error for name, error in zip(FACTS[:-2], named, strict=False)}
+    metrics = {"cross_entropy": entropy} | {name: error * weight for name, error in errors.items()}
+    return entropy + _ASIDE * sum(losses), weight, metrics
+
+
+def _told(x, facts, width, seed: int):
+    """Huber loss (quadratic up to `width`) of the facts [B, T, n] as read off hidden states [B, T, D] through a matrix
+    made from `seed`, and each one's mean error; not of NaN."""
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+    reading = jax.random.normal(jax.random.key(seed), (x.shape[-1], facts.shape[-1]))
+    known = ~jnp.isnan(facts)
+    off = jnp.where(known, x @ (reading * 8 / x.shape[-1] ** 0.5) - jnp.where(known, facts, 0), 0)
+    far = jnp.abs(off) >= width
+    huber = jnp.where(far, jnp.abs(off) - width / 2, off**2 / (2 * width))
+    return jnp.sum(huber), jnp.sum(jnp.abs(off), (0, 1)) / jnp.maximum(jnp.sum(known, (0, 1)), 1)
 
 
 def demo_options(output, **changes) -> TrainOptions:
@@ -99,6 +208,9 @@ def main() -> None:
     parser.add_argument("--easy", type=float, default=0.0, help="share of easy pictures, for a start")
     parser.add_argument("--freeze", nargs="*", default=[], choices=GROUPS, help="what stays as it is")
     parser.add_argument("--warmup", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; a run from a START needs another")
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--vision-learning-rate", type=float, help="if not that of the rest")
     parser.add_argument("--devices", type=int, default=1, help="that share a batch")
     parser.add_argument("--questions", type=int, default=64, help="of every task, in each evaluation on the way")
     args = parser.parse_args()
@@ -119,20 +231,15 @@ def main() -> None:
         cooldown=args.cooldown,
         warmup=args.warmup,
         freeze=tuple(args.freeze),
+        learning_rate=args.learning_rate,
+        vision_learning_rate=args.vision_learning_rate,
         dtype=args.dtype,
         mesh_data=args.devices,
     )
     shape = PackShape(options.rows, options.tokens, options.lanes, options.patches)
-    # One record in some thousands is longer than a row: four questions, each with three boxes in its answer.
-    data = Dataset(
-        Scenes(assets, turns=TURNS, easy=args.easy, weights=args.weights),
-        processor,
-        shape,
-        shuffle=False,
-        on_error="skip",
-    )
+    data = Lessons(Scenes(assets, seed=args.seed, turns=TURNS, easy=args.easy, weights=args.weights), processor, shape)
     evaluate = Evaluator(model, questions(assets, args.questions), batch=64, max_new_tokens=LONGEST)
-    result = train(model, data, options, evaluate=evaluate, donate=True)
+    result = train(model, data, options, evaluate=evaluate, loss=demo_loss, donate=True)
     data.close()
     if result.signal is not None:
         print(f"stopped after step {result.step}; the same command goes on from there")

@@ -221,7 +221,7 @@ class Dataset:
     def _next(self) -> TrainBatch | None:
         if self._stream is None:
             self._stream = self._open()
-        packer = _Packer(self._shape, self._config)
+        packer = Packer(self._shape, self._config)
         position, skipped = self._position, Counter(self._skipped)
         while True:
             item = next(self._stream, None) if self._waiting is None else self._waiting
@@ -278,8 +278,11 @@ def _check_shape(shape: PackShape, config: Config, preferences: bool) -> None:
         raise InputError(f"segments is {shape.segments}; preferences need an even number, 2 or more")
 
 
-class _Packer:
-    """One batch being filled: an example goes into the first row with room, and its pictures into the lanes."""
+class Packer:
+    """One batch being filled: an example goes into the first row with room, and its pictures into the lanes.
+
+    spans: of every segment, in the order they were added: row, first and last token, first and last visual.
+    """
 
     def __init__(self, shape: PackShape, config: Config):
         self.shape, self.config = shape, config

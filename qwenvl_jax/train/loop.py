@@ -52,6 +52,7 @@ def train(
     options: TrainOptions,
     *,
     evaluate: Callable[[dict], dict[str, float]] | None = None,
+    loss: Callable = sft_loss,
     donate: bool = False,
 ) -> Result:
     """Trains a model, or goes on training if `options.output` holds a run with the same options.
@@ -60,6 +61,7 @@ def train(
         state JSON can hold. It must not end before `options.steps · options.accumulate` batches. Several processes
         must all be given the same batches, whole; each keeps what its devices need.
     evaluate: params → metrics by name, called every `options.eval_every` steps and after the last one.
+    loss: of task "sft", if not cross-entropy alone: (config, params, TrainBatch, remat=…) → what `sft_loss` returns.
     donate: use up `model.params`, which saves a copy of them.
     SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint; a second Ctrl-C ends it at once. A bad
     record that stops the run, too, leaves a checkpoint.
@@ -68,13 +70,13 @@ def train(
     if options.best and evaluate is None:
         raise InputError(f"best is {options.best!r}, a metric of the evaluation, but there is nothing to evaluate on")
     with Run(options) as run, _Signals() as signals:
-        return _Loop(model, data, options, evaluate, donate, run, signals).run_to_end()
+        return _Loop(model, data, options, evaluate, loss, donate, run, signals).run_to_end()
 
 
 class _Loop:
     """One call of `train`."""
 
-    def __init__(self, model, data, options, evaluate, donate, run, signals):
+    def __init__(self, model, data, options, evaluate, loss, donate, run, signals):
         self.data, self.options, self.evaluate, self.run, self.signals = data, options, evaluate, run, signals
         self.config = model.config.replace(dtype=options.dtype or model.config.dtype)
         self.mesh = make_run_mesh(options)
@@ -107,7 +109,7 @@ class _Loop:
             self.reference = _reference(self.config, options, base)
             loss = partial(dpo_loss, self.config, beta=options.beta, remat=options.remat)
         else:
-            loss = partial(sft_loss, self.config, remat=options.remat)
+            loss = partial(loss, self.config, remat=options.remat)
         schedule = make_schedule(
             options.learning_rate,
             options.schedule,
