@@ -57,7 +57,7 @@ def _of_kinds(things: list[Thing]) -> dict[str, np.ndarray]:
     facts: dict[str, np.ndarray] = {}
     for thing in things:
         if thing.kind in facts:
-            facts[thing.kind][4] += 1
+            facts[thing.kind][FACTS.index("nth")] += 1
         else:
             box = thing.boxes[0 if len(thing.boxes) == 1 else int(thing.start)]
             row = [*np.array(box) / CELL, 1, thing.start / 2, np.nan, np.nan]

@@ -28,7 +28,7 @@ from qwenvl_jax.model.qwenvl import embed, encode, init
 from qwenvl_jax.params.checkpoint import load, save
 from qwenvl_jax.train.data import Packer
 from qwenvl_jax.train.loop import train
-from qwenvl_jax.train.losses import token_logprobs
+from qwenvl_jax.train.losses import cross_entropy
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import BadRecord, Encoder, PackShape
 from qwenvl_jax.train.step import GROUPS
@@ -95,8 +95,6 @@ class Lessons:
     def set_state(self, state: dict) -> None:
         self.position, self.waiting = state["position"], None
 
-    def close(self) -> None: ...
-
     def __next__(self) -> TrainBatch:
         packer, told = Packer(self.shape, self.config), []
         while True:
@@ -139,8 +137,7 @@ def demo_loss(config: Config, params: dict, batch: TrainBatch, *, remat: bool = 
         stack = params | {"decoder": params["decoder"] | {"layers": layers}}
         x, _ = full(config, stack, x, inputs.positions, inputs.segments, lambda k, v: None, remat=remat)
         states.append(x)
-    logp = token_logprobs(config, params, x, batch.targets)
-    entropy, weight = -jnp.sum(logp * batch.weights), jnp.sum(batch.weights)
+    entropy, weight, metrics = cross_entropy(config, params, x, batch)
 
     slots = jnp.arange(inputs.tokens.shape[1])
     start = jax.lax.cummax(jnp.where(inputs.tokens == config.vision_start_token_id, slots, 0), axis=1)
@@ -153,14 +150,14 @@ def demo_loss(config: Config, params: dict, batch: TrainBatch, *, remat: bool = 
     width = jnp.array([1.0 if name in ("nth", "start", "core") else 0.1 for name in FACTS])
     told = (
         _told(states[0], places, 0.1, seed=0),
-        _told(states[1], facts[..., :-1], width[:-1], seed=0),
+        _told(states[1], jnp.where(visual, facts, jnp.nan)[..., :-1], width[:-1], seed=0),
         _told(states[0], facts[..., -1:], width[-1], seed=1),
+        _told(states[1], jnp.where(visual, jnp.nan, facts)[..., :-1], width[:-1], seed=0),
     )
     losses, errors = zip(*told, strict=True)
-    errors = dict(zip(("t", "h", "w", *FACTS), jnp.concatenate(errors), strict=True))
-    _, named = _told(states[1], jnp.where(visual, jnp.nan, facts[..., :-1]), width[:-1], seed=0)
-    errors |= {f"named_{name}": error for name, error in zip(FACTS[:-2], named, strict=False)}
-    metrics = {"cross_entropy": entropy} | {name: error * weight for name, error in errors.items()}
+    names = ("t", "h", "w", *FACTS, *(f"named_{name}" for name in FACTS[:-1]))
+    errors = dict(zip(names, jnp.concatenate(errors), strict=True))
+    metrics |= {"cross_entropy": entropy} | {name: error * weight for name, error in errors.items()}
     return entropy + _ASIDE * sum(losses), weight, metrics
 
 
@@ -240,7 +237,6 @@ def main() -> None:
     data = Lessons(Scenes(assets, seed=args.seed, turns=TURNS, easy=args.easy, weights=args.weights), processor, shape)
     evaluate = Evaluator(model, questions(assets, args.questions), batch=64, max_new_tokens=LONGEST)
     result = train(model, data, options, evaluate=evaluate, loss=demo_loss, donate=True)
-    data.close()
     if result.signal is not None:
         print(f"stopped after step {result.step}; the same command goes on from there")
         return

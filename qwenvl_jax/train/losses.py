@@ -23,7 +23,11 @@ def sft_loss(config: Config, params: dict, batch: TrainBatch, *, remat: bool = F
 
     remat: keep only the blocks' inputs for the backward pass. chunk: see `token_logprobs`.
     """
-    x = qwenvl.hidden(config, params, batch.inputs, remat=remat)
+    return cross_entropy(config, params, qwenvl.hidden(config, params, batch.inputs, remat=remat), batch, chunk)
+
+
+def cross_entropy(config: Config, params: dict, x, batch: TrainBatch, chunk: int = CHUNK):
+    """What `sft_loss` returns, from the decoder's output x [B, T, D] before the final norm."""
     logp, best = _logprobs(config, params, x, batch.targets, chunk)
     hits = jnp.sum(jnp.where(logp >= best, batch.weights, 0))
     return -jnp.sum(_weighted(logp, batch)), jnp.sum(batch.weights), {"accuracy": hits}
