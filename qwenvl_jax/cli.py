@@ -197,6 +197,21 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--to", choices=("orbax", "hf"), required=True)
     p.add_argument("--layout", choices=("hub", "nested"), help="tensor names, with --to hf (default: hub)")
 
+    p = command("plan", _plan, "Compile for a TPU slice or GPUs that are not there: does it fit, how fast at best?")
+    p.add_argument("--model", required=True, metavar="NAME_OR_DIR", help="a preset such as qwen2.5-vl-7b, or weights")
+    p.add_argument("--target", required=True, help="v5e-8, v6e-4, v5p-128, h200, h100x8, …; with --search v6e or h100")
+    p.add_argument("--task", choices=("decode", "prefill", "vision", "train"), default="decode", help="default: decode")
+    p.add_argument("--batch", type=int, default=1, metavar="N", help="rows (default: 1)")
+    p.add_argument("--context", type=int, default=4096, metavar="N", help="slots or tokens a row (default: 4096)")
+    p.add_argument("--images", type=int, default=1, metavar="N", help="of vision and train, in all (default: 1)")
+    p.add_argument("--pixels", type=int, default=1280 * 28 * 28, metavar="N", help="of each image (1280·28·28)")
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("--full", action="store_true", help="train all weights, which is the default")
+    g.add_argument("--lora", type=int, nargs="?", const=16, default=0, metavar="RANK", help="train adapters (rank 16)")
+    p.add_argument("--mesh", metavar="DxFxT", help="chips along data, fsdp and tensor; default: as suits the task")
+    p.add_argument("--search", action="store_true", help="find the smallest slice that holds it, and its best mesh")
+    p.add_argument("--json", action="store_true")
+
     p = command("info", _info, "Say what a checkpoint is, reading only its headers.")
     text = "checkpoint directory, or a preset such as qwen2.5-vl-7b (default: demo)"
     p.add_argument("checkpoint", nargs="?", default="demo", metavar="CKPT", help=text)
@@ -514,6 +529,38 @@ def _convert(args) -> int:
         hf.to_hf(src, args.dst, layout=args.layout or "hub")
     print(args.dst)
     return _OK
+
+
+def _plan(args) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run, so no accelerator need be there, or be taken
+    with contextlib.nullcontext() if args.debug else _mute_libraries():
+        from qwenvl_jax import plan
+
+        names = ("task", "batch", "context", "images", "pixels", "lora")
+        job = plan.Job(plan.resolve_model(args.model), **{name: getattr(args, name) for name in names})
+        if args.search:
+            kind = args.target if args.target in plan.CHIPS else plan.parse_target(args.target).kind
+            answer = plan.search(job, kind, progress=sys.stderr.isatty())
+        else:
+            mesh = plan.parse_mesh(args.mesh) if args.mesh else None
+            answer = plan.plan(job, plan.parse_target(args.target), mesh)
+    print(json.dumps({"model": args.model} | answer) if args.json else plan.table(answer))
+    return _OK if answer["fits"] else _FAILED
+
+
+@contextlib.contextmanager
+def _mute_libraries():
+    """Keeps compilers in C++ from saying on stderr that there is no such chip here; what Python writes there is shown."""
+    there, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        with open(os.dup(there), "w", encoding="utf-8") as ours:
+            os.dup2(null, 2)
+            with contextlib.redirect_stderr(ours if sys.stderr is sys.__stderr__ else sys.stderr):
+                yield
+    finally:
+        os.dup2(there, 2)
+        os.close(there)
+        os.close(null)
 
 
 def _info(args) -> int:

@@ -30,13 +30,20 @@ class Programs:
         self.config, self.rungs, self.mesh = config, tuple(rungs), mesh
         self.traces = Counter()
         variant = ("sample", "logprobs")
+        on_gpu = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform in ("gpu", "cuda")
         self.encode = self._program(self._encode)
         self.embed = self._program(self._embed)
         self.place = self._program(self._place, donate_argnames="x")
         self.prefill = self._program(self._prefill)
         self.fork = self._program(self._fork)
         self.first = self._program(self._first, static_argnames=variant, donate_argnames="prompt")
-        self.step = self._program(self._step, static_argnames=variant, donate_argnames=("state", "cache"))
+        self.step = self._program(
+            self._step,
+            static_argnames=variant,
+            donate_argnames=("state", "cache"),
+            # Products with the same row would be merged into one, with a matrix joined anew of both in every step.
+            compiler_options={"xla_gpu_dot_merger_threshold_mb": 0} if on_gpu else None,
+        )
         self.pad = self._program(self._pad, static_argnames="slots")
 
     def grow(self, cache: Cache) -> Cache:
@@ -64,10 +71,15 @@ class Programs:
         if self.mesh is None:
             return jitted
 
-        def call(*args, **kwargs):
-            with jax.set_mesh(self.mesh):
-                return jitted(*args, **kwargs)
+        def on_mesh(f):
+            def call(*args, **kwargs):
+                with jax.set_mesh(self.mesh):
+                    return f(*args, **kwargs)
 
+            return call
+
+        call = on_mesh(jitted)
+        call.lower = on_mesh(jitted.lower)
         return call
 
     def _encode(self, params, vision):

@@ -43,11 +43,17 @@ class DecoderBlock(nn.Module):
 
 def embed(config: Config, params: dict, tokens, visual_index, visual=None):
     """Token embeddings [B, T, D], with row `visual_index[b, t]` of `visual` [X, D] where that is not −1."""
-    x = params["decoder"]["embed_tokens"]["embedding"][tokens].astype(config.dtype)
+    x = _rows(params["decoder"]["embed_tokens"]["embedding"], tokens).astype(config.dtype)
     if visual is not None:
         picked = visual[jnp.maximum(visual_index, 0)].astype(x.dtype)
         x = jnp.where((visual_index >= 0)[..., None], picked, x)
     return constrain(x, "BTD")
+
+
+def _rows(table, tokens):
+    """table [V, D] at tokens [B, T]. One token is looked up twice: XLA would make of it a slice of the table, and
+    of a table that is split over GPUs one that is whole first, in every step."""
+    return table[jnp.broadcast_to(tokens, (2, 1))][:1] if tokens.size == 1 else table[tokens]
 
 
 def full(config: Config, params: dict, x, positions, segments, keep, *, remat: bool = False):
@@ -100,6 +106,7 @@ def write(cache, new, lengths):
     def row(b, cache):
         return jax.lax.dynamic_update_slice(cache, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, 0, lengths[b], 0))
 
+    new = jax.lax.optimization_barrier(new)  # libtpu 0.0.42 fails to compile a loop over more rows without it
     return jax.lax.fori_loop(0, len(cache), row, cache)
 
 

@@ -4,6 +4,7 @@ Norms, rotary tables and softmax are float32 whatever the compute dtype; kernels
 """
 
 import math
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -39,7 +40,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
         # As a matrix: XLA on CPUs takes three times as long for the gradients of products of higher rank.
         lead, x = x.shape[:-1], x.reshape(-1, shape[0])
-        y = jnp.dot(x, kernel.astype(x.dtype), precision=precision(x.dtype))
+        y = _product(x, kernel.astype(x.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(x.dtype)
@@ -49,6 +50,19 @@ class Linear(nn.Module):
             low = jnp.dot(x, a.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32)
             y = y + jnp.dot((low * scale).astype(x.dtype), b.astype(x.dtype), precision=precision(x.dtype))
         return y.reshape(*lead, self.features)
+
+
+def _product(x, kernel):
+    """x [rows, in] times kernel [in, features]."""
+    dot = partial(jnp.dot, precision=precision(x.dtype))
+    if len(x) > 1:
+        return dot(x, kernel)
+
+    def two_rows(x, kernel):
+        """Of one row, XLA for GPUs makes an elementwise product as large as the kernel, kept in memory, and its sum."""
+        return dot(jnp.broadcast_to(x, (2, x.shape[1])), kernel)[:1]
+
+    return jax.lax.platform_dependent(x, kernel, cuda=two_rows, default=dot)
 
 
 class RMSNorm(nn.Module):

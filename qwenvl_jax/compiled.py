@@ -1,0 +1,339 @@
+"""Reads off a compiled program what limits its speed: operations, bytes to and from memory, and to other devices.
+
+XLA's own `cost_analysis` counts a loop's body once, takes what a TPU keeps in its vector memory for traffic, and says
+nothing at all of a GPU's programs. So the text of the program is read here, instruction by instruction, and what a
+loop does is multiplied by how often it does it.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from functools import cache, cached_property
+from typing import NamedTuple
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
+_ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+_HEAD = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+# Nothing moves for these.
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
+    "iota", "opt-barrier", "copy-done", "slice-done", "async-done", "async-update", "add-dependency",
+}  # fmt: skip
+_ARITHMETIC = {"add", "subtract", "multiply", "divide"}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+
+class Array(NamedTuple):
+    """An array of a program. order: its dimensions from the one that changes fastest; tile: of the fastest dimensions,
+    the last being the fastest, to whose multiples memory is padded; fast: in a TPU's vector memory, not in HBM."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    order: tuple[int, ...] = ()
+    tile: tuple[int, ...] = ()
+    fast: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """What it takes in memory, padding included."""
+        sizes = [self.shape[d] for d in self.order[::-1]] if self.order else list(self.shape)
+        for i, step in enumerate(reversed(self.tile[-len(sizes) :] if sizes else ()), 1):
+            sizes[-i] = -(-sizes[-i] // step) * step
+        return math.prod(sizes) * _bits(self.dtype) // 8
+
+
+class Instruction(NamedTuple):
+    name: str
+    opcode: str
+    results: tuple[Array, ...]  # of a tuple, its leaves
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+
+class Collective(NamedTuple):
+    """One exchange between devices: `bytes` that each of `group` devices sends, `times` in a run of the program."""
+
+    kind: str
+    bytes: int
+    group: int
+    times: int
+    source: str  # the operation of the model that it comes from
+
+
+class Program:
+    """A compiled program's text (`compiled.as_text()`), per device."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry = ""
+        here: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if match := _LINE.match(line):
+                here[match[2]] = _instruction(match)
+            elif match := _HEAD.match(line):
+                here = self.computations[match[1]] = {}
+                self.entry = match[1] if line.startswith("ENTRY") else self.entry
+
+    @cached_property
+    def runs(self) -> list[tuple[str, int]]:
+        """Computations that run instruction by instruction, and how often: the entry, and what loops and calls run."""
+        found, queue = [], [(self.entry, 1)]
+        while queue:
+            name, times = queue.pop()
+            found.append((name, times))
+            for i in self.computations[name].values():
+                if i.opcode == "while":
+                    queue.append((_called(i, "body"), times * self.trips(i)))
+                elif i.opcode == "call":
+                    queue.append((_called(i, "to_apply"), times))
+                elif i.opcode == "conditional":  # any of them; all are counted, none being the likelier one
+                    queue += [(branch, times) for branch in _branches(i)]
+        return found
+
+    def trips(self, loop: Instruction) -> int:
+        """How often a loop runs; ValueError where the program does not tell."""
+        if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(match[1])
+        condition = self.computations[_called(loop, "condition")].values()
+        bounds = [i for i in condition if i.opcode == "constant" and i.results[0].dtype in ("s32", "u32", "s64")]
+        if len(bounds) != 1:
+            raise ValueError(f"the loop {loop.name} does not say how often it runs")
+        return int(bounds[0].attributes.partition(")")[0].lstrip("("))
+
+    @cached_property
+    def flops(self) -> int:
+        """Arithmetic on floating-point numbers: two for each element of a product's sums, and one for each element that
+        is added, subtracted, multiplied, divided or summed up. (A product with one vector may be either.)"""
+        return sum(times * self._flops(name) for name, times in self.runs)
+
+    def _flops(self, name: str) -> int:
+        body, total = self.computations[name], 0
+        for i in body.values():
+            if i.opcode in ("dot", "convolution"):
+                sides = [body[o].results[0] for o in i.operands[:2]]
+                total += (_dot if i.opcode == "dot" else _convolution)(i, *sides)
+            elif i.opcode == "custom-call" and "gemm" in i.attributes:
+                sides = [body[o].results[0] for o in i.operands[:2]]
+                total += _dot(i, *sides)
+            elif i.opcode in ("fusion", "async-start"):
+                total += self._flops(_called(i, "calls"))
+            elif i.opcode in _ARITHMETIC and i.results[0].dtype.startswith(("f", "bf")):
+                total += math.prod(i.results[0].shape)
+            elif i.opcode == "reduce":
+                total += math.prod(body[i.operands[0]].results[0].shape)
+        return total
+
+    @cached_property
+    def bytes(self) -> int:
+        """Read from and written to the device's memory (HBM): what every instruction takes and gives."""
+        return sum(times * self.traffic(name, i) for name, times in self.runs for i in self.computations[name].values())
+
+    def traffic(self, computation: str, i: Instruction) -> int:
+        """Bytes of one instruction that runs; of a slice, only what it picks."""
+        body = self.computations[computation]
+        operands = [body[o].results for o in i.operands]
+        written = _size(i.results)
+        if i.opcode in _FREE or i.opcode in ("while", "call", "conditional") or i.opcode.endswith("-done"):
+            return 0
+        if i.opcode == "fusion":
+            return self._fusion(_called(i, "calls"), i, operands)
+        if i.opcode in ("copy-start", "slice-start"):  # (what arrives, what is read, …), a slice's the other way round
+            arrived = i.results[i.opcode == "slice-start"]
+            return _size([arrived]) + (0 if operands[0][0].fast else arrived.bytes)
+        if i.opcode in ("dynamic-slice", "slice", "gather"):
+            return written + (0 if operands[0][0].fast else written)
+        if i.opcode in ("dynamic-update-slice", "scatter"):
+            return 2 * _size(operands[1 if i.opcode == "dynamic-update-slice" else 2])
+        if i.opcode.removesuffix("-start") in COLLECTIVES:
+            return sum(map(_size, operands)) + _size(i.results[-len(operands) :])
+        return sum(map(_size, operands)) + written
+
+    def _fusion(self, name: str, i: Instruction, operands) -> int:
+        """Reads of each operand, as far as the fused instructions use it, and what is written at the end."""
+        reads, aliased = self._uses(name)
+        total = sum(
+            0 if array.fast else min(array.bytes, reads[n]) if n in reads else array.bytes
+            for n, arrays in enumerate(operands)
+            for array in arrays
+        )
+        return total + sum(0 if a.fast else aliased.get(n, a.bytes) for n, a in enumerate(i.results))
+
+    @cache  # noqa: B019 - as long-lived as the program
+    def _uses(self, name: str) -> tuple[dict[int, int], dict[int, int]]:
+        """({operand: bytes read} where slices only are, {result: bytes written} where it is updated in place)."""
+        body = self.computations[name]
+        users = defaultdict(list)
+        for i in body.values():
+            for n, operand in enumerate(i.operands):
+                users[operand].append((i, n))
+
+        def read(value: str) -> int | None:  # None: all of it
+            total = 0
+            for user, n in users[value]:
+                if user.opcode in ("bitcast", "copy", "reshape", "transpose") and not user.root:
+                    part = read(user.name)
+                elif user.opcode in ("dynamic-slice", "slice", "gather") and n == 0:
+                    part = user.results[0].bytes
+                elif user.opcode == "dynamic-update-slice" and n == 0:
+                    part = 0
+                elif user.opcode == "fusion":
+                    part = self._uses(_called(user, "calls"))[0].get(n)
+                else:
+                    return None
+                if part is None:
+                    return None
+                total += part
+            return total
+
+        reads = {}
+        for i in body.values():
+            if i.opcode == "parameter" and (part := read(i.name)) is not None:
+                reads[int(i.attributes.partition(")")[0].lstrip("("))] = part
+
+        written = {}
+        root = next(i for i in body.values() if i.root)
+        outputs = [body[o] for o in root.operands] if root.opcode == "tuple" else [root]
+        for n, output in enumerate(outputs):
+            while output.opcode in ("bitcast", "copy", "reshape") and body[output.operands[0]].opcode != "parameter":
+                output = body[output.operands[0]]
+            if output.opcode == "dynamic-update-slice":
+                written[n] = body[output.operands[1]].results[0].bytes
+            elif output.opcode == "fusion" and 0 in (inner := self._uses(_called(output, "calls"))[1]):
+                written[n] = inner[0]
+        return reads, written
+
+    @cached_property
+    def collectives(self) -> list[Collective]:
+        """Every exchange between devices; the largest first."""
+        found: Counter = Counter()
+        for name, times in self.runs:
+            body = self.computations[name]
+            for i in body.values():
+                inner = i
+                if i.opcode == "async-start":
+                    inner = next(j for j in self.computations[_called(i, "calls")].values() if j.root)
+                kind = inner.opcode.removesuffix("-start")
+                if kind in COLLECTIVES:
+                    taken = sum(a.bytes for o in i.operands for a in body[o].results)
+                    given = sum(a.bytes for a in i.results[-len(i.operands) :])
+                    group = _group(inner)
+                    found[Collective(kind, _sent(kind, group, taken, given), group, 0, _source(inner))] += times
+        listed = [c._replace(times=times) for c, times in found.items()]
+        return sorted(listed, key=lambda c: -c.bytes * c.times)
+
+
+def _instruction(match: re.Match) -> Instruction:
+    root, name, rest = match.groups()
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    opcode, _, _ = rest[end:].strip().partition("(")
+    start = rest.index("(", end)
+    stop = _closing(rest, start)
+    results = tuple(_array(m) for m in _ARRAY.finditer(rest[:end]))
+    inside = rest[start + 1 : stop]
+    literal = opcode in ("constant", "parameter")
+    operands = () if literal else tuple(re.findall(r"%([\w.\-]+)", inside))
+    return Instruction(name, opcode, results, operands, rest[start:] if literal else rest[stop + 1 :], bool(root))
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` is closed."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if not depth:
+            return i
+    raise ValueError(f"unbalanced: {text[:80]}")
+
+
+def _array(match: re.Match) -> Array:
+    dtype, sizes, layout = match[1], match[2], match[3] or ""
+    order, _, places = layout.partition(":")
+    tile = re.search(r"T\(([\d,]+)\)", places)
+    return Array(
+        dtype,
+        tuple(int(n.lstrip("<=")) for n in sizes.split(",") if n),
+        tuple(int(n) for n in order.split(",") if n),
+        tuple(int(n) for n in tile[1].split(",")) if tile else (),
+        bool(re.search(r"S\([1-9]\)", places)),
+    )
+
+
+def _bits(dtype: str) -> int:
+    return _BITS[dtype] if dtype in _BITS else int(re.match(r"[a-z]+(\d+)", dtype)[1])
+
+
+def _size(arrays) -> int:
+    return sum(a.bytes for a in arrays if not a.fast)
+
+
+def _called(i: Instruction, role: str) -> str:
+    return re.search(rf"\b{role}=%?([\w.\-]+)", i.attributes)[1]
+
+
+def _branches(i: Instruction) -> list[str]:
+    listed = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
+    names = listed[1] if listed else " ".join(re.findall(r"(?:true|false)_computation=(%[\w.\-]+)", i.attributes))
+    return re.findall(r"%([\w.\-]+)", names)
+
+
+def _source(i: Instruction) -> str:
+    match = re.search(r'op_name="([^"]*)"', i.attributes)
+    return match[1] if match else ""
+
+
+def _dot(i: Instruction, left: Array, right: Array) -> int:
+    match = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', i.attributes)
+    dims = [int(d) for d in match[1].replace('"', "").split(",") if d]
+    return 2 * math.prod(i.results[0].shape) * math.prod(left.shape[d] for d in dims)
+
+
+def _convolution(i: Instruction, left: Array, right: Array) -> int:
+    """Products of a kernel with what it lies on; zeros that padding or dilation puts there are not multiplied."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
+    window = re.search(r"window=\{([^}]*)\}", i.attributes)
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+    spatial = [c for c in labels[1] if c.isdigit()]
+
+    def field(name: str, default: int) -> list[int]:
+        return [int(n) for n in fields[name].split("x")] if name in fields else [default] * len(spatial)
+
+    pads = [int(p.split("_")[0]) for p in fields["pad"].split("x")] if "pad" in fields else [0] * len(spatial)
+    steps, left_gaps, right_gaps = field("stride", 1), field("lhs_dilate", 1), field("rhs_dilate", 1)
+    total = 2
+    for n, label in enumerate(spatial):
+        size, taps = left.shape[labels[1].index(label)], right.shape[labels[2].index(label)]
+        places = i.results[0].shape[labels[3].index(label)]
+        gap = left_gaps[n]
+        total *= sum(
+            1
+            for place in range(places)
+            for tap in range(taps)
+            if 0 <= (at := place * steps[n] + tap * right_gaps[n] - pads[n]) < size * gap and at % gap == 0
+        )
+    batch, features = (i.results[0].shape[labels[3].index(c)] for c in "bf")
+    return total * batch * features * right.shape[labels[2].index("i")]
+
+
+def _group(i: Instruction) -> int:
+    """How many devices take part in one exchange."""
+    if i.opcode.startswith("collective-permute"):
+        return 2
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", i.attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        # An axis may take part with a factor of it only: 'name':(before)factor.
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
+        return math.prod(int(factor or sizes[name]) for name, factor in axes)
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", i.attributes):
+        return int(match[2])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", i.attributes):
+        return len(match[1].split(","))
+    raise ValueError(f"{i.name} does not say between which devices it exchanges")
+
+
+def _sent(kind: str, group: int, taken: int, given: int) -> int:
+    """What each device sends, at least: a ring's way of doing it."""
+    share = (group - 1) / group
+    sent = {"all-reduce": 2 * taken * share, "all-gather": given * share, "collective-permute": taken}
+    return round(sent.get(kind, taken * share))

@@ -1,0 +1,456 @@
+"""Will it fit, on which slice, how fast at best: compiles for a TPU slice or GPUs that are not there.
+
+The compilers of both run on any machine (`libtpu` and jax's CUDA plugin bring them along), so what is planned is the
+very program that would run. What limits it is read off its text (`compiled.py`); nothing is measured.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import time
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from qwenvl_jax.compiled import Program
+from qwenvl_jax.config import PRESETS, Config
+from qwenvl_jax.infer import sampling
+from qwenvl_jax.infer.programs import Programs
+from qwenvl_jax.inputs.batch import Ladder
+from qwenvl_jax.model.qwenvl import abstract_params
+from qwenvl_jax.params import lora
+from qwenvl_jax.params.checkpoint import find, read_config
+from qwenvl_jax.sharding import AXES, activation_sharding, make_mesh, param_shardings
+from qwenvl_jax.train.losses import sft_loss
+from qwenvl_jax.train.options import TrainOptions
+from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, make_step, shardings
+from qwenvl_jax.types import Batch, Cache, InputError, TrainBatch, VisionBatch
+
+TASKS = ("decode", "prefill", "vision", "train")
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """A chip by its maker's data sheet. TPU memory is what the compiler says there is for programs."""
+
+    memory: float  # bytes
+    flops: float  # bfloat16 operations a second
+    bandwidth: float  # bytes a second to and from memory
+    link: float  # bytes a second that it sends to other chips, all its links together
+    slices: dict[int, str] = {}  # noqa: RUF012 - read only: chips of a slice → its topology; GPUs: any number
+
+
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+CHIPS = {
+    "v5e": Chip(15.75 * GIB, 197e12, 0.82e12, 200e9, _FLAT),
+    "v6e": Chip(31.25 * GIB, 918e12, 1.64e12, 400e9, _FLAT),
+    "v5p": Chip(95.74 * GIB, 459e12, 2.765e12, 600e9, _CUBES),
+    "h100": Chip(79.1 * GIB, 989e12, 3.35e12, 450e9),
+    "h200": Chip(140.4 * GIB, 989e12, 4.8e12, 450e9),
+}
+_HOST = 8  # GPUs of a host
+_NETWORK = 50e9  # bytes a second that a GPU sends to other hosts (400 Gb/s each)
+_GPU_SHARE = 0.92  # of a GPU's memory; CUDA, cuBLAS and NCCL take the rest
+
+_GPU = """gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth:.0f} l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: {memory:.0f} shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "NVIDIA {name}"
+"""
+
+
+# So that libtpu does not look for the TPU it is on, nor complain that there is none.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+class Target(NamedTuple):
+    """So many chips of one kind, as in "v6e-4" or "h100x8"."""
+
+    kind: str
+    chips: int
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def limit(self) -> int:
+        return int(self.chip.memory * (1 if self.chip.slices else _GPU_SHARE))
+
+    @property
+    def link(self) -> float:
+        return _NETWORK if not self.chip.slices and self.chips > _HOST else self.chip.link
+
+    def __str__(self) -> str:
+        if self.chip.slices:
+            return f"{self.kind}-{self.chips * (2 if self.kind == 'v5p' else 1)}"  # v5p counts cores
+        return self.kind if self.chips == 1 else f"{self.kind}x{self.chips}"
+
+
+def parse_target(name: str) -> Target:
+    """A slice by Cloud TPU's accelerator type ("v5litepod-8" or "v5e-8", "v6e-4", "v5p-128"), or GPUs ("h200",
+    "h100x8", "h100x16" being two hosts). Raises InputError for what does not exist."""
+    match = re.fullmatch(r"(v5litepod|v5e|v6e|v5p)-(\d+)|(h100|h200)(?:x(\d+))?", name)
+    if not match:
+        raise InputError(f"target {name!r} is neither a TPU slice such as v5e-8, v6e-4, v5p-128 nor h100x8 or h200")
+    if match[3]:
+        chips = int(match[4] or 1)
+        if chips < 1 or (chips > _HOST and chips % _HOST):
+            raise InputError(f"target {name}: 1 to {_HOST} GPUs, or whole hosts of {_HOST}")
+        return Target(match[3], chips)
+    kind, number = match[1].replace("v5litepod", "v5e"), int(match[2])
+    chips = number // 2 if kind == "v5p" else number
+    if chips not in CHIPS[kind].slices or (kind == "v5p" and number % 2):
+        there = ", ".join(str(Target(kind, n)) for n in CHIPS[kind].slices)
+        raise InputError(f"target {name}: there is no such slice; there are {there}")
+    return Target(kind, chips)
+
+
+def parse_mesh(name: str) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) from "1x1x8"."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", name):
+        raise InputError(f"mesh {name!r} is not chips along data, fsdp and tensor, such as 1x1x8")
+    data, fsdp, tensor = map(int, name.split("x"))
+    return data, fsdp, tensor
+
+
+def devices(target: Target):
+    """Stand-ins for the target's chips, to compile for. Raises InputError where its compiler is not installed."""
+    if target.chip.slices:
+        if importlib.util.find_spec("libtpu") is None:
+            raise InputError(f"{target} needs the TPU compiler: pip install 'qwenvl-jax[plan]'")
+        for name, value in _NO_TPU.items():
+            os.environ.setdefault(name, value)
+        bounds = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
+        name = f"{target.kind}:{target.chip.slices[target.chips]}"
+        return topologies.get_topology_desc(topology_name=name, platform="tpu", **bounds).devices
+    if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
+        raise InputError(f"{target} needs the GPU compiler: pip install 'qwenvl-jax[plan]'")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    chip = target.chip
+    card = _GPU.format(name=target.kind.upper(), memory=chip.memory, bandwidth=chip.bandwidth)
+    shape = f"{-(-target.chips // _HOST)}x1x{min(target.chips, _HOST)}"
+    return topologies.get_topology_desc(
+        topology_name=target.kind, platform="cuda", topology=shape, target_config=card
+    ).devices
+
+
+class Job(NamedTuple):
+    """What is to run.
+
+    task: "decode" (a token for every row), "prefill" (a prompt of `context` tokens a row), "vision" (the tower over
+        `images`) or "train" (a step on rows of `context` tokens with `images` in all).
+    context: of decode, the cache's slots. pixels: of every image.
+    lora: rank of the adapters that are trained, 0 for all weights.
+    """
+
+    config: Config
+    task: str = "decode"
+    batch: int = 1
+    context: int = 4096
+    images: int = 1
+    pixels: int = 1280 * 28 * 28
+    lora: int = 0
+
+    def check(self) -> None:
+        """Raises InputError for what cannot be."""
+        if self.task not in TASKS:
+            raise InputError(f"task {self.task!r} is not one of {', '.join(TASKS)}")
+        limits = (
+            ("batch", 1, 2**16),
+            ("context", 1, self.config.text.context),
+            ("images", 0, 2**16),
+            ("lora", 0, 4096),
+        )
+        for name, least, most in limits:
+            if not least <= getattr(self, name) <= most:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be from {least} to {most}")
+        if self.task == "vision" and not self.images:
+            raise InputError("images is 0; the vision tower needs one at least")
+        self.lane()
+
+    def lane(self) -> int:
+        """P: patch slots of a lane that holds one image."""
+        v = self.config.vision
+        if not v.patch_size**2 <= self.pixels <= Ladder().patches[-1] * v.patch_size**2:
+            raise InputError(f"pixels is {self.pixels}; an image has from {v.patch_size**2} on, in one lane")
+        return Ladder().lane(-(-self.pixels // v.patch_size**2), v)
+
+
+def default_mesh(job: Job, chips: int) -> tuple[int, int, int]:
+    """(data, fsdp, tensor): training and vision share batches; generation shares heads as far as they go."""
+    if job.task == "train":
+        return 1, chips, 1
+    if job.task == "vision":
+        return chips, 1, 1
+    tensor = math.gcd(chips, job.config.text.num_key_value_heads)
+    return chips // tensor, 1, tensor
+
+
+def meshes(job: Job, chips: int) -> list[tuple[int, int, int]]:
+    """All that divide the job: tensor divides the heads, data and fsdp the rows."""
+    t = job.config.text
+    rows = job.images if job.task == "vision" else job.batch
+    found = []
+    for tensor in (n for n in range(1, chips + 1) if chips % n == 0):
+        rest = chips // tensor
+        if t.num_key_value_heads % tensor or rows % rest or (job.task == "vision" and tensor > 1):
+            continue
+        found.append((1, rest, tensor) if job.task == "train" else (rest, 1, tensor))
+    return found or [default_mesh(job, chips)]
+
+
+def plan(job: Job, target: Target, mesh: tuple[int, int, int] | None = None) -> dict:
+    """Compiles the job for the target and says what it takes, per chip.
+
+    mesh: (data, fsdp, tensor), whose product is the number of chips; by default `default_mesh`.
+    The result has `fits`, `chips`, `mesh`, `hbm_per_chip` (bytes), `flops`, `bytes_accessed`, `min_bytes` (what it
+    reads, once), `collective_bytes` (sent), `roofline_seconds`, `compile_seconds`, all of one step on one chip, and
+    `tokens_per_second` of all chips; None for what was not found out because it does not fit.
+    Raises InputError for what does not exist or does not divide.
+    """
+    job.check()
+    shape = mesh or default_mesh(job, target.chips)
+    if math.prod(shape) != target.chips or min(shape) < 1:
+        raise InputError(f"mesh {'×'.join(map(str, shape))} has {math.prod(shape)} chips; {target} has {target.chips}")
+    rows = job.images if job.task == "vision" else job.batch
+    if rows % (shape[0] * shape[1]) and rows > 1:
+        raise InputError(f"{rows} rows cannot be shared by {shape[0] * shape[1]} groups of chips (data × fsdp)")
+    if job.task != "vision" and job.config.text.num_attention_heads % shape[2]:
+        raise InputError(f"{job.config.text.num_attention_heads} heads cannot be shared by {shape[2]} chips (tensor)")
+    mesh = make_mesh(*shape, devices=devices(target))
+    with jax.set_mesh(mesh):
+        lowered, parts, tokens = _LOWER[job.task](job, mesh)
+    weights, cache, optimizer = (_local_bytes(parts.get(name, ())) for name in ("weights", "cache", "optimizer"))
+    held = weights + cache + optimizer
+    answer = {
+        "fits": False,
+        "task": job.task,
+        "target": str(target),
+        "chips": target.chips,
+        "mesh": dict(zip(AXES, shape, strict=True)),
+        "hbm_per_chip": {
+            "weights": weights,
+            "cache": cache,
+            "optimizer": optimizer,
+            "temp": None,
+            "total": held,
+            "limit": target.limit,
+        },
+        **dict.fromkeys(("flops", "bytes_accessed", "min_bytes", "collective_bytes", "roofline_seconds")),
+        "compile_seconds": 0.0,
+    }
+    memory = answer["hbm_per_chip"]
+    if held > target.limit:
+        return answer
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        memory["total"] = _used(str(error), held)
+        return answer | {"compile_seconds": time.perf_counter() - start}
+    answer["compile_seconds"] = time.perf_counter() - start
+    used = compiled.memory_analysis()
+    memory["temp"] = used.temp_size_in_bytes
+    # What the program does not take, such as the vision tower's weights in decoding, is in memory all the same.
+    held = max(used.argument_size_in_bytes, held) - used.alias_size_in_bytes
+    memory["total"] = held + used.output_size_in_bytes + used.temp_size_in_bytes
+
+    program, chip = Program(compiled.as_text()), target.chip
+    sent = sum(c.bytes * c.times for c in program.collectives)
+    times = {
+        "compute": program.flops / chip.flops,
+        "memory": program.bytes / chip.bandwidth,
+        "network": sent / target.link,
+    }
+    slowest = max(times, key=times.get)
+    return answer | {
+        "fits": memory["total"] <= target.limit,
+        "flops": program.flops,
+        "bytes_accessed": program.bytes,
+        "min_bytes": _local_bytes(parts["read"]),
+        "collective_bytes": sent,
+        "collectives": [c._asdict() for c in program.collectives],
+        "roofline_seconds": times[slowest],
+        "limited_by": slowest,
+        "tokens_per_second": tokens / times[slowest],
+    }
+
+
+def search(job: Job, kind: str, *, progress: bool = True) -> dict:
+    """The plan of the smallest slice of a kind that the job fits, on its fastest mesh. Raises InputError if none."""
+    chips = CHIPS[kind].slices or (1, 2, 4, 8, 16, 32, 64)
+    with tqdm(disable=not progress, unit=" program", leave=False) as bar:
+        for n in chips:
+            target, plans = Target(kind, n), []
+            for shape in meshes(job, n):
+                bar.set_description(f"{target} {'×'.join(map(str, shape))}")
+                plans.append(plan(job, target, shape))
+                bar.update()
+            fitting = [p for p in plans if p["fits"]]
+            if fitting:
+                return min(fitting, key=lambda p: p["roofline_seconds"])
+    raise InputError(f"nothing of {kind} holds this: the largest, {target}, is too small or cannot share the work")
+
+
+def resolve_model(name: str) -> Config:
+    """The configuration of a preset ("qwen2.5-vl-7b") or of a checkpoint's directory or hub id."""
+    if name in PRESETS:
+        return PRESETS[name]
+    try:
+        return read_config(find(name))
+    except InputError as error:
+        raise InputError(f"{error}; nor is it one of {', '.join(PRESETS)}") from error
+
+
+def _shaped(mesh: Mesh, dims: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=activation_sharding(dims, shape, mesh))
+
+
+def _placed(tree, where):
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, where)
+
+
+def _local_bytes(tree) -> int:
+    """What one chip holds of a tree of shapes."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def _weights(config: Config, mesh: Mesh) -> dict:
+    params = abstract_params(config)
+    return _placed(params, param_shardings(params, mesh))
+
+
+def _decoder_read(params: dict) -> dict:
+    """What a pass of the decoder reads: all but an embedding table that is not the head too, of which it reads rows."""
+    decoder = params["decoder"]
+    return {k: v for k, v in decoder.items() if k != "embed_tokens" or "lm_head" not in decoder}
+
+
+def _cache(config: Config, mesh: Mesh, B: int, S: int) -> Cache:
+    t = config.text
+    shape = (B, t.num_key_value_heads, S, t.head_dim)
+    k, v = ([_shaped(mesh, "BKSH", shape, config.dtype) for _ in range(t.num_hidden_layers)] for _ in "kv")
+    return Cache(k, v, *(_shaped(mesh, ".", (B,), jnp.int32) for _ in "ld"))
+
+
+def _lower_decode(job: Job, mesh: Mesh):
+    config, B, V = job.config, job.batch, job.config.text.vocab_size
+    params, cache = _weights(config, mesh), _cache(config, mesh, B, job.context)
+    whole = partial(_shaped, mesh)
+    knobs = jax.tree.map(lambda a: whole(".", a.shape, a.dtype), sampling.make_knobs([], B))
+    state = sampling.State(
+        whole("", (), jnp.int32),
+        whole("..", (B, 2), jnp.uint32),
+        whole("BV", (B, V), bool),
+        whole("BV", (B, V), jnp.int32),
+    )
+    programs = Programs(config, (job.context,), mesh)
+    tokens = whole(".", (B,), jnp.int32)
+    lowered = programs.step.lower(params, tokens, state, cache, knobs, sample=False, logprobs=None)
+    return lowered, {"weights": params, "cache": cache, "read": (_decoder_read(params), cache)}, B
+
+
+def _lower_prefill(job: Job, mesh: Mesh):
+    config, B, T = job.config, job.batch, job.context
+    params, cache = _weights(config, mesh), _cache(config, mesh, B, T)
+    x = _shaped(mesh, "BTD", (B, T, config.text.hidden_size), config.dtype)
+    positions, segments = _shaped(mesh, "...", (3, B, T), jnp.int32), _shaped(mesh, "..", (B, T), jnp.int32)
+    lowered = Programs(config, (T,), mesh).prefill.lower(params, x, positions, segments)
+    return lowered, {"weights": params, "cache": cache, "read": (_decoder_read(params), cache)}, B * T
+
+
+def _lanes(job: Job, mesh: Mesh, lead: str = "") -> VisionBatch:
+    R, P, one = job.images, job.lane(), (1,) * len(lead)
+    ids = _shaped(mesh, f"{lead}RP", (*one, R, P), jnp.int32)
+    patches = _shaped(mesh, f"{lead}RPC", (*one, R, P, job.config.vision.patch_values), jnp.uint8)
+    return VisionBatch(patches, _shaped(mesh, f"{lead}RP.", (*one, R, P, 2), jnp.int32), ids, ids)
+
+
+def _lower_vision(job: Job, mesh: Mesh):
+    params, lanes = _weights(job.config, mesh), _lanes(job, mesh)
+    lowered = Programs(job.config, (job.context,), mesh).encode.lower(params, lanes)
+    read = (params["vision"], lanes)
+    return lowered, {"weights": params, "read": read}, job.images * job.lane() // job.config.vision.merge_unit
+
+
+def _lower_train(job: Job, mesh: Mesh):
+    config, B, T = job.config, job.batch, job.context
+    options = TrainOptions()
+    params = abstract_params(config)
+    if job.lora:
+        # Adapters are float32; the base stays as it is.
+        adapted = partial(lora.add, config, rank=job.lora, alpha=16.0, targets=options.lora_targets)
+        params = jax.eval_shape(lambda p, key: adapted(p, key), params, jax.ShapeDtypeStruct((2,), jnp.uint32))
+        trainable = lora.is_trainable
+    else:
+        params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), params)
+        trainable = lambda path: True  # noqa: E731
+    params = _placed(params, param_shardings(params, mesh))
+    optimizer = make_optimizer(options.learning_rate, weight_decay=options.weight_decay, mu_dtype=options.moment_dtype)
+    state = jax.eval_shape(partial(init_state, optimizer=optimizer, trainable=trainable), params)
+    state = _placed(state, shardings(state, params, mesh))
+    vision = (_lanes(job, mesh, "."),) if job.images else ()
+    ids = jax.ShapeDtypeStruct((1, B, T), jnp.int32)
+    inputs = Batch(ids, jax.ShapeDtypeStruct((1, 3, B, T), jnp.int32), ids, ids, vision)
+    batch = TrainBatch(inputs, ids, jax.ShapeDtypeStruct((1, B, T), jnp.float32))
+    batch = _placed(batch, batch_shardings(batch, mesh))
+    step = make_step(partial(sft_loss, config, remat=options.remat), optimizer, trainable)
+    parts = {"weights": state.params, "optimizer": state.opt_state, "read": (state.params, state.opt_state)}
+    return step.lower(state, batch), parts, B * T
+
+
+_LOWER = {"decode": _lower_decode, "prefill": _lower_prefill, "vision": _lower_vision, "train": _lower_train}
+
+
+def _used(message: str, least: int) -> int:
+    """How much memory the compiler said that it needs."""
+    match = re.search(r"(?:Used|required[^(]*\() ?([\d.]+)([KMG]?)", message)
+    return max(least, int(float(match[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": GIB}[match[2]])) if match else least
+
+
+def table(answer: dict) -> str:
+    """The plan as lines to read."""
+    hbm = answer["hbm_per_chip"]
+    shape = " × ".join(f"{name} {n}" for name, n in answer["mesh"].items() if n > 1)
+    chips = "one chip" if answer["chips"] == 1 else f"{answer['chips']} chips: {shape}"
+    lines = [(answer["task"], f"{answer['target']} ({chips})")]
+    lines += [(name, _gb(hbm[name])) for name in ("weights", "cache", "optimizer", "temp") if hbm[name]]
+    verdict = "fits" if answer["fits"] else "does not fit"
+    lines.append(("memory a chip", f"{_gb(hbm['total'])} of {_gb(hbm['limit'])}: {verdict}"))
+    if answer["flops"] is not None:
+        ratio = answer["bytes_accessed"] / answer["min_bytes"]
+        lines += [
+            ("operations", f"{answer['flops'] / 1e12:,.3f} TFLOP a chip"),
+            ("memory traffic", f"{_gb(answer['bytes_accessed'])} a chip, {ratio:,.3f} × the least it must read"),
+            ("network traffic", f"{_gb(answer['collective_bytes'])} a chip"),
+            ("at best", f"{answer['roofline_seconds'] * 1e3:,.2f} ms a step, limited by {answer['limited_by']}"),
+            ("", f"{answer['tokens_per_second']:,.0f} tokens/s"),
+        ]
+    lines.append(("compiled in", f"{answer['compile_seconds']:.1f} s"))
+    return "\n".join(f"{name:<16}{text}" for name, text in lines)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB"

@@ -1,0 +1,199 @@
+"""`qwenvl plan`: what may be asked, and (with the compilers for TPUs and GPUs at hand) what is answered."""
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import pytest
+
+from qwenvl_jax.cli import main
+from qwenvl_jax.config import PRESETS
+from qwenvl_jax.plan import CHIPS, Job, Target, default_mesh, meshes, parse_mesh, parse_target, plan, search, table
+from qwenvl_jax.types import InputError
+
+compiled = pytest.mark.compiled
+
+
+def shallow(name: str, layers: int = 3):
+    """A preset with fewer layers: each costs what it costs in the whole model."""
+    config = PRESETS[name]
+    return replace(config, text=replace(config.text, num_hidden_layers=layers))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "chips"),
+    [
+        ("v5e-8", "v5e", 8),
+        ("v5litepod-16", "v5e", 16),
+        ("v6e-1", "v6e", 1),
+        ("v5p-128", "v5p", 64),
+        ("v5p-8", "v5p", 4),
+        ("h200", "h200", 1),
+        ("h100x8", "h100", 8),
+        ("h100x16", "h100", 16),
+    ],
+)
+def test_targets(name, kind, chips):
+    target = parse_target(name)
+    assert target == Target(kind, chips)
+    assert str(target) == name.replace("litepod", "e")
+
+
+@pytest.mark.parametrize(
+    "name", ["v5e-3", "v5e", "v5p-4", "v5p-9", "v9-8", "h100x12", "h100x0", "h200-8", "", "v5e-8 "]
+)
+def test_targets_that_do_not_exist(name):
+    with pytest.raises(InputError, match="target"):
+        parse_target(name)
+
+
+def test_what_there_is_is_named():
+    with pytest.raises(InputError, match="v5p-8, v5p-16"):
+        parse_target("v5p-12")
+
+
+def test_meshes_divide_the_job():
+    config = PRESETS["qwen2.5-vl-7b"]  # four kv heads
+    assert default_mesh(Job(config), 8) == (2, 1, 4)
+    assert meshes(Job(config, batch=2), 8) == [(2, 1, 4)]
+    assert meshes(Job(config, "train", batch=8), 4) == [(1, 4, 1), (1, 2, 2), (1, 1, 4)]
+    assert meshes(Job(config, "vision", images=8), 4) == [(4, 1, 1)]
+
+
+@pytest.mark.parametrize("name", ["1x1", "1x1x0", "axbxc", "1x-1x1", ""])
+def test_meshes_that_are_none(name):
+    with pytest.raises(InputError, match="mesh"):
+        parse_mesh(name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh", "said"),
+    [
+        ({"task": "serve"}, None, "task"),
+        ({"batch": 0}, None, "batch is 0"),
+        ({"context": 10**6}, None, "context is 1000000; it must be from 1 to 128000"),
+        ({"task": "vision", "images": 0}, None, "images is 0"),
+        ({"pixels": 10**9}, None, "pixels"),
+        ({"lora": -1}, None, "lora"),
+        ({}, (1, 1, 3), "has 3 chips; v5e-4 has 4"),
+        ({"batch": 3}, (4, 1, 1), "3 rows cannot be shared by 4"),
+        ({}, (1, 1, 4), "10 heads cannot be shared by 4"),
+    ],
+)
+def test_jobs_that_cannot_be(changes, mesh, said):
+    config = PRESETS["qwen2.5-vl-3b"]
+    if "heads" in said:
+        config = replace(config, text=replace(config.text, num_attention_heads=10))
+    with pytest.raises(InputError, match=said):
+        plan(Job(config)._replace(**changes), Target("v5e", 4), mesh)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--model qwen2.5-vl-3b --target v5e-3", "no such slice; there are v5e-1"),
+        ("--model qwen2.5-vl-9b --target v5e-1", "nor is it one of qwen2-vl-2b"),
+        ("--model qwen2.5-vl-3b --target v5e-8 --mesh 1x1x3", "has 3 chips"),
+        ("--model qwen2.5-vl-3b --target v5e-8 --mesh eight", "mesh 'eight'"),
+        ("--model qwen2.5-vl-3b --target h100x8 --context 999999", "context is 999999"),
+        ("--model qwen2.5-vl-3b --target nothing --search", "target 'nothing'"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(arguments, said, capsys):
+    assert main(["plan", *arguments.split()]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert said in err
+    assert err.startswith("qwenvl: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("target", ["v6e-1", "h200"])
+def test_a_compiler_that_is_missing(monkeypatch, capsys, target):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["plan", "--model", "qwen2.5-vl-3b", "--target", target]) == 2
+    assert "pip install 'qwenvl-jax[plan]'" in capsys.readouterr().err
+
+
+# With the real compiler.
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("qwen2-vl-2b", "v5e-1"),
+        ("qwen2.5-vl-3b", "v5e-1"),
+        ("qwen2.5-vl-7b", "v6e-1"),
+        ("qwen2.5-vl-32b", "v6e-4"),
+        ("qwen2.5-vl-72b", "v6e-8"),
+        ("qwen2.5-vl-72b", "v5p-8"),
+        ("qwen2.5-vl-3b", "h200"),
+        ("qwen2.5-vl-7b", "h200"),
+        ("qwen2.5-vl-72b", "h200x2"),
+    ],
+)
+def test_a_decode_step_moves_little_but_weights_and_cache(name, target):
+    """In full depth; Qwen2-VL's 7B and 72B have the same decoders."""
+    answer = plan(Job(PRESETS[name], context=4096), parse_target(target))
+    assert answer["fits"]
+    assert answer["bytes_accessed"] <= 1.03 * answer["min_bytes"]
+    assert answer["hbm_per_chip"]["temp"] <= 64e6
+    assert answer["flops"] >= answer["min_bytes"] * 0.9  # two operations for each two bytes of weights
+
+
+@compiled
+def test_many_rows_compile():
+    """A loop that writes 32 rows' caches, which libtpu 0.0.42 cannot compile as it is written at first sight."""
+    answer = plan(Job(shallow("qwen2.5-vl-3b"), batch=32), Target("v5e", 1))
+    assert answer["fits"]
+    assert answer["bytes_accessed"] <= 1.15 * answer["min_bytes"]
+
+
+@compiled
+def test_prefill_vision_and_training_say_what_they_cost():
+    config = shallow("qwen2-vl-2b", 2)
+    config = replace(config, text=replace(config.text, vocab_size=4096), vision=replace(config.vision, depth=2))
+    T, t = 1024, config.text
+    layer = t.hidden_size * (2 * t.hidden_size + 2 * t.num_key_value_heads * t.head_dim + 3 * t.intermediate_size)
+    least = 2 * T * 2 * layer
+    prefill = plan(Job(config, "prefill", context=T), Target("v6e", 1))
+    assert least < prefill["flops"] < 1.3 * least
+    train = plan(Job(config, "train", context=T, pixels=28 * 28 * 64, lora=8), Target("v6e", 1))
+    assert prefill["flops"] * 2 < train["flops"] < prefill["flops"] * 8
+    assert train["hbm_per_chip"]["optimizer"] > 0
+    one, four = (plan(Job(config, "vision", images=n, pixels=28 * 28 * 64), Target("v6e", 4)) for n in (4, 16))
+    assert four["flops"] == pytest.approx(4 * one["flops"], rel=0.05)
+    assert one["collective_bytes"] < 1e7
+    assert "fits" in table(one)
+
+
+@compiled
+def test_what_does_not_fit(capsys):
+    arguments = "plan --model qwen2.5-vl-72b --target v5e-8 --json"
+    assert main(arguments.split()) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["fits"] is False
+    assert answer["hbm_per_chip"]["total"] > answer["hbm_per_chip"]["limit"]
+    assert answer["flops"] is None
+    # Weights fit, but not what a step needs beside them.
+    over = plan(Job(shallow("qwen2.5-vl-3b"), "prefill", batch=16, context=32768), Target("v5e", 1))
+    assert not over["fits"]
+
+
+@compiled
+def test_the_smallest_slice_is_found():
+    answer = search(Job(shallow("qwen2.5-vl-72b", 16)), "v5e", progress=False)
+    assert answer["target"] == "v5e-4"  # a fifth of the layers: 33 GB
+    assert answer["mesh"]["tensor"] == 4
+
+
+@compiled
+def test_json_and_table_say_the_same(capsys):
+    assert main("plan --model qwen2-vl-2b --target v5e-1 --context 512 --json".split()) == 0
+    answer = json.loads(capsys.readouterr().out)
+    for key in ("chips", "mesh", "flops", "collective_bytes", "roofline_seconds", "compile_seconds"):
+        assert answer[key] is not None
+    text = table(answer)
+    assert f"{answer['tokens_per_second']:,.0f} tokens/s" in text
+    assert "GB of 16.91 GB: fits" in text
+    assert answer["hbm_per_chip"]["limit"] == int(CHIPS["v5e"].memory)
