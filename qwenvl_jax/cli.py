@@ -550,7 +550,7 @@ def _plan(args) -> int:
 
 @contextlib.contextmanager
 def _mute_libraries():
-    """Keeps compilers in C++ from saying on stderr that there is no such chip here; what Python writes there is shown."""
+    """Keeps compilers in C++ from saying on stderr that there is no such chip here; Python still writes there."""
     there, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         with open(os.dup(there), "w", encoding="utf-8") as ours:

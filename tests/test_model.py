@@ -133,7 +133,8 @@ def test_prefill_and_decode_equal_one_forward(model):
     assert cache.lengths.tolist() == [len(s.tokens) for s in longer]
 
 
-def test_chunked_attention_equals_whole(monkeypatch):
+@pytest.mark.parametrize("spans", [8, 3, 1])
+def test_chunked_attention_equals_whole(monkeypatch, spans):
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, 37, heads, 8)), jnp.float32) for heads in (4, 2, 2))
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (2, 37)), 1), jnp.int32)
@@ -145,6 +146,7 @@ def test_chunked_attention_equals_whole(monkeypatch):
         whole = jax.value_and_grad(loss, (0, 1, 2))(q, k, v, causal)
         with monkeypatch.context() as patch:
             patch.setattr(attention_module, "MAX_SCORES", 37 * 2 * 4 * 9)
+            patch.setattr(attention_module, "SPANS", spans)
             chunked = jax.value_and_grad(loss, (0, 1, 2))(q, k, v, causal)
         for a, b in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

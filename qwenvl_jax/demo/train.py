@@ -126,7 +126,7 @@ def demo_loss(config: Config, params: dict, batch: TrainBatch, *, remat: bool = 
     M-RoPE tells a token how far off others are, but answers name pixels counted from the picture's corner, seconds
     from a clip's start, and how many there are. From answers alone, the decoder takes long to find out how to count.
     So the hidden states of visual tokens are asked for their place after _PLACED layers, and they and words for the
-    facts in `demo.cells` after _TOLD (for the last of them already then), through fixed random matrices.
+    facts in `demo.cells` after _TOLD (the last of them already then, and again), through fixed random matrices.
     """
     inputs = batch.inputs
     seen = [encode(config, params, v, remat=remat) for v in inputs.vision]
@@ -153,9 +153,10 @@ def demo_loss(config: Config, params: dict, batch: TrainBatch, *, remat: bool = 
         _told(states[1], jnp.where(visual, facts, jnp.nan)[..., :-1], width[:-1], seed=0),
         _told(states[0], facts[..., -1:], width[-1], seed=1),
         _told(states[1], jnp.where(visual, jnp.nan, facts)[..., :-1], width[:-1], seed=0),
+        _told(states[1], facts[..., -1:], width[-1], seed=1),
     )
     losses, errors = zip(*told, strict=True)
-    names = ("t", "h", "w", *FACTS, *(f"named_{name}" for name in FACTS[:-1]))
+    names = ("t", "h", "w", *FACTS, *(f"named_{name}" for name in FACTS[:-1]), "later_core")
     errors = dict(zip(names, jnp.concatenate(errors), strict=True))
     metrics |= {"cross_entropy": entropy} | {name: error * weight for name, error in errors.items()}
     return entropy + _ASIDE * sum(losses), weight, metrics

@@ -13,6 +13,7 @@ from qwenvl_jax.model.layers import precision
 # Scores that exist at once, in elements: 256 MB of float32. Longer products go over the queries in chunks,
 # which changes nothing in the result, since every query still sees all its keys at once.
 MAX_SCORES = 2**26
+SPANS = 8  # of the queries of a long causal product, each against no more keys than its last query sees
 
 
 def attention(q, k, v, q_segments, kv_segments, *, causal: bool):
@@ -21,6 +22,22 @@ def attention(q, k, v, q_segments, kv_segments, *, causal: bool):
     q [B, T, N, H]; k, v [B, S, K, H] with N a multiple of K; q_segments [B, T] and kv_segments [B, S] int32.
     `causal` compares slot indices, so T and S must then be the same slots. Returns [B, T, N, H].
     """
+    B, T, N, _ = q.shape
+    chunk = T
+    while chunk > 8 and B * N * chunk * k.shape[1] > MAX_SCORES:
+        chunk = -(-chunk // 2)
+    if not causal or chunk == T:
+        return _chunked(q, k, v, q_segments, kv_segments, chunk, 0 if causal else None)
+    width = chunk * -(-T // (chunk * SPANS))
+    spans = [
+        _chunked(q[:, i:j], k[:, :j], v[:, :j], q_segments[:, i:j], kv_segments[:, :j], chunk, i)
+        for i, j in ((i, i + width) for i in range(0, T, width))
+    ]
+    return jnp.concatenate(spans, 1)
+
+
+def _chunked(q, k, v, q_segments, kv_segments, chunk: int, first: int | None):
+    """As `attention`, `chunk` queries at a time; first: the slot of the first query if causal, else None."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     q = q.reshape(B, T, K, N // K, H)
@@ -31,17 +48,15 @@ def attention(q, k, v, q_segments, kv_segments, *, causal: bool):
     def block(q, segments, index):
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=precision(q.dtype), preferred_element_type=jnp.float32)
         mask = segments[:, :, None] == kv_segments[:, None, :]
-        if causal:
+        if first is not None:
             mask &= index[:, None] >= keys
         scores = jnp.where(mask[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, -1).astype(v.dtype)
         return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=precision(v.dtype))
 
-    chunk = T
-    while chunk > 8 and B * N * chunk * S > MAX_SCORES:
-        chunk = -(-chunk // 2)
-    if chunk == T:
-        return block(q, q_segments, jnp.arange(T)).reshape(B, T, N, H)
+    index = jnp.arange(T) + (first or 0)
+    if chunk >= T:
+        return block(q, q_segments, index).reshape(B, T, N, H)
 
     chunks = -(-T // chunk)
 
@@ -51,7 +66,7 @@ def attention(q, k, v, q_segments, kv_segments, *, causal: bool):
         x = jnp.pad(x, pad)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, chunk, *x.shape[axis + 1 :]), axis, 0)
 
-    parts = split(q, 1), split(q_segments, 1), split(jnp.arange(T), 0)
+    parts = split(q, 1), split(q_segments, 1), split(index, 0)
     out = jax.lax.map(lambda p: block(*p), parts)  # [chunks, B, chunk, K, G, H]
     return jnp.moveaxis(out, 0, 1).reshape(B, chunks * chunk, N, H)[:, :T]
 
