@@ -69,12 +69,15 @@ class Program:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         here: dict[str, Instruction] = {}
+        last = None
         for line in text.splitlines():
             if match := _LINE.match(line):
-                here[match[2]] = _instruction(match)
+                last = here[match[2]] = _instruction(match)
             elif match := _HEAD.match(line):
-                here = self.computations[match[1]] = {}
+                here, last = self.computations.setdefault(match[1], {}), None
                 self.entry = match[1] if line.startswith("ENTRY") else self.entry
+            elif last:  # a kernel's metadata may take several lines
+                last = here[last.name] = last._replace(attributes=f"{last.attributes}\n{line}")
 
     @cached_property
     def runs(self) -> list[tuple[str, int]]:
@@ -117,6 +120,8 @@ class Program:
             elif i.opcode == "custom-call" and "gemm" in i.attributes:
                 sides = [body[o].results[0] for o in i.operands[:2]]
                 total += _dot(i, *sides)
+            elif i.opcode == "custom-call" and "splash_m" in i.name:
+                total += _splash(i, [body[o].results[0] for o in i.operands])
             elif i.opcode in ("fusion", "async-start"):
                 total += self._flops(_called(i, "calls"))
             elif i.opcode in _ARITHMETIC and i.results[0].dtype.startswith(("f", "bf")):
@@ -314,6 +319,17 @@ def _convolution(i: Instruction, left: Array, right: Array) -> int:
         )
     batch, features = (i.results[0].shape[labels[3].index(c)] for c in "bf")
     return total * batch * features * right.shape[labels[2].index("i")]
+
+
+def _splash(i: Instruction, operands: list[Array]) -> int:
+    """jax's attention kernel for TPUs, which the text does not look into.
+
+    It multiplies q [B, N, T, H] by k [B, K, S, H] and the scores by v; its two backward kernels make four and three
+    such products. Of a causal one, half counts.
+    """
+    q, k = [a.shape for a in operands if a.shape[1:] and a.dtype.startswith(("f", "bf"))][:2]
+    products = 4 if "dkv" in i.name else 3 if "dq" in i.name else 2
+    return 2 * products * math.prod(q) * k[-2] // (2 if "/causal/" in _source(i) else 1)
 
 
 def _group(i: Instruction) -> int:

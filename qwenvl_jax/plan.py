@@ -27,6 +27,7 @@ from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.checkpoint import find, read_config
 from qwenvl_jax.sharding import AXES, activation_sharding, make_mesh, param_shardings
+from qwenvl_jax.train.flops import peak_flops
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, make_step, shardings
@@ -49,11 +50,11 @@ class Chip(NamedTuple):
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 CHIPS = {
-    "v5e": Chip(15.75 * GIB, 197e12, 0.82e12, 200e9, _FLAT),
-    "v6e": Chip(31.25 * GIB, 918e12, 1.64e12, 400e9, _FLAT),
-    "v5p": Chip(95.74 * GIB, 459e12, 2.765e12, 600e9, _CUBES),
-    "h100": Chip(79.1 * GIB, 989e12, 3.35e12, 450e9),
-    "h200": Chip(140.4 * GIB, 989e12, 4.8e12, 450e9),
+    "v5e": Chip(15.75 * GIB, peak_flops("TPU v5e"), 0.82e12, 200e9, _FLAT),
+    "v6e": Chip(31.25 * GIB, peak_flops("TPU v6"), 1.64e12, 400e9, _FLAT),
+    "v5p": Chip(95.74 * GIB, peak_flops("TPU v5"), 2.765e12, 600e9, _CUBES),
+    "h100": Chip(79.1 * GIB, peak_flops("H100"), 3.35e12, 450e9),
+    "h200": Chip(140.4 * GIB, peak_flops("H200"), 4.8e12, 450e9),
 }
 _HOST = 8  # GPUs of a host
 _NETWORK = 50e9  # bytes a second that a GPU sends to other hosts (400 Gb/s each)

@@ -109,6 +109,11 @@ ENTRY %main (q: bf16[256,4,7,128], k: bf16[8192,4,128,1], x: bf16[8,16]) -> f32[
   %while.1 = (s32[], /*index=1*/bf16[8,16]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body
   %slice-start = ((bf16[8,16]{1,0:T(8,128)}), bf16[1,16]{1,0:T(1,128)S(1)}, s32[]{:S(2)}) slice-start(%x.1)
   %all-reduce = bf16[8,16]{1,0:T(8,128)S(1)} all-reduce(%x.1), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%region
+  %mask = s8[1,2,2]{2,1,0} constant({...})
+  %splash_mha_fwd_segmented.1 = bf16[256,4,7,128]{3,2,1,0:T(8,128)(2,1)} custom-call(%mask, %q, %q), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof": 1
+}}, metadata={op_name="jit(f)/causal/splash_mha_fwd"}
   ROOT %scores = f32[4,256,7,8192]{3,1,2,0:T(8,128)} convolution(%q, %k), \
 window={size=4x1 stride=3x1 lhs_dilate=4x1}, dim_labels=b01f_o0i1->0b1f
 }
@@ -119,7 +124,9 @@ def test_a_tpu_program():
     read = Program(TPU)
     main, body = read.computations["main"], read.computations["body"]
     assert read.trips(main["while.1"]) == 28
-    assert read.flops == 2 * 4 * 256 * 7 * 8192 * 128  # the batch of 4 is in space: zeros between rows are no work
+    scores = 2 * 4 * 256 * 7 * 8192 * 128  # the batch of 4 is in space: zeros between rows are no work
+    kernel = 2 * 2 * 256 * 4 * 7 * 128 * 7 // 2
+    assert read.flops == scores + kernel
     # Padded to tiles: of [8, 16], 16 columns to 128; where rows change fastest, 8 of them to 128, and 16 stay.
     assert read.traffic("body", body["copy"]) == 2 * (8 * 128 + 16 * 128)
     assert read.traffic("main", main["slice-start"]) == 2 * 128  # what arrives is in vector memory
