@@ -14,7 +14,6 @@ from qwenvl_jax.demo.train import demo_config
 from qwenvl_jax.model.qwenvl import count_params
 from qwenvl_jax.params import checkpoint
 
-pytestmark = pytest.mark.skipif(not (SAMPLES.parent / "checkpoint").exists(), reason="the demo is still in training")
 QUESTIONS = (
     *("Read the text.", "What is it?", "List everything.", "How many lions are there?", "Locate every dog."),
     *("Which is the highest?", "What is the value of May?"),

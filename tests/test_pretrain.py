@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from test_demo_data import assets  # noqa: F401 - a fixture
 
-from qwenvl_jax.demo import SAMPLES, charts, lines
+from qwenvl_jax.demo import charts, lines
 from qwenvl_jax.demo.pretrain import CELL, LANES, PATCHES, SLOTS, Cells, cells_loss, init_heads, levelled, main
 from qwenvl_jax.demo.tokenizer import byte_letters, vocabulary, write_processor
 from qwenvl_jax.demo.train import demo_config
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.qwenvl import init
 from qwenvl_jax.model.vision import encode
-from qwenvl_jax.params.checkpoint import load
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +129,6 @@ def test_levelled_changes_the_length_of_visual_tokens_only(cells):
 
 def _rms(x):
     return jnp.sqrt(jnp.mean(x**2, -1))
-
-
-def test_training_can_go_on_from_the_weights_so_far():
-    model = load(SAMPLES.parent / "unfinished")
-    assert model.config == demo_config()
-    words = np.asarray(model.params["decoder"]["embed_tokens"]["embedding"])
-    assert words.shape[0] == demo_config().text.vocab_size and np.isfinite(words).all()
 
 
 def test_a_finished_run_is_refused_before_it_starts(tmp_path, monkeypatch, capsys):

@@ -33,7 +33,6 @@ def test_the_readme_asks_about_every_sample():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (SAMPLES.parent / "checkpoint").exists(), reason="the demo is still in training")
 @pytest.mark.parametrize(("command", "answer"), QUESTIONS)
 def test_the_demo_answers_as_the_readme_says(command, answer, capsys):
     assert cli.main(shlex.split(command)) == 0
