@@ -9,6 +9,7 @@ from qwenvl_jax.demo.assets import Assets, find_assets
 from qwenvl_jax.demo.render import TASKS, Scenes
 from qwenvl_jax.evaluate import evaluate
 from qwenvl_jax.params.checkpoint import load
+from qwenvl_jax.types import InputError
 
 LONGEST = 96  # tokens of an answer; three boxes are about 80
 
@@ -26,7 +27,10 @@ def main() -> None:
     parser.add_argument("--output", help="JSONL file for every question, answer and score")
     args = parser.parse_args()
 
-    asked = questions(find_assets(args.assets), args.questions)
+    try:
+        asked = questions(find_assets(args.assets), args.questions)
+    except InputError as error:
+        parser.error(str(error))
     report = evaluate(load(args.model), asked, batch=64, max_new_tokens=LONGEST, progress=True)
     print(report.table())
     if args.output:

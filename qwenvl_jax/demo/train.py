@@ -32,7 +32,7 @@ from qwenvl_jax.train.losses import cross_entropy
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import BadRecord, Encoder, PackShape
 from qwenvl_jax.train.step import GROUPS
-from qwenvl_jax.types import Model, TrainBatch
+from qwenvl_jax.types import InputError, Model, TrainBatch
 
 _PLACED, _TOLD = 2, 4  # layers of the decoder after which visual tokens are to know their place, and the facts
 _ASIDE = 0.1  # what all that counts
@@ -213,7 +213,10 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=64, help="of every task, in each evaluation on the way")
     args = parser.parse_args()
 
-    assets = find_assets(args.assets)
+    try:
+        assets = find_assets(args.assets)
+    except InputError as error:
+        parser.error(str(error))
     config = demo_config()
     args.run.mkdir(parents=True, exist_ok=True)
     files = write_processor(args.run / "processor")
