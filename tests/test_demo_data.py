@@ -541,3 +541,14 @@ def test_transformers_reads_the_same_tokens(processor, tmp_path):
     settings = Qwen2VLImageProcessor.from_pretrained(tmp_path)
     pixels = settings(Image.new("RGB", (196, 112)), return_tensors="np")
     assert pixels["image_grid_thw"].tolist() == [[1, 8, 14]]
+
+
+def test_shuffled_questions_are_the_same_in_any_order(assets):
+    def asked(index, shuffled):
+        messages = Scenes(assets, turns=9, shuffled=shuffled).record("clip", index)["messages"]
+        texts = [m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"] for m in messages]
+        return list(zip(texts[::2], texts[1::2], strict=True))
+
+    pairs = [(asked(i, False), asked(i, True)) for i in range(20)]
+    assert all(sorted(plain) == sorted(mixed) for plain, mixed in pairs)
+    assert sum(plain[0] != mixed[0] for plain, mixed in pairs) > 5

@@ -23,6 +23,8 @@ class Scenes:
 
     split: "train" or "evaluation"; the latter has other scenes, words, numbers and parts of the tables.
     turns: questions asked about one picture, at most, as a conversation; the first is of the record's task.
+    shuffled: in any order. The first one is about the thing that the picture was made for, such as what turns up late
+        in a clip; a model that may rely on that need not mind what a question names.
     easy: share of lines and names whose pictures are easy to tell, for a model that has yet to learn to see.
     weights: {task: relative frequency}; by default the training mixture.
     A record is {"messages": [user, assistant, …], "answer", "task", "metric", "facts"}, pictures being PIL images,
@@ -37,6 +39,7 @@ class Scenes:
         length: int = 10**9,
         seed: int = 0,
         turns: int = 1,
+        shuffled: bool = False,
         easy: float = 0.0,
         weights: Mapping[str, float] | None = None,
     ):
@@ -49,7 +52,7 @@ class Scenes:
             if task in EVALUATION_ONLY and split == "train":
                 raise InputError(f"{task} is for evaluation only; leave it out of the training mixture")
         self.assets, self.split, self.length, self.seed = assets, split, length, seed
-        self.turns, self.easy = turns, easy
+        self.turns, self.shuffled, self.easy = turns, shuffled, easy
         self.tasks = tuple(weights)
         self.bounds = np.cumsum(list(weights.values())) / sum(weights.values())
 
@@ -81,6 +84,8 @@ class Scenes:
             media, turns, facts = scenes.name(rng, self.assets, easy)
         else:
             media, turns, facts = getattr(scenes, task)(rng, self.assets)
+        if self.shuffled and task != "chart":  # whose metric is that of its first question
+            turns = [turns[i] for i in rng.permutation(len(turns))]
         kind, options = ("video", {"fps": clips.FPS}) if task == "clip" else ("image", {})
         item = {"type": kind, kind: media} | options
         messages = []

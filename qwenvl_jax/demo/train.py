@@ -238,7 +238,8 @@ def main() -> None:
         mesh_data=args.devices,
     )
     shape = PackShape(options.rows, options.tokens, options.lanes, options.patches)
-    data = Lessons(Scenes(assets, seed=args.seed, turns=TURNS, easy=args.easy, weights=args.weights), processor, shape)
+    scenes = Scenes(assets, seed=args.seed, turns=TURNS, shuffled=True, easy=args.easy, weights=args.weights)
+    data = Lessons(scenes, processor, shape)
     evaluate = Evaluator(model, questions(assets, args.questions), batch=64, max_new_tokens=LONGEST)
     result = train(model, data, options, evaluate=evaluate, loss=demo_loss, donate=True)
     if result.signal is not None:
