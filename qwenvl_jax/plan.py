@@ -76,6 +76,7 @@ device_description_str: "NVIDIA {name}"
 # So that libtpu does not look for the TPU it is on, nor complain that there is none.
 _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run on one, so several processes may compile side by side
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_MIN_LOG_LEVEL": "3",
