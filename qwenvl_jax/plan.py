@@ -33,7 +33,6 @@ from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, make_step, shardings
 from qwenvl_jax.types import Batch, Cache, InputError, TrainBatch, VisionBatch
 
-TASKS = ("decode", "prefill", "vision", "train")
 GIB = 2**30
 
 
@@ -175,8 +174,8 @@ class Job(NamedTuple):
 
     def check(self) -> None:
         """Raises InputError for what cannot be."""
-        if self.task not in TASKS:
-            raise InputError(f"task {self.task!r} is not one of {', '.join(TASKS)}")
+        if self.task not in _LOWER:
+            raise InputError(f"task {self.task!r} is not one of {', '.join(_LOWER)}")
         limits = (
             ("batch", 1, 2**16),
             ("context", 1, self.config.text.context),

@@ -37,6 +37,14 @@ class Assets(NamedTuple):
     tables: Path  # *.csv and *.json
 
 
+def assets_of(parser, directory: str | None) -> Assets:
+    """As `find_assets`, for a script: where they are not, its argparse parser says how to get them, and it ends."""
+    try:
+        return find_assets(directory)
+    except InputError as error:
+        parser.error(str(error))
+
+
 def find_assets(directory: str | Path | None = None) -> Assets:
     """The assets under `directory`, else under $QWENVL_DEMO_ASSETS.
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.demo import charts, lines, scenes
-from qwenvl_jax.demo.assets import Assets, find_assets
+from qwenvl_jax.demo.assets import Assets, assets_of
 from qwenvl_jax.demo.cells import CELL, COVERED, cell_corners, overlap
 from qwenvl_jax.demo.tokenizer import byte_letters, special_ids, vocabulary, write_processor
 from qwenvl_jax.demo.train import demo_config
@@ -183,7 +183,7 @@ def main() -> None:
 
     if (args.run / "final").exists():
         parser.error(f"{args.run / 'final'} exists; choose another RUN")
-    config, assets = demo_config(), find_assets(args.assets)
+    config, assets = demo_config(), assets_of(parser, args.assets)
     files = write_processor(args.run / "processor")
     processor, generation = Processor.from_dir(files, config), read_json(files / "generation_config.json")
     params = load(args.start).params if args.start else jax.jit(init, static_argnums=0)(config, jax.random.key(0))

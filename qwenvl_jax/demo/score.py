@@ -5,11 +5,10 @@ python -m qwenvl_jax.demo.score [MODEL] --assets DIR [--questions N] [--output F
 
 import argparse
 
-from qwenvl_jax.demo.assets import Assets, find_assets
+from qwenvl_jax.demo.assets import Assets, assets_of
 from qwenvl_jax.demo.render import TASKS, Scenes
 from qwenvl_jax.evaluate import evaluate
 from qwenvl_jax.params.checkpoint import load
-from qwenvl_jax.types import InputError
 
 LONGEST = 96  # tokens of an answer; three boxes are about 80
 
@@ -27,10 +26,7 @@ def main() -> None:
     parser.add_argument("--output", help="JSONL file for every question, answer and score")
     args = parser.parse_args()
 
-    try:
-        asked = questions(find_assets(args.assets), args.questions)
-    except InputError as error:
-        parser.error(str(error))
+    asked = questions(assets_of(parser, args.assets), args.questions)
     report = evaluate(load(args.model), asked, batch=64, max_new_tokens=LONGEST, progress=True)
     print(report.table())
     if args.output:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.config import Config, TextConfig, VisionConfig, read_json
-from qwenvl_jax.demo.assets import find_assets
+from qwenvl_jax.demo.assets import assets_of
 from qwenvl_jax.demo.cells import FACTS
 from qwenvl_jax.demo.emoji import NAMES, plural
 from qwenvl_jax.demo.render import Scenes
@@ -32,7 +32,7 @@ from qwenvl_jax.train.losses import cross_entropy
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import BadRecord, Encoder, PackShape
 from qwenvl_jax.train.step import GROUPS
-from qwenvl_jax.types import InputError, Model, TrainBatch
+from qwenvl_jax.types import Model, TrainBatch
 
 _PLACED, _TOLD = 2, 4  # layers of the decoder after which visual tokens are to know their place, and the facts
 _ASIDE = 0.1  # what all that counts
@@ -213,10 +213,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=64, help="of every task, in each evaluation on the way")
     args = parser.parse_args()
 
-    try:
-        assets = find_assets(args.assets)
-    except InputError as error:
-        parser.error(str(error))
+    assets = assets_of(parser, args.assets)
     config = demo_config()
     args.run.mkdir(parents=True, exist_ok=True)
     files = write_processor(args.run / "processor")
