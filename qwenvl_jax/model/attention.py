@@ -7,6 +7,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from qwenvl_jax.model.layers import precision
 from qwenvl_jax.sharding import activation_sharding
@@ -101,9 +103,6 @@ def splash(q, k, v, q_segments, kv_segments, *, causal: bool, interpret: bool = 
 
 
 def _splash(q, k, v, q_segments, kv_segments, *, causal: bool, interpret: bool):
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
     (_, T, N, H), S = q.shape, k.shape[1]
     rows, columns = (next(b for b in (512, 384, 256, 128) if n % b == 0) for n in (T, S))
     sizes = kernels.BlockSizes(
