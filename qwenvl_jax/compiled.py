@@ -21,6 +21,7 @@ _FREE = {
     "iota", "opt-barrier", "copy-done", "slice-done", "async-done", "async-update", "add-dependency",
 }  # fmt: skip
 _ARITHMETIC = {"add", "subtract", "multiply", "divide"}
+_KERNEL = re.compile(r"\b(?:splash_m[hq]a_|mha_)(fwd|dkv|dq|forward|backward)")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 
@@ -120,8 +121,8 @@ class Program:
             elif i.opcode == "custom-call" and "gemm" in i.attributes:
                 sides = [body[o].results[0] for o in i.operands[:2]]
                 total += _dot(i, *sides)
-            elif i.opcode == "custom-call" and "splash_m" in i.name:
-                total += _splash(i, [body[o].results[0] for o in i.operands])
+            elif i.opcode == "custom-call" and (kernel := _KERNEL.search(f"{i.name} {_source(i)}")):
+                total += _attention(i, kernel[1], [body[o].results[0] for o in i.operands])
             elif i.opcode in ("fusion", "async-start"):
                 total += self._flops(_called(i, "calls"))
             elif i.opcode in _ARITHMETIC and i.results[0].dtype.startswith(("f", "bf")):
@@ -321,15 +322,17 @@ def _convolution(i: Instruction, left: Array, right: Array) -> int:
     return total * batch * features * right.shape[labels[2].index("i")]
 
 
-def _splash(i: Instruction, operands: list[Array]) -> int:
-    """jax's attention kernel for TPUs, which the text does not look into.
+def _attention(i: Instruction, kernel: str, operands: list[Array]) -> int:
+    """jax's attention kernels, which the text does not look into.
 
-    It multiplies q [B, N, T, H] by k [B, K, S, H] and the scores by v; its two backward kernels make four and three
-    such products. Of a causal one, half counts.
+    Forward, they multiply q by k and the scores by v. Backward, the one for TPUs makes four such products in one call
+    and three in another, the one for GPUs all seven in one. Of a causal one, half counts.
     """
     q, k = [a.shape for a in operands if a.shape[1:] and a.dtype.startswith(("f", "bf"))][:2]
-    products = 4 if "dkv" in i.name else 3 if "dq" in i.name else 2
-    return 2 * products * math.prod(q) * k[-2] // (2 if "/causal/" in _source(i) else 1)
+    keys, products = k[-2], {"fwd": 2, "dkv": 4, "dq": 3}.get(kernel)
+    if products is None:  # the GPU's, whose heads come after the tokens
+        keys, products = k[-3], {"forward": 2, "backward": 7}[kernel]
+    return 2 * products * math.prod(q) * keys // (2 if "/causal/" in _source(i) else 1)
 
 
 def _group(i: Instruction) -> int:

@@ -72,8 +72,9 @@ device_description_str: "NVIDIA {name}"
 """
 
 
-# So that libtpu does not look for the TPU it is on, nor complain that there is none.
-_NO_TPU = {
+# So that neither compiler looks for the device it would run on, nor complains that there is none.
+_NO_DEVICE = {
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run on one, so several processes may compile side by side
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -136,17 +137,16 @@ def parse_mesh(name: str) -> tuple[int, int, int]:
 
 def devices(target: Target):
     """Stand-ins for the target's chips, to compile for. Raises InputError where its compiler is not installed."""
+    for name, value in _NO_DEVICE.items():  # all at once: jax reads some when it first looks for devices
+        os.environ.setdefault(name, value)
     if target.chip.slices:
         if importlib.util.find_spec("libtpu") is None:
             raise InputError(f"{target} needs the TPU compiler: pip install 'qwenvl-jax[plan]'")
-        for name, value in _NO_TPU.items():
-            os.environ.setdefault(name, value)
         bounds = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
         name = f"{target.kind}:{target.chip.slices[target.chips]}"
         return topologies.get_topology_desc(topology_name=name, platform="tpu", **bounds).devices
     if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
         raise InputError(f"{target} needs the GPU compiler: pip install 'qwenvl-jax[plan]'")
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     chip = target.chip
     card = _GPU.format(name=target.kind.upper(), memory=chip.memory, bandwidth=chip.bandwidth)
     shape = f"{-(-target.chips // _HOST)}x1x{min(target.chips, _HOST)}"

@@ -144,9 +144,12 @@ GPU = """
   ROOT %dot.1 = bf16[1,32]{1,0} dot(%parameter_1, %bitcast.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 
-ENTRY %main (w: bf16[3,64,32], x: bf16[1,64]) -> bf16[1,32] {
+ENTRY %main (w: bf16[3,64,32], x: bf16[1,64], q: bf16[1,256,4,80]) -> bf16[1,32] {
   %w = bf16[3,64,32]{2,1,0} parameter(0)
   %x = bf16[1,64]{1,0} parameter(1)
+  %q = bf16[1,256,4,80]{3,2,1,0} parameter(2)
+  %pallas_call.2 = bf16[1,256,4,80]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="jit(f)/full/jit(mha)/mha_forward/pallas_call"}
   ROOT %gemm_fusion_dot = bf16[1,32]{1,0} fusion(%w, %x), kind=kCustom, calls=%fused
 }
 """
@@ -154,5 +157,5 @@ ENTRY %main (w: bf16[3,64,32], x: bf16[1,64]) -> bf16[1,32] {
 
 def test_a_gpu_program():
     read = Program(GPU)
-    assert read.flops == 2 * 64 * 32
-    assert read.bytes == 2 * (64 * 32 + 64 + 32)
+    assert read.flops == 2 * 64 * 32 + 2 * 2 * 256 * 4 * 80 * 256
+    assert read.bytes == 2 * (64 * 32 + 64 + 32) + 2 * 4 * 256 * 4 * 80

@@ -1,55 +1,65 @@
-"""Attention over segments: in plain XLA, the reference, and on TPUs by a kernel that keeps scores on the chip.
+"""Attention over segments: in plain XLA, the reference, and on TPUs and GPUs by kernels that keep scores on the chip.
 
 A mask is never an array between modules: it is segment ids, a causal flag, or lengths. Scores are float32.
 """
 
+import warnings
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as tpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from qwenvl_jax.model.layers import precision
 from qwenvl_jax.sharding import activation_sharding
 
+# (All at the top of the file: what is imported while a function is traced makes jax 0.12 trace others again.)
+with warnings.catch_warnings():  # as of jax 0.12 this one is called deprecated
+    warnings.simplefilter("ignore", DeprecationWarning)
+    try:
+        from jax.experimental.pallas.ops.gpu import attention as gpu
+    except ImportError:  # plain XLA will do
+        gpu = None
+
 # Scores that exist at once, in elements: 256 MB of float32. Longer products go over the queries in chunks,
 # which changes nothing in the result, since every query still sees all its keys at once.
 MAX_SCORES = 2**26
-FEWEST, LANES = 512, 128  # the kernel is for so many queries and more, in multiples of the vector lanes
+FEWEST, LANES = 512, 128  # the kernels are for so many queries and more, in multiples of a block
 SPANS = 8  # of the queries of a long causal product, each against no more keys than its last query sees
 
 
-def attention(q, k, v, q_segments, kv_segments, *, causal: bool):
-    """softmax(q·kᵀ/√H)·v within equal segments.
+def attention(q, k, v, segments, *, causal: bool):
+    """softmax(q·kᵀ/√H)·v within equal segments, and if `causal` with no key that comes after the query.
 
-    q [B, T, N, H]; k, v [B, S, K, H] with N a multiple of K; q_segments [B, T] and kv_segments [B, S] int32.
-    `causal` compares slot indices, so T and S must then be the same slots. Returns [B, T, N, H].
+    q [B, T, N, H]; k, v [B, T, K, H] with N a multiple of K; segments [B, T] int32. Returns [B, T, N, H].
     """
-    whole = q, k, v, q_segments, kv_segments
     plain = partial(_plain, causal=causal)
-    if q.shape[1] < FEWEST or q.shape[1] % LANES or k.shape[1] % LANES:
-        return plain(*whole)
-    return jax.lax.platform_dependent(*whole, tpu=partial(splash, causal=causal), default=plain)
+    if q.shape[1] < FEWEST or q.shape[1] % LANES:
+        return plain(q, k, v, segments)
+    kernels = {"tpu": partial(splash, causal=causal)}
+    if gpu and q.dtype != jnp.float32:  # of which it would multiply only the upper half
+        kernels["cuda"] = partial(flash, causal=causal)
+    return jax.lax.platform_dependent(q, k, v, segments, **kernels, default=plain)
 
 
-def _plain(q, k, v, q_segments, kv_segments, *, causal: bool):
+def _plain(q, k, v, segments, *, causal: bool):
     """As `attention`, in XLA."""
     B, T, N, _ = q.shape
     chunk = T
-    while chunk > 8 and B * N * chunk * k.shape[1] > MAX_SCORES:
+    while chunk > 8 and B * N * chunk * T > MAX_SCORES:
         chunk = -(-chunk // 2)
     if not causal or chunk == T:
-        return _chunked(q, k, v, q_segments, kv_segments, chunk, 0 if causal else None)
+        return _chunked(q, k, v, segments, chunk, 0 if causal else None)
     width = chunk * -(-T // (chunk * SPANS))
     spans = [
-        _chunked(q[:, i:j], k[:, :j], v[:, :j], q_segments[:, i:j], kv_segments[:, :j], chunk, i)
+        _chunked(q[:, i:j], k[:, :j], v[:, :j], segments[:, :j], chunk, i)
         for i, j in ((i, i + width) for i in range(0, T, width))
     ]
     return jnp.concatenate(spans, 1)
 
 
-def _chunked(q, k, v, q_segments, kv_segments, chunk: int, first: int | None):
+def _chunked(q, k, v, segments, chunk: int, first: int | None):
     """As `attention`, `chunk` queries at a time; first: the slot of the first query if causal, else None."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
@@ -58,9 +68,9 @@ def _chunked(q, k, v, q_segments, kv_segments, chunk: int, first: int | None):
 
     # The backward pass computes scores again; kept, they would be most of what a training step holds.
     @partial(jax.checkpoint, prevent_cse=False)
-    def block(q, segments, index):
+    def block(q, q_segments, index):
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=precision(q.dtype), preferred_element_type=jnp.float32)
-        mask = segments[:, :, None] == kv_segments[:, None, :]
+        mask = q_segments[:, :, None] == segments[:, None, :]
         if first is not None:
             mask &= index[:, None] >= keys
         scores = jnp.where(mask[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
@@ -68,6 +78,7 @@ def _chunked(q, k, v, q_segments, kv_segments, chunk: int, first: int | None):
         return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v, precision=precision(v.dtype))
 
     index = jnp.arange(T) + (first or 0)
+    q_segments = segments[:, S - T :]
     if chunk >= T:
         return block(q, q_segments, index).reshape(B, T, N, H)
 
@@ -84,46 +95,57 @@ def _chunked(q, k, v, q_segments, kv_segments, chunk: int, first: int | None):
     return jnp.moveaxis(out, 0, 1).reshape(B, chunks * chunk, N, H)[:, :T]
 
 
-def splash(q, k, v, q_segments, kv_segments, *, causal: bool, interpret: bool = False):
-    """As `attention`, by jax's Pallas kernel for TPUs, forward and backward; T and S are multiples of LANES.
+def splash(q, k, v, segments, *, causal: bool, interpret: bool = False):
+    """As `attention`, by jax's Pallas kernel for TPUs, forward and backward; T is a multiple of LANES.
 
     interpret: on any machine, slowly, to compare.
     """
+    T, H = q.shape[1], q.shape[3]
+    size = next(b for b in (512, 384, 256, 128) if T % b == 0)
+    sizes = tpu.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
+    mask = (masks.CausalMask if causal else masks.FullMask)((T, T))
+
+    def kernel(q, k, v, segments):
+        heads = masks.MultiHeadMask([mask] * q.shape[2])
+        row = tpu.make_splash_mha(heads, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)
+        heads_first = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+        with jax.named_scope("causal" if causal else "full"):  # for who reads the compiled program
+            out = jax.vmap(lambda q, k, v, s: row(q, k, v, tpu.SegmentIds(s, s)))(*heads_first, segments)
+        return jnp.swapaxes(out, 1, 2)
+
+    return _on_shards(kernel, q, k, v, segments)
+
+
+def flash(q, k, v, segments, *, causal: bool, interpret: bool = False):
+    """As `splash`, by jax's Pallas kernel for GPUs."""
+
+    def kernel(q, k, v, segments):
+        k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))  # it knows no grouped queries
+        with jax.named_scope("causal" if causal else "full"):
+            return gpu.mha(q, k, v, segments, sm_scale=q.shape[-1] ** -0.5, causal=causal, interpret=interpret)
+
+    return _on_shards(kernel, q, k, v, segments)
+
+
+def _on_shards(kernel, q, k, v, segments):
+    """Calls a kernel, which XLA cannot split by itself, with every device's rows and heads."""
     mesh = jax.sharding.get_abstract_mesh()
-    one = partial(_splash, causal=causal, interpret=interpret)
     if mesh.empty or mesh.size == 1:
-        return one(q, k, v, q_segments, kv_segments)
-    # XLA cannot split a kernel by itself. Heads are split only if those of k are too, so that they still match.
+        return kernel(q, k, v, segments)
+    # Heads are split only if those of k are too, so that they still match.
     K = k.shape[2]
     heads = activation_sharding("K", (K,), mesh).shard_shape((K,)) != (K,)
-    dims = ("BTNH", "BSKH", "BSKH", "BT", "BS") if heads else ("BT.H", "BS.H", "BS.H", "BT", "BS")
-    whole = q, k, v, q_segments, kv_segments
-    specs = tuple(activation_sharding(d, a.shape, mesh).spec for d, a in zip(dims, whole, strict=True))
-    return jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*whole)
-
-
-def _splash(q, k, v, q_segments, kv_segments, *, causal: bool, interpret: bool):
-    (_, T, N, H), S = q.shape, k.shape[1]
-    rows, columns = (next(b for b in (512, 384, 256, 128) if n % b == 0) for n in (T, S))
-    sizes = kernels.BlockSizes(
-        block_q=rows,
-        block_kv=columns,
-        block_q_dkv=rows,
-        block_kv_dkv=columns,
-        block_q_dq=rows,
-        block_kv_dq=columns,
-    )
-    mask = (masks.CausalMask if causal else masks.FullMask)((T, S))
-    kernel = kernels.make_splash_mha(
-        masks.MultiHeadMask([mask] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
-    )
-    q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)
-    heads_first = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-    with jax.named_scope("causal" if causal else "full"):  # for who reads the compiled program
-        out = jax.vmap(lambda q, k, v, a, b: kernel(q, k, v, kernels.SegmentIds(a, b)))(
-            *heads_first, q_segments, kv_segments
-        )
-    return jnp.swapaxes(out, 1, 2)
+    dims = ("BTNH", "BTKH", "BTKH", "BT") if heads else ("BT.H", "BT.H", "BT.H", "BT")
+    specs = tuple(activation_sharding(d, a.shape, mesh).spec for d, a in zip(dims, (q, k, v, segments), strict=True))
+    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v, segments)
 
 
 def decode_attention(q, k, v, lengths):

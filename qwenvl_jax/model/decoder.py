@@ -63,7 +63,7 @@ def full(config: Config, params: dict, x, positions, segments, keep, *, remat: b
     block = DecoderBlock(config)
 
     def attend(q, k, v):
-        return attention(q, k, v, segments, segments, causal=True), keep(k, v)
+        return attention(q, k, v, segments, causal=True), keep(k, v)
 
     def layer(x, weights):
         return block.apply({"params": weights}, x, cos, sin, attend)

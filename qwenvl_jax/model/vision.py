@@ -4,6 +4,8 @@ Qwen2-VL attends to whole frames with LayerNorm and QuickGELU; Qwen2.5-VL attend
 except at a few layers, with RMSNorm and SwiGLU (Qwen2.5-VL report, section 2.1).
 """
 
+from itertools import groupby
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -61,7 +63,7 @@ class VisionBlock(nn.Module):
         if self.windowed:  # every window lies inside one block: attention is dense over small blocks
             W = v.block_slots
             q, k, value, segments = (a.reshape(R * P // W, W, *a.shape[2:]) for a in (q, k, value, segments))
-        attended = attention(q, k, value, segments, segments, causal=False)
+        attended = attention(q, k, value, segments, causal=False)
         x = x + linear(E, "proj")(attended.reshape(R, P, E))
 
         h, act = _norm(c, "norm2")(x), ACTIVATIONS[v.hidden_act]
@@ -111,12 +113,21 @@ def encode(config: Config, params: dict, vision: VisionBatch, *, remat: bool = F
     rope = vision_rope(vision.positions, config.vision.hidden_size // config.vision.num_heads)
     repeats, pattern = layer_groups(config)
 
+    def run(windowed: bool):
+        segments = vision.windows if windowed else vision.frames
+        block = VisionBlock(config, windowed)
+
+        def layer(x, weights):
+            return block.apply({"params": weights}, x, *rope, segments), None
+
+        return rematerialised(layer) if remat else layer
+
     def group(x, weights):
-        for i, windowed in enumerate(pattern):
-            apply = VisionBlock(config, windowed).apply
-            layer = jax.tree.map(lambda w, i=i: w[i], weights)
-            segments = vision.windows if windowed else vision.frames
-            x = (rematerialised(apply) if remat else apply)({"params": layer}, x, *rope, segments)
+        start = 0
+        for windowed, blocks in groupby(pattern):
+            stop = start + len(list(blocks))
+            x, _ = jax.lax.scan(run(windowed), x, jax.tree.map(lambda w, i=start, j=stop: w[i:j], weights))
+            start = stop
         return x, None
 
     stacked = jax.tree.map(lambda w: w.reshape(repeats, len(pattern), *w.shape[1:]), p["blocks"])
