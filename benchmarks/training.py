@@ -26,17 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from common import SIZES, clock, product_rates, reference
 from PIL import Image
 from qwenvl_convert.parity import reference_inputs
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from qwenvl_jax.config import Config, TextConfig, VisionConfig
+from qwenvl_jax.config import Config
 from qwenvl_jax.demo.tokenizer import write_processor
-from qwenvl_jax.demo.train import demo_config
 from qwenvl_jax.inputs.layout import pack_lanes
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.qwenvl import init
-from qwenvl_jax.params.hf import STACKED, flatten, table, tensor_shape
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.flops import train_flops
 from qwenvl_jax.train.losses import sft_loss
@@ -45,34 +43,6 @@ from qwenvl_jax.train.step import init_state, make_optimizer, make_step
 
 PATCHES = 192  # of a lane: the largest picture and its partial windows
 RATE, DECAY, CLIP = 1e-4, 0.01, 1.0
-
-
-def config_50m() -> Config:
-    """50 million parameters in the proportions of the official models, on the demo's tokens."""
-    ids = {name: value for name, value in vars(demo_config()).items() if name.endswith("_token_id")}
-    text = TextConfig(
-        vocab_size=16384,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=10,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        mrope_section=(8, 12, 12),
-        tie_word_embeddings=True,
-    )
-    vision = VisionConfig(
-        depth=8,
-        hidden_size=320,
-        intermediate_size=864,
-        out_hidden_size=512,
-        num_heads=5,
-        fullatt_block_indexes=(1, 3, 5, 7),
-    )
-    return Config(family="qwen2_5_vl", text=text, vision=vision, dtype="float32", **ids)
-
-
-SIZES = {"demo": demo_config, "50M": config_50m}
 
 
 class Records:
@@ -174,16 +144,7 @@ class Theirs:
 
     def __init__(self, config: Config, weights: dict, device: str, dtype: str):
         self.device, self.dtype = device, dtype
-        hf_config = Qwen2_5_VLConfig(**config.to_dict())
-        model = Qwen2_5_VLForConditionalGeneration._from_config(hf_config, attn_implementation="sdpa")
-        leaves, names = flatten(weights), table(config)
-        state = {}
-        for path, leaf in leaves.items():
-            for name, one in zip(names[path], leaf if path.startswith(STACKED) else [leaf], strict=True):
-                matrix = one.T if path.endswith("/kernel") else one
-                state[name] = torch.tensor(matrix.reshape(tensor_shape(config, path, leaf.shape)))
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        assert not unexpected and missing in ([], ["lm_head.weight"]), (missing, unexpected)  # the head is tied
+        model = reference(config, weights)
         self.model = model.to(device).train()
         plain = [p for p in model.parameters() if p.ndim == 1]
         decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -213,24 +174,6 @@ class Theirs:
         loss.item()
 
 
-def ceilings(device: str, dtype: str):
-    """Two functions that each time one large matrix product: FLOP/s in jax, in torch."""
-    n = 2048 if device == "cpu" else 8192
-    a = jnp.ones((n, n), dtype)
-    b = torch.ones((n, n), dtype=getattr(torch, dtype), device=device)
-    dot = jax.jit(partial(jnp.dot, precision="highest" if dtype == "float32" else None))
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    return (lambda: 2 * n**3 / clock(lambda: dot(a, a).block_until_ready())), (
-        lambda: 2 * n**3 / clock(lambda: (b @ b, wait()))
-    )
-
-
-def clock(run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def measure(size: str, args) -> None:
     device = "cuda" if args.platform == "gpu" else "cpu"
     config = SIZES[size]()
@@ -251,7 +194,7 @@ def measure(size: str, args) -> None:
     for batch in (reference[0], trimmed[0]):
         theirs.step(batch)
 
-    products = ceilings(device, args.dtype)
+    products = product_rates(device, args.dtype)
     for product in products:
         product()
     spent = {name: [] for name in ("ours", "theirs", "packed", "trimmed")}
