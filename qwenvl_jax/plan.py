@@ -194,7 +194,7 @@ class Job(NamedTuple):
         v = self.config.vision
         if not v.patch_size**2 <= self.pixels <= Ladder().patches[-1] * v.patch_size**2:
             raise InputError(f"pixels is {self.pixels}; an image has from {v.patch_size**2} on, in one lane")
-        return Ladder().lane(-(-self.pixels // v.patch_size**2), v)
+        return Ladder().capacity(-(-self.pixels // v.patch_size**2), v)
 
 
 def default_mesh(job: Job, chips: int) -> tuple[int, int, int]:

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, with_vision
 
-from qwenvl_jax.inputs.batch import Ladder, geometric, make_batch, round_up
+from qwenvl_jax.inputs.batch import Ladder, cover, geometric, make_batch, round_up
 from qwenvl_jax.inputs.layout import mrope_positions, pack_lanes, slots_needed
+from qwenvl_jax.inputs.media import Preprocessing, smart_resize
 from qwenvl_jax.types import Grid, InputError, Sample, Visual
 
 RNG = np.random.default_rng(0)
@@ -102,27 +103,50 @@ def test_windows_of_one_lane_have_distinct_ids():
     assert [p.frame for frames in placed for p in frames] == [1, 2, 3]
 
 
-def test_a_long_video_spreads_over_lanes():
-    config = tiny_config("qwen2_5_vl")
-    s = sample(RNG, config, 2, clip(RNG, config, 9, 8, 16), 2)
-    batch = make_batch([s], config, Ladder(patches=(256,)))
-    assert [v.patches.shape[:2] for v in batch.vision] == [(8, 256)]  # two frames a lane: five lanes, rounded up
-
-
-def test_more_lanes_than_one_call_takes_are_several_calls():
+def test_a_long_video_spreads_over_lanes_and_calls():
     config = tiny_config("qwen2_5_vl")
     s = sample(RNG, config, 2, clip(RNG, config, 11, 8, 16), 2)
-    batch = make_batch([s], config, Ladder(patches=(256,), slots=1024))
-    assert [v.patches.shape[:2] for v in batch.vision] == [(4, 256), (2, 256)]
+    batch = make_batch([s], config, Ladder(patches=(256,), lanes=4))
+    assert [v.patches.shape[:2] for v in batch.vision] == [(4, 256)] * 2  # two frames a lane
     places = batch.visual_index[batch.visual_index >= 0]
     assert len(set(places)) == 11 * 32 and places.max() < 6 * 64
 
 
-def test_a_small_frame_does_not_share_the_lane_of_a_large_one():
+def test_small_frames_fill_gaps_and_share_short_lanes():
     config = tiny_config("qwen2_vl")
     small, large = clip(RNG, config, 6, 8, 8), picture(RNG, config, 64, 64)
     batch = make_batch([sample(RNG, config, 2, small, large)], config)
-    assert [v.patches.shape[:2] for v in batch.vision] == [(2, 256), (1, 4096)]
+    assert [v.patches.shape[:2] for v in batch.vision] == [(1, 4096), (1, 512)]
+    shorter = large._replace(grid=Grid(1, 60, 64), patches=large.patches[:3840])
+    batch = make_batch([sample(RNG, config, 2, small, shorter)], config)
+    assert [v.patches.shape[:2] for v in batch.vision] == [(1, 4096), (1, 256)]
+    lengths = [P for P, _ in cover([Grid(1, 16, 16)] * 2000, config.vision, Ladder())]
+    assert max(lengths) == 2048 and sum(lengths) == 2000 * 256  # attention over more would cost more than the calls
+
+
+def random_requests(rng, max_pixels: int) -> list[list[Grid]]:
+    """200 requests of 0 to 8 pictures, log-uniform in 0.05 … 12 megapixels and in aspects 1:4 … 4:1, then resized."""
+    requests = []
+    for _ in range(200):
+        areas, aspects = np.exp(rng.uniform(*np.log([[5e4, 0.25], [12e6, 4]]), (rng.integers(0, 9), 2))).T
+        sides = zip(np.round((areas * aspects) ** 0.5), np.round((areas / aspects) ** 0.5), strict=True)
+        sizes = [smart_resize(int(h), int(w), max_pixels=max_pixels) for h, w in sides]
+        requests.append([Grid(1, h // 14, w // 14) for h, w in sizes])
+    return requests
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vision_pads_little_with_few_programs(family):
+    """The promise of Ladder, at the official checkpoints' geometry and limits: at most 24 programs, at most 12%."""
+    v, max_pixels, waste, used = tiny_config(family).vision, Preprocessing().max_pixels, [], set()
+    for grids in filter(None, random_requests(np.random.default_rng(0), max_pixels)):
+        lengths = [P for P, _ in cover(grids, v, Ladder())]
+        waste.append(1 - sum(grid.patches for grid in grids) / sum(lengths))
+        used |= set(lengths)
+    programs = Ladder().reach(max_pixels, v)
+    assert used <= set(programs) and 18 < len(used) <= len(programs) <= 24
+    assert np.mean(waste) < 0.1, waste
 
 
 @pytest.mark.parametrize("window", [28, 56, 84, 112, 140, 168, 224])

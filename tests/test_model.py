@@ -37,13 +37,13 @@ def assert_same(a, b):
 
 def test_bucket_size_leaves_the_logits_unchanged(model):
     samples = mixed_samples(model[0])
-    wide = Ladder(rows=(8,), tokens=(333,), lanes=(5,), patches=(768,))
+    wide = Ladder(rows=(8,), tokens=(333,), lanes=5, patches=(768,))
     assert_same(logits_by_row(*model, samples, wide), logits_by_row(*model, samples))
 
 
 def test_lane_packing_leaves_the_logits_unchanged(model):
     samples = mixed_samples(model[0])
-    one_lane = Ladder(lanes=(1,), patches=(4096,))
+    one_lane = Ladder(patches=(4096,))
     assert_same(logits_by_row(*model, samples, one_lane), logits_by_row(*model, samples))
 
 
@@ -52,10 +52,10 @@ def test_sizes_and_calls_leave_the_logits_unchanged(model):
     rng = np.random.default_rng(3)
     large, small = picture(rng, config, 40, 48), picture(rng, config, 6, 8)
     samples = [sample(rng, config, 3, large, 2, clip(rng, config, 7, 8, 10, 0.7), small, 4), *mixed_samples(config)]
-    batch = make_batch(samples, config, Ladder(slots=512))
+    batch = make_batch(samples, config, Ladder(lanes=2))
     assert len(batch.vision) > 3
-    one_lane = Ladder(lanes=(1,), patches=(8192,))
-    assert_same(logits_by_row(*model, samples, Ladder(slots=512)), logits_by_row(*model, samples, one_lane))
+    one_lane = Ladder(patches=(8192,))
+    assert_same(logits_by_row(*model, samples, Ladder(lanes=2)), logits_by_row(*model, samples, one_lane))
 
 
 def test_batch_order_leaves_the_logits_unchanged(model):

@@ -110,7 +110,7 @@ def train_batch(config: Config, rows: list[list[Sample]], T: int = 0, seed: int 
     What is learnt of a sample does not depend on where it is packed. T: slots a row, 0 for as few as fit.
     """
     samples = [s for row in rows for s in row]
-    alone = make_batch(samples, config, Ladder(patches=(256,)))  # one lane length, so one call of the tower
+    alone = make_batch(samples, config, Ladder(patches=(256,), lanes=8))  # one call of the tower
     T = T or max(sum(len(s.tokens) for s in row) for row in rows)
     tokens, segments, targets = (np.zeros((len(rows), T), np.int32) for _ in range(3))
     weights, index = np.zeros(tokens.shape, np.float32), np.full(tokens.shape, -1, np.int32)

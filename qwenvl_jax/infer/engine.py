@@ -6,7 +6,8 @@ end is thrown away. (A loop on the device would keep a second copy of the cache.
 """
 
 import functools
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,7 @@ from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, room
 from qwenvl_jax.infer.programs import CHUNK, Programs
 from qwenvl_jax.inputs.batch import Ladder, make_batch, round_up
 from qwenvl_jax.inputs.layout import placeholder_runs, slots_needed
-from qwenvl_jax.inputs.media import MAX_ASPECT
+from qwenvl_jax.sharding import ACTIVATIONS
 from qwenvl_jax.types import Batch, InputError, Model, Sample, VisionBatch
 
 
@@ -79,21 +80,28 @@ class Engine:
             raise InputError(f"max_batch is {max_batch} and lag {lag}; they must be at least 1 and 0")
         self.config, self.processor, self.generation = model.config, model.processor, model.generation
         self.max_batch, self.max_length, self.lag = max_batch, max_length, lag
-        ladder = ladder or Ladder()
-        rows, tokens = _capped(ladder.rows, max_batch), _capped(ladder.tokens, max_length)
-        self.ladder = ladder._replace(rows=rows, tokens=tokens)
-
         self.params = jax.tree.map(jnp.asarray, model.params)
         layouts = [leaf.sharding for leaf in jax.tree.leaves(self.params)]
         mesh = next((s.mesh for s in layouts if isinstance(s, NamedSharding)), None)
         # Inputs go to every device of the mesh; the model's own constraints split them.
         self._layout = layouts[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+        ladder = ladder or Ladder()
+        rows, tokens = _capped(ladder.rows, max_batch), _capped(ladder.tokens, max_length)
+        lanes = ladder.lanes * (1 if mesh is None else math.prod(mesh.shape[axis] for axis in ACTIVATIONS["R"]))
+        self.ladder = ladder._replace(rows=rows, tokens=tokens, lanes=lanes)
         self._programs = Programs(self.config, tokens, mesh)
+        self._real, self._slots = Counter(), Counter()  # of what was computed, by "text" and "vision"
 
     @property
     def traces(self) -> dict[str, int]:
         """How often each program was traced, which is how often XLA compiled."""
         return dict(self._programs.traces)
+
+    @property
+    def padding(self) -> dict[str, float]:
+        """The share of all that prompts ("text") and the vision tower ("vision") have computed that was padding."""
+        return {name: 1 - self._real[name] / slots for name, slots in self._slots.items()}
 
     def generate(
         self,
@@ -148,7 +156,7 @@ class Engine:
         limit = min(options.max_new_tokens, room(sample, self.max_length))
         placeholder_runs(sample.tokens, sample.visuals, self.config)
         for visual in sample.visuals:
-            self.ladder.lane(slots_needed(visual.grid, self.config.vision), self.config.vision)
+            self.ladder.capacity(slots_needed(visual.grid, self.config.vision), self.config.vision)
         decode = functools.partial(self.processor.decode, skip_special_tokens=options.skip_special_tokens)
         return _Request(sample, options, limit, decode)
 
@@ -178,7 +186,11 @@ class Engine:
     def _start(self, rows: list["_Row"], variant: dict):
         """From the prompts to the first drawn token. A prompt is read once, however many rows have it."""
         requests = list(dict.fromkeys(row.request for row in rows))
-        prefilled = self._prompt(make_batch([r.sample for r in requests], self.config, self.ladder))
+        batch = make_batch([r.sample for r in requests], self.config, self.ladder)
+        for name, ids in ("text", batch.segments), *(("vision", lanes.frames) for lanes in batch.vision):
+            self._real[name] += np.count_nonzero(ids)
+            self._slots[name] += ids.size
+        prefilled = self._prompt(batch)
         size = round_up(len(rows), self.ladder.rows, "rows")
         if len(requests) < len(rows):
             source = np.zeros(size, np.int32)
@@ -213,7 +225,6 @@ class Engine:
         *,
         max_tokens: int,
         max_pixels: int | None = None,
-        max_visuals: int | None = None,
         n: int = 1,
         sample: Sequence[bool] = (False, True),
         logprobs: Sequence[bool] = (False,),
@@ -223,58 +234,37 @@ class Engine:
 
         max_tokens: of a prompt and its answer together.
         max_pixels: the largest that pictures and video frames are prepared with; None for text only.
-        max_visuals: pictures and pairs of video frames in one batch; by default one a row.
         n: samples of every conversation.
         sample, logprobs: the kinds of batches to prepare for: any row not greedy, any row with logprobs.
         """
         tokens = self.ladder.tokens
         tokens = tokens[: tokens.index(round_up(min(max_tokens, self.max_length), tokens, "tokens")) + 1]
         variants = [{"sample": s, "logprobs": MAX_LOGPROBS if p else None} for s in sample for p in logprobs]
-        shapes = self._vision_shapes(max_pixels, max_visuals or self.max_batch) if max_pixels else []
+        lanes = self.ladder.reach(max_pixels, self.config.vision) if max_pixels else []
         forks = _forks(n, self.max_batch, self.ladder.rows)
-        jobs = [functools.partial(self._warm_vision, *shape) for shape in shapes]
+        jobs = [functools.partial(self._warm_vision, P) for P in lanes]
         for B in self.ladder.rows:
-            chunk = shapes[0] if shapes else None
-            jobs += [functools.partial(self._warm_prompt, B, T, forks, chunk) for T in tokens]
+            jobs += [functools.partial(self._warm_prompt, B, T, forks, min(lanes, default=None)) for T in tokens]
             jobs.append(functools.partial(self._warm_steps, B, tokens, variants))
         for job in tqdm(jobs, desc="compiling", disable=not progress):
             jax.block_until_ready(job())
 
-    def _vision_shapes(self, max_pixels: int, visuals: int) -> list[tuple[int, int]]:
-        """Lane buckets (R, P) that so many frames of so many pixels can come to, the smallest first.
-
-        There are never more lanes than frames, nor more in a call than the ladder has. Edge windows may leave
-        slots of their blocks empty, hence one rung more than the patches need.
-        """
-        vision, ladder = self.config.vision, self.ladder
-        # A side is never shorter than one visual token, so a long thin picture may exceed max_pixels.
-        side = vision.patch_size * vision.spatial_merge_size
-        max_pixels = max(max_pixels, int(side * (MAX_ASPECT * max_pixels) ** 0.5))
-        # Nothing beyond the ladder is ever accepted, so it need not be compiled.
-        largest = min(max_pixels // vision.patch_size**2, ladder.patches[-1])
-        largest = round_up(largest, ladder.patches, "patches in a frame")
-        spare = 1 if vision.window_size else 0
-        rungs = ladder.patches[: ladder.patches.index(largest) + 1 + spare]
-        most = round_up(min(visuals, ladder.lanes[-1]), ladder.lanes, "lanes")
-        capacities = dict.fromkeys(ladder.lane(P, vision) for P in rungs)
-        return [(R, P) for P in capacities for R in ladder.lanes if R <= min(most, ladder.most_lanes(P))]
-
-    def _warm_vision(self, R: int, P: int):
-        ids = np.zeros((R, P), np.int32)
-        patches = np.zeros((R, P, self.config.vision.patch_values), np.uint8)
-        vision = VisionBatch(patches, np.zeros((R, P, 2), np.int32), ids, ids)
+    def _warm_vision(self, P: int):
+        ids = np.zeros((self.ladder.lanes, P), np.int32)
+        patches = np.zeros((*ids.shape, self.config.vision.patch_values), np.uint8)
+        vision = VisionBatch(patches, np.zeros((*ids.shape, 2), np.int32), ids, ids)
         return self._programs.encode(self.params, self._put(vision))
 
-    def _warm_prompt(self, B: int, T: int, forks: set[tuple[int, int]], vision: tuple[int, int] | None):
+    def _warm_prompt(self, B: int, T: int, forks: set[tuple[int, int]], P: int | None):
         empty = np.zeros((B, T), np.int32)
         batch = Batch(empty, np.zeros((3, B, T), np.int32), empty, empty - 1)
         prefilled = self._prompt(batch)
         for size in (to for of, to in forks if of == B):
             self._programs.fork(self._put(np.zeros(size, np.int32)), *prefilled)
-        if vision:
+        if P:
             batch = self._put(batch)
             x, _ = self._programs.embed(self.params, batch.tokens, batch.segments)
-            chunk = self._warm_vision(*vision)[0]
+            chunk = self._warm_vision(P)[0]
             self._programs.place(x, batch.visual_index, chunk, *self._put((np.int32(0), np.int32(0))))
         return prefilled
 

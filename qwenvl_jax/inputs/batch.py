@@ -3,21 +3,28 @@
 Sizes are rounded up to a short ladder so that XLA compiles once per rung and never again.
 """
 
+import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from qwenvl_jax.config import Config, VisionConfig
 from qwenvl_jax.inputs.layout import (
+    Lanes,
     Placement,
     mrope_positions,
-    pack_lanes,
     placeholder_runs,
     slots_needed,
 )
-from qwenvl_jax.types import Batch, InputError, Sample, VisionBatch, Visual
+from qwenvl_jax.inputs.media import MAX_ASPECT
+from qwenvl_jax.types import Batch, Grid, InputError, Sample, VisionBatch, Visual
+
+# What a call of the vision tower costs, in patches: reading all weights, once, as much as computing 512; and full
+# attention as much as everything else where 8192 share a lane (7680 in Qwen2-VL; Qwen2.5-VL has few full layers).
+CALL, EVEN = 512, 8192
+SHARED = 4096  # slots of a lane that small frames may share
 
 
 def geometric(low: int, high: int) -> tuple[int, ...]:
@@ -29,22 +36,64 @@ def geometric(low: int, high: int) -> tuple[int, ...]:
 
 
 class Ladder(NamedTuple):
-    """The sizes programs are compiled for."""
+    """The sizes programs are compiled for, each of them once: whatever comes is padded up to them.
 
-    rows: tuple[int, ...] = tuple(2**i for i in range(11))  # B
-    tokens: tuple[int, ...] = geometric(64, 131072)  # T
-    lanes: tuple[int, ...] = tuple(2**i for i in range(11))  # R
-    patches: tuple[int, ...] = geometric(256, 131072)  # P, rounded up to whole window blocks
-    slots: int = 131072  # R · P of one call of the vision tower, at most; what is beyond goes into further calls
+    rows: B, of prompts and answers.
+    tokens: T of prompts, and S of caches, which grow from one rung to the next as answers do.
+    patches: P, the slots of a lane of the vision tower; a call of it is `lanes` × P. Of 4, 5 and 6 quarters of the
+        powers of two, so that a picture alone fills five sixths of its lane on average; 23 of them serve pictures of
+        12.8 megapixels, the checkpoints' limit. From 512 on they are multiples of 128, which the TPU's kernel wants.
+    lanes: R, the same in every call. On a mesh the engine multiplies it by the devices that share a batch, since
+        they split a call by lanes.
+    """
 
-    def lane(self, slots: int, vision: VisionConfig) -> int:
-        """P for a frame that takes so many slots."""
-        rung = round_up(slots, self.patches, "patches in a frame")
-        return -(-rung // vision.block_slots) * vision.block_slots
+    rows: tuple[int, ...] = tuple(2**i for i in range(11))
+    tokens: tuple[int, ...] = geometric(64, 131072)
+    patches: tuple[int, ...] = (256, 512, 768, *(2**i * k for i in range(8, 15) for k in (4, 5, 6)), 131072)
+    lanes: int = 1
 
-    def most_lanes(self, capacity: int) -> int:
-        """The largest R for lanes of this P."""
-        return max([r for r in self.lanes if r * capacity <= self.slots], default=self.lanes[0])
+    def capacities(self, vision: VisionConfig) -> tuple[int, ...]:
+        """Every P, in whole window blocks."""
+        return tuple(dict.fromkeys(-(-P // vision.block_slots) * vision.block_slots for P in self.patches))
+
+    def capacity(self, slots: int, vision: VisionConfig) -> int:
+        """The first P that holds a frame of so many slots."""
+        return round_up(slots, self.capacities(vision), "patches in a frame")
+
+    def reach(self, max_pixels: int, vision: VisionConfig) -> list[int]:
+        """Every P that frames of so many pixels can come to, however many there are."""
+        side = vision.spatial_merge_size
+        cells = max_pixels // (vision.patch_size * side) ** 2
+        shapes = [(h, min(cells // h, MAX_ASPECT * (h + 1))) for h in range(1, math.isqrt(cells) + 1)]
+        # A side is never shorter than one visual token, so a long thin picture may exceed max_pixels.
+        shapes.append((1, math.isqrt(MAX_ASPECT * max(cells, 1))))
+        largest = max(slots_needed(Grid(1, h * side, w * side), vision) for h, w in shapes)
+        capacities = self.capacities(vision)
+        # Nothing beyond the ladder is ever accepted.
+        own = self.capacity(min(largest, capacities[-1]), vision)
+        return [P for P in capacities if P <= max(own, SHARED)]
+
+    def cheapest(self, sizes: Sequence[int], vision: VisionConfig) -> int:
+        """P of the call that takes in frames of `sizes` slots, of which the first is the largest, at the least cost.
+
+        The call must hold the first, whatever else it has room for. Attention costs the square of P, which small
+        frames must not pay for in vain: only up to SHARED is a lane longer than its first frame needs.
+        """
+        own = self.capacity(sizes[0], vision)
+        longer = [P for P in self.capacities(vision) if own < P <= SHARED]
+        return min((own, *longer), key=lambda P: (CALL + P + P * P / EVEN) / self._taken(sizes, P))
+
+    def _taken(self, sizes: Sequence[int], P: int) -> int:
+        """Slots that a call fills of its lanes, first fit."""
+        room = [P] * self.lanes
+        for size in sizes:
+            for r, free in enumerate(room):
+                if size <= free:
+                    room[r] -= size
+                    break
+            if max(room) < sizes[-1]:
+                break
+        return self.lanes * P - sum(room)
 
 
 def round_up(size: int, rungs: Sequence[int], what: str) -> int:
@@ -91,37 +140,44 @@ def pack_vision(
     """Lanes of patches in window order, and for every visual the place of each of its merged tokens in the
     flattened [Σ R·M] vision output, in the order the text wants them.
 
-    Only frames within a factor of four in size share lanes: attention costs the square of a lane's length, which
-    a small frame must not pay for a large one beside it.
+    The largest frame that is left decides on the next call, whose gaps smaller ones fill.
     """
-    v = config.vision
-    sizes: dict[int, list[int]] = {}
+    v, frames = config.vision, []
     for i, visual in enumerate(visuals):
         if visual.patches.shape != (visual.grid.patches, v.patch_values):
             raise InputError(
                 f"visual {i + 1} has patches of shape {visual.patches.shape}, "
                 f"its grid {tuple(visual.grid)} needs {(visual.grid.patches, v.patch_values)}"
             )
-        capacity = ladder.lane(slots_needed(visual.grid, v), v)
-        sizes.setdefault(capacity.bit_length() // 2, []).append(i)
-    calls, places, start = [], [np.zeros(0, np.int32)] * len(visuals), 0
-    for _, members in sorted(sizes.items()):
-        lanes, inner = _pack_lanes([visuals[i] for i in members], v, ladder)
-        for i, place in zip(members, inner, strict=True):
+        one = visual.grid._replace(t=1)
+        frames += [visual._replace(patches=patches, grid=one) for patches in np.split(visual.patches, visual.grid.t)]
+    calls, places, start = [], [np.zeros(0, np.int32)] * len(frames), 0
+    for P, placed in cover([frame.grid for frame in frames], v, ladder):
+        call, inner = fill_lanes([frames[i] for i in placed], list(placed.values()), ladder.lanes, P, v)
+        for i, place in zip(placed, inner, strict=True):
             places[i] = start + place
-        start += lanes.frames.size // v.merge_unit
-        most = ladder.most_lanes(lanes.frames.shape[1])
-        calls += [VisionBatch(*(a[r : r + most] for a in lanes)) for r in range(0, len(lanes.frames), most)]
-    return tuple(calls), places
+        start += call.frames.size // v.merge_unit
+        calls.append(call)
+    rest = iter(places)
+    return tuple(calls), [np.concatenate([next(rest) for _ in range(visual.grid.t)]) for visual in visuals]
 
 
-def _pack_lanes(visuals: list[Visual], v: VisionConfig, ladder: Ladder) -> tuple[VisionBatch, list[np.ndarray]]:
-    """As many lanes as these visuals need, rounded up to whole calls, and where in [R·M] their tokens are."""
-    capacity = max(ladder.lane(slots_needed(visual.grid, v), v) for visual in visuals)
-    placements, lanes = pack_lanes([visual.grid for visual in visuals], capacity, v)
-    rest = lanes % ladder.most_lanes(capacity)
-    lanes = lanes - rest + (round_up(rest, ladder.lanes, "lanes of patches") if rest else 0)
-    return fill_lanes(visuals, placements, lanes, capacity, v)
+def cover(grids: Sequence[Grid], v: VisionConfig, ladder: Ladder) -> Iterator[tuple[int, dict[int, list[Placement]]]]:
+    """The calls that take in frames of these grids: P of each, and by number the frames in it and where they are."""
+    sizes = {grid: slots_needed(grid, v) for grid in set(grids)}
+    left = sorted(range(len(grids)), key=lambda i: -sizes[grids[i]])
+    while left:
+        P = ladder.cheapest([sizes[grids[i]] for i in left], v)
+        lanes, placed, refused = Lanes(P, v, ladder.lanes), {}, set()
+        for i in left:
+            if grids[i] in refused:
+                continue
+            if placements := lanes.place([grids[i]]):
+                placed[i] = placements[0]
+            else:
+                refused.add(grids[i])
+        yield P, placed
+        left = [i for i in left if i not in placed]
 
 
 def fill_lanes(

@@ -144,6 +144,8 @@ def _cell_windows(grid: Grid, vision: VisionConfig) -> tuple[_FrameWindows, int]
 
 def slots_needed(grid: Grid, vision: VisionConfig) -> int:
     """Patch slots one frame of this grid takes in an empty lane: at least h·w, in whole blocks."""
+    if not vision.window_size:
+        return grid.h * grid.w
     windows, block = _cell_windows(grid, vision)
     lane = _Lane(10**9, block)
     lane.place(windows.sizes)
