@@ -2,8 +2,16 @@
 
 from pathlib import Path
 
+import jax
 import pytest
 from make_tiny import FAMILIES, copy_tokenizer, make_tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs(tmp_path_factory):
+    """What a warm-up writes is not for the home folder."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
 
 
 @pytest.fixture(scope="session")

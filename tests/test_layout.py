@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, with_vision
+from tiny import FAMILIES, clip, mixed_samples, picture, random_requests, sample, tiny_config, with_vision
 
 from qwenvl_jax.inputs.batch import Ladder, cover, geometric, make_batch, round_up
 from qwenvl_jax.inputs.layout import mrope_positions, pack_lanes, slots_needed
@@ -124,18 +124,6 @@ def test_small_frames_fill_gaps_and_share_short_lanes():
     assert max(lengths) == 2048 and sum(lengths) == 2000 * 256  # attention over more would cost more than the calls
 
 
-def random_requests(rng, max_pixels: int) -> list[list[Grid]]:
-    """200 requests of 0 to 8 pictures, log-uniform in 0.05 … 12 megapixels and in aspects 1:4 … 4:1, then resized."""
-    requests = []
-    for _ in range(200):
-        areas, aspects = np.exp(rng.uniform(*np.log([[5e4, 0.25], [12e6, 4]]), (rng.integers(0, 9), 2))).T
-        sides = zip(np.round((areas * aspects) ** 0.5), np.round((areas / aspects) ** 0.5), strict=True)
-        sizes = [smart_resize(int(h), int(w), max_pixels=max_pixels) for h, w in sides]
-        requests.append([Grid(1, h // 14, w // 14) for h, w in sizes])
-    return requests
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vision_pads_little_with_few_programs(family):
     """The promise of Ladder, at the official checkpoints' geometry and limits: at most 24 programs, at most 12%."""
@@ -147,6 +135,18 @@ def test_vision_pads_little_with_few_programs(family):
     programs = Ladder().reach(max_pixels, v)
     assert used <= set(programs) and 18 < len(used) <= len(programs) <= 24
     assert np.mean(waste) < 0.1, waste
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("max_pixels", [28 * 28, 50_000, 700_000])
+def test_no_picture_is_beyond_what_its_limit_reaches(family, max_pixels):
+    v, rng = tiny_config(family).vision, np.random.default_rng(0)
+    ladder = Ladder(patches=tuple(range(64, 8192, 64)))
+    reach = ladder.reach(max_pixels, v)
+    for side, aspect in zip(rng.uniform(10, 3000, 300), np.exp(rng.uniform(0, np.log(200), 300)), strict=True):
+        h, w = smart_resize(round(side) + 1, int((round(side) + 1) * aspect), max_pixels=max_pixels, min_pixels=1)
+        assert ladder.capacity(slots_needed(Grid(1, h // 14, w // 14), v), v) in reach
+        assert ladder.capacity(slots_needed(Grid(1, w // 14, h // 14), v), v) in reach
 
 
 @pytest.mark.parametrize("window", [28, 56, 84, 112, 140, 168, 224])

@@ -7,6 +7,7 @@ import numpy as np
 
 from qwenvl_jax.config import Config, TextConfig, VisionConfig
 from qwenvl_jax.inputs.batch import Ladder, make_batch
+from qwenvl_jax.inputs.media import smart_resize
 from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.types import Batch, Grid, Sample, TrainBatch, Visual
 
@@ -94,6 +95,17 @@ def mixed_samples(config: Config, seed: int = 0) -> list[Sample]:
         sample(rng, config, 2, vid(3, 6, 10, 0.83), 7),
         sample(rng, config, pic(4, 4), 2, vid(2, 4, 12, 2.6), 3, vid(4, 4, 4, 0.4), 11),
     ]
+
+
+def random_requests(rng, max_pixels: int) -> list[list[Grid]]:
+    """200 requests of 0 to 8 pictures, log-uniform in 0.05 … 12 megapixels and in aspects 1:4 … 4:1, then resized."""
+    requests = []
+    for _ in range(200):
+        areas, aspects = np.exp(rng.uniform(*np.log([[5e4, 0.25], [12e6, 4]]), (rng.integers(0, 9), 2))).T
+        sides = zip(np.round((areas * aspects) ** 0.5), np.round((areas / aspects) ** 0.5), strict=True)
+        sizes = [smart_resize(int(h), int(w), max_pixels=max_pixels) for h, w in sides]
+        requests.append([Grid(1, h // 14, w // 14) for h, w in sizes])
+    return requests
 
 
 def with_vision(config: Config, **changes) -> Config:

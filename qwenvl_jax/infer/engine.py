@@ -9,7 +9,9 @@ import functools
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -223,31 +225,39 @@ class Engine:
     def warmup(
         self,
         *,
-        max_tokens: int,
+        max_tokens: int | None = None,
         max_pixels: int | None = None,
         n: int = 1,
         sample: Sequence[bool] = (False, True),
         logprobs: Sequence[bool] = (False,),
+        cache: str | Path | None = None,
         progress: bool = True,
     ) -> None:
         """Compiles every program that requests within these limits can need, by running each once.
 
-        max_tokens: of a prompt and its answer together.
-        max_pixels: the largest that pictures and video frames are prepared with; None for text only.
+        max_tokens: of a prompt and its answer together; by default the engine's max_length.
+        max_pixels: the largest that pictures and video frames are prepared with, however many; by default the
+            checkpoint's limit, 0 for text only.
         n: samples of every conversation.
         sample, logprobs: the kinds of batches to prepare for: any row not greedy, any row with logprobs.
+        cache: the directory where jax keeps compiled programs for the next process; by default the one it has been
+            told (JAX_COMPILATION_CACHE_DIR), else ~/.cache/qwenvl_jax.
         """
         tokens = self.ladder.tokens
-        tokens = tokens[: tokens.index(round_up(min(max_tokens, self.max_length), tokens, "tokens")) + 1]
+        most = min(max_tokens or self.max_length, self.max_length)
+        tokens = tokens[: tokens.index(round_up(most, tokens, "tokens")) + 1]
         variants = [{"sample": s, "logprobs": MAX_LOGPROBS if p else None} for s in sample for p in logprobs]
+        if max_pixels is None:
+            max_pixels = self.processor.preprocessing.max_pixels
         lanes = self.ladder.reach(max_pixels, self.config.vision) if max_pixels else []
         forks = _forks(n, self.max_batch, self.ladder.rows)
         jobs = [functools.partial(self._warm_vision, P) for P in lanes]
         for B in self.ladder.rows:
             jobs += [functools.partial(self._warm_prompt, B, T, forks, min(lanes, default=None)) for T in tokens]
             jobs.append(functools.partial(self._warm_steps, B, tokens, variants))
-        for job in tqdm(jobs, desc="compiling", disable=not progress):
-            jax.block_until_ready(job())
+        with _kept(cache):
+            for job in tqdm(jobs, desc="compiling", disable=not progress):
+                jax.block_until_ready(job())
 
     def _warm_vision(self, P: int):
         ids = np.zeros((self.ladder.lanes, P), np.int32)
@@ -395,6 +405,19 @@ def _forks(n: int, max_batch: int, rungs: Sequence[int]) -> set[tuple[int, int]]
     counts = {(u, u * n) for u in range(1, max_batch // n + 1)} | {(1, max_batch), (1, n % max_batch)}
     counts = {(u, rows) for u, rows in counts if u < rows and (n <= max_batch or u == 1)} if n > 1 else set()
     return {(round_up(u, rungs, "rows"), round_up(rows, rungs, "rows")) for u, rows in counts}
+
+
+@contextmanager
+def _kept(cache: str | Path | None):
+    """Meanwhile jax writes every program it compiles to its cache, even one that takes no time."""
+    cache = cache or jax.config.jax_compilation_cache_dir or Path.home() / ".cache" / "qwenvl_jax"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 def _fetch(draw: sampling.Draw) -> sampling.Draw:
