@@ -28,7 +28,8 @@ def _linear(inputs: str, outputs: str) -> dict[str, str]:
 
 
 # Dimensions of every parameter by the module and leaf name; stacked leaves have L in front.
-# The vision tower is split over lanes, not heads: its weights are small and its head counts rarely divide.
+# The vision tower is split over lanes, not heads, whose number rarely divides: over fsdp, which shares out lanes too,
+# its weights are split as the decoder's are, over tensor they are not.
 DIMS = {
     "decoder": {
         "embed_tokens": {"embedding": "V D"},
@@ -41,7 +42,16 @@ DIMS = {
         "down_proj": _linear("F", "D"),
         "lm_head": {"kernel": "D V"},
     },
-    "vision": {},
+    "vision": {
+        "patch_embed": {"kernel": "C E"},
+        "qkv": _linear("E", "-"),
+        "proj": _linear("-", "E"),
+        "gate_proj": _linear("E", "-"),
+        "up_proj": _linear("E", "-"),
+        "down_proj": _linear("-", "E"),
+        "fc1": _linear("E", "-"),  # the merger's too, whose width is a few times E
+        "fc2": _linear("-", "E"),
+    },
 }
 
 
