@@ -339,7 +339,7 @@ def _group(i: Instruction) -> int:
     """How many devices take part in one exchange."""
     if i.opcode.startswith("collective-permute"):
         return 2
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", i.attributes):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", i.attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         # An axis may take part with a factor of it only: 'name':(before)factor.
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])

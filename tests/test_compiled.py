@@ -108,7 +108,8 @@ ENTRY %main (q: bf16[256,4,7,128], k: bf16[8192,4,128,1], x: bf16[8,16]) -> f32[
   %start = (s32[]{:T(128)}, bf16[8,16]{1,0:T(8,128)(2,1)}) tuple(%zero, %x.1)
   %while.1 = (s32[], /*index=1*/bf16[8,16]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body
   %slice-start = ((bf16[8,16]{1,0:T(8,128)}), bf16[1,16]{1,0:T(1,128)S(1)}, s32[]{:S(2)}) slice-start(%x.1)
-  %all-reduce = bf16[8,16]{1,0:T(8,128)S(1)} all-reduce(%x.1), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%region
+  %all-reduce = bf16[8,16]{1,0:T(8,128)S(1)} all-reduce(%x.1), \
+replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, to_apply=%region
   %mask = s8[1,2,2]{2,1,0} constant({...})
   %splash_mha_fwd_segmented.1 = bf16[256,4,7,128]{3,2,1,0:T(8,128)(2,1)} custom-call(%mask, %q, %q), \
 custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
