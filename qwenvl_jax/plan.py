@@ -26,7 +26,7 @@ from qwenvl_jax.inputs.batch import Ladder
 from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.checkpoint import find, read_config
-from qwenvl_jax.sharding import AXES, activation_sharding, make_mesh, param_shardings
+from qwenvl_jax.sharding import AXES, activation_sharding, check_mesh, kv_copies, make_mesh, param_shardings
 from qwenvl_jax.train.flops import peak_flops
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
@@ -198,23 +198,23 @@ class Job(NamedTuple):
 
 
 def default_mesh(job: Job, chips: int) -> tuple[int, int, int]:
-    """(data, fsdp, tensor): training and vision share batches; generation shares heads as far as they go."""
+    """(data, fsdp, tensor): training and vision share batches; generation shares kv heads as far as they go, and what
+    is left shares rows, or where there are too few, the copies of kv heads."""
     if job.task == "train":
         return 1, chips, 1
     if job.task == "vision":
         return chips, 1, 1
     tensor = math.gcd(chips, job.config.text.num_key_value_heads)
-    return chips // tensor, 1, tensor
+    return (1, 1, chips) if job.batch % (chips // tensor) else (chips // tensor, 1, tensor)
 
 
 def meshes(job: Job, chips: int) -> list[tuple[int, int, int]]:
-    """All that divide the job: tensor divides the heads, data and fsdp the rows."""
-    t = job.config.text
+    """All that divide the job: tensor divides the MLP, data and fsdp the rows."""
     rows = job.images if job.task == "vision" else job.batch
     found = []
     for tensor in (n for n in range(1, chips + 1) if chips % n == 0):
         rest = chips // tensor
-        if t.num_key_value_heads % tensor or rows % rest or (job.task == "vision" and tensor > 1):
+        if job.config.text.intermediate_size % tensor or rows % rest or (job.task == "vision" and tensor > 1):
             continue
         found.append((1, rest, tensor) if job.task == "train" else (rest, 1, tensor))
     return found or [default_mesh(job, chips)]
@@ -236,8 +236,7 @@ def plan(job: Job, target: Target, mesh: tuple[int, int, int] | None = None) -> 
     rows = job.images if job.task == "vision" else job.batch
     if rows % (shape[0] * shape[1]) and rows > 1:
         raise InputError(f"{rows} rows cannot be shared by {shape[0] * shape[1]} groups of chips (data × fsdp)")
-    if job.task != "vision" and job.config.text.num_attention_heads % shape[2]:
-        raise InputError(f"{job.config.text.num_attention_heads} heads cannot be shared by {shape[2]} chips (tensor)")
+    check_mesh(job.config, dict(zip(AXES, shape, strict=True)))
     mesh = make_mesh(*shape, devices=devices(target))
     with jax.set_mesh(mesh):
         lowered, parts, tokens = _LOWER[job.task](job, mesh)
@@ -351,7 +350,7 @@ def _decoder_read(params: dict) -> dict:
 
 def _cache(config: Config, mesh: Mesh, B: int, S: int) -> Cache:
     t = config.text
-    shape = (B, t.num_key_value_heads, S, t.head_dim)
+    shape = (B, t.num_key_value_heads * kv_copies(t.num_key_value_heads), S, t.head_dim)
     k, v = ([_shaped(mesh, "BKSH", shape, config.dtype) for _ in range(t.num_hidden_layers)] for _ in "kv")
     return Cache(k, v, *(_shaped(mesh, ".", (B,), jnp.int32) for _ in "ld"))
 

@@ -3,7 +3,10 @@
 Model code only says `constrain(x, "BTD")`; without a mesh that does nothing.
 """
 
+import math
+
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.types import InputError
@@ -64,12 +67,52 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
 
 
+def check_mesh(config, sizes) -> None:
+    """Raises InputError where a mesh of such sizes by axis (`mesh.shape`) does not divide the model's widths."""
+    t = config.text
+    for axis, width, size in (
+        ("fsdp", "hidden_size", t.hidden_size),
+        ("tensor", "intermediate_size", t.intermediate_size),
+    ):
+        if size % sizes[axis]:
+            raise InputError(f"the model's {width}, {size}, cannot be shared by {sizes[axis]} devices ({axis})")
+
+
 def constrain(x, dims: str):
     """Asks for x's dimensions, one letter each, to be laid out by the activation table on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, _spec(tuple(dims), x.shape, ACTIVATIONS, mesh))
+
+
+def kv_copies(K: int) -> int:
+    """In how many copies each of K kv heads is held, so that the tensor axis of the current mesh divides them all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    return tensor // math.gcd(K, tensor)
+
+
+def spread_heads(q, k, v):
+    """Heads that the tensor axis divides: every kv head in as many copies as that takes, its queries shared by them.
+
+    q [B, T, N, H]; k, v [B, T, K, H] → q [B, T, N', H]; k, v [B, T, K', H]; where a kv head's queries cannot be shared
+    evenly, zeros fill up N'. Weights are not copied, they are split wherever that may be within a head.
+    """
+    (B, T, N, H), K = q.shape, k.shape[2]
+    copies = kv_copies(K)
+    if copies > 1:
+        q = jnp.pad(q.reshape(B, T, K, N // K, H), ((0, 0),) * 3 + ((0, -(N // K) % copies), (0, 0)))
+        q, k, v = q.reshape(B, T, -1, H), jnp.repeat(k, copies, 2), jnp.repeat(v, copies, 2)
+    return constrain(q, "BTNH"), constrain(k, "BTKH"), constrain(v, "BTKH")
+
+
+def join_heads(attended, N: int, K: int):
+    """What was attended by `spread_heads`' queries, [B, T, N', H] → [B, T, N, H]."""
+    B, T, spread, H = attended.shape
+    if spread == N:
+        return attended
+    return attended.reshape(B, T, K, spread // K, H)[..., : N // K, :].reshape(B, T, N, H)
 
 
 def local_rows(B: int) -> int:

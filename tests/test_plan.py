@@ -54,8 +54,9 @@ def test_what_there_is_is_named():
 
 def test_meshes_divide_the_job():
     config = PRESETS["qwen2.5-vl-7b"]  # four kv heads
-    assert default_mesh(Job(config), 8) == (2, 1, 4)
-    assert meshes(Job(config, batch=2), 8) == [(2, 1, 4)]
+    assert default_mesh(Job(config, batch=2), 8) == (2, 1, 4)
+    assert default_mesh(Job(config), 8) == (1, 1, 8)
+    assert meshes(Job(config, batch=2), 8) == [(2, 1, 4), (1, 1, 8)]
     assert meshes(Job(config, "train", batch=8), 4) == [(1, 4, 1), (1, 2, 2), (1, 1, 4)]
     assert meshes(Job(config, "vision", images=8), 4) == [(4, 1, 1)]
 
@@ -77,13 +78,13 @@ def test_meshes_that_are_none(name):
         ({"lora": -1}, None, "lora"),
         ({}, (1, 1, 3), "has 3 chips; v5e-4 has 4"),
         ({"batch": 3}, (4, 1, 1), "3 rows cannot be shared by 4"),
-        ({}, (1, 1, 4), "10 heads cannot be shared by 4"),
+        ({}, (1, 1, 4), "intermediate_size, 11006, cannot be shared by 4"),
     ],
 )
 def test_jobs_that_cannot_be(changes, mesh, said):
     config = PRESETS["qwen2.5-vl-3b"]
-    if "heads" in said:
-        config = replace(config, text=replace(config.text, num_attention_heads=10))
+    if "11006" in said:
+        config = replace(config, text=replace(config.text, intermediate_size=11006))
     with pytest.raises(InputError, match=said):
         plan(Job(config)._replace(**changes), Target("v5e", 4), mesh)
 
@@ -139,6 +140,17 @@ def test_a_decode_step_moves_little_but_weights_and_cache(name, target):
     assert answer["bytes_accessed"] <= 1.03 * answer["min_bytes"]
     assert answer["hbm_per_chip"]["temp"] <= 64e6
     assert answer["flops"] >= answer["min_bytes"] * 0.9  # two operations for each two bytes of weights
+
+
+@compiled
+def test_more_chips_than_kv_heads():
+    """Four kv heads, 28 of queries, eight chips: each has one of two copies of a kv head, and a share of the rest."""
+    config = shallow("qwen2.5-vl-7b", 4)
+    answer, t = plan(Job(config), Target("v6e", 8)), config.text
+    assert answer["mesh"]["tensor"] == 8 and answer["fits"]
+    assert answer["hbm_per_chip"]["cache"] == 2 * 2 * 4 * 4096 * t.head_dim + 8
+    assert answer["bytes_accessed"] <= 1.1 * answer["min_bytes"]
+    assert answer["collective_bytes"] < 4e6
 
 
 @compiled

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention, decode_attention
 from qwenvl_jax.model.layers import Linear, RMSNorm, precision, rematerialised, rotate, text_rope
-from qwenvl_jax.sharding import constrain
+from qwenvl_jax.sharding import constrain, join_heads, spread_heads
 from qwenvl_jax.types import Cache
 
 
@@ -31,8 +31,8 @@ class DecoderBlock(nn.Module):
         q = linear(c.num_attention_heads * c.head_dim, True, "q_proj")(h).reshape(heads)
         k = linear(c.num_key_value_heads * c.head_dim, True, "k_proj")(h).reshape(heads)
         v = linear(c.num_key_value_heads * c.head_dim, True, "v_proj")(h).reshape(heads)
-        q, k = constrain(rotate(q, cos, sin), "BTNH"), constrain(rotate(k, cos, sin), "BTKH")
-        attended, state = attend(q, k, constrain(v, "BTKH"))
+        attended, state = attend(*spread_heads(rotate(q, cos, sin), rotate(k, cos, sin), v))
+        attended = join_heads(attended, c.num_attention_heads, c.num_key_value_heads)
         x = x + linear(c.hidden_size, False, "o_proj")(attended.reshape(*x.shape[:2], -1))
 
         h = norm("post_attention_layernorm")(x)

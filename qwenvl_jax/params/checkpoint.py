@@ -27,7 +27,7 @@ from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params.hf import STACKED, Leaf, aligned_empty, flatten, read_params, to_devices, unflatten
 from qwenvl_jax.params.tensors import INDEX
-from qwenvl_jax.sharding import param_shardings
+from qwenvl_jax.sharding import check_mesh, param_shardings
 from qwenvl_jax.types import InputError, Model
 
 FORMAT = 1
@@ -46,12 +46,15 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
 
     mesh: lay the parameters out over it (sharding.make_mesh); None puts them on the first device.
     dtype: cast the weights to it and compute in it ("float32"); None keeps the checkpoint's.
-    Raises InputError for anything that is not a complete checkpoint of a supported model.
+    Raises InputError for anything that is not a complete checkpoint of a supported model, or a mesh that does not
+    divide it.
     """
     from qwenvl_jax.inputs.processor import Processor
 
     path = find(path_or_id)
     config = read_config(path)
+    if mesh is not None:
+        check_mesh(config, mesh.shape)
     shapes = abstract_params(config)
     shardings = None if mesh is None else param_shardings(shapes, mesh)
     dtype = None if dtype is None else _known_dtype(dtype)

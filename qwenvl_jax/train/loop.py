@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.hf import flatten, unflatten
-from qwenvl_jax.sharding import make_mesh, param_shardings
+from qwenvl_jax.sharding import check_mesh, make_mesh, param_shardings
 from qwenvl_jax.train.flops import peak_flops, train_flops
 from qwenvl_jax.train.losses import dpo_loss, segment_logprobs, sft_loss
 from qwenvl_jax.train.options import TrainOptions
@@ -80,6 +80,8 @@ class _Loop:
         self.data, self.options, self.evaluate, self.run, self.signals = data, options, evaluate, run, signals
         self.config = model.config.replace(dtype=options.dtype or model.config.dtype)
         self.mesh = make_run_mesh(options)
+        if self.mesh is not None:
+            check_mesh(self.config, self.mesh.shape)
         params = model.params if donate else jax.tree.map(jnp.copy, model.params)
         # Laid out as a checkpoint is restored; a run that goes on then needs no other program.
         layout = _layout(params, self.mesh)
