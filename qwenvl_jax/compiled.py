@@ -123,6 +123,8 @@ class Program:
                 total += _dot(i, *sides)
             elif i.opcode == "custom-call" and (kernel := _KERNEL.search(f"{i.name} {_source(i)}")):
                 total += _attention(i, kernel[1], [body[o].results[0] for o in i.operands])
+            elif i.opcode == "custom-call":
+                total += _stated(i, "flops") or 0
             elif i.opcode in ("fusion", "async-start"):
                 total += self._flops(_called(i, "calls"))
             elif i.opcode in _ARITHMETIC and i.results[0].dtype.startswith(("f", "bf")):
@@ -154,6 +156,8 @@ class Program:
             return 2 * _size(operands[1 if i.opcode == "dynamic-update-slice" else 2])
         if i.opcode.removesuffix("-start") in COLLECTIVES:
             return sum(map(_size, operands)) + _size(i.results[-len(operands) :])
+        if i.opcode == "custom-call" and (stated := _stated(i, "bytes_accessed")) is not None:
+            return stated
         return sum(map(_size, operands)) + written
 
     def _fusion(self, name: str, i: Instruction, operands) -> int:
@@ -333,6 +337,15 @@ def _attention(i: Instruction, kernel: str, operands: list[Array]) -> int:
     if products is None:  # the GPU's, whose heads come after the tokens
         keys, products = k[-3], {"forward": 2, "backward": 7}[kernel]
     return 2 * products * math.prod(q) * keys // (2 if "/causal/" in _source(i) else 1)
+
+
+def _stated(i: Instruction, cost: str) -> int | None:
+    """What a kernel for TPUs, which the text does not look into, says of its own cost, if it does.
+
+    It updates arrays in place, so that they are not its traffic: `decode_kernel` states the bytes of a full cache.
+    """
+    match = re.search(rf'"cost_estimate":\{{[^}}]*"{cost}":"(\d+)"', i.attributes)
+    return int(match[1]) if match else None
 
 
 def _group(i: Instruction) -> int:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention, decode_attention
+from qwenvl_jax.model.decode_kernel import decode_kernel, supported
 from qwenvl_jax.model.layers import Linear, RMSNorm, precision, rematerialised, rotate, text_rope
 from qwenvl_jax.sharding import constrain, join_heads, spread_heads
 from qwenvl_jax.types import Cache
@@ -83,15 +84,25 @@ def step(config: Config, params: dict, tokens, cache: Cache):
     keys, values = [], []
 
     def attend(layer, q, k, v):
-        k_cache, v_cache = write(cache.k[layer], k, cache.lengths), write(cache.v[layer], v, cache.lengths)
-        keys.append(k_cache)
-        values.append(v_cache)
-        return decode_attention(q, k_cache, v_cache, cache.lengths + 1), None
+        whole = q, k, v, cache.k[layer], cache.v[layer], cache.lengths
+        if supported(cache.k[layer]):
+            attended, k, v = jax.lax.platform_dependent(*whole, tpu=decode_kernel, default=_write_and_attend)
+        else:
+            attended, k, v = _write_and_attend(*whole)
+        keys.append(k)
+        values.append(v)
+        return attended, None
 
     for l in range(config.text.num_hidden_layers):
         weights = jax.tree.map(lambda w, l=l: w[l], params["decoder"]["layers"])
         x, _ = block.apply({"params": weights}, x, cos, sin, lambda *qkv, l=l: attend(l, *qkv))
     return x, Cache(keys, values, cache.lengths + 1, cache.deltas)
+
+
+def _write_and_attend(q, k, v, k_cache, v_cache, lengths):
+    """As `decode_kernel`, in XLA."""
+    k_cache, v_cache = write(k_cache, k, lengths), write(v_cache, v, lengths)
+    return decode_attention(q, k_cache, v_cache, lengths + 1), k_cache, v_cache
 
 
 def write(cache, new, lengths):
