@@ -115,6 +115,9 @@ replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, to_apply=%regi
 custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof": 1
 }}, metadata={op_name="jit(f)/causal/splash_mha_fwd"}
+  %attend.1 = (bf16[8,16]{1,0:T(8,128)(2,1)}, bf16[8192,4,128,1]{2,0,1,3:T(8,128)(2,1)}) custom-call(%x.1, %k), \
+custom_call_target="tpu_custom_call", output_to_operand_aliasing={{1}: (1, {})}, backend_config={"custom_call_config": \
+{"body":"TUz=","cost_estimate":{"flops":"1000","transcendentals":"7","bytes_accessed":"3000"}}}
   ROOT %scores = f32[4,256,7,8192]{3,1,2,0:T(8,128)} convolution(%q, %k), \
 window={size=4x1 stride=3x1 lhs_dilate=4x1}, dim_labels=b01f_o0i1->0b1f
 }
@@ -127,7 +130,8 @@ def test_a_tpu_program():
     assert read.trips(main["while.1"]) == 28
     scores = 2 * 4 * 256 * 7 * 8192 * 128  # the batch of 4 is in space: zeros between rows are no work
     kernel = 2 * 2 * 256 * 4 * 7 * 128 * 7 // 2
-    assert read.flops == scores + kernel
+    assert read.flops == scores + kernel + 1000
+    assert read.traffic("main", main["attend.1"]) == 3000  # what the kernel says; it updates k in place
     # Padded to tiles: of [8, 16], 16 columns to 128; where rows change fastest, 8 of them to 128, and 16 stay.
     assert read.traffic("body", body["copy"]) == 2 * (8 * 128 + 16 * 128)
     assert read.traffic("main", main["slice-start"]) == 2 * 128  # what arrives is in vector memory

@@ -13,18 +13,13 @@ from jax.experimental.pallas import tpu as pltpu
 from qwenvl_jax.model.layers import precision
 from qwenvl_jax.sharding import activation_sharding
 
-BLOCK = 2**17  # elements of k that a step takes, and of v: fewer, and the steps themselves would cost more than memory
+BLOCK = 2**17  # elements of k, and of v, that are read at a time: of fewer, the reading costs less than the step
 TILE = 16  # slots that are written at once: memory is laid out in tiles of so many, of bfloat16
-
-
-def supported(cache) -> bool:
-    """Whether the kernel takes such a cache [B, K, S, H]: heads fill the vector lanes, and blocks divide slots."""
-    return cache.shape[3] % 128 == 0 and cache.shape[2] % TILE == 0
 
 
 def decode_kernel(q, k, v, k_cache, v_cache, lengths, *, interpret: bool = False):
     """Puts k, v [B, 1, K, H] at slot lengths[b] of k_cache, v_cache [B, K, S, H], and attends with q [B, 1, N, H]
-    to that slot and those before it: (attended [B, 1, N, H], k_cache, v_cache).
+    to that slot and those before it: (attended [B, 1, N, H], k_cache, v_cache). H is a multiple of the 128 lanes.
 
     interpret: on any machine, slowly, to compare.
     """
@@ -43,14 +38,14 @@ def decode_kernel(q, k, v, k_cache, v_cache, lengths, *, interpret: bool = False
 
 
 def block_slots(K: int, S: int, H: int) -> int:
-    """Slots of a block: as many as BLOCK holds, of those that divide S."""
-    most = max(BLOCK // (K * H), TILE)
-    return max(n for n in range(TILE, min(S, most) + 1, TILE) if S % n == 0)
+    """Slots of a block, whole tiles: as many as BLOCK holds, or up to half as many if those divide S."""
+    most = min(max(BLOCK // (K * H * TILE), 1), -(-S // TILE)) * TILE
+    return next((n for n in range(most, most // 2, -TILE) if S % n == 0), most)
 
 
 def fetched(slots: int, b, j, lengths):
-    """The block [b, :, j] of a cache that step (b, j) reads: beyond the row's last live one, that one, which is there
-    already, so that nothing is fetched."""
+    """Which block of a cache [B, K, S, H] step (b, j) takes: after the row's last live one, that one again, so that
+    nothing is fetched."""
     return b, 0, jnp.minimum(j, jax.lax.div(lengths[b], slots)), 0
 
 
@@ -66,7 +61,7 @@ def _one(q, k, v, k_cache, v_cache, lengths, *, interpret: bool):
         partial(_kernel, slots=slots),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(B, S // slots),
+            grid=(B, -(-S // slots)),
             in_specs=[row(G), row(1), row(1), block, block],
             out_specs=[row(G), tile, tile],
             scratch_shapes=[pltpu.VMEM((K, G, n), jnp.float32) for n in (1, 1, H)],
@@ -75,7 +70,7 @@ def _one(q, k, v, k_cache, v_cache, lengths, *, interpret: bool):
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), *(pltpu.HBM(a.shape, a.dtype) for a in (k_cache, v_cache))],
         input_output_aliases={4: 1, 5: 2},  # the scalars count
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
+        cost_estimate=pl.CostEstimate(  # with full caches
             flops=4 * q.size * S,
             transcendentals=q.size // H * S,
             bytes_accessed=2 * (k_cache.nbytes + k.nbytes * TILE + k.nbytes + q.nbytes),
@@ -87,8 +82,8 @@ def _one(q, k, v, k_cache, v_cache, lengths, *, interpret: bool):
 
 
 def _kernel(lengths, q, k_new, v_new, k, v, out, k_tile, v_tile, most, total, weighted, *, slots: int):
-    """One row, one block of its cache. `most`, `total` [K, G, 1] and `weighted` [K, G, H] are the softmax so far: its
-    largest score, and the sums that are relative to it."""
+    """One row, one block of its cache. `most`, `total` [K, G, 1] and `weighted` [K, G, H] are the softmax so far: the
+    largest score, the sum of weights relative to it, and that of weighted values."""
     b, j = pl.program_id(0), pl.program_id(1)
     length = lengths[b]
     product = partial(jnp.einsum, precision=precision(q.dtype), preferred_element_type=jnp.float32)
@@ -96,18 +91,18 @@ def _kernel(lengths, q, k_new, v_new, k, v, out, k_tile, v_tile, most, total, we
 
     @pl.when(j == 0)
     def _():  # the new token, which the cache does not hold yet
-        most[...] = product("KGH,KTH->KGT", q[0], k_new[0].astype(q.dtype)) * scale
+        most[...] = product("KGH,KTH->KGT", q[0], k_new[0]) * scale
         total[...] = jnp.ones_like(total)
         weighted[...] = jnp.broadcast_to(v_new[0].astype(jnp.float32), weighted.shape)
 
     @pl.when(j * slots < length)
     def _():
         live = length - j * slots
-        scores = product("KGH,KSH->KGS", q[0], k[0].astype(q.dtype)) * scale
+        scores = product("KGH,KSH->KGS", q[0], k[0]) * scale
         scores = jnp.where(jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2) < live, scores, -jnp.inf)
         now = jnp.maximum(most[...], jnp.max(scores, -1, keepdims=True))
         weights, old = jnp.exp(scores - now), jnp.exp(most[...] - now)
-        # Dead slots may hold anything, of which no weight makes nothing.
+        # A weight of zero is not enough: dead slots may hold anything, NaN too.
         values = jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape[1:], 1) < live, v[0], 0)
         most[...] = now
         total[...] = total[...] * old + jnp.sum(weights, -1, keepdims=True)
@@ -117,7 +112,7 @@ def _kernel(lengths, q, k_new, v_new, k, v, out, k_tile, v_tile, most, total, we
     def _():
         out[0] = (weighted[...] / total[...]).astype(out.dtype)
         at = length - j * slots
-        within = jax.lax.rem(at, TILE)
+        within = jax.lax.rem(at, TILE)  # `%` and `//` ask which TPU it is, which is not known without one
         start = pl.multiple_of(at - within, TILE)
         for tile, cache, new in ((k_tile, k, k_new), (v_tile, v, v_new)):
             there = jax.lax.broadcasted_iota(jnp.int32, tile.shape[1:], 1) == within

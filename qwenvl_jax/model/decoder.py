@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention, decode_attention
-from qwenvl_jax.model.decode_kernel import decode_kernel, supported
+from qwenvl_jax.model.decode_kernel import decode_kernel
 from qwenvl_jax.model.layers import Linear, RMSNorm, precision, rematerialised, rotate, text_rope
 from qwenvl_jax.sharding import constrain, join_heads, spread_heads
 from qwenvl_jax.types import Cache
@@ -85,10 +85,10 @@ def step(config: Config, params: dict, tokens, cache: Cache):
 
     def attend(layer, q, k, v):
         whole = q, k, v, cache.k[layer], cache.v[layer], cache.lengths
-        if supported(cache.k[layer]):
-            attended, k, v = jax.lax.platform_dependent(*whole, tpu=decode_kernel, default=_write_and_attend)
+        if config.text.head_dim % 128 == 0:  # the kernel's heads fill the vector lanes
+            attended, k, v = jax.lax.platform_dependent(*whole, tpu=decode_kernel, default=write_and_attend)
         else:
-            attended, k, v = _write_and_attend(*whole)
+            attended, k, v = write_and_attend(*whole)
         keys.append(k)
         values.append(v)
         return attended, None
@@ -99,7 +99,7 @@ def step(config: Config, params: dict, tokens, cache: Cache):
     return x, Cache(keys, values, cache.lengths + 1, cache.deltas)
 
 
-def _write_and_attend(q, k, v, k_cache, v_cache, lengths):
+def write_and_attend(q, k, v, k_cache, v_cache, lengths):
     """As `decode_kernel`, in XLA."""
     k_cache, v_cache = write(k_cache, k, lengths), write(v_cache, v, lengths)
     return decode_attention(q, k_cache, v_cache, lengths + 1), k_cache, v_cache
