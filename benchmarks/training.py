@@ -32,7 +32,7 @@ from qwenvl_convert.parity import reference_inputs
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.demo.tokenizer import write_processor
-from qwenvl_jax.inputs.layout import pack_lanes
+from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.qwenvl import init
 from qwenvl_jax.train.data import Dataset
@@ -81,7 +81,10 @@ def make_data(config: Config, processor: Processor, rows: int, tokens: int, batc
     samples = [processor.encode(records[i]["messages"], add_generation_prompt=False) for i in range(len(records))]
     groups = [samples[i : i + rows] for i in range(0, len(samples), rows)]
     grids = [[v.grid for s in group for v in s.visuals] for group in groups]
-    lanes = max(pack_lanes(g, PATCHES, config.vision)[1] for g in grids)
+    filled = [Lanes(PATCHES, config.vision) for _ in grids]
+    for each, pictures in zip(filled, grids, strict=True):
+        each.place(pictures)
+    lanes = max(len(each.lanes) for each in filled)
     useful = sum(len(s.tokens) for s in samples)
     # As many more lanes as samples share a row, so that neither rows nor lanes are half empty.
     share = tokens * len(samples) / useful

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, clip, mixed_samples, picture, random_requests, sample, tiny_config, with_vision
 
 from qwenvl_jax.inputs.batch import Ladder, cover, geometric, make_batch, round_up
-from qwenvl_jax.inputs.layout import mrope_positions, pack_lanes, slots_needed
+from qwenvl_jax.inputs.layout import Lanes, mrope_positions, slots_needed
 from qwenvl_jax.inputs.media import Preprocessing, smart_resize
 from qwenvl_jax.types import Grid, InputError, Sample, Visual
 
@@ -75,12 +75,13 @@ def test_lanes_hold_every_cell_once_and_no_window_straddles_a_block(family, size
     v = config.vision
     grids = [Grid(t, 2 * h, 2 * w) for t, h, w in sizes]
     capacity = spare + -(-max(slots_needed(g, v) for g in grids) // 64) * 64
-    placed, lanes = pack_lanes(grids, capacity, v)
+    lanes = Lanes(capacity, v)
+    placed = lanes.place(grids)
     taken = set()
     for grid, frames in zip(grids, placed, strict=True):
         assert len(frames) == grid.t
         for p in frames:
-            assert 0 <= p.lane < lanes
+            assert 0 <= p.lane < len(lanes.lanes)
             cells = {(p.lane, int(c)) for c in p.cells}
             assert len(cells) == grid.h * grid.w // 4 and not cells & taken
             assert 0 <= p.cells.min() and p.cells.max() < capacity // 4
@@ -96,8 +97,9 @@ def test_lanes_hold_every_cell_once_and_no_window_straddles_a_block(family, size
 
 def test_windows_of_one_lane_have_distinct_ids():
     config = tiny_config("qwen2_5_vl")
-    placed, lanes = pack_lanes([Grid(2, 10, 6), Grid(1, 4, 22)], 1024, config.vision)
-    assert lanes == 1
+    lanes = Lanes(1024, config.vision)
+    placed = lanes.place([Grid(2, 10, 6), Grid(1, 4, 22)])
+    assert len(lanes.lanes) == 1
     seen = [set(p.windows.tolist()) for frames in placed for p in frames]
     assert sum(map(len, seen)) == len(set().union(*seen))
     assert [p.frame for frames in placed for p in frames] == [1, 2, 3]

@@ -52,10 +52,9 @@ def test_sizes_and_calls_leave_the_logits_unchanged(model):
     rng = np.random.default_rng(3)
     large, small = picture(rng, config, 40, 48), picture(rng, config, 6, 8)
     samples = [sample(rng, config, 3, large, 2, clip(rng, config, 7, 8, 10, 0.7), small, 4), *mixed_samples(config)]
-    batch = make_batch(samples, config, Ladder(lanes=2))
-    assert len(batch.vision) > 3
+    assert len(make_batch(samples, config).vision) > 1
     one_lane = Ladder(patches=(8192,))
-    assert_same(logits_by_row(*model, samples, Ladder(lanes=2)), logits_by_row(*model, samples, one_lane))
+    assert_same(logits_by_row(*model, samples), logits_by_row(*model, samples, one_lane))
 
 
 def test_batch_order_leaves_the_logits_unchanged(model):

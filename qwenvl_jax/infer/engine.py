@@ -9,7 +9,6 @@ import functools
 import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, room
-from qwenvl_jax.infer.programs import CHUNK, Programs
+from qwenvl_jax.infer.programs import CHUNK, Programs, kept
 from qwenvl_jax.inputs.batch import Ladder, make_batch, round_up
 from qwenvl_jax.inputs.layout import placeholder_runs, slots_needed
 from qwenvl_jax.sharding import ACTIVATIONS
@@ -255,7 +254,7 @@ class Engine:
         for B in self.ladder.rows:
             jobs += [functools.partial(self._warm_prompt, B, T, forks, min(lanes, default=None)) for T in tokens]
             jobs.append(functools.partial(self._warm_steps, B, tokens, variants))
-        with _kept(cache):
+        with kept(cache):
             for job in tqdm(jobs, desc="compiling", disable=not progress):
                 jax.block_until_ready(job())
 
@@ -405,19 +404,6 @@ def _forks(n: int, max_batch: int, rungs: Sequence[int]) -> set[tuple[int, int]]
     counts = {(u, u * n) for u in range(1, max_batch // n + 1)} | {(1, max_batch), (1, n % max_batch)}
     counts = {(u, rows) for u, rows in counts if u < rows and (n <= max_batch or u == 1)} if n > 1 else set()
     return {(round_up(u, rungs, "rows"), round_up(rows, rungs, "rows")) for u, rows in counts}
-
-
-@contextmanager
-def _kept(cache: str | Path | None):
-    """Meanwhile jax writes every program it compiles to its cache, even one that takes no time."""
-    cache = cache or jax.config.jax_compilation_cache_dir or Path.home() / ".cache" / "qwenvl_jax"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 def _fetch(draw: sampling.Draw) -> sampling.Draw:

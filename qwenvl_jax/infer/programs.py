@@ -1,6 +1,6 @@
 """The compiled programs of an engine: few, and each for one rung of a ladder, never for a pair of rungs.
 
-`encode` is compiled for a lane bucket (R, P), `embed`, `place` and `prefill` for a (B, T), `first` for a B,
+`encode` is compiled for a lane length P, `embed`, `place` and `prefill` for a (B, T), `first` for a B,
 `step` and `grow` for a (B, S), and `fork` only where a conversation has several samples. They meet in shapes
 that depend on one of them alone: vision output travels in chunks of a fixed size, and S follows from T.
 """
@@ -8,6 +8,8 @@ that depend on one of them alone: vision output travels in chunks of a fixed siz
 import functools
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,19 @@ from qwenvl_jax.sharding import constrain
 from qwenvl_jax.types import Cache
 
 CHUNK = 1024  # visual tokens that go into the text at a time
+
+
+@contextmanager
+def kept(cache: str | Path | None):
+    """Meanwhile jax writes every program it compiles to its cache, even one that takes no time."""
+    cache = cache or jax.config.jax_compilation_cache_dir or Path.home() / ".cache" / "qwenvl_jax"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 class Programs:

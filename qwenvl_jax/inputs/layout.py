@@ -190,9 +190,3 @@ class Lanes:
                 out.append(Placement(i, frames + 1, cells, windows.window + first_window + 1))
             placed.append(out)
         return placed
-
-
-def pack_lanes(grids: list[Grid], capacity: int, vision: VisionConfig) -> tuple[list[list[Placement]], int]:
-    """The placements of every grid's frames, and the number of lanes they take."""
-    lanes = Lanes(capacity, vision)
-    return lanes.place(grids), len(lanes.lanes)
