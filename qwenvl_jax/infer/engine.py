@@ -10,7 +10,6 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -229,7 +228,6 @@ class Engine:
         n: int = 1,
         sample: Sequence[bool] = (False, True),
         logprobs: Sequence[bool] = (False,),
-        cache: str | Path | None = None,
         progress: bool = True,
     ) -> None:
         """Compiles every program that requests within these limits can need, by running each once.
@@ -239,8 +237,8 @@ class Engine:
             checkpoint's limit, 0 for text only.
         n: samples of every conversation.
         sample, logprobs: the kinds of batches to prepare for: any row not greedy, any row with logprobs.
-        cache: the directory where jax keeps compiled programs for the next process; by default the one it has been
-            told (JAX_COMPILATION_CACHE_DIR), else ~/.cache/qwenvl_jax.
+        They are kept for the next process in the directory of jax's persistent compilation cache
+        (JAX_COMPILATION_CACHE_DIR); if it has none, in ~/.cache/qwenvl_jax.
         """
         tokens = self.ladder.tokens
         most = min(max_tokens or self.max_length, self.max_length)
@@ -254,7 +252,7 @@ class Engine:
         for B in self.ladder.rows:
             jobs += [functools.partial(self._warm_prompt, B, T, forks, min(lanes, default=None)) for T in tokens]
             jobs.append(functools.partial(self._warm_steps, B, tokens, variants))
-        with kept(cache):
+        with kept():
             for job in tqdm(jobs, desc="compiling", disable=not progress):
                 jax.block_until_ready(job())
 

@@ -25,10 +25,10 @@ CHUNK = 1024  # visual tokens that go into the text at a time
 
 
 @contextmanager
-def kept(cache: str | Path | None):
+def kept():
     """Meanwhile jax writes every program it compiles to its cache, even one that takes no time."""
-    cache = cache or jax.config.jax_compilation_cache_dir or Path.home() / ".cache" / "qwenvl_jax"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "qwenvl_jax"))
     least = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     try:

@@ -41,7 +41,7 @@ class Ladder(NamedTuple):
     rows: B, of prompts and answers.
     tokens: T of prompts, and S of caches, which grow from one rung to the next as answers do.
     patches: P, the slots of a lane of the vision tower; a call of it is `lanes` × P. Of 4, 5 and 6 quarters of the
-        powers of two, so that a picture alone fills five sixths of its lane on average; 23 of them serve pictures of
+        powers of two, so that a picture alone fills 89% of its lane on average; 23 of them serve pictures of
         12.8 megapixels, the checkpoints' limit. From 512 on they are multiples of 128, which the TPU's kernel wants.
     lanes: R, the same in every call. On a mesh the engine multiplies it by the devices that share a batch, since
         they split a call by lanes.
@@ -151,7 +151,7 @@ def pack_vision(
             )
         one = visual.grid._replace(t=1)
         frames += [visual._replace(patches=patches, grid=one) for patches in np.split(visual.patches, visual.grid.t)]
-    calls, places, start = [], [np.zeros(0, np.int32)] * len(frames), 0
+    calls, places, start = [], [None] * len(frames), 0
     for P, placed in cover([frame.grid for frame in frames], v, ladder):
         call, inner = fill_lanes([frames[i] for i in placed], list(placed.values()), ladder.lanes, P, v)
         for i, place in zip(placed, inner, strict=True):
