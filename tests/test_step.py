@@ -1,10 +1,6 @@
 """The step: what may change, in which layout, by how much, and what a bad batch leaves untouched."""
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -264,63 +260,3 @@ def test_bfloat16_learns_with_float32_parameters():
     assert losses[-1] < 0.5 * losses[0], losses
     assert {w.dtype for w in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert step._cache_size() == 1
-
-
-ON_A_MESH = """
-import jax, numpy as np
-from functools import partial
-from test_losses import assert_close, params_of, samples_of, small_config
-from test_step import everything, stack
-from tiny import train_batch
-from qwenvl_jax.sharding import make_mesh, param_shardings
-from qwenvl_jax.train.losses import sft_loss
-from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, make_step, shardings
-
-config = small_config("qwen2_5_vl")
-samples = samples_of(config)
-rows = [[samples[i % 4], samples[(i + i // 4) % 4]] for i in range(8)]
-batch = stack([train_batch(config, rows), train_batch(config, rows[::-1])])
-assert batch.inputs.vision[0].frames.shape[1] % 8 == 0  # lanes are split too
-optimizer = make_optimizer(1e-2, eps=1e-3, weight_decay=0.1)  # eps: or the sign of a zero gradient would count
-step = make_step(partial(sft_loss, config, remat=True, chunk=32), optimizer, everything)
-compiled = []
-def count(event, *_, **__):
-    if "backend_compile" in event:
-        compiled.append(event)
-jax.monitoring.register_event_duration_secs_listener(count)
-
-def run(state, batch):
-    seen = []
-    for _ in range(3):
-        state, metrics = step(state, batch)
-        seen.append((len(compiled), metrics))
-    counts, metrics = zip(*seen)
-    assert len(set(counts)) == 1, counts  # what comes out is laid out as what goes in
-    return state, list(metrics)
-
-state, metrics = run(init_state(jax.tree.map(np.array, params_of(config)), optimizer, everything), batch)
-alone = state.params, metrics
-for shape in ((2, 2, 2), (8, 1, 1)):
-    mesh = make_mesh(*shape)
-    with jax.set_mesh(mesh):
-        params = jax.device_put(params_of(config), param_shardings(params_of(config), mesh))
-        state = init_state(params, optimizer, everything)
-        state, metrics = run(state, jax.device_put(batch, batch_shardings(batch, mesh)))
-    assert_close((state.params, metrics), alone)
-    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings(state, state.params, mesh))):
-        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    mu = next(s for s in state.opt_state if hasattr(s, "mu")).mu["decoder/layers/gate_proj/kernel"]
-    assert len({str(shard.index) for shard in mu.addressable_shards}) == shape[1] * shape[2]
-"""
-
-
-@pytest.mark.slow
-def test_eight_devices_equal_one():
-    here = Path(__file__).parent
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
-    }
-    done = subprocess.run([sys.executable, "-W", "error", "-c", ON_A_MESH], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
