@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -51,6 +52,7 @@ _SAMPLING = (
     "seed",
     "stop",
 )
+_EXCHANGES = ("Gloo", "NCCL", "Coordination", "heartbeat")  # in errors of jax where another process is gone
 # What a request body may hold beside its messages, and what it is called here.
 _REQUEST = {name: name for name in (*_SAMPLING, "tools")} | {
     "max_tokens": "max_new_tokens",
@@ -82,8 +84,14 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         code, sentence = _explain(error)
-        print(f"qwenvl: {sentence}", file=sys.stderr)
+        print(f"qwenvl: {sentence}", file=sys.stderr, flush=True)
+        if _one_of_several():  # at once: jax would wait for the others, and they may be waiting for this one
+            os._exit(code)
         return code
+
+
+def _one_of_several() -> bool:
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
 def convert_main(argv: list[str] | None = None) -> int:
@@ -96,6 +104,8 @@ def _explain(error: Exception) -> tuple[int, str]:
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return _BAD_INPUT, text
+    if _one_of_several() and any(word in text for word in _EXCHANGES):
+        return _FAILED, f"another process has ended or cannot be reached; start all of them again ({text[:200]})"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         return _BAD_INPUT, (
             "out of memory. Try --dtype bfloat16, a smaller --max-pixels, --nframes or --max-new-tokens, "
@@ -175,10 +185,12 @@ def build_parser() -> argparse.ArgumentParser:
             help="file, URL, or demo:NAME for a sample that comes with the package; repeatable, order is kept",
         )
     p.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    p.add_argument("--distributed", action="store_true", help="this is one of several processes, as on a pod's hosts")
     _model_options(p)
 
     p = command("chat", _chat, "Talk to a model about images and videos.")
     _model_options(p)
+    p.set_defaults(distributed=False)
 
     p = command("train", _train, "Fine-tune a model. The same command goes on with a run that was stopped.")
     p.add_argument("config", nargs="?", metavar="FILE.toml", help="the keys below, with _ for -; flags win")
@@ -226,6 +238,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="directory or hub id (default: demo)")
     p.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="default: the checkpoint's")
+    p.add_argument("--mesh", metavar="DxFxT", help="devices along data, fsdp and tensor, as 1x1x8 (default: one)")
     p.add_argument("--system", metavar="TEXT", help="system prompt")
     g = p.add_argument_group("sampling", "Defaults come from the checkpoint's generation_config.json.")
     g.add_argument("--max-new-tokens", type=int, metavar="N")
@@ -289,10 +302,26 @@ def _encoder(args):
     return path, encode
 
 
+def _mesh(args):
+    """The mesh that was asked for; None for one device. Several processes share one."""
+    if not (args.mesh or args.distributed):
+        return None
+    import jax
+
+    from qwenvl_jax.sharding import join, make_mesh, parse_mesh
+
+    if args.distributed:
+        join()
+    shape = parse_mesh(args.mesh) if args.mesh else (1, 1, jax.device_count())
+    if args.distributed and math.prod(shape) != jax.device_count():
+        raise InputError(f"mesh {args.mesh} is not all {jax.device_count()} devices of the processes, as it must be")
+    return make_mesh(*shape)
+
+
 def _engine(path, args):
     from qwenvl_jax import Engine, load
 
-    return Engine(load(path, dtype=args.dtype))
+    return Engine(load(path, mesh=_mesh(args), dtype=args.dtype))
 
 
 # --- generate -------------------------------------------------------------------------------------------
@@ -308,9 +337,13 @@ def _generate(args) -> int:
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
     options = _options(args)
+    _mesh(args)  # tells what is wrong with it before anything is read
     path, encode = _encoder(args)
     sample = encode(messages)
     engine = _engine(path, args)
+    if _one_of_several() and sys.modules["jax"].process_index():  # all compute the answer, the first one tells it
+        engine.generate([sample], options)
+        return _OK
     if not args.json:
         for piece in engine.stream(sample, options):
             print(piece, end="", flush=True)
@@ -393,6 +426,7 @@ _CHAT_HELP = "/image FILE   /video FILE   /reset   /quit   (Ctrl-C stops an answ
 def _chat(args) -> int:
     options = _options(args)
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
+    _mesh(args)  # tells what is wrong with it before anything is read
     path, encode = _encoder(args)
     engine = _engine(path, args)
     terminal = sys.stdin.isatty()
@@ -535,6 +569,7 @@ def _plan(args) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run, so no accelerator need be there, or be taken
     with contextlib.nullcontext() if args.debug else _mute_libraries():
         from qwenvl_jax import plan
+        from qwenvl_jax.sharding import parse_mesh
 
         names = ("task", "batch", "context", "images", "pixels", "lora")
         job = plan.Job(plan.resolve_model(args.model), **{name: getattr(args, name) for name in names})
@@ -542,7 +577,7 @@ def _plan(args) -> int:
             kind = args.target if args.target in plan.CHIPS else plan.parse_target(args.target).kind
             answer = plan.search(job, kind, progress=sys.stderr.isatty())
         else:
-            mesh = plan.parse_mesh(args.mesh) if args.mesh else None
+            mesh = parse_mesh(args.mesh) if args.mesh else None
             answer = plan.plan(job, plan.parse_target(args.target), mesh)
     print(json.dumps({"model": args.model} | answer) if args.json else plan.table(answer))
     return _OK if answer["fits"] else _FAILED

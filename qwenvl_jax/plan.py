@@ -127,14 +127,6 @@ def parse_target(name: str) -> Target:
     return Target(kind, chips)
 
 
-def parse_mesh(name: str) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) from "1x1x8"."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", name):
-        raise InputError(f"mesh {name!r} is not chips along data, fsdp and tensor, such as 1x1x8")
-    data, fsdp, tensor = map(int, name.split("x"))
-    return data, fsdp, tensor
-
-
 def devices(target: Target):
     """Stand-ins for the target's chips, to compile for. Raises InputError where its compiler is not installed."""
     for name, value in _NO_DEVICE.items():  # all at once: jax reads some when it first looks for devices

@@ -4,6 +4,8 @@ Model code only says `constrain(x, "BTD")`; without a mesh that does nothing.
 """
 
 import math
+import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qwenvl_jax.types import InputError
 
 AXES = ("data", "fsdp", "tensor")
+HEARTBEAT = 30  # seconds without a sign of a process until the others end
 
 # What each letter of the legend (types.py) is split over. Absent letters are not split.
 ACTIVATIONS = {
@@ -56,6 +59,40 @@ DIMS = {
         "fc2": _linear("-", "E"),
     },
 }
+
+
+def join() -> None:
+    """Makes this process one of several that run the same program, each with its own devices; call it before all else.
+
+    A TPU pod and Slurm say which one it is; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
+    When a process dies, exchanges with it fail in the others; where they hang instead, jax ends the others after
+    HEARTBEAT seconds with a message that names it. Raises InputError where nothing says which process this is.
+    """
+    if jax.distributed.is_initialized():
+        return
+    numbers = {}
+    for name, key in (("JAX_NUM_PROCESSES", "num_processes"), ("JAX_PROCESS_ID", "process_id")):
+        if (value := os.environ.get(name)) is not None:
+            if not value.isdecimal():
+                raise InputError(f"{name} is {value!r}; it must be a number")
+            numbers[key] = int(value)
+    try:
+        jax.distributed.initialize(
+            **numbers, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=2 * HEARTBEAT
+        )
+    except ValueError as e:
+        raise InputError(
+            f"nothing says which of several processes this is ({e}); a TPU pod or Slurm does, elsewhere set "
+            "JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from e
+
+
+def parse_mesh(name: str) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) from "1x1x8"."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", name):
+        raise InputError(f"mesh {name!r} is not chips along data, fsdp and tensor, such as 1x1x8")
+    data, fsdp, tensor = map(int, name.split("x"))
+    return data, fsdp, tensor
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 from PIL import Image
 
@@ -16,6 +17,7 @@ from qwenvl_jax import cli
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.params import checkpoint
+from qwenvl_jax.sharding import check_mesh
 from qwenvl_jax.types import InputError
 
 
@@ -284,6 +286,44 @@ def test_errors_become_sentences(engine, monkeypatch, capsys, error, code, says,
     quiet = isinstance(error, KeyboardInterrupt | BrokenPipeError)
     assert ("Traceback" in err) == (debug and not quiet)
     assert debug or err.count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--mesh", "eight"], "mesh 'eight' is not chips along data, fsdp and tensor"),
+        (["--mesh", "1x1x64"], "a mesh of 1×1×64 needs 64 devices; there are"),
+        (
+            ["--distributed"],
+            "nothing says which of several processes this is (no coordinator); a TPU pod or Slurm does",
+        ),
+    ],
+)
+def test_meshes_that_are_not_there(engine, monkeypatch, capsys, argv, says):
+    def initialize(**_):
+        raise ValueError("no coordinator")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    assert cli.main(["generate", "--prompt", "?", *argv]) == 2
+    assert says in capsys.readouterr().err
+    assert not engine.calls
+
+
+def test_a_mesh_that_does_not_divide_the_model():
+    config = checkpoint.read_config(checkpoint.find("demo"))
+    check_mesh(config, {"data": 7, "fsdp": 3, "tensor": 8})
+    with pytest.raises(InputError, match=r"hidden_size, 192, cannot be shared by 5 devices \(fsdp\)"):
+        check_mesh(config, {"data": 1, "fsdp": 5, "tensor": 1})
+
+
+def test_another_process_that_is_gone_is_no_bug(engine, monkeypatch, capsys):
+    engine.answers = [[RuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")]]
+    codes = []
+    monkeypatch.setattr(cli, "_one_of_several", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    monkeypatch.setattr(cli.os, "_exit", codes.append)
+    cli.main(["generate", "--prompt", "?"])
+    assert codes == [1] and "another process has ended or cannot be reached" in capsys.readouterr().err
 
 
 def test_debug_may_come_first(engine, capsys):

@@ -14,13 +14,13 @@ from qwenvl_jax.plan import (
     Target,
     default_mesh,
     meshes,
-    parse_mesh,
     parse_target,
     plan,
     resolve_model,
     search,
     table,
 )
+from qwenvl_jax.sharding import parse_mesh
 from qwenvl_jax.types import InputError
 
 compiled = pytest.mark.compiled

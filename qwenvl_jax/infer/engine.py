@@ -218,7 +218,10 @@ class Engine:
         return logits, prompt, cache
 
     def _put(self, tree):
-        return jax.device_put(tree, self._layout)
+        if self._layout.is_fully_addressable:
+            return jax.device_put(tree, self._layout)
+        # Every process has the same; device_put would first compare them all.
+        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, self._layout, lambda i: a[i]), tree)
 
     def warmup(
         self,

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from qwenvl_jax.params import checkpoint, lora
+from qwenvl_jax.sharding import join
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import make_run_mesh, train
 from qwenvl_jax.train.options import TrainOptions
@@ -30,7 +31,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
             raise InputError(f"{name} is not given; give --{name} or put it into the TOML file")
     final, adapter = (Path(options.output).expanduser() / name for name in (FINAL, ADAPTER))
     if options.distributed:
-        jax.distributed.initialize()
+        join()
     with Run(options) as run:  # refuses another run's directory before any weights are read
         if final.is_dir() and run.step < options.steps:
             raise InputError(f"{final} is there, after {run.step} steps; move it away to go on to {options.steps}")

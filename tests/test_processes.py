@@ -1,0 +1,128 @@
+"""Several processes over `jax.distributed`: what one does, they do together, and they end together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwenvl_jax import cli
+from qwenvl_jax.params import checkpoint
+from qwenvl_jax.train import run
+
+pytestmark = pytest.mark.slow
+MESHES = {1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 1, 2)}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A checkpoint (the demo's first layers, quick to compile), a picture, records about it."""
+    work = tmp_path_factory.mktemp("processes")
+    demo = checkpoint.load("demo", dtype="float32")
+    text = replace(demo.config.text, num_hidden_layers=1)
+    vision = replace(demo.config.vision, depth=1, fullatt_block_indexes=(0,))
+    params = jax.tree.map(lambda w: w, demo.params)
+    params["decoder"]["layers"] = jax.tree.map(lambda w: w[:1], params["decoder"]["layers"])
+    params["vision"]["blocks"] = jax.tree.map(lambda w: w[:1], params["vision"]["blocks"])
+    model = demo._replace(config=demo.config.replace(text=text, vision=vision), params=params)
+    checkpoint.save(model, work / "model", files_from=checkpoint.find("demo"))
+    Image.new("RGB", (112, 112), "red").save(work / "red.png")
+    user = {"role": "user", "content": [{"type": "image", "image": "red.png"}, {"type": "text", "text": "Colour?"}]}
+    record = {"messages": [user, {"role": "assistant", "content": "red"}]}
+    (work / "data.jsonl").write_text((json.dumps(record) + "\n") * 4)
+    (work / "run.toml").write_text(
+        f'model = "{work / "model"}"\ndata = "{work / "data.jsonl"}"\nrows = 4\ntokens = 64\nlanes = 4\npatches = 64\n'
+        'dtype = "float32"\nschedule = "constant"\nlearning_rate = 1e-3\nremat = false\nfreeze = ["vision"]\n'
+    )
+    return work
+
+
+def child(work: str, output: str, steps: str, count: str) -> None:
+    """What each process runs: prints what it read of the decoder, the answer if it is the first, and trains."""
+    data, fsdp, tensor = MESHES[int(count)]
+    several = ["--distributed"] if int(count) > 1 else []
+    read, source = [], checkpoint.Stored.read
+
+    def counted(self, leaf, *args):
+        out = source(self, leaf, *args)
+        read.append(out.size if leaf.path.startswith("decoder/") else 0)
+        return out
+
+    checkpoint.Stored.read = counted
+    ask = ["--image", f"{work}/red.png", "--prompt", "Colour?", "--temperature", "0", "--max-new-tokens", "6"]
+    shape = ["--mesh", f"{data}x{fsdp}x{tensor}"]
+    assert (
+        cli.main(["generate", "--model", f"{work}/model", "--dtype", "float32", "--json", *ask, *shape, *several]) == 0
+    )
+    print(json.dumps({"read": sum(read)}), flush=True)
+    sizes = ["--mesh-data", str(data), "--mesh-fsdp", str(fsdp), "--mesh-tensor", str(tensor)]
+    sys.exit(cli.main(["train", f"{work}/run.toml", "--output", output, "--steps", steps, *sizes, *several]))
+
+
+def start(work: Path, output: Path, steps: int, count: int) -> list[subprocess.Popen]:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = f"localhost:{s.getsockname()[1]}"
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(work / "xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    }
+    code = "import sys; sys.modules['tensorboardX'] = None; sys.path.insert(0, sys.argv.pop(1))"
+    code += "; import test_processes; test_processes.child(*sys.argv[1:])"
+    argv = [sys.executable, "-c", code, *map(str, (Path(__file__).parent, work, output, steps, count))]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [subprocess.Popen(argv, env=env | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(count)]
+
+
+def together(work: Path, count: int) -> tuple[list[int], list[float], list[int]]:
+    """The tokens, the losses, and how much of the decoder each process read."""
+    output = work / f"run{count}"
+    ends = [(*p.communicate(timeout=300), p.returncode) for p in start(work, output, 3, count)]
+    assert all(code == 0 for *_, code in ends), ends
+    printed = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, *_ in ends]
+    assert [len(lines) for lines in printed] == [2] + [1] * (count - 1)  # the first one speaks for all
+    return printed[0][0]["token_ids"], [m["loss"] for m in run.read_metrics(output)], [p[-1]["read"] for p in printed]
+
+
+@pytest.fixture(scope="module")
+def alone(work):
+    return together(work, 1)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_equal_one(work, alone, count):
+    tokens, losses, (whole,) = alone
+    theirs, their_losses, read = together(work, count)
+    assert theirs == tokens
+    np.testing.assert_allclose(their_losses, losses, rtol=1e-5)
+    share = MESHES[count][1] * MESHES[count][2]
+    assert max(read) < 1.1 * whole / share  # all but what no axis splits
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_dies_the_others_say_so_and_end(work, tmp_path, victim):
+    processes = start(work, tmp_path / "run", 10**5, 2)
+    file = tmp_path / "run" / run.METRICS
+    while not (file.exists() and file.read_text().count("\n") > 1) and all(p.poll() is None for p in processes):
+        time.sleep(0.05)
+    processes[victim].send_signal(signal.SIGKILL)
+    other, start_of_end = processes[1 - victim], time.monotonic()
+    _, error = other.communicate(timeout=90)
+    assert time.monotonic() - start_of_end < 60
+    processes[victim].communicate()
+    # By our sentence, or by jax's, whose service may be the first to notice.
+    assert other.returncode not in (0, 2)
+    assert "another process has ended or cannot be reached" in error or "another task died" in error, error[-2000:]
