@@ -22,7 +22,8 @@ from qwenvl_jax.compiled import Program
 from qwenvl_jax.config import PRESETS, Config
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.programs import Programs
-from qwenvl_jax.inputs.batch import Ladder
+from qwenvl_jax.inputs.batch import Ladder, cover
+from qwenvl_jax.inputs.layout import slots_needed
 from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.checkpoint import find, read_config
@@ -31,7 +32,7 @@ from qwenvl_jax.train.flops import peak_flops
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, make_step, shardings
-from qwenvl_jax.types import Batch, Cache, InputError, TrainBatch, VisionBatch
+from qwenvl_jax.types import Batch, Cache, Grid, InputError, TrainBatch, VisionBatch
 
 GIB = 2**30
 
@@ -151,7 +152,8 @@ class Job(NamedTuple):
     """What is to run.
 
     task: "decode" (a token for every row), "prefill" (a prompt of `context` tokens a row), "vision" (the tower over
-        `images`) or "train" (a step on rows of `context` tokens with `images` in all).
+        `images`, in as many calls as an engine makes of them) or "train" (a step on rows of `context` tokens with
+        `images` in all, each in a lane of its own).
     context: of decode, the cache's slots. pixels: of every image.
     lora: rank of the adapters that are trained, 0 for all weights.
     """
@@ -179,14 +181,16 @@ class Job(NamedTuple):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from {least} to {most}")
         if self.task == "vision" and not self.images:
             raise InputError("images is 0; the vision tower needs one at least")
-        self.lane()
+        self.grid()
 
-    def lane(self) -> int:
-        """P: patch slots of a lane that holds one image."""
+    def grid(self) -> Grid:
+        """Of an image, as square as it can be."""
         v = self.config.vision
-        if not v.patch_size**2 <= self.pixels <= Ladder().patches[-1] * v.patch_size**2:
-            raise InputError(f"pixels is {self.pixels}; an image has from {v.patch_size**2} on, in one lane")
-        return Ladder().capacity(-(-self.pixels // v.patch_size**2), v)
+        side = v.patch_size * v.spatial_merge_size
+        if not side**2 <= self.pixels <= Ladder().patches[-1] * v.patch_size**2:
+            raise InputError(f"pixels is {self.pixels}; an image has from {side**2} on, in one lane")
+        h = math.isqrt(self.pixels // side**2)
+        return Grid(1, h * v.spatial_merge_size, self.pixels // side**2 // h * v.spatial_merge_size)
 
 
 def default_mesh(job: Job, chips: int) -> tuple[int, int, int]:
@@ -231,7 +235,7 @@ def plan(job: Job, target: Target, mesh: tuple[int, int, int] | None = None) -> 
     check_mesh(job.config, dict(zip(AXES, shape, strict=True)))
     mesh = make_mesh(*shape, devices=devices(target))
     with jax.set_mesh(mesh):
-        lowered, parts, tokens = _LOWER[job.task](job, mesh)
+        lowered, parts, tokens, calls = _LOWER[job.task](job, mesh)
     weights, cache, optimizer = (_local_bytes(parts.get(name, ())) for name in ("weights", "cache", "optimizer"))
     held = weights + cache + optimizer
     answer = {
@@ -270,20 +274,17 @@ def plan(job: Job, target: Target, mesh: tuple[int, int, int] | None = None) -> 
     memory["total"] = held + used.output_size_in_bytes + used.temp_size_in_bytes
 
     program, chip = Program(compiled.as_text()), target.chip
-    sent = sum(c.bytes * c.times for c in program.collectives)
-    times = {
-        "compute": program.flops / chip.flops,
-        "memory": program.bytes / chip.bandwidth,
-        "network": sent / target.link,
-    }
+    flops, moved = calls * program.flops, calls * program.bytes
+    sent = calls * sum(c.bytes * c.times for c in program.collectives)
+    times = {"compute": flops / chip.flops, "memory": moved / chip.bandwidth, "network": sent / target.link}
     slowest = max(times, key=times.get)
     return answer | {
         "fits": memory["total"] <= target.limit,
-        "flops": program.flops,
-        "bytes_accessed": program.bytes,
-        "min_bytes": _local_bytes(parts["read"]),
+        "flops": flops,
+        "bytes_accessed": moved,
+        "min_bytes": calls * _local_bytes(parts["read"]),
         "collective_bytes": sent,
-        "collectives": [c._asdict() for c in program.collectives],
+        "collectives": [c._replace(times=calls * c.times)._asdict() for c in program.collectives],
         "roofline_seconds": times[slowest],
         "limited_by": slowest,
         "tokens_per_second": tokens / times[slowest],
@@ -361,7 +362,7 @@ def _lower_decode(job: Job, mesh: Mesh):
     programs = Programs(config, (job.context,), mesh)
     tokens = whole(".", (B,), jnp.int32)
     lowered = programs.step.lower(params, tokens, state, cache, knobs, sample=False, logprobs=None)
-    return lowered, {"weights": params, "cache": cache, "read": (_decoder_read(params), cache)}, B
+    return lowered, {"weights": params, "cache": cache, "read": (_decoder_read(params), cache)}, B, 1
 
 
 def _lower_prefill(job: Job, mesh: Mesh):
@@ -370,21 +371,25 @@ def _lower_prefill(job: Job, mesh: Mesh):
     x = _shaped(mesh, "BTD", (B, T, config.text.hidden_size), config.dtype)
     positions, segments = _shaped(mesh, "...", (3, B, T), jnp.int32), _shaped(mesh, "..", (B, T), jnp.int32)
     lowered = Programs(config, (T,), mesh).prefill.lower(params, x, positions, segments)
-    return lowered, {"weights": params, "cache": cache, "read": (_decoder_read(params), cache)}, B * T
+    return lowered, {"weights": params, "cache": cache, "read": (_decoder_read(params), cache)}, B * T, 1
 
 
-def _lanes(job: Job, mesh: Mesh, lead: str = "") -> VisionBatch:
-    R, P, one = job.images, job.lane(), (1,) * len(lead)
+def _lanes(config: Config, mesh: Mesh, R: int, P: int, lead: str = "") -> VisionBatch:
+    one = (1,) * len(lead)
     ids = _shaped(mesh, f"{lead}RP", (*one, R, P), jnp.int32)
-    patches = _shaped(mesh, f"{lead}RPC", (*one, R, P, job.config.vision.patch_values), jnp.uint8)
+    patches = _shaped(mesh, f"{lead}RPC", (*one, R, P, config.vision.patch_values), jnp.uint8)
     return VisionBatch(patches, _shaped(mesh, f"{lead}RP.", (*one, R, P, 2), jnp.int32), ids, ids)
 
 
 def _lower_vision(job: Job, mesh: Mesh):
-    params, lanes = _weights(job.config, mesh), _lanes(job, mesh)
-    lowered = Programs(job.config, (job.context,), mesh).encode.lower(params, lanes)
-    read = (params["vision"], lanes)
-    return lowered, {"weights": params, "read": read}, job.images * job.lane() // job.config.vision.merge_unit
+    config, grid = job.config, job.grid()
+    ladder = Ladder(lanes=mesh.shape["data"] * mesh.shape["fsdp"])
+    calls = [call for call, _ in cover([grid] * job.images, config.vision, ladder)]
+    # The images being equal, so are the calls, but perhaps the last.
+    params, lanes = _weights(config, mesh), _lanes(config, mesh, *calls[0])
+    lowered = Programs(config, (job.context,), mesh).encode.lower(params, lanes)
+    tokens = job.images * grid.patches // config.vision.merge_unit
+    return lowered, {"weights": params, "read": (params["vision"], lanes)}, tokens, len(calls)
 
 
 def _lower_train(job: Job, mesh: Mesh):
@@ -403,14 +408,15 @@ def _lower_train(job: Job, mesh: Mesh):
     optimizer = make_optimizer(options.learning_rate, weight_decay=options.weight_decay, mu_dtype=options.moment_dtype)
     state = jax.eval_shape(partial(init_state, optimizer=optimizer, trainable=trainable), params)
     state = _placed(state, shardings(state, params, mesh))
-    vision = (_lanes(job, mesh, "."),) if job.images else ()
+    P = Ladder().capacity(slots_needed(job.grid(), config.vision), config.vision)
+    vision = (_lanes(config, mesh, job.images, P, "."),) if job.images else ()
     ids = jax.ShapeDtypeStruct((1, B, T), jnp.int32)
     inputs = Batch(ids, jax.ShapeDtypeStruct((1, 3, B, T), jnp.int32), ids, ids, vision)
     batch = TrainBatch(inputs, ids, jax.ShapeDtypeStruct((1, B, T), jnp.float32))
     batch = _placed(batch, batch_shardings(batch, mesh))
     step = make_step(partial(sft_loss, config, remat=options.remat), optimizer, trainable)
     parts = {"weights": state.params, "optimizer": state.opt_state, "read": (state.params, state.opt_state)}
-    return step.lower(state, batch), parts, B * T
+    return step.lower(state, batch), parts, B * T, 1
 
 
 _LOWER = {"decode": _lower_decode, "prefill": _lower_prefill, "vision": _lower_vision, "train": _lower_train}

@@ -17,7 +17,7 @@ from qwenvl_jax.infer import engine as engine_module
 from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.engine import Engine
 from qwenvl_jax.infer.options import GenerateOptions
-from qwenvl_jax.inputs.batch import Ladder, make_batch
+from qwenvl_jax.inputs.batch import Ladder, cover, make_batch
 from qwenvl_jax.model import qwenvl
 from qwenvl_jax.types import Batch, InputError, Model, Sample
 
@@ -386,7 +386,7 @@ LIMITS = dict(max_tokens=128, max_pixels=16 * 16 * 14**2, n=2)
 def warm():
     """A smaller model, all of whose programs within the limits are compiled."""
     config = tiny_config("qwen2_5_vl", {"num_hidden_layers": 1}, {"depth": 2, "fullatt_block_indexes": (1,)})
-    ladder = Ladder(rows=(1, 2), tokens=(64, 128, 192), patches=(64, 256))
+    ladder = Ladder(rows=(1, 2), tokens=(64, 128, 192), patches=(64, 256), short=())
     engine = Engine(Model(config, tiny_params(config), FakeProcessor(), {}), max_batch=2, ladder=ladder)
     engine.warmup(progress=False, **LIMITS)
     return engine
@@ -445,15 +445,18 @@ def test_two_hundred_requests_compile_nothing_after_warmup():
     assert compiled  # the listener hears compilation
     engine.warmup(max_tokens=5120, max_pixels=100_352, sample=(False,), progress=False)
     traces = engine.traces
-    assert traces["encode"] == 10
+    assert traces["encode"] == 11
     compiled.clear()
+    patches = slots = 0
     for i, grids in enumerate(random_requests(rng, 100_352)):
+        patches += sum(grid.patches for grid in grids)
+        slots += sum(R * P for (R, P), _ in cover(grids, config.vision, ladder))
         parts = [int(np.exp(rng.uniform(*np.log([10, 4000]))))]
         for grid in grids:
             parts += [picture(rng, config, grid.h, grid.w), 1]
         (result,) = engine.generate([sample(rng, config, *parts)], max_new_tokens=int(rng.integers(1, 5)))
         assert (engine.traces, compiled) == (traces, []), f"request {i}: {result.prompt_tokens} tokens, {grids}"
-    assert 0 < engine.padding["vision"] < 0.12 and 0 < engine.padding["text"] < 0.6
+    assert engine.padding["vision"] == 1 - patches / slots and 0 < engine.padding["text"] < 0.6
 
 
 WARM_START = """

@@ -122,8 +122,8 @@ def test_small_frames_fill_gaps_and_share_short_lanes():
     shorter = large._replace(grid=Grid(1, 60, 64), patches=large.patches[:3840])
     batch = make_batch([sample(RNG, config, 2, small, shorter)], config)
     assert [v.patches.shape[:2] for v in batch.vision] == [(1, 4096), (1, 256)]
-    lengths = [P for P, _ in cover([Grid(1, 16, 16)] * 2000, config.vision, Ladder())]
-    assert max(lengths) == 2048 and sum(lengths) == 2000 * 256  # attention over more would cost more than the calls
+    calls = [call for call, _ in cover([Grid(1, 16, 16)] * 2000, config.vision, Ladder())]
+    assert calls == [(16, 256)] * 125  # together, but each in a lane of its own
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,9 +131,9 @@ def test_vision_pads_little_with_few_programs(family):
     """The promise of Ladder, at the official checkpoints' geometry and limits: at most 24 programs, at most 12%."""
     v, max_pixels, waste, used = tiny_config(family).vision, Preprocessing().max_pixels, [], set()
     for grids in filter(None, random_requests(np.random.default_rng(0), max_pixels)):
-        lengths = [P for P, _ in cover(grids, v, Ladder())]
-        waste.append(1 - sum(grid.patches for grid in grids) / sum(lengths))
-        used |= set(lengths)
+        calls = [call for call, _ in cover(grids, v, Ladder())]
+        waste.append(1 - sum(grid.patches for grid in grids) / sum(R * P for R, P in calls))
+        used |= set(calls)
     programs = Ladder().reach(max_pixels, v)
     assert used <= set(programs) and 18 < len(used) <= len(programs) <= 24
     assert np.mean(waste) < 0.1, waste
@@ -144,7 +144,7 @@ def test_vision_pads_little_with_few_programs(family):
 def test_no_picture_is_beyond_what_its_limit_reaches(family, max_pixels):
     v, rng = tiny_config(family).vision, np.random.default_rng(0)
     ladder = Ladder(patches=tuple(range(64, 8192, 64)))
-    reach = ladder.reach(max_pixels, v)
+    reach = [P for _, P in ladder.reach(max_pixels, v)]
     for side, aspect in zip(rng.uniform(10, 3000, 300), np.exp(rng.uniform(0, np.log(200), 300)), strict=True):
         h, w = smart_resize(round(side) + 1, int((round(side) + 1) * aspect), max_pixels=max_pixels, min_pixels=1)
         assert ladder.capacity(slots_needed(Grid(1, h // 14, w // 14), v), v) in reach

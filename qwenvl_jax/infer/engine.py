@@ -249,32 +249,32 @@ class Engine:
         variants = [{"sample": s, "logprobs": MAX_LOGPROBS if p else None} for s in sample for p in logprobs]
         if max_pixels is None:
             max_pixels = self.processor.preprocessing.max_pixels
-        lanes = self.ladder.reach(max_pixels, self.config.vision) if max_pixels else []
+        calls = self.ladder.reach(max_pixels, self.config.vision) if max_pixels else []
         forks = _forks(n, self.max_batch, self.ladder.rows)
-        jobs = [functools.partial(self._warm_vision, P) for P in lanes]
+        jobs = [functools.partial(self._warm_vision, *call) for call in calls]
         for B in self.ladder.rows:
-            jobs += [functools.partial(self._warm_prompt, B, T, forks, min(lanes, default=None)) for T in tokens]
+            jobs += [functools.partial(self._warm_prompt, B, T, forks, min(calls, default=None)) for T in tokens]
             jobs.append(functools.partial(self._warm_steps, B, tokens, variants))
         with kept():
             for job in tqdm(jobs, desc="compiling", disable=not progress):
                 jax.block_until_ready(job())
 
-    def _warm_vision(self, P: int):
-        ids = np.zeros((self.ladder.lanes, P), np.int32)
+    def _warm_vision(self, R: int, P: int):
+        ids = np.zeros((R, P), np.int32)
         patches = np.zeros((*ids.shape, self.config.vision.patch_values), np.uint8)
         vision = VisionBatch(patches, np.zeros((*ids.shape, 2), np.int32), ids, ids)
         return self._programs.encode(self.params, self._put(vision))
 
-    def _warm_prompt(self, B: int, T: int, forks: set[tuple[int, int]], P: int | None):
+    def _warm_prompt(self, B: int, T: int, forks: set[tuple[int, int]], call: tuple[int, int] | None):
         empty = np.zeros((B, T), np.int32)
         batch = Batch(empty, np.zeros((3, B, T), np.int32), empty, empty - 1)
         prefilled = self._prompt(batch)
         for size in (to for of, to in forks if of == B):
             self._programs.fork(self._put(np.zeros(size, np.int32)), *prefilled)
-        if P:
+        if call:
             batch = self._put(batch)
             x, _ = self._programs.embed(self.params, batch.tokens, batch.segments)
-            chunk = self._warm_vision(P)[0]
+            chunk = self._warm_vision(*call)[0]
             self._programs.place(x, batch.visual_index, chunk, *self._put((np.int32(0), np.int32(0))))
         return prefilled
 

@@ -24,7 +24,7 @@ from qwenvl_jax.types import Batch, Grid, InputError, Sample, VisionBatch, Visua
 # What a call of the vision tower costs, in patches: reading all weights, once, as much as computing 512; and full
 # attention as much as everything else where 8192 share a lane (7680 in Qwen2-VL; Qwen2.5-VL has few full layers).
 CALL, EVEN = 512, 8192
-SHARED = 4096  # slots of a lane that small frames may share
+SHARED = 4096  # slots of a call that small frames may share
 
 
 def geometric(low: int, high: int) -> tuple[int, ...]:
@@ -40,16 +40,21 @@ class Ladder(NamedTuple):
 
     rows: B, of prompts and answers.
     tokens: T of prompts, and S of caches, which grow from one rung to the next as answers do.
-    patches: P, the slots of a lane of the vision tower; a call of it is `lanes` × P. Of 4, 5 and 6 quarters of the
-        powers of two, so that a picture alone fills 89% of its lane on average; 23 of them serve pictures of
-        12.8 megapixels, the checkpoints' limit. From 512 on they are multiples of 128, which the TPU's kernel wants.
-    lanes: R, the same in every call. On a mesh the engine multiplies it by the devices that share a batch, since
-        they split a call by lanes.
+    patches: P, the slots of a lane of the vision tower. Of 4, 5 and 6 quarters of the powers of two, the smallest in
+        steps of a half: a picture alone fills 89% of its lane on average. From 512 on they are multiples of 128, which
+        kernels want.
+    short: those P for which there is a second program, of as many lanes as SHARED has room for, so that small frames
+        do not attend to each other.
+    lanes: R of the other programs. On a mesh the engine multiplies it by the devices that share a batch, since they
+        split a call by lanes.
+
+    24 calls of the tower serve pictures of 12.8 megapixels, the checkpoints' limit.
     """
 
     rows: tuple[int, ...] = tuple(2**i for i in range(11))
     tokens: tuple[int, ...] = geometric(64, 131072)
-    patches: tuple[int, ...] = (256, 512, 768, *(2**i * k for i in range(8, 15) for k in (4, 5, 6)), 131072)
+    patches: tuple[int, ...] = (256, 512, 768, 1024, 1536, *(2**i * k for i in range(9, 15) for k in (4, 5, 6)), 131072)
+    short: tuple[int, ...] = (256, 1024)
     lanes: int = 1
 
     def capacities(self, vision: VisionConfig) -> tuple[int, ...]:
@@ -60,40 +65,46 @@ class Ladder(NamedTuple):
         """The first P that holds a frame of so many slots."""
         return round_up(slots, self.capacities(vision), "patches in a frame")
 
-    def reach(self, max_pixels: int, vision: VisionConfig) -> list[int]:
-        """Every P that frames of so many pixels can come to, however many there are."""
+    def calls(self, vision: VisionConfig) -> list[tuple[int, int]]:
+        """(R, P) of every program of the vision tower."""
+        shapes = [(self.lanes, P) for P in self.capacities(vision)]
+        return shapes + [(self.lanes * (SHARED // P), P) for R, P in shapes if P in self.short]
+
+    def reach(self, max_pixels: int, vision: VisionConfig) -> list[tuple[int, int]]:
+        """Every call that frames of so many pixels can come to, however many there are."""
         side = vision.spatial_merge_size
         cells = max_pixels // (vision.patch_size * side) ** 2
         shapes = [(h, min(cells // h, MAX_ASPECT * (h + 1))) for h in range(1, math.isqrt(cells) + 1)]
         # A side is never shorter than one visual token, so a long thin picture may exceed max_pixels.
         shapes.append((1, math.isqrt(MAX_ASPECT * max(cells, 1))))
         largest = max(slots_needed(Grid(1, h * side, w * side), vision) for h, w in shapes)
-        capacities = self.capacities(vision)
         # Nothing beyond the ladder is ever accepted.
-        own = self.capacity(min(largest, capacities[-1]), vision)
-        return [P for P in capacities if P <= max(own, SHARED)]
+        own = self.capacity(min(largest, self.capacities(vision)[-1]), vision)
+        return [(R, P) for R, P in self.calls(vision) if P <= max(own, SHARED)]
 
-    def cheapest(self, sizes: Sequence[int], vision: VisionConfig) -> int:
-        """P of the call that takes in frames of `sizes` slots, of which the first is the largest, at the least cost.
+    def cheapest(self, sizes: Sequence[int], vision: VisionConfig) -> tuple[int, int]:
+        """(R, P) of the call that takes in frames of `sizes` slots, of which the first is the largest, at the least
+        cost.
 
         The call must hold the first, whatever else it has room for. Attention costs the square of P, which small
         frames must not pay for in vain: only up to SHARED is a lane longer than its first frame needs.
         """
         own = self.capacity(sizes[0], vision)
-        longer = [P for P in self.capacities(vision) if own < P <= SHARED]
-        return min((own, *longer), key=lambda P: (CALL + P + P * P / EVEN) / self._taken(sizes, P))
+        calls = [(R, P) for R, P in self.calls(vision) if P == own or own < P <= SHARED]
+        return min(calls, key=lambda c: (CALL + c[0] * (c[1] + c[1] ** 2 / EVEN)) / _taken(sizes, *c))
 
-    def _taken(self, sizes: Sequence[int], P: int) -> int:
-        """Slots that a call fills of its lanes, first fit."""
-        room = [P] * self.lanes
-        for size in sizes:
-            for r, free in enumerate(room):
-                if size <= free:
-                    room[r] -= size
-                    break
-            if max(room) < sizes[-1]:
+
+def _taken(sizes: Sequence[int], R: int, P: int) -> int:
+    """Slots that R lanes of P fill with frames of these sizes, first fit."""
+    room = [P] * R
+    for size in sizes:
+        for r, free in enumerate(room):
+            if size <= free:
+                room[r] -= size
                 break
-        return self.lanes * P - sum(room)
+        if max(room) < sizes[-1]:
+            break
+    return R * P - sum(room)
 
 
 def round_up(size: int, rungs: Sequence[int], what: str) -> int:
@@ -152,8 +163,8 @@ def pack_vision(
         one = visual.grid._replace(t=1)
         frames += [visual._replace(patches=patches, grid=one) for patches in np.split(visual.patches, visual.grid.t)]
     calls, places, start = [], [None] * len(frames), 0
-    for P, placed in cover([frame.grid for frame in frames], v, ladder):
-        call, inner = fill_lanes([frames[i] for i in placed], list(placed.values()), ladder.lanes, P, v)
+    for (R, P), placed in cover([frame.grid for frame in frames], v, ladder):
+        call, inner = fill_lanes([frames[i] for i in placed], list(placed.values()), R, P, v)
         for i, place in zip(placed, inner, strict=True):
             places[i] = start + place
         start += call.frames.size // v.merge_unit
@@ -162,13 +173,15 @@ def pack_vision(
     return tuple(calls), [np.concatenate([next(rest) for _ in range(visual.grid.t)]) for visual in visuals]
 
 
-def cover(grids: Sequence[Grid], v: VisionConfig, ladder: Ladder) -> Iterator[tuple[int, dict[int, list[Placement]]]]:
-    """The calls that take in frames of these grids: P of each, and by number the frames in it and where they are."""
+def cover(
+    grids: Sequence[Grid], v: VisionConfig, ladder: Ladder
+) -> Iterator[tuple[tuple[int, int], dict[int, list[Placement]]]]:
+    """The calls that take in frames of these grids: (R, P), and by number the frames in it and where they are."""
     sizes = {grid: slots_needed(grid, v) for grid in set(grids)}
     left = sorted(range(len(grids)), key=lambda i: -sizes[grids[i]])
     while left:
-        P = ladder.cheapest([sizes[grids[i]] for i in left], v)
-        lanes, placed, refused = Lanes(P, v, ladder.lanes), {}, set()
+        R, P = ladder.cheapest([sizes[grids[i]] for i in left], v)
+        lanes, placed, refused = Lanes(P, v, R), {}, set()
         for i in left:
             if grids[i] in refused:
                 continue
@@ -176,7 +189,7 @@ def cover(grids: Sequence[Grid], v: VisionConfig, ladder: Ladder) -> Iterator[tu
                 placed[i] = placements[0]
             else:
                 refused.add(grids[i])
-        yield P, placed
+        yield (R, P), placed
         left = [i for i in left if i not in placed]
 
 
