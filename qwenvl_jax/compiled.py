@@ -123,6 +123,8 @@ class Program:
                 total += _dot(i, *sides)
             elif i.opcode == "custom-call" and (kernel := _KERNEL.search(f"{i.name} {_source(i)}")):
                 total += _attention(i, kernel[1], [body[o].results[0] for o in i.operands])
+            elif i.opcode == "custom-call" and "window_attention" in i.name:
+                total += _windows(i, body[i.operands[-1]].results[0])
             elif i.opcode == "custom-call":
                 total += _stated(i, "flops") or 0
             elif i.opcode in ("fusion", "async-start"):
@@ -346,6 +348,12 @@ def _stated(i: Instruction, cost: str) -> int | None:
     """
     match = re.search(rf'"cost_estimate":\{{[^}}]*"{cost}":"(\d+)"', i.attributes)
     return int(match[1]) if match else None
+
+
+def _windows(i: Instruction, windows: Array) -> int:
+    """The vision tower's kernel (model/window_kernel.py): two products in blocks, of windows [blocks, 1, slots], and
+    the rotation of two of its three inputs."""
+    return math.prod(i.results[0].shape) * (4 * windows.shape[-1] + 2 * 3)
 
 
 def _group(i: Instruction) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention
 from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm, rematerialised, rotate, vision_rope
+from qwenvl_jax.model.window_kernel import window_attention
 from qwenvl_jax.sharding import constrain
 from qwenvl_jax.types import VisionBatch
 
@@ -58,13 +59,14 @@ class VisionBlock(nn.Module):
         linear = lambda features, name: Linear(features, param_dtype=c.dtype, name=name)  # noqa: E731
         R, P, E = x.shape
 
-        qkv = linear(3 * E, "qkv")(_norm(c, "norm1")(x)).reshape(R, P, 3, v.num_heads, -1)
-        q, k, value = rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin), qkv[:, :, 2]
+        qkv = linear(3 * E, "qkv")(_norm(c, "norm1")(x))
         if self.windowed:  # every window lies inside one block: attention is dense over small blocks
-            W = v.block_slots
-            q, k, value, segments = (a.reshape(R * P // W, W, *a.shape[2:]) for a in (q, k, value, segments))
-        attended = attention(q, k, value, segments, causal=False)
-        x = x + linear(E, "proj")(attended.reshape(R, P, E))
+            attended = window_attention(qkv, cos, sin, segments, heads=v.num_heads, slots=v.block_slots)
+        else:
+            qkv = qkv.reshape(R, P, 3, v.num_heads, -1)
+            q, k = rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin)
+            attended = attention(q, k, qkv[:, :, 2], segments, causal=False).reshape(R, P, E)
+        x = x + linear(E, "proj")(attended)
 
         h, act = _norm(c, "norm2")(x), ACTIVATIONS[v.hidden_act]
         if c.is_qwen2_5:
