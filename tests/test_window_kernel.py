@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ def assert_same(got, want):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(b))))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -61,7 +63,7 @@ ON_EIGHT_DEVICES = """
 import jax
 from qwenvl_jax.model import window_kernel
 from qwenvl_jax.sharding import make_mesh
-from tests.test_window_kernel import assert_same, problem, value_and_grads
+from test_window_kernel import assert_same, problem, value_and_grads
 
 args, sizes = problem(0, 4, 2, 16, 2, 8), dict(heads=2, slots=16)
 want = value_and_grads(lambda *a: window_kernel.plain(*a, **sizes), *args)
@@ -74,7 +76,7 @@ assert_same(jax.device_get(got), jax.device_get(want))
 
 def test_on_a_mesh_each_device_has_its_lanes():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=env, check=True)
+    subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=env, cwd=os.path.dirname(__file__), check=True)
 
 
 def compile_for_tpu(f, *args):
@@ -93,6 +95,7 @@ def shallow(config):
     return config.replace(vision=vision)
 
 
+@cache  # two tests ask for the same one
 def tower(config, images: int, patches: int):
     """Two layers of a tower compiled over so many images of so many patches, a lane each."""
     from qwenvl_jax.model.qwenvl import abstract_params

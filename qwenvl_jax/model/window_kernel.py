@@ -97,7 +97,9 @@ def _blocks(qkv_ref, cos_ref, sin_ref, windows_ref, out_ref, *, heads: int):
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(out_ref.dtype)
 
     for at in range(0, E, H):
-        q, k, v = (a.reshape(blocks, slots, H) for a in (turned(at), turned(E + at), qkv_ref[:, 2 * E + at : 2 * E + at + H]))
+        q, k, v = (
+            a.reshape(blocks, slots, H) for a in (turned(at), turned(E + at), qkv_ref[:, 2 * E + at : 2 * E + at + H])
+        )
         scores = jnp.where(mask, dot("bqh,bkh->bqk", q, k) * H**-0.5, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, -1).astype(out_ref.dtype)
         out_ref[:, at : at + H] = dot("bqk,bkh->bqh", weights, v).reshape(blocks * slots, H).astype(out_ref.dtype)
