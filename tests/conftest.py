@@ -1,6 +1,10 @@
 """Fixtures that several test files share."""
 
+import os
 from pathlib import Path
+
+# Tests mostly wait for the compiler. Read when jax first compiles.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax
 import pytest

@@ -453,7 +453,10 @@ print("equal")
 def test_sharded_loading_on_eight_devices(ours, tmp_path):
     model, path = ours
     write_hf(tmp_path / "bf16", model.config, torch_tensors(model.config, "bfloat16"), files=2)
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     out = subprocess.run(
         [sys.executable, "-W", "error", "-c", SHARDED, str(tmp_path / "bf16"), str(path)],
         env=env | {"PYTHONPATH": str(Path(qwenvl_jax.__file__).parents[1])},

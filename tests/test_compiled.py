@@ -69,7 +69,10 @@ print(f.lower(place((64, 512), None, "tensor"), place((512, 64), "tensor", None)
 
 
 def test_what_is_sent_to_other_devices():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     done = subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=env, capture_output=True, text=True, check=True)
     read = Program(done.stdout)
     (sum_,) = read.collectives

@@ -80,7 +80,10 @@ for B, K in ((4, 4), (3, 2)):  # rows and heads that are split, and that are not
 
 
 def test_on_a_mesh():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     env["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), env.get("PYTHONPATH", "")])
     subprocess.run([sys.executable, "-W", "error", "-c", ON_EIGHT_DEVICES], env=env, check=True)
 

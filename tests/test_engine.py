@@ -597,7 +597,7 @@ def test_weights_on_a_mesh_give_the_same_answers():
     here = Path(__file__).parent
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
     }
     done = subprocess.run([sys.executable, "-c", ON_A_MESH], env=env, capture_output=True, text=True)

@@ -365,7 +365,9 @@ def child(output, steps, pause, data, fsdp, port, rank) -> None:
 def start(cache, output, steps, pause=0.0, mesh=(1, 1), port=0, rank=0) -> subprocess.Popen:
     env = os.environ | {name.upper(): str(value) for name, value in CACHE.items()}
     env |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={1 if port else math.prod(mesh)}"
+    env["XLA_FLAGS"] = (
+        f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={1 if port else math.prod(mesh)}"
+    )
     # Without tensorboardX, which is not needed, and quicker.
     code = "import sys; sys.modules['tensorboardX'] = None; sys.path.insert(0, sys.argv.pop(1))"
     code += "; import test_loop; test_loop.child(*sys.argv[1:])"

@@ -292,7 +292,7 @@ for path, leaf in flatten(lora.strip(split)).items():
 def test_on_a_mesh():
     tests = Path(__file__).parent
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
     }

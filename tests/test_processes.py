@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_sharding import QUICK
 
 from qwenvl_jax import cli
 from qwenvl_jax.params import checkpoint
@@ -79,7 +78,7 @@ def start(work: Path, output: Path, steps: int, count: int) -> list[subprocess.P
         "JAX_NUM_PROCESSES": str(count),
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(work / "xla")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {QUICK}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
     }
     code = "import sys; sys.modules['tensorboardX'] = None; sys.path.insert(0, sys.argv.pop(1))"
     code += "; import test_processes; test_processes.child(*sys.argv[1:])"

@@ -21,8 +21,6 @@ from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, m
 from qwenvl_jax.types import Model
 
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # halves the time to compile
-MIXED = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 
 
 def config_of(family):
@@ -91,14 +89,14 @@ def compare(family, meshes) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "family, meshes", [("qwen2_5_vl", MESHES[::2]), ("qwen2_5_vl", MESHES[1::2]), ("qwen2_vl", MIXED)]
+    "family, meshes", [("qwen2_5_vl", MESHES[::2]), ("qwen2_5_vl", MESHES[1::2]), ("qwen2_vl", [(2, 2, 2)])]
 )
 def test_eight_devices_equal_one(family, meshes):
-    """On every mesh there is; of the other family, whose decoder is the same, on three."""
+    """On every mesh there is; of the other family, whose decoder is the same, on one."""
     here = Path(__file__).parent
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
     }
     code = f"import test_sharding; test_sharding.compare({family!r}, {meshes})"

@@ -44,7 +44,7 @@ def assert_same(got, want):
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     shape=st.tuples(st.integers(1, 2), st.integers(1, 5), st.sampled_from([16, 64]), st.integers(1, 4)),
@@ -74,7 +74,10 @@ assert_same(jax.device_get(got), jax.device_get(want))
 
 
 def test_on_a_mesh_each_device_has_its_lanes():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     subprocess.run([sys.executable, "-c", ON_EIGHT_DEVICES], env=env, cwd=os.path.dirname(__file__), check=True)
 
 
