@@ -331,6 +331,8 @@ def _generate(args) -> int:
     if args.tools is not None:
         args.tools = _read_json("--tools", args.tools)
     if args.messages is None:
+        if not (args.media or args.prompt.strip()):
+            raise InputError("--prompt is blank; ask something")
         messages = [_user_turn(args.media or [], args.prompt)]
     else:
         messages = _read_messages(args)

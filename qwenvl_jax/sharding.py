@@ -24,6 +24,10 @@ ACTIVATIONS = {
     "K": "tensor",
     "F": "tensor",
     "V": "tensor",
+    # Where the vocabulary or the width is split over fsdp, rows are not.
+    "b": "data",
+    "v": ("fsdp", "tensor"),
+    "d": "fsdp",
 }
 WEIGHTS = {"D": "fsdp", "E": "fsdp", "NH": "tensor", "KH": "tensor", "F": "tensor", "V": "tensor"}
 
@@ -150,6 +154,15 @@ def join_heads(attended, N: int, K: int):
     if spread == N:
         return attended
     return attended.reshape(B, T, K, spread // K, H)[..., : N // K, :].reshape(B, T, N, H)
+
+
+def divides(dims: str, *shape: int) -> bool:
+    """Whether the current mesh splits each of these dimensions as the activation table says."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return False
+    spec = _spec(tuple(dims), shape, ACTIVATIONS, mesh)
+    return all(axes is not None for axes in spec)
 
 
 def local_rows(B: int) -> int:

@@ -229,6 +229,7 @@ def test_bad_messages(engine, tmp_path, capsys, content, says):
     [
         (["--prompt", "?", "--temperature", "-1"], "temperature is -1.0"),
         (["--prompt", "?", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--prompt", " \n"], "--prompt is blank"),
         (["--prompt", "?", "--stop", ""], "stop is"),
         (["--messages", ""], "--messages is empty"),
         (["--prompt", "?", "--tools", ""], "--tools is empty"),

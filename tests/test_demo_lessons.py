@@ -118,6 +118,7 @@ def test_lessons_go_on_where_they_were(assets, processor):  # noqa: F811
         assert np.array_equal(a, b, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_the_loss_is_cross_entropy_and_what_is_told(assets, processor):  # noqa: F811
     config = demo_config()
     params = init(config, jax.random.key(0))

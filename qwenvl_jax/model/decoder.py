@@ -12,7 +12,7 @@ from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention, decode_attention
 from qwenvl_jax.model.decode_kernel import decode_kernel
 from qwenvl_jax.model.layers import Linear, RMSNorm, precision, rematerialised, rotate, text_rope
-from qwenvl_jax.sharding import constrain, join_heads, spread_heads
+from qwenvl_jax.sharding import constrain, divides, join_heads, spread_heads
 from qwenvl_jax.types import Cache
 
 
@@ -54,7 +54,12 @@ def embed(config: Config, params: dict, tokens, visual_index, visual=None):
 def _rows(table, tokens):
     """table [V, D] at tokens [B, T]. One token is looked up twice: XLA would make of it a slice of the table, and
     of a table that is split over GPUs one that is whole first, in every step."""
-    return table[jnp.broadcast_to(tokens, (2, 1))][:1] if tokens.size == 1 else table[tokens]
+    if tokens.size == 1:
+        return table[jnp.broadcast_to(tokens, (2, 1))][:1]
+    if divides("d", table.shape[1]):
+        # All rows, of a share of the width: neither the table nor its gradient is ever whole.
+        return constrain(table[constrain(tokens, "b.")], "b.d")
+    return table[tokens]
 
 
 def full(config: Config, params: dict, x, positions, segments, keep, *, remat: bool = False):

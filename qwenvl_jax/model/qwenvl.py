@@ -7,7 +7,6 @@ from qwenvl_jax.config import Config
 from qwenvl_jax.model import decoder, vision
 from qwenvl_jax.model.decoder import embed
 from qwenvl_jax.model.vision import encode
-from qwenvl_jax.sharding import constrain
 from qwenvl_jax.types import Batch, Cache
 
 __all__ = ["abstract_params", "count_params", "decode", "embed", "encode", "forward", "hidden", "init", "prefill"]
@@ -70,10 +69,7 @@ def forward(config: Config, params: dict, batch: Batch):
 def hidden(config: Config, params: dict, batch: Batch, *, remat: bool = False):
     """The decoder's output [B, T, D] before the final norm; `remat`: a backward pass keeps only the blocks' inputs."""
     seen = [encode(config, params, v, remat=remat) for v in batch.vision]
-    # The table whole in D: from one that is split, XLA would look up every row on every device.
-    table = constrain(params["decoder"]["embed_tokens"]["embedding"], "V.")
-    whole = {"decoder": {"embed_tokens": {"embedding": table}}}
-    x = embed(config, whole, batch.tokens, batch.visual_index, jnp.concatenate(seen) if seen else None)
+    x = embed(config, params, batch.tokens, batch.visual_index, jnp.concatenate(seen) if seen else None)
     x, _ = decoder.full(config, params, x, batch.positions, batch.segments, lambda k, v: None, remat=remat)
     return x
 

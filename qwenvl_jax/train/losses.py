@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from qwenvl_jax.config import Config
 from qwenvl_jax.model import decoder, qwenvl
 from qwenvl_jax.model.layers import precision
-from qwenvl_jax.sharding import constrain, local_rows
+from qwenvl_jax.sharding import constrain, divides, local_rows
 from qwenvl_jax.types import InputError, TrainBatch
 
 CHUNK = 1024  # tokens, on one device, whose logits exist at once
@@ -83,8 +83,12 @@ def _logprobs(config: Config, params: dict, x, targets, chunk: int):
     B, T = targets.shape
     x = decoder.final_norm(config, params, x)
     head, dims = decoder.head(config, params)
-    # Chunks cut T, so that B stays split over the mesh; D is gathered once here, not in every chunk.
-    head = constrain(head.astype(x.dtype), dims.replace("D", "."))
+    # Where weights are split over fsdp, so is the vocabulary here, and tokens are gathered, a chunk at a time: less
+    # than the head and its gradient, which would be exchanged with every chunk.
+    rows, vocabulary = "bv" if divides("v", config.text.vocab_size) else "BV"
+    split = rows, vocabulary, dims
+    head = constrain(head.astype(x.dtype), dims.replace("D", ".").replace("V", vocabulary))
+    # Chunks cut T, so that B stays split over the mesh.
     chunks = -(-T // max(1, chunk // local_rows(B)))
     width = -(-T // chunks)
     pad = -T % width
@@ -94,41 +98,48 @@ def _logprobs(config: Config, params: dict, x, targets, chunk: int):
         a = jnp.moveaxis(a.reshape(B, -1, width, *a.shape[2:]), 1, 0)
         return constrain(a, ".B" + "." * (a.ndim - 2))
 
-    out = _chunked(dims, cut(x), head, cut(targets))
+    out = _chunked(split, cut(x), head, cut(targets))
     return tuple(jnp.moveaxis(a, 0, 1).reshape(B, -1)[:, :T] for a in out)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(dims, x, head, targets):
-    """x [chunks, B, t, D], targets [chunks, B, t] → log p(target), log p(likeliest), both [chunks, B, t] float32."""
-    return _forward(dims, x, head, targets)[0]
+def _chunked(split, x, head, targets):
+    """x [chunks, B, t, D], targets [chunks, B, t] → log p(target), log p(likeliest), both [chunks, B, t] float32.
+
+    split: letters by which rows and the vocabulary are laid out meanwhile, and the head's dimensions.
+    """
+    return _forward(split, x, head, targets)[0]
 
 
-def _forward(dims, x, head, targets):
+def _forward(split, x, head, targets):
+    rows, vocabulary, dims = split
+
     def one(part):
-        x, targets = part
-        logits = constrain(decoder.logits(x, head, dims), "B.V")
+        x, targets = (constrain(a, rows + "." * (a.ndim - 1)) for a in part)
+        logits = constrain(decoder.logits(x, head, dims), f"{rows}.{vocabulary}")
         total = jax.nn.logsumexp(logits, -1)
         # A sum, not a gather, which would collect a vocabulary that is split over devices.
         picked = jnp.sum(jnp.where(_is_target(targets, logits), logits, 0), -1)
-        return picked - total, jnp.max(logits, -1) - total, total
+        return tuple(constrain(a, "B.") for a in (picked - total, jnp.max(logits, -1) - total, total))
 
     logp, best, total = jax.lax.map(one, (x, targets))
     return (logp, best), (x, head, targets, total)
 
 
-def _backward(dims, saved, cotangents):
+def _backward(split, saved, cotangents):
+    rows, vocabulary, dims = split
     x, head, targets, total = saved
 
     def one(head_grad, part):
-        x, targets, total, g = part
-        logits = constrain(decoder.logits(x, head, dims), "B.V")
+        x, targets, total, g = (constrain(a, rows + "." * (a.ndim - 1)) for a in part)
+        logits = constrain(decoder.logits(x, head, dims), f"{rows}.{vocabulary}")
         d = g[..., None] * (_is_target(targets, logits) - jnp.exp(logits - total[..., None]))
         d = d.astype(x.dtype)
         dot = partial(jnp.einsum, precision=precision(x.dtype), preferred_element_type=jnp.float32)
-        return head_grad + dot(f"BTD,BTV->{dims}", x, d), dot(f"BTV,{dims}->BTD", d, head).astype(x.dtype)
+        x_grad = constrain(dot(f"BTV,{dims}->BTD", d, head).astype(x.dtype), "B..")
+        return head_grad + dot(f"BTD,BTV->{dims}", x, d), x_grad
 
-    start = constrain(jnp.zeros(head.shape, jnp.float32), dims.replace("D", "."))
+    start = constrain(jnp.zeros(head.shape, jnp.float32), dims.replace("D", ".").replace("V", vocabulary))
     head_grad, x_grad = jax.lax.scan(one, start, (x, targets, total, cotangents[0]))
     return x_grad, head_grad.astype(head.dtype), None
 
