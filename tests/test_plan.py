@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from qwenvl_jax.cli import main
+from qwenvl_jax.cli import build_parser, main
 from qwenvl_jax.config import PRESETS
 from qwenvl_jax.plan import (
     CHIPS,
@@ -125,6 +128,23 @@ def test_a_compiler_that_is_missing(monkeypatch, capsys, target):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["plan", "--model", "qwen2.5-vl-3b", "--target", target]) == 2
     assert "pip install 'qwenvl-jax[plan]'" in capsys.readouterr().err
+
+
+RECIPES = re.findall(r"`(--model [^`]+)`", (Path(__file__).parents[1] / "README.md").read_text())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_recipes_of_the_readme_can_be(recipe):
+    args = build_parser().parse_args(["plan", *recipe.split()])
+    target, names = parse_target(args.target), ("task", "batch", "context", "images", "pixels", "lora")
+    job = Job(PRESETS[args.model], **{name: getattr(args, name) for name in names})
+    job.check()
+    shape = default_mesh(job, target.chips)
+    assert math.prod(shape) == target.chips and shape in meshes(job, target.chips)
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) == 10
 
 
 # With the real compiler.
