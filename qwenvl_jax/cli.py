@@ -575,6 +575,8 @@ def _plan(args) -> int:
 
         names = ("task", "batch", "context", "images", "pixels", "lora")
         job = plan.Job(plan.resolve_model(args.model), **{name: getattr(args, name) for name in names})
+        if args.search and args.mesh:
+            raise InputError("--search finds the mesh; leave out --mesh, or --search")
         if args.search:
             kind = args.target if args.target in plan.CHIPS else plan.parse_target(args.target).kind
             answer = plan.search(job, kind, progress=sys.stderr.isatty())

@@ -188,7 +188,8 @@ class Job(NamedTuple):
         v = self.config.vision
         side = v.patch_size * v.spatial_merge_size
         if not side**2 <= self.pixels <= Ladder().patches[-1] * v.patch_size**2:
-            raise InputError(f"pixels is {self.pixels}; an image has from {side**2} on, in one lane")
+            most = Ladder().patches[-1] * v.patch_size**2
+            raise InputError(f"pixels is {self.pixels}; an image has from {side**2} to {most}, which fill a lane")
         h = math.isqrt(self.pixels // side**2)
         return Grid(1, h * v.spatial_merge_size, self.pixels // side**2 // h * v.spatial_merge_size)
 

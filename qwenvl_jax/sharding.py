@@ -6,6 +6,7 @@ Model code only says `constrain(x, "BTD")`; without a mesh that does nothing.
 import math
 import os
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -80,10 +81,17 @@ def join() -> None:
             if not value.isdecimal():
                 raise InputError(f"{name} is {value!r}; it must be a number")
             numbers[key] = int(value)
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is not None:
+        if not re.fullmatch(r".+:\d+", address):
+            raise InputError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be host:port of process 0")
+        print(f"waiting for all processes to come to {address}", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(
             **numbers, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=2 * HEARTBEAT
         )
+    except jax.errors.JaxRuntimeError as e:
+        raise InputError(f"the processes cannot come together at {address} ({e})") from e
     except ValueError as e:
         raise InputError(
             f"nothing says which of several processes this is ({e}); a TPU pod or Slurm does, elsewhere set "

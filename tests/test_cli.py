@@ -310,6 +310,20 @@ def test_meshes_that_are_not_there(engine, monkeypatch, capsys, argv, says):
     assert not engine.calls
 
 
+@pytest.mark.parametrize(
+    ("address", "says"), [("nonsense", "must be host:port"), ("localhost:9", "cannot come together at localhost:9 (no")]
+)
+def test_processes_that_cannot_come_together(engine, monkeypatch, capsys, address, says):
+    def initialize(**_):
+        raise jax.errors.JaxRuntimeError("no server")
+
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    assert cli.main(["generate", "--prompt", "?", "--distributed"]) == 2
+    assert says in capsys.readouterr().err
+    assert not engine.calls
+
+
 def test_a_mesh_that_does_not_divide_the_model():
     config = checkpoint.read_config(checkpoint.find("demo"))
     check_mesh(config, {"data": 7, "fsdp": 3, "tensor": 8})

@@ -428,6 +428,27 @@ def test_no_new_traces_after_warmup():
     assert len(sizes) > 50
 
 
+@pytest.mark.parametrize(
+    ("ladder", "said"),
+    [
+        (dict(patches=()), "patches are"),
+        (dict(tokens=(128, 64)), "tokens are"),
+        (dict(rows=(0, 1)), "rows are"),
+        (dict(lanes=0), "lanes are 0"),
+        (dict(patches=(256, 8192), short=(8192,)), "short are"),
+    ],
+)
+def test_ladders_that_cannot_be_climbed(ladder, said):
+    with pytest.raises(InputError, match=said):
+        Engine(model(), ladder=Ladder(**ladder))
+
+
+@pytest.mark.parametrize("limits", [dict(max_tokens=0), dict(max_pixels=-1), dict(max_pixels=1e5), dict(n=0)])
+def test_warm_ups_that_cannot_be(limits):
+    with pytest.raises(InputError, match=next(iter(limits))):
+        shared().warmup(**limits)
+
+
 @pytest.mark.slow
 def test_two_hundred_requests_compile_nothing_after_warmup():
     """0 to 8 pictures of 0.05 to 12 megapixels and 10 to 4000 tokens; counted by jax's compile events too.

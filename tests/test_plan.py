@@ -113,6 +113,7 @@ def test_jobs_that_cannot_be(changes, mesh, said):
         ("--model qwen2.5-vl-3b --target v5e-8 --mesh eight", "mesh 'eight'"),
         ("--model qwen2.5-vl-3b --target h100x8 --context 999999", "context is 999999"),
         ("--model qwen2.5-vl-3b --target nothing --search", "target 'nothing'"),
+        ("--model qwen2.5-vl-3b --target v5e --search --mesh 1x1x8", "leave out --mesh"),
     ],
 )
 def test_bad_input_is_a_sentence_and_exit_code_2(arguments, said, capsys):
@@ -220,6 +221,23 @@ def test_prefill_vision_and_training_say_what_they_cost():
     assert four["flops"] == pytest.approx(4 * one["flops"], rel=0.05)
     assert one["collective_bytes"] < 1e7
     assert "fits" in table(one)
+
+
+@compiled
+@pytest.mark.parametrize("target", ["v6e-1", "h200"])
+def test_a_long_prompt_costs_its_products_and_half_its_attention(target):
+    """By kernels, whose memory grows with the length, not with its square."""
+    config = shallow("qwen2.5-vl-7b", 2)
+    t, temp = config.text, {}
+    wide, narrow = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
+    layer = t.hidden_size * (2 * wide + 2 * narrow + 3 * t.intermediate_size)
+    for T in (4096, 8192):
+        answer = plan(Job(config, "prefill", context=T), parse_target(target))
+        least = 2 * (2 * T * layer + 2 * T * T * wide) + 2 * t.hidden_size * t.vocab_size
+        assert least < answer["flops"] < 1.15 * least
+        temp[T] = answer["hbm_per_chip"]["temp"]
+    assert temp[8192] < 2.2 * temp[4096]
+    assert temp[8192] < 8192**2 * t.num_attention_heads  # a byte for each score
 
 
 @compiled

@@ -87,6 +87,7 @@ class Engine:
         self._layout = layouts[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
 
         ladder = ladder or Ladder()
+        ladder.check()
         rows, tokens = _capped(ladder.rows, max_batch), _capped(ladder.tokens, max_length)
         lanes = ladder.lanes * (1 if mesh is None else math.prod(mesh.shape[axis] for axis in ACTIVATIONS["R"]))
         self.ladder = ladder._replace(rows=rows, tokens=tokens, lanes=lanes)
@@ -101,7 +102,7 @@ class Engine:
     @property
     def padding(self) -> dict[str, float]:
         """The share of all that prompts ("text") and the vision tower ("vision") have computed that was padding."""
-        return {name: 1 - self._real[name] / slots for name, slots in self._slots.items()}
+        return {name: float(1 - self._real[name] / slots) for name, slots in self._slots.items()}
 
     def generate(
         self,
@@ -241,10 +242,14 @@ class Engine:
         n: samples of every conversation.
         sample, logprobs: the kinds of batches to prepare for: any row not greedy, any row with logprobs.
         They are kept for the next process in the directory of jax's persistent compilation cache
-        (JAX_COMPILATION_CACHE_DIR); if it has none, in ~/.cache/qwenvl_jax.
+        (JAX_COMPILATION_CACHE_DIR); if it has none, in ~/.cache/qwenvl_jax, where what this process compiles later and
+        takes jax a second or more is kept as well. Raises InputError for limits that cannot be.
         """
+        for name, value, least in (("max_tokens", max_tokens, 1), ("max_pixels", max_pixels, 0), ("n", n, 1)):
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise InputError(f"{name} is {value}; it must be a whole number, at least {least}")
         tokens = self.ladder.tokens
-        most = min(max_tokens or self.max_length, self.max_length)
+        most = self.max_length if max_tokens is None else min(max_tokens, self.max_length)
         tokens = tokens[: tokens.index(round_up(most, tokens, "tokens")) + 1]
         variants = [{"sample": s, "logprobs": MAX_LOGPROBS if p else None} for s in sample for p in logprobs]
         if max_pixels is None:

@@ -6,6 +6,7 @@ Sizes are rounded up to a short ladder so that XLA compiles once per rung and ne
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,17 @@ class Ladder(NamedTuple):
     short: tuple[int, ...] = (256, 1024)
     lanes: int = 1
 
+    def check(self) -> None:
+        """Raises InputError for a ladder that cannot be climbed."""
+        for name in ("rows", "tokens", "patches"):
+            rungs = getattr(self, name)
+            if not rungs or rungs[0] < 1 or any(a >= b for a, b in pairwise(rungs)):
+                raise InputError(f"the ladder's {name} are {rungs}; they must be positive and rising")
+        if self.lanes < 1:
+            raise InputError(f"the ladder's lanes are {self.lanes}; they must be at least 1")
+        if max(self.short, default=0) > SHARED:
+            raise InputError(f"the ladder's short are {self.short}; they must be at most {SHARED}")
+
     def capacities(self, vision: VisionConfig) -> tuple[int, ...]:
         """Every P, in whole window blocks."""
         return tuple(dict.fromkeys(-(-P // vision.block_slots) * vision.block_slots for P in self.patches))
@@ -67,14 +79,16 @@ class Ladder(NamedTuple):
 
     def calls(self, vision: VisionConfig) -> list[tuple[int, int]]:
         """(R, P) of every program of the vision tower."""
+        short = self._replace(patches=tuple(P for P in self.patches if P in self.short)).capacities(vision)
         shapes = [(self.lanes, P) for P in self.capacities(vision)]
-        return shapes + [(self.lanes * (SHARED // P), P) for R, P in shapes if P in self.short]
+        return shapes + [(self.lanes * (SHARED // P), P) for P in short if P < SHARED]
 
     def reach(self, max_pixels: int, vision: VisionConfig) -> list[tuple[int, int]]:
         """Every call that frames of so many pixels can come to, however many there are."""
         side = vision.spatial_merge_size
         cells = max_pixels // (vision.patch_size * side) ** 2
-        shapes = [(h, min(cells // h, MAX_ASPECT * (h + 1))) for h in range(1, math.isqrt(cells) + 1)]
+        # Where min_pixels is about as large, sides are rounded up: a row and a column more.
+        shapes = [(h + 1, min(cells // h, MAX_ASPECT * (h + 1)) + 1) for h in range(1, math.isqrt(cells) + 1)]
         # A side is never shorter than one visual token, so a long thin picture may exceed max_pixels.
         shapes.append((1, math.isqrt(MAX_ASPECT * max(cells, 1))))
         largest = max(slots_needed(Grid(1, h * side, w * side), vision) for h, w in shapes)
