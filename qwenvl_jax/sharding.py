@@ -184,6 +184,19 @@ def activation_sharding(dims: str, shape: tuple[int, ...], mesh) -> NamedShardin
     return NamedSharding(mesh, _spec(tuple(dims), shape, ACTIVATIONS, mesh))
 
 
+def on_shards(kernel, args: tuple, dims: tuple[str, ...], results: int | tuple[int, ...]):
+    """kernel(*args) with what each device holds of them, since XLA cannot split a kernel by itself.
+
+    dims: of each argument, as in `activation_sharding`. results: which argument each result is laid out as.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return kernel(*args)
+    specs = tuple(activation_sharding(d, a.shape, mesh).spec for d, a in zip(dims, args, strict=True))
+    out = specs[results] if isinstance(results, int) else tuple(specs[i] for i in results)
+    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
+
+
 def param_shardings(params, mesh: Mesh):
     """A tree of NamedSharding for a tree of parameters (arrays or shapes)."""
 

@@ -1,6 +1,6 @@
 """The compiled programs of an engine: few, and each for one rung of a ladder, never for a pair of rungs.
 
-`encode` is compiled for a lane length P, `embed`, `place` and `prefill` for a (B, T), `first` for a B,
+`encode` is compiled for a call (R, P) of the ladder, `embed`, `place` and `prefill` for a (B, T), `first` for a B,
 `step` and `grow` for a (B, S), and `fork` only where a conversation has several samples. They meet in shapes
 that depend on one of them alone: vision output travels in chunks of a fixed size, and S follows from T.
 """

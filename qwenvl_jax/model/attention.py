@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from qwenvl_jax.model.layers import precision
-from qwenvl_jax.sharding import activation_sharding
+from qwenvl_jax.sharding import divides, on_shards
 
 # (All at the top of the file: what is imported while a function is traced makes jax 0.12 trace others again.)
 with warnings.catch_warnings():  # as of jax 0.12 this one is called deprecated
@@ -136,16 +136,10 @@ def flash(q, k, v, segments, *, causal: bool, interpret: bool = False):
 
 
 def _on_shards(kernel, q, k, v, segments):
-    """Calls a kernel, which XLA cannot split by itself, with every device's rows and heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return kernel(q, k, v, segments)
     # Heads are split only if those of k are too, so that they still match.
-    K = k.shape[2]
-    heads = activation_sharding("K", (K,), mesh).shard_shape((K,)) != (K,)
+    heads = divides("K", k.shape[2])
     dims = ("BTNH", "BTKH", "BTKH", "BT") if heads else ("BT.H", "BT.H", "BT.H", "BT")
-    specs = tuple(activation_sharding(d, a.shape, mesh).spec for d, a in zip(dims, (q, k, v, segments), strict=True))
-    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(q, k, v, segments)
+    return on_shards(kernel, (q, k, v, segments), dims, 0)
 
 
 def decode_attention(q, k, v, lengths):

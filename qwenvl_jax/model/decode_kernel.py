@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwenvl_jax.model.layers import precision
-from qwenvl_jax.sharding import activation_sharding
+from qwenvl_jax.sharding import divides, on_shards
 
 BLOCK = 2**17  # elements of k, and of v, that are read at a time: of fewer, the reading costs less than the step
 TILE = 16  # slots that are written at once: memory is laid out in tiles of so many, of bfloat16
@@ -23,18 +23,11 @@ def decode_kernel(q, k, v, k_cache, v_cache, lengths, *, interpret: bool = False
 
     interpret: on any machine, slowly, to compare.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    one = partial(_one, interpret=interpret)
-    whole = q, k, v, k_cache, v_cache, lengths
-    if mesh.empty or mesh.size == 1:
-        return one(*whole)
-    # XLA cannot split a kernel by itself. Heads are split only if those of k are too, so that they still match.
-    K = k.shape[2]
-    heads = activation_sharding("K", (K,), mesh).shard_shape((K,)) != (K,)
+    # Heads are split only if those of k are too, so that they still match.
+    heads = divides("K", k.shape[2])
     dims = ("BTNH", "BTKH", "BTKH", "BKSH", "BKSH", "B") if heads else ("BT.H",) * 3 + ("B.SH",) * 2 + ("B",)
-    specs = tuple(activation_sharding(d, a.shape, mesh).spec for d, a in zip(dims, whole, strict=True))
-    out = specs[0], *specs[3:5]
-    return jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*whole)
+    args = q, k, v, k_cache, v_cache, lengths
+    return on_shards(partial(_one, interpret=interpret), args, dims, (0, 3, 4))
 
 
 def block_slots(K: int, S: int, H: int) -> int:

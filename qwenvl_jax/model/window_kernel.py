@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from qwenvl_jax.model.attention import attention
 from qwenvl_jax.model.layers import precision, rotate
-from qwenvl_jax.sharding import activation_sharding
+from qwenvl_jax.sharding import on_shards
 
 STEP = 4  # blocks at a time, which fit a TPU's vector memory in float32 too
 
@@ -37,13 +37,7 @@ def plain(qkv, cos, sin, windows, *, heads: int, slots: int):
 
 def kernel(qkv, cos, sin, windows, *, heads: int, slots: int, interpret: bool = False):
     """As `window_attention`, by a Pallas kernel for TPUs. interpret: on any machine, slowly, to compare."""
-    mesh = jax.sharding.get_abstract_mesh()
-    one = partial(_kernel, heads, slots, interpret)
-    if mesh.empty or mesh.size == 1:
-        return one(qkv, cos, sin, windows)
-    whole = qkv, cos, sin, windows  # XLA cannot split a kernel by itself
-    specs = tuple(activation_sharding("RP."[: a.ndim], a.shape, mesh).spec for a in whole)
-    return jax.shard_map(one, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*whole)
+    return on_shards(partial(_kernel, heads, slots, interpret), (qkv, cos, sin, windows), ("RP.",) * 3 + ("RP",), 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
