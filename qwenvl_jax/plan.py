@@ -4,9 +4,7 @@ The compilers of both run on any machine (`libtpu` and jax's CUDA plugin bring t
 very program that would run. What limits it is read off its text (`compiled.py`); nothing is measured.
 """
 
-import importlib.util
 import math
-import os
 import re
 import time
 from functools import partial
@@ -14,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -28,124 +25,11 @@ from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.checkpoint import find, read_config
 from qwenvl_jax.sharding import AXES, activation_sharding, check_mesh, kv_copies, make_mesh, param_shardings
-from qwenvl_jax.train.flops import peak_flops
+from qwenvl_jax.targets import CHIPS, GIB, Target, devices
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, make_step, shardings
 from qwenvl_jax.types import Batch, Cache, Grid, InputError, TrainBatch, VisionBatch
-
-GIB = 2**30
-
-
-class Chip(NamedTuple):
-    """A chip by its maker's data sheet. TPU memory is what the compiler says there is for programs."""
-
-    memory: float  # bytes
-    flops: float  # bfloat16 operations a second
-    bandwidth: float  # bytes a second to and from memory
-    link: float  # bytes a second that it sends to other chips, all its links together
-    slices: dict[int, str] = {}  # noqa: RUF012 - read only: chips of a slice → its topology; GPUs: any number
-
-
-_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
-CHIPS = {
-    "v5e": Chip(15.75 * GIB, peak_flops("TPU v5e"), 0.82e12, 200e9, _FLAT),
-    "v6e": Chip(31.25 * GIB, peak_flops("TPU v6"), 1.64e12, 400e9, _FLAT),
-    "v5p": Chip(95.74 * GIB, peak_flops("TPU v5"), 2.765e12, 600e9, _CUBES),
-    "h100": Chip(79.1 * GIB, peak_flops("H100"), 3.35e12, 450e9),
-    "h200": Chip(140.4 * GIB, peak_flops("H200"), 4.8e12, 450e9),
-}
-_HOST = 8  # GPUs of a host
-_NETWORK = 50e9  # bytes a second that a GPU sends to other hosts (400 Gb/s each)
-_GPU_SHARE = 0.92  # of a GPU's memory; CUDA, cuBLAS and NCCL take the rest
-
-_GPU = """gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth:.0f} l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: {memory:.0f} shared_memory_per_block_optin: 232448
-  cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-device_description_str: "NVIDIA {name}"
-"""
-
-
-# So that neither compiler looks for the device it would run on, nor complains that there is none.
-_NO_DEVICE = {
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run on one, so several processes may compile side by side
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
-
-
-class Target(NamedTuple):
-    """So many chips of one kind, as in "v6e-4" or "h100x8"."""
-
-    kind: str
-    chips: int
-
-    @property
-    def chip(self) -> Chip:
-        return CHIPS[self.kind]
-
-    @property
-    def limit(self) -> int:
-        return int(self.chip.memory * (1 if self.chip.slices else _GPU_SHARE))
-
-    @property
-    def link(self) -> float:
-        return _NETWORK if not self.chip.slices and self.chips > _HOST else self.chip.link
-
-    def __str__(self) -> str:
-        if self.chip.slices:
-            return f"{self.kind}-{self.chips * (2 if self.kind == 'v5p' else 1)}"  # v5p counts cores
-        return self.kind if self.chips == 1 else f"{self.kind}x{self.chips}"
-
-
-def parse_target(name: str) -> Target:
-    """A slice by Cloud TPU's accelerator type ("v5litepod-8" or "v5e-8", "v6e-4", "v5p-128"), or GPUs ("h200",
-    "h100x8", "h100x16" being two hosts). Raises InputError for what does not exist."""
-    match = re.fullmatch(r"(v5litepod|v5e|v6e|v5p)-(\d+)|(h100|h200)(?:x(\d+))?", name)
-    if not match:
-        raise InputError(f"target {name!r} is neither a TPU slice such as v5e-8, v6e-4, v5p-128 nor h100x8 or h200")
-    if match[3]:
-        chips = int(match[4] or 1)
-        if chips < 1 or (chips > _HOST and chips % _HOST):
-            raise InputError(f"target {name}: 1 to {_HOST} GPUs, or whole hosts of {_HOST}")
-        return Target(match[3], chips)
-    kind, number = match[1].replace("v5litepod", "v5e"), int(match[2])
-    chips = number // 2 if kind == "v5p" else number
-    if chips not in CHIPS[kind].slices or (kind == "v5p" and number % 2):
-        there = ", ".join(str(Target(kind, n)) for n in CHIPS[kind].slices)
-        raise InputError(f"target {name}: there is no such slice; there are {there}")
-    return Target(kind, chips)
-
-
-def devices(target: Target):
-    """Stand-ins for the target's chips, to compile for. Raises InputError where its compiler is not installed."""
-    for name, value in _NO_DEVICE.items():  # all at once: jax reads some when it first looks for devices
-        os.environ.setdefault(name, value)
-    if target.chip.slices:
-        if importlib.util.find_spec("libtpu") is None:
-            raise InputError(f"{target} needs the TPU compiler: pip install 'qwenvl-jax[plan]'")
-        bounds = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
-        name = f"{target.kind}:{target.chip.slices[target.chips]}"
-        return topologies.get_topology_desc(topology_name=name, platform="tpu", **bounds).devices
-    if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
-        raise InputError(f"{target} needs the GPU compiler: pip install 'qwenvl-jax[plan]'")
-    chip = target.chip
-    card = _GPU.format(name=target.kind.upper(), memory=chip.memory, bandwidth=chip.bandwidth)
-    shape = f"{-(-target.chips // _HOST)}x1x{min(target.chips, _HOST)}"
-    return topologies.get_topology_desc(
-        topology_name=target.kind, platform="cuda", topology=shape, target_config=card
-    ).devices
 
 
 class Job(NamedTuple):

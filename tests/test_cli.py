@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from qwenvl_jax import cli
+from qwenvl_jax.cli import converse
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.params import checkpoint
@@ -54,8 +55,8 @@ def engine(monkeypatch):
         fake.args = args
         return "m", fake.encode
 
-    monkeypatch.setattr(cli, "_encoder", encoder)
-    monkeypatch.setattr(cli, "_engine", lambda path, args: fake)
+    monkeypatch.setattr(converse, "_encoder", encoder)
+    monkeypatch.setattr(converse, "_engine", lambda path, args, mesh: fake)
     return fake
 
 
@@ -334,7 +335,7 @@ def test_a_mesh_that_does_not_divide_the_model():
 def test_another_process_that_is_gone_is_no_bug(engine, monkeypatch, capsys):
     engine.answers = [[RuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")]]
     codes = []
-    monkeypatch.setattr(cli, "_one_of_several", lambda: True)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     monkeypatch.setattr(cli.os, "_exit", codes.append)
     cli.main(["generate", "--prompt", "?"])

@@ -9,21 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from qwenvl_jax.cli import build_parser, main
+from qwenvl_jax.cli import build_parser, main, plan_job
 from qwenvl_jax.config import PRESETS
-from qwenvl_jax.plan import (
-    CHIPS,
-    Job,
-    Target,
-    default_mesh,
-    meshes,
-    parse_target,
-    plan,
-    resolve_model,
-    search,
-    table,
-)
+from qwenvl_jax.plan import Job, default_mesh, meshes, plan, resolve_model, search, table
 from qwenvl_jax.sharding import parse_mesh
+from qwenvl_jax.targets import CHIPS, Target, parse_target
 from qwenvl_jax.types import InputError
 
 compiled = pytest.mark.compiled
@@ -114,6 +104,8 @@ def test_jobs_that_cannot_be(changes, mesh, said):
         ("--model qwen2.5-vl-3b --target h100x8 --context 999999", "context is 999999"),
         ("--model qwen2.5-vl-3b --target nothing --search", "target 'nothing'"),
         ("--model qwen2.5-vl-3b --target v5e --search --mesh 1x1x8", "leave out --mesh"),
+        ("--model qwen2.5-vl-3b --target v5e-1 --lora", "--lora means nothing to --task decode"),
+        ("--model qwen2.5-vl-3b --target v5e-1 --task vision --batch 8", "--batch means nothing to --task vision"),
     ],
 )
 def test_bad_input_is_a_sentence_and_exit_code_2(arguments, said, capsys):
@@ -137,8 +129,7 @@ RECIPES = re.findall(r"`(--model [^`]+)`", (Path(__file__).parents[1] / "README.
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_recipes_of_the_readme_can_be(recipe):
     args = build_parser().parse_args(["plan", *recipe.split()])
-    target, names = parse_target(args.target), ("task", "batch", "context", "images", "pixels", "lora")
-    job = Job(PRESETS[args.model], **{name: getattr(args, name) for name in names})
+    target, job = parse_target(args.target), plan_job(args)
     job.check()
     shape = default_mesh(job, target.chips)
     assert math.prod(shape) == target.chips and shape in meshes(job, target.chips)

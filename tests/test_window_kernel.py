@@ -83,9 +83,9 @@ def test_on_a_mesh_each_device_has_its_lanes():
 
 def compile_for_tpu(f, *args):
     """f compiled for one v6e; args: trees of shapes."""
-    from qwenvl_jax import plan
+    from qwenvl_jax import plan, targets
 
-    mesh = plan.make_mesh(devices=plan.devices(plan.parse_target("v6e-1")))
+    mesh = plan.make_mesh(devices=targets.devices(targets.parse_target("v6e-1")))
     args = jax.tree.map(lambda a: plan._shaped(mesh, "." * a.ndim, a.shape, a.dtype), args)
     with jax.set_mesh(mesh):
         return jax.jit(f).lower(*args).compile()

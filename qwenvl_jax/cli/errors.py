@@ -1,0 +1,86 @@
+"""Exit codes, errors as sentences, and libraries that keep quiet meanwhile."""
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+
+from qwenvl_jax.types import InputError
+
+OK, FAILED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+NOT_DONE = 75  # sysexits.h: "temporary failure, the user is invited to try again"
+_EXCHANGES = ("Gloo", "NCCL", "Coordination", "heartbeat")  # in errors of jax where another process is gone
+
+
+def one_of_several() -> bool:
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit code and the sentence for an error; anything not foreseen is called a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return BAD_INPUT, text
+    if one_of_several() and any(word in text for word in _EXCHANGES):
+        return FAILED, f"another process has ended or cannot be reached; start all of them again ({text[:200]})"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return BAD_INPUT, (
+            "out of memory. Try --dtype bfloat16, a smaller --max-pixels, --nframes or --max-new-tokens, "
+            "or a smaller model; in training fewer --rows or --tokens with more --accumulate, or --lora-rank."
+        )
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return BAD_INPUT, f"{where}{error.strerror or text}"
+    return FAILED, f"unexpected {type(error).__name__}: {text[:300]} (--debug shows where; please report it)"
+
+
+@contextlib.contextmanager
+def quiet(debug: bool):
+    """Keeps the chatter of jax, absl and friends off stderr, where only our own sentences belong."""
+    if debug:
+        yield
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read by XLA when it starts
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def own_warnings():
+    """Lets this package's warnings, such as the records that are skipped, through `quiet`."""
+    levels = {"": logging.CRITICAL, "absl": logging.CRITICAL, "jax": logging.CRITICAL, "qwenvl_jax": logging.WARNING}
+    loggers = {logging.getLogger(name): level for name, level in levels.items()}
+    before = {logger: logger.level for logger in loggers}
+    disabled = logging.root.manager.disable
+    logging.disable(min(disabled, logging.INFO))
+    try:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+        yield
+    finally:
+        logging.disable(disabled)
+        for logger, level in before.items():
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def mute_libraries():
+    """Keeps compilers in C++ from saying on stderr that there is no such chip here; Python still writes there."""
+    there, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        with open(os.dup(there), "w", encoding="utf-8") as ours:
+            os.dup2(null, 2)
+            with contextlib.redirect_stderr(ours if sys.stderr is sys.__stderr__ else sys.stderr):
+                yield
+    finally:
+        os.dup2(there, 2)
+        os.close(there)
+        os.close(null)
