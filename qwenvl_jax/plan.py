@@ -7,6 +7,7 @@ very program that would run. What limits it is read off its text (`compiled.py`)
 import math
 import re
 import time
+from collections import Counter
 from functools import partial
 from typing import NamedTuple
 
@@ -328,6 +329,7 @@ def table(answer: dict) -> str:
             ("operations", f"{answer['flops'] / 1e12:,.3f} TFLOP a chip"),
             ("memory traffic", f"{_gb(answer['bytes_accessed'])} a chip, {ratio:,.3f} × the least it must read"),
             ("network traffic", f"{_gb(answer['collective_bytes'])} a chip"),
+            *(("", line) for line in _exchanges(answer["collectives"])),
             ("at best", f"{answer['roofline_seconds'] * 1e3:,.2f} ms a step, limited by {answer['limited_by']}"),
             ("", f"{answer['tokens_per_second']:,.0f} tokens/s"),
         ]
@@ -335,5 +337,25 @@ def table(answer: dict) -> str:
     return "\n".join(f"{name:<16}{text}" for name, text in lines)
 
 
+def _exchanges(collectives: list[dict], most: int = 8) -> list[str]:
+    """What is sent, how, and for which part of the model; the largest first."""
+    sent: Counter = Counter()
+    for c in collectives:
+        sent[c["kind"], _part(c["source"])] += c["bytes"] * c["times"]
+    lines = [f"{_gb(size)} {kind}, {part}" for (kind, part), size in sent.most_common(most)]
+    rest = sum(size for _, size in sent.most_common()[most:])
+    return [*lines, f"{_gb(rest)} in {len(sent) - most} smaller ones"] if rest else lines
+
+
+def _part(source: str) -> str:
+    """Which part of the model an operation is of, by the path that jax gives it, and in which pass."""
+    part = re.search(r"\w+Block|Merger|embed_tokens|lm_head", source)
+    if part:
+        part = part[0]
+    else:  # a layer is taken out of a stack for `lax.scan`
+        part = "a layer's weights" if "dynamic_index_in_dim" in source else source.rpartition("/")[2] or "not named"
+    return f"{part}, backward" if "transpose(" in source else part
+
+
 def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"

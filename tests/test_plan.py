@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from qwenvl_jax.cli import build_parser, main, plan_job
+from qwenvl_jax.compiled import Collective
 from qwenvl_jax.config import PRESETS
-from qwenvl_jax.plan import Job, default_mesh, meshes, plan, resolve_model, search, table
+from qwenvl_jax.plan import Job, _exchanges, default_mesh, meshes, plan, resolve_model, search, table
 from qwenvl_jax.sharding import parse_mesh
 from qwenvl_jax.targets import CHIPS, Target, parse_target
 from qwenvl_jax.types import InputError
@@ -135,6 +136,33 @@ def test_the_recipes_of_the_readme_can_be(recipe):
     assert math.prod(shape) == target.chips and shape in meshes(job, target.chips)
 
 
+def test_exchanges_are_listed_by_part_of_the_model():
+    path = "jit(step)/while/body/closed_call/"
+    found = [
+        ("all-gather", 4, path + "jvp()/while/body/closed_call/DecoderBlock/up_proj/dot_general"),
+        ("all-gather", 5, path + "jvp()/while/body/closed_call/DecoderBlock/down_proj/dot_general"),
+        (
+            "reduce-scatter",
+            7,
+            path + "transpose(jvp())/checkpoint/rematted_computation/DecoderBlock/up_proj/dot_general",
+        ),
+        ("all-gather", 3, path + "jvp()/while/body/jit(dynamic_index_in_dim)/squeeze"),
+        ("all-to-all", 2, path + "jvp(embed_tokens)/jit(_where)/select_n"),
+        ("all-gather", 1, path + "jvp(Merger)/fc2/add"),
+        ("all-reduce", 1, ""),
+    ]
+    listed = [Collective(kind, size * 10**6, 2, 2, source)._asdict() for kind, size, source in found]
+    assert _exchanges(listed, most=5) == [
+        "0.02 GB all-gather, DecoderBlock",
+        "0.01 GB reduce-scatter, DecoderBlock, backward",
+        "6.00 MB all-gather, a layer's weights",
+        "4.00 MB all-to-all, embed_tokens",
+        "2.00 MB all-gather, Merger",
+        "2.00 MB in 1 smaller ones",
+    ]
+    assert _exchanges(listed[-1:]) == ["2.00 MB all-reduce, not named"]
+
+
 def test_there_are_recipes():
     assert len(RECIPES) == 10
 
@@ -175,6 +203,7 @@ def test_more_chips_than_kv_heads():
     assert answer["hbm_per_chip"]["cache"] == 2 * 2 * 4 * 4096 * t.head_dim + 8
     assert answer["bytes_accessed"] <= 1.1 * answer["min_bytes"]
     assert answer["collective_bytes"] < 4e6
+    assert "MB all-reduce, DecoderBlock\n" in table(answer)
 
 
 @compiled

@@ -47,7 +47,8 @@ def work(tmp_path_factory) -> Path:
 
 
 def child(work: str, output: str, steps: str, count: str) -> None:
-    """What each process runs: prints what it read of the decoder, the answer if it is the first, and trains."""
+    """What each process runs: prints what it read of the decoder, the answer if it is the first, and trains; for no
+    steps it loads and answers for ever instead."""
     data, fsdp, tensor = MESHES[int(count)]
     several = ["--distributed"] if int(count) > 1 else []
     read, source = [], checkpoint.Stored.read
@@ -60,9 +61,10 @@ def child(work: str, output: str, steps: str, count: str) -> None:
     checkpoint.Stored.read = counted
     ask = ["--image", f"{work}/red.png", "--prompt", "Colour?", "--temperature", "0", "--max-new-tokens", "6"]
     shape = ["--mesh", f"{data}x{fsdp}x{tensor}"]
-    assert (
-        cli.main(["generate", "--model", f"{work}/model", "--dtype", "float32", "--json", *ask, *shape, *several]) == 0
-    )
+    generate = ["generate", "--model", f"{work}/model", "--dtype", "float32", "--json", *ask, *shape, *several]
+    assert cli.main(generate) == 0
+    while steps == "0":
+        assert cli.main(generate) == 0
     print(json.dumps({"read": sum(read)}), flush=True)
     sizes = ["--mesh-data", str(data), "--mesh-fsdp", str(fsdp), "--mesh-tensor", str(tensor)]
     sys.exit(cli.main(["train", f"{work}/run.toml", "--output", output, "--steps", steps, *sizes, *several]))
@@ -113,11 +115,16 @@ def test_several_processes_equal_one(work, alone, count):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_dies_the_others_say_so_and_end(work, tmp_path, victim):
-    processes = start(work, tmp_path / "run", 10**5, 2)
+@pytest.mark.parametrize("task", ["generating", "training"])
+def test_when_one_dies_the_others_say_so_and_end(work, tmp_path, task, victim):
+    processes = start(work, tmp_path / "run", 10**5 if task == "training" else 0, 2)
     file = tmp_path / "run" / run.METRICS
-    while not (file.exists() and file.read_text().count("\n") > 1) and all(p.poll() is None for p in processes):
-        time.sleep(0.05)
+    if task == "generating":
+        answers = [processes[0].stdout.readline() for _ in range(3)]  # what it read is one of them
+        assert all(line.startswith("{") for line in answers)
+    else:
+        while not (file.exists() and file.read_text().count("\n") > 1) and all(p.poll() is None for p in processes):
+            time.sleep(0.05)
     processes[victim].send_signal(signal.SIGKILL)
     other, start_of_end = processes[1 - victim], time.monotonic()
     _, error = other.communicate(timeout=90)

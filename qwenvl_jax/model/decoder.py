@@ -42,6 +42,7 @@ class DecoderBlock(nn.Module):
         return constrain(x + linear(c.hidden_size, False, "down_proj")(h), "BTD"), state
 
 
+@jax.named_scope("embed_tokens")
 def embed(config: Config, params: dict, tokens, visual_index, visual=None):
     """Token embeddings [B, T, D], with row `visual_index[b, t]` of `visual` [X, D] where that is not −1."""
     x = _rows(params["decoder"]["embed_tokens"]["embedding"], tokens).astype(config.dtype)
@@ -141,6 +142,7 @@ def head(config: Config, params: dict) -> tuple[jax.Array, str]:
     return (p["embed_tokens"]["embedding"], "VD") if config.text.tie_word_embeddings else (p["lm_head"]["kernel"], "DV")
 
 
+@jax.named_scope("lm_head")
 def logits(x, head, dims: str):
     """x [..., D], after the final norm, times the head: [..., V] float32."""
     dims = f"...D,{dims}->...V"

@@ -78,6 +78,7 @@ def _by_segment(values, segments, n: int):
     return jnp.sum(jnp.where(here, values[:, None, :], 0), -1)
 
 
+@jax.named_scope("lm_head")
 def _logprobs(config: Config, params: dict, x, targets, chunk: int):
     """As `token_logprobs`, and the log-probability of the likeliest token (not differentiated), both [B, T]."""
     B, T = targets.shape

@@ -1,4 +1,4 @@
-"""How fast the model generates and sees, next to what the device can do and, where it is installed, transformers.
+"""How fast the model generates, sees and learns, next to what the device can do and, where installed, transformers.
 
 Random weights, the same on both sides, in turns with transformers 4.51.3 (SDPA) on the same device, as users call them.
 Times are medians over rounds. Where both sides compute in float32, their first tokens must agree.
@@ -9,9 +9,11 @@ Times are medians over rounds. Where both sides compute in float32, their first 
   weights, and half of all attention, being causal.
 - vision: the tower over one picture of `--patches`. Likewise; a window counts as its 64 slots.
 - picture to first token: preprocessing and all, a picture of a quarter of the patches.
+- LoRA: a training step of rank 16 on a row of `--tokens`, blocks rematerialised, the embeddings frozen. Its share is of
+  the operations that the model needs, without those that are done twice. Here alone; `training.py` has the rest.
 
-    python benchmarks/inference.py
-    python benchmarks/inference.py --platform gpu --size qwen2.5-vl-7b --tokens 8192 --patches 16384 --new 256
+    python benchmarks/model.py
+    python benchmarks/model.py --platform gpu --size qwen2.5-vl-7b --tokens 8192 --patches 16384 --new 256
 """
 
 import argparse
@@ -23,6 +25,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from common import SIZES, clock, copy_rate, product_rate, reference
 from PIL import Image
@@ -33,10 +36,16 @@ from qwenvl_jax.infer.programs import Programs
 from qwenvl_jax.inputs.batch import Ladder, pack_vision
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
 from qwenvl_jax.model.qwenvl import init
+from qwenvl_jax.params import lora
 from qwenvl_jax.params.hf import flatten
-from qwenvl_jax.types import Model, Sample
+from qwenvl_jax.train.flops import train_flops
+from qwenvl_jax.train.losses import sft_loss
+from qwenvl_jax.train.options import TrainOptions
+from qwenvl_jax.train.step import init_state, make_optimizer, make_step
+from qwenvl_jax.types import Batch, Model, Sample, TrainBatch
 
 PROMPT = 64  # tokens before what is decoded
+RANK = 16
 
 
 class NoText:
@@ -90,6 +99,28 @@ class Ours:
 
     def first_token(self, picture) -> None:
         self.generate([ask(self.config, picture)], 1)
+
+    def learn(self, sample: Sample):
+        """A function that makes a LoRA step on one row."""
+        options, key = TrainOptions(), jax.random.key(1)
+        params = jax.tree.map(jnp.copy, self.params)  # a step uses up its state, in which the base is
+        targets = options.lora_targets
+        params = lora.add(self.config, params, key, rank=RANK, alpha=options.lora_alpha, targets=targets)
+        optimizer = make_optimizer(options.learning_rate)
+        step = make_step(partial(sft_loss, self.config, remat=True), optimizer, lora.is_trainable)
+        state = init_state(params, optimizer, lora.is_trainable)
+        ids = jnp.asarray(sample.tokens)[None, None]
+        T = ids.shape[-1]
+        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (1, 3, 1, T))
+        inputs = Batch(ids, positions, jnp.ones_like(ids), jnp.full_like(ids, -1), ())
+        batch = TrainBatch(inputs, ids, jnp.ones(ids.shape, jnp.float32))
+
+        def run():
+            nonlocal state
+            state, metrics = step(state, batch)
+            float(metrics["loss"])
+
+        return run
 
 
 class Theirs:
@@ -191,11 +222,13 @@ def measure(args) -> None:
     if args.dtype == "float32" and any(first != firsts[0] for first in firsts):
         raise SystemExit(f"the first tokens differ: {firsts}")
     towers = {name: side.see(problem.large) for name, side in sides.items()}
+    learn = ours.learn(problem.long)
     jobs = {  # in tokens, tokens, patches and pictures
         "decode": lambda side: clock(lambda: side.generate(rows, 1 + args.new)) - clock(lambda: side.generate(rows, 1)),
         "prefill": lambda side: clock(lambda: side.generate([problem.long], 1)),
         "vision": lambda side: clock(towers[next(n for n, s in sides.items() if s is side)]),
         "picture to first token": lambda side: clock(partial(side.first_token, problem.picture)),
+        "LoRA": lambda side: clock(learn) if side is ours else math.nan,
     }
     for job in jobs.values():  # compiles, and whatever else the first call does
         for side in sides.values():
@@ -212,11 +245,18 @@ def measure(args) -> None:
 
     copied, multiplied = (statistics.median(c) for c in zip(*ceilings, strict=True))
     patches = problem.large.visuals[0].grid.patches
-    done = {"decode": args.rows * args.new, "prefill": args.tokens, "vision": patches, "picture to first token": 1}
+    done = {
+        "decode": args.rows * args.new,
+        "prefill": args.tokens,
+        "vision": patches,
+        "picture to first token": 1,
+        "LoRA": args.tokens,
+    }
     shares = {
         "decode": args.new * decode_bytes(config, ours.params, args.rows, args.new) / copied,
         "prefill": prefill_flops(config, ours.params, args.tokens) / multiplied,
         "vision": vision_flops(config, ours.params, patches) / multiplied,
+        "LoRA": train_flops(config, 1, args.tokens, 0, 0, trains={"llm"}, weights=False) / multiplied,
     }
     million = sum(a.size for a in jax.tree.leaves(ours.params)) / 1e6
     print(f"\n{args.size}: {million:.0f} M parameters, {args.dtype}, {jax.devices()[0].device_kind}")
@@ -228,12 +268,13 @@ def measure(args) -> None:
         "prefill": f"prefill, tokens, {args.tokens}",
         "vision": f"vision, patches, {patches}",
         "picture to first token": f"picture to first token, {'×'.join(map(str, problem.picture.size))}",
+        "LoRA": f"LoRA step, tokens, {args.tokens}",
     }
     for job in jobs:
         mine = spent[job, "here"]
         share = f"{shares[job] / statistics.median(mine):.0%}" if job in shares else ""
         cells = [what[job], f"{done[job] / statistics.median(mine):.4g}", share]
-        if "transformers" in sides:
+        if "transformers" in sides and job != "LoRA":
             theirs = spent[job, "transformers"]
             ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
             spread = f"{min(ratios):.2f}–{max(ratios):.2f}×"
