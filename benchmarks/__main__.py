@@ -8,6 +8,7 @@ For their own options, run them by themselves.
 import argparse
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -17,9 +18,11 @@ def main() -> None:
     parser.add_argument("--size", default="50M", help="of model.py: 50M, demo or a preset such as qwen2.5-vl-7b")
     parser.add_argument("--directory", help="where conversion.py may write 14 GB; without it, it is left out")
     args = parser.parse_args()
-    jobs = [["model", "--platform", args.platform, "--size", args.size], ["preprocessing"]]
-    if args.platform != "tpu":  # torch has none
-        jobs.append(["training", "--platform", args.platform])
+    jobs = [["model", "--platform", args.platform, "--size", args.size]]
+    if find_spec("torch") and find_spec("transformers"):  # what the next ones are compared with
+        jobs.append(["preprocessing"])
+        if args.platform != "tpu":
+            jobs.append(["training", "--platform", args.platform])
     if args.directory:
         jobs.append(["conversion", args.directory])
     failed = []

@@ -9,6 +9,7 @@ import re
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from qwenvl_jax.inputs.batch import Ladder, cover
 from qwenvl_jax.inputs.layout import slots_needed
 from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params import lora
-from qwenvl_jax.params.checkpoint import find, read_config
+from qwenvl_jax.params.checkpoint import DEMO, find, read_config
 from qwenvl_jax.sharding import AXES, activation_sharding, check_mesh, kv_copies, make_mesh, param_shardings
 from qwenvl_jax.targets import CHIPS, GIB, Target, devices
 from qwenvl_jax.train.losses import sft_loss
@@ -92,14 +93,23 @@ def default_mesh(job: Job, chips: int) -> tuple[int, int, int]:
 
 def meshes(job: Job, chips: int) -> list[tuple[int, int, int]]:
     """All that divide the job: tensor divides the MLP, data and fsdp the rows."""
-    rows = job.images if job.task == "vision" else job.batch
     found = []
     for tensor in (n for n in range(1, chips + 1) if chips % n == 0):
         rest = chips // tensor
-        if job.config.text.intermediate_size % tensor or rows % rest or (job.task == "vision" and tensor > 1):
+        if job.config.text.intermediate_size % tensor or _unshared(job, rest) or (job.task == "vision" and tensor > 1):
             continue
         found.append((1, rest, tensor) if job.task == "train" else (rest, 1, tensor))
     return found or [default_mesh(job, chips)]
+
+
+def _unshared(job: Job, groups: int) -> str | None:
+    """What so many groups of chips cannot share evenly. (A single row to generate from is each one's; the trainer
+    refuses that.)"""
+    for name in {"vision": ("images",), "train": ("batch", "images")}.get(job.task, ("batch",)):
+        number = getattr(job, name)
+        if number % groups and (number > 1 or job.task == "train"):
+            return name
+    return None
 
 
 def plan(job: Job, target: Target, mesh: tuple[int, int, int] | None = None) -> dict:
@@ -115,9 +125,11 @@ def plan(job: Job, target: Target, mesh: tuple[int, int, int] | None = None) -> 
     shape = mesh or default_mesh(job, target.chips)
     if math.prod(shape) != target.chips or min(shape) < 1:
         raise InputError(f"mesh {'×'.join(map(str, shape))} has {math.prod(shape)} chips; {target} has {target.chips}")
-    rows = job.images if job.task == "vision" else job.batch
-    if rows % (shape[0] * shape[1]) and rows > 1:
-        raise InputError(f"{rows} rows cannot be shared by {shape[0] * shape[1]} groups of chips (data × fsdp)")
+    share = shape[0] * shape[1]
+    if name := _unshared(job, share):
+        raise InputError(
+            f"{name} is {getattr(job, name)}, which {share} groups of chips (data × fsdp) cannot share evenly"
+        )
     check_mesh(job.config, dict(zip(AXES, shape, strict=True)))
     mesh = make_mesh(*shape, devices=devices(target))
     with jax.set_mesh(mesh):
@@ -194,13 +206,13 @@ def search(job: Job, kind: str, *, progress: bool = True) -> dict:
 
 
 def resolve_model(name: str) -> Config:
-    """The configuration of a preset ("qwen2.5-vl-7b") or of a checkpoint's directory or hub id."""
+    """The configuration of a preset ("qwen2.5-vl-7b") or of a checkpoint's directory. Nothing is fetched."""
     if name in PRESETS:
         return PRESETS[name]
-    try:
-        return read_config(find(name))
-    except InputError as error:
-        raise InputError(f"{error}; nor is it one of {', '.join(PRESETS)}") from error
+    path = find(name) if name == DEMO else Path(name)
+    if not path.is_dir():
+        raise InputError(f"{name}: no such directory; nor is it one of {', '.join(PRESETS)}")
+    return read_config(path)
 
 
 def _shaped(mesh: Mesh, dims: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:

@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.types import InputError
@@ -113,7 +114,14 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     size = data * fsdp * tensor
     if size > len(devices):
         raise InputError(f"a mesh of {data}×{fsdp}×{tensor} needs {size} devices; there are {len(devices)}")
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
+    try:  # `jax.make_mesh` would neither split an axis of a TPU's torus over two of ours, nor join hosts of GPUs
+        grid = create_device_mesh((data, fsdp, tensor), devices[:size], allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as e:
+        raise InputError(
+            f"a mesh of {data}×{fsdp}×{tensor} cannot be laid over the first {size} of {len(devices)} devices, because "
+            "they are not a block of neighbours; take all of them, or as many as a row has"
+        ) from e
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def check_mesh(config, sizes) -> None:

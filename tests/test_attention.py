@@ -1,5 +1,7 @@
 """Attention backends against plain XLA."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenvl_jax.model import attention
+from qwenvl_jax.model import attention, window_kernel
 
 
 def problem(seed: int, B: int, T: int, K: int, G: int, H: int):
@@ -45,3 +47,16 @@ def test_cpus_get_plain_attention():
     q, k, v, segments, _ = problem(0, 1, attention.FEWEST, 1, 2, 64)
     f = jax.jit(lambda *a: attention.attention(*a, segments, causal=True))
     np.testing.assert_array_equal(f(q, k, v), jax.jit(lambda *a: attention._plain(*a, segments, causal=True))(q, k, v))
+
+
+@pytest.mark.parametrize(("dtype", "kernels"), [("bfloat16", (1, 1)), ("float32", (0, 1)), ("float16", (0, 0))])
+def test_tpus_get_kernels_for_what_these_multiply_exactly(dtype, kernels):
+    """jax's knows no full float32, TPUs no float16."""
+    q, segments = jax.ShapeDtypeStruct((1, 512, 4, 128), dtype), jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    qkv, angles = jax.ShapeDtypeStruct((1, 512, 3 * 128), dtype), jax.ShapeDtypeStruct((1, 512, 32), jnp.float32)
+    calls = (
+        (partial(attention.attention, causal=True), (q, q, q, segments)),
+        (partial(window_kernel.window_attention, heads=2, slots=64), (qkv, angles, angles, segments)),
+    )
+    texts = [jax.jit(f).trace(*args).lower(lowering_platforms=("tpu",)).as_text() for f, args in calls]
+    assert tuple(int("tpu_custom_call" in text) for text in texts) == kernels

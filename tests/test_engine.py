@@ -117,6 +117,14 @@ def test_what_a_seed_draws_does_not_depend_on_the_batch():
     assert [a.token_ids == b.token_ids for a, b in zip(together, again, strict=True)] == [False] * 3 + [True]
 
 
+def test_processes_agree_on_a_seed(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(engine_module.multihost_utils, "broadcast_one_to_all", lambda mine: np.uint32(9))
+    rng, options = np.random.default_rng(0), dict(temperature=1.5, top_k=0, max_new_tokens=8)
+    request = shared()._request(sample(rng, model().config, 5), GenerateOptions(), None, options)
+    assert [row.seed for row in request.rows] == [9]
+
+
 def test_no_seed_is_a_new_seed_each_time():
     (s,) = texts(np.random.default_rng(3), 12)
     a, b = (shared().generate([s], temperature=3.0, top_k=0, max_new_tokens=20)[0] for _ in range(2))

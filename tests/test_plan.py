@@ -13,8 +13,8 @@ from qwenvl_jax.cli import build_parser, main, plan_job
 from qwenvl_jax.compiled import Collective
 from qwenvl_jax.config import PRESETS
 from qwenvl_jax.plan import Job, _exchanges, default_mesh, meshes, plan, resolve_model, search, table
-from qwenvl_jax.sharding import parse_mesh
-from qwenvl_jax.targets import CHIPS, Target, parse_target
+from qwenvl_jax.sharding import make_mesh, parse_mesh
+from qwenvl_jax.targets import CHIPS, Target, devices, parse_target
 from qwenvl_jax.types import InputError
 
 compiled = pytest.mark.compiled
@@ -63,7 +63,7 @@ def test_meshes_divide_the_job():
     assert default_mesh(Job(config, batch=2), 8) == (2, 1, 4)
     assert default_mesh(Job(config), 8) == (1, 1, 8)
     assert meshes(Job(config, batch=2), 8) == [(2, 1, 4), (1, 1, 8)]
-    assert meshes(Job(config, "train", batch=8), 4) == [(1, 4, 1), (1, 2, 2), (1, 1, 4)]
+    assert meshes(Job(config, "train", batch=8, images=8), 4) == [(1, 4, 1), (1, 2, 2), (1, 1, 4)]
     assert meshes(Job(config, "vision", images=8), 4) == [(4, 1, 1)]
 
 
@@ -83,7 +83,9 @@ def test_meshes_that_are_none(name):
         ({"pixels": 10**9}, None, "pixels"),
         ({"lora": -1}, None, "lora"),
         ({}, (1, 1, 3), "has 3 chips; v5e-4 has 4"),
-        ({"batch": 3}, (4, 1, 1), "3 rows cannot be shared by 4"),
+        ({"batch": 3}, (4, 1, 1), "batch is 3, which 4 groups"),
+        ({"task": "train"}, None, "batch is 1, which 4 groups"),
+        ({"task": "train", "batch": 4}, None, "images is 1, which 4 groups"),
         ({}, (1, 1, 4), "intermediate_size, 11006, cannot be shared by 4"),
     ],
 )
@@ -192,6 +194,29 @@ def test_a_decode_step_moves_little_but_weights_and_cache(name, target):
     assert answer["bytes_accessed"] <= 1.03 * answer["min_bytes"]
     assert answer["hbm_per_chip"]["temp"] <= 64e6
     assert answer["flops"] >= answer["min_bytes"] * 0.9  # two operations for each two bytes of weights
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("target", "shape"),
+    [
+        ("v5e-8", (2, 1, 4)),
+        ("v6e-16", (2, 1, 8)),
+        ("v6e-16", (1, 8, 2)),
+        ("v5p-128", (1, 32, 2)),
+        ("h100x16", (2, 1, 8)),
+    ],
+)
+def test_meshes_over_parts_of_an_axis_of_the_chips(target, shape):
+    there = devices(parse_target(target))
+    mesh = make_mesh(*shape, devices=there)
+    assert mesh.devices.shape == shape and set(mesh.devices.flat) == set(there)
+
+
+@compiled
+def test_a_mesh_over_chips_that_are_no_block():
+    with pytest.raises(InputError, match="3×1×1 cannot be laid over the first 3 of 8 devices"):
+        make_mesh(3, devices=devices(parse_target("v5e-8")))
 
 
 @compiled

@@ -7,6 +7,7 @@ end is thrown away. (A loop on the device would keep a second copy of the cache.
 
 import functools
 import math
+import secrets
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -150,7 +152,11 @@ class Engine:
         return Stream(request, self._run(request.rows))
 
     def _request(self, conversation, options: GenerateOptions, tools, changes: dict) -> "_Request":
-        options = options.replace(**changes).resolve(self.generation, self.config.eos_token_id)
+        options = options.replace(**changes)
+        if options.seed is None and jax.process_count() > 1:  # the same one for all, or each would draw its own tokens
+            seed = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
+            options = options.replace(seed=int(seed))
+        options = options.resolve(self.generation, self.config.eos_token_id)
         sample = conversation
         if not isinstance(sample, Sample):
             sample = self.processor.encode(conversation, tools=tools)

@@ -37,8 +37,10 @@ def attention(q, k, v, segments, *, causal: bool):
     plain = partial(_plain, causal=causal)
     if q.shape[1] < FEWEST or q.shape[1] % LANES:
         return plain(q, k, v, segments)
-    kernels = {"tpu": partial(splash, causal=causal)}
-    if gpu and q.dtype != jnp.float32:  # of which it would multiply only the upper half
+    kernels = {}  # of float32 they would multiply only the upper half
+    if q.dtype == jnp.bfloat16:  # TPUs know no float16
+        kernels["tpu"] = partial(splash, causal=causal)
+    if gpu and q.dtype != jnp.float32:
         kernels["cuda"] = partial(flash, causal=causal)
     return jax.lax.platform_dependent(q, k, v, segments, **kernels, default=plain)
 

@@ -91,7 +91,7 @@ def step(config: Config, params: dict, tokens, cache: Cache):
 
     def attend(layer, q, k, v):
         whole = q, k, v, cache.k[layer], cache.v[layer], cache.lengths
-        if config.text.head_dim % 128 == 0:  # the kernel's heads fill the vector lanes
+        if config.text.head_dim % 128 == 0 and q.dtype != jnp.float16:  # heads fill the vector lanes, which know it not
             attended, k, v = jax.lax.platform_dependent(*whole, tpu=decode_kernel, default=write_and_attend)
         else:
             attended, k, v = write_and_attend(*whole)

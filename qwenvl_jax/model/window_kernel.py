@@ -23,7 +23,8 @@ def window_attention(qkv, cos, sin, windows, *, heads: int, slots: int):
     qkv [R, P, 3E]; cos, sin [R, P, H/2] float32; windows [R, P] int32, with P a multiple of `slots`. Returns [R, P, E].
     """
     whole, sizes = (qkv, cos, sin, windows), dict(heads=heads, slots=slots)
-    return jax.lax.platform_dependent(*whole, tpu=partial(kernel, **sizes), default=partial(plain, **sizes))
+    kernels = {} if qkv.dtype == jnp.float16 else {"tpu": partial(kernel, **sizes)}  # TPUs know no float16
+    return jax.lax.platform_dependent(*whole, **kernels, default=partial(plain, **sizes))
 
 
 def plain(qkv, cos, sin, windows, *, heads: int, slots: int):

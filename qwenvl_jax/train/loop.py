@@ -63,8 +63,9 @@ def train(
     evaluate: params → metrics by name, called every `options.eval_every` steps and after the last one.
     loss: of task "sft", if not cross-entropy alone: (config, params, TrainBatch, remat=…) → what `sft_loss` returns.
     donate: use up `model.params`, which saves a copy of them.
-    SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint; a second Ctrl-C ends it at once. A bad
-    record that stops the run, too, leaves a checkpoint.
+    SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint; a second Ctrl-C ends it at once. (SIGTERM
+    to one of several processes does so to all, Ctrl-C ends them at once.) A bad record that stops the run, too, leaves
+    a checkpoint.
     Raises InputError for options that do not fit, bad records, and too many steps that are not finite.
     """
     if options.best and evaluate is None:
@@ -351,8 +352,8 @@ class _Signals:
     def __enter__(self):
         self.caught, self._old = None, {}
         if threading.current_thread() is threading.main_thread():
-            # With several processes, jax tells all of them at which step to stop.
-            mine = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+            # A SIGTERM to one of several, jax catches, and tells all at which step to stop; Ctrl-C acts as ever.
+            mine = () if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
             self._old = {s: signal.signal(s, self._catch) for s in mine}
         return self
 
@@ -372,4 +373,4 @@ class _Signals:
 
         if multihost_utils.reached_preemption_sync_point(step):
             self.caught = signal.SIGTERM
-        return self.caught is signal.SIGTERM
+        return self.caught is not None

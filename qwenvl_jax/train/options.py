@@ -16,7 +16,8 @@ from typing import get_args, get_type_hints
 from qwenvl_jax.types import InputError
 
 GROUPS = ("vision", "merger", "llm")
-_OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("constant", "linear", "cosine")
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -50,13 +51,13 @@ class TrainOptions:
     steps: int = _key(1000, "updates to make", least=1)
     # the optimizer
     optimizer: str = _key(
-        "adamw", "how gradients become updates; muon is for training from nothing", choices=_OPTIMIZERS
+        "adamw", "how gradients become updates; muon is for training from nothing", choices=OPTIMIZERS
     )
     learning_rate: float = _key(1e-5, "the optimizer's step size at its peak", above=0, most=1)
     vision_learning_rate: float | None = _key(None, "of the vision tower; default: learning_rate", above=0, most=1)
     merger_learning_rate: float | None = _key(None, "of the merger; default: learning_rate", above=0, most=1)
     freeze: tuple[str, ...] = _key((), "parts of the model to leave as they are; repeatable", choices=GROUPS)
-    schedule: str = _key("cosine", "how the step size falls after warmup", choices=("constant", "linear", "cosine"))
+    schedule: str = _key("cosine", "how the step size falls after warmup", choices=SCHEDULES)
     cooldown: int = _key(0, "last steps, over which a constant step size falls to 0", least=0)
     warmup: int = _key(0, "steps over which the step size rises from 0", least=0)
     weight_decay: float = _key(0.01, "pull of matrices towards 0; norms and biases have none", least=0)

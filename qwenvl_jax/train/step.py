@@ -15,11 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.params.hf import flatten, unflatten
 from qwenvl_jax.sharding import activation_sharding, param_shardings
+from qwenvl_jax.train.options import GROUPS, OPTIMIZERS, SCHEDULES
 from qwenvl_jax.types import Batch, InputError, TrainBatch, VisionBatch
-
-GROUPS = ("vision", "merger", "llm")
-OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 class TrainState(NamedTuple):
