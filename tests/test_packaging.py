@@ -122,3 +122,25 @@ def test_wheel_and_sdist(tmp_path):
         [sys.executable, "-I", "-c", check, str(target)], cwd=tmp_path, check=True, capture_output=True, text=True
     )
     assert "generate" in out.stdout
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    "arguments", ["conversion.py --help", "preprocessing.py --help", "training.py --help", "__main__.py --help"]
+)
+def test_benchmarks_start(arguments):
+    run = subprocess.run(
+        f"{sys.executable} benchmarks/{arguments}", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "usage" in run.stdout, run.stderr
+
+
+@pytest.mark.parity
+def test_the_benchmark_of_the_model_runs():
+    """As small as it can be; it checks by itself that both sides' first tokens agree."""
+    small = "--size demo --tokens 64 --patches 64 --new 2 --rounds 1"
+    command = f"{sys.executable} benchmarks/model.py {small}"
+    run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = [line.split("|")[1].split(",")[0].strip() for line in run.stdout.splitlines() if line.startswith("| ")]
+    assert rows[1:] == ["decode", "prefill", "vision", "picture to first token", "LoRA step"]
