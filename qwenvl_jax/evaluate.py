@@ -275,7 +275,7 @@ def read_questions(records, metric: str = "exact") -> list[Question]:
         for where, value, folder in lines:
             try:
                 questions.append(_question(value, folder, metric, where))
-            except InputError as e:
+            except (InputError, RecursionError) as e:  # the latter where lists are nested by the hundred
                 raise InputError(f"{where}: {e}") from e
     if not questions:
         raise InputError(f"{', '.join(map(str, records)) or 'the list of records'}: no record to evaluate on")
@@ -284,7 +284,7 @@ def read_questions(records, metric: str = "exact") -> list[Question]:
 
 def _lines(file: Path) -> Iterable[tuple[str, object, Path]]:
     try:
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8-sig")
     except UnicodeDecodeError as e:
         raise InputError(f"{file}: not UTF-8 text ({e.reason} at byte {e.start})") from e
     except OSError as e:
@@ -402,7 +402,7 @@ def command(args) -> int:
         max_new_tokens=args.max_new_tokens,
         progress=not args.json,
     )
+    print(json.dumps(report.to_dict()) if args.json else report.table(), flush=True)
     if output is not None:
         report.write(output)
-    print(json.dumps(report.to_dict()) if args.json else report.table())
     return 0

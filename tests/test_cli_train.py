@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import re
+import shutil
 import signal
 import sys
 
@@ -220,3 +221,10 @@ def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
     assert capsys.readouterr().out == f"finished before: {output / 'final'}\n"
     assert cli.main([*argv, "--learning-rate", "0.1"]) == 2
     assert "learning_rate was 0.02 and is 0.1" in capsys.readouterr().err
+
+    # What is there is not overwritten, nor left beside what it does not belong to.
+    for folder, left in (("checkpoints", "final"), ("final", "adapter")):
+        shutil.rmtree(output / folder)
+        assert cli.main(argv) == 2
+        assert f"{output / left} is there, after 0 steps" in capsys.readouterr().err
+    assert len(run.read_metrics(output)) == 30

@@ -372,7 +372,7 @@ def test_a_changed_file_is_refused_and_a_copied_one_is_not(processor, tmp_path):
 
 def test_lines_of_a_file(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n\r\n{"a": "\xc3\xa9"}\r\n7\n\n{"a": 3}')
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n \t \n\r\n{"a": "\xc3\xa9"}\r\n7\n\n{"a": 3}')
     source = JsonLines(path)
     assert [source[i] for i in range(len(source))] == [{"a": 1}, {"a": "é"}, 7, {"a": 3}]
     assert [source.where(i) for i in range(len(source))] == [f"{path}:{n}" for n in (1, 4, 5, 7)]
@@ -431,6 +431,16 @@ def test_bad_lines_are_named(processor, tmp_path, caplog):
     }  # fmt: skip
     with pytest.raises(InputError, match=re.escape(f"{path}:3: not JSON")):
         list(Dataset(path, processor, SHAPE, epochs=1, shuffle=False))
+
+
+def test_lists_within_lists_are_a_bad_record(processor):
+    frames = "a.png"
+    for _ in range(5000):
+        frames = [frames]
+    content = [{"type": "video", "video": frames}, {"type": "text", "text": "?"}]
+    record = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]}
+    data = Dataset([record, chat(1)], processor, SHAPE, epochs=1, shuffle=False, on_error="skip")
+    assert numbers(processor, data) == [1] and sum(data.skipped.values()) == 1
 
 
 def test_a_stop_repeats(processor):

@@ -287,6 +287,11 @@ def test_bad_records_are_named(tmp_path, capsys, record, complaint):
     assert not out and err.startswith(f"qwenvl: {file}:3: ") and complaint in err and err.count("\n") == 1
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_question(tmp_path):
+    (tmp_path / "q.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"messages": [ask("?")], "answer": "x"}).encode())
+    assert len(read_questions(tmp_path / "q.jsonl")) == 1
+
+
 def test_bad_files(tmp_path):
     (tmp_path / "latin").write_bytes(b'{"answer": "\xe4"}')
     for name, complaint in (("none", "cannot be read"), ("latin", "not UTF-8"), ("empty", "no record")):

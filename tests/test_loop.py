@@ -242,8 +242,35 @@ def test_best_needs_its_metric(tmp_path):
     with pytest.raises(InputError, match=r"'score'.* nothing to evaluate"):
         loop.train(model(), Batches(), options(tmp_path, best="score"))
     chosen = options(tmp_path, best="score", eval_every=2)
+    evaluate = lambda params: {"exact": 0.5, "seconds": 0}  # noqa: E731
     with pytest.raises(InputError, match="'score'; the evaluation gives exact, seconds"):
-        loop.train(model(), Batches(), chosen, evaluate=lambda params: {"exact": 0, "seconds": 0})
+        loop.train(model(), Batches(), chosen, evaluate=evaluate)
+    assert saved(tmp_path) == [2]  # it cost no steps, and may be mended
+    result = loop.train(model(), Batches(), options(tmp_path, best="exact", eval_every=2), evaluate=evaluate)
+    assert len(exactly(tmp_path)) == 12 and result.signal is None
+
+
+def test_an_evaluation_that_fails_costs_no_steps(straight, tmp_path):
+    def evaluate(params):
+        raise InputError("eval.jsonl:3: no such picture")
+
+    with pytest.raises(InputError, match=r"eval\.jsonl:3"):
+        loop.train(model(), Batches(), options(tmp_path, eval_every=5), evaluate=evaluate)
+    assert saved(tmp_path) == [3, 5]
+    loop.train(model(), Batches(), options(tmp_path, eval_every=5), evaluate=lambda params: {})
+    assert [line["loss"] for line in exactly(tmp_path)] == [line["loss"] for line in exactly(straight[0])]
+
+
+def test_a_signal_puts_off_all_evaluations_but_the_last(tmp_path):
+    evaluated = []
+    stop = lambda _: signal.raise_signal(signal.SIGTERM)  # noqa: E731
+    more = dict(evaluate=lambda params: evaluated.append(1) or {})
+    loop.train(model(), Batches({4: stop}), options(tmp_path, eval_every=4), **more)
+    assert not evaluated
+    assert loop.train(model(), Batches({11: stop}), options(tmp_path, eval_every=100), **more).step == 11
+    assert not evaluated
+    result = loop.train(model(), Batches(), options(tmp_path, eval_every=100), **more)
+    assert result.step == 12 and len(evaluated) == 1
 
 
 def test_another_run_is_refused(straight):
@@ -264,9 +291,10 @@ def test_a_constant_schedule_may_go_on_for_longer(straight, tmp_path):
 
 
 def test_options_of_a_run_that_saved_nothing_do_not_bind(tmp_path):
-    with run.Run(options(tmp_path)):
-        pass
-    with run.Run(options(tmp_path, steps=5)):
+    with run.Run(options(tmp_path)) as r:
+        r.begin(options(tmp_path))
+    with run.Run(options(tmp_path, steps=5)) as r:
+        r.begin(options(tmp_path, steps=5))
         assert TrainOptions.read(tmp_path / run.OPTIONS).steps == 5
 
 
@@ -313,6 +341,8 @@ def test_lines_after_the_checkpoint_go(tmp_path):
     lines = [json.dumps({"step": s}) + "\n" for s in (1, 2, 3, 4)]
     file.write_text("".join(lines) + "null\n" + '{"step": 2')
     with run.Run(options(tmp_path)) as r:
+        assert file.read_text().count("\n") == 5  # who only looks changes nothing
+        r.begin(options(tmp_path))
         assert file.read_text() == ""
         r.log(1, {"loss": 1.0})
         r.save(1, {"x": jax.numpy.ones(3)}, {}, None)
@@ -320,6 +350,7 @@ def test_lines_after_the_checkpoint_go(tmp_path):
     with open(file, "a") as f:
         f.write('{"step": 3, "lo')
     with run.Run(options(tmp_path)) as r:
+        r.begin(options(tmp_path))
         r.log(2, {"loss": 0.25})
     assert file.read_text() == '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.25}\n'
 

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from tiny import FAMILIES, clip, picture, sample, tiny_config, tiny_params, train_batch, with_text
 
+from qwenvl_jax.inputs.layout import mrope_positions
 from qwenvl_jax.model import decoder, qwenvl
+from qwenvl_jax.train.data import Packer
 from qwenvl_jax.train.losses import CHUNK, dpo_loss, segment_logprobs, sft_loss, token_logprobs
+from qwenvl_jax.train.records import Example, PackShape, Segment
 from qwenvl_jax.types import InputError
 
 LIMIT = 1e-5  # float32, relative to the largest value
@@ -126,10 +129,21 @@ def test_memory_of_a_large_vocabulary(tied):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_unpacked(family):
     config = small_config(family)
-    params, samples = params_of(config), samples_of(config)
-    packed = train_batch(config, [samples[:3], samples[3:], [], []], T=100)  # of one shape: compiled once
-    alone = train_batch(config, [[s] for s in samples], T=100)
-    assert packed.inputs.segments.max() == 3
+    params, rng = params_of(config), np.random.default_rng(6)
+
+    def example(s):
+        learnt = rng.integers(0, 2, len(s.tokens)).astype(np.float32)
+        return Example((Segment(s.tokens, mrope_positions(s.tokens, s.visuals, config), learnt),), s.visuals)
+
+    examples = [example(s) for s in samples_of(config)]
+
+    def pack(segments):
+        packer = Packer(PackShape(4, 100, 4, 256, segments), config)
+        assert all([packer.add(e) for e in examples])
+        return packer.batch()
+
+    packed, alone = pack(64), pack(1)
+    assert (packed.inputs.segments.max(), alone.inputs.segments.max()) == (3, 1)
     grad = jax.jit(jax.value_and_grad(lambda p, batch: sft_loss(config, p, batch)[0]))
     ours, theirs = grad(params, packed), grad(params, alone)
     assert_close(ours, theirs)

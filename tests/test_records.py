@@ -198,6 +198,7 @@ FILM = {"type": "video", "video": ["a.png", "a.png", "a.png", "a.png"]}
         ({"messages": [user({"type": "image"}, {"text": "<image>?"}), assistant("A")], "image": "a.png"},
          [user(SEEN, {"text": "<image>?"}), assistant("A")]),
         ({"messages": [user("an <image> tag"), assistant("A")]}, [user("an <image> tag"), assistant("A")]),
+        ({"messages": [user("?"), assistant("A")], "conversations": None, "chosen": None}, [user("?"), assistant("A")]),
         ({"messages": [user({"type": "image_url", "image_url": {"url": "a.png"}}, {"text": "?"}), assistant("A")]},
          [user(SEEN, {"text": "?"}), assistant("A")]),
         ({"messages": [user({"path": "a.png", "type": "image", "max_pixels": 3136}), assistant("A")]},

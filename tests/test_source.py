@@ -1,6 +1,7 @@
 """Bytes from paths, file://, http(s) and data: URLs, and the error for each way in which they can be missing."""
 
 import base64
+import contextlib
 import os
 import threading
 import time
@@ -70,6 +71,14 @@ def server(monkeypatch):
                     time.sleep(0.02)
             except OSError:
                 pass  # the client has had enough
+
+        def do_dawdle(self):
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(b"x")
+                    self.wfile.flush()
+                    time.sleep(0.02)
 
         def do_endless(self):
             self.send_response(200)
@@ -146,6 +155,7 @@ def test_clip_from_url(server):
         ("broken-off", "broke off after 1000 bytes"),
         ("nonsense", "cannot be downloaded"),
         ("trickle", r"not downloaded within 0\.2 seconds"),
+        ("dawdle", r"not downloaded within 0\.2 seconds"),
         ("endless", "larger than 1 MiB"),
     ],
 )

@@ -67,6 +67,34 @@ def test_schedules(name):
     np.testing.assert_allclose(make_schedule(2.0, name, total=20)(0), 2, rtol=1e-6)
 
 
+def test_cooldown():
+    rate = make_schedule(2.0, warmup=4, total=20, cooldown=8)
+    np.testing.assert_allclose([rate(i) for i in (0, 2, 4, 12, 16, 20)], [0, 1, 2, 2, 1, 0], rtol=1e-6)
+
+
+def test_muon_turns_kernels_evenly():
+    """Every direction of a kernel by 0.2 · √(longest side), as its scale is; vectors and the head as AdamW does."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "decoder/layers/q_proj/kernel": (2, 24, 16),
+        "decoder/norm/scale": (24,),
+        "decoder/lm_head/kernel": (24, 40),
+    }
+    grads = {path: jnp.asarray(rng.standard_normal(shape), jnp.float32) for path, shape in shapes.items()}
+    params = jax.tree.map(jnp.zeros_like, grads)
+    moved = {}
+    for name in ("muon", "adamw"):
+        optimizer = make_optimizer(1.0, name, clip=None)
+        moved[name], _ = optimizer.update(grads, optimizer.init(params), params)
+    turned = moved["muon"].pop("decoder/layers/q_proj/kernel")
+    moved["adamw"].pop("decoder/layers/q_proj/kernel")
+    assert_close(moved["muon"], moved["adamw"])
+    sizes = np.linalg.svd(turned, compute_uv=False) / (0.2 * 24**0.5)
+    assert sizes.shape == (2, 16) and 0.6 < sizes.min() and sizes.max() < 1.3  # five steps of Newton and Schulz
+    for layer, gradient in zip(turned, grads["decoder/layers/q_proj/kernel"], strict=True):
+        assert np.sum(layer * gradient) < 0
+
+
 @pytest.mark.parametrize("call, names", [
     (lambda: make_schedule(1.0, "step"), "schedule 'step'"),
     (lambda: make_schedule(1.0, "cosine"), "total|ends after None"),

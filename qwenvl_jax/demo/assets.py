@@ -27,7 +27,7 @@ class Assets(NamedTuple):
     Sources and licences: fonts, those of trdg's that are under OFL 1.1 or Apache-2.0, and Fontsource's
     packages of such (listed in `fonts.py`). words, trdg's copy of the dwyl/english-words list (Unlicense).
     emoji, Google's Noto Emoji (Apache-2.0) as packed by emoji-datasource. tables, those of vega-datasets that
-    are in the public domain (listed in `charts.py`).
+    are in the public domain (listed in `tables.py`).
     """
 
     fonts: Path  # trdg's *.ttf

@@ -15,10 +15,10 @@ from qwenvl_jax.demo.cells import of_text
 from qwenvl_jax.demo.emoji import NAMES, plural
 from qwenvl_jax.demo.fonts import CAPITALS, font, middles, pick
 from qwenvl_jax.demo.questions import ALL, READ, ask
+from qwenvl_jax.demo.tables import MONTHS
 
 MAX_WIDTH = 280
 MAX_CHARS = 16
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _CHARACTERS = string.ascii_letters + string.digits * 2 + "$€£%.,:/-#"
 _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of codes: without I and O, which many fonts draw like l and 0
 
@@ -111,7 +111,7 @@ def _figures(rng: np.random.Generator) -> str:
         return f"{n(1, 1000) / 10}%" if rng.random() < 0.5 else f"{n(0, 24):02}:{n(0, 60):02}"
     if kind == 3:
         day, month, year = n(1, 29), n(1, 13), n(1950, 2031)
-        forms = (f"{day} {_MONTHS[month - 1]} {year}", f"{year}-{month:02}-{day:02}", f"{day:02}/{month:02}/{year}")
+        forms = (f"{day} {MONTHS[month - 1]} {year}", f"{year}-{month:02}-{day:02}", f"{day:02}/{month:02}/{year}")
         return forms[n(0, 3)]
     letters = "".join(_LETTERS[i] for i in rng.integers(len(_LETTERS), size=n(2, 5)))
     digits = "".join(str(d) for d in rng.integers(10, size=n(2, 6)))

@@ -22,7 +22,8 @@ class Scenes:
     """`length` records, record i depending on (seed, split, task, i) only; cheap to make, pickle and fork.
 
     split: "train" or "evaluation"; the latter has other scenes, words, numbers and parts of the tables.
-    turns: questions asked about one picture, at most, as a conversation; the first is of the record's task.
+    turns: questions asked about one picture, at most, as a conversation; the first is of the record's task,
+        unless `shuffled`.
     shuffled: in any order. The first one is about the thing that the picture was made for, such as what turns up late
         in a clip; a model that may rely on that need not mind what a question names.
     easy: share of lines and names whose pictures are easy to tell, for a model that has yet to learn to see.

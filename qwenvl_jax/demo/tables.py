@@ -15,7 +15,7 @@ from typing import NamedTuple
 from qwenvl_jax.demo.assets import Assets
 
 TRAINED = 0.75  # the share of every table that training draws from: the earlier part
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _HOURS = {"00:00": "0am", "04:00": "4am", "08:00": "8am", "12:00": "noon", "16:00": "4pm", "20:00": "8pm"}
 _SECTORS = {
@@ -81,7 +81,7 @@ def _temperatures(folder: Path) -> list[Series]:
             if hour[:5] in _HOURS:
                 days[day, city][_HOURS[hour[:5]]] = float(row["temp"])
     return [
-        Series(f"{city}, {int(day[8:])} {_MONTHS[int(day[5:7]) - 1]} (°F)", tuple(found), tuple(found.values()))
+        Series(f"{city}, {int(day[8:])} {MONTHS[int(day[5:7]) - 1]} (°F)", tuple(found), tuple(found.values()))
         for (day, city), found in sorted(days.items())
     ]
 
@@ -102,7 +102,7 @@ def _jobs(folder: Path) -> list[Series]:
     """Millions of jobs by sector in the United States, every month of 2006 to 2015."""
     out = []
     for row in _rows(folder / "us-employment.csv"):
-        title = f"Jobs, {_MONTHS[int(row['month'][5:7]) - 1]} {row['month'][:4]} (M)"
+        title = f"Jobs, {MONTHS[int(row['month'][5:7]) - 1]} {row['month'][:4]} (M)"
         values = tuple(float(row[column]) / 1000 for column in _SECTORS)
         out.append(Series(title, tuple(_SECTORS.values()), values, ordered=False))
     return out
@@ -134,4 +134,4 @@ def _long(folder: Path) -> list[Series]:
 
 
 def _by_month(title: str, found: dict[str, float]) -> Series:
-    return Series(title, tuple(_MONTHS[int(date[5:7]) - 1] for date in found), tuple(found.values()))
+    return Series(title, tuple(MONTHS[int(date[5:7]) - 1] for date in found), tuple(found.values()))

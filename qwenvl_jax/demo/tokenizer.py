@@ -1,6 +1,6 @@
 """The demo's tokenizer: whole words for what every prompt says, single bytes for everything else.
 
-A vocabulary of some 700 keeps the embedding of a small model small. It has no merges: a piece of text that
+A vocabulary of less than 900 keeps the embedding of a small model small. It has no merges: a piece of text that
 is in the vocabulary is one token, any other falls into its bytes, so that words read off a picture are
 spelled the same way wherever they stand.
 """

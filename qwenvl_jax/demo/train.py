@@ -214,6 +214,9 @@ def main() -> None:
     args = parser.parse_args()
 
     assets = assets_of(parser, args.assets)
+    final = args.run / "final"
+    if final.exists():
+        parser.error(f"{final} is there already; move it away to go further")
     config = demo_config()
     args.run.mkdir(parents=True, exist_ok=True)
     files = write_processor(args.run / "processor")
@@ -242,7 +245,6 @@ def main() -> None:
     if result.signal is not None:
         print(f"stopped after step {result.step}; the same command goes on from there")
         return
-    final = args.run / "final"
     save(model._replace(params=result.params), final, files_from=files)
     print(f"model of step {result.step}: {final}")
 

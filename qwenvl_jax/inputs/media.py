@@ -20,8 +20,8 @@ MAX_PIXELS = 1 << 27  # of a picture, declared or resized: 134 megapixels, half 
 MAX_IMAGE_BYTES = 128 << 20
 
 # Pillow's own readers of common formats. Others are left out on purpose: some start programs (EPS runs
-# Ghostscript) and few are fuzzed. MPO comes with JPEG.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF")
+# Ghostscript), ICO is decoded when it is opened, and few are fuzzed. MPO comes with JPEG.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
 _UPRIGHT = {  # EXIF orientation → what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

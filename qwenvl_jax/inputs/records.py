@@ -35,7 +35,7 @@ class BadRecord(InputError):
 
 def conversation(record: Mapping, folder: Path | None) -> list[tuple[list, list[int]]]:
     """The record's messages, and how much each assistant message counts."""
-    if "chosen" in record or "rejected" in record:
+    if record.get("chosen") is not None or record.get("rejected") is not None:
         raise BadRecord("messages", "the record is a preference ('chosen', 'rejected'), and none is expected")
     return [_weighed(_filled(*_turns(record), record, folder))]
 
@@ -43,7 +43,7 @@ def conversation(record: Mapping, folder: Path | None) -> list[tuple[list, list[
 def preference(record: Mapping, folder: Path | None) -> list[tuple[list, list[int]]]:
     """The same for the preferred conversation and its rival. Of their prompt nothing is learnt."""
     replies = [_reply(record, key) for key in ("chosen", "rejected")]
-    if any(key in record for key in ("messages", "conversations", "prompt")):
+    if any(record.get(key) is not None for key in ("messages", "conversations", "prompt")):
         prompt, marked = _turns(record)
     else:  # TRL's form without a prompt: what both conversations begin with
         common = 0
@@ -63,7 +63,7 @@ def preference(record: Mapping, folder: Path | None) -> list[tuple[list, list[in
 
 def _turns(record: Mapping) -> tuple[list, bool]:
     """The messages, roles and contents named as in OpenAI's form, and whether theirs is the form with markers."""
-    keys = [k for k in ("messages", "conversations", "prompt") if k in record]
+    keys = [k for k in ("messages", "conversations", "prompt") if record.get(k) is not None]
     if len(keys) != 1:
         raise BadRecord("messages", f"a record has one of 'messages', 'conversations'; this has {len(keys)}")
     turns = record[keys[0]]

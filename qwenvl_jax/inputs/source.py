@@ -2,10 +2,12 @@
 
 import base64
 import binascii
+import contextlib
 import http.client
 import re
+import socket
 import stat
-import time
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -83,30 +85,55 @@ def _from_data_url(url: str, name: str, max_bytes: int) -> bytes:
 
 def _fetch(url: str, max_bytes: int) -> bytes:
     """Downloads over http(s) and nothing else: the opener knows no other scheme to be redirected to."""
-    name, opener = name_of(url), urllib.request.OpenerDirector()
+    name, opener, sockets, late = name_of(url), urllib.request.OpenerDirector(), [], threading.Event()
+
+    def watched(kind):
+        class Connection(kind):
+            def connect(self):
+                super().connect()
+                sockets.append(self.sock)
+
+        return Connection
+
+    class HTTP(urllib.request.HTTPHandler):
+        def http_open(self, request):
+            return self.do_open(watched(http.client.HTTPConnection), request)
+
+    class HTTPS(urllib.request.HTTPSHandler):
+        def https_open(self, request):
+            return self.do_open(watched(http.client.HTTPSConnection), request)
+
+    def hang_up():
+        # The socket's own time limit is of each read; a server that sends a byte at a time would keep within it.
+        late.set()
+        for connection in sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     for handler in (
         urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
+        HTTP,
+        HTTPS,
         urllib.request.HTTPRedirectHandler,
         urllib.request.HTTPDefaultErrorHandler,
         urllib.request.HTTPErrorProcessor,
         urllib.request.UnknownHandler,
     ):
         opener.add_handler(handler())
-    deadline, body = time.monotonic() + FETCH_SECONDS, bytearray()
+    body, deadline = bytearray(), threading.Timer(FETCH_SECONDS, hang_up)
+    deadline.daemon = True
+    deadline.start()
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "qwenvl-jax"})
         with opener.open(request, timeout=FETCH_SECONDS) as response:
             if (response.length or 0) > max_bytes:
                 raise InputError(f"{name}: larger than {max_bytes >> 20} MiB")
-            # read1 returns what has come, so that a server sending a byte at a time meets the deadline.
-            while chunk := response.read1(1 << 16):
+            while (chunk := response.read1(1 << 16)) and not late.is_set():
                 body += chunk
                 if len(body) > max_bytes:
                     raise InputError(f"{name}: larger than {max_bytes >> 20} MiB")
-                if time.monotonic() > deadline:
-                    raise InputError(f"{name}: not downloaded within {FETCH_SECONDS:g} seconds")
+            if late.is_set():
+                raise TimeoutError
             if response.length:  # what Content-Length promised and read1 did not get
                 raise InputError(f"{name}: the download broke off after {len(body)} bytes")
     except (OSError, http.client.HTTPException, ValueError) as e:
@@ -114,5 +141,9 @@ def _fetch(url: str, max_bytes: int) -> bytes:
             raise
         if isinstance(e, urllib.error.HTTPError):
             e.close()
+        if late.is_set() or isinstance(e, TimeoutError):
+            raise InputError(f"{name}: not downloaded within {FETCH_SECONDS:g} seconds") from e
         raise InputError(f"{name}: cannot be downloaded ({e})") from e
+    finally:
+        deadline.cancel()
     return bytes(body)

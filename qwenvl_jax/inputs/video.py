@@ -329,6 +329,7 @@ def _opener(data: bytes | Path) -> Callable:
                 width, height = stream.codec_context.width, stream.codec_context.height
                 if width * height > MAX_PIXELS:
                     raise InputError(f"frames of {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels")
+                stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # of a frame larger than it said before
                 yield container, stream
         except (av.error.FFmpegError, UnicodeDecodeError) as e:  # the latter: PyAV < 19 on tags that are not UTF-8
             why = getattr(e, "strerror", None) or e

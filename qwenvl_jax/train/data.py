@@ -49,7 +49,7 @@ class JsonLines:
         self._starts = starts if starts[-1] == size else np.append(starts, size)  # the last line may have no end
         lengths = np.diff(self._starts)
         blank = lengths == 1
-        for line in np.flatnonzero(lengths == 2):
+        for line in np.flatnonzero((lengths > 1) & (lengths < 80)):  # shorter than any record
             blank[line] = not self._line(line).strip()
         self._lines = np.flatnonzero(~blank)
         self.identity = {"bytes": size, "crc32": checksum}
@@ -103,7 +103,7 @@ class _Load:
             except OSError as e:
                 raise BadRecord("unreadable", str(e)) from e
             return self.encoder(record)
-        except InputError as e:
+        except (InputError, RecursionError) as e:  # the latter where lists are nested by the hundred
             where = self.source.where(index) if hasattr(self.source, "where") else f"record {index}"
             return _Bad(where, getattr(e, "reason", "unreadable"), str(e))
 

@@ -15,7 +15,7 @@ from qwenvl_jax.train.run import Run
 from qwenvl_jax.types import InputError, Model
 
 FINAL, ADAPTER = "final", "adapter"
-_ENCODING = ("min_pixels", "max_pixels", "total_pixels", "fps", "max_frames")
+_ENCODING = ("min_pixels", "max_pixels", "total_pixels", "fps", "max_frames", "allow_control_tokens")
 
 
 def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Callable] | None = None) -> int | None:
@@ -33,8 +33,9 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
     if options.distributed:
         join()
     with Run(options) as run:  # refuses another run's directory before any weights are read
-        if final.is_dir() and run.step < options.steps:
-            raise InputError(f"{final} is there, after {run.step} steps; move it away to go on to {options.steps}")
+        for done in (final, adapter):
+            if done.is_dir() and run.step < options.steps:
+                raise InputError(f"{done} is there, after {run.step} steps; move it away to go on to {options.steps}")
         if final.is_dir():
             _say(f"finished before: {final}")
             return None

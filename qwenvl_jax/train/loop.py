@@ -71,6 +71,7 @@ def train(
     if options.best and evaluate is None:
         raise InputError(f"best is {options.best!r}, a metric of the evaluation, but there is nothing to evaluate on")
     with Run(options) as run, _Signals() as signals:
+        run.begin(options)
         return _Loop(model, data, options, evaluate, loss, donate, run, signals).run_to_end()
 
 
@@ -162,7 +163,9 @@ class _Loop:
                 evaluating = self.evaluate and (self.step % o.eval_every == 0 or self.step == o.steps)
                 stopping = self.signals.reached(self.step)
                 if evaluating or last or stopping or self.step % o.save_every == 0:
-                    self.checkpoint(position, self.evaluate if evaluating and not stopping else None)
+                    # Who wants it to end does not wait for an evaluation, but for the last, which the result may be of.
+                    due = evaluating and (not stopping or self.step == o.steps)
+                    self.checkpoint(position, self.evaluate if due else None)
                 if trouble is not None:
                     self.run.wait()
                     raise trouble
@@ -247,10 +250,15 @@ class _Loop:
         else:
             self.read(keep=1)
             jax.block_until_ready(self.state)
-            metrics = evaluate(self.state.params)
-            metrics = {name.removeprefix("eval/"): float(value) for name, value in metrics.items()}
-            if self.options.best and self.options.best not in metrics:
-                raise InputError(f"best is {self.options.best!r}; the evaluation gives {', '.join(metrics)}")
+            try:
+                metrics = evaluate(self.state.params)
+                metrics = {name.removeprefix("eval/"): float(value) for name, value in metrics.items()}
+                if self.options.best and self.options.best not in metrics:
+                    raise InputError(f"best is {self.options.best!r}; the evaluation gives {', '.join(metrics)}")
+            except BaseException:  # an evaluation that fails must not cost the steps before it
+                self.checkpoint(position, None)
+                self.run.wait()
+                raise
             self.read(keep=0, extra={f"eval/{name}": value for name, value in metrics.items()})
             self.bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         if self.step > self.run.step:

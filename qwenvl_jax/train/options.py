@@ -90,12 +90,15 @@ class TrainOptions:
     total_pixels: int | None = _key(None, "of all frames of a video, taken in pairs", least=1)
     fps: float | None = _key(None, "frames sampled a second of video", above=0)
     max_frames: int | None = _key(None, "frames sampled of a video, at most", least=2)
+    allow_control_tokens: bool = _key(False, "let tokens such as <|box_start|> that a text spells out be tokens")
     # along the way
     save_every: int = _key(500, "steps between checkpoints", least=1, free=True)
     keep: int = _key(2, "latest checkpoints to keep, besides the best one", least=1, free=True)
     eval_every: int = _key(500, "steps between evaluations; a checkpoint goes with each", least=1, free=True)
-    best: str | None = _key(None, "metric of the evaluation that says which checkpoint is best and becomes the result")
-    best_mode: str = _key("max", "whether more of that metric is better, or less", choices=("max", "min"))
+    best: str | None = _key(
+        None, "metric of the evaluation that says which checkpoint is best and becomes the result", free=True
+    )
+    best_mode: str = _key("max", "whether more of that metric is better, or less", choices=("max", "min"), free=True)
     log_every: int = _key(1, "steps between lines of metrics.jsonl", least=1, free=True)
     max_bad_steps: int = _key(10, "steps in a row with a loss or gradient that is not finite before giving up", least=1)
 

@@ -114,7 +114,8 @@ class Encoder:
                 h, w = visual.grid.h * vision.patch_size, visual.grid.w * vision.patch_size
                 raise BadRecord(
                     "too large",
-                    f"a frame of {w} × {h} pixels needs {slots} patch slots; a lane has {self.shape.patches}",
+                    f"a frame of {w} × {h} pixels needs {slots} patch slots; a lane has {self.shape.patches} "
+                    "(set max_pixels, or larger patches)",
                 )
         if Lanes(self.shape.patches, vision, self.shape.lanes).place(grids) is None:
             patches = sum(g.patches for g in grids)

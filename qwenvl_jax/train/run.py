@@ -81,8 +81,11 @@ class Run:
                     f"{self.path}: holds a run with other options ({'; '.join(differences)}); give it the same ones, "
                     "or give another output"
                 )
+
+    def begin(self, options: TrainOptions) -> None:
+        """What there is of options and metrics becomes this run's, from its last checkpoint on."""
         if self._writes:
-            _replace(file, [options.to_toml()])
+            _replace(self.path / OPTIONS, [options.to_toml()])
             _replace(self.path / METRICS, _lines_up_to(self.path / METRICS, self.step))
 
     def _sweep(self) -> None:
@@ -186,7 +189,7 @@ def _replace(file: Path, lines: list[str]) -> None:
 
 
 def _score(options: TrainOptions, metrics: dict) -> float:
-    value = metrics[options.best]
+    value = metrics.get(options.best, math.nan)
     return -math.inf if math.isnan(value) else value if options.best_mode == "max" else -value
 
 
