@@ -228,3 +228,12 @@ def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
         assert cli.main(argv) == 2
         assert f"{output / left} is there, after 0 steps" in capsys.readouterr().err
     assert len(run.read_metrics(output)) == 30
+
+
+@pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
+def test_float16_is_not_trained_in(tiny_checkpoint, tmp_path, capsys):
+    half = shutil.copytree(tiny_checkpoint, tmp_path / "half")
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps(config | {"torch_dtype": "float16"}))
+    assert cli.main(["train", "--model", str(half), "--data", "d.jsonl", "--output", str(tmp_path / "run")]) == 2
+    assert "set dtype to bfloat16 or float32" in capsys.readouterr().err

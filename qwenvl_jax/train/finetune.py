@@ -41,10 +41,13 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
             return None
     source = checkpoint.find(options.model)
     stored = checkpoint.read_config(source)
+    dtype = options.dtype or stored.dtype
+    if dtype == "float16":
+        raise InputError("the checkpoint is float16, whose gradients vanish; set dtype to bfloat16 or float32")
     # Small updates are lost in bfloat16 weights. Adapters are float32 anyway.
     param_dtype = options.param_dtype or (None if options.lora_rank else "float32")
     model = checkpoint.load(source, mesh=make_run_mesh(options), dtype=param_dtype)
-    model = model._replace(config=model.config.replace(dtype=options.dtype or stored.dtype))
+    model = model._replace(config=model.config.replace(dtype=dtype))
     encoding = {name: value for name in _ENCODING if (value := getattr(options, name)) is not None}
     data = Dataset(
         options.data,
