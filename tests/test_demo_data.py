@@ -18,6 +18,7 @@ from qwenvl_jax.demo.canvas import contrast
 from qwenvl_jax.demo.emoji import EMOJI, NAMES, plural, sprite
 from qwenvl_jax.demo.questions import ALL
 from qwenvl_jax.demo.render import TASKS, WEIGHTS, Scenes
+from qwenvl_jax.demo.score import second_questions
 from qwenvl_jax.demo.sheet import contact_sheet
 from qwenvl_jax.demo.tables import _SECTORS, Series, tables
 from qwenvl_jax.demo.tokenizer import CHAT_TEMPLATE, SPECIAL, special_ids, vocabulary, write_processor
@@ -205,6 +206,15 @@ def test_easy_pictures(assets):
         record = easy.record("name", i)
         assert media(record).width == media(record).height <= 84
         assert near(media(record), record["answer"]).mean() > 0.2
+
+
+def test_second_questions_are_about_one_thing_more(assets):
+    clips, scenes = (second_questions(assets, 4)[i : i + 4] for i in (0, 4))
+    for record, other in zip(clips, Scenes(assets, "evaluation", weights={"clip": 1}), strict=False):
+        (item, text), answer = record["messages"][0]["content"], record["messages"][1]["content"]
+        assert item["type"] == "video" and record["task"] == "second_clip" and answer.endswith(" seconds")
+        assert text["text"] != other["messages"][0]["content"][1]["text"]
+    assert all(r["task"] == "second_count" and r["messages"][1]["content"].isdecimal() for r in scenes)
 
 
 def test_a_record_depends_on_its_number_alone(assets):

@@ -261,6 +261,25 @@ def test_an_evaluation_that_fails_costs_no_steps(straight, tmp_path):
     assert [line["loss"] for line in exactly(tmp_path)] == [line["loss"] for line in exactly(straight[0])]
 
 
+@pytest.mark.parametrize(("last", "step"), [(0.1, 6), (0.9, 12)])
+def test_the_last_evaluation_is_made_up_for(tmp_path, last, step):
+    """It fails, and when it does not it may well be the best."""
+    scores = iter([0.2])
+
+    def evaluate(params):
+        try:
+            return {"score": next(scores)}
+        except StopIteration:
+            raise InputError("eval.jsonl:3: no such picture") from None
+
+    chosen = options(tmp_path, eval_every=6, best="score")
+    with pytest.raises(InputError, match=r"eval\.jsonl:3"):
+        loop.train(model(), Batches(), chosen, evaluate=evaluate)
+    result = loop.train(model(), Batches(), chosen, evaluate=lambda params: {"score": last})
+    assert result.step == step
+    assert [line.get("eval/score") for line in exactly(tmp_path)][5::6] == [0.2, last]
+
+
 def test_a_signal_puts_off_all_evaluations_but_the_last(tmp_path):
     evaluated = []
     stop = lambda _: signal.raise_signal(signal.SIGTERM)  # noqa: E731

@@ -120,8 +120,11 @@ def test_when_one_dies_the_others_say_so_and_end(work, tmp_path, task, victim):
     processes = start(work, tmp_path / "run", 10**5 if task == "training" else 0, 2)
     file = tmp_path / "run" / run.METRICS
     if task == "generating":
-        answers = [processes[0].stdout.readline() for _ in range(3)]  # what it read is one of them
-        assert all(line.startswith("{") for line in answers)
+        answers = 0
+        while answers < 2:
+            line = processes[0].stdout.readline()
+            assert line, "it ended by itself"
+            answers += line.startswith("{")  # Gloo has something to say there, too
     else:
         while not (file.exists() and file.read_text().count("\n") > 1) and all(p.poll() is None for p in processes):
             time.sleep(0.05)

@@ -105,6 +105,7 @@ def save(model: Model, path, *, files_from=None) -> None:
             checkpointer.save(work / PARAMS, model.params, save_args=args)
         if files_from is not None:
             carry(files_from, work)
+            (work / "README.md").unlink(missing_ok=True)  # tells of other weights
         write_json(work / "config.json", model.config.to_dict())
         write_json(work / "generation_config.json", dict(model.generation))
         write_json(work / MARKER, {"format": FORMAT})

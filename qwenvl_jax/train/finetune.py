@@ -11,7 +11,7 @@ from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import make_run_mesh, train
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape
-from qwenvl_jax.train.run import Run
+from qwenvl_jax.train.run import Run, last_step
 from qwenvl_jax.types import InputError, Model
 
 FINAL, ADAPTER = "final", "adapter"
@@ -32,10 +32,11 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
     final, adapter = (Path(options.output).expanduser() / name for name in (FINAL, ADAPTER))
     if options.distributed:
         join()
-    with Run(options) as run:  # refuses another run's directory before any weights are read
-        for done in (final, adapter):
-            if done.is_dir() and run.step < options.steps:
-                raise InputError(f"{done} is there, after {run.step} steps; move it away to go on to {options.steps}")
+    step = last_step(options.output)
+    for done in (final, adapter):
+        if done.is_dir() and step < options.steps:
+            raise InputError(f"{done} is there, after {step} steps; move it away to go on to {options.steps}")
+    with Run(options):  # refuses another run's directory before any weights are read
         if final.is_dir():
             _say(f"finished before: {final}")
             return None

@@ -146,9 +146,12 @@ class _Loop:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def run_to_end(self) -> Result:
-        o, trouble = self.options, None
+        o, trouble, late = self.options, None, None
         self.bar = tqdm(desc="training", total=o.steps, initial=self.step, unit="step", disable=None)
         with self.bar:
+            if self.evaluate and self.step == o.steps and self.run.evaluated(self.step) is None:
+                late = self.evaluated(self.evaluate)  # the last one failed, or was broken off
+                self.run.amend(self.step, {f"eval/{name}": value for name, value in late.items()})
             batch = self.load() if self.step < o.steps else None
             while self.step < o.steps:
                 position = self.data.get_state()  # of a checkpoint after this step: the next batch is read ahead
@@ -174,6 +177,8 @@ class _Loop:
         self.run.wait()
         if self.step == o.steps and o.best and self.run.best_step not in (None, self.step):
             best = self.run.best_step
+            if late is not None and self.run.better(late, best):
+                return Result(self.state.params, self.step)
             saved, _ = self.run.restore(jax.tree.map(_like, _kept(self.state, self.trainable)), best)
             return Result(_with(self.state, saved).params, best)
         return Result(self.state.params, self.step, self.signals.caught if self.step < o.steps else None)
@@ -242,6 +247,15 @@ class _Loop:
         use = {"mfu": speed / self.peak} if self.peak else {"flops_per_second": speed}
         return facts | {"tokens_per_second": tokens / seconds} | use
 
+    def evaluated(self, evaluate) -> dict[str, float]:
+        """The metrics of the parameters as they are."""
+        metrics = evaluate(self.state.params)
+        metrics = {name.removeprefix("eval/"): float(value) for name, value in metrics.items()}
+        if self.options.best and self.options.best not in metrics:
+            raise InputError(f"best is {self.options.best!r}; the evaluation gives {', '.join(metrics)}")
+        self.bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        return metrics
+
     def checkpoint(self, position, evaluate) -> None:
         """Settles everything up to this step, evaluates if asked to, and begins to save."""
         metrics = None
@@ -251,16 +265,12 @@ class _Loop:
             self.read(keep=1)
             jax.block_until_ready(self.state)
             try:
-                metrics = evaluate(self.state.params)
-                metrics = {name.removeprefix("eval/"): float(value) for name, value in metrics.items()}
-                if self.options.best and self.options.best not in metrics:
-                    raise InputError(f"best is {self.options.best!r}; the evaluation gives {', '.join(metrics)}")
-            except BaseException:  # an evaluation that fails must not cost the steps before it
+                metrics = self.evaluated(evaluate)
+            except Exception:  # an evaluation that fails must not cost the steps before it
                 self.checkpoint(position, None)
                 self.run.wait()
                 raise
             self.read(keep=0, extra={f"eval/{name}": value for name, value in metrics.items()})
-            self.bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         if self.step > self.run.step:
             progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "data": position}
             self.run.save(self.step, _kept(self.state, self.trainable), progress, metrics)

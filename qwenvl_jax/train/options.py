@@ -90,7 +90,9 @@ class TrainOptions:
     total_pixels: int | None = _key(None, "of all frames of a video, taken in pairs", least=1)
     fps: float | None = _key(None, "frames sampled a second of video", above=0)
     max_frames: int | None = _key(None, "frames sampled of a video, at most", least=2)
-    allow_control_tokens: bool = _key(False, "let tokens such as <|box_start|> that a text spells out be tokens")
+    allow_control_tokens: bool = _key(
+        False, "let tokens such as <|box_start|> that a text spells out be tokens; scores are of texts without them"
+    )
     # along the way
     save_every: int = _key(500, "steps between checkpoints", least=1, free=True)
     keep: int = _key(2, "latest checkpoints to keep, besides the best one", least=1, free=True)

@@ -37,6 +37,7 @@ class Run:
             raise InputError("output is not given; it names the directory of the run")
         self.path = Path(options.output).expanduser().absolute()
         self._metrics = self._board = None
+        self._options = options
         self._writes = jax.process_index() == 0
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -87,6 +88,20 @@ class Run:
         if self._writes:
             _replace(self.path / OPTIONS, [options.to_toml()])
             _replace(self.path / METRICS, _lines_up_to(self.path / METRICS, self.step))
+
+    def evaluated(self, step: int) -> dict | None:
+        """The metrics of a checkpoint's evaluation, if there was one."""
+        return self._manager.metrics(step)
+
+    def amend(self, step: int, values: dict) -> None:
+        """Adds to the last line, that of `step`."""
+        if self._writes and (lines := _lines_up_to(self.path / METRICS, step)):
+            lines[-1] = json.dumps(json.loads(lines[-1]) | values) + "\n"
+            _replace(self.path / METRICS, lines)
+
+    def better(self, metrics: dict, step: int) -> bool:
+        """Are metrics at least as good as those of a checkpoint?"""
+        return _score(self._options, metrics) >= _score(self._options, self.evaluated(step) or {})
 
     def _sweep(self) -> None:
         """Checkpoints to remove are renamed first, so that what is half removed does not look like one."""
@@ -157,6 +172,12 @@ class Run:
                     file.close()
         finally:
             os.close(self._lock)
+
+
+def last_step(output) -> int:
+    """The step of a run's latest checkpoint, 0 if there is none; for who does not want to open it."""
+    steps = (Path(output).expanduser() / CHECKPOINTS).glob("*")
+    return max((int(s.name) for s in steps if s.name.isdecimal()), default=0)
 
 
 def read_metrics(run) -> list[dict]:
