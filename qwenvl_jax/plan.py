@@ -96,10 +96,10 @@ def meshes(job: Job, chips: int) -> list[tuple[int, int, int]]:
     found = []
     for tensor in (n for n in range(1, chips + 1) if chips % n == 0):
         rest = chips // tensor
-        if job.config.text.intermediate_size % tensor or _unshared(job, rest) or (job.task == "vision" and tensor > 1):
+        if job.config.text.intermediate_size % tensor or _unshared(job, rest):
             continue
         found.append((1, rest, tensor) if job.task == "train" else (rest, 1, tensor))
-    return found or [default_mesh(job, chips)]
+    return found
 
 
 def _unshared(job: Job, groups: int) -> str | None:

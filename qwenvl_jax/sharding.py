@@ -112,6 +112,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     """A mesh `data × fsdp × tensor` over the first so many devices."""
     devices = jax.devices() if devices is None else devices
     size = data * fsdp * tensor
+    if min(data, fsdp, tensor) < 1:
+        raise InputError(f"a mesh of {data}×{fsdp}×{tensor} has an axis without devices")
     if size > len(devices):
         raise InputError(f"a mesh of {data}×{fsdp}×{tensor} needs {size} devices; there are {len(devices)}")
     try:  # `jax.make_mesh` would neither split an axis of a TPU's torus over two of ours, nor join hosts of GPUs

@@ -332,6 +332,18 @@ def test_a_mesh_that_does_not_divide_the_model():
         check_mesh(config, {"data": 1, "fsdp": 5, "tensor": 1})
 
 
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend 'tpu'")])
+def test_a_platform_that_is_not_there(engine, monkeypatch, capsys, error):
+    def devices():
+        raise error
+
+    engine.answers = [[error]]
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert cli.main(["generate", "--prompt", "?"]) == 2
+    assert "there are no tpu devices here; pip install 'qwenvl-jax[tpu]'" in capsys.readouterr().err
+
+
 def test_another_process_that_is_gone_is_no_bug(engine, monkeypatch, capsys):
     engine.answers = [[RuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")]]
     codes = []

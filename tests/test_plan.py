@@ -64,7 +64,8 @@ def test_meshes_divide_the_job():
     assert default_mesh(Job(config), 8) == (1, 1, 8)
     assert meshes(Job(config, batch=2), 8) == [(2, 1, 4), (1, 1, 8)]
     assert meshes(Job(config, "train", batch=8, images=8), 4) == [(1, 4, 1), (1, 2, 2), (1, 1, 4)]
-    assert meshes(Job(config, "vision", images=8), 4) == [(4, 1, 1)]
+    assert meshes(Job(config, "vision", images=8), 4) == [(4, 1, 1), (2, 1, 2), (1, 1, 4)]
+    assert meshes(Job(config, "train", batch=3, images=3), 5) == []
 
 
 @pytest.mark.parametrize("name", ["1x1", "1x1x0", "axbxc", "1x-1x1", ""])

@@ -17,6 +17,14 @@ def one_of_several() -> bool:
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
 
+def _no_devices() -> bool:
+    """Was jax asked for a platform that is not there? Its errors do not always say so."""
+    try:
+        return "jax" in sys.modules and not sys.modules["jax"].devices()
+    except (RuntimeError, AssertionError):
+        return True
+
+
 def explain(error: Exception) -> tuple[int, str]:
     """The exit code and the sentence for an error; anything not foreseen is called a bug."""
     text = " ".join(str(error).split())
@@ -32,6 +40,12 @@ def explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return BAD_INPUT, f"{where}{error.strerror or text}"
+    if _no_devices():
+        wanted = os.environ.get("JAX_PLATFORMS") or "usable"
+        return BAD_INPUT, (
+            f"there are no {wanted} devices here; pip install 'qwenvl-jax[tpu]' or 'qwenvl-jax[cuda]' where there are, "
+            "or set JAX_PLATFORMS=cpu"
+        )
     return FAILED, f"unexpected {type(error).__name__}: {text[:300]} (--debug shows where; please report it)"
 
 
@@ -42,6 +56,8 @@ def quiet(debug: bool):
         yield
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read by XLA when it starts
+    for name in ("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):  # by libtpu, where it is installed without a TPU
+        os.environ.setdefault(name, "3")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
