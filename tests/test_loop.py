@@ -311,9 +311,9 @@ def test_a_constant_schedule_may_go_on_for_longer(straight, tmp_path):
 
 def test_options_of_a_run_that_saved_nothing_do_not_bind(tmp_path):
     with run.Run(options(tmp_path)) as r:
-        r.begin(options(tmp_path))
+        r.begin()
     with run.Run(options(tmp_path, steps=5)) as r:
-        r.begin(options(tmp_path, steps=5))
+        r.begin()
         assert TrainOptions.read(tmp_path / run.OPTIONS).steps == 5
 
 
@@ -361,7 +361,7 @@ def test_lines_after_the_checkpoint_go(tmp_path):
     file.write_text("".join(lines) + "null\n" + '{"step": 2')
     with run.Run(options(tmp_path)) as r:
         assert file.read_text().count("\n") == 5  # who only looks changes nothing
-        r.begin(options(tmp_path))
+        r.begin()
         assert file.read_text() == ""
         r.log(1, {"loss": 1.0})
         r.save(1, {"x": jax.numpy.ones(3)}, {}, None)
@@ -369,7 +369,7 @@ def test_lines_after_the_checkpoint_go(tmp_path):
     with open(file, "a") as f:
         f.write('{"step": 3, "lo')
     with run.Run(options(tmp_path)) as r:
-        r.begin(options(tmp_path))
+        r.begin()
         r.log(2, {"loss": 0.25})
     assert file.read_text() == '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.25}\n'
 

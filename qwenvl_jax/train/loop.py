@@ -71,7 +71,7 @@ def train(
     if options.best and evaluate is None:
         raise InputError(f"best is {options.best!r}, a metric of the evaluation, but there is nothing to evaluate on")
     with Run(options) as run, _Signals() as signals:
-        run.begin(options)
+        run.begin()
         return _Loop(model, data, options, evaluate, loss, donate, run, signals).run_to_end()
 
 

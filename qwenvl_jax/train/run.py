@@ -83,10 +83,10 @@ class Run:
                     "or give another output"
                 )
 
-    def begin(self, options: TrainOptions) -> None:
+    def begin(self) -> None:
         """What there is of options and metrics becomes this run's, from its last checkpoint on."""
         if self._writes:
-            _replace(self.path / OPTIONS, [options.to_toml()])
+            _replace(self.path / OPTIONS, [self._options.to_toml()])
             _replace(self.path / METRICS, _lines_up_to(self.path / METRICS, self.step))
 
     def evaluated(self, step: int) -> dict | None:
