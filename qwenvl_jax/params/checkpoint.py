@@ -47,8 +47,8 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
     """Opens a checkpoint: a Hugging Face directory, one written by `save` or `qwenvl convert`, a hub id, or "demo".
 
     mesh: lay the parameters out over it (sharding.make_mesh); None puts them on the first device.
-    dtype: cast the weights to it and compute in it ("float32"); None keeps the checkpoint's, but on CPUs, which
-        multiply 16 bits slowly, 16-bit checkpoints are computed in float32 (see `precision_of`).
+    dtype: cast the weights to it and compute in it ("bfloat16"). None keeps the checkpoint's; on CPUs, which multiply
+        16 bits slowly, 16-bit checkpoints are computed in float32 (`precision_of`), and `save` then writes float32.
     Raises InputError for anything that is not a complete checkpoint of a supported model, or a mesh that does not
     divide it.
     """

@@ -24,21 +24,20 @@ class Precision(NamedTuple):
 def precision_of(config: Config, mesh=None) -> Precision:
     """What `load` does with a checkpoint of this config where no dtype is given.
 
-    On TPUs and GPUs: the checkpoint's own dtype. On CPUs: float32. There bfloat16 weights stay as they are, since their
-    products with float32 are exact and read half the memory (`narrow_product`). XLA:CPU has no such product for
-    float16: those weights are cast to float32, if that takes at most MEMORY_SHARE of the free memory.
+    On TPUs and GPUs: the checkpoint's own dtype. On CPUs, float32: 16-bit weights are cast to it if that takes at most
+    MEMORY_SHARE of the free memory. Otherwise they stay in 16 bits. bfloat16 then still multiplies float32 exactly and
+    without a cast (`narrow_product`); XLA:CPU has no such matmul for float16, and casts each matrix for every token.
     """
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
     if device.platform != "cpu" or config.dtype == "float32":
         return Precision(config.dtype, None)
-    told = f"{config.dtype} weights are computed in float32 on this CPU"
-    if config.dtype == "bfloat16":
-        return Precision("float32", None, f"{told}; --dtype bfloat16 rounds more")
     need, free = 4 * count_params(config), free_memory()
-    room = f"{need / 1e9:.1f} of {free / 1e9:.1f} GB of free memory"
+    room = f"{need / 1e9:.1f} of {free / 1e9:.1f} GB of free memory (--dtype changes this)"
     if need <= MEMORY_SHARE * free:
-        return Precision("float32", "float32", f"{told} and cast to it, which takes {room}")
-    return Precision("float32", None, f"{told} but stay in 16 bits, which is slow; a cast would take {room}")
+        how = f"cast to float32, which takes {room}"
+        return Precision("float32", "float32", f"on this CPU, {config.dtype} weights are {how}")
+    how = f"computed in float32 but stay in 16 bits, since a cast would take {room}"
+    return Precision("float32", None, f"on this CPU, {config.dtype} weights are {how}")
 
 
 def free_memory() -> int:
