@@ -1,4 +1,7 @@
-"""What a checkpoint is, told from its config and the headers of its weight files; no weight is read."""
+"""What a checkpoint is, told from its config and the headers of its weight files; no weight is read.
+
+Importing this file does not import jax, and `describe` does not either.
+"""
 
 import collections
 import dataclasses
@@ -6,10 +9,20 @@ import math
 from pathlib import Path
 
 from qwenvl_jax.config import PRESETS, Config
-from qwenvl_jax.model.qwenvl import count_params
-from qwenvl_jax.params import checkpoint
+from qwenvl_jax.params import directory
 from qwenvl_jax.params.tensors import DTYPES, Reader
 from qwenvl_jax.types import InputError
+
+# Parameters of the presets, which are counted with jax: `count_params` of model/qwenvl.py.
+PARAMETERS = {
+    "qwen2-vl-2b": 2_208_985_600,
+    "qwen2-vl-7b": 8_291_375_616,
+    "qwen2-vl-72b": 73_405_560_320,
+    "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
+    "qwen2.5-vl-32b": 33_452_718_336,
+    "qwen2.5-vl-72b": 73_410_777_344,
+}
 
 
 def describe(path_or_preset) -> dict:
@@ -21,18 +34,17 @@ def describe(path_or_preset) -> dict:
     """
     config = PRESETS.get(str(path_or_preset))
     if config:
-        count = count_params(config)
-        return _facts(config, "preset", {config.dtype: count}, {})
-    path = checkpoint.find(path_or_preset) if path_or_preset == checkpoint.DEMO else Path(path_or_preset)
+        return _facts(config, "preset", {config.dtype: PARAMETERS[str(path_or_preset)]}, {})
+    path = directory.find(path_or_preset) if path_or_preset == directory.DEMO else Path(path_or_preset)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory, nor one of the presets {', '.join(PRESETS)}")
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: not a checkpoint, there is no config.json in it")
     config, dtypes = Config.from_file(path / "config.json"), collections.Counter()
-    if (path / checkpoint.MARKER).is_file():
-        form, files = "orbax", sorted(f for f in (path / checkpoint.PARAMS).rglob("*") if f.is_file())
-        for leaf in checkpoint.stored_params(path, config).values():
-            dtypes[str(leaf.dtype)] += math.prod(leaf.shape)
+    if (path / directory.MARKER).is_file():
+        form, files = "orbax", sorted(f for f in (path / directory.PARAMS).rglob("*") if f.is_file())
+        for shape, dtype in directory.stored_arrays(path).values():
+            dtypes[str(dtype)] += math.prod(shape)
     else:
         form = "hf"
         with Reader(path) as reader:

@@ -25,7 +25,7 @@ from qwenvl_jax.inputs.batch import Ladder, cover
 from qwenvl_jax.inputs.layout import slots_needed
 from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params import lora
-from qwenvl_jax.params.checkpoint import DEMO, find, read_config
+from qwenvl_jax.params.directory import DEMO, find, read_config
 from qwenvl_jax.sharding import AXES, activation_sharding, check_mesh, kv_copies, make_mesh, param_shardings
 from qwenvl_jax.targets import CHIPS, GIB, Target, devices
 from qwenvl_jax.train.losses import sft_loss

@@ -16,7 +16,7 @@ from tiny_hf import DTYPES, assert_same_bits, bits, nested, torch_shapes, torch_
 import qwenvl_jax
 from qwenvl_jax.config import PRESETS
 from qwenvl_jax.model.qwenvl import abstract_params
-from qwenvl_jax.params import checkpoint
+from qwenvl_jax.params import checkpoint, directory
 from qwenvl_jax.params.hf import flatten, read_params, table
 from qwenvl_jax.types import InputError, Model
 
@@ -356,7 +356,7 @@ def test_demo_is_the_packaged_one(monkeypatch, tmp_path):
     package, here = tmp_path / "package", tmp_path / "here"
     (here / "demo").mkdir(parents=True)
     monkeypatch.chdir(here)
-    monkeypatch.setattr(checkpoint.resources, "files", lambda name: package)
+    monkeypatch.setattr(directory, "PACKAGE", package)
     with pytest.raises(InputError, match="demo: this installation has no demo checkpoint"):
         checkpoint.find("demo")
     (package / "demo" / "checkpoint").mkdir(parents=True)

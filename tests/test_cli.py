@@ -17,7 +17,7 @@ from qwenvl_jax import cli
 from qwenvl_jax.cli import converse
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.infer.options import GenerateOptions
-from qwenvl_jax.params import checkpoint
+from qwenvl_jax.params import checkpoint, directory
 from qwenvl_jax.sharding import check_mesh
 from qwenvl_jax.types import InputError
 
@@ -137,7 +137,7 @@ def test_every_option_of_encode_is_an_option_here(monkeypatch, tmp_path):
             seen.append(options)
             raise InputError("enough")
 
-    monkeypatch.setattr("qwenvl_jax.params.checkpoint.read_config", lambda path: None)
+    monkeypatch.setattr("qwenvl_jax.params.directory.read_config", lambda path: None)
     monkeypatch.setattr(Processor, "from_dir", lambda path, config: Recorder())
     (tmp_path / "tools.json").write_text('[{"type": "function"}]')
     values = {
@@ -484,7 +484,7 @@ def test_convert_there_and_back_and_info(tiny_checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize("argv", [["generate", "--prompt", "?"], ["chat"], ["eval", "q.jsonl"], ["info"]])
 def test_the_model_is_the_demo_unless_another_is_named(argv):
     args = cli.build_parser().parse_args(argv)
-    assert (args.checkpoint if argv == ["info"] else args.model) == checkpoint.DEMO
+    assert (args.checkpoint if argv == ["info"] else args.model) == directory.DEMO
 
 
 @pytest.mark.parametrize("argv", [["info"], ["convert", "--to", "orbax"], ["generate", "--prompt", "?", "--model"]])

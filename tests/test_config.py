@@ -8,22 +8,13 @@ import pytest
 from tiny import FAMILIES, tiny_config
 
 from qwenvl_jax.config import PRESETS, VISION_ACTIVATIONS, Config, YarnConfig
+from qwenvl_jax.info import PARAMETERS
 from qwenvl_jax.model.qwenvl import count_params
 from qwenvl_jax.model.vision import ACTIVATIONS
 from qwenvl_jax.types import InputError
 
-PARAMETERS = {
-    "qwen2-vl-2b": 2_208_985_600,
-    "qwen2-vl-7b": 8_291_375_616,
-    "qwen2-vl-72b": 73_405_560_320,
-    "qwen2.5-vl-3b": 3_754_622_976,
-    "qwen2.5-vl-7b": 8_292_166_656,
-    "qwen2.5-vl-32b": 33_452_718_336,
-    "qwen2.5-vl-72b": 73_410_777_344,
-}
 
-
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_parameter_counts_are_exact(name):
     assert count_params(PRESETS[name]) == PARAMETERS[name]
 

@@ -21,16 +21,17 @@ MAY_SEE = {
     "sharding": BASE,
     "model": BASE | {"sharding"},
     "params": BASE | {"sharding", "model", "inputs"},
-    "infer": BASE | {"sharding", "model", "params", "inputs"},
+    "infer": BASE | {"sharding", "model", "params", "inputs", "compile_cache"},
     "train": BASE | {"sharding", "model", "params", "inputs"},
     "metrics": set(),
     "evaluate": BASE | {"sharding", "model", "params", "inputs", "infer", "metrics"},
     "serve": BASE | {"sharding", "model", "params", "inputs", "infer"},
+    "compile_cache": BASE,
     "compiled": set(),
     "targets": BASE | {"train"},
     "plan": BASE | {"sharding", "model", "params", "inputs", "infer", "train", "compiled", "targets"},
     "demo": BASE | {"sharding", "model", "params", "inputs", "metrics", "infer", "train", "evaluate"},
-    "info": BASE | {"model", "params"},
+    "info": BASE | {"params"},
     "plot": BASE,
     "cli": None,  # everything
 }
@@ -98,12 +99,57 @@ def test_no_catch_all_module():
     assert not [p for p in MODULES.values() if p.stem in ("utils", "helpers", "common", "misc")]
 
 
-@pytest.mark.parametrize("code", ["import qwenvl_jax", "import qwenvl_jax.cli as c; c.build_parser()"])
-def test_import_is_light(code):
-    """The package and the command's parser load without jax, so `--help` answers at once."""
-    check = f"{code}; import sys; print(sorted({{'jax', 'flax', 'numpy', 'PIL'}} & set(sys.modules)))"
-    out = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert out.stdout.strip() == "[]"
+HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "numpy", "PIL"}
+
+
+def imported(*argv: str) -> tuple[int, set[str]]:
+    """The exit code of a command, and which packages it imported."""
+    code = (
+        "import sys\nfrom qwenvl_jax.cli import main\ntry:\n    code = main(sys.argv[1:])\n"
+        "except SystemExit as e:\n    code = e.code\n"
+        "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)\nsys.exit(code)"
+    )
+    out = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=ROOT)
+    assert "Traceback" not in out.stderr
+    return out.returncode, set(out.stderr.splitlines()[-1].split())
+
+
+def test_the_package_is_light():
+    code = "import sys, qwenvl_jax; print({name.partition('.')[0] for name in sys.modules} & " + f"{HEAVY})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert out.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("verb", ["", "generate", "chat", "train", "eval", "plot", "convert", "plan", "info", "verify"])
+def test_help_is_light(verb):
+    code, packages = imported(*verb.split(), "--help")
+    assert code == 0 and "argparse" in packages and not HEAVY & packages
+
+
+def test_every_verb_is_asked_for_help():
+    from qwenvl_jax import cli
+
+    (mark,) = (m for m in test_help_is_light.pytestmark if m.name == "parametrize")
+    assert set(mark.args[1]) == {"", *cli._COMMANDS}
+
+
+@pytest.mark.parametrize("form", ["preset", "demo", "hf", "orbax", "missing"])
+def test_info_needs_no_jax(form, tmp_path):
+    names = {"preset": "qwen2.5-vl-7b", "demo": "demo", "hf": str(ROOT / "qwenvl_jax/demo/checkpoint")}
+    if form == "orbax":
+        from qwenvl_jax import load
+        from qwenvl_jax.params import checkpoint
+
+        checkpoint.save(load("demo"), tmp_path / "orbax")
+    code, packages = imported("info", names.get(form, str(tmp_path / form)))
+    assert code == (2 if form == "missing" else 0)
+    assert "argparse" in packages and not packages & (HEAVY - {"numpy"})
+
+
+@pytest.mark.parametrize("bad", ["--image nowhere.png", "--temperature -1", "--model nowhere"])
+def test_bad_input_is_told_before_jax_is_imported(bad):
+    code, packages = imported("generate", "--prompt", "?", *bad.split())
+    assert code == 2 and not packages & {"jax", "flax", "orbax"}
 
 
 def test_public_names():

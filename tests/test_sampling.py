@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from qwenvl_jax.infer import sampling
-from qwenvl_jax.infer.options import GenerateOptions
-from qwenvl_jax.infer.sampling import OFF, Knobs
+from qwenvl_jax.infer.options import OFF, GenerateOptions, Knobs
 from qwenvl_jax.types import InputError
 
 V = 97

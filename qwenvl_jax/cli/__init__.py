@@ -3,7 +3,9 @@
 jax and the model are imported inside the commands, so that `--help` and a mistyped option answer at once.
 """
 
+import atexit
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -22,6 +24,7 @@ from qwenvl_jax.cli.errors import (
     NOT_DONE,
     OK,
     explain,
+    keep_programs,
     mute_libraries,
     one_of_several,
     own_warnings,
@@ -38,6 +41,8 @@ _PLANNED["train"] = ("batch", "context", "images", "pixels", "lora", "full")
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 1 a bug or a failed check, 2 bad input, 75 training that a SIGTERM
     put off, 130 Ctrl-C."""
+    if argv is None:
+        _collect_rarely()
     args = build_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal whose encoding lacks a character of the answer should get the rest of it.
@@ -65,6 +70,13 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
 
+def _collect_rarely() -> None:
+    """Importing jax makes hundreds of thousands of objects, which live as long as the process. By default, Python
+    searches them for garbage again and again, and once more at exit: a fifth of the time of a short command."""
+    gc.set_threshold(10_000, *gc.get_threshold()[1:])
+    atexit.register(gc.freeze)  # the search at exit skips what is frozen
+
+
 def convert_main(argv: list[str] | None = None) -> int:
     """`qwenvl-convert …` is `qwenvl convert …`."""
     return main(["convert", *(sys.argv[1:] if argv is None else argv)])
@@ -73,6 +85,8 @@ def convert_main(argv: list[str] | None = None) -> int:
 def _train(args) -> int:
     options = train_options.TrainOptions.read(args.config, train_options.flags(args))
     from qwenvl_jax.train.finetune import finetune
+
+    keep_programs()
 
     def evaluator(model, data, encoding):
         return evaluate.Evaluator(model, data, encoding=encoding)
@@ -84,6 +98,11 @@ def _train(args) -> int:
         print(file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
     return {None: OK, signal.SIGTERM: NOT_DONE, signal.SIGINT: INTERRUPTED}[ended]
+
+
+def _eval(args) -> int:
+    keep_programs()
+    return evaluate.command(args)
 
 
 def _plot(args) -> int:
@@ -159,6 +178,7 @@ def _verify(args) -> int:
         )
     from qwenvl_convert import parity
 
+    keep_programs()
     rows = parity.verify(args.checkpoint, args.image)
     print(f"{'stage':<22} {'shape':<18} {'max rel. error':>14} {'limit':>8}")
     for row in rows:
@@ -172,7 +192,7 @@ _COMMANDS = {
     "generate": generate,
     "chat": chat,
     "train": _train,
-    "eval": evaluate.command,
+    "eval": _eval,
     "plot": _plot,
     "convert": _convert,
     "plan": _plan,

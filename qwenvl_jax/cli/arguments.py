@@ -6,6 +6,12 @@ from qwenvl_jax import evaluate
 from qwenvl_jax.cli.errors import BAD_INPUT
 from qwenvl_jax.train import options as train_options
 
+# Of the commands that compile.
+_KEPT = (
+    "Compiled programs are kept for the next run in ~/.cache/qwenvl_jax (in XDG_CACHE_HOME, if it is set). "
+    "JAX_COMPILATION_CACHE_DIR=DIR keeps them elsewhere, JAX_ENABLE_COMPILATION_CACHE=0 nowhere."
+)
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -26,13 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show warnings, logs and tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, text):
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def command(name, text, epilog=None):
+        sub = commands.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
         # SUPPRESS: without it the default here would overwrite `qwenvl --debug generate`.
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         return sub
 
-    p = command("generate", "Answer one conversation; the text streams to stdout.")
+    p = command("generate", "Answer one conversation; the text streams to stdout.", _KEPT)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the question")
     source.add_argument("--messages", metavar="FILE", help="messages or an OpenAI request as JSON; - reads stdin")
@@ -49,15 +55,15 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--distributed", action="store_true", help="this is one of several processes, as on a pod's hosts")
     _model_options(p)
 
-    p = command("chat", "Talk to a model about images and videos.")
+    p = command("chat", "Talk to a model about images and videos.", _KEPT)
     _model_options(p)
     p.set_defaults(distributed=False)
 
-    p = command("train", "Fine-tune a model. The same command goes on with a run that was stopped.")
+    p = command("train", "Fine-tune a model. The same command goes on with a run that was stopped.", _KEPT)
     p.add_argument("config", nargs="?", metavar="FILE.toml", help="the keys below, with _ for -; flags win")
     train_options.add_arguments(p)
 
-    p = command("eval", "Answer questions and score the answers.")
+    p = command("eval", "Answer questions and score the answers.", _KEPT)
     evaluate.add_arguments(p)
 
     p = command("plot", "Draw the metrics of training runs.")
@@ -90,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("checkpoint", nargs="?", default="demo", metavar="CKPT", help=text)
     p.add_argument("--json", action="store_true")
 
-    p = command("verify", "Compare this model with the PyTorch one, stage by stage, on your weights.")
+    p = command("verify", "Compare this model with the PyTorch one, stage by stage, on your weights.", _KEPT)
     p.add_argument("checkpoint", metavar="CKPT", help="Hugging Face checkpoint directory")
     p.add_argument("--image", metavar="F", required=True, help="picture to compare on")
     return parser

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from qwenvl_jax.cli.errors import BAD_INPUT, OK, explain, one_of_several
+from qwenvl_jax.cli.errors import BAD_INPUT, OK, explain, keep_programs, one_of_several
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.types import InputError
 
@@ -238,10 +238,10 @@ def _encoder(args):
     """The checkpoint's directory, and messages → Sample. Needs no weights, so bad input is told at once."""
     from qwenvl_jax import Processor
     from qwenvl_jax.infer.options import room
-    from qwenvl_jax.params import checkpoint
+    from qwenvl_jax.params import directory
 
-    path = checkpoint.find(args.model)
-    config = checkpoint.read_config(path)
+    path = directory.find(args.model)
+    config = directory.read_config(path)
     processor, options = Processor.from_dir(path, config), _given(args, _ENCODING)
 
     def encode(messages):
@@ -271,6 +271,7 @@ def _mesh(args):
 def _engine(path, args, mesh):
     from qwenvl_jax import Engine, load
 
+    keep_programs()
     return Engine(load(path, mesh=mesh, dtype=args.dtype))
 
 

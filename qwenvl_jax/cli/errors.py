@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 
+from qwenvl_jax import compile_cache
 from qwenvl_jax.types import InputError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -47,6 +48,14 @@ def explain(error: Exception) -> tuple[int, str]:
             "or set JAX_PLATFORMS=cpu"
         )
     return FAILED, f"unexpected {type(error).__name__}: {text[:300]} (--debug shows where; please report it)"
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs for the next command, or says why not; the command works without."""
+    try:
+        compile_cache.keep()
+    except InputError as e:
+        print(f"qwenvl: {e}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

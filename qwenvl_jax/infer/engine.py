@@ -19,10 +19,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from qwenvl_jax.compile_cache import kept
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, room
-from qwenvl_jax.infer.programs import CHUNK, Programs, cpu_layouts, kept
+from qwenvl_jax.infer.programs import CHUNK, Programs, cpu_layouts
 from qwenvl_jax.inputs.batch import Ladder, make_batch, round_up
 from qwenvl_jax.inputs.layout import placeholder_runs, slots_needed
 from qwenvl_jax.sharding import ACTIVATIONS
@@ -259,9 +260,10 @@ class Engine:
             checkpoint's limit, 0 for text only.
         n: samples of every conversation.
         sample, logprobs: the kinds of batches to prepare for: any row not greedy, any row with logprobs.
-        They are kept for the next process in the directory of jax's persistent compilation cache
-        (JAX_COMPILATION_CACHE_DIR); if it has none, in ~/.cache/qwenvl_jax, where what this process compiles later and
-        takes jax a second or more is kept as well. Raises InputError for limits that cannot be.
+        They are kept for the next process in jax's persistent compilation cache: where JAX_COMPILATION_CACHE_DIR
+        says, else in ~/.cache/qwenvl_jax, which must be closed to others (otherwise a warning, and nothing is kept).
+        What this process compiles later is kept there too, if it takes a second or more.
+        Raises InputError for limits that cannot be.
         """
         for name, value, least in (("max_tokens", max_tokens, 1), ("max_pixels", max_pixels, 0), ("n", n, 1)):
             if value is not None and (not isinstance(value, int) or value < least):

@@ -1,15 +1,17 @@
-"""What a caller may ask of a generation, and where the answers come from when nothing is asked."""
+"""What a caller may ask of a generation, and where the answers come from when nothing is asked.
+
+Importing this file does not import jax.
+"""
 
 import dataclasses
 import inspect
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwenvl_jax.infer.sampling import Knobs
-from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.types import InputError, Sample
 
 MAX_LOGPROBS = 20
@@ -17,6 +19,21 @@ _DEFAULT_NEW_TOKENS = 512
 # Far beyond any use, and products with logits and counts stay finite in float32.
 _LIMIT = 1e6
 _TINY = float(np.finfo(np.float32).tiny)  # what is smaller, the device may flush to zero
+
+
+class Knobs(NamedTuple):
+    """One setting a row, all [B]; `OFF` holds the values that change nothing."""
+
+    temperature: Any  # float32; 0 is greedy
+    top_k: Any  # int32; 0 is off
+    top_p: Any  # float32; 1 is off
+    min_p: Any  # float32; 0 is off
+    repetition_penalty: Any  # float32; 1 is off
+    presence_penalty: Any  # float32; 0 is off
+    frequency_penalty: Any  # float32; 0 is off
+
+
+OFF = Knobs(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,8 @@ class GenerateOptions:
     def replace(self, **changes) -> "GenerateOptions":
         unknown = changes.keys() - {f.name for f in dataclasses.fields(self)}
         if unknown:
+            from qwenvl_jax.inputs.processor import Processor
+
             known = ", ".join(f.name for f in dataclasses.fields(self))
             hint = ""
             if unknown & inspect.signature(Processor.encode).parameters.keys():

@@ -8,8 +8,6 @@ that depend on one of them alone: vision output travels in chunks of a fixed siz
 import functools
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import contextmanager
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +21,6 @@ from qwenvl_jax.sharding import constrain
 from qwenvl_jax.types import Cache
 
 CHUNK = 1024  # visual tokens that go into the text at a time
-
-
-@contextmanager
-def kept():
-    """Meanwhile jax writes every program it compiles to its cache, even one that takes no time."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "qwenvl_jax"))
-    least = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 class Programs:

@@ -15,20 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-
-class Knobs(NamedTuple):
-    """One setting a row, all [B]; `OFF` holds the values that change nothing."""
-
-    temperature: Any  # float32; 0 is greedy
-    top_k: Any  # int32; 0 is off
-    top_p: Any  # float32; 1 is off
-    min_p: Any  # float32; 0 is off
-    repetition_penalty: Any  # float32; 1 is off
-    presence_penalty: Any  # float32; 0 is off
-    frequency_penalty: Any  # float32; 0 is off
-
-
-OFF = Knobs(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0)
+from qwenvl_jax.infer.options import OFF, Knobs
 
 
 class State(NamedTuple):

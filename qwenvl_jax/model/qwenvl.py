@@ -1,5 +1,7 @@
 """The whole model as pure functions of (config, params, arrays): the four calls everything else composes."""
 
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 
@@ -54,6 +56,11 @@ def init(config: Config, key) -> dict:
 
 def abstract_params(config: Config) -> dict:
     """Shapes and dtypes of the parameters (`jax.ShapeDtypeStruct`), without making them."""
+    return jax.tree.map(lambda leaf: leaf, _abstract_params(config))  # a tree of its own for each caller
+
+
+@lru_cache(16)
+def _abstract_params(config: Config) -> dict:
     return jax.eval_shape(lambda key: init(config, key), jax.ShapeDtypeStruct((2,), jnp.uint32))
 
 

@@ -6,38 +6,39 @@ A directory being written has another name until it is complete, so what carries
 """
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 import sys
 import time
-from importlib import resources
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-import tensorstore as ts
 
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.model.qwenvl import abstract_params
+from qwenvl_jax.params.directory import (
+    FORMAT,
+    MARKER,
+    PARAMS,
+    SIDE_FILES,
+    find,
+    first_line,
+    kvstore,
+    read_config,
+    stored_arrays,
+)
 from qwenvl_jax.params.hf import STACKED, Leaf, aligned_empty, flatten, read_params, to_devices, unflatten
 from qwenvl_jax.params.precision import Precision, precision_of
 from qwenvl_jax.params.tensors import INDEX
 from qwenvl_jax.sharding import check_mesh, param_shardings
 from qwenvl_jax.types import InputError, Model
 
-FORMAT = 1
-DEMO = "demo"
-MARKER, PARAMS, PARTIAL = "qwenvl_jax.json", "params", ".partial-qwenvl_jax"
-# Everything of a checkpoint that is not weights.
-SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
-_HUB_FILES = (*SIDE_FILES, "*.safetensors", f"{PARAMS}/**")
+PARTIAL = ".partial-qwenvl_jax"
 # Small enough that a process that needs one shard reads little more than it, and a few are written at a time.
 CHUNK_BYTES = 16 << 20
 PIECE_BYTES = 64 << 20  # in memory at a time, where a single layer is not larger
@@ -58,8 +59,7 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
     config = read_config(path)
     if mesh is not None:
         check_mesh(config, mesh.shape)
-    shapes = abstract_params(config)
-    shardings = None if mesh is None else param_shardings(shapes, mesh)
+    shardings = None if mesh is None else param_shardings(abstract_params(config), mesh)
     processor = Processor.from_dir(path, config)  # before the weights: it is quick to fail
     if dtype is None:
         chosen = precision_of(config, mesh)
@@ -83,6 +83,8 @@ def save(model: Model, path, *, files_from=None) -> None:
     Raises InputError if `path` exists, if the disk is full, if the parameters are not those of the config, or if the
     model's pictures are not those of `files_from`.
     """
+    import orbax.checkpoint as ocp
+
     from qwenvl_jax.inputs.processor import read_preprocessing
 
     if jax.process_count() > 1:
@@ -133,6 +135,8 @@ class Stored:
     """
 
     def __init__(self, path: Path, config: Config):
+        import tensorstore as ts
+
         self.leaves = stored_params(path, config)
         self._params = path / PARAMS
         # What is on its way from the disk is in memory: a few chunks, not the dozens that are the default.
@@ -144,7 +148,9 @@ class Stored:
 
     def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
         """As Source.read in hf.py."""
-        spec = {"driver": "zarr", "kvstore": _kvstore(self._params) | {"path": leaf.path.replace("/", ".") + "/"}}
+        import tensorstore as ts
+
+        spec = {"driver": "zarr", "kvstore": kvstore(self._params) | {"path": leaf.path.replace("/", ".") + "/"}}
         index = [slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape, strict=True)]
         out = aligned_empty([i.stop - i.start for i in index], leaf.dtype if dtype is None else jnp.dtype(dtype))
         try:
@@ -160,29 +166,13 @@ class Stored:
                 if bar is not None:
                     bar.update(part.size * leaf.dtype.itemsize)
         except (ValueError, OSError) as e:  # what the storage layer raises for missing or damaged data
-            raise InputError(f"{self._params}: {leaf.path} cannot be read, it looks damaged ({_first_line(e)})") from e
+            raise InputError(f"{self._params}: {leaf.path} cannot be read, it looks damaged ({first_line(e)})") from e
         return out
 
 
 def stored_params(path: Path, config: Config) -> dict[str, Leaf]:
     """What one of our directories holds, checked against its config: parameter path → shape and dtype."""
-    marker = read_json(path / MARKER)
-    if marker.get("format") != FORMAT:
-        raise InputError(
-            f"{path / MARKER}: format {marker.get('format')!r} is not {FORMAT}; a newer qwenvl_jax wrote it"
-        )
-    try:  # not through Orbax, whose threads report a damaged file on stderr, each for itself
-        files = ts.KvStore.open(_kvstore(path / PARAMS)).result()
-        stored = {}
-        for key in files.list().result():
-            name, _, file = key.decode().rpartition("/")
-            if file == ".zarray":
-                entry, name = json.loads(files[key]), name.replace(".", "/")
-                stored[name] = Leaf(name, tuple(entry["shape"]), jnp.dtype(entry["dtype"]))
-    except (ValueError, OSError, KeyError, TypeError) as e:
-        raise InputError(f"{path / PARAMS}: not a readable Orbax checkpoint ({_first_line(e)})") from e
-    if not stored:
-        raise InputError(f"{path / PARAMS}: not a readable Orbax checkpoint, there are no parameters in it")
+    stored = {name: Leaf(name, shape, dtype) for name, (shape, dtype) in stored_arrays(path).items()}
     needed = flatten(abstract_params(config))
     for name in sorted(needed.keys() ^ stored.keys()):
         raise InputError(f"{path / PARAMS}: {name} is {'missing' if name in needed else 'unexpected'}")
@@ -193,60 +183,6 @@ def stored_params(path: Path, config: Config) -> dict[str, Leaf]:
                 f"config.json calls for {list(want.shape)}"
             )
     return stored
-
-
-def _kvstore(params: Path) -> dict:
-    return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{params.absolute()}/"}}
-
-
-def find(path_or_id) -> Path:
-    """The checkpoint's directory, downloaded first if the argument is a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
-
-    "demo" is the small one that comes with the package, whatever the working directory holds; "./demo" is a directory.
-    """
-    if path_or_id == DEMO:
-        path = Path(str(resources.files("qwenvl_jax"))) / "demo" / "checkpoint"
-        if not path.is_dir():
-            raise InputError(f"{DEMO}: this installation has no demo checkpoint; name a directory or a hub id")
-        return path
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path.absolute()
-    if path.exists():
-        raise InputError(f"{path}: is a file; a checkpoint is a directory (with config.json and the weights)")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_id)):
-        raise InputError(f"{path}: no such directory")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=list(_HUB_FILES)))
-    except Exception as e:  # no network, no such repo, no access: the type depends on the version and its http library
-        raise InputError(
-            f"{path_or_id}: no such directory, and it could not be had from the hub ({_first_line(e)})"
-        ) from e
-
-
-def read_config(path: Path) -> Config:
-    """The config of a checkpoint directory, with the normalisation of its preprocessor config if there is one.
-
-    Raises InputError for a model that is not supported or is quantised.
-    """
-    from qwenvl_jax.inputs.processor import read_preprocessing
-
-    file = path / "config.json"
-    if not file.is_file():
-        raise InputError(f"{path}: not a checkpoint, there is no config.json in it")
-    config = Config.from_file(file)
-    quantised = read_json(file).get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
-        raise InputError(f"{file}: quantised checkpoints ({method}) are not supported; use the original model")
-    preprocessing = read_preprocessing(path, config)
-    if preprocessing is None:
-        return config
-    # Pictures are normalised on the device, so the model must know how.
-    mean, std = preprocessing.image_mean, preprocessing.image_std
-    return config.replace(vision=dataclasses.replace(config.vision, image_mean=mean, image_std=std))
 
 
 def write_json(file: Path, data: dict) -> None:
@@ -351,7 +287,3 @@ def _known_dtype(dtype) -> str:
     if name not in ("bfloat16", "float16", "float32"):
         raise InputError(f"dtype {name!r} is not one of 'bfloat16', 'float16', 'float32'")
     return name
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
