@@ -23,8 +23,9 @@ first tokens must agree.
 import argparse
 import statistics
 import tempfile
+import time
 from collections import defaultdict
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from common import FAMILIES, SMALL, Report, config_of, write_checkpoint
-from sides import PROMPT, Side
+from sides import PROMPT, Failed, Side
 
 from qwenvl_jax.config import PRESETS, Config
 from qwenvl_jax.model.qwenvl import abstract_params, count_params
@@ -40,6 +41,7 @@ from qwenvl_jax.params.hf import flatten
 from qwenvl_jax.train.flops import train_flops
 
 JOBS = ("decode", "prefill", "vision", "picture", "lora")
+ALONE = ("here", "machine")  # for the jobs that have no peer
 CEILINGS = {"decode": "read", "prefill": "product", "vision": "product", "lora": "product"}
 UNITS = {"read": "B", "product": "FLOP"}
 
@@ -95,40 +97,71 @@ def work(config: Config, job: str, n: int, new: int = 0) -> Work:
     return Work(f"picture of {n} patches to first token", "ms", 1)
 
 
-def in_turns(start: dict, jobs: list[tuple], rounds: int, together: bool) -> tuple[dict, dict]:
-    """Every job on every side, round by round: ({(job, side): its answers}, {side: what it says of itself}).
+class Turns:
+    """Runs jobs on all sides, round by round, until the time is over.
 
-    start: name → what starts that side. Together, all are there from the first job to the last; otherwise one at a
-    time, started anew in every round.
+    start: name → what starts that side. answers: by job and side, (seconds or a rate, first token) a round. errors: by
+    job and side. facts: what each side says of itself.
     """
-    answers, facts = defaultdict(list), {}
 
-    def run(job: tuple, side: Side, first: bool) -> None:
+    def __init__(self, start: dict, rounds: int, seconds: float | None):
+        self.start, self.rounds = start, rounds
+        self.end = None if seconds is None else time.monotonic() + seconds
+        self.answers, self.errors, self.facts = defaultdict(list), {}, {}
+
+    def left(self) -> float | None:
+        return None if self.end is None else self.end - time.monotonic()
+
+    def ask(self, side: Side, job: tuple, again: bool = False) -> None:
         call = job
         if side.name == "machine":
             call = (CEILINGS.get(job[0]),)
-        if call[0] is None or (job[0] == "lora" and side.name not in ("here", "machine")):
+        if call[0] is None or (job, side.name) in self.errors or (job[0] == "lora" and side.name not in ALONE):
             return
-        if first:  # compiles, and whatever else the first call does
-            side(*call)
-        answers[job, side.name].append(side(*call))
+        try:
+            if again:  # the first time compiles, and whatever else it does
+                side(*call, seconds=self.left())
+            self.answers[job, side.name].append(side(*call, seconds=self.left()))
+        except Failed as e:
+            self.errors[job, side.name] = str(e)
 
-    if together:
+    def together(self, jobs: list[tuple], warm: float | None):
+        """All sides are there from the first job to the last; yields each job when it is done.
+
+        warm: so many seconds to prepare all jobs at once, all sides at the same time.
+        """
         with ExitStack() as stack:
-            sides = [stack.enter_context(begin()) for begin in start.values()]
+            sides = [stack.enter_context(begin()) for begin in self.start.values()]
+            if warm:
+                asked = [side for side in sides if side.name != "machine"]
+                for side in asked:
+                    side.send("warm", [job for job in jobs if job[0] != "lora" or side.name == "here"], warm)
+                until = time.monotonic() + 1.2 * warm
+                for side in asked:
+                    each = [job for job in jobs if job[0] != "lora" or side.name == "here"]
+                    try:
+                        told = side.receive(until - time.monotonic())
+                    except Failed as e:
+                        told = [str(e)] * len(each)
+                    self.errors |= {(job, side.name): error for job, error in zip(each, told, strict=True) if error}
             for job in jobs:
-                for n in range(rounds):
+                for n in range(self.rounds):
                     for side in sides:
-                        run(job, side, n == 0)
-            facts = {side.name: side("facts") for side in sides}
-    else:
-        for _ in range(rounds):
-            for begin in start.values():
+                        self.ask(side, job, again=n == 0)
+                for side in sides:
+                    with suppress(Failed):
+                        self.facts[side.name] = side("facts", seconds=10)
+                yield job
+
+    def apart(self, jobs: list[tuple]):
+        """One side at a time, started anew in every round."""
+        for _ in range(self.rounds):
+            for begin in self.start.values():
                 with begin() as side:
                     for job in jobs:
-                        run(job, side, True)
-                    facts[side.name] = side("facts")
-    return answers, facts
+                        self.ask(side, job, again=True)
+                    self.facts[side.name] = side("facts")
+        yield from jobs
 
 
 def peers(config: Config, args) -> list[str]:
@@ -146,16 +179,25 @@ def fits(config: Config, dtypes: list[str]) -> bool:
     return sum(each) + 3 * 2**30 < free
 
 
-def measure(args, folder: str) -> None:
+def rungs(config: Config, args) -> list[int]:
+    """The numbers of tokens that the jobs need: to compile for few is quicker. The last one is the longest."""
+    picture = args.picture // config.vision.merge_unit + 10
+    needed = {picture, max(args.patches) // config.vision.merge_unit + 10, *args.tokens, PROMPT + 1 + args.new}
+    if not args.random:  # as users do
+        return [max(needed) + 1]
+    needed = {-(-n // 128) * 128 for n in needed - {max(args.patches) // config.vision.merge_unit + 10}}
+    return [PROMPT, *sorted(needed), max(needed) + 128]
+
+
+def measure(args, folder: str) -> list:
+    """Prints each job's line as soon as it is done. What went wrong, if anything."""
     config = config_of(args.size, args.family)
     config = config.replace(dtype=args.dtype or (config.dtype if args.platform == "cpu" else "bfloat16"))
     device = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}[args.platform]
-    pictures = max([args.picture, *args.patches]) // config.vision.merge_unit + 10
-    longest = max(*args.tokens, pictures, PROMPT + args.new) + 1
     # On a CPU both sides read a checkpoint, as users do. On accelerators that would take most of the time.
-    directory = str(write_checkpoint(Path(folder) / "model", config)) if args.platform == "cpu" else None
+    directory = None if args.random else str(write_checkpoint(Path(folder) / "model", config))
     settings = dict(size=args.size, family=config.family, directory=directory)
-    ours = dict(settings, dtype=config.dtype, longest=longest, rows=max(args.rows))
+    ours = dict(settings, dtype=config.dtype, rungs=rungs(config, args), rows=max(args.rows))
     start = {"machine": lambda: Side("machine", args.platform, device=device, dtype=config.dtype)}
     start["here"] = lambda: Side("here", args.platform, **ours)
     dtypes = peers(config, args)
@@ -164,40 +206,54 @@ def measure(args, folder: str) -> None:
         start[name] = lambda name=name, theirs=theirs: Side(name, args.platform, **theirs)
 
     each = {"decode": [(n, args.new) for n in args.rows], "prefill": args.tokens, "vision": args.patches}
-    each |= {"picture": [args.picture], "lora": args.tokens[:1]}
+    each |= {"picture": [args.picture], "lora": [args.lora or args.tokens[0]]}
     jobs = [(job, *(n if isinstance(n, tuple) else (n,))) for job in JOBS if job in args.jobs for n in each[job]]
-    together = not args.apart and (args.platform != "cpu" or fits(config, dtypes))
-    answers, facts = in_turns(start, jobs, args.rounds, together)
-    told(args, config.replace(dtype=facts["here"]["dtype"]), jobs, answers, facts)
-
-
-def told(args, config: Config, jobs: list[tuple], answers: dict, facts: dict) -> None:
-    """Compares first tokens, and prints the table."""
-    exact = [name for name, fact in facts.items() if fact.get("dtype") == "float32"]
-    for job in jobs:
-        firsts = {name: answers[job, name][0][1] for name in exact if answers[job, name]}
-        if len(set(firsts.values())) > 1:
-            raise SystemExit(f"{job}: the first tokens differ: {firsts}")
-    title = f"{args.size}, {config.family}: {count_params(config) / 1e6:.0f} M parameters, {config.dtype}"
-    device = facts["here"]["device"]
-    report = Report(title, args.output, benchmark="model", size=args.size, family=config.family, device=device)
+    turns, report = Turns(start, args.rounds, args.seconds), None
+    one_by_one = args.apart or (args.platform == "cpu" and not fits(config, dtypes))
     ceilings = defaultdict(list)
-    for job in jobs:
-        seconds = {name: [value for value, _ in answers[job, name]] for name in facts}
-        machine, mine = seconds.pop("machine"), seconds.pop("here")
-        w = work(config, *job)
-        share = None
-        if machine:
-            share = w.least / statistics.median(mine) / statistics.median(machine)
-            ceilings[CEILINGS[job[0]]] += machine
-        report.add(w.name, w.unit, w.count, mine, {name: s for name, s in seconds.items() if s}, share)
+    for job in turns.apart(jobs) if one_by_one else turns.together(jobs, args.warm if args.random else None):
+        here = turns.facts.get("here", {})
+        config = config.replace(dtype=here.get("dtype", config.dtype))  # what it is computed in
+        if report is None:
+            title = f"{args.size}, {config.family}: {count_params(config) / 1e6:.0f} M parameters, {config.dtype}"
+            about = dict(benchmark="model", size=args.size, family=config.family, device=here.get("device"))
+            report = Report(title, args.output, **about)
+        if not args.random:
+            compare(job, turns)
+        told(report, work(config, *job), job, turns, ceilings)
     middle = {name: statistics.median(rates) for name, rates in ceilings.items()}
     report.note(
         "ceilings: " + ", ".join(f"{name} {rate / 1e9:.1f} G{UNITS[name]}/s" for name, rate in middle.items()),
         ceilings=middle,
     )
-    peaks = {name: fact["peak"] for name, fact in facts.items()}
+    peaks = {name: fact["peak"] for name, fact in turns.facts.items()}
     report.note("peak memory: " + ", ".join(f"{n} {peak / 1e9:.1f} GB" for n, peak in peaks.items()), memory=peaks)
+    return list(turns.errors.values())
+
+
+def compare(job: tuple, turns: Turns) -> None:
+    """Of sides that compute the same in float32, the first tokens are the same."""
+    exact = [name for name, fact in turns.facts.items() if fact.get("dtype") == "float32"]
+    firsts = {name: turns.answers[job, name][0][1] for name in exact if turns.answers[job, name]}
+    if len(set(firsts.values())) > 1:
+        turns.errors[job, "all"] = f"the first tokens differ: {firsts}"
+
+
+def told(report: Report, w: Work, job: tuple, turns: Turns, ceilings: dict) -> None:
+    """One job's line, and what went wrong."""
+    for (failed, name), error in turns.errors.items():
+        if failed == job:
+            report.note(f"{w.name}, {name}: {error}", job=w.name, side=name, error=error)
+    seconds = {name: [value for value, _ in turns.answers[job, name]] for name in turns.start}
+    machine, mine = seconds.pop("machine"), seconds.pop("here")
+    if not mine:
+        return
+    share = None
+    if machine:
+        share = w.least / statistics.median(mine) / statistics.median(machine)
+        ceilings[CEILINGS[job[0]]] += machine
+    whole = {name: each for name, each in seconds.items() if len(each) == len(mine)}
+    report.add(w.name, w.unit, w.count, mine, whole, share)
 
 
 def main() -> None:
@@ -210,16 +266,25 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024], help="of the prompt of prefill")
     parser.add_argument("--patches", nargs="+", type=int, default=[4096], help="of the picture of vision")
     parser.add_argument("--picture", type=int, default=1024, help="patches of the picture to first token")
+    parser.add_argument("--lora", type=int, help="tokens of the training step; by default, the prompt's")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; by default the model's own")
     parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="cpu")
+    parser.add_argument(
+        "--random", action="store_true", help="weights made on the device, which accelerators always do"
+    )
     parser.add_argument("--alone", action="store_true", help="without transformers")
     parser.add_argument("--apart", action="store_true", help="one side in memory at a time, whatever the memory")
+    parser.add_argument("--seconds", type=float, help="for everything; what takes longer is left out")
+    parser.add_argument("--warm", type=float, default=600, help="seconds to compile in, of random weights")
     parser.add_argument("--output", help="file to which results are appended as JSON lines")
     args = parser.parse_args()
+    args.random |= args.platform != "cpu"
     jax.config.update("jax_platforms", "cpu")  # this process computes nothing
     with tempfile.TemporaryDirectory() as folder:
-        measure(args, folder)
+        errors = measure(args, folder)
+    if errors:
+        raise SystemExit("\n".join(errors))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,16 @@ A process takes one job a line and answers with seconds (or rates), so that the 
 memory together, and each one's memory is its own. Neither side's threads wait within the other's process.
 """
 
+import contextlib
 import json
 import math
 import os
+import select
 import subprocess
 import sys
 import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +37,11 @@ from qwenvl_jax.types import Batch, Sample, TrainBatch
 
 PROMPT = 64  # tokens before what is decoded
 RANK = 16
+OPTIMIZER = make_optimizer(TrainOptions().learning_rate)
+
+
+class Failed(Exception):
+    """A side could not do a job, or took too long; the message says what it said."""
 
 
 class Side:
@@ -47,19 +56,41 @@ class Side:
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._process = subprocess.Popen(command, env=environment, **pipes)
 
-    def __call__(self, job: str, *args):
-        print(json.dumps([job, *args]), file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"{self.name} ended at {job} {args} with exit code {self._process.wait()}")
-        return json.loads(answer)
+    def __call__(self, job: str, *args, seconds: float | None = None):
+        self.send(job, *args)
+        return self.receive(seconds)
+
+    def send(self, job: str, *args) -> None:
+        try:
+            print(json.dumps([job, *args]), file=self._process.stdin, flush=True)
+        except OSError as e:
+            raise Failed(f"{self.name} has ended") from e
+
+    def receive(self, seconds: float | None = None):
+        """The answer to what was sent. A side that takes longer than `seconds` is ended."""
+        ready, _, _ = select.select([self._process.stdout], [], [], seconds if seconds is None else max(seconds, 0))
+        if not ready:
+            self._process.kill()
+            raise Failed(f"no answer in {seconds:.0f} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise Failed(f"ended with exit code {self._process.wait()}")
+        answer, error = json.loads(line)
+        if error:
+            raise Failed(error)
+        return answer
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._process.stdin.close()
-        self._process.wait()
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:  # it may still be compiling
+            self._process.kill()
+            self._process.wait()
 
 
 class Worker:
@@ -70,6 +101,10 @@ class Worker:
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = next(line for line in lines if line.startswith("VmHWM"))
         return {"peak": int(peak.split()[1]) * 1024}
+
+    def warm(self, jobs: list, seconds: float) -> list:
+        """Prepares every job, within so many seconds: for each what went wrong, or None."""
+        return [attempt(self, *job)[1] for job in jobs]
 
 
 class Machine(Worker):
@@ -133,7 +168,8 @@ def picture(patches: int) -> Image.Image:
 class Here(Model):
     """This package: from a checkpoint's directory as users load it, or of random weights made on the device."""
 
-    def __init__(self, size: str, family: str, directory: str | None, dtype: str, longest: int, rows: int):
+    def __init__(self, size: str, family: str, directory: str | None, dtype: str, rungs: list[int], rows: int):
+        """rungs: the numbers of tokens to compile for; the last one alone stands for the ladder up to it."""
         if directory:
             model = qwenvl_jax.load(directory, progress=False)
         else:
@@ -141,16 +177,28 @@ class Here(Model):
             params = jax.jit(init, static_argnums=0)(config, jax.random.key(0))
             model = qwenvl_jax.Model(config, params, NoText(), {})
         self.config, self.params = model.config, model.params
-        self.engine = qwenvl_jax.Engine(model, max_batch=rows, max_length=longest)
-        self.tower = Programs(self.config, (longest,), None).encode
-        self.towers, self.learning = {}, None
+        ladder = Ladder(tokens=tuple(rungs)) if rungs[1:] else None
+        self.engine = qwenvl_jax.Engine(model, max_batch=rows, max_length=rungs[-1], ladder=ladder)
+        self.tower = Programs(self.config, tuple(rungs), None).encode
+        self.towers, self.steps = {}, {}
 
     def facts(self) -> dict:
         return super().facts() | {"dtype": self.config.dtype, "device": common.device_name()}
 
+    def warm(self, jobs: list, seconds: float) -> list:
+        """Compiles them side by side."""
+        pool = ThreadPoolExecutor(len(jobs))
+        coming = [pool.submit(attempt, self, *(["compile_" + j[0], *j[1:]] if j[0] == "lora" else j)) for j in jobs]
+        wait(coming, seconds)
+        pool.shutdown(wait=False, cancel_futures=True)
+        late = f"not compiled within {seconds:.0f} s"
+        return [each.result()[1] if each.done() else late for each in coming]
+
     def generate(self, samples, new: int) -> list[list[int]]:
-        answers = self.engine.generate(samples, max_new_tokens=new, temperature=0, ignore_eos=True)
-        return [a.token_ids for a in answers]
+        """All rows have the first one's prompt, which is therefore read once."""
+        options = dict(max_new_tokens=new, temperature=0, ignore_eos=True, n=len(samples))
+        (answer,) = self.engine.generate(samples[:1], **options)
+        return [row.token_ids for row in answer.samples]
 
     def see(self, sample):
         """A function that runs the tower over the sample's picture, which is on the device beforehand."""
@@ -161,32 +209,36 @@ class Here(Model):
     def look(self, picture) -> list[int]:
         return self.generate([self.ask(picture)], 1)[0]
 
+    def compile_lora(self, tokens: int) -> None:
+        """Without the memory that the state takes."""
+        shapes = jax.eval_shape(self.adapted, self.params)
+        state = jax.eval_shape(partial(init_state, optimizer=OPTIMIZER, trainable=lora.is_trainable), shapes)
+        step = make_step(partial(sft_loss, self.config, remat=True), OPTIMIZER, lora.is_trainable)
+        self.steps[tokens] = step.lower(state, self.row(tokens)).compile()
+
     def lora(self, tokens: int):
         """A training step on one row. It uses up the parameters, so no other job can follow."""
-        self.learning = self.learning or self.learn(tokens)
-        return clock(self.learning), None
+        if tokens not in self.steps:
+            self.compile_lora(tokens)
+        if self.params:
+            self.state = init_state(self.adapted(self.params), OPTIMIZER, lora.is_trainable)
+            self.params = self.engine = None
+        batch = self.row(tokens)
+        start = time.perf_counter()
+        self.state, metrics = self.steps[tokens](self.state, batch)
+        float(metrics["loss"])
+        return time.perf_counter() - start, None
 
-    def learn(self, tokens: int):
-        options, key = TrainOptions(), jax.random.key(1)
-        adapter = dict(rank=RANK, alpha=options.lora_alpha, targets=options.lora_targets)
-        params = lora.add(self.config, self.params, key, **adapter)
-        self.params = self.engine = None
-        optimizer = make_optimizer(options.learning_rate)
-        step = make_step(partial(sft_loss, self.config, remat=True), optimizer, lora.is_trainable)
-        # Put where it is already: a step's results are, and the next step would otherwise be compiled again.
-        state = jax.device_put(init_state(params, optimizer, lora.is_trainable), jax.devices()[0])
-        del params
+    def adapted(self, params: dict) -> dict:
+        options = TrainOptions()
+        more = dict(rank=RANK, alpha=options.lora_alpha, targets=options.lora_targets)
+        return lora.add(self.config, params, jax.random.key(1), **more)
+
+    def row(self, tokens: int) -> TrainBatch:
         ids = jnp.asarray(self.text(tokens).tokens)[None, None]
         positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (1, 3, 1, tokens))
         inputs = Batch(ids, positions, jnp.ones_like(ids), jnp.full_like(ids, -1), ())
-        batch = TrainBatch(inputs, ids, jnp.ones(ids.shape, jnp.float32))
-
-        def run():
-            nonlocal state
-            state, metrics = step(state, batch)
-            float(metrics["loss"])
-
-        return run
+        return TrainBatch(inputs, ids, jnp.ones(ids.shape, jnp.float32))
 
 
 class NoText:
@@ -270,14 +322,22 @@ class There(Model):
         return self.answer(self.put(inputs), 1)[0]
 
 
+def attempt(side: Worker, job: str, *args) -> tuple:
+    """(what it gave, None), or (None, what went wrong)."""
+    try:
+        return getattr(side, job)(*args), None
+    except Exception as e:  # the next job may do
+        traceback.print_exc()
+        return None, f"{type(e).__name__}: {e}"[:2000]
+
+
 def main() -> None:
     name, settings = sys.argv[1], json.loads(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not be taken for an answer
     side = {"machine": Machine, "here": Here}.get(name, There)(**settings)
     for line in sys.stdin:
-        job, *args = json.loads(line)
-        print(json.dumps(getattr(side, job)(*args)), file=answers, flush=True)
+        print(json.dumps(attempt(side, *json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
