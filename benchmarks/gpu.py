@@ -38,26 +38,22 @@ def stages(args, results: Path, expected: Path) -> list[Stage]:
     train += ["--assets", str(args.assets)] if args.assets else []
     model = ["model.py", *out, "--random", "--platform", args.platform, "--seconds", "{seconds}"]
     if args.rehearse:
-        small = "--size demo --rows 1 2 --new 4 --tokens 128 --patches 64 --picture 64 --lora 128 --rounds 1".split()
-        train += "--rows 4 --workers 1 --questions 1 --batch 8".split()
+        small = "--size demo --new 4 --tokens 128 --patches 64 --picture 64 --lora 128 --rounds 1".split()
+        train += "--rows 4 --workers 1 --questions 1 --batch 8 --trial 3".split()
         return [
             Stage("ceilings", ["gpu_ceilings.py", *out, "--platform", "cpu"], 60, 5),
             Stage("checks", [*checks, "--small"], 150, 5),
-            Stage("3B", [*model, *small], 120, 5),
+            Stage("3B", [*model, *small, "--rows", "1", "2"], 120, 5),
             Stage("7B", [*model, *small, "--jobs", "decode"], 120, 5),
             Stage("training", train, 120, 40),
         ]
     large = "--rows 1 32 --new 64 --tokens 8192 --patches 16384 --picture 3844 --lora 8192 --warm {warm}".split()
+    without_lora = "--jobs decode prefill vision picture".split()
     return [
         Stage("ceilings", ["gpu_ceilings.py", *out, "--platform", "gpu"], 60, 10),
         Stage("checks", checks, 120, 20),
         Stage("3B", [*model, *large, "--size", "qwen2.5-vl-3b"], 170, 50),
-        Stage(
-            "7B",
-            [*model, *large, "--size", "qwen2.5-vl-7b", "--jobs", *"decode prefill vision picture".split()],
-            150,
-            50,
-        ),
+        Stage("7B", [*model, *large, "--size", "qwen2.5-vl-7b", *without_lora], 150, 50),
         Stage("training", train, 600, 70),
     ]
 

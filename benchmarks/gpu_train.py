@@ -21,7 +21,6 @@ from pathlib import Path
 
 from qwenvl_jax.demo.assets import Assets, assets_of
 
-TRIAL = 20  # steps after which it is known how many there will be
 RESERVE = 30  # seconds to score and save at the end
 WARMUP = 40
 
@@ -87,16 +86,16 @@ class Drawn:
             worker.join()
 
 
-def train_for(seconds: float, model, data: Drawn, options, begun: float):
-    """The parameters after as many steps as fit, and their number."""
+def train_for(seconds: float, trial: int, model, data: Drawn, options, begun: float):
+    """The parameters after as many steps as fit, and their number. trial: steps after which that is known."""
     from qwenvl_jax.demo.train import demo_loss
     from qwenvl_jax.train.loop import train
 
-    trial = train(model, data, options.replace(steps=TRIAL), loss=demo_loss)
+    result = train(model, data, options.replace(steps=trial), loss=demo_loss)
     left = seconds - RESERVE - (time.monotonic() - begun)
-    steps = TRIAL + data.steps(left)
+    steps = trial + data.steps(left)
     if steps < 2 * WARMUP:
-        return trial
+        return result
     timer = threading.Timer(left, os.kill, (os.getpid(), signal.SIGTERM))  # ends the run after the step at hand
     timer.start()
     options = options.replace(steps=steps, cooldown=int(0.8 * (steps - WARMUP)))
@@ -137,7 +136,7 @@ def run(args, assets: Assets, work: Path) -> None:
         engine = qwenvl_jax.Engine(model, max_batch=args.batch, max_length=320, ladder=ladder)
         evaluate = Evaluator(engine, questions(assets, args.questions), max_new_tokens=LONGEST)
         tell(when="before", step=0, scores=evaluate(model.params))
-        result = train_for(args.seconds, model, data, options, begun)
+        result = train_for(args.seconds, args.trial, model, data, options, begun)
         lines = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
         losses = [line["cross_entropy"] for line in lines]
         tenth = max(1, len(losses) // 10)
@@ -168,6 +167,7 @@ def main() -> None:
     parser.add_argument("--assets", help="where fonts, emoji and tables are; see qwenvl_jax/demo/assets.py")
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--rows", type=int, default=40, help="of a batch, each about two conversations")
+    parser.add_argument("--trial", type=int, default=20, help="steps after which it is known how many there will be")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that draw")
     parser.add_argument("--questions", type=int, default=64, help="of every task")
     parser.add_argument("--batch", type=int, default=64, help="questions answered together")

@@ -256,7 +256,7 @@ def told(report: Report, w: Work, job: tuple, turns: Turns, ceilings: dict) -> N
     report.add(w.name, w.unit, w.count, mine, whole, share)
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=(*SMALL, *PRESETS), default="50M")
     parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl", help="of 50M")
@@ -278,8 +278,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="for everything; what takes longer is left out")
     parser.add_argument("--warm", type=float, default=600, help="seconds to compile in, of random weights")
     parser.add_argument("--output", help="file to which results are appended as JSON lines")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.random |= args.platform != "cpu"
+    return args
+
+
+def main() -> None:
+    args = parse()
     jax.config.update("jax_platforms", "cpu")  # this process computes nothing
     with tempfile.TemporaryDirectory() as folder:
         errors = measure(args, folder)
