@@ -69,10 +69,10 @@ def versions() -> dict[str, str]:
 
 
 def run(stage: Stage, seconds: float, log) -> tuple[str, str]:
-    """("ok", "failed" or "timed out", the end of what it wrote to stderr)."""
+    """("ok", "failed" or "timed out", what it wrote). log: opened to be read and appended to."""
     numbers = {"seconds": f"{max(seconds - 5, 1):.0f}", "warm": f"{0.6 * seconds:.0f}"}
     script, *options = (part.format(**numbers) for part in stage.command)
-    begin = log.tell()
+    begin = os.fstat(log.fileno()).st_size
     process = subprocess.Popen(
         [sys.executable, str(HERE / script), *options], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -84,9 +84,7 @@ def run(stage: Stage, seconds: float, log) -> tuple[str, str]:
     finally:
         end(process)
     log.seek(begin)
-    text = log.read()
-    log.seek(0, os.SEEK_END)
-    return status, text
+    return status, log.read()
 
 
 def end(process) -> None:
@@ -108,7 +106,9 @@ def main() -> None:
     args.platform = "cpu" if args.rehearse else "gpu"
     begun = time.monotonic()
     args.folder.mkdir(parents=True, exist_ok=True)
-    results, expected = args.folder / "results.jsonl", args.folder / "expected-tokens.json"
+    results, expected, printed = (args.folder / n for n in ("results.jsonl", "expected-tokens.json", "log.txt"))
+    for file in (results, expected, printed):  # of an earlier run
+        file.unlink(missing_ok=True)
 
     def tell(**facts) -> None:
         line = json.dumps(facts | {"at": round(time.monotonic() - begun, 1)})
@@ -118,7 +118,7 @@ def main() -> None:
 
     tell(date=datetime.datetime.now().isoformat(timespec="seconds"), card=card(), versions=versions())
     failed = []
-    with (args.folder / "log.txt").open("w+") as log:
+    with printed.open("a+") as log:
         small = ["--small"] if args.rehearse else []
         command = [sys.executable, str(HERE / "gpu_checks.py"), str(expected), "--tokens", *small]
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}

@@ -11,7 +11,6 @@ to a hundredth, those of plain XLA as well, whose error is told beside the kerne
 import argparse
 import json
 import tempfile
-import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -216,36 +215,37 @@ def run(check: Check) -> dict:
     return told | {"ok": told["error"] <= check.limit, "seconds": time.perf_counter() - start}
 
 
-def tokens(folder: Path, small: bool) -> dict[str, list]:
-    """Greedy answers in float32 by model: the demo's about its samples, and those of random ones of both families."""
-    found = {}
-    engine = qwenvl_jax.Engine(qwenvl_jax.load("demo", dtype="float32", progress=False))
+def askers(folder: Path, small: bool) -> dict:
+    """Functions that answer greedily in float32: the demo about its samples, and random models of both families."""
     samples = Path(qwenvl_jax.__file__).parent / "demo" / "samples"
-    for name, question in (("line.png", "Read the text."), ("scene.png", "List everything.")):
+
+    def demo(name: str, question: str):
+        engine = qwenvl_jax.Engine(qwenvl_jax.load("demo", dtype="float32", progress=False))
         content = [{"type": "image", "image": str(samples / name)}, {"type": "text", "text": question}]
-        (answer,) = engine.generate([[{"role": "user", "content": content}]], temperature=0, max_new_tokens=24)
-        found[f"demo, {name}"] = answer.token_ids
-    for family in FAMILIES:
+        return engine.generate([[{"role": "user", "content": content}]], temperature=0, max_new_tokens=24)
+
+    def random(family: str):
         config = config_of("50M", family)
         config = shallow(config) if small else config
         model = qwenvl_jax.load(write_checkpoint(folder / f"{family}-tokens", config), dtype="float32", progress=False)
         asked = text_and_picture(config, 120, 12)
-        (answer,) = qwenvl_jax.Engine(model).generate([asked], temperature=0, max_new_tokens=24, ignore_eos=True)
-        found[f"random {family}"] = answer.token_ids
-    return found
+        return qwenvl_jax.Engine(model).generate([asked], temperature=0, max_new_tokens=24, ignore_eos=True)
+
+    return {
+        "the demo, a line": partial(demo, "line.png", "Read the text."),
+        "the demo, a scene": partial(demo, "scene.png", "List everything."),
+        **{f"random {family}": partial(random, family) for family in FAMILIES},
+    }
 
 
-def compared(expected: Path, folder: Path, small: bool) -> list[dict]:
+def compared(name: str, ask, expected: Path) -> dict:
     """The same tokens as the CPU's, which another process writes."""
-    here = tokens(folder, small)
+    (answer,) = ask()
     while not expected.exists():
         time.sleep(0.2)
-    there = json.loads(expected.read_text())
-    return [
-        {"check": f"greedy tokens of the CPU: {name}", "ok": here[name] == there[name], "tokens": len(there[name])}
-        | {"equal": sum(a == b for a, b in zip(here[name], there[name], strict=False))}
-        for name in there
-    ]
+    here, there = answer.token_ids, json.loads(expected.read_text())[name]
+    equal = sum(a == b for a, b in zip(here, there, strict=False))
+    return {"check": f"greedy tokens of the CPU, {name}", "ok": here == there, "tokens": len(there), "equal": equal}
 
 
 def main() -> None:
@@ -255,34 +255,33 @@ def main() -> None:
     parser.add_argument("--expected", type=Path)
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as folder:
+        asked = askers(Path(folder), args.small)
         if args.tokens:
             work = args.output.with_suffix(".partial")
-            work.write_text(json.dumps(tokens(folder, args.small)))
+            work.write_text(json.dumps({name: ask()[0].token_ids for name, ask in asked.items()}))
             work.rename(args.output)
             return
-        lock, wrong = threading.Lock(), []
-
-        def attempt(job, name: str) -> None:
-            try:
-                lines = job()
-            except Exception as e:  # the others may be right
-                traceback.print_exc()
-                lines = [{"check": name, "ok": False, "error": f"{type(e).__name__}: {e}"[:2000]}]
-            with lock, args.output.open("a") as file:
-                for line in lines:
-                    file.write(json.dumps(line) + "\n")
-                    print(line, flush=True)
-                    wrong.extend([] if line["ok"] else [line["check"]])
-
-        jobs = [(partial(lambda check: [run(check)], check), check.name) for check in checks(args.small, folder)]
+        jobs = [(check.name, partial(run, check)) for check in checks(args.small, Path(folder))]
         if args.expected:
-            jobs.insert(0, (lambda: compared(args.expected, folder, args.small), "greedy tokens of the CPU"))
-        with ThreadPoolExecutor(2 if args.small else 6) as pool:
-            list(pool.map(lambda job: attempt(*job), jobs))
-    if wrong:
-        raise SystemExit(f"wrong: {', '.join(wrong)}")
+            jobs = [(name, partial(compared, name, ask, args.expected)) for name, ask in asked.items()] + jobs
+        with ThreadPoolExecutor(2 if args.small else 8) as pool:  # mostly they wait for the compiler
+            lines = [line for line in pool.map(lambda job: attempt(*job, args.output), jobs) if not line["ok"]]
+    if lines:
+        raise SystemExit(f"wrong: {', '.join(line['check'] for line in lines)}")
+
+
+def attempt(name: str, job, output: Path) -> dict:
+    try:
+        line = job()
+    except Exception as e:  # the others may be right
+        traceback.print_exc()
+        line = {"check": name, "ok": False, "error": f"{type(e).__name__}: {e}"[:2000]}
+    text = json.dumps(line)
+    print(text, flush=True)
+    with output.open("a") as file:
+        file.write(text + "\n")
+    return line
 
 
 if __name__ == "__main__":

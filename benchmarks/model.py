@@ -41,6 +41,7 @@ from qwenvl_jax.params.hf import flatten
 from qwenvl_jax.train.flops import train_flops
 
 JOBS = ("decode", "prefill", "vision", "picture", "lora")
+GRACE = 20  # seconds for a side to say that it was not ready in time
 ALONE = ("here", "machine")  # for the jobs that have no peer
 CEILINGS = {"decode": "read", "prefill": "product", "vision": "product", "lora": "product"}
 UNITS = {"read": "B", "product": "FLOP"}
@@ -133,17 +134,7 @@ class Turns:
         with ExitStack() as stack:
             sides = [stack.enter_context(begin()) for begin in self.start.values()]
             if warm:
-                asked = [side for side in sides if side.name != "machine"]
-                for side in asked:
-                    side.send("warm", [job for job in jobs if job[0] != "lora" or side.name == "here"], warm)
-                until = time.monotonic() + 1.2 * warm
-                for side in asked:
-                    each = [job for job in jobs if job[0] != "lora" or side.name == "here"]
-                    try:
-                        told = side.receive(until - time.monotonic())
-                    except Failed as e:
-                        told = [str(e)] * len(each)
-                    self.errors |= {(job, side.name): error for job, error in zip(each, told, strict=True) if error}
+                self.warm([side for side in sides if side.name != "machine"], jobs, warm)
             for job in jobs:
                 for n in range(self.rounds):
                     for side in sides:
@@ -152,6 +143,18 @@ class Turns:
                     with suppress(Failed):
                         self.facts[side.name] = side("facts", seconds=10)
                 yield job
+
+    def warm(self, sides: list[Side], jobs: list[tuple], seconds: float) -> None:
+        until = time.time() + seconds
+        own = {side: [job for job in jobs if job[0] != "lora" or side.name in ALONE] for side in sides}
+        for side in sides:
+            side.send("warm", own[side], until)
+        for side in sides:
+            try:
+                told = side.receive(until + GRACE - time.time())
+            except Failed as e:
+                told = [str(e)] * len(own[side])
+            self.errors |= {(job, side.name): error for job, error in zip(own[side], told, strict=True) if error}
 
     def apart(self, jobs: list[tuple]):
         """One side at a time, started anew in every round."""

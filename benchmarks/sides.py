@@ -102,8 +102,8 @@ class Worker:
         peak = next(line for line in lines if line.startswith("VmHWM"))
         return {"peak": int(peak.split()[1]) * 1024}
 
-    def warm(self, jobs: list, seconds: float) -> list:
-        """Prepares every job, within so many seconds: for each what went wrong, or None."""
+    def warm(self, jobs: list, until: float) -> list:
+        """Prepares every job, until a time of `time.time`: for each what went wrong, or None."""
         return [attempt(self, *job)[1] for job in jobs]
 
 
@@ -185,13 +185,13 @@ class Here(Model):
     def facts(self) -> dict:
         return super().facts() | {"dtype": self.config.dtype, "device": common.device_name()}
 
-    def warm(self, jobs: list, seconds: float) -> list:
+    def warm(self, jobs: list, until: float) -> list:
         """Compiles them side by side."""
         pool = ThreadPoolExecutor(len(jobs))
         coming = [pool.submit(attempt, self, *(["compile_" + j[0], *j[1:]] if j[0] == "lora" else j)) for j in jobs]
-        wait(coming, seconds)
+        wait(coming, max(until - time.time(), 1))
         pool.shutdown(wait=False, cancel_futures=True)
-        late = f"not compiled within {seconds:.0f} s"
+        late = "not compiled in time"
         return [each.result()[1] if each.done() else late for each in coming]
 
     def generate(self, samples, new: int) -> list[list[int]]:

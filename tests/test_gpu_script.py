@@ -92,7 +92,7 @@ def test_the_rehearsal_of_every_stage(assets, tmp_path):  # noqa: F811
 def test_a_stage_costs_only_itself(code, status, said, tmp_path):
     script = tmp_path / "stage.py"
     script.write_text(code)
-    with (tmp_path / "log").open("w+") as log:
+    with (tmp_path / "log").open("a+") as log:
         log.write("before\n")
         log.flush()
         got, text = gpu.run(gpu.Stage("one", [str(script)], 2, 0), 2 if status == "timed out" else 30, log)
