@@ -99,7 +99,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One checkpoint of either family. `dtype` is the dtype the weights are stored in and computed with."""
+    """One checkpoint of either family. `dtype` is the dtype to compute in, and in a file also that of its weights."""
 
     family: str  # "qwen2_vl" or "qwen2_5_vl"
     text: TextConfig = TextConfig()

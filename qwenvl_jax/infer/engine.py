@@ -22,7 +22,7 @@ from tqdm import tqdm
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, room
-from qwenvl_jax.infer.programs import CHUNK, Programs, kept
+from qwenvl_jax.infer.programs import CHUNK, Programs, cpu_layouts, kept
 from qwenvl_jax.inputs.batch import Ladder, make_batch, round_up
 from qwenvl_jax.inputs.layout import placeholder_runs, slots_needed
 from qwenvl_jax.sharding import ACTIVATIONS
@@ -95,6 +95,18 @@ class Engine:
         self.ladder = ladder._replace(rows=rows, tokens=tokens, lanes=lanes)
         self._programs = Programs(self.config, tokens, mesh)
         self._real, self._slots = Counter(), Counter()  # of what was computed, by "text" and "vision"
+
+    @property
+    def params(self) -> dict | None:
+        """The model's parameters; others of the same shapes and dtypes may take their place."""
+        return self._params
+
+    @params.setter
+    def params(self, params: dict | None) -> None:
+        self._params = self._scan_params = self._step_params = params
+        devices = jax.tree.leaves(params)[0].devices() if params else ()
+        if [device.platform for device in devices] == ["cpu"]:
+            self._scan_params, self._step_params = cpu_layouts(params)
 
     @property
     def traces(self) -> dict[str, int]:
@@ -182,7 +194,7 @@ class Engine:
                 slots = max(row.prompt_tokens + min(dispatched, row.limit - 1) for row in live)
                 while cache.k[0].shape[2] < slots:
                     cache = programs.grow(cache)
-                draw, state, cache = programs.step(self.params, draw.tokens, state, cache, knobs, **variant)
+                draw, state, cache = programs.step(self._step_params, draw.tokens, state, cache, knobs, **variant)
                 unread.append(_fetch(draw))
                 dispatched += 1
             values = jax.device_get(unread.popleft())
@@ -212,16 +224,16 @@ class Engine:
     def _prompt(self, batch: Batch):
         """Reads the prompts: (logits [B, V] after each, ids that each holds [B, V], the cache)."""
         batch = self._put(batch)
-        x, prompt = self._programs.embed(self.params, batch.tokens, batch.segments)
+        x, prompt = self._programs.embed(self._scan_params, batch.tokens, batch.segments)
         start = 0
         for lanes in batch.vision:
             end = start + lanes.frames.size // self.config.vision.merge_unit
-            for chunk in self._programs.encode(self.params, lanes):
+            for chunk in self._programs.encode(self._scan_params, lanes):
                 stop = min(start + CHUNK, end)
                 rows = self._put((np.int32(start), np.int32(stop)))
                 x = self._programs.place(x, batch.visual_index, chunk, *rows)
                 start = stop
-        logits, cache = self._programs.prefill(self.params, x, batch.positions, batch.segments)
+        logits, cache = self._programs.prefill(self._scan_params, x, batch.positions, batch.segments)
         return logits, prompt, cache
 
     def _put(self, tree):
@@ -274,7 +286,7 @@ class Engine:
         ids = np.zeros((R, P), np.int32)
         patches = np.zeros((*ids.shape, self.config.vision.patch_values), np.uint8)
         vision = VisionBatch(patches, np.zeros((*ids.shape, 2), np.int32), ids, ids)
-        return self._programs.encode(self.params, self._put(vision))
+        return self._programs.encode(self._scan_params, self._put(vision))
 
     def _warm_prompt(self, B: int, T: int, forks: set[tuple[int, int]], call: tuple[int, int] | None):
         empty = np.zeros((B, T), np.int32)
@@ -284,7 +296,7 @@ class Engine:
             self._programs.fork(self._put(np.zeros(size, np.int32)), *prefilled)
         if call:
             batch = self._put(batch)
-            x, _ = self._programs.embed(self.params, batch.tokens, batch.segments)
+            x, _ = self._programs.embed(self._scan_params, batch.tokens, batch.segments)
             chunk = self._warm_vision(*call)[0]
             self._programs.place(x, batch.visual_index, chunk, *self._put((np.int32(0), np.int32(0))))
         return prefilled
@@ -295,7 +307,7 @@ class Engine:
         while True:
             for variant in variants:
                 draw, state = self._programs.first(logits, jnp.copy(prompt), keys, knobs, **variant)
-                draw, state, cache = self._programs.step(self.params, draw.tokens, state, cache, knobs, **variant)
+                draw, state, cache = self._programs.step(self._step_params, draw.tokens, state, cache, knobs, **variant)
             # A prompt in the last bucket has a cache of the rung after it.
             if cache.k[0].shape[2] >= self._programs.slots(tokens[-1]):
                 return cache

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from qwenvl_jax.config import Config
@@ -156,3 +157,31 @@ def _settled_cache(cache: Cache) -> Cache:
 def _settled_state(state: sampling.State) -> sampling.State:
     index, keys = _whole(state.index), _whole(state.keys)
     return sampling.State(index, keys, constrain(state.prompt, "BV"), constrain(state.counts, "BV"))
+
+
+def cpu_layouts(params: dict) -> tuple[dict, dict]:
+    """The parameters as XLA:CPU reads them fastest: for programs that scan stacked layers, and for a decode step.
+
+    XLA:CPU copies what it slices from a stack, and converts a stack of bfloat16 to float32 before it slices it. So a
+    decode step gets each decoder layer's weights on their own, and scans get bfloat16 as its bits. All of them are
+    views of the same memory (weights of a few bytes, not aligned to 64, are copied).
+    """
+    # Through `addressable_data`, numpy's view dies with ours; the buffers can be donated then.
+    device = next(iter(jax.tree.leaves(params)[0].devices()))
+    host = jax.tree.map(lambda w: np.asarray(w.addressable_data(0)), params)
+    bits = lambda w: w.view(np.uint16) if w.dtype == jnp.bfloat16 else w  # noqa: E731
+    layers, blocks = host["decoder"]["layers"], host["vision"]["blocks"]
+    depth = len(jax.tree.leaves(layers)[0])
+    stacked, scanned, apart = jax.device_put(
+        (
+            jax.tree.map(bits, layers),
+            jax.tree.map(bits, blocks),
+            [jax.tree.map(lambda w, l=l: w[l], layers) for l in range(depth)],
+        ),
+        device,
+    )
+    decoder, vision = params["decoder"], params["vision"]
+    return (
+        {"decoder": decoder | {"layers": stacked}, "vision": vision | {"blocks": scanned}},
+        {"decoder": decoder | {"layers": apart}, "vision": vision},
+    )

@@ -11,7 +11,17 @@ import jax.numpy as jnp
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention, decode_attention
 from qwenvl_jax.model.decode_kernel import decode_kernel
-from qwenvl_jax.model.layers import Linear, RMSNorm, precision, rematerialised, rotate, text_rope
+from qwenvl_jax.model.layers import (
+    Linear,
+    RMSNorm,
+    floats,
+    is_narrow,
+    narrow_product,
+    precision,
+    rematerialised,
+    rotate,
+    text_rope,
+)
 from qwenvl_jax.sharding import constrain, divides, join_heads, spread_heads
 from qwenvl_jax.types import Cache
 
@@ -73,7 +83,7 @@ def full(config: Config, params: dict, x, positions, segments, keep, *, remat: b
         return attention(q, k, v, segments, causal=True), keep(k, v)
 
     def layer(x, weights):
-        return block.apply({"params": weights}, x, cos, sin, attend)
+        return block.apply({"params": floats(weights)}, x, cos, sin, attend)
 
     return jax.lax.scan(rematerialised(layer) if remat else layer, x, params["decoder"]["layers"])
 
@@ -100,9 +110,14 @@ def step(config: Config, params: dict, tokens, cache: Cache):
         return attended, None
 
     for l in range(config.text.num_hidden_layers):
-        weights = jax.tree.map(lambda w, l=l: w[l], params["decoder"]["layers"])
-        x, _ = block.apply({"params": weights}, x, cos, sin, lambda *qkv, l=l: attend(l, *qkv))
+        x, _ = block.apply({"params": layer_weights(params, l)}, x, cos, sin, lambda *qkv, l=l: attend(l, *qkv))
     return x, Cache(keys, values, cache.lengths + 1, cache.deltas)
+
+
+def layer_weights(params: dict, l: int) -> dict:
+    """Weights of layer `l`, sliced from a stack, or held apart already (`cpu_layouts` in infer/programs.py)."""
+    layers = params["decoder"]["layers"]
+    return layers[l] if isinstance(layers, list) else jax.tree.map(lambda w: w[l], layers)
 
 
 def write_and_attend(q, k, v, k_cache, v_cache, lengths):
@@ -145,5 +160,17 @@ def head(config: Config, params: dict) -> tuple[jax.Array, str]:
 @jax.named_scope("lm_head")
 def logits(x, head, dims: str):
     """x [..., D], after the final norm, times the head: [..., V] float32."""
-    dims = f"...D,{dims}->...V"
-    return jnp.einsum(dims, x, head.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32)
+
+    def product(x, head):
+        exact = dict(precision=precision(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum(f"...D,{dims}->...V", x, head.astype(x.dtype), **exact)
+
+    rows = x.reshape(-1, x.shape[-1])
+    if not is_narrow(rows, head):
+        return product(x, head)
+
+    def narrow(x, head):
+        y = narrow_product(rows.astype(jnp.float32), head, dims.replace("V", "F"))
+        return y.reshape(*x.shape[:-1], -1)
+
+    return jax.lax.platform_dependent(x, head, cpu=narrow, default=product)

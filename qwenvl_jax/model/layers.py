@@ -13,10 +13,18 @@ import numpy as np
 
 from qwenvl_jax.config import TextConfig
 
+NARROW_ROWS = 32  # with more, converting the kernel costs a CPU less than multiplying three times
+
 
 def precision(dtype) -> jax.lax.Precision | None:
     """float32 means float32: accelerators would otherwise multiply it in bfloat16 or tf32."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def floats(weights):
+    """A layer's weights from a stack that holds bfloat16 as its bits, uint16 (`cpu_layouts` in infer/programs.py)."""
+    bfloat16 = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.bfloat16)
+    return jax.tree.map(lambda w: bfloat16(w) if w.dtype == jnp.uint16 else w, weights)
 
 
 def rematerialised(f):
@@ -40,7 +48,7 @@ class Linear(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
         # As a matrix: XLA on CPUs takes three times as long for the gradients of products of higher rank.
         lead, x = x.shape[:-1], x.reshape(-1, shape[0])
-        y = _product(x, kernel.astype(x.dtype))
+        y = _product(x, kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(x.dtype)
@@ -55,14 +63,55 @@ class Linear(nn.Module):
 def _product(x, kernel):
     """x [rows, in] times kernel [in, features]."""
     dot = partial(jnp.dot, precision=precision(x.dtype))
-    if len(x) > 1:
-        return dot(x, kernel)
+    forms = {"cpu": partial(narrow_product, dims="DF")} if is_narrow(x, kernel) else {}
+    if len(x) == 1:
 
-    def two_rows(x, kernel):
-        """Of one row, XLA for GPUs makes an elementwise product as large as the kernel, kept in memory, and its sum."""
-        return dot(jnp.broadcast_to(x, (2, x.shape[1])), kernel)[:1]
+        def two_rows(x, kernel):
+            """For one row, XLA:GPU makes an elementwise product as large as the kernel, keeps it, and sums it."""
+            return dot(jnp.broadcast_to(x, (2, x.shape[1])), kernel.astype(x.dtype))[:1]
 
-    return jax.lax.platform_dependent(x, kernel, cuda=two_rows, default=dot)
+        forms["cuda"] = two_rows
+    wide = lambda x, kernel: dot(x, kernel.astype(x.dtype))  # noqa: E731
+    return jax.lax.platform_dependent(x, kernel, **forms, default=wide) if forms else wide(x, kernel)
+
+
+def is_narrow(x, kernel) -> bool:
+    """Whether x [rows, in] has so few rows that a CPU multiplies a bfloat16 kernel without converting it first."""
+    return kernel.dtype == jnp.bfloat16 and x.dtype != jnp.float16 and len(x) <= NARROW_ROWS
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def narrow_product(x, kernel, dims: str):
+    """x [rows, D] times a bfloat16 kernel whose dimensions are "DF" or "FD": [rows, F], for CPUs.
+
+    XLA:CPU has a bfloat16 matmul that sums in float32, but converts the whole kernel first where x is float32 or has
+    one row. Any float32 is the exact sum of three bfloat16 numbers, so a row becomes three, and the result is as
+    exact as with a float32 kernel, which takes twice the memory.
+    """
+    if x.dtype == jnp.float32:
+        rounded = partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)  # casts there and back would go
+        high = rounded(x)
+        middle = rounded(x - high)
+        parts = [high, middle, x - high - middle]
+    elif len(x) == 1:
+        parts = [x, jnp.zeros_like(x)]
+    else:
+        parts = [x]
+    rows = jnp.concatenate(parts).astype(kernel.dtype)
+    y = jnp.einsum(f"BD,{dims}->BF", rows, kernel, preferred_element_type=jnp.float32)
+    return y.reshape(len(parts), len(x), -1).sum(0).astype(x.dtype)
+
+
+def _narrow_forward(x, kernel, dims):
+    return narrow_product(x, kernel, dims), (x, kernel)
+
+
+def _narrow_backward(dims, saved, g):
+    _, pull = jax.vjp(lambda x, w: jnp.einsum(f"BD,{dims}->BF", x, w.astype(x.dtype)), *saved)
+    return pull(g)
+
+
+narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 
 class RMSNorm(nn.Module):

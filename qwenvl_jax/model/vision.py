@@ -13,7 +13,7 @@ import numpy as np
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention
-from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm, rematerialised, rotate, vision_rope
+from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm, floats, rematerialised, rotate, vision_rope
 from qwenvl_jax.model.window_kernel import window_attention
 from qwenvl_jax.sharding import constrain
 from qwenvl_jax.types import VisionBatch
@@ -120,7 +120,7 @@ def encode(config: Config, params: dict, vision: VisionBatch, *, remat: bool = F
         block = VisionBlock(config, windowed)
 
         def layer(x, weights):
-            return block.apply({"params": weights}, x, *rope, segments), None
+            return block.apply({"params": floats(weights)}, x, *rope, segments), None
 
         return rematerialised(layer) if remat else layer
 

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from importlib import resources
 from pathlib import Path
@@ -26,6 +27,7 @@ import tensorstore as ts
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params.hf import STACKED, Leaf, aligned_empty, flatten, read_params, to_devices, unflatten
+from qwenvl_jax.params.precision import Precision, precision_of
 from qwenvl_jax.params.tensors import INDEX
 from qwenvl_jax.sharding import check_mesh, param_shardings
 from qwenvl_jax.types import InputError, Model
@@ -45,7 +47,8 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
     """Opens a checkpoint: a Hugging Face directory, one written by `save` or `qwenvl convert`, a hub id, or "demo".
 
     mesh: lay the parameters out over it (sharding.make_mesh); None puts them on the first device.
-    dtype: cast the weights to it and compute in it ("float32"); None keeps the checkpoint's.
+    dtype: cast the weights to it and compute in it ("float32"); None keeps the checkpoint's, but on CPUs, which
+        multiply 16 bits slowly, 16-bit checkpoints are computed in float32 (see `precision_of`).
     Raises InputError for anything that is not a complete checkpoint of a supported model, or a mesh that does not
     divide it.
     """
@@ -57,13 +60,18 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
         check_mesh(config, mesh.shape)
     shapes = abstract_params(config)
     shardings = None if mesh is None else param_shardings(shapes, mesh)
-    dtype = None if dtype is None else _known_dtype(dtype)
     processor = Processor.from_dir(path, config)  # before the weights: it is quick to fail
-    if (path / MARKER).is_file():
-        params = restore(path, config, shardings, dtype, progress)
+    if dtype is None:
+        chosen = precision_of(config, mesh)
+        if progress and chosen.reason:
+            print(f"{path.name}: {chosen.reason}", file=sys.stderr, flush=True)
     else:
-        params = read_params(path, config, shardings, dtype, progress)
-    config = config.replace(dtype=dtype or config.dtype)
+        chosen = Precision(_known_dtype(dtype), _known_dtype(dtype))
+    if (path / MARKER).is_file():
+        params = restore(path, config, shardings, chosen.weights, progress)
+    else:
+        params = read_params(path, config, shardings, chosen.weights, progress)
+    config = config.replace(dtype=chosen.compute)
     return Model(config, params, processor, read_json(path / "generation_config.json", missing={}))
 
 
@@ -106,7 +114,8 @@ def save(model: Model, path, *, files_from=None) -> None:
         if files_from is not None:
             carry(files_from, work)
             (work / "README.md").unlink(missing_ok=True)  # tells of other weights
-        write_json(work / "config.json", model.config.to_dict())
+        stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # a CPU computes in another one
+        write_json(work / "config.json", model.config.replace(dtype=str(stored)).to_dict())
         write_json(work / "generation_config.json", dict(model.generation))
         write_json(work / MARKER, {"format": FORMAT})
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from qwenvl_jax.params import checkpoint, lora
+from qwenvl_jax.params.precision import precision_of
 from qwenvl_jax.sharding import join
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import make_run_mesh, train
@@ -42,12 +43,13 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
             return None
     source = checkpoint.find(options.model)
     stored = checkpoint.read_config(source)
-    dtype = options.dtype or stored.dtype
+    mesh = make_run_mesh(options)
+    dtype = options.dtype or precision_of(stored, mesh).compute
     if dtype == "float16":
         raise InputError("the checkpoint is float16, whose gradients vanish; set dtype to bfloat16 or float32")
     # Small updates are lost in bfloat16 weights. Adapters are float32 anyway.
     param_dtype = options.param_dtype or (None if options.lora_rank else "float32")
-    model = checkpoint.load(source, mesh=make_run_mesh(options), dtype=param_dtype)
+    model = checkpoint.load(source, mesh=mesh, dtype=param_dtype)
     model = model._replace(config=model.config.replace(dtype=dtype))
     encoding = {name: value for name in _ENCODING if (value := getattr(options, name)) is not None}
     data = Dataset(
