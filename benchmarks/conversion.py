@@ -22,34 +22,11 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
+from common import config_of, write_checkpoint
 
 from qwenvl_jax.config import PRESETS
 
 JOBS = ("copy", "load", "to_orbax", "load_orbax", "to_hf")
-
-
-def write_random(directory: Path, config) -> None:
-    """The checkpoint, from one block of random numbers that is used over and over."""
-    from qwenvl_jax.model.qwenvl import abstract_params
-    from qwenvl_jax.params.hf import flatten, table, tensor_shape
-    from qwenvl_jax.params.tensors import DTYPES, Writer
-
-    directory.mkdir()
-    shapes = {}
-    for path, leaf in flatten(abstract_params(config)).items():
-        for name in table(config)[path]:
-            shapes[name] = (DTYPES["BF16"], tensor_shape(config, path, leaf.shape))
-    noise = (0.02 * np.random.default_rng(0).standard_normal(1 << 24, np.float32)).astype(DTYPES["BF16"])
-    with Writer(directory, shapes, 5_000_000_000) as writer:
-        for name, tensor in writer.tensors.items():
-            rows, width = tensor.matrix
-            step = max(1, noise.size // width)
-            for row in range(0, rows, step):
-                n = min(step, rows - row)
-                writer.write_rows(name, row, noise[: n * width].reshape(n, width), transpose=False)
-        writer.finish()
-    (directory / "config.json").write_text(json.dumps(config.to_dict()))
 
 
 def job(name: str, base: Path) -> None:
@@ -135,8 +112,8 @@ def main() -> None:
     base = args.directory / f"bench-{args.size}"
     base.mkdir(parents=True)
     try:
-        config = PRESETS[args.size]
-        write_random(base / "hf", config)
+        config = config_of(args.size)
+        write_checkpoint(base / "hf", config)
         size = sum(f.stat().st_size for f in (base / "hf").glob("*.safetensors"))
         t = config.text
         largest = 2 * t.num_hidden_layers * t.hidden_size * t.intermediate_size

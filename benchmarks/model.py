@@ -1,305 +1,298 @@
-"""How fast the model generates, sees and learns, next to what the device can do and, where installed, transformers.
+"""How fast the model generates, sees and learns, next to what the machine can do and, where installed, transformers.
 
-Random weights, the same on both sides, in turns with transformers 4.51.3 (SDPA) on the same device, as users call them.
-Times are medians over rounds. Where both sides compute in float32, their first tokens must agree.
+The same random weights on both sides, from one checkpoint's directory on a CPU, in turns with transformers (4.51.3 or
+5, SDPA) on the same device, as users call them. Medians over rounds. A 16-bit checkpoint on a CPU is given to
+transformers in bfloat16 and in float32, of which the better one counts. Where a peer computes in float32 as we do, the
+first tokens must agree.
 
-- decode: tokens after the first of a short prompt, greedily, `--rows` together. Its share is of a plain copy's bytes a
-  second: weights and caches, as far as they are filled, have to be read for each token.
-- prefill: `--tokens` to the first token. Its share is of a large matrix product's operations a second: products with
-  weights, and half of all attention, being causal.
-- vision: the tower over one picture of `--patches`. Likewise; a window counts as its 64 slots.
-- picture to first token: preprocessing and all, a picture of a quarter of the patches.
-- LoRA: a training step of rank 16 on a row of `--tokens`, blocks rematerialised. Its share is of the operations of
-  `train_flops`, which has all of attention, as is the custom for MFU, and nothing twice. Here alone; see `training.py`.
+- decode: tokens after the first of a short prompt, greedily, so many rows together. Its share is of the rate at which
+  the machine reads memory: weights and caches, as far as they are filled, have to be read for each token.
+- prefill: so many tokens to the first token. Its share is of a large matrix product's operations a second: products
+  with weights, and half of all attention, being causal.
+- vision: the tower over one picture of so many patches. Likewise; a window counts as its 64 slots.
+- picture: preprocessing and all, to the first token.
+- lora: a training step of rank 16 on a row of so many tokens, blocks rematerialised. Its share is of the operations of
+  `train_flops`, which has all of attention, as is the custom for MFU, and nothing twice. Here alone; see training.py.
 
     python benchmarks/model.py
-    python benchmarks/model.py --platform gpu --size qwen2.5-vl-7b --tokens 8192 --patches 16384 --new 256
+    python benchmarks/model.py --family qwen2_vl --jobs vision --patches 4096 16384
+    python benchmarks/model.py --size qwen2-vl-2b --jobs decode --new 16
+    python benchmarks/model.py --platform gpu --size qwen2.5-vl-7b --rows 1 32 --tokens 8192 --patches 16384
 """
 
 import argparse
-import math
-import os
 import statistics
-from functools import partial
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from common import SIZES, clock, copy_rate, product_rate, reference
-from PIL import Image
+from common import FAMILIES, SMALL, Report, config_of, write_checkpoint
+from sides import PROMPT, Failed, Side
 
 from qwenvl_jax.config import PRESETS, Config
-from qwenvl_jax.infer.engine import Engine
-from qwenvl_jax.infer.programs import Programs
-from qwenvl_jax.inputs.batch import Ladder, pack_vision
-from qwenvl_jax.inputs.media import Preprocessing, image_visual
-from qwenvl_jax.model.qwenvl import init
-from qwenvl_jax.params import lora
+from qwenvl_jax.model.qwenvl import abstract_params, count_params
 from qwenvl_jax.params.hf import flatten
 from qwenvl_jax.train.flops import train_flops
-from qwenvl_jax.train.losses import sft_loss
-from qwenvl_jax.train.options import TrainOptions
-from qwenvl_jax.train.step import init_state, make_optimizer, make_step
-from qwenvl_jax.types import Batch, Model, Sample, TrainBatch
 
-PROMPT = 64  # tokens before what is decoded
-RANK = 16
-
-
-class NoText:
-    """In place of a tokenizer: the benchmark is of ids."""
-
-    def decode(self, ids, **_) -> str:
-        return ""
+JOBS = ("decode", "prefill", "vision", "picture", "lora")
+GRACE = 20  # seconds for a side to say that it was not ready in time
+ALONE = ("here", "machine")  # for the jobs that have no peer
+CEILINGS = {"decode": "read", "prefill": "product", "vision": "product", "lora": "product"}
+UNITS = {"read": "B", "product": "FLOP"}
 
 
-class Problem(NamedTuple):
-    short: Sample  # a prompt before decoding
-    long: Sample  # the prompt of prefill
-    large: Sample  # the picture of vision
-    picture: Image.Image  # that of the first token
+def sizes(config: Config, prefix: str, suffix: str = "") -> int:
+    """Weights below `prefix` whose names end in `suffix`."""
+    leaves = flatten(abstract_params(config)).items()
+    return sum(a.size for path, a in leaves if path.startswith(prefix) and path.endswith(suffix))
 
 
-def make_problem(config: Config, tokens: int, patches: int) -> Problem:
-    rng = np.random.default_rng(0)
-    text = lambda n: rng.integers(0, 100, n).astype(np.int32)  # noqa: E731
-    side = lambda n: round(math.sqrt(n) / 2) * 28  # noqa: E731
-    draw = lambda n: Image.fromarray(rng.integers(0, 256, (side(n), side(n), 3), np.uint8))  # noqa: E731
-    return Problem(Sample(text(PROMPT)), Sample(text(tokens)), ask(config, draw(patches)), draw(patches // 4))
-
-
-def ask(config: Config, picture: Image.Image) -> Sample:
-    """A picture between its tokens, then a few of text."""
-    v = config.vision
-    shown = image_visual(picture, Preprocessing(image_mean=v.image_mean, image_std=v.image_std))
-    held = np.full(shown.grid.patches // v.merge_unit, config.image_token_id)
-    tokens = [[config.vision_start_token_id], held, [config.vision_end_token_id], np.arange(8)]
-    return Sample(np.concatenate(tokens).astype(np.int32), (shown,))
-
-
-class Ours:
-    def __init__(self, config: Config, longest: int, rows: int):
-        self.config = config
-        self.params = jax.jit(init, static_argnums=0)(config, jax.random.key(0))
-        model = Model(config, self.params, NoText(), {})
-        self.engine = Engine(model, max_batch=rows, max_length=longest)
-        self.tower = Programs(config, (longest,), None).encode
-
-    def generate(self, samples: list[Sample], new: int) -> list[list[int]]:
-        answers = self.engine.generate(samples, max_new_tokens=new, temperature=0, ignore_eos=True)
-        return [a.token_ids for a in answers]
-
-    def see(self, sample: Sample):
-        """A function that runs the tower over the sample's picture, which is on the device beforehand."""
-        calls, _ = pack_vision(sample.visuals, self.config, Ladder())
-        calls = jax.device_put(calls)
-        return lambda: jax.block_until_ready([self.tower(self.params, lanes) for lanes in calls])
-
-    def first_token(self, picture) -> None:
-        self.generate([ask(self.config, picture)], 1)
-
-    def learn(self, sample: Sample):
-        """A function that makes a LoRA step on one row; it uses up the parameters, so nothing else can follow."""
-        options, key = TrainOptions(), jax.random.key(1)
-        targets = options.lora_targets
-        params = lora.add(self.config, self.params, key, rank=RANK, alpha=options.lora_alpha, targets=targets)
-        optimizer = make_optimizer(options.learning_rate)
-        step = make_step(partial(sft_loss, self.config, remat=True), optimizer, lora.is_trainable)
-        state = init_state(params, optimizer, lora.is_trainable)
-        ids = jnp.asarray(sample.tokens)[None, None]
-        T = ids.shape[-1]
-        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (1, 3, 1, T))
-        inputs = Batch(ids, positions, jnp.ones_like(ids), jnp.full_like(ids, -1), ())
-        batch = TrainBatch(inputs, ids, jnp.ones(ids.shape, jnp.float32))
-
-        def run():
-            nonlocal state
-            state, metrics = step(state, batch)
-            float(metrics["loss"])
-
-        return run
-
-
-class Theirs:
-    def __init__(self, config: Config, weights: dict, device: str):
-        import torch
-        from transformers import Qwen2VLImageProcessor
-
-        self.torch, self.config, self.device = torch, config, device
-        self.model = reference(config, weights).to(device).eval()
-        self.model.generation_config.eos_token_id = None
-        self.processor = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=Preprocessing.max_pixels)
-
-    def inputs(self, samples: list[Sample]) -> dict:
-        from qwenvl_convert.parity import reference_inputs
-
-        return {k: v.to(self.device) for k, v in reference_inputs(samples, self.config).items()}
-
-    def generate(self, samples: list[Sample], new: int) -> list[list[int]]:
-        return self.answer(self.inputs(samples), new)
-
-    def answer(self, inputs: dict, new: int) -> list[list[int]]:
-        with self.torch.no_grad():
-            ids = self.model.generate(
-                **inputs,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                pad_token_id=0,
-                top_k=None,
-                top_p=None,
-            )
-        return ids[:, inputs["input_ids"].shape[1] :].tolist()
-
-    def see(self, sample: Sample):
-        inputs = self.inputs([sample])
-        pixels = inputs["pixel_values"].to(self.model.dtype)
-
-        def run():
-            with self.torch.no_grad():
-                self.model.visual(pixels, grid_thw=inputs["image_grid_thw"])
-            if self.device == "cuda":
-                self.torch.cuda.synchronize()
-
-        return run
-
-    def first_token(self, picture) -> None:
-        seen = self.processor(images=[picture], return_tensors="pt")
-        count = int(seen["image_grid_thw"].prod()) // self.config.vision.merge_unit
-        c = self.config
-        ids = [c.vision_start_token_id, *[c.image_token_id] * count, c.vision_end_token_id, *range(8)]
-        ids = self.torch.tensor([ids])
-        inputs = {"input_ids": ids, "attention_mask": self.torch.ones_like(ids), **seen}
-        self.answer({k: v.to(self.device) for k, v in inputs.items()}, 1)
-
-
-def decode_bytes(config: Config, params: dict, rows: int, new: int) -> float:
+def decode_bytes(config: Config, rows: int, new: int) -> float:
     """What has to be read for a token of every row, on average over the answer."""
-    t, item = config.text, jax.numpy.dtype(config.dtype).itemsize
+    t = config.text
     unread = 0 if t.tie_word_embeddings else t.vocab_size * t.hidden_size
-    weights = sum(a.size for path, a in flatten(params).items() if path.startswith("decoder")) - unread
-    filled = PROMPT + new / 2
-    return item * (weights + rows * filled * 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim)
+    slots = rows * (PROMPT + new / 2) * 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim
+    return jnp.dtype(config.dtype).itemsize * (sizes(config, "decoder") - unread + slots)
 
 
-def kernels(params: dict, prefix: str) -> int:
-    """Weights that every token or patch is multiplied by."""
-    return sum(a.size for path, a in flatten(params).items() if path.startswith(prefix) and path.endswith("kernel"))
-
-
-def prefill_flops(config: Config, params: dict, tokens: int) -> float:
+def prefill_flops(config: Config, tokens: int) -> float:
     t = config.text
     attention = 2 * t.num_hidden_layers * t.num_attention_heads * t.head_dim * tokens**2
-    return 2 * tokens * kernels(params, "decoder/layers") + attention + 2 * t.hidden_size * t.vocab_size
+    return 2 * tokens * sizes(config, "decoder/layers", "kernel") + attention + 2 * t.hidden_size * t.vocab_size
 
 
-def vision_flops(config: Config, params: dict, patches: int) -> float:
+def vision_flops(config: Config, patches: int) -> float:
     v = config.vision
     spans = sum(patches if v.is_full_attention(i) else v.block_slots for i in range(v.depth))
-    merger = kernels(params, "vision/merger") / v.merge_unit
-    return (
-        2
-        * patches
-        * (kernels(params, "vision") - kernels(params, "vision/merger") + merger + 2 * v.hidden_size * spans)
+    merger = sizes(config, "vision/merger", "kernel")
+    each = sizes(config, "vision", "kernel") - merger + merger / v.merge_unit + 2 * v.hidden_size * spans
+    return 2 * patches * each
+
+
+class Work(NamedTuple):
+    """Of one job: how a table calls it, what is counted, how many of them, and what a ceiling is compared with."""
+
+    name: str
+    unit: str
+    count: int
+    least: float = 0
+
+
+def work(config: Config, job: str, n: int, new: int = 0) -> Work:
+    """config: with the dtype that is computed in."""
+    if job == "decode":
+        return Work(f"decode, {n} rows" if n > 1 else "decode", "tokens/s", n * new, new * decode_bytes(config, n, new))
+    if job == "prefill":
+        return Work(f"prefill, {n} tokens", "tokens/s", n, prefill_flops(config, n))
+    if job == "vision":
+        return Work(f"vision tower, {n} patches", "patches/s", n, vision_flops(config, n))
+    if job == "lora":
+        flops = train_flops(config, 1, n, 0, 0, trains={"llm"}, weights=False)
+        return Work(f"LoRA step, {n} tokens", "tokens/s", n, flops)
+    return Work(f"picture of {n} patches to first token", "ms", 1)
+
+
+class Turns:
+    """Runs jobs on all sides, round by round, until the time is over.
+
+    start: name → what starts that side. answers: by job and side, (seconds or a rate, first token) a round. errors: by
+    job and side. facts: what each side says of itself.
+    """
+
+    def __init__(self, start: dict, rounds: int, seconds: float | None):
+        self.start, self.rounds = start, rounds
+        self.end = None if seconds is None else time.monotonic() + seconds
+        self.answers, self.errors, self.facts = defaultdict(list), {}, {}
+
+    def left(self) -> float | None:
+        return None if self.end is None else self.end - time.monotonic()
+
+    def ask(self, side: Side, job: tuple, again: bool = False) -> None:
+        call = job
+        if side.name == "machine":
+            call = (CEILINGS.get(job[0]),)
+        if call[0] is None or (job, side.name) in self.errors or (job[0] == "lora" and side.name not in ALONE):
+            return
+        try:
+            if again:  # the first time compiles, and whatever else it does
+                side(*call, seconds=self.left())
+            self.answers[job, side.name].append(side(*call, seconds=self.left()))
+        except Failed as e:
+            self.errors[job, side.name] = str(e)
+
+    def together(self, jobs: list[tuple], warm: float | None):
+        """All sides are there from the first job to the last; yields each job when it is done.
+
+        warm: so many seconds to prepare all jobs at once, all sides at the same time.
+        """
+        with ExitStack() as stack:
+            sides = [stack.enter_context(begin()) for begin in self.start.values()]
+            if warm:
+                self.warm([side for side in sides if side.name != "machine"], jobs, warm)
+            for job in jobs:
+                for n in range(self.rounds):
+                    for side in sides:
+                        self.ask(side, job, again=n == 0)
+                for side in sides:
+                    with suppress(Failed):
+                        self.facts[side.name] = side("facts", seconds=10)
+                yield job
+
+    def warm(self, sides: list[Side], jobs: list[tuple], seconds: float) -> None:
+        until = time.time() + seconds
+        own = {side: [job for job in jobs if job[0] != "lora" or side.name in ALONE] for side in sides}
+        for side in sides:
+            side.send("warm", own[side], until)
+        for side in sides:
+            try:
+                told = side.receive(until + GRACE - time.time())
+            except Failed as e:
+                told = [str(e)] * len(own[side])
+            self.errors |= {(job, side.name): error for job, error in zip(own[side], told, strict=True) if error}
+
+    def apart(self, jobs: list[tuple]):
+        """One side at a time, started anew in every round."""
+        for _ in range(self.rounds):
+            for begin in self.start.values():
+                with begin() as side:
+                    for job in jobs:
+                        self.ask(side, job, again=True)
+                    self.facts[side.name] = side("facts")
+        yield from jobs
+
+
+def peers(config: Config, args) -> list[str]:
+    """The dtypes in which transformers is run."""
+    if args.alone or args.platform == "tpu" or not (find_spec("torch") and find_spec("transformers")):
+        return []
+    return list(dict.fromkeys(["float32", config.dtype])) if args.platform == "cpu" else [config.dtype]
+
+
+def fits(config: Config, dtypes: list[str]) -> bool:
+    """Is there memory for all sides of a CPU together? Ours may compute in float32."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    each = [count_params(config) * jnp.dtype(dtype).itemsize + 2**30 for dtype in ("float32", *dtypes)]
+    return sum(each) + 3 * 2**30 < free
+
+
+def rungs(config: Config, args) -> list[int]:
+    """The numbers of tokens that the jobs need: to compile for few is quicker. The last one is the longest."""
+    picture = args.picture // config.vision.merge_unit + 10
+    needed = {picture, max(args.patches) // config.vision.merge_unit + 10, *args.tokens, PROMPT + 1 + args.new}
+    if not args.random:  # as users do
+        return [max(needed) + 1]
+    needed = {-(-n // 128) * 128 for n in needed - {max(args.patches) // config.vision.merge_unit + 10}}
+    return [PROMPT, *sorted(needed), max(needed) + 128]
+
+
+def measure(args, folder: str) -> list:
+    """Prints each job's line as soon as it is done. What went wrong, if anything."""
+    config = config_of(args.size, args.family)
+    config = config.replace(dtype=args.dtype or (config.dtype if args.platform == "cpu" else "bfloat16"))
+    device = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}[args.platform]
+    # On a CPU both sides read a checkpoint, as users do. On accelerators that would take most of the time.
+    directory = None if args.random else str(write_checkpoint(Path(folder) / "model", config))
+    settings = dict(size=args.size, family=config.family, directory=directory)
+    ours = dict(settings, dtype=config.dtype, rungs=rungs(config, args), rows=max(args.rows))
+    start = {"machine": lambda: Side("machine", args.platform, device=device, dtype=config.dtype)}
+    start["here"] = lambda: Side("here", args.platform, **ours)
+    dtypes = peers(config, args)
+    for dtype in dtypes:
+        name, theirs = f"transformers {dtype}", dict(settings, dtype=dtype, device=device)
+        start[name] = lambda name=name, theirs=theirs: Side(name, args.platform, **theirs)
+
+    each = {"decode": [(n, args.new) for n in args.rows], "prefill": args.tokens, "vision": args.patches}
+    each |= {"picture": [args.picture], "lora": [args.lora or args.tokens[0]]}
+    jobs = [(job, *(n if isinstance(n, tuple) else (n,))) for job in JOBS if job in args.jobs for n in each[job]]
+    turns, report = Turns(start, args.rounds, args.seconds), None
+    one_by_one = args.apart or (args.platform == "cpu" and not fits(config, dtypes))
+    ceilings = defaultdict(list)
+    for job in turns.apart(jobs) if one_by_one else turns.together(jobs, args.warm if args.random else None):
+        here = turns.facts.get("here", {})
+        config = config.replace(dtype=here.get("dtype", config.dtype))  # what it is computed in
+        if report is None:
+            title = f"{args.size}, {config.family}: {count_params(config) / 1e6:.0f} M parameters, {config.dtype}"
+            about = dict(benchmark="model", size=args.size, family=config.family, device=here.get("device"))
+            report = Report(title, args.output, **about)
+        if not args.random:
+            compare(job, turns)
+        told(report, work(config, *job), job, turns, ceilings)
+    middle = {name: statistics.median(rates) for name, rates in ceilings.items()}
+    report.note(
+        "ceilings: " + ", ".join(f"{name} {rate / 1e9:.1f} G{UNITS[name]}/s" for name, rate in middle.items()),
+        ceilings=middle,
     )
+    peaks = {name: fact["peak"] for name, fact in turns.facts.items()}
+    report.note("peak memory: " + ", ".join(f"{n} {peak / 1e9:.1f} GB" for n, peak in peaks.items()), memory=peaks)
+    return list(turns.errors.values())
 
 
-def measure(args) -> None:
-    device = "cpu" if args.platform == "cpu" else "cuda"  # of which torch is asked, on TPUs not at all
-    config = SIZES[args.size]() if args.size in SIZES else PRESETS[args.size]
-    config = config.replace(dtype=args.dtype)
-    problem = make_problem(config, args.tokens, args.patches)
-    longest = max(args.tokens, len(problem.large.tokens), PROMPT + args.new) + 1
-    ours = Ours(config, longest, args.rows)
-    sides = {"here": ours}
-    if find_spec("torch") and find_spec("transformers") and not args.alone:
-        sides["transformers"] = Theirs(config, jax.device_get(ours.params), device)
-    rows = [problem.short] * args.rows
-    firsts = [side.generate([problem.long], 1) for side in sides.values()]
-    if args.dtype == "float32" and any(first != firsts[0] for first in firsts):
-        raise SystemExit(f"the first tokens differ: {firsts}")
-    towers = {name: side.see(problem.large) for name, side in sides.items()}
-    jobs = {  # in tokens, tokens, patches and pictures
-        "decode": lambda side: clock(lambda: side.generate(rows, 1 + args.new)) - clock(lambda: side.generate(rows, 1)),
-        "prefill": lambda side: clock(lambda: side.generate([problem.long], 1)),
-        "vision": lambda side: clock(towers[next(n for n, s in sides.items() if s is side)]),
-        "picture to first token": lambda side: clock(partial(side.first_token, problem.picture)),
-    }
-    for job in jobs.values():  # compiles, and whatever else the first call does
-        for side in sides.values():
-            job(side)
-    copy, product = copy_rate(device), product_rate(device, args.dtype)
-    copy(), product()
-    spent = {(job, name): [] for job in jobs for name in sides}
-    ceilings = []
-    for _ in range(args.rounds):
-        ceilings.append((copy(), product()))
-        for job, run in jobs.items():
-            for name, side in sides.items():
-                spent[job, name].append(run(side))
+def compare(job: tuple, turns: Turns) -> None:
+    """Of sides that compute the same in float32, the first tokens are the same."""
+    exact = [name for name, fact in turns.facts.items() if fact.get("dtype") == "float32"]
+    firsts = {name: turns.answers[job, name][0][1] for name in exact if turns.answers[job, name]}
+    if len(set(firsts.values())) > 1:
+        turns.errors[job, "all"] = f"the first tokens differ: {firsts}"
 
-    copied, multiplied = (statistics.median(c) for c in zip(*ceilings, strict=True))
-    patches = problem.large.visuals[0].grid.patches
-    done = {
-        "decode": args.rows * args.new,
-        "prefill": args.tokens,
-        "vision": patches,
-        "picture to first token": 1,
-        "LoRA": args.tokens,
-    }
-    shares = {
-        "decode": args.new * decode_bytes(config, ours.params, args.rows, args.new) / copied,
-        "prefill": prefill_flops(config, ours.params, args.tokens) / multiplied,
-        "vision": vision_flops(config, ours.params, patches) / multiplied,
-        "LoRA": train_flops(config, 1, args.tokens, 0, 0, trains={"llm"}, weights=False) / multiplied,
-    }
-    million = sum(a.size for a in jax.tree.leaves(ours.params)) / 1e6
-    learn = ours.learn(problem.long)
-    learn()
-    spent["LoRA", "here"] = [clock(learn) for _ in range(args.rounds)]
-    print(f"\n{args.size}: {million:.0f} M parameters, {args.dtype}, {jax.devices()[0].device_kind}")
-    print(f"copy {copied / 1e9:.0f} GB/s, matrix product {multiplied / 1e12:.2f} TFLOP/s\n")
-    print("| | here, a second | share | transformers | ratio | spread |")
-    print("|---|---|---|---|---|---|")
-    what = {
-        "decode": f"decode, tokens, {args.rows} × {args.new}",
-        "prefill": f"prefill, tokens, {args.tokens}",
-        "vision": f"vision, patches, {patches}",
-        "picture to first token": f"picture to first token, {'×'.join(map(str, problem.picture.size))}",
-        "LoRA": f"LoRA step, tokens, {args.tokens}",
-    }
-    for job in done:
-        mine = spent[job, "here"]
-        share = f"{shares[job] / statistics.median(mine):.0%}" if job in shares else ""
-        cells = [what[job], f"{done[job] / statistics.median(mine):.4g}", share]
-        if "transformers" in sides and job != "LoRA":
-            theirs = spent[job, "transformers"]
-            ratios = [b / a for a, b in zip(mine, theirs, strict=True)]
-            spread = f"{min(ratios):.2f}–{max(ratios):.2f}×"
-            cells += [f"{done[job] / statistics.median(theirs):.4g}", f"{statistics.median(ratios):.2f}×", spread]
-        print(f"| {' | '.join(cells + [''] * (6 - len(cells)))} |", flush=True)
+
+def told(report: Report, w: Work, job: tuple, turns: Turns, ceilings: dict) -> None:
+    """One job's line, and what went wrong."""
+    for (failed, name), error in turns.errors.items():
+        if failed == job:
+            report.note(f"{w.name}, {name}: {error}", job=w.name, side=name, error=error)
+    seconds = {name: [value for value, _ in turns.answers[job, name]] for name in turns.start}
+    machine, mine = seconds.pop("machine"), seconds.pop("here")
+    if not mine:
+        return
+    share = None
+    if machine:
+        share = w.least / statistics.median(mine) / statistics.median(machine)
+        ceilings[CEILINGS[job[0]]] += machine
+    whole = {name: each for name, each in seconds.items() if len(each) == len(mine)}
+    report.add(w.name, w.unit, w.count, mine, whole, share)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=(*SMALL, *PRESETS), default="50M")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl", help="of 50M")
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
+    parser.add_argument("--rows", nargs="+", type=int, default=[1], help="that are decoded together")
+    parser.add_argument("--new", type=int, default=64, help="tokens that are decoded")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024], help="of the prompt of prefill")
+    parser.add_argument("--patches", nargs="+", type=int, default=[4096], help="of the picture of vision")
+    parser.add_argument("--picture", type=int, default=1024, help="patches of the picture to first token")
+    parser.add_argument("--lora", type=int, help="tokens of the training step; by default, the prompt's")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; by default the model's own")
+    parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="cpu")
+    parser.add_argument(
+        "--random", action="store_true", help="weights made on the device, which accelerators always do"
+    )
+    parser.add_argument("--alone", action="store_true", help="without transformers")
+    parser.add_argument("--apart", action="store_true", help="one side in memory at a time, whatever the memory")
+    parser.add_argument("--seconds", type=float, help="for everything; what takes longer is left out")
+    parser.add_argument("--warm", type=float, default=600, help="seconds to compile in, of random weights")
+    parser.add_argument("--output", help="file to which results are appended as JSON lines")
+    args = parser.parse_args(arguments)
+    args.random |= args.platform != "cpu"
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=(*SIZES, *PRESETS), default="50M")
-    parser.add_argument("--rows", type=int, default=1, help="that are decoded together")
-    parser.add_argument("--new", type=int, default=64, help="tokens that are decoded")
-    parser.add_argument("--tokens", type=int, default=1024, help="of the prompt of prefill")
-    parser.add_argument("--patches", type=int, default=4096, help="of the picture of vision")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="cpu")
-    parser.add_argument("--alone", action="store_true", help="without transformers")
-    args = parser.parse_args()
-    args.dtype = args.dtype or ("float32" if args.platform == "cpu" else "bfloat16")
-    args.alone |= args.platform == "tpu"
-    jax.config.update("jax_platforms", {"gpu": "cuda"}.get(args.platform, args.platform))
-    if not args.alone and args.platform == "gpu":
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch needs some of the memory
-    measure(args)
+    args = parse()
+    jax.config.update("jax_platforms", "cpu")  # this process computes nothing
+    with tempfile.TemporaryDirectory() as folder:
+        errors = measure(args, folder)
+    if errors:
+        raise SystemExit("\n".join(errors))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ timing); the reference's time includes the normalisation.
 
 import argparse
 import io
-import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from common import Report, clock
 from PIL import Image, ImageOps
 from transformers import Qwen2VLImageProcessor
 
@@ -39,7 +39,8 @@ def photo(width: int, height: int) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--output", help="file to which results are appended as JSON lines")
+    args = parser.parse_args()
     preprocessing = Preprocessing()
     processor = Qwen2VLImageProcessor(min_pixels=preprocessing.min_pixels, max_pixels=preprocessing.max_pixels)
 
@@ -50,8 +51,7 @@ def main() -> None:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
         return processor(image, return_tensors="np")["pixel_values"]
 
-    print("| photo | JPEG | ours, images/s | transformers, images/s | ratio | spread of the ratio |")
-    print("|---|---|---|---|---|---|")
+    report = Report("preprocessing, one thread", args.output, benchmark="preprocessing")
     for name, (width, height) in SIZES.items():
         data = photo(width, height)
         values = ours(data).reshape(-1, 3, 2 * preprocessing.patch_size**2)
@@ -61,17 +61,11 @@ def main() -> None:
             raise SystemExit(f"{name}: the two sides disagree")
         del values, normal
         times = {ours: [], reference: []}
-        for _ in range(rounds):
+        for _ in range(args.rounds):
             for run, taken in times.items():
-                start = time.perf_counter()
-                run(data)
-                taken.append(time.perf_counter() - start)
-        ratios = [b / a for a, b in zip(times[ours], times[reference], strict=True)]
-        mine, theirs = (1 / statistics.median(t) for t in times.values())
-        print(
-            f"| {name} | {len(data) / 1e6:.1f} MB | {mine:.1f} | {theirs:.2f} | {statistics.median(ratios):.1f}× "
-            f"| {min(ratios):.1f}–{max(ratios):.1f}× |"
-        )
+                taken.append(clock(partial(run, data)))
+        peers = {"transformers": times[reference]}
+        report.add(f"{name}, a JPEG of {len(data) / 1e6:.1f} MB", "images/s", 1, times[ours], peers)
 
 
 if __name__ == "__main__":

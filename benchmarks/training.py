@@ -6,11 +6,15 @@ the machine does hits both; torch attends by SDPA and updates by its fused AdamW
 beforehand. Before anything is timed, the losses of the same weights on the same batch must agree within 1e-4, in
 float32.
 
-MFU is the model's floating-point operations (products with weights and attention, padding of rows included) a second,
-over what the better of both libraries makes of one large matrix product, measured again in every round.
+- the same padded batches: every record has a row of its own on both sides.
+- packed: useful tokens a second, several records in a row here, padded to the longest of a batch there.
+- the demo's step: the step of `qwenvl_jax.demo.train`, its loss, Muon and all, which has no peer.
+
+A share is MFU: the model's floating-point operations (products with weights and attention, padding of rows included)
+a second, over what the better of both libraries makes of one large matrix product, measured again in every round.
 
     python benchmarks/training.py
-    python benchmarks/training.py --platform gpu --dtype bfloat16 --rows 32 --tokens 1024 --sizes 50M
+    python benchmarks/training.py --platform gpu --dtype bfloat16 --rows 32 --tokens 1024 --jobs 50M
 """
 
 import argparse
@@ -20,27 +24,32 @@ import tempfile
 import time
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from common import SIZES, clock, product_rates, reference
+from common import Report, ceiling, clock, config_of, device_name, product_rates, write_checkpoint
 from PIL import Image
 from qwenvl_convert.parity import reference_inputs
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.demo.tokenizer import write_processor
+from qwenvl_jax.demo.cells import FACTS
+from qwenvl_jax.demo.train import demo_loss, demo_options
 from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.qwenvl import init
+from qwenvl_jax.model.qwenvl import count_params
+from qwenvl_jax.params.hf import read_params
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.flops import train_flops
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.records import PackShape
 from qwenvl_jax.train.step import init_state, make_optimizer, make_step
 
+JOBS = ("demo", "50M", "demo-step")
 PATCHES = 192  # of a lane: the largest picture and its partial windows
 RATE, DECAY, CLIP = 1e-4, 0.01, 1.0
 
@@ -113,10 +122,8 @@ def make_data(config: Config, processor: Processor, rows: int, tokens: int, batc
 class Ours:
     """This package's step."""
 
-    def __init__(self, config: Config, dtype: str):
-        self.config = config
-        self.params = jax.jit(init, static_argnums=0)(config, jax.random.key(0))
-        self.host = jax.device_get(self.params)
+    def __init__(self, config: Config, directory, dtype: str):
+        self.params = read_params(directory, config, progress=False)
         optimizer = make_optimizer(RATE, weight_decay=DECAY, clip=CLIP)
         everything = lambda path: True  # noqa: E731
         self.loss = jax.jit(partial(sft_loss, config))
@@ -145,12 +152,12 @@ class Ours:
 class Theirs:
     """transformers' model in the loop that everyone writes."""
 
-    def __init__(self, config: Config, weights: dict, device: str, dtype: str):
+    def __init__(self, directory, device: str, dtype: str):
         self.device, self.dtype = device, dtype
-        model = reference(config, weights)
-        self.model = model.to(device).train()
-        plain = [p for p in model.parameters() if p.ndim == 1]
-        decayed = [p for p in model.parameters() if p.ndim > 1]
+        options = dict(torch_dtype=torch.float32, attn_implementation="sdpa")
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory, **options).to(device).train()
+        plain = [p for p in self.model.parameters() if p.ndim == 1]
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
         groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=DECAY, fused=True)
 
@@ -177,14 +184,12 @@ class Theirs:
         loss.item()
 
 
-def measure(size: str, args) -> None:
+def measure(size: str, args, folder: Path) -> None:
     device = "cuda" if args.platform == "gpu" else "cpu"
-    config = SIZES[size]()
-    with tempfile.TemporaryDirectory() as folder:
-        processor = Processor.from_dir(write_processor(folder), config)
-    data = make_data(config, processor, args.rows, args.tokens, args.batches)
-    ours = Ours(config, args.dtype)
-    theirs = Theirs(config, ours.host, device, args.dtype)
+    config = config_of(size)
+    directory = write_checkpoint(folder / size, config)
+    data = make_data(config, Processor.from_dir(directory, config), args.rows, args.tokens, args.batches)
+    ours, theirs = Ours(config, directory, args.dtype), Theirs(directory, device, args.dtype)
     padded, packed = ([ours.put(b) for b in part] for part in (data.padded, data.packed))
     reference, trimmed = ([theirs.put(b) for b in part] for part in (data.torch, data.trimmed))
 
@@ -198,68 +203,90 @@ def measure(size: str, args) -> None:
         theirs.step(batch)
 
     products = product_rates(device, args.dtype)
-    for product in products:
-        product()
-    spent = {name: [] for name in ("ours", "theirs", "packed", "trimmed")}
-    ceiling = []
+    spent = {name: [] for name in ("padded", "torch", "packed", "trimmed")}
+    ceilings = []
     for _ in range(args.rounds):
-        ceiling.append([product() for product in products])
-        pairs = zip(padded, reference, strict=True)
-        spent["ours"].append(0.0)
-        spent["theirs"].append(0.0)
-        for a, b in pairs:
-            spent["ours"][-1] += clock(partial(ours.step, a))
-            spent["theirs"][-1] += clock(partial(theirs.step, b))
+        ceilings.append(ceiling(products, 1))
+        spent["padded"].append(0.0)
+        spent["torch"].append(0.0)
+        for a, b in zip(padded, reference, strict=True):
+            spent["padded"][-1] += clock(partial(ours.step, a))
+            spent["torch"][-1] += clock(partial(theirs.step, b))
         spent["packed"].append(sum(clock(partial(ours.step, batch)) for batch in packed))
         spent["trimmed"].append(sum(clock(partial(theirs.step, batch)) for batch in trimmed))
 
-    best = statistics.median(max(pair) for pair in ceiling)
-    middle = {name: statistics.median(times) for name, times in spent.items()}
-    flops, tokens = sum(data.flops), args.rows * args.tokens * len(padded)
-    ratios = [b / a for a, b in zip(spent["ours"], spent["theirs"], strict=True)]
-    ours_useful, theirs_useful = data.packed_useful / middle["packed"], data.useful / middle["trimmed"]
-    useful = [
-        (data.packed_useful / a) / (data.useful / b) for a, b in zip(spent["packed"], spent["trimmed"], strict=True)
-    ]
-    million = sum(leaf.size for leaf in jax.tree.leaves(ours.host)) / 1e6
+    million = count_params(config) / 1e6
+    title = f"training {size}: {million:.1f} M parameters, batches of {args.rows} × {args.tokens} tokens, {args.dtype}"
+    report = Report(title, args.output, benchmark="training", size=size, device=device_name())
+    best = statistics.median(ceilings)
+    mfu = {name: sum(data.flops) / statistics.median(spent[name]) / best for name in ("padded", "torch")}
+    tokens = args.rows * args.tokens * len(padded)
+    report.add("the same padded batches", "tokens/s", tokens, spent["padded"], {"torch": spent["torch"]}, mfu["padded"])
+    share = data.packed_useful / data.useful  # so many tokens are counted on both sides
+    report.add(
+        "packed", "tokens/s", data.packed_useful, spent["packed"], {"torch": [share * s for s in spent["trimmed"]]}
+    )
     columns = sum(inputs["input_ids"].shape[1] for inputs, _ in trimmed) * args.rows
-    print(f"\n{size}: {million:.1f} M parameters, batches of {args.rows} × {args.tokens} tokens, {args.dtype}")
-    print(f"first loss: {mine:.6f} here, {others:.6f} in torch")
-    jax_dot, torch_dot = (statistics.median(p) / 1e9 for p in zip(*ceiling, strict=True))
-    print(f"matrix product: {jax_dot:.0f} GFLOP/s in jax, {torch_dot:.0f} in torch; MFU is of {best / 1e9:.0f}")
-    print(f"compiling a step: {compiling[0]:.1f} s, packed {compiling[1]:.1f} s")
-    print(f"not padding: {data.useful / columns:.0%} of torch's tokens, ", end="")
-    print(f"{data.packed_useful / (len(packed) * args.rows * args.tokens):.0%} of ours when packed\n")
-    print("| | here | torch | ratio | spread |")
-    print("|---|---|---|---|---|")
-    print(
-        f"| tokens/s, the same padded batches | {tokens / middle['ours']:.0f} | {tokens / middle['theirs']:.0f} "
-        f"| {statistics.median(ratios):.2f}× | {min(ratios):.2f}–{max(ratios):.2f}× |"
+    filled = data.packed_useful / (len(packed) * args.rows * args.tokens)
+    report.note(
+        f"first loss {mine:.6f} here, {others:.6f} in torch; MFU in torch {mfu['torch']:.0%}, of {best / 1e9:.0f} "
+        f"GFLOP/s; compiling a step {compiling[0]:.1f} s, packed {compiling[1]:.1f} s; not padding "
+        f"{data.useful / columns:.0%} of torch's tokens, {filled:.0%} of ours when packed",
+        mfu=mfu,
+        ceilings={"product": best},
+        compiling=compiling,
     )
-    mfu = [flops / middle[name] / best for name in ("ours", "theirs")]
-    print(f"| MFU | {mfu[0]:.0%} | {mfu[1]:.0%} | | |")
-    print(
-        f"| useful tokens/s, packed here, padded there | {ours_useful:.0f} | {theirs_useful:.0f} "
-        f"| {statistics.median(useful):.2f}× | {min(useful):.2f}–{max(useful):.2f}× |",
-        flush=True,
-    )
+
+
+def measure_demo(args, folder: Path) -> None:
+    """The step that trains the demo, on batches of its shape."""
+    config, options = config_of("demo"), demo_options(folder / "run", rows=20, lanes=24)
+    directory = write_checkpoint(folder / "lessons", config)
+    shape = PackShape(options.rows, options.tokens, options.lanes, options.patches)
+    records = Records(1000, options.tokens - 80)
+    data = Dataset(records, Processor.from_dir(directory, config), shape, shuffle=False, threads=0)
+    rng, batches = np.random.default_rng(0), []
+    for batch in islice(data, args.batches):
+        facts = rng.normal(size=(*batch.targets.shape, len(FACTS))).astype(np.float32)
+        facts[rng.random(facts.shape) < 0.5] = np.nan
+        batch = batch._replace(reference=facts.reshape(len(facts), -1))
+        batches.append(jax.device_put(jax.tree.map(lambda a: a[None], batch)))
+    everything = lambda path: True  # noqa: E731
+    more = dict(weight_decay=options.weight_decay, clip=options.clip, mu_dtype=options.moment_dtype)
+    optimizer = make_optimizer(options.learning_rate, options.optimizer, **more)
+    step = make_step(partial(demo_loss, config.replace(dtype=args.dtype)), optimizer, everything)
+    state = init_state(read_params(directory, config, progress=False), optimizer, everything)
+    state = jax.device_put(state, jax.devices()[0])
+
+    def run(batch) -> None:
+        nonlocal state
+        state, metrics = step(state, batch)
+        float(metrics["loss"])
+
+    run(batches[0])
+    spent = [clock(partial(run, batch)) for _ in range(args.rounds) for batch in batches]
+    title = f"the demo's training: {options.rows} × {options.tokens} tokens, {args.dtype}"
+    report = Report(title, args.output, benchmark="training", size="demo", device=device_name())
+    report.add("the demo's step", "ms", 1, spent)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256, help="of a row")
     parser.add_argument("--batches", type=int, default=8, help="of the padded kind")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--output", help="file to which results are appended as JSON lines")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cuda" if args.platform == "gpu" else "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # a program found there says nothing about compiling
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch needs some of the memory
-    for size in args.sizes:
-        measure(size, args)
+    with tempfile.TemporaryDirectory() as folder:
+        for job in args.jobs:
+            measure_demo(args, Path(folder)) if job == "demo-step" else measure(job, args, Path(folder))
 
 
 if __name__ == "__main__":

@@ -124,23 +124,41 @@ def test_wheel_and_sdist(tmp_path):
     assert "generate" in out.stdout
 
 
+SCRIPTS = ("conversion.py", "preprocessing.py", "training.py", "model.py", "__main__.py")
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize(
-    "arguments", ["conversion.py --help", "preprocessing.py --help", "training.py --help", "__main__.py --help"]
-)
-def test_benchmarks_start(arguments):
-    run = subprocess.run(
-        f"{sys.executable} benchmarks/{arguments}", shell=True, cwd=ROOT, capture_output=True, text=True
-    )
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_benchmarks_start(script):
+    run = subprocess.run([sys.executable, f"benchmarks/{script}", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "usage" in run.stdout, run.stderr
 
 
 @pytest.mark.parity
-def test_the_benchmark_of_the_model_runs():
+@pytest.mark.parametrize(
+    ("more", "peers"),
+    [("", {"transformers float32"}), ("--apart --dtype bfloat16", {"transformers float32", "transformers bfloat16"})],
+)
+def test_the_benchmark_of_the_model_runs(more, peers, tmp_path):
     """As small as it can be; it checks by itself that both sides' first tokens agree."""
-    small = "--size demo --tokens 64 --patches 64 --new 2 --rounds 1"
-    command = f"{sys.executable} benchmarks/model.py {small}"
+    small = "--size demo --rows 1 2 --tokens 64 --patches 64 --picture 64 --new 2 --rounds 1"
+    command = f"{sys.executable} benchmarks/model.py {small} {more} --output {tmp_path / 'lines'}"
     run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    rows = [line.split("|")[1].split(",")[0].strip() for line in run.stdout.splitlines() if line.startswith("| ")]
-    assert rows[1:] == ["decode", "prefill", "vision", "picture to first token", "LoRA step"]
+    lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
+    jobs = {line["job"]: line for line in lines if "job" in line}
+    *compared, lora = jobs
+    assert [job.split(",")[0] for job in compared] == [
+        "decode",
+        "decode",
+        "prefill",
+        "vision tower",
+        "picture of 64 patches to first token",
+    ]
+    assert all(jobs[job]["peers"].keys() == peers and jobs[job]["ratio"] > 0 for job in compared)
+    assert "peers" not in jobs[lora] and 0 < jobs[lora]["share"] < 1
+    assert all(f"| {job} |" in run.stdout for job in jobs)
+    (ceilings,) = (line["ceilings"] for line in lines if "ceilings" in line)
+    assert ceilings["read"] > 1e9 and ceilings["product"] > 1e9
+    (memory,) = (line["memory"] for line in lines if "memory" in line)
+    assert memory.keys() == {"machine", "here"} | peers

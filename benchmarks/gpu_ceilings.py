@@ -1,0 +1,29 @@
+"""What the card itself can do: copies and reads of its memory, a bfloat16 matrix product.
+
+python benchmarks/gpu_ceilings.py --output FILE
+"""
+
+import argparse
+
+import jax
+from common import Report, ceiling, copy_rates, device_name, product_rates, read_rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--platform", choices=("cpu", "gpu"), default="gpu")
+    parser.add_argument("--output", help="file to which results are appended as JSON lines")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[args.platform])
+    device = {"cpu": "cpu", "gpu": "cuda"}[args.platform]
+    report = Report("ceilings", args.output, benchmark="ceilings", device=device_name())
+    kinds = {"read": read_rates, "copy": copy_rates, "product": lambda device: product_rates(device, "bfloat16")}
+    for name, kind in kinds.items():
+        rates = {form: ceiling({form: measure}) for form, measure in kind(device).items()}
+        best = max(rates.values())
+        told = ", ".join(f"{form} {rate / 1e12:.3f}" for form, rate in rates.items())
+        report.note(f"{name}: {told} T{'FLOP' if name == 'product' else 'B'}/s", ceiling=name, best=best, forms=rates)
+
+
+if __name__ == "__main__":
+    main()

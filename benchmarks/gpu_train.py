@@ -1,0 +1,182 @@
+"""The demo's training, from the checkpoint in the package, for as long as there is time: scores before and after.
+
+    python benchmarks/gpu_train.py FOLDER --output FILE --seconds 150 [--assets DIR]
+
+Records are drawn in Python, by as many processes as there are cores to spare. How many steps there will be follows
+from a trial, so that the learning rate is down to zero when the time is over. The weights that result are
+FOLDER/demo.safetensors, laid out as the package's own, and FOLDER/demo-metrics.jsonl has a line a step.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from qwenvl_jax.demo.assets import Assets, assets_of
+
+RESERVE = 30  # seconds to score and save at the end
+WARMUP = 40
+
+
+def draw(assets: Assets, files: Path, shape, seed: int, folder: Path, ready, room) -> None:
+    """A process: batches without end, each in a file, whose name it hands on; no more than there is room for."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from qwenvl_jax.demo.render import Scenes
+    from qwenvl_jax.demo.train import TURNS, Lessons, demo_config
+    from qwenvl_jax.inputs.processor import Processor
+
+    # As in the run that made the checkpoint, which its model card tells of.
+    weights = {"ocr": 0.3, "list": 0.02, "name": 0.02, "locate": 0.18, "count": 0.2, "chart": 0.12, "clip": 0.16}
+    scenes = Scenes(assets, seed=seed, turns=TURNS, shuffled=True, easy=0.1, weights=weights)
+    lessons, number = Lessons(scenes, Processor.from_dir(files, demo_config()), shape), 0
+    while True:
+        room.acquire()
+        file = folder / f"{seed}-{number}"
+        file.write_bytes(pickle.dumps(next(lessons), 5))
+        ready.put(str(file))
+        number += 1
+
+
+class Drawn:
+    """Batches in the order in which the processes are done with them: an iterator for `train`."""
+
+    def __init__(self, assets: Assets, files: Path, shape, folder: Path, workers: int, most: int):
+        context = multiprocessing.get_context("spawn")  # a forked process would have half of jax's threads
+        self.ready, self.room = context.Queue(), context.Semaphore(most)
+        self.start, self.times = time.monotonic(), []
+        each = (assets, files, shape)
+        rest = (folder, self.ready, self.room)
+        seeds = range(1000, 1000 + workers)
+        self.workers = [context.Process(target=draw, args=(*each, seed, *rest), daemon=True) for seed in seeds]
+        for worker in self.workers:
+            worker.start()
+
+    def __next__(self):
+        file = Path(self.ready.get(timeout=60))
+        batch = pickle.loads(file.read_bytes())
+        file.unlink()
+        self.room.release()
+        self.times.append(time.monotonic())
+        return batch
+
+    def steps(self, seconds: float) -> int:
+        """How many batches will be drawn, and trained on, in so many seconds more."""
+        drawn = len(self.times) + self.ready.qsize()
+        rate = drawn / (time.monotonic() - self.start)  # too low by the time that the processes took to start
+        late = self.times[len(self.times) // 2 :]
+        pace = (len(late) - 1) / (late[-1] - late[0])
+        return int(0.9 * min(self.ready.qsize() + rate * seconds, pace * seconds))
+
+    def get_state(self) -> dict:
+        return {}
+
+    def set_state(self, state: dict) -> None:
+        """What comes next is new in any case."""
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.kill()
+            worker.join()
+
+
+def train_for(seconds: float, trial: int, model, data: Drawn, options, begun: float):
+    """The parameters after as many steps as fit, and their number. trial: steps after which that is known."""
+    from qwenvl_jax.demo.train import demo_loss
+    from qwenvl_jax.train.loop import train
+
+    result = train(model, data, options.replace(steps=trial), loss=demo_loss)
+    left = seconds - RESERVE - (time.monotonic() - begun)
+    steps = trial + data.steps(left)
+    if steps < 2 * WARMUP:
+        return result
+    timer = threading.Timer(left, os.kill, (os.getpid(), signal.SIGTERM))  # ends the run after the step at hand
+    timer.start()
+    options = options.replace(steps=steps, cooldown=int(0.8 * (steps - WARMUP)))
+    result = train(model, data, options, loss=demo_loss)
+    timer.cancel()
+    return result
+
+
+def run(args, assets: Assets, work: Path) -> None:
+    from qwenvl_convert.hf import to_hf
+
+    import qwenvl_jax
+    from qwenvl_jax.demo.score import LONGEST, questions
+    from qwenvl_jax.demo.train import demo_options
+    from qwenvl_jax.evaluate import Evaluator
+    from qwenvl_jax.inputs.batch import Ladder
+    from qwenvl_jax.params.checkpoint import find, save
+    from qwenvl_jax.train.records import PackShape
+
+    begun, files = time.monotonic(), find("demo")
+    more = dict(rows=args.rows, lanes=-(-args.rows * 6 // 5), warmup=WARMUP, save_every=10**6, best=None)
+    options = demo_options(work / "run", learning_rate=1e-3, vision_learning_rate=6e-4, **more)
+    shape = PackShape(options.rows, options.tokens, options.lanes, options.patches)
+    batches = work / "batches"
+    batches.mkdir()
+    most = int(min(4000, shutil.disk_usage(batches).free / 2 / (400_000 * args.rows)))
+    data = Drawn(assets, files, shape, batches, args.workers, most)
+
+    def tell(**facts) -> None:
+        facts |= {"seconds": time.monotonic() - begun}
+        print(facts, flush=True)
+        with args.output.open("a") as file:
+            file.write(json.dumps({"benchmark": "the demo's training", **facts}) + "\n")
+
+    try:
+        model = qwenvl_jax.load("demo", dtype="float32", progress=False)
+        ladder = Ladder(rows=(args.batch,), tokens=(192, 320), patches=(256, 1024), short=(), lanes=16)
+        engine = qwenvl_jax.Engine(model, max_batch=args.batch, max_length=320, ladder=ladder)
+        evaluate = Evaluator(engine, questions(assets, args.questions), max_new_tokens=LONGEST)
+        tell(when="before", step=0, scores=evaluate(model.params))
+        result = train_for(args.seconds, args.trial, model, data, options, begun)
+        lines = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+        losses = [line["cross_entropy"] for line in lines]
+        tenth = max(1, len(losses) // 10)
+        spent = data.times[-1] - data.times[0]
+        tell(
+            when="training",
+            step=result.step,
+            rows=args.rows,
+            workers=args.workers,
+            steps_per_second=len(data.times) / spent,
+            cross_entropy=[sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth],
+            mfu=lines[-1].get("mfu"),
+        )
+        data.close()
+        save(model._replace(params=result.params), work / "final", files_from=files)
+        to_hf(work / "final", work / "hf", progress=False)
+        shutil.copyfile(work / "hf" / "model.safetensors", args.folder / "demo.safetensors")
+        shutil.copyfile(work / "run" / "metrics.jsonl", args.folder / "demo-metrics.jsonl")
+        tell(when="after", step=result.step, scores=evaluate(result.params))
+    finally:
+        data.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--output", type=Path, required=True, help="file to which results are appended as JSON lines")
+    parser.add_argument("--assets", help="where fonts, emoji and tables are; see qwenvl_jax/demo/assets.py")
+    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--rows", type=int, default=40, help="of a batch, each about two conversations")
+    parser.add_argument("--trial", type=int, default=20, help="steps after which it is known how many there will be")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that draw")
+    parser.add_argument("--questions", type=int, default=64, help="of every task")
+    parser.add_argument("--batch", type=int, default=64, help="questions answered together")
+    args = parser.parse_args()
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # the processes' own
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as work:
+        run(args, assets_of(parser, args.assets), Path(work))
+
+
+if __name__ == "__main__":
+    main()
