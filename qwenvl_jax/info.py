@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qwenvl_jax.config import PRESETS, Config
 from qwenvl_jax.params import directory
+from qwenvl_jax.params.precision import on_cpu
 from qwenvl_jax.params.tensors import DTYPES, Reader
 from qwenvl_jax.types import InputError
 
@@ -29,7 +30,8 @@ def describe(path_or_preset) -> dict:
     """Facts of a checkpoint directory, either format, "demo", or one of `PRESETS`; all of it can be written as JSON.
 
     family, preset (the official size it has, or None), format ("hf", "orbax" or "preset"), parameters,
-    dtypes {name: parameters}, files {name: bytes} of the weights, bytes, config.
+    dtypes {name: parameters}, files {name: bytes} of the weights, bytes, config,
+    on_cpu (what `load` does with 16-bit weights on a CPU, by the memory that is free now).
     Raises InputError if there is no such directory or its headers are damaged.
     """
     config = PRESETS.get(str(path_or_preset))
@@ -66,6 +68,7 @@ def _facts(config: Config, form: str, dtypes: dict, files: dict) -> dict:
         "dtypes": dtypes,
         "files": files,
         "bytes": sum(files.values()),
+        "on_cpu": on_cpu(config.dtype, sum(dtypes.values())).reason,
         "context": config.text.context,
         "config": dataclasses.asdict(config),
     }
@@ -92,6 +95,8 @@ def table(facts: dict) -> str:
         rows["vision"] += f", windows of {v['window_size']} pixels, full attention in blocks {layers}"
     if t["yarn"]:
         rows["context"] += f", YaRN factor {t['yarn']['factor']:g}"
+    if facts["on_cpu"]:
+        rows["on a CPU"] = facts["on_cpu"].removeprefix("on a CPU, ")
     if facts["files"]:
         rows["weights"] = f"{facts['bytes']:,} bytes in {len(facts['files'])} files"
     return "\n".join(f"{name:<11} {value}" for name, value in rows.items())

@@ -234,7 +234,7 @@ def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
 def test_float16_is_not_trained_in(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     # What an accelerator makes of a float16 checkpoint; a CPU computes it in float32.
-    monkeypatch.setattr(finetune, "precision_of", lambda config, mesh: Precision("float16", None))
+    monkeypatch.setattr(checkpoint, "precision_of", lambda config, mesh: Precision("float16", None))
     argv = ["train", "--model", str(tiny_checkpoint), "--data", "d.jsonl", "--output", str(tmp_path / "run")]
     assert cli.main(argv) == 2
     assert "set dtype to bfloat16 or float32" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from qwenvl_jax.infer import programs
 from qwenvl_jax.infer.engine import Engine
 from qwenvl_jax.model import qwenvl
 from qwenvl_jax.model.layers import narrow_product
-from qwenvl_jax.params import precision
+from qwenvl_jax.params import checkpoint, precision
 from qwenvl_jax.types import Model, Sample
 
 
@@ -108,8 +108,8 @@ def test_precision_follows_the_free_memory(monkeypatch):
     for free, weights in ((int(need / precision.MEMORY_SHARE) + 8, "float32"), (need, None)):
         monkeypatch.setattr(precision, "free_memory", lambda free=free: free)
         for dtype in ("bfloat16", "float16"):
-            chosen = precision.precision_of(config.replace(dtype=dtype))
+            chosen = checkpoint.precision_of(config.replace(dtype=dtype))
             assert (chosen.compute, chosen.weights) == ("float32", weights) and dtype in chosen.reason
-        assert precision.precision_of(config.replace(dtype="float32")) == ("float32", None, "")
+        assert checkpoint.precision_of(config.replace(dtype="float32")) == ("float32", None, "")
     monkeypatch.undo()
     assert 0 < precision.free_memory() < 2**50

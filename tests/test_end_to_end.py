@@ -19,7 +19,7 @@ GREEDY = ["--temperature", "0", "--repetition-penalty", "1"]
 def generate(capsys, *argv) -> str:
     assert cli.main(["generate", *map(str, argv)]) == 0
     out, err = capsys.readouterr()
-    assert not err
+    assert not [line for line in err.splitlines() if "on a CPU, bfloat16 weights are cast" not in line]
     return out
 
 

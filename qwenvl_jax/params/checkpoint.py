@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.model.qwenvl import abstract_params
+from qwenvl_jax.model.qwenvl import abstract_params, count_params
 from qwenvl_jax.params.directory import (
     FORMAT,
     MARKER,
@@ -33,7 +33,7 @@ from qwenvl_jax.params.directory import (
     stored_arrays,
 )
 from qwenvl_jax.params.hf import STACKED, Leaf, aligned_empty, flatten, read_params, to_devices, unflatten
-from qwenvl_jax.params.precision import Precision, precision_of
+from qwenvl_jax.params.precision import Precision, on_cpu
 from qwenvl_jax.params.tensors import INDEX
 from qwenvl_jax.sharding import check_mesh, param_shardings
 from qwenvl_jax.types import InputError, Model
@@ -73,6 +73,14 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
         params = read_params(path, config, shardings, chosen.weights, progress)
     config = config.replace(dtype=chosen.compute)
     return Model(config, params, processor, read_json(path / "generation_config.json", missing={}))
+
+
+def precision_of(config: Config, mesh=None) -> Precision:
+    """What `load` does where no dtype is given: as the checkpoint says, or on a CPU as `on_cpu` says."""
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    if device.platform != "cpu":
+        return Precision(config.dtype, None)
+    return on_cpu(config.dtype, count_params(config))
 
 
 def save(model: Model, path, *, files_from=None) -> None:

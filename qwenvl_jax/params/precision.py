@@ -1,14 +1,9 @@
-"""Which precision a checkpoint is held and computed in where the user names none."""
+"""Which precision a CPU holds and computes a checkpoint in, where the user names none. Nothing here imports jax."""
 
 import contextlib
 import os
 from pathlib import Path
 from typing import NamedTuple
-
-import jax
-
-from qwenvl_jax.config import Config
-from qwenvl_jax.model.qwenvl import count_params
 
 MEMORY_SHARE = 0.75  # of the free memory, for weights that are cast to float32
 
@@ -21,23 +16,21 @@ class Precision(NamedTuple):
     reason: str = ""
 
 
-def precision_of(config: Config, mesh=None) -> Precision:
-    """What `load` does with a checkpoint of this config where no dtype is given.
+def on_cpu(dtype: str, parameters: int) -> Precision:
+    """What `load` does on a CPU with so many weights of a dtype, where the user names none: it computes in float32.
 
-    On TPUs and GPUs: the checkpoint's own dtype. On CPUs, float32: 16-bit weights are cast to it if that takes at most
-    MEMORY_SHARE of the free memory. Otherwise they stay in 16 bits. bfloat16 then still multiplies float32 exactly and
-    without a cast (`narrow_product`); XLA:CPU has no such matmul for float16, and casts each matrix for every token.
+    16-bit weights are cast to float32 if that takes at most MEMORY_SHARE of the free memory. Otherwise they stay in 16
+    bits. bfloat16 then still multiplies float32 exactly and without a cast (`narrow_product` of model/layers.py);
+    XLA:CPU has no such matmul for float16, and casts each matrix for every token.
     """
-    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-    if device.platform != "cpu" or config.dtype == "float32":
-        return Precision(config.dtype, None)
-    need, free = 4 * count_params(config), free_memory()
+    if dtype == "float32":
+        return Precision(dtype, None)
+    need, free = 4 * parameters, free_memory()
     room = f"{need / 1e9:.1f} of {free / 1e9:.1f} GB of free memory (--dtype changes this)"
     if need <= MEMORY_SHARE * free:
-        how = f"cast to float32, which takes {room}"
-        return Precision("float32", "float32", f"on this CPU, {config.dtype} weights are {how}")
-    how = f"computed in float32 but stay in 16 bits, since a cast would take {room}"
-    return Precision("float32", None, f"on this CPU, {config.dtype} weights are {how}")
+        return Precision("float32", "float32", f"on a CPU, {dtype} weights are cast to float32, which takes {room}")
+    how = f"stay in 16 bits and are computed in float32, since a cast would take {room}"
+    return Precision("float32", None, f"on a CPU, {dtype} weights {how}")
 
 
 def free_memory() -> int:

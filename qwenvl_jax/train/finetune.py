@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 
 from qwenvl_jax.params import checkpoint, lora
-from qwenvl_jax.params.precision import precision_of
 from qwenvl_jax.sharding import join
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import make_run_mesh, train
@@ -44,7 +43,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
     source = checkpoint.find(options.model)
     stored = checkpoint.read_config(source)
     mesh = make_run_mesh(options)
-    dtype = options.dtype or precision_of(stored, mesh).compute
+    dtype = options.dtype or checkpoint.precision_of(stored, mesh).compute
     if dtype == "float16":
         raise InputError("the checkpoint is float16, whose gradients vanish; set dtype to bfloat16 or float32")
     # Small updates are lost in bfloat16 weights. Adapters are float32 anyway.
