@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as tpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from qwenvl_jax.model.cpu_attention import cpu_attention
 from qwenvl_jax.model.layers import precision
 from qwenvl_jax.sharding import divides, on_shards
 
@@ -35,13 +36,18 @@ def attention(q, k, v, segments, *, causal: bool):
     q [B, T, N, H]; k, v [B, T, K, H] with N a multiple of K; segments [B, T] int32. Returns [B, T, N, H].
     """
     plain = partial(_plain, causal=causal)
-    if q.shape[1] < FEWEST or q.shape[1] % LANES:
+    kernels = {}
+    if q.dtype == jnp.float32:  # of which the kernels of accelerators would multiply only the upper half
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            kernels["cpu"] = lambda *whole: cpu_attention(*whole, causal)
+    elif q.shape[1] >= FEWEST and q.shape[1] % LANES == 0:
+        if q.dtype == jnp.bfloat16:  # TPUs have no float16
+            kernels["tpu"] = partial(splash, causal=causal)
+        if gpu:
+            kernels["cuda"] = partial(flash, causal=causal)
+    if not kernels:
         return plain(q, k, v, segments)
-    kernels = {}  # of float32 they would multiply only the upper half
-    if q.dtype == jnp.bfloat16:  # TPUs know no float16
-        kernels["tpu"] = partial(splash, causal=causal)
-    if gpu and q.dtype != jnp.float32:
-        kernels["cuda"] = partial(flash, causal=causal)
     return jax.lax.platform_dependent(q, k, v, segments, **kernels, default=plain)
 
 

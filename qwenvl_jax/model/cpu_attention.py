@@ -1,0 +1,155 @@
+"""Attention in float32 on CPUs: blocks of scores that fit the cache, with an online softmax.
+
+XLA:CPU runs a 2-D matmul several times faster than a batched one, and allocates large temporaries anew, page by page,
+in every call. So one head's queries meet one block of keys at a time (FlashAttention-2, arXiv:2307.08691). Blocks of
+keys whose segments no query of a block shares are skipped, as are those after a causal query.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+SCORES = 2**17  # of a block: half a megabyte
+FEWEST = 64  # slots of a block
+_EMPTY = float(jnp.finfo(jnp.float32).min)
+_alone = (
+    jax.lax.optimization_barrier
+)  # XLA:CPU would fuse slices and transposes into what reads them, element by element
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cpu_attention(q, k, v, segments, causal: bool):
+    """As `attention` of attention.py, all in float32."""
+    return _forward(q, k, v, segments, causal)[0]
+
+
+def _dot(a, b, dims=(1, 0)):
+    return jax.lax.dot_general(a, b, (((dims[0],), (dims[1],)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+
+
+def _blocks(a, heads: int, n: int, c: int):
+    """[B, T, N, H] → [B·heads, n blocks, N/heads · c, H], filled up with zeros."""
+    B, T, N, H = a.shape
+    a = jnp.pad(a, ((0, 0), (0, n * c - T), (0, 0), (0, 0))).reshape(B, n, c, heads, N // heads, H)
+    return jnp.transpose(a, (0, 3, 1, 4, 2, 5)).reshape(B * heads, n, -1, H)
+
+
+def _unblocks(a, B: int, T: int, c: int):
+    """The inverse of `_blocks`."""
+    heads, n, H = len(a) // B, a.shape[1], a.shape[3]
+    a = a.reshape(B, heads, n, -1, c, H)
+    return jnp.transpose(a, (0, 2, 4, 1, 3, 5)).reshape(B, n * c, -1, H)[:, :T]
+
+
+def _plan(q, k, segments, causal: bool):
+    """(n, c, what `_block_of` reads): n blocks of c slots; segments and slots of keys and of queries, and of each block
+    of queries the first block of keys that it meets and the one after the last."""
+    T, G = q.shape[1], q.shape[2] // k.shape[2]
+    n = -(-T // max(FEWEST, int((SCORES / G) ** 0.5)))
+    c = -(-T // n)
+    segments = jnp.pad(segments, ((0, 0), (0, n * c - T)), constant_values=-1).reshape(-1, n, c)
+    ordered = jnp.where(segments > 0, segments, jnp.iinfo(jnp.int32).max)  # padding comes last
+    low, high = jnp.min(ordered, -1), jnp.max(ordered, -1)
+    meet = (low[:, :, None] <= high[:, None]) & (high[:, :, None] >= low[:, None])
+    first = jnp.argmax(meet, -1).astype(jnp.int32)
+    last = n - jnp.argmax(meet[..., ::-1], -1).astype(jnp.int32)
+    if causal:
+        last = jnp.broadcast_to(jnp.arange(1, n + 1, dtype=jnp.int32), first.shape)
+    slots = jnp.arange(n * c, dtype=jnp.int32).reshape(n, c)
+    by_row = segments, jnp.tile(segments, (1, 1, G)), first, last
+    return n, c, by_row, slots, jnp.tile(slots, (1, G))
+
+
+def _masked(scores, q_segments, k_segments, q_slots, k_slots, causal: bool):
+    mask = q_segments[:, None] == k_segments
+    if causal:
+        mask &= q_slots[:, None] >= k_slots
+    return jnp.where(mask, scores, _EMPTY)
+
+
+def _forward(q, k, v, segments, causal):
+    (B, T, _, H), K = q.shape, k.shape[2]
+    n, c, by_row, k_slots, q_slots = _plan(q, k, segments, causal)
+
+    def head(part):
+        q, k, v, row = part
+        k_segments, q_segments, first, last = (a[row] for a in by_row)
+
+        def queries(i):
+            mine = _alone((q[i], q_segments[i], q_slots[i]))
+
+            def scores(j):
+                theirs, slots = _alone((k_segments[j], k_slots[j]))
+                return _masked(_dot(mine[0], k[j], (1, 1)), mine[1], theirs, mine[2], slots, causal)
+
+            def start(j):
+                s = scores(j)
+                top = jnp.max(s, -1, keepdims=True)
+                e = jnp.exp(s - top)
+                return _dot(e, v[j]), top, jnp.sum(e, -1, keepdims=True)
+
+            def more(j, carry):
+                out, top, total = carry
+                s = scores(j)
+                new = jnp.maximum(top, jnp.max(s, -1, keepdims=True))
+                e, fade = jnp.exp(s - new), jnp.exp(top - new)
+                return out * fade + _dot(e, v[j]), new, total * fade + jnp.sum(e, -1, keepdims=True)
+
+            out, top, total = start(first[i])
+            if n > 1:
+                out, top, total = jax.lax.fori_loop(first[i] + 1, last[i], more, (out, top, total))
+            return out / total, top + jnp.log(total)
+
+        return jax.lax.map(queries, jnp.arange(n)) if n > 1 else tuple(a[None] for a in queries(0))
+
+    parts = _blocks(q * H**-0.5, K, n, c), _blocks(k, K, n, c), _blocks(v, K, n, c), jnp.arange(B * K) // K
+    out, logsumexp = jax.lax.map(head, parts)
+    out = _unblocks(out, B, T, c)
+    return out, (q, k, v, segments, out, logsumexp)
+
+
+def _backward(causal, saved, g):
+    q, k, v, segments, out, logsumexp = saved
+    (B, T, _, H), K = q.shape, k.shape[2]
+    n, c, by_row, k_slots, q_slots = _plan(q, k, segments, causal)
+
+    def head(part):
+        q, k, v, g, logsumexp, delta, row = part
+        k_segments, q_segments, first, last = (a[row] for a in by_row)
+
+        def queries(carry, i):
+            mine = _alone((q[i], g[i], logsumexp[i], delta[i], q_segments[i], q_slots[i]))
+            q_i, g_i, total, less, segments_i, slots_i = mine
+
+            def gradients(j):
+                k_j, v_j, segments_j, slots_j = _alone((k[j], v[j], k_segments[j], k_slots[j]))
+                s = _masked(_dot(q_i, k_j, (1, 1)), segments_i, segments_j, slots_i, slots_j, causal)
+                p = jnp.exp(s - total)
+                ds = p * (_dot(g_i, v_j, (1, 1)) - less)
+                return _dot(ds, k_j), _alone(_dot(q_i, ds, (0, 0))).T, _alone(_dot(g_i, p, (0, 0))).T
+
+            def more(j, carry):
+                dq, dk, dv = carry
+                a, b, d = gradients(j)
+                return dq + a, dk.at[j].add(b), dv.at[j].add(d)
+
+            if n == 1:
+                dq, dk, dv = gradients(0)
+                return (dk[None], dv[None]), dq
+            dq, dk, dv = jax.lax.fori_loop(first[i], last[i], more, (jnp.zeros_like(q_i), *carry))
+            return (dk, dv), dq
+
+        if n == 1:
+            (dk, dv), dq = queries(None, 0)
+            return dq[None], dk, dv
+        (dk, dv), dq = jax.lax.scan(queries, (jnp.zeros((n, c, H)),) * 2, jnp.arange(n))
+        return dq, dk, dv
+
+    delta = jnp.sum(out * g, -1, keepdims=True)
+    arrays = (_blocks(a, K, n, c) for a in (q * H**-0.5, k, v, g))
+    dq, dk, dv = jax.lax.map(head, (*arrays, logsumexp, _blocks(delta, K, n, c), jnp.arange(B * K) // K))
+    return _unblocks(dq, B, T, c) * H**-0.5, _unblocks(dk, B, T, c), _unblocks(dv, B, T, c), None
+
+
+cpu_attention.defvjp(_forward, _backward)
