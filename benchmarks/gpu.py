@@ -39,7 +39,7 @@ def stages(args, results: Path, expected: Path) -> list[Stage]:
     model = ["model.py", *out, "--random", "--platform", args.platform, "--seconds", "{seconds}"]
     if args.rehearse:
         small = "--size demo --new 4 --tokens 128 --patches 64 --picture 64 --lora 128 --rounds 1".split()
-        train += "--rows 4 --workers 1 --questions 1 --batch 8 --trial 3".split()
+        train += "--rows 4 --workers 1 --questions 1 --batch 8 --trial 4 --warmup 1 --most 8 --reserve 5".split()
         return [
             Stage("ceilings", ["gpu_ceilings.py", *out, "--platform", "cpu"], 60, 5),
             Stage("checks", [*checks, "--small"], 150, 5),

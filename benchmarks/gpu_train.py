@@ -21,9 +21,6 @@ from pathlib import Path
 
 from qwenvl_jax.demo.assets import Assets, assets_of
 
-RESERVE = 30  # seconds to score and save at the end
-WARMUP = 40
-
 
 def draw(assets: Assets, files: Path, shape, seed: int, folder: Path, ready, room) -> None:
     """A process: batches without end, each in a file, whose name it hands on; no more than there is room for."""
@@ -86,19 +83,19 @@ class Drawn:
             worker.join()
 
 
-def train_for(seconds: float, trial: int, model, data: Drawn, options, begun: float):
-    """The parameters after as many steps as fit, and their number. trial: steps after which that is known."""
+def train_for(args, model, data: Drawn, options, begun: float):
+    """What `train` returns after as many steps as fit; how many, a trial tells."""
     from qwenvl_jax.demo.train import demo_loss
     from qwenvl_jax.train.loop import train
 
-    result = train(model, data, options.replace(steps=trial), loss=demo_loss)
-    left = seconds - RESERVE - (time.monotonic() - begun)
-    steps = trial + data.steps(left)
-    if steps < 2 * WARMUP:
+    result = train(model, data, options.replace(steps=args.trial), loss=demo_loss)
+    left = args.seconds - args.reserve - (time.monotonic() - begun)
+    steps = min(args.trial + data.steps(left), args.most)
+    if steps < 2 * args.warmup or steps <= args.trial:
         return result
     timer = threading.Timer(left, os.kill, (os.getpid(), signal.SIGTERM))  # ends the run after the step at hand
     timer.start()
-    options = options.replace(steps=steps, cooldown=int(0.8 * (steps - WARMUP)))
+    options = options.replace(steps=steps, cooldown=int(0.8 * (steps - args.warmup)))
     result = train(model, data, options, loss=demo_loss)
     timer.cancel()
     return result
@@ -116,7 +113,7 @@ def run(args, assets: Assets, work: Path) -> None:
     from qwenvl_jax.train.records import PackShape
 
     begun, files = time.monotonic(), find("demo")
-    more = dict(rows=args.rows, lanes=-(-args.rows * 6 // 5), warmup=WARMUP, save_every=10**6, best=None)
+    more = dict(rows=args.rows, lanes=-(-args.rows * 6 // 5), warmup=args.warmup, save_every=10**6, best=None)
     options = demo_options(work / "run", learning_rate=1e-3, vision_learning_rate=6e-4, **more)
     shape = PackShape(options.rows, options.tokens, options.lanes, options.patches)
     batches = work / "batches"
@@ -136,7 +133,7 @@ def run(args, assets: Assets, work: Path) -> None:
         engine = qwenvl_jax.Engine(model, max_batch=args.batch, max_length=320, ladder=ladder)
         evaluate = Evaluator(engine, questions(assets, args.questions), max_new_tokens=LONGEST)
         tell(when="before", step=0, scores=evaluate(model.params))
-        result = train_for(args.seconds, args.trial, model, data, options, begun)
+        result = train_for(args, model, data, options, begun)
         lines = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
         losses = [line["cross_entropy"] for line in lines]
         tenth = max(1, len(losses) // 10)
@@ -168,6 +165,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--rows", type=int, default=40, help="of a batch, each about two conversations")
     parser.add_argument("--trial", type=int, default=20, help="steps after which it is known how many there will be")
+    parser.add_argument("--most", type=int, default=10**6, help="steps, however much time there is")
+    parser.add_argument("--warmup", type=int, default=40, help="steps")
+    parser.add_argument("--reserve", type=float, default=30, help="seconds to score and save in at the end")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that draw")
     parser.add_argument("--questions", type=int, default=64, help="of every task")
     parser.add_argument("--batch", type=int, default=64, help="questions answered together")

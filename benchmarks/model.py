@@ -53,12 +53,13 @@ def sizes(config: Config, prefix: str, suffix: str = "") -> int:
     return sum(a.size for path, a in leaves if path.startswith(prefix) and path.endswith(suffix))
 
 
-def decode_bytes(config: Config, rows: int, new: int) -> float:
-    """What has to be read for a token of every row, on average over the answer."""
+def decode_bytes(config: Config, held: str, rows: int, new: int) -> float:
+    """What has to be read for a token of every row, on average over the answer; weights are held in that dtype."""
     t = config.text
     unread = 0 if t.tie_word_embeddings else t.vocab_size * t.hidden_size
     slots = rows * (PROMPT + new / 2) * 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim
-    return jnp.dtype(config.dtype).itemsize * (sizes(config, "decoder") - unread + slots)
+    weights = sizes(config, "decoder") - unread
+    return jnp.dtype(held).itemsize * weights + jnp.dtype(config.dtype).itemsize * slots
 
 
 def prefill_flops(config: Config, tokens: int) -> float:
@@ -84,10 +85,11 @@ class Work(NamedTuple):
     least: float = 0
 
 
-def work(config: Config, job: str, n: int, new: int = 0) -> Work:
-    """config: with the dtype that is computed in."""
+def work(config: Config, held: str, job: str, n: int, new: int = 0) -> Work:
+    """config: with the dtype that is computed in. held: the weights' own."""
     if job == "decode":
-        return Work(f"decode, {n} rows" if n > 1 else "decode", "tokens/s", n * new, new * decode_bytes(config, n, new))
+        least = new * decode_bytes(config, held, n, new)
+        return Work(f"decode, {n} rows" if n > 1 else "decode", "tokens/s", n * new, least)
     if job == "prefill":
         return Work(f"prefill, {n} tokens", "tokens/s", n, prefill_flops(config, n))
     if job == "vision":
@@ -216,14 +218,16 @@ def measure(args, folder: str) -> list:
     ceilings = defaultdict(list)
     for job in turns.apart(jobs) if one_by_one else turns.together(jobs, args.warm if args.random else None):
         here = turns.facts.get("here", {})
-        config = config.replace(dtype=here.get("dtype", config.dtype))  # what it is computed in
+        config = config.replace(dtype=here.get("dtype", config.dtype))
+        held = here.get("weights", config.dtype)
         if report is None:
-            title = f"{args.size}, {config.family}: {count_params(config) / 1e6:.0f} M parameters, {config.dtype}"
+            title = f"{args.size}, {config.family}: {count_params(config) / 1e6:.0f} M parameters in {held}"
+            title += f", computed in {config.dtype}" if held != config.dtype else ""
             about = dict(benchmark="model", size=args.size, family=config.family, device=here.get("device"))
             report = Report(title, args.output, **about)
         if not args.random:
             compare(job, turns)
-        told(report, work(config, *job), job, turns, ceilings)
+        told(report, work(config, held, *job), job, turns, ceilings)
     middle = {name: statistics.median(rates) for name, rates in ceilings.items()}
     report.note(
         "ceilings: " + ", ".join(f"{name} {rate / 1e9:.1f} G{UNITS[name]}/s" for name, rate in middle.items()),

@@ -25,7 +25,6 @@ from common import clock, config_of
 from PIL import Image
 
 import qwenvl_jax
-from qwenvl_jax.infer.programs import Programs
 from qwenvl_jax.inputs.batch import Ladder, pack_vision
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
 from qwenvl_jax.model.qwenvl import init
@@ -179,11 +178,12 @@ class Here(Model):
         self.config, self.params = model.config, model.params
         ladder = Ladder(tokens=tuple(rungs)) if rungs[1:] else None
         self.engine = qwenvl_jax.Engine(model, max_batch=rows, max_length=rungs[-1], ladder=ladder)
-        self.tower = Programs(self.config, tuple(rungs), None).encode
+        self.held = self.params["decoder"]["embed_tokens"]["embedding"].dtype.name
         self.towers, self.steps = {}, {}
 
     def facts(self) -> dict:
-        return super().facts() | {"dtype": self.config.dtype, "device": common.device_name()}
+        device, dtype = common.device_name(), self.config.dtype
+        return super().facts() | {"device": device, "dtype": dtype, "weights": self.held}
 
     def warm(self, jobs: list, until: float) -> list:
         """Compiles them side by side."""
@@ -203,8 +203,9 @@ class Here(Model):
     def see(self, sample):
         """A function that runs the tower over the sample's picture, which is on the device beforehand."""
         calls, _ = pack_vision(sample.visuals, self.config, Ladder())
-        calls = jax.device_put(calls)
-        return lambda: jax.block_until_ready([self.tower(self.params, lanes) for lanes in calls])
+        calls, engine = jax.device_put(calls), self.engine
+        encode, params = engine._programs.encode, engine._scan_params  # the tower as the engine has it
+        return lambda: jax.block_until_ready([encode(params, lanes) for lanes in calls])
 
     def look(self, picture) -> list[int]:
         return self.generate([self.ask(picture)], 1)[0]
@@ -223,6 +224,7 @@ class Here(Model):
         if self.params:
             self.state = init_state(self.adapted(self.params), OPTIMIZER, lora.is_trainable)
             self.params = self.engine = None
+            self.towers = {}
         batch = self.row(tokens)
         start = time.perf_counter()
         self.state, metrics = self.steps[tokens](self.state, batch)

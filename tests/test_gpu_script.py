@@ -59,20 +59,13 @@ def test_the_rehearsal_of_every_stage(assets, tmp_path):  # noqa: F811
     for kind in ("attention, causal", "attention, full", "windows", "decode attention", "greedy tokens", "LoRA step"):
         assert any(kind in name for name in found), kind
     jobs = [line for line in told if "job" in line]
-    kinds = [
-        "decode",
-        "decode",
-        "prefill",
-        "vision tower",
-        "picture of 64 patches to first token",
-        "LoRA step",
-        "decode",
-    ]
-    assert [line["job"].split(",")[0] for line in jobs] == kinds
+    kinds = ["decode", "decode", "prefill", "vision", "picture", "LoRA", "decode"]
+    assert [line["job"].replace(",", " ").split()[0] for line in jobs] == kinds
     assert all(line["peer"] for line in jobs if not line["job"].startswith("LoRA"))
     training = {line["when"]: line for line in told if "when" in line}
     assert training["before"]["scores"].keys() == training["after"]["scores"].keys()
-    assert training["training"]["step"] >= 3
+    # A trial of four, and as many more as the rest of the time holds.
+    assert 4 < training["training"]["step"] == training["after"]["step"] <= 8
     with safe_open(tmp_path / "demo.safetensors", "numpy") as file:
         assert len(list(file.keys())) > 100
     assert all(file.stat().st_size <= 2**24 for file in tmp_path.iterdir()) and len(list(tmp_path.iterdir())) <= 8
