@@ -60,18 +60,18 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
     if mesh is not None:
         check_mesh(config, mesh.shape)
     shardings = None if mesh is None else param_shardings(abstract_params(config), mesh)
-    processor = Processor.from_dir(path, config)  # before the weights: it is quick to fail
     if dtype is None:
         chosen = precision_of(config, mesh)
-        if progress and chosen.reason:
-            print(f"{path.name}: {chosen.reason}", file=sys.stderr, flush=True)
     else:
         chosen = Precision(_known_dtype(dtype), _known_dtype(dtype))
+    config = config.replace(dtype=chosen.compute)
+    processor = Processor.from_dir(path, config)  # before the weights: it is quick to fail
     if (path / MARKER).is_file():
         params = restore(path, config, shardings, chosen.weights, progress)
     else:
         params = read_params(path, config, shardings, chosen.weights, progress)
-    config = config.replace(dtype=chosen.compute)
+    if progress and chosen.reason:
+        print(f"{path.name}: {chosen.reason}", file=sys.stderr, flush=True)
     return Model(config, params, processor, read_json(path / "generation_config.json", missing={}))
 
 
