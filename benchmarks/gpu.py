@@ -45,7 +45,7 @@ def stages(args, results: Path, expected: Path) -> list[Stage]:
             Stage("checks", [*checks, "--small"], 150, 5),
             Stage("3B", [*model, *small, "--rows", "1", "2"], 120, 5),
             Stage("7B", [*model, *small, "--jobs", "decode"], 120, 5),
-            Stage("training", train, 120, 40),
+            Stage("training", train, 300, 40),
         ]
     large = "--rows 1 32 --new 64 --tokens 8192 --patches 16384 --picture 3844 --lora 8192 --warm {warm}".split()
     without_lora = "--jobs decode prefill vision picture".split()
