@@ -26,7 +26,8 @@ def on_cpu(dtype: str, parameters: int) -> Precision:
     if dtype == "float32":
         return Precision(dtype, None)
     need, free = 4 * parameters, free_memory()
-    room = f"{need / 1e9:.1f} of {free / 1e9:.1f} GB of free memory (--dtype changes this)"
+    size = f"{need / 1e9:.1f} GB" if need > 1e9 else f"{need / 1e6:.0f} MB"
+    room = f"{size} of {free / 1e9:.1f} GB of free memory (--dtype changes this)"
     if need <= MEMORY_SHARE * free:
         return Precision("float32", "float32", f"on a CPU, {dtype} weights are cast to float32, which takes {room}")
     how = f"stay in 16 bits and are computed in float32, since a cast would take {room}"
