@@ -93,9 +93,9 @@ def write_checkpoint(directory: Path, config: Config) -> Path:
 # of it flatters nobody.
 
 
-def read_rates(device: str) -> dict:
+def read_rates(device: str, small: bool = False) -> dict:
     """Forms of reading one large array that exists already, so that no new page is touched: bytes a second."""
-    n = 2**27 if device == "cpu" else 2**30
+    n = 2**22 if small else 2**27 if device == "cpu" else 2**30
     a = jnp.ones((8192, n // 8192), jnp.float32)
     v = jnp.ones(8192, jnp.float32)
     dot, most = jax.jit(jnp.dot), jax.jit(jnp.max)
@@ -117,9 +117,9 @@ def read_rates(device: str) -> dict:
     return {name: partial(_rate, 4 * n, run) for name, run in forms.items()}
 
 
-def copy_rates(device: str) -> dict:
+def copy_rates(device: str, small: bool = False) -> dict:
     """Copies of a large array: bytes read and written a second. (On a CPU, mostly the making of new pages.)"""
-    a = jnp.ones(2**26 if device == "cpu" else 2**30, jnp.float32)
+    a = jnp.ones(2**22 if small else 2**26 if device == "cpu" else 2**30, jnp.float32)
     copy = jax.jit(lambda a: a + 1)
     forms = {"jax": lambda: copy(a).block_until_ready()}
     if _has_torch(device):
@@ -131,9 +131,9 @@ def copy_rates(device: str) -> dict:
     return {name: partial(_rate, 2 * a.nbytes, run) for name, run in forms.items()}
 
 
-def product_rates(device: str, dtype: str) -> dict:
+def product_rates(device: str, dtype: str, small: bool = False) -> dict:
     """One large matrix product of random numbers: FLOP a second."""
-    n = 2048 if device == "cpu" else 8192
+    n = 512 if small else 2048 if device == "cpu" else 8192
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.float32).astype(dtype) for i in range(2))
     dot = jax.jit(partial(jnp.dot, precision="highest" if dtype == "float32" else None))
     forms = {"jax": lambda: dot(a, b).block_until_ready()}

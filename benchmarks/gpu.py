@@ -41,7 +41,7 @@ def stages(args, results: Path, expected: Path) -> list[Stage]:
         small = "--size demo --new 4 --tokens 128 --patches 64 --picture 64 --lora 128 --rounds 1".split()
         train += "--rows 4 --workers 1 --questions 1 --batch 8 --trial 4 --warmup 1 --most 8 --reserve 5".split()
         return [
-            Stage("ceilings", ["gpu_ceilings.py", *out, "--platform", "cpu"], 60, 5),
+            Stage("ceilings", ["gpu_ceilings.py", *out, "--platform", "cpu", "--small"], 60, 5),
             Stage("checks", [*checks, "--small"], 150, 5),
             Stage("3B", [*model, *small, "--rows", "1", "2"], 120, 5),
             Stage("7B", [*model, *small, "--jobs", "decode"], 120, 5),

@@ -14,6 +14,8 @@ if [[ ${1:-} == --rehearse ]]; then
   rehearse=(--rehearse)
   shift
   export JAX_PLATFORMS=cpu
+  # Nearly all of its time goes into compiling.
+  export XLA_FLAGS=${XLA_FLAGS:---xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true}
 fi
 folder=${1:-${OUT:-gpu-results}}
 carried=$root/benchmarks/carried

@@ -142,6 +142,16 @@ def test_it_learns(straight):
     assert moved == {p for p in before if not p.startswith("vision/") or p.startswith("vision/merger/")}
 
 
+@pytest.mark.parametrize("changes", [{}, dict(lora_rank=2)], ids=["all", "LoRA"])
+def test_a_step_is_compiled_once(changes, tmp_path, monkeypatch):
+    """In a run that begins, and in one that goes on."""
+    steps, make = [], loop.make_step
+    monkeypatch.setattr(loop, "make_step", lambda *args, **more: steps.append(make(*args, **more)) or steps[-1])
+    for until in (3, 6):
+        loop.train(model(), Batches(), options(tmp_path, steps=until, **changes))
+    assert [step._cache_size() for step in steps] == [1, 1]
+
+
 def test_a_loss_of_ones_own(straight, tmp_path):
     def doubled(config, params, batch, *, remat):
         total, weight, metrics = sft_loss(config, params, batch, remat=remat)

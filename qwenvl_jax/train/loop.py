@@ -126,6 +126,8 @@ class _Loop:
         self.learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(options.steps)), np.float64)
         with self.on_mesh():
             self.state = init_state(params, optimizer, self.trainable)
+        if self.mesh is None:  # as a step returns it; otherwise the second step would compile again
+            self.state = jax.device_put(self.state, layout)
         trains = {group(path) for path in flatten(params) if self.trainable(path)}
         self.flops = partial(train_flops, self.config, trains=trains, weights=not options.lora_rank)
         devices = jax.devices()[: 1 if self.mesh is None else self.mesh.size]
