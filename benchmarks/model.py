@@ -203,7 +203,9 @@ def measure(args, folder: str) -> list:
     directory = None if args.random else str(write_checkpoint(Path(folder) / "model", config))
     settings = dict(size=args.size, family=config.family, directory=directory)
     ours = dict(settings, dtype=config.dtype, rungs=rungs(config, args), rows=max(args.rows))
-    start = {"machine": lambda: Side("machine", args.platform, device=device, dtype=config.dtype)}
+    rehearsal = args.random and args.platform == "cpu"
+    ceilings = dict(device=device, dtype=config.dtype, small=rehearsal)
+    start = {"machine": lambda: Side("machine", args.platform, **ceilings)}
     start["here"] = lambda: Side("here", args.platform, **ours)
     dtypes = peers(config, args)
     for dtype in dtypes:
@@ -215,7 +217,7 @@ def measure(args, folder: str) -> list:
     jobs = [(job, *(n if isinstance(n, tuple) else (n,))) for job in JOBS if job in args.jobs for n in each[job]]
     turns, report = Turns(start, args.rounds, args.seconds), None
     one_by_one = args.apart or (args.platform == "cpu" and not fits(config, dtypes))
-    ceilings = defaultdict(list)
+    rates = defaultdict(list)
     for job in turns.apart(jobs) if one_by_one else turns.together(jobs, args.warm if args.random else None):
         here = turns.facts.get("here", {})
         config = config.replace(dtype=here.get("dtype", config.dtype))
@@ -227,8 +229,8 @@ def measure(args, folder: str) -> list:
             report = Report(title, args.output, **about)
         if not args.random:
             compare(job, turns)
-        told(report, work(config, held, *job), job, turns, ceilings)
-    middle = {name: statistics.median(rates) for name, rates in ceilings.items()}
+        told(report, work(config, held, *job), job, turns, rates)
+    middle = {name: statistics.median(each) for name, each in rates.items()}
     report.note(
         "ceilings: " + ", ".join(f"{name} {rate / 1e9:.1f} G{UNITS[name]}/s" for name, rate in middle.items()),
         ceilings=middle,

@@ -109,8 +109,9 @@ class Worker:
 class Machine(Worker):
     """Its ceilings."""
 
-    def __init__(self, device: str, dtype: str):
-        self.forms = {"read": common.read_rates(device), "product": common.product_rates(device, dtype)}
+    def __init__(self, device: str, dtype: str, small: bool):
+        product = common.product_rates(device, dtype, small)
+        self.forms = {"read": common.read_rates(device, small), "product": product}
 
     def read(self):
         return common.ceiling(self.forms["read"], 3), None
