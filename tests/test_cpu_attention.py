@@ -20,10 +20,12 @@ def case(T, N, K, H, segments):
     return q, k, v, jnp.asarray(ids[segments], jnp.int32), g
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("segments", ["one", "padded", "packed", "shuffled"])
 @pytest.mark.parametrize(("T", "N", "K", "H"), [(1, 2, 1, 8), (64, 4, 4, 80), (97, 6, 2, 48), (300, 4, 1, 64)])
-def test_equals_the_plain_form(T, N, K, H, segments, causal, monkeypatch):
+def test_equals_the_plain_form(T, N, K, H, segments, causal, at_once, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "AT_ONCE", 2**30 if at_once else 0)
     monkeypatch.setattr(cpu_attention, "SCORES", 2**12)  # several blocks, and not of a size that divides T
     monkeypatch.setattr(cpu_attention, "FEWEST", 16)
     q, k, v, ids, g = case(T, N, K, H, segments)

@@ -151,7 +151,7 @@ def test_packed_equals_unpacked(family):
 
 
 @pytest.mark.slow
-def test_remat_keeps_less_and_changes_nothing():
+def test_remat_keeps_less_and_changes_nothing(monkeypatch):
     config = tiny_config("qwen2_vl", text=dict(num_hidden_layers=8), vision=dict(depth=8))
     params, batch = params_of(config), train_batch(config, [samples_of(config)], T=256)
 
@@ -160,7 +160,11 @@ def test_remat_keeps_less_and_changes_nothing():
         return loss.lower(params, batch).compile()
 
     plain, remat = compiled(False), compiled(True)
-    assert remat.memory_analysis().temp_size_in_bytes < 0.6 * plain.memory_analysis().temp_size_in_bytes
+    with monkeypatch.context() as m:
+        m.setattr(jax, "checkpoint", lambda f, **_: f)
+        everything = compiled(False)
+    kept = [program.memory_analysis().temp_size_in_bytes for program in (remat, plain, everything)]
+    assert kept[0] < 0.85 * kept[1] and kept[0] < 0.6 * kept[2] and kept[1] < 0.85 * kept[2]
     batch = jax.tree.map(jnp.asarray, batch)
     assert_close(remat(params, batch), plain(params, batch))
 

@@ -8,11 +8,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as tpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from qwenvl_jax.model.cpu_attention import cpu_attention
-from qwenvl_jax.model.layers import precision
+from qwenvl_jax.model.layers import ATTENDED, precision
 from qwenvl_jax.sharding import divides, on_shards
 
 # (All at the top of the file: what is imported while a function is traced makes jax 0.12 trace others again.)
@@ -46,9 +47,9 @@ def attention(q, k, v, segments, *, causal: bool):
             kernels["tpu"] = partial(splash, causal=causal)
         if gpu:
             kernels["cuda"] = partial(flash, causal=causal)
-    if not kernels:
-        return plain(q, k, v, segments)
-    return jax.lax.platform_dependent(q, k, v, segments, **kernels, default=plain)
+    whole = q, k, v, segments
+    out = jax.lax.platform_dependent(*whole, **kernels, default=plain) if kernels else plain(*whole)
+    return checkpoint_name(out, ATTENDED)
 
 
 def _plain(q, k, v, segments, *, causal: bool):

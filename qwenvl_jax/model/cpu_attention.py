@@ -3,24 +3,90 @@
 XLA:CPU runs a 2-D matmul several times faster than a batched one, and allocates large temporaries anew, page by page,
 in every call. So one head's queries meet one block of keys at a time (FlashAttention-2, arXiv:2307.08691). Blocks of
 keys whose segments no query of a block shares are skipped, as are those after a causal query.
+
+Short rows and windows are computed for all heads at once: where the scores are few, a loop costs more than it saves.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from qwenvl_jax.model.layers import ATTENDED
 
 SCORES = 2**17  # of a block: half a megabyte
 FEWEST = 64  # slots of a block
+AT_ONCE = 2**22  # scores of all heads together: 16 MB
 _EMPTY = float(jnp.finfo(jnp.float32).min)
 _alone = (
     jax.lax.optimization_barrier
 )  # XLA:CPU would fuse slices and transposes into what reads them, element by element
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cpu_attention(q, k, v, segments, causal: bool):
     """As `attention` of attention.py, all in float32."""
+    B, T, N, _ = q.shape
+    return (_at_once if B * N * T * T <= AT_ONCE else _in_blocks)(q, k, v, segments, causal)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _at_once(q, k, v, segments, causal):
+    return _forward_at_once(q, k, v, segments, causal)[0]
+
+
+def _forward_at_once(q, k, v, segments, causal):
+    (B, T, _, H), K = q.shape, k.shape[2]
+    q, k, v = _alone((_heads(q * H**-0.5, K), _heads(k, K), _heads(v, K)))
+    scores = _scores_at_once(q, k, segments, causal)
+    top = jnp.max(scores, -1, keepdims=True)
+    e = jnp.exp(scores - top)
+    total = jnp.sum(e, -1, keepdims=True)
+    out, logsumexp = checkpoint_name((_batched(e, v, 2, 1) / total, top + jnp.log(total)), ATTENDED)
+    return _unheads(out, B, T), (q, k, v, segments, out, logsumexp)
+
+
+def _backward_at_once(causal, saved, g):
+    q, k, v, segments, out, logsumexp = saved
+    (B, T, _, H), K = g.shape, len(k) // len(g)
+    g = _alone(_heads(g, K))
+    p = jnp.exp(_scores_at_once(q, k, segments, causal) - logsumexp)
+    ds = p * (_batched(g, v, 2, 2) - jnp.sum(out * g, -1, keepdims=True))
+    dq = _batched(ds, k, 2, 1) * H**-0.5
+    return *(_unheads(a, B, T) for a in (dq, _batched(ds, q, 1, 1), _batched(p, g, 1, 1))), None
+
+
+_at_once.defvjp(_forward_at_once, _backward_at_once)
+
+
+def _scores_at_once(q, k, segments, causal: bool):
+    B, T = segments.shape
+    mask = segments[:, :, None] == segments[:, None]
+    if causal:
+        mask &= jnp.arange(T)[:, None] >= jnp.arange(T)
+    scores = _batched(q, k, 2, 2).reshape(B, -1, T, T)
+    return jnp.where(mask[:, None], scores, _EMPTY).reshape(len(q), -1, T)
+
+
+def _batched(a, b, a_dim: int, b_dim: int):
+    dims = (((a_dim,), (b_dim,)), ((0,), (0,)))
+    return jax.lax.dot_general(a, b, dims, precision=jax.lax.Precision.HIGHEST)
+
+
+def _heads(a, heads: int):
+    """[B, T, N, H] → [B·heads, N/heads · T, H]."""
+    B, T, N, H = a.shape
+    return jnp.transpose(a.reshape(B, T, heads, N // heads, H), (0, 2, 3, 1, 4)).reshape(B * heads, -1, H)
+
+
+def _unheads(a, B: int, T: int):
+    """The inverse of `_heads`."""
+    H = a.shape[-1]
+    return jnp.swapaxes(a.reshape(B, -1, T, H), 1, 2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _in_blocks(q, k, v, segments, causal):
     return _forward(q, k, v, segments, causal)[0]
 
 
@@ -152,4 +218,4 @@ def _backward(causal, saved, g):
     return _unblocks(dq, B, T, c) * H**-0.5, _unblocks(dk, B, T, c), _unblocks(dv, B, T, c), None
 
 
-cpu_attention.defvjp(_forward, _backward)
+_in_blocks.defvjp(_forward, _backward)

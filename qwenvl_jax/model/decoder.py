@@ -14,11 +14,11 @@ from qwenvl_jax.model.decode_kernel import decode_kernel
 from qwenvl_jax.model.layers import (
     Linear,
     RMSNorm,
+    checkpointed,
     floats,
     is_narrow,
     narrow_product,
     precision,
-    rematerialised,
     rotate,
     text_rope,
 )
@@ -85,7 +85,7 @@ def full(config: Config, params: dict, x, positions, segments, keep, *, remat: b
     def layer(x, weights):
         return block.apply({"params": floats(weights)}, x, cos, sin, attend)
 
-    return jax.lax.scan(rematerialised(layer) if remat else layer, x, params["decoder"]["layers"])
+    return jax.lax.scan(checkpointed(layer, remat), x, params["decoder"]["layers"])
 
 
 def step(config: Config, params: dict, tokens, cache: Cache):

@@ -27,9 +27,30 @@ def floats(weights):
     return jax.tree.map(lambda w: bfloat16(w) if w.dtype == jnp.uint16 else w, weights)
 
 
-def rematerialised(f):
-    """`f`, the body of a scan, computed again in the backward pass instead of keeping what it computed."""
-    return jax.checkpoint(f, prevent_cse=False)  # a scan's body cannot be merged with its own recomputation
+# Elementwise, or another view: XLA fuses these into whatever reads them.
+_FUSED = frozenset(
+    "abs add add_any and broadcast_in_dim concatenate convert_element_type copy div eq erf exp expand_dims ge gt "
+    "integer_pow iota le log logistic lt max min mul ne neg not or pow reshape rsqrt select_n sign slice sqrt square "
+    "squeeze stop_gradient sub tanh transpose".split()
+)
+
+
+ATTENDED = "attended"  # what attention gives, for `checkpointed` to keep
+
+
+def checkpointed(f, remat: bool):
+    """`f`, the body of a scan, keeps for the backward pass only its inputs if `remat`, and otherwise what linear
+    layers, attention and sums gave, but not the scores. All else is computed again: to keep it would be most of the
+    memory that a training step writes, and would take longer."""
+
+    def kept(primitive, *_, **params) -> bool:
+        if remat or primitive.name in _FUSED:
+            return False
+        if primitive.name == "dot_general":  # scores have batch dimensions
+            return not any(params["dimension_numbers"][1])
+        return params["name"] == ATTENDED if primitive.name == "name" else True
+
+    return jax.checkpoint(f, prevent_cse=False, policy=kept)  # a scan's body cannot be merged with its recomputation
 
 
 class Linear(nn.Module):

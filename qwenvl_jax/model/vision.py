@@ -13,7 +13,7 @@ import numpy as np
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention
-from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm, floats, rematerialised, rotate, vision_rope
+from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm, checkpointed, floats, rotate, vision_rope
 from qwenvl_jax.model.window_kernel import window_attention
 from qwenvl_jax.sharding import constrain
 from qwenvl_jax.types import VisionBatch
@@ -122,7 +122,7 @@ def encode(config: Config, params: dict, vision: VisionBatch, *, remat: bool = F
         def layer(x, weights):
             return block.apply({"params": floats(weights)}, x, *rope, segments), None
 
-        return rematerialised(layer) if remat else layer
+        return checkpointed(layer, remat)
 
     def group(x, weights):
         start = 0

@@ -173,11 +173,15 @@ def make_step(
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (settled(grads), sums)), None
 
         micros = len(batch.targets)
-        first = jax.tree.map(lambda a: a[0], batch)
-        _, sums = jax.eval_shape(total_of, train, first, jnp.zeros((), jnp.int32))
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (train, sums))
-        parts = batch, jnp.arange(micros)
-        (grads, sums), _ = jax.lax.scan(accumulate, (settled(zeros[0]), zeros[1]), parts)
+        first = jax.tree.map(lambda a: a[0], batch), jnp.zeros((), jnp.int32)
+        if micros == 1:  # without a pass over all gradients to add them to zeros
+            grads, sums = jax.grad(total_of, has_aux=True)(train, *first)
+            grads = settled(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        else:
+            _, sums = jax.eval_shape(total_of, train, *first)
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (train, sums))
+            parts = batch, jnp.arange(micros)
+            (grads, sums), _ = jax.lax.scan(accumulate, (settled(zeros[0]), zeros[1]), parts)
 
         weight = sums.pop("weight")
         share = 1 / jnp.where(weight > 0, weight, 1)
