@@ -2,7 +2,7 @@
 # Proves this package on one NVIDIA GPU with 80 GB or more, without a network, in nine minutes:
 #
 #     benchmarks/gpu.sh [FOLDER]              results to FOLDER, else to $OUT, else to ./gpu-results
-#     benchmarks/gpu.sh --rehearse [FOLDER]   the same stages at a small size on a CPU, in three minutes
+#     benchmarks/gpu.sh --rehearse [FOLDER]   the same stages at a small size on a CPU, in two minutes
 #
 # It needs Python with jax for CUDA, flax, optax, orbax-checkpoint and, to compare with, torch and transformers. What
 # else it needs is carried beside it, in benchmarks/carried (see carry.py): wheels, and what the demo is drawn from.
