@@ -113,3 +113,12 @@ def test_precision_follows_the_free_memory(monkeypatch):
         assert checkpoint.precision_of(config.replace(dtype="float32")) == ("float32", None, "")
     monkeypatch.undo()
     assert 0 < precision.free_memory() < 2**50
+
+
+def test_a_containers_limit_counts_but_not_its_file_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "CGROUP", tmp_path)
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 100\ninactive_file 700\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert precision.free_memory() == 800
+    (tmp_path / "memory.max").write_text("max\n")
+    assert precision.free_memory() > 1000

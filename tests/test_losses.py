@@ -12,9 +12,9 @@ from tiny import FAMILIES, clip, picture, sample, tiny_config, tiny_params, trai
 from qwenvl_jax.inputs.layout import mrope_positions
 from qwenvl_jax.model import decoder, qwenvl
 from qwenvl_jax.train.data import Packer
-from qwenvl_jax.train.losses import CHUNK, dpo_loss, segment_logprobs, sft_loss, token_logprobs
+from qwenvl_jax.train.losses import CHUNK, cross_entropy, dpo_loss, segment_logprobs, sft_loss, token_logprobs
 from qwenvl_jax.train.records import Example, PackShape, Segment
-from qwenvl_jax.types import InputError
+from qwenvl_jax.types import InputError, TrainBatch
 
 LIMIT = 1e-5  # float32, relative to the largest value
 
@@ -88,7 +88,34 @@ def test_chunked_equals_plain(tied):
         assert_close(ours_grad, want_grad)
 
 
-def test_the_heads_gradient_is_summed_in_float32():
+def learnt(config, params, x, targets, chunk=CHUNK):
+    """The same sum as of `token_logprobs`, by `cross_entropy`, whose gradient is made in the forward pass."""
+    batch = TrainBatch(None, targets, jnp.ones(targets.shape, jnp.float32))
+    return -cross_entropy(config, params, x, batch, chunk)[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_cross_entropy_equals_plain(tied):
+    """With any weights and any cotangent, and with respect to the weights too."""
+    config = with_text(tiny_config("qwen2_5_vl"), tie_word_embeddings=tied)
+    params, rng = head_params(config, tied), np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((3, 37, 48)), jnp.float32)
+    targets = rng.integers(0, 160, (3, 37))
+    weights = jnp.asarray(rng.standard_normal((3, 37)) * rng.integers(0, 2, (3, 37)), jnp.float32)
+
+    def plain(params, x, weights):
+        return 2.5 * jnp.sum(plain_logprobs(config, params, x, targets) * weights)
+
+    def ours(chunk, params, x, weights):
+        return -2.5 * cross_entropy(config, params, x, TrainBatch(None, targets, weights), chunk)[0]
+
+    both = lambda f: jax.jit(jax.value_and_grad(f, (0, 1, 2)))(params, x, weights)  # noqa: E731
+    for chunk in (1, 14, 1000):
+        assert_close(both(partial(ours, chunk)), both(plain))
+
+
+@pytest.mark.parametrize("logprobs", [token_logprobs, learnt])
+def test_the_heads_gradient_is_summed_in_float32(logprobs):
     """4096 tokens of one kind, one a chunk: a bfloat16 sum would stop growing at 256 of them."""
     config = tiny_config("qwen2_5_vl", dtype="bfloat16")
     params = head_params(config, False)
@@ -96,15 +123,16 @@ def test_the_heads_gradient_is_summed_in_float32():
 
     def gradient(n, chunk):
         def loss(params):
-            return jnp.sum(token_logprobs(config, params, x[:, :n], jnp.ones((1, n), jnp.int32), chunk))
+            return jnp.sum(logprobs(config, params, x[:, :n], jnp.ones((1, n), jnp.int32), chunk))
 
         return np.asarray(jax.jit(jax.grad(loss))(params)["decoder"]["lm_head"]["kernel"], np.float32)
 
     assert_close(gradient(4096, 1), 4096 * gradient(1, 1), 1e-2)
 
 
+@pytest.mark.parametrize("form", [token_logprobs, learnt])
 @pytest.mark.parametrize("tied", [True, False])
-def test_memory_of_a_large_vocabulary(tied):
+def test_memory_of_a_large_vocabulary(tied, form):
     """Forward and backward at T = 8192, V = 152064, from the compiler's own count."""
     T, V, D = 8192, 152064, 64
     text = dict(vocab_size=V, hidden_size=D, head_dim=16, mrope_section=(2, 3, 3), tie_word_embeddings=tied)
@@ -116,12 +144,12 @@ def test_memory_of_a_large_vocabulary(tied):
         total = lambda params, x, targets: jnp.sum(logprobs(config, params, x, targets))  # noqa: E731
         return jax.jit(jax.value_and_grad(total, trained)).lower(params, x, targets).compile()
 
-    chunked, plain = compiled(token_logprobs, (0, 1)), compiled(plain_logprobs, (0, 1))
+    chunked, plain = compiled(form, (0, 1)), compiled(plain_logprobs, (0, 1))
     memory = [c.memory_analysis().temp_size_in_bytes for c in (chunked, plain)]
     assert memory[1] > 4 * T * V  # the plain one does hold all logits
     assert memory[0] < memory[1] / 3
     assert memory[0] < 4 * (4 * CHUNK * V)
-    frozen = compiled(token_logprobs, 1)  # a frozen head costs no product for its gradient
+    frozen = compiled(form, 1)  # a frozen head costs no product for its gradient
     assert frozen.cost_analysis()["flops"] < 0.8 * chunked.cost_analysis()["flops"]
 
 

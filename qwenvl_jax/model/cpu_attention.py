@@ -18,6 +18,7 @@ from qwenvl_jax.model.layers import ATTENDED
 SCORES = 2**17  # of a block: half a megabyte
 FEWEST = 64  # slots of a block
 AT_ONCE = 2**22  # scores of all heads together: 16 MB
+_NO_SEGMENT = int(jnp.iinfo(jnp.int32).min)
 _EMPTY = float(jnp.finfo(jnp.float32).min)
 _alone = (
     jax.lax.optimization_barrier
@@ -114,7 +115,7 @@ def _plan(q, k, segments, causal: bool):
     T, G = q.shape[1], q.shape[2] // k.shape[2]
     n = -(-T // max(FEWEST, int((SCORES / G) ** 0.5)))
     c = -(-T // n)
-    segments = jnp.pad(segments, ((0, 0), (0, n * c - T)), constant_values=-1).reshape(-1, n, c)
+    segments = jnp.pad(segments, ((0, 0), (0, n * c - T)), constant_values=_NO_SEGMENT).reshape(-1, n, c)
     ordered = jnp.where(segments > 0, segments, jnp.iinfo(jnp.int32).max)  # padding comes last
     low, high = jnp.min(ordered, -1), jnp.max(ordered, -1)
     meet = (low[:, :, None] <= high[:, None]) & (high[:, :, None] >= low[:, None])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 MEMORY_SHARE = 0.75  # of the free memory, for weights that are cast to float32
+CGROUP = Path("/sys/fs/cgroup")
 
 
 class Precision(NamedTuple):
@@ -40,11 +41,12 @@ def free_memory() -> int:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    cgroup = Path("/sys/fs/cgroup")
-    for most, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for most, used, stat in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
         with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-            free = min(free, int((cgroup / most).read_text()) - int((cgroup / used).read_text()))
+            limit, taken = int((CGROUP / most).read_text()), int((CGROUP / used).read_text())
+            counts = dict(line.split() for line in (CGROUP / stat).read_text().splitlines())
+            free = min(free, limit - taken + int(counts.get("inactive_file", 0)))  # files read before give way
     return max(free, 0)

@@ -193,16 +193,16 @@ def _cross_entropy_forward(split, x, head, targets, weights):
     def one(x, targets, weights):
         logits, logp, total, x, targets = _logits(split, x, head, targets)
         x_grad, head_grad = _gradients(split, x, head, targets, logits, total, -weights)
-        return head_grad, (x_grad, *_sums(logits, logp, total, weights))
+        return head_grad, (x_grad, constrain(logp, "B."), *_sums(logits, logp, total, weights))
 
-    head_grad, (x_grad, total, hits) = _sum_gradients(split, head, one, x, targets, weights)
-    return (jnp.sum(total), jnp.sum(hits)), (x_grad, head_grad, head)
+    head_grad, (x_grad, logp, total, hits) = _sum_gradients(split, head, one, x, targets, weights)
+    return (jnp.sum(total), jnp.sum(hits)), (x_grad, head_grad, head, logp)
 
 
 def _cross_entropy_backward(split, saved, cotangents):
-    x_grad, head_grad, head = saved
+    x_grad, head_grad, head, logp = saved
     g = cotangents[0]
-    return (x_grad * g).astype(x_grad.dtype), (head_grad * g).astype(head.dtype), None, None
+    return (x_grad * g).astype(x_grad.dtype), (head_grad * g).astype(head.dtype), None, -g * logp
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
