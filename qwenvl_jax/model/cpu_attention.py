@@ -44,7 +44,7 @@ def _forward_at_once(q, k, v, segments, causal):
     e = jnp.exp(scores - top)
     total = jnp.sum(e, -1, keepdims=True)
     out, logsumexp = checkpoint_name((_batched(e, v, 2, 1) / total, top + jnp.log(total)), ATTENDED)
-    return _unheads(out, B, T), (q, k, v, segments, out, logsumexp)
+    return _unblocks(out[:, None], B, T, T), (q, k, v, segments, out, logsumexp)
 
 
 def _backward_at_once(causal, saved, g):
@@ -54,7 +54,7 @@ def _backward_at_once(causal, saved, g):
     p = jnp.exp(_scores_at_once(q, k, segments, causal) - logsumexp)
     ds = p * (_batched(g, v, 2, 2) - jnp.sum(out * g, -1, keepdims=True))
     dq = _batched(ds, k, 2, 1) * H**-0.5
-    return *(_unheads(a, B, T) for a in (dq, _batched(ds, q, 1, 1), _batched(p, g, 1, 1))), None
+    return *(_unblocks(a[:, None], B, T, T) for a in (dq, _batched(ds, q, 1, 1), _batched(p, g, 1, 1))), None
 
 
 _at_once.defvjp(_forward_at_once, _backward_at_once)
@@ -76,14 +76,7 @@ def _batched(a, b, a_dim: int, b_dim: int):
 
 def _heads(a, heads: int):
     """[B, T, N, H] → [B·heads, N/heads · T, H]."""
-    B, T, N, H = a.shape
-    return jnp.transpose(a.reshape(B, T, heads, N // heads, H), (0, 2, 3, 1, 4)).reshape(B * heads, -1, H)
-
-
-def _unheads(a, B: int, T: int):
-    """The inverse of `_heads`."""
-    H = a.shape[-1]
-    return jnp.swapaxes(a.reshape(B, -1, T, H), 1, 2)
+    return _blocks(a, heads, 1, a.shape[1])[:, 0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

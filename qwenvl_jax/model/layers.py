@@ -33,8 +33,6 @@ _FUSED = frozenset(
     "integer_pow iota le log logistic lt max min mul ne neg not or pow reshape rsqrt select_n sign slice sqrt square "
     "squeeze stop_gradient sub tanh transpose".split()
 )
-
-
 ATTENDED = "attended"  # what attention gives, for `checkpointed` to keep
 
 
