@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.checkpoint import (
     CHUNK_BYTES,
     FORMAT,
@@ -30,7 +31,6 @@ from qwenvl_jax.params.checkpoint import (
 )
 from qwenvl_jax.params.hf import STACKED, Leaf, Source, progress_bar, table, tensor_shape, unflatten
 from qwenvl_jax.params.tensors import Writer
-from qwenvl_jax.types import InputError
 
 
 def to_orbax(src, dst, *, progress: bool = True) -> None:

@@ -14,7 +14,7 @@ _HOME = {
     "Config": "qwenvl_jax.config",
     "PRESETS": "qwenvl_jax.config",
     "Model": "qwenvl_jax.types",
-    "InputError": "qwenvl_jax.types",
+    "InputError": "qwenvl_jax.errors",
 }
 __all__ = sorted(_HOME)
 

@@ -12,7 +12,7 @@ import stat
 import warnings
 from pathlib import Path
 
-from qwenvl_jax.types import InputError
+from qwenvl_jax.errors import InputError
 
 LIMIT = 2 << 30  # bytes; beyond it, the files that were used least recently are removed
 _QUICKEST = "jax_persistent_cache_min_compile_time_secs"

@@ -11,7 +11,7 @@ import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenvl_jax.types import InputError
+from qwenvl_jax.errors import InputError
 
 QWEN2_VL, QWEN2_5_VL = "qwen2_vl", "qwen2_5_vl"
 VISION_ACTIVATIONS = ("silu", "gelu", "quick_gelu")

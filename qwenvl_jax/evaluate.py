@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenvl_jax import metrics
-from qwenvl_jax.types import InputError, Model
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.types import Model
 
 METRICS = {"exact": metrics.exact, "anls": metrics.anls, "relaxed": metrics.relaxed, "seconds": metrics.seconds}
 BOXES = "iou"  # counted over a task; every other metric is the mean of its items

@@ -9,10 +9,10 @@ import math
 from pathlib import Path
 
 from qwenvl_jax.config import PRESETS, Config
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.params import directory
 from qwenvl_jax.params.precision import on_cpu
 from qwenvl_jax.params.tensors import DTYPES, Reader
-from qwenvl_jax.types import InputError
 
 # Parameters of the presets, which are counted with jax: `count_params` of model/qwenvl.py.
 PARAMETERS = {

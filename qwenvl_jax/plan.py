@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from qwenvl_jax.compiled import Program
 from qwenvl_jax.config import PRESETS, Config
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.programs import Programs
 from qwenvl_jax.inputs.batch import Ladder, cover
@@ -31,7 +32,7 @@ from qwenvl_jax.targets import CHIPS, GIB, Target, devices
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, make_step, shardings
-from qwenvl_jax.types import Batch, Cache, Grid, InputError, TrainBatch, VisionBatch
+from qwenvl_jax.types import Batch, Cache, Grid, TrainBatch, VisionBatch
 
 
 class Job(NamedTuple):

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from qwenvl_jax.types import InputError
+from qwenvl_jax.errors import InputError
 
 _COLUMNS = 3
 # What a line says besides things worth a curve.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from qwenvl_jax.types import InputError
+from qwenvl_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 HEARTBEAT = 30  # seconds without a sign of a process until the others end

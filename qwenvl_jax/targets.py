@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from jax.experimental import topologies
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.train.flops import peak_flops
-from qwenvl_jax.types import InputError
 
 GIB = 2**30
 

@@ -19,10 +19,6 @@ Arrays are `Any` here because the host fills the same containers with numpy that
 from typing import Any, NamedTuple
 
 
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message names it and says what to do."""
-
-
 class Grid(NamedTuple):
     """Patches of one picture or clip along time, height and width; one t step is two frames."""
 

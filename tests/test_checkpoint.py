@@ -15,10 +15,11 @@ from tiny_hf import DTYPES, assert_same_bits, bits, nested, torch_shapes, torch_
 
 import qwenvl_jax
 from qwenvl_jax.config import PRESETS
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params import checkpoint, directory
 from qwenvl_jax.params.hf import flatten, read_params, table
-from qwenvl_jax.types import InputError, Model
+from qwenvl_jax.types import Model
 
 LAYER = {
     "input_layernorm/scale": "input_layernorm.weight",

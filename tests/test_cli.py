@@ -16,10 +16,10 @@ from PIL import Image
 from qwenvl_jax import cli
 from qwenvl_jax.cli import converse
 from qwenvl_jax.demo import SAMPLES
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.params import checkpoint, directory
 from qwenvl_jax.sharding import check_mesh
-from qwenvl_jax.types import InputError
 
 
 class FakeEngine:

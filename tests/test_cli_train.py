@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from qwenvl_jax import cli, plot
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.params.precision import Precision
 from qwenvl_jax.train import finetune, options, run, step
 from qwenvl_jax.train.options import TrainOptions
-from qwenvl_jax.types import InputError
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainOptions)}
 

@@ -15,7 +15,7 @@ import pytest
 
 from qwenvl_jax import cli, compile_cache
 from qwenvl_jax.cli import errors
-from qwenvl_jax.types import InputError
+from qwenvl_jax.errors import InputError
 
 ELSEWHERE = "Set JAX_COMPILATION_CACHE_DIR to a directory that only you can write to, or JAX_ENABLE_COMPILATION_CACHE=0"
 SECONDS = "jax_persistent_cache_min_compile_time_secs"

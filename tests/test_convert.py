@@ -22,9 +22,9 @@ from tiny_hf import assert_same_bits, bits, nested, torch_tensors, write_hf
 
 import qwenvl_jax
 from qwenvl_jax import cli
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.params import checkpoint
 from qwenvl_jax.params.hf import flatten, read_params
-from qwenvl_jax.types import InputError
 
 
 def read_files(directory) -> dict:
@@ -246,7 +246,7 @@ def run(code: str, *args):
 FULL = """
 import resource, sys
 from qwenvl_convert import hf
-from qwenvl_jax.types import InputError
+from qwenvl_jax.errors import InputError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     getattr(hf, sys.argv[1])(sys.argv[2], sys.argv[3])

@@ -14,11 +14,12 @@ from make_tiny import small_config
 from PIL import Image
 from tiny import clip, mixed_samples, picture, sample, tiny_config
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.layout import mrope_positions
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.train.data import Dataset, JsonLines, Packer
 from qwenvl_jax.train.records import Example, PackShape, Segment
-from qwenvl_jax.types import InputError, TrainBatch
+from qwenvl_jax.types import TrainBatch
 
 CONFIG = small_config("qwen2_5_vl")
 SHAPE = PackShape(rows=2, tokens=160, lanes=2, patches=128, segments=6)

@@ -22,8 +22,8 @@ from qwenvl_jax.demo.score import second_questions
 from qwenvl_jax.demo.sheet import contact_sheet
 from qwenvl_jax.demo.tables import _SECTORS, Series, tables
 from qwenvl_jax.demo.tokenizer import CHAT_TEMPLATE, SPECIAL, special_ids, vocabulary, write_processor
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.types import InputError
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 COLOURS = {  # as unlike each other as so many can be

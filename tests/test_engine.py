@@ -13,13 +13,14 @@ import tokenizers
 from tiny import FAMILIES, clip, mixed_samples, picture, random_requests, sample, tiny_config, tiny_params, with_text
 
 from qwenvl_jax.config import YarnConfig
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer import engine as engine_module
 from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.engine import Engine
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.batch import Ladder, cover, make_batch
 from qwenvl_jax.model import qwenvl
-from qwenvl_jax.types import Batch, InputError, Model, Sample
+from qwenvl_jax.types import Batch, Model, Sample
 
 # Ids are bytes: every token is one byte of UTF-8, a few are two, so that borders fall inside characters.
 PAIRS = {150: b"st", 149: "é".encode(), 148: b"\xe2\x82"}

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from qwenvl_jax import cli, metrics
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.evaluate import Evaluator, Question, evaluate, read_questions, report, score
 from qwenvl_jax.infer.engine import Engine
 from qwenvl_jax.metrics import Box
 from qwenvl_jax.params import checkpoint
-from qwenvl_jax.types import InputError
 
 
 @pytest.mark.parametrize(

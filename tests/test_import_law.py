@@ -1,6 +1,6 @@
 """The import law: which module may see which, read from the syntax trees so that nothing need be imported.
 
-`config, types` <- `sharding` <- `model` <- `params` <- `infer`, `train` <- `serve`, `plan` <- `cli`;
+`types, errors, config` <- `sharding` <- `model` <- `params` <- `infer`, `train` <- `serve`, `plan` <- `cli`;
 `inputs` sees `config` and `types` only.
 """
 
@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = {"types", "config"}
+BASE = {"types", "errors", "config"}
 MAY_SEE = {
     "types": set(),
-    "config": {"types"},
+    "errors": set(),
+    "config": {"types", "errors"},
     "inputs": BASE,
     "sharding": BASE,
     "model": BASE | {"sharding"},
@@ -75,7 +76,7 @@ def test_module_keeps_the_law(module):
         if root == "qwenvl_convert" and package == "qwenvl_jax":
             assert mine == "cli" and not top, f"{module} imports {name}"
         if root in ("jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"):
-            assert mine not in ("inputs", "config", "types", ""), f"{module} imports {name}"
+            assert mine not in ("inputs", "config", "types", "errors", ""), f"{module} imports {name}"
         if root == "flax":
             assert mine == "model" and package == "qwenvl_jax", f"{module} imports {name}"
         if root in ("torch", "transformers"):

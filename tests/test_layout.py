@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, clip, mixed_samples, picture, random_requests, sample, tiny_config, with_vision
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.batch import Ladder, cover, geometric, make_batch, round_up
 from qwenvl_jax.inputs.layout import Lanes, mrope_positions, slots_needed
 from qwenvl_jax.inputs.media import Preprocessing, smart_resize
-from qwenvl_jax.types import Grid, InputError, Sample, Visual
+from qwenvl_jax.types import Grid, Sample, Visual
 
 RNG = np.random.default_rng(0)
 

@@ -21,6 +21,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tiny import tiny_config, tiny_params
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.hf import flatten
@@ -28,7 +29,7 @@ from qwenvl_jax.train import loop, run
 from qwenvl_jax.train.flops import peak_flops, train_flops
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
-from qwenvl_jax.types import Batch, InputError, Model, TrainBatch, VisionBatch
+from qwenvl_jax.types import Batch, Model, TrainBatch, VisionBatch
 
 ROWS, TOKENS, LANES, PATCHES = 4, 16, 4, 64
 CONFIG = tiny_config(

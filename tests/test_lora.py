@@ -15,13 +15,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, clip, picture, sample, tiny_config, tiny_params
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer.engine import Engine
 from qwenvl_jax.inputs.batch import Ladder, make_batch
 from qwenvl_jax.model import qwenvl
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.checkpoint import save
 from qwenvl_jax.params.hf import flatten, unflatten
-from qwenvl_jax.types import InputError, Model
+from qwenvl_jax.types import Model
 
 EVERYWHERE = ("llm", "vision", "merger")
 

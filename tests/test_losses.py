@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from tiny import FAMILIES, clip, picture, sample, tiny_config, tiny_params, train_batch, with_text
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.layout import mrope_positions
 from qwenvl_jax.model import decoder, qwenvl
 from qwenvl_jax.train.data import Packer
 from qwenvl_jax.train.losses import CHUNK, cross_entropy, dpo_loss, segment_logprobs, sft_loss, token_logprobs
 from qwenvl_jax.train.records import Example, PackShape, Segment
-from qwenvl_jax.types import InputError, TrainBatch
+from qwenvl_jax.types import TrainBatch
 
 LIMIT = 1e-5  # float32, relative to the largest value
 

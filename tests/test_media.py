@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs import media
 from qwenvl_jax.inputs.media import (
     Preprocessing,
@@ -21,7 +22,7 @@ from qwenvl_jax.inputs.media import (
     smart_resize,
     target_size,
 )
-from qwenvl_jax.types import Grid, InputError
+from qwenvl_jax.types import Grid
 
 MEDIA = Path(__file__).parent / "data" / "media"
 PHOTO, PAGE = MEDIA / "coffee.jpg", MEDIA / "page.png"

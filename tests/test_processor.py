@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from qwenvl_jax.config import PRESETS
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.types import Grid, InputError, Visual
+from qwenvl_jax.types import Grid, Visual
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 CONFIG = PRESETS["qwen2.5-vl-7b"]

@@ -12,10 +12,10 @@ import pytest
 from make_tiny import small_config
 from PIL import Image
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.layout import mrope_positions
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.train.records import BadRecord, Encoder, PackShape
-from qwenvl_jax.types import InputError
 
 CONFIG = small_config("qwen2_5_vl")
 TEXTS = json.loads((Path(__file__).parent / "data" / "tokenizer" / "texts.json").read_text("utf-8"))

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.options import OFF, GenerateOptions, Knobs
-from qwenvl_jax.types import InputError
 
 V = 97
 keep = jax.jit(sampling.keep)

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs import media, source
 from qwenvl_jax.inputs.media import Preprocessing, image_visual, load_image
 from qwenvl_jax.inputs.source import locate, name_of
 from qwenvl_jax.inputs.video import video_visual
-from qwenvl_jax.types import InputError
 
 MEDIA = Path(__file__).parent / "data" / "media"
 PHOTO = MEDIA / "coffee.jpg"

@@ -10,10 +10,11 @@ import pytest
 from test_losses import assert_close, params_of, samples_of, small_config
 from tiny import train_batch
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.hf import flatten, unflatten
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.step import GROUPS, decays, group, init_state, make_optimizer, make_schedule, make_step
-from qwenvl_jax.types import InputError, TrainBatch
+from qwenvl_jax.types import TrainBatch
 
 # One leaf of every group, and of every kind that is treated by its name.
 PATHS = {

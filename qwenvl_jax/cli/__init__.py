@@ -30,8 +30,8 @@ from qwenvl_jax.cli.errors import (
     own_warnings,
     quiet,
 )
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.train import options as train_options
-from qwenvl_jax.types import InputError
 
 # What `plan` may be told of a task.
 _PLANNED = {"decode": ("batch", "context"), "prefill": ("batch", "context"), "vision": ("images", "pixels")}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwenvl_jax.cli.errors import BAD_INPUT, OK, explain, keep_programs, one_of_several
 from qwenvl_jax.demo import SAMPLES
-from qwenvl_jax.types import InputError
+from qwenvl_jax.errors import InputError
 
 _ENCODING = (
     "tools",

@@ -7,7 +7,7 @@ import sys
 import warnings
 
 from qwenvl_jax import compile_cache
-from qwenvl_jax.types import InputError
+from qwenvl_jax.errors import InputError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 NOT_DONE = 75  # sysexits.h: "temporary failure, the user is invited to try again"

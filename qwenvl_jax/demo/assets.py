@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from qwenvl_jax.types import InputError
+from qwenvl_jax.errors import InputError
 
 VARIABLE = "QWENVL_DEMO_ASSETS"
 WEBFONTS = (

@@ -7,7 +7,7 @@ import numpy as np
 from qwenvl_jax.demo import charts, clips, lines, scenes
 from qwenvl_jax.demo.assets import Assets
 from qwenvl_jax.demo.cells import of_nothing
-from qwenvl_jax.types import InputError
+from qwenvl_jax.errors import InputError
 
 # How often each task comes in the default mixture, and how its answers are marked.
 WEIGHTS = {"ocr": 0.34, "name": 0.12, "count": 0.1, "locate": 0.12, "chart": 0.12, "clip": 0.08, "list": 0.12}

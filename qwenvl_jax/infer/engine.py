@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from qwenvl_jax.compile_cache import kept
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, room
@@ -27,7 +28,7 @@ from qwenvl_jax.infer.programs import CHUNK, Programs, cpu_layouts
 from qwenvl_jax.inputs.batch import Ladder, make_batch, round_up
 from qwenvl_jax.inputs.layout import placeholder_runs, slots_needed
 from qwenvl_jax.sharding import ACTIVATIONS
-from qwenvl_jax.types import Batch, InputError, Model, Sample, VisionBatch
+from qwenvl_jax.types import Batch, Model, Sample, VisionBatch
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qwenvl_jax.types import InputError, Sample
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.types import Sample
 
 MAX_LOGPROBS = 20
 _DEFAULT_NEW_TOKENS = 512

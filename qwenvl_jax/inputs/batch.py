@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenvl_jax.config import Config, VisionConfig
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.layout import (
     Lanes,
     Placement,
@@ -20,7 +21,7 @@ from qwenvl_jax.inputs.layout import (
     slots_needed,
 )
 from qwenvl_jax.inputs.media import MAX_ASPECT
-from qwenvl_jax.types import Batch, Grid, InputError, Sample, VisionBatch, Visual
+from qwenvl_jax.types import Batch, Grid, Sample, VisionBatch, Visual
 
 # What a call of the vision tower costs, in patches: reading all weights, once, as much as computing 512; and full
 # attention as much as everything else where 8192 share a lane (7680 in Qwen2-VL; Qwen2.5-VL has few full layers).

@@ -21,9 +21,10 @@ import jinja2.sandbox
 import numpy as np
 
 from qwenvl_jax.config import Config, read_json, read_text
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.layout import merged_tokens
 from qwenvl_jax.inputs.messages import strings
-from qwenvl_jax.types import InputError, Visual
+from qwenvl_jax.types import Visual
 
 
 class _Generation(jinja2.ext.Extension):

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenvl_jax.config import Config, VisionConfig
-from qwenvl_jax.types import Grid, InputError
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.types import Grid
 
 
 def merged_tokens(grid: Grid, vision: VisionConfig) -> int:

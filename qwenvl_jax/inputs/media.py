@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.source import locate, name_of, shown
-from qwenvl_jax.types import Grid, InputError, Visual
+from qwenvl_jax.types import Grid, Visual
 
 MAX_ASPECT = 200  # the reference's limit
 MAX_PIXELS = 1 << 27  # of a picture, declared or resized: 134 megapixels, half a gigabyte once decoded

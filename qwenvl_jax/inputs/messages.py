@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.media import is_number
 from qwenvl_jax.inputs.source import shown
-from qwenvl_jax.types import InputError
 
 IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 VIDEO_OPTIONS = IMAGE_OPTIONS + (

@@ -14,6 +14,7 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from qwenvl_jax.config import Config, read_json
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.batch import make_batch
 from qwenvl_jax.inputs.chat import (
     ChatTemplate,
@@ -24,7 +25,7 @@ from qwenvl_jax.inputs.chat import (
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
 from qwenvl_jax.inputs.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Media, check_tools, normalize
 from qwenvl_jax.inputs.video import video_visual
-from qwenvl_jax.types import Batch, InputError, Sample, Visual
+from qwenvl_jax.types import Batch, Sample, Visual
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _TURN_START, _TURN_END, _ASSISTANT = "<|im_start|>", "<|im_end|>", "assistant\n"  # ChatML, of all the family

@@ -13,7 +13,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from qwenvl_jax.types import InputError
+from qwenvl_jax.errors import InputError
 
 FETCH_SECONDS = 30.0  # for a whole download
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.media import (
     MAX_PIXELS,
     Preprocessing,
@@ -28,7 +29,7 @@ from qwenvl_jax.inputs.media import (
     target_size,
 )
 from qwenvl_jax.inputs.source import locate, name_of, shown
-from qwenvl_jax.types import InputError, Visual
+from qwenvl_jax.types import Visual
 
 DEFAULT_FPS = 2.0
 MIN_FRAMES, MAX_FRAMES = 4, 768

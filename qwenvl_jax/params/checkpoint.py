@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.config import Config, read_json
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.model.qwenvl import abstract_params, count_params
 from qwenvl_jax.params.directory import (
     FORMAT,
@@ -36,7 +37,7 @@ from qwenvl_jax.params.hf import STACKED, Leaf, aligned_empty, flatten, read_par
 from qwenvl_jax.params.precision import Precision, on_cpu
 from qwenvl_jax.params.tensors import INDEX
 from qwenvl_jax.sharding import check_mesh, param_shardings
-from qwenvl_jax.types import InputError, Model
+from qwenvl_jax.types import Model
 
 PARTIAL = ".partial-qwenvl_jax"
 # Small enough that a process that needs one shard reads little more than it, and a few are written at a time.

@@ -12,7 +12,7 @@ import ml_dtypes  # noqa: F401 - makes "bfloat16" the name of a numpy dtype
 import numpy as np
 
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.types import InputError
+from qwenvl_jax.errors import InputError
 
 PACKAGE = Path(__file__).parents[1]
 FORMAT = 1

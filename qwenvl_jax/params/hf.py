@@ -17,9 +17,9 @@ from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
 from qwenvl_jax.config import Config
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params.tensors import DTYPES, Reader, Tensor
-from qwenvl_jax.types import InputError
 
 # Prefixes of the decoder and the vision tower: the hub's files, and newer saves of transformers (4.52 on).
 LAYOUTS = {"hub": ("model.", "visual."), "nested": ("model.language_model.", "model.visual.")}

@@ -20,11 +20,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from qwenvl_jax.config import Config, read_json
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.checkpoint import find, staged, write_json
 from qwenvl_jax.params.hf import STACKED, flatten, hub_name, table, unflatten
 from qwenvl_jax.params.tensors import DTYPES, Reader, Writer
 from qwenvl_jax.sharding import param_shardings
-from qwenvl_jax.types import InputError
 
 GROUPS = {"llm": "decoder/layers/*", "vision": "vision/blocks/*", "merger": "vision/merger/*"}
 LEAVES = ("lora_a", "lora_b", "lora_scale")

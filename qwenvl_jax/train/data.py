@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qwenvl_jax.config import Config
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.batch import fill_lanes
 from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.train.records import BadRecord, Encoder, Example, PackShape, is_visual
-from qwenvl_jax.types import Batch, InputError, TrainBatch
+from qwenvl_jax.types import Batch, TrainBatch
 
 _LOG = logging.getLogger(__name__)
 _CHUNK = 1 << 20  # stays in the cache

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.sharding import join
 from qwenvl_jax.train.data import Dataset
@@ -12,7 +13,7 @@ from qwenvl_jax.train.loop import make_run_mesh, train
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape
 from qwenvl_jax.train.run import Run, last_step
-from qwenvl_jax.types import InputError, Model
+from qwenvl_jax.types import Model
 
 FINAL, ADAPTER = "final", "adapter"
 _ENCODING = ("min_pixels", "max_pixels", "total_pixels", "fps", "max_frames", "allow_control_tokens")

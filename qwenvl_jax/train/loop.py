@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.hf import flatten, unflatten
 from qwenvl_jax.sharding import check_mesh, make_mesh, param_shardings
@@ -35,7 +36,7 @@ from qwenvl_jax.train.step import (
     make_schedule,
     make_step,
 )
-from qwenvl_jax.types import InputError, Model, TrainBatch
+from qwenvl_jax.types import Model, TrainBatch
 
 
 class Result(NamedTuple):

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from qwenvl_jax.config import Config
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.model import decoder, qwenvl
 from qwenvl_jax.model.layers import precision
 from qwenvl_jax.sharding import constrain, divides, local_rows
-from qwenvl_jax.types import InputError, TrainBatch
+from qwenvl_jax.types import TrainBatch
 
 CHUNK = 1024  # tokens, on one device, whose logits exist at once
 

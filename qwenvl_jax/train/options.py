@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from qwenvl_jax.types import InputError
+from qwenvl_jax.errors import InputError
 
 GROUPS = ("vision", "merger", "llm")
 OPTIMIZERS = ("adamw", "muon")

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenvl_jax.config import Config
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.chat import expand_placeholders
 from qwenvl_jax.inputs.layout import Lanes, mrope_positions, slots_needed
 from qwenvl_jax.inputs.messages import VIDEO_OPTIONS
 from qwenvl_jax.inputs.processor import Processor, Prompt
 from qwenvl_jax.inputs.records import BadRecord, conversation, preference
-from qwenvl_jax.types import InputError, Visual
+from qwenvl_jax.types import Visual
 
 
 class Segment(NamedTuple):

@@ -18,9 +18,9 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.checkpoint import is_full
 from qwenvl_jax.train.options import TrainOptions
-from qwenvl_jax.types import InputError
 
 OPTIONS, CHECKPOINTS, METRICS, BOARD = "train.toml", "checkpoints", "metrics.jsonl", "tensorboard"
 _DELETED = "deleted"

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.hf import flatten, unflatten
 from qwenvl_jax.sharding import activation_sharding, param_shardings
 from qwenvl_jax.train.options import GROUPS, OPTIMIZERS, SCHEDULES
-from qwenvl_jax.types import Batch, InputError, TrainBatch, VisionBatch
+from qwenvl_jax.types import Batch, TrainBatch, VisionBatch
 
 
 class TrainState(NamedTuple):
