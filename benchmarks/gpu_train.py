@@ -102,7 +102,7 @@ def train_for(args, model, data: Drawn, options, begun: float):
 
 
 def run(args, assets: Assets, work: Path) -> None:
-    from qwenvl_convert.hf import to_hf
+    from qwenvl_convert.orbax import to_hf
 
     import qwenvl_jax
     from qwenvl_jax.demo.score import LONGEST, questions

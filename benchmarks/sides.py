@@ -27,8 +27,8 @@ from PIL import Image
 import qwenvl_jax
 from qwenvl_jax.inputs.batch import Ladder, pack_vision
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
-from qwenvl_jax.model.qwenvl import init
 from qwenvl_jax.params import lora
+from qwenvl_jax.params.specs import init
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.step import init_state, make_optimizer, make_step

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from common import Report, ceiling, clock, config_of, device_name, product_rates, write_checkpoint
 from PIL import Image
+from qwenvl_convert.hf import read_params
 from qwenvl_convert.parity import reference_inputs
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -41,8 +42,7 @@ from qwenvl_jax.demo.cells import FACTS
 from qwenvl_jax.demo.train import demo_loss, demo_options
 from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.qwenvl import count_params
-from qwenvl_jax.params.hf import read_params
+from qwenvl_jax.params.specs import count_params
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.flops import train_flops
 from qwenvl_jax.train.losses import sft_loss

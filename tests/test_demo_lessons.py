@@ -13,7 +13,7 @@ from qwenvl_jax.demo.render import WEIGHTS, Scenes
 from qwenvl_jax.demo.tokenizer import write_processor
 from qwenvl_jax.demo.train import Lessons, demo_config, demo_loss
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.qwenvl import init
+from qwenvl_jax.params.specs import init
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.records import PackShape
 

@@ -13,8 +13,8 @@ from qwenvl_jax.demo.pretrain import CELL, LANES, PATCHES, SLOTS, Cells, cells_l
 from qwenvl_jax.demo.tokenizer import byte_letters, vocabulary, write_processor
 from qwenvl_jax.demo.train import demo_config
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.qwenvl import init
 from qwenvl_jax.model.vision import encode
+from qwenvl_jax.params.specs import init
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 from qwenvl_jax.config import Config, TextConfig, VisionConfig
 from qwenvl_jax.inputs.batch import Ladder, make_batch
 from qwenvl_jax.inputs.media import smart_resize
-from qwenvl_jax.model.qwenvl import abstract_params
+from qwenvl_jax.params.specs import abstract_params
 from qwenvl_jax.types import Batch, Grid, Sample, TrainBatch, Visual
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")

@@ -30,9 +30,9 @@ from qwenvl_jax.inputs.batch import fill_lanes
 from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.media import image_visual
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.qwenvl import init
 from qwenvl_jax.model.vision import encode
 from qwenvl_jax.params.checkpoint import load, save
+from qwenvl_jax.params.specs import init
 from qwenvl_jax.train.step import init_state, make_optimizer, make_schedule, make_step
 from qwenvl_jax.types import Batch, Model, TrainBatch, VisionBatch
 
