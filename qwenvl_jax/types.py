@@ -48,10 +48,13 @@ class Visual(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One conversation, ragged: ids with placeholders already repeated, and its visuals in reading order."""
+    """One conversation, ragged; `inputs.layout.make_sample` makes it."""
 
-    tokens: Any  # [t] int32
-    visuals: tuple[Visual, ...] = ()
+    tokens: Any  # [t] int32: the placeholder of a visual repeated, once per visual token
+    positions: Any  # [3, t] int32: M-RoPE
+    spans: tuple[tuple[int, int], ...] = ()  # of each visual's tokens: the first, and one past the last
+    visuals: tuple[Visual, ...] = ()  # in reading order
+    weights: Any = None  # in training, [t] float32: how much the token itself is learnt, 0 for visual tokens
 
 
 class VisionBatch(NamedTuple):

@@ -10,11 +10,10 @@ import pytest
 from tiny import FAMILIES, clip, picture, sample, tiny_config, tiny_params, train_batch, with_text
 
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs.layout import mrope_positions
 from qwenvl_jax.model import decoder, qwenvl
 from qwenvl_jax.train.data import Packer
 from qwenvl_jax.train.losses import CHUNK, cross_entropy, dpo_loss, segment_logprobs, sft_loss, token_logprobs
-from qwenvl_jax.train.records import Example, PackShape, Segment
+from qwenvl_jax.train.records import PackShape
 from qwenvl_jax.types import TrainBatch
 
 LIMIT = 1e-5  # float32, relative to the largest value
@@ -162,7 +161,7 @@ def test_packed_equals_unpacked(family):
 
     def example(s):
         learnt = rng.integers(0, 2, len(s.tokens)).astype(np.float32)
-        return Example((Segment(s.tokens, mrope_positions(s.tokens, s.visuals, config), learnt),), s.visuals)
+        return (s._replace(weights=learnt),)
 
     examples = [example(s) for s in samples_of(config)]
 

@@ -26,9 +26,9 @@ from qwenvl_jax.demo.assets import Assets, assets_of
 from qwenvl_jax.demo.cells import CELL, COVERED, cell_corners, overlap
 from qwenvl_jax.demo.tokenizer import byte_letters, special_ids, vocabulary, write_processor
 from qwenvl_jax.demo.train import demo_config
-from qwenvl_jax.inputs.batch import fill_lanes
 from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.media import image_visual
+from qwenvl_jax.inputs.pack import fill_lanes
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.qwenvl import init
 from qwenvl_jax.model.vision import encode
@@ -71,12 +71,12 @@ class Cells:
             visuals.append(visual)
             placements += placed
             answers.append(answer)
-        filled, places = fill_lanes(visuals, placements, LANES, PATCHES, vision)
+        filled = fill_lanes(visuals, placements, LANES, PATCHES, vision)
         total = LANES * PATCHES // unit
         targets, weights = np.zeros((total, SLOTS), np.int32), np.zeros((total, SLOTS), np.float32)
         edges = np.full((total, 4), np.nan, np.float32)
-        for place, (ids, weight, edge) in zip(places, answers, strict=True):
-            targets[place], weights[place], edges[place] = ids, weight, edge
+        for (frame,), (ids, weight, edge) in zip(placements, answers, strict=True):
+            targets[frame.cells], weights[frame.cells], edges[frame.cells] = ids, weight, edge
         inputs = Batch(None, None, None, None, (filled,))
         return jax.tree.map(lambda a: a[None], TrainBatch(inputs, targets, weights, edges))
 

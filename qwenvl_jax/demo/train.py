@@ -111,10 +111,10 @@ class Lessons:
             self.position, self.waiting = self.position + 1, None
         batch = packer.batch()
         facts = np.full((*batch.inputs.tokens.shape, len(FACTS)), np.nan, np.float32)
-        for (row, start, stop, *_), known in zip(packer.spans, told, strict=True):
-            here = facts[row, start:stop]
-            here[batch.inputs.visual_index[row, start:stop] >= 0] = known.cells
-            for t, token in enumerate(batch.inputs.tokens[row, start:stop].tolist()):
+        for s, known in zip(packer.segments, told, strict=True):
+            here = facts[s.row, s.start : s.stop]
+            here[batch.inputs.visual_index[s.row, s.start : s.stop] >= 0] = known.cells
+            for t, token in enumerate(s.sample.tokens.tolist()):
                 if self.kinds.get(token) in known.kinds:
                     here[t] = known.kinds[self.kinds[token]]
         return batch._replace(reference=facts.reshape(len(facts), -1))

@@ -15,15 +15,11 @@ from tokenizers import Tokenizer
 
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs.batch import make_batch
-from qwenvl_jax.inputs.chat import (
-    ChatTemplate,
-    check_placeholders,
-    expand_placeholders,
-    prompt_parts,
-)
+from qwenvl_jax.inputs.chat import ChatTemplate, prompt_parts
+from qwenvl_jax.inputs.layout import find_placeholders, make_sample
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
 from qwenvl_jax.inputs.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Media, check_tools, normalize
+from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.video import video_visual
 from qwenvl_jax.types import Batch, Sample, Visual
 
@@ -35,9 +31,10 @@ _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV re
 class Prompt(NamedTuple):
     """A conversation before its media are opened."""
 
-    tokens: np.ndarray  # [t] int32, one placeholder a picture or clip
+    tokens: np.ndarray  # [t] int32, one placeholder per picture or clip
     turns: np.ndarray  # [t] int32: k for the words of the k-th assistant message and the <|im_end|> after, else 0
-    media: list[Media]  # in reading order
+    places: np.ndarray  # [n] int: where the placeholders are
+    media: list[Media]  # [n], in reading order
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +136,7 @@ class Processor:
             add_vision_id=add_vision_id,
             allow_control_tokens=allow_control_tokens,
         )
-        visuals = self.open(prompt.media, options)
-        return Sample(expand_placeholders(prompt.tokens, visuals, self.config), visuals)
+        return make_sample(prompt.tokens, self.open(prompt.media, options), self.config, places=prompt.places)
 
     def prompt(
         self,
@@ -163,8 +159,8 @@ class Processor:
             add_vision_id=add_vision_id,
         )
         tokens, turns = self._ids(parts)
-        check_placeholders(tokens, [m.kind for m in media], self.config)  # before anything is decoded
-        return Prompt(tokens, turns, media)
+        places = find_placeholders(tokens, [m.kind for m in media], self.config)  # before anything is decoded
+        return Prompt(tokens, turns, places, media)
 
     def __call__(self, conversations: Sequence[Sequence[Mapping]], **options) -> Batch:
         """A batch of conversations, one row each; options as in `encode`."""
