@@ -80,15 +80,20 @@ class Batch(NamedTuple):
 
 
 class TrainBatch(NamedTuple):
-    """Packed rows to learn from: what follows each token, and how much it counts.
-
-    Rows of a preference (DPO) batch hold pairs of neighbouring segments: 2j+1 is preferred to 2j+2.
-    """
+    """Packed rows to learn from: what follows each token, and how much it counts."""
 
     inputs: Batch  # one VisionBatch of fixed shape, empty lanes where there are no pictures
     targets: Any  # [B, T] int32: the next token of the same segment; 0 where the weight is
     weights: Any  # [B, T] float32: 1 where the target is learnt, else 0
-    reference: Any = None  # DPO: [B, n] float32, log-probability of segment i+1 under the reference model
+
+
+class PreferenceBatch(NamedTuple):
+    """A TrainBatch for DPO: in every row, segment 2j+1 is preferred to segment 2j+2."""
+
+    inputs: Batch
+    targets: Any
+    weights: Any
+    reference: Any  # [B, n] float32: log-probability of segments 1 … n under the reference model
 
 
 class Cache(NamedTuple):
