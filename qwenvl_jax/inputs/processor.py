@@ -41,8 +41,7 @@ class Prompt(NamedTuple):
 class Processor:
     """Turns messages into ids and patches as one checkpoint wants them. Holds no state; share it freely.
 
-    tokenizer: its `encode_special_tokens` is switched on, so that `tokenizer.encode(text)` gives plain ids
-        for control tokens that occur in a text.
+    tokenizer: with `encode_special_tokens` switched on, so that control tokens in a text become plain ids.
     """
 
     tokenizer: Tokenizer
@@ -51,10 +50,12 @@ class Processor:
     config: Config
 
     def __post_init__(self):
-        self.tokenizer.encode_special_tokens = True
+        if not self.tokenizer.encode_special_tokens:
+            raise InputError("set the tokenizer's encode_special_tokens, or typed control tokens would act")
 
-    def __reduce__(self):  # a pickled tokenizer forgets the setting
-        return Processor, (self.tokenizer, self.template, self.preprocessing, self.config)
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.tokenizer.encode_special_tokens = True  # a pickled tokenizer forgets the setting
 
     @classmethod
     def from_dir(cls, path, config: Config) -> "Processor":
@@ -66,7 +67,9 @@ class Processor:
         preprocessing = read_preprocessing(path, config)
         if preprocessing is None:
             raise InputError(f"{path} has no {PREPROCESSOR_FILE}; a checkpoint directory needs it")
-        return cls(_read_tokenizer(path), ChatTemplate.from_dir(path), preprocessing, config)
+        tokenizer = _read_tokenizer(path)
+        tokenizer.encode_special_tokens = True
+        return cls(tokenizer, ChatTemplate.from_dir(path), preprocessing, config)
 
     @cached_property
     def control_tokens(self) -> dict[str, int]:
