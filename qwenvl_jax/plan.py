@@ -22,8 +22,9 @@ from qwenvl_jax.config import PRESETS, Config
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.programs import Programs
-from qwenvl_jax.inputs.batch import Ladder, cover
+from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import slots_needed
+from qwenvl_jax.inputs.pack import cover
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.directory import DEMO, find, read_config
 from qwenvl_jax.params.specs import abstract_params, check_mesh, param_shardings, specs, specs_of

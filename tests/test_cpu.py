@@ -8,10 +8,11 @@ from tiny import tiny_config
 
 from qwenvl_jax.infer import programs
 from qwenvl_jax.infer.engine import Engine
+from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.model import qwenvl
 from qwenvl_jax.model.layers import narrow_product
 from qwenvl_jax.params import checkpoint, precision, specs
-from qwenvl_jax.types import Model, Sample
+from qwenvl_jax.types import Model
 
 
 class NoText:
@@ -92,7 +93,7 @@ def test_weights_kept_in_16_bits_answer_as_float32(family):
     model = model_of(narrow)
     config = narrow.replace(dtype="float32")
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), model.params)
-    sample = Sample(np.arange(1, 20, dtype=np.int32))
+    sample = make_sample(np.arange(1, 20), (), narrow)
     options = dict(max_new_tokens=8, temperature=0, ignore_eos=True, logprobs=1)
     kept, cast = (
         Engine(model._replace(config=config, params=params), max_length=64).generate([sample] * 2, **options)

@@ -18,7 +18,8 @@ from tiny import FAMILIES, clip, picture, sample, tiny_config, tiny_params
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer.engine import Engine
-from qwenvl_jax.inputs.batch import Ladder, make_batch
+from qwenvl_jax.inputs.ladder import Ladder
+from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.model import qwenvl
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.checkpoint import save
@@ -265,8 +266,8 @@ MESH = """
 import jax, jax.numpy as jnp, numpy as np
 from tiny import sample, tiny_config, tiny_params
 from test_lora import assert_same, fill, forward, relative
-from qwenvl_jax.inputs.batch import make_batch
 from qwenvl_convert import peft
+from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.specs import flatten, param_shardings, specs, specs_of
 from qwenvl_jax.sharding import make_mesh

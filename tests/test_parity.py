@@ -6,7 +6,8 @@ from qwenvl_convert.hf import read_params
 from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, with_text, with_vision
 
 from qwenvl_jax.config import PRESETS, YarnConfig
-from qwenvl_jax.inputs.batch import Ladder, make_batch
+from qwenvl_jax.inputs.ladder import Ladder
+from qwenvl_jax.inputs.pack import make_batch
 
 pytestmark = pytest.mark.parity
 

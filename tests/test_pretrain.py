@@ -99,7 +99,7 @@ def test_a_batch_depends_on_its_number_alone(cells):
 
 
 def _leaves(batch):
-    return [*batch.inputs.vision[0], batch.targets, batch.weights, batch.reference]
+    return [*batch.inputs.vision[0], batch.targets, batch.weights, batch.edges]
 
 
 def test_loss_falls_and_forgets_what_has_no_weight(cells):

@@ -14,7 +14,8 @@ from test_losses import assert_close, samples_of
 from tiny import tiny_config, tiny_params, train_batch
 
 from qwenvl_jax.infer.engine import Engine
-from qwenvl_jax.inputs.batch import Ladder, make_batch
+from qwenvl_jax.inputs.ladder import Ladder
+from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.params.specs import param_shardings, specs
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.train.losses import sft_loss

@@ -35,7 +35,7 @@ from qwenvl_jax.train.step import (
     make_schedule,
     make_step,
 )
-from qwenvl_jax.types import Model, TrainBatch
+from qwenvl_jax.types import Model, PreferenceBatch, TrainBatch
 
 
 class Result(NamedTuple):
@@ -206,7 +206,7 @@ class _Loop:
         """Starts a step; the device works on when this returns."""
         with jax.transfer_guard("disallow"), self.on_mesh():
             if self.reference is not None:
-                batch = batch._replace(reference=self.reference(self.state.params, batch))
+                batch = PreferenceBatch(*batch, self.reference(self.state.params, batch))
             self.state, metrics = self.step_fn(self.state, batch)
         self.step += 1
         self.pending.append((self.step, metrics, facts))
@@ -226,8 +226,8 @@ class _Loop:
 
     def judge(self, step: int, values: dict) -> dict:
         """The line of a step; too many in a row that are not finite end the run."""
-        finite = bool(values.pop("finite"))
-        values["learning_rate"] = float(self.learning_rates[step - 1 - self.skipped])
+        finite = bool(values["finite"])
+        rate = float(self.learning_rates[step - 1 - self.skipped])
         self.skipped += not finite
         self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
         if self.skipped_in_row >= self.options.max_bad_steps:
@@ -236,7 +236,8 @@ class _Loop:
                 f"step {step}: loss or gradient is not finite, as in the {self.skipped_in_row - 1} steps before; none "
                 f"of them changed the weights (last checkpoint: {where}). Try a smaller learning_rate or dtype float32"
             )
-        return values | {"skipped_steps": self.skipped}
+        numbers = {name: value for name, value in values.items() if name != "finite"}
+        return numbers | {"learning_rate": rate, "skipped_steps": self.skipped}
 
     def rates(self, flops: int, tokens: int, **facts) -> dict:
         facts["tokens"] = tokens

@@ -220,11 +220,12 @@ def shardings(tree, specs: dict[str, Spec], mesh):
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def batch_shardings(batch: TrainBatch, mesh) -> TrainBatch:
-    """A tree of NamedSharding for a batch (arrays or shapes) with a leading axis A: rows and lanes are split."""
+def batch_shardings(batch, mesh):
+    """A tree of NamedSharding for a TrainBatch, or one with more fields, with a leading axis A (arrays or shapes): rows
+    and lanes are split."""
     lanes = VisionBatch("RPC", "RP.", "RP", "RP")
     inputs = Batch("BT", ".BT", "BT", "BT", (lanes,) * len(batch.inputs.vision))
-    dims = TrainBatch(inputs, "BT", "BT", None if batch.reference is None else "B.")
+    dims = jax.tree.map(lambda a: "B" + "." * (len(a.shape) - 2), batch)._replace(inputs=inputs)
     return jax.tree.map(lambda d, leaf: activation_sharding(f".{d}", leaf.shape, mesh), dims, batch)
 
 
