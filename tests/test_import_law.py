@@ -1,6 +1,6 @@
 """The import law: which module may see which, read from the syntax trees so that nothing need be imported.
 
-`types, errors, config` <- `sharding` <- `model` <- `params` <- `infer`, `train` <- `serve`, `plan` <- `cli`;
+`types, errors, config` <- `sharding` <- `model` <- `params` <- `infer`, `train` <- `eval`, `serve`, `plan` <- `cli`;
 `inputs` sees `config` and `types` only.
 """
 
@@ -22,18 +22,12 @@ MAY_SEE = {
     "sharding": BASE,
     "model": BASE | {"sharding"},
     "params": BASE | {"sharding", "model", "inputs"},
-    "infer": BASE | {"sharding", "model", "params", "inputs", "compile_cache"},
+    "infer": BASE | {"sharding", "model", "params", "inputs"},
     "train": BASE | {"sharding", "model", "params", "inputs"},
-    "metrics": set(),
-    "evaluate": BASE | {"sharding", "model", "params", "inputs", "infer", "metrics"},
+    "eval": BASE | {"sharding", "model", "params", "inputs", "infer"},
     "serve": BASE | {"sharding", "model", "params", "inputs", "infer"},
-    "compile_cache": BASE,
-    "compiled": set(),
-    "targets": BASE | {"train"},
-    "plan": BASE | {"sharding", "model", "params", "inputs", "infer", "train", "compiled", "targets"},
-    "demo": BASE | {"sharding", "model", "params", "inputs", "metrics", "infer", "train", "evaluate"},
-    "info": BASE | {"params"},
-    "plot": BASE,
+    "plan": BASE | {"sharding", "model", "params", "inputs", "infer", "train"},
+    "demo": BASE | {"sharding", "model", "params", "inputs", "infer", "train", "eval"},
     "cli": None,  # everything
 }
 
