@@ -107,7 +107,7 @@ def run(args, assets: Assets, work: Path) -> None:
     import qwenvl_jax
     from qwenvl_jax.demo.score import LONGEST, questions
     from qwenvl_jax.demo.train import demo_options
-    from qwenvl_jax.evaluate import Evaluator
+    from qwenvl_jax.eval.evaluator import Evaluator
     from qwenvl_jax.inputs.ladder import Ladder
     from qwenvl_jax.params.checkpoint import find, save
     from qwenvl_jax.train.records import PackShape

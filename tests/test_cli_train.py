@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from qwenvl_convert import peft
 
-from qwenvl_jax import cli, plot
+from qwenvl_jax import cli
+from qwenvl_jax.cli import plot
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.params.precision import Precision

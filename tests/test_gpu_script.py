@@ -24,9 +24,9 @@ from qwenvl_jax.config import PRESETS
 from qwenvl_jax.demo.assets import find_assets
 from qwenvl_jax.inputs.ladder import round_up
 from qwenvl_jax.params.specs import init
-from qwenvl_jax.plan import Job, plan
+from qwenvl_jax.plan.hardware import devices, parse_target
+from qwenvl_jax.plan.plan import Job, plan
 from qwenvl_jax.sharding import make_mesh
-from qwenvl_jax.targets import devices, parse_target
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,8 +1,7 @@
 """The import law: which module may see which, read from the syntax trees so that nothing need be imported.
 
-`types, errors, config` <- `sharding` <- `inputs`, `model` <- `params` <- `convert` <- `infer`, `train` <- `plan` <-
-`cli`.
-`inputs` sees no jax; `infer` and `train` never meet.
+`types, errors, config` <- `sharding` <- `inputs`, `model` <- `params` <- `convert` <- `infer`, `train` <- `eval`,
+`serve`, `plan` <- `cli`. `inputs` sees no jax; `infer` and `train` never meet.
 """
 
 import ast
@@ -25,18 +24,12 @@ MAY_SEE = {
     "params": BASE | {"sharding", "model", "inputs"},
     "convert": BASE | {"sharding", "model", "inputs", "params"},
     "distributed": BASE,
-    "infer": BASE | {"sharding", "model", "params", "convert", "inputs", "compile_cache"},
+    "infer": BASE | {"sharding", "model", "params", "convert", "inputs"},
     "train": BASE | {"sharding", "distributed", "model", "params", "convert", "inputs"},
-    "metrics": set(),
-    "evaluate": BASE | {"sharding", "model", "params", "inputs", "infer", "metrics"},
+    "eval": BASE | {"sharding", "model", "params", "inputs", "infer"},
     "serve": BASE | {"sharding", "model", "params", "inputs", "infer"},
-    "compile_cache": BASE,
-    "compiled": set(),
-    "targets": BASE | {"train"},
-    "plan": BASE | {"sharding", "model", "params", "inputs", "infer", "train", "compiled", "targets"},
-    "demo": BASE | {"sharding", "model", "params", "inputs", "metrics", "infer", "train", "evaluate"},
-    "info": BASE | {"params", "convert"},
-    "plot": BASE,
+    "plan": BASE | {"sharding", "model", "params", "inputs", "infer", "train"},
+    "demo": BASE | {"sharding", "model", "params", "inputs", "infer", "train", "eval"},
     "cli": None,  # everything
 }
 

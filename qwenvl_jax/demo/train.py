@@ -22,7 +22,7 @@ from qwenvl_jax.demo.emoji import NAMES, plural
 from qwenvl_jax.demo.render import Scenes
 from qwenvl_jax.demo.score import LONGEST, questions
 from qwenvl_jax.demo.tokenizer import special_ids, vocabulary, write_processor
-from qwenvl_jax.evaluate import Evaluator
+from qwenvl_jax.eval.evaluator import Evaluator
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.decoder import full
 from qwenvl_jax.model.qwenvl import embed, encode, init

@@ -1,7 +1,7 @@
 """Will it fit, on which slice, how fast at best: compiles for a TPU slice or GPUs that are not there.
 
 The compilers of both run on any machine (`libtpu` and jax's CUDA plugin bring them along), so what is planned is the
-very program that would run. What limits it is read off its text (`compiled.py`); nothing is measured.
+very program that would run. What limits it is read off its text (`hlo.py`); nothing is measured.
 """
 
 import math
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from qwenvl_jax.compiled import Program
 from qwenvl_jax.config import PRESETS, Config
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer import sampling
@@ -28,8 +27,9 @@ from qwenvl_jax.inputs.pack import cover
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.directory import DEMO, find, read_config
 from qwenvl_jax.params.specs import abstract_params, check_mesh, param_shardings, specs, specs_of
+from qwenvl_jax.plan.hardware import CHIPS, GIB, Target, devices
+from qwenvl_jax.plan.hlo import Program
 from qwenvl_jax.sharding import AXES, activation_sharding, kv_copies, make_mesh
-from qwenvl_jax.targets import CHIPS, GIB, Target, devices
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, make_step, shardings
