@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.config import PRESETS, Config, TextConfig, VisionConfig
-from qwenvl_jax.demo.tokenizer import write_processor
-from qwenvl_jax.demo.train import demo_config
 from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params.hf import flatten, table, tensor_shape
 from qwenvl_jax.params.tensors import Writer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))  # for `demo`
+from demo.tokenizer import write_processor
+from demo.train import demo_config
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 SMALL = ("demo", "50M")

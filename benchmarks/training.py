@@ -8,7 +8,7 @@ float32.
 
 - the same padded batches: every record has a row of its own on both sides.
 - packed: useful tokens a second, several records in a row here, padded to the longest of a batch there.
-- the demo's step: the step of `qwenvl_jax.demo.train`, its loss, Muon and all, which has no peer.
+- the demo's step: the step of `python notebooks/demo train`, its loss, Muon and all, which has no peer.
 
 A share is MFU: the model's floating-point operations (products with weights and attention, padding of rows included)
 a second, over what the better of both libraries makes of one large matrix product, measured again in every round.
@@ -32,13 +32,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from common import Report, ceiling, clock, config_of, device_name, product_rates, write_checkpoint
+from demo.cells import FACTS
+from demo.train import demo_loss, demo_options
 from PIL import Image
 from qwenvl_convert.parity import reference_inputs
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.demo.cells import FACTS
-from qwenvl_jax.demo.train import demo_loss, demo_options
 from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.qwenvl import count_params

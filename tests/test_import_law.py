@@ -31,7 +31,7 @@ MAY_SEE = {
     "compiled": set(),
     "targets": BASE | {"train"},
     "plan": BASE | {"sharding", "model", "params", "inputs", "infer", "train", "compiled", "targets"},
-    "demo": BASE | {"sharding", "model", "params", "inputs", "metrics", "infer", "train", "evaluate"},
+    "demo": set(),
     "info": BASE | {"params"},
     "plot": BASE,
     "cli": None,  # everything
