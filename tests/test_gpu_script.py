@@ -20,8 +20,8 @@ from safetensors import safe_open
 from sides import PROMPT
 from test_demo_data import assets  # noqa: F401 - a fixture
 
-from qwenvl_jax.config import PRESETS
 from qwenvl_jax.demo.assets import find_assets
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.inputs.batch import round_up
 from qwenvl_jax.model.qwenvl import init
 from qwenvl_jax.plan import Job, plan

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenvl_jax.compiled import Program
-from qwenvl_jax.config import PRESETS
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.model import window_kernel
 
 WINDOWS, FAMILY_2 = PRESETS["qwen2.5-vl-7b"], PRESETS["qwen2-vl-7b"]
@@ -93,7 +93,9 @@ def compile_for_tpu(f, *args):
 
 def shallow(config):
     """The tower two layers deep: one windowed, if any are, and one full."""
-    vision = dataclasses.replace(config.vision, depth=2, fullatt_block_indexes=(1,) if config.is_qwen2_5 else ())
+    vision = dataclasses.replace(
+        config.vision, depth=2, fullatt_block_indexes=(1,) if config.vision.window_size else ()
+    )
     return config.replace(vision=vision)
 
 

@@ -1,4 +1,4 @@
-"""The Qwen2 decoder with M-RoPE: one block, scanned over the stack for whole sequences, looped for a token.
+"""The decoder with M-RoPE: one block, scanned over the stack for whole sequences, looped for a token.
 
 A decode step indexes the stacked weights statically and keeps one cache array a layer: scanned, XLA copies
 every layer's weights out of the stack and the caches with them, which triples the bytes a step moves.
@@ -39,9 +39,11 @@ class DecoderBlock(nn.Module):
         heads = (*x.shape[:2], -1, c.head_dim)
 
         h = norm("input_layernorm")(x)
-        q = linear(c.num_attention_heads * c.head_dim, True, "q_proj")(h).reshape(heads)
-        k = linear(c.num_key_value_heads * c.head_dim, True, "k_proj")(h).reshape(heads)
-        v = linear(c.num_key_value_heads * c.head_dim, True, "v_proj")(h).reshape(heads)
+        q = linear(c.num_attention_heads * c.head_dim, c.qkv_bias, "q_proj")(h).reshape(heads)
+        k = linear(c.num_key_value_heads * c.head_dim, c.qkv_bias, "k_proj")(h).reshape(heads)
+        v = linear(c.num_key_value_heads * c.head_dim, c.qkv_bias, "v_proj")(h).reshape(heads)
+        if c.qk_norm:
+            q, k = norm("q_norm")(q), norm("k_norm")(k)
         attended, state = attend(*spread_heads(rotate(q, cos, sin), rotate(k, cos, sin), v))
         attended = join_heads(attended, c.num_attention_heads, c.num_key_value_heads)
         x = x + linear(c.hidden_size, False, "o_proj")(attended.reshape(*x.shape[:2], -1))

@@ -42,7 +42,7 @@ def train_flops(
     decoder = rows * tokens * (t.num_hidden_layers * layer + t.hidden_size * t.vocab_size)
     attention = t.num_hidden_layers * rows * tokens**2 * 2 * heads
 
-    mlp = (3 if config.is_qwen2_5 else 2) * v.hidden_size * v.intermediate_size
+    mlp = (3 if v.gated_mlp else 2) * v.hidden_size * v.intermediate_size
     tower = lanes * patches * (v.patch_values * v.hidden_size + v.depth * (4 * v.hidden_size**2 + mlp))
     spans = sum(patches if v.is_full_attention(i) else v.block_slots for i in range(v.depth))
     looking = lanes * patches * spans * 2 * v.hidden_size
