@@ -12,7 +12,7 @@ _HOME = {
     "forward": "qwenvl_jax.model.qwenvl",
     "Processor": "qwenvl_jax.inputs.processor",
     "Config": "qwenvl_jax.config",
-    "PRESETS": "qwenvl_jax.config",
+    "PRESETS": "qwenvl_jax.families",
     "Model": "qwenvl_jax.types",
     "InputError": "qwenvl_jax.errors",
 }

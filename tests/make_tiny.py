@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from qwenvl_jax.config import Config, TextConfig, VisionConfig
+from qwenvl_jax.families import to_dict
 
 TOKENIZER = Path(__file__).resolve().parent / "data" / "tokenizer"
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
@@ -41,6 +42,8 @@ def small_config(family: str, dtype: str = "bfloat16", tied: bool = True) -> Con
             intermediate_size=256 if two else 172,
             out_hidden_size=64,
             num_heads=4,
+            norm="layer" if two else "rms",
+            gated_mlp=not two,
             hidden_act="quick_gelu" if two else "silu",
             window_size=None if two else 112,
             fullatt_block_indexes=() if two else (1, 3),
@@ -67,7 +70,7 @@ def make_tiny(directory, family: str = "qwen2_5_vl", dtype: str = "bfloat16", se
 
     directory, config = Path(directory), small_config(family, dtype)
     copy_tokenizer(directory)
-    (directory / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     declared, tensors, rng = specs(config), {}, np.random.default_rng(seed)
     for path, names in tensor_names(config).items():
         spec = declared[path]

@@ -12,8 +12,8 @@ import pytest
 import tokenizers
 from PIL import Image
 
-from qwenvl_jax.config import PRESETS
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.types import Grid, Visual
 

@@ -37,6 +37,8 @@ def tiny_config(family: str, text: dict | None = None, vision: dict | None = Non
         intermediate_size=64 if two else 44,
         out_hidden_size=text["hidden_size"],
         num_heads=2,
+        norm="layer" if two else "rms",
+        gated_mlp=not two,
         hidden_act="quick_gelu" if two else "silu",
         window_size=None if two else 112,
         fullatt_block_indexes=() if two else (1, 3),

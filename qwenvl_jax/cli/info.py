@@ -10,8 +10,9 @@ from pathlib import Path
 
 from qwenvl_convert.safetensors import DTYPES, Reader
 
-from qwenvl_jax.config import PRESETS, Config
+from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS, family_of
 from qwenvl_jax.params import directory
 from qwenvl_jax.params.precision import on_cpu
 
@@ -30,7 +31,8 @@ PARAMETERS = {
 def describe(path_or_preset) -> dict:
     """Facts of a checkpoint directory, either format, "demo", or one of `PRESETS`; all of it can be written as JSON.
 
-    family, preset (the official size it has, or None), format ("hf", "orbax" or "preset"), parameters,
+    family, boxes ("absolute" pixels of the resized picture, or "relative" 0..1000),
+    preset (the official size it has, or None), format ("hf", "orbax" or "preset"), parameters,
     dtypes {name: parameters}, files {name: bytes} of the weights, bytes, config,
     on_cpu (what `load` does with 16-bit weights on a CPU, by the memory that is free now).
     Raises InputError if there is no such directory or its headers are damaged.
@@ -41,9 +43,7 @@ def describe(path_or_preset) -> dict:
     path = directory.find(path_or_preset) if path_or_preset == directory.DEMO else Path(path_or_preset)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory, nor one of the presets {', '.join(PRESETS)}")
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path}: not a checkpoint, there is no config.json in it")
-    config, dtypes = Config.from_file(path / "config.json"), collections.Counter()
+    config, dtypes = directory.read_config(path), collections.Counter()
     if (path / directory.MARKER).is_file():
         form, files = "orbax", sorted(f for f in (path / directory.PARAMS).rglob("*") if f.is_file())
         for shape, dtype in directory.stored_arrays(path).values():
@@ -63,6 +63,7 @@ def _facts(config: Config, form: str, dtypes: dict, files: dict) -> dict:
     same = (name for name, p in PRESETS.items() if (p.family, p.text, p.vision) == sizes)
     return {
         "family": config.family,
+        "boxes": family_of(config).BOXES,
         "preset": next(same, None),
         "format": form,
         "parameters": sum(dtypes.values()),
@@ -88,6 +89,7 @@ def table(facts: dict) -> str:
         f"MLP {t['intermediate_size']}, vocabulary {t['vocab_size']}",
         "vision": f"{v['depth']} blocks of width {v['hidden_size']}, {v['num_heads']} heads",
         "context": f"{facts['context']:,} tokens",
+        "boxes": {"absolute": "pixels of the resized picture", "relative": "0 … 1000 of each side"}[facts["boxes"]],
     }
     if t["tie_word_embeddings"]:
         rows["decoder"] += ", tied embeddings"

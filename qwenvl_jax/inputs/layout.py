@@ -15,6 +15,7 @@ import numpy as np
 
 from qwenvl_jax.config import Config, VisionConfig
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import family_of
 from qwenvl_jax.types import Grid, Sample, Visual
 
 
@@ -70,25 +71,21 @@ def make_sample(
 def mrope_positions(
     length: int, spans: Sequence[tuple[int, int]], visuals: Sequence[Visual], config: Config
 ) -> np.ndarray:
-    """M-RoPE ids [3, t] int32 of one unpadded sequence (Qwen2-VL paper, section 2.1).
+    """M-RoPE ids [3, t] int32 of one unpadded sequence (arXiv:2409.12191, section 2.1).
 
     spans: first token of each visual, and one past its last.
     Text advances all three axes together. A visual starting at s takes t = s + step(k), h = s + row and
-    w = s + column over the merged grid; what follows starts one past the largest id on any axis. step(k) is k
-    for Qwen2-VL; for a Qwen2.5-VL video it is trunc(k · seconds_per_grid · tokens_per_second), multiplied in
-    float32 as the reference does before truncating; for a Qwen2.5-VL picture it is 0.
+    w = s + column over the merged grid; what follows starts one past the largest id on any axis. The family's
+    `time_steps` gives step(k).
     """
     positions = np.empty((3, length), np.int32)
     start = done = 0  # the next position, the next token
-    merge = config.vision.spatial_merge_size
+    merge, family = config.vision.spatial_merge_size, family_of(config)
     for visual, (first, last) in zip(visuals, spans, strict=True):
         positions[:, done:first] = start + np.arange(first - done)
         start += first - done
-        t, h, w = visual.grid.t, visual.grid.h // merge, visual.grid.w // merge
-        steps = np.arange(t)
-        if config.is_qwen2_5:
-            seconds = np.float32(visual.seconds_per_grid if visual.kind == "video" else 0)
-            steps = (steps.astype(np.float32) * seconds * np.float32(config.vision.tokens_per_second)).astype(int)
+        h, w = visual.grid.h // merge, visual.grid.w // merge
+        steps = family.time_steps(visual, config)
         axes = np.broadcast_arrays(steps[:, None, None], np.arange(h)[None, :, None], np.arange(w)[None, None, :])
         positions[:, first:last] = start + np.stack([a.reshape(-1) for a in axes])
         start, done = int(positions[:, first:last].max()) + 1, last

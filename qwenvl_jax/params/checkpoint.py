@@ -21,6 +21,7 @@ import numpy as np
 
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import to_dict
 from qwenvl_jax.params.directory import (
     FORMAT,
     INDEX,
@@ -124,7 +125,7 @@ def save(model: Model, path, *, files_from=None) -> None:
             carry(files_from, work)
             (work / "README.md").unlink(missing_ok=True)  # tells of other weights
         stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # a CPU computes in another one
-        write_json(work / "config.json", model.config.replace(dtype=str(stored)).to_dict())
+        write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
         write_json(work / "generation_config.json", dict(model.generation))
         write_json(work / MARKER, {"format": FORMAT})
 

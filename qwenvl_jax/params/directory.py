@@ -13,6 +13,7 @@ import numpy as np
 
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import from_dict
 
 PACKAGE = Path(__file__).parents[1]
 FORMAT = 1
@@ -61,8 +62,12 @@ def read_config(path: Path) -> Config:
     file = path / "config.json"
     if not file.is_file():
         raise InputError(f"{path}: not a checkpoint, there is no config.json in it")
-    config = Config.from_file(file)
-    quantised = read_json(file).get("quantization_config")
+    data = read_json(file)
+    try:
+        config = from_dict(data)
+    except InputError as e:
+        raise InputError(f"{file}: {e}") from e
+    quantised = data.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
         raise InputError(f"{file}: quantised checkpoints ({method}) are not supported; use the original model")

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from qwenvl_jax.config import PRESETS, Config
+from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.programs import Programs
 from qwenvl_jax.inputs.ladder import Ladder
