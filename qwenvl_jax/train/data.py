@@ -15,7 +15,7 @@ import numpy as np
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.layout import Lanes
-from qwenvl_jax.inputs.pack import Segment, fill_lanes, pack_rows
+from qwenvl_jax.inputs.pack import Segment, fill_lanes, join_frames, pack_rows, split_frames
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.inputs.records import BadRecord, JsonLines
 from qwenvl_jax.train.records import Encoder, PackShape
@@ -243,13 +243,13 @@ class Packer:
         if not room.any():
             return False
         visuals = samples[0].visuals
-        placements = self.lanes.place([v.grid for v in visuals])
+        placements = self.lanes.place([grid for v in visuals for grid in v.grid.frames])
         if placements is None:
             return False
         row = int(np.argmax(room))
         self.visuals += visuals
         self.placements += placements
-        places = [np.concatenate([p.cells for p in frames]) for frames in placements]
+        places = join_frames(visuals, [p.cells for p in placements])
         for sample in samples:
             self.count[row] += 1
             self.segments.append(Segment(row, int(self.used[row]), int(self.count[row]), sample, places))
@@ -258,7 +258,7 @@ class Packer:
 
     def batch(self) -> TrainBatch:
         rows, tokens, lanes, patches, _ = self.shape
-        vision = fill_lanes(self.visuals, self.placements, lanes, patches, self.vision)
+        vision = fill_lanes(split_frames(self.visuals), self.placements, lanes, patches, self.vision)
         return with_targets(pack_rows(self.segments, (rows, tokens), (vision,)), self.segments)
 
 

@@ -93,7 +93,7 @@ class Encoder:
             raise BadRecord("too long", f"{length} tokens; a row has {self.shape.tokens}")
 
     def _check_lanes(self, visuals: tuple[Visual, ...]) -> None:
-        vision, grids = self.processor.config.vision, [v.grid for v in visuals]
+        vision, frames = self.processor.config.vision, [grid for v in visuals for grid in v.grid.frames]
         for visual in visuals:
             if (slots := slots_needed(visual.grid, vision)) > self.shape.patches:
                 h, w = visual.grid.h * vision.patch_size, visual.grid.w * vision.patch_size
@@ -102,8 +102,8 @@ class Encoder:
                     f"a frame of {w} × {h} pixels needs {slots} patch slots; a lane has {self.shape.patches} "
                     "(set max_pixels, or larger patches)",
                 )
-        if Lanes(self.shape.patches, vision, self.shape.lanes).place(grids) is None:
-            patches = sum(g.patches for g in grids)
+        if Lanes(self.shape.patches, vision, self.shape.lanes).place(frames) is None:
+            patches = sum(grid.patches for grid in frames)
             raise BadRecord(
                 "too large",
                 f"its pictures and frames have {patches} patches and do not fit into "
