@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import FAMILIES, config_of, write_checkpoint
 from PIL import Image
+from qwenvl_convert.hf import read_params
 
 import qwenvl_jax
 from qwenvl_jax.config import Config
@@ -33,7 +34,7 @@ from qwenvl_jax.inputs.media import Preprocessing, image_visual
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.model import attention, decoder, qwenvl, window_kernel
 from qwenvl_jax.params import lora
-from qwenvl_jax.params.hf import flatten, read_params, unflatten
+from qwenvl_jax.params.specs import flatten, unflatten
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.types import Batch, Sample, TrainBatch
 

@@ -13,6 +13,8 @@ One alphabet for einsum letters, shapes in docstrings, sharding tables and the c
     H  head width                 V  vocabulary
     F  MLP width                  3  the M-RoPE axes (time, height, width)
 
+Parameters have these besides: NH = N · H and KH = K · H, heads as one dimension; U = 4 · E, a merged cell of patches.
+
 Arrays are `Any` here because the host fills the same containers with numpy that the device reads as jax.
 """
 

@@ -601,10 +601,11 @@ def test_numpy_weights_do():
 
 ON_A_MESH = """
 import jax, test_engine as t
-from qwenvl_jax.sharding import make_mesh, param_shardings
+from qwenvl_jax.params.specs import param_shardings, specs
+from qwenvl_jax.sharding import make_mesh
 config, params, processor, _ = t.model()
 mesh = make_mesh(data=2, tensor=2)
-split = jax.device_put(params, param_shardings(params, mesh))
+split = jax.device_put(params, param_shardings(specs(config), mesh))
 assert any(not w.sharding.is_fully_replicated for w in jax.tree.leaves(split))
 engine = t.Engine(t.Model(config, split, processor, {}), max_batch=4, ladder=t.shared().ladder)
 compiled = []

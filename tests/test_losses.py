@@ -11,6 +11,7 @@ from tiny import FAMILIES, clip, picture, sample, tiny_config, tiny_params, trai
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.model import decoder, qwenvl
+from qwenvl_jax.params import specs
 from qwenvl_jax.train.data import Packer
 from qwenvl_jax.train.losses import CHUNK, cross_entropy, dpo_loss, segment_logprobs, sft_loss, token_logprobs
 from qwenvl_jax.train.records import PackShape
@@ -137,7 +138,7 @@ def test_memory_of_a_large_vocabulary(tied, form):
     T, V, D = 8192, 152064, 64
     text = dict(vocab_size=V, hidden_size=D, head_dim=16, mrope_section=(2, 3, 3), tie_word_embeddings=tied)
     config = tiny_config("qwen2_5_vl", text=text)
-    params = {"decoder": {k: v for k, v in qwenvl.abstract_params(config)["decoder"].items() if k != "layers"}}
+    params = {"decoder": {k: v for k, v in specs.abstract_params(config)["decoder"].items() if k != "layers"}}
     x, targets = jax.ShapeDtypeStruct((1, T, D), jnp.float32), jax.ShapeDtypeStruct((1, T), jnp.int32)
 
     def compiled(logprobs, trained):
@@ -201,7 +202,7 @@ def test_inference_computes_nothing_twice(monkeypatch):
     """Training computes attention scores again in the backward pass; a forward program is as if it did not."""
     config = small_config("qwen2_5_vl").replace(dtype="bfloat16")  # CPUs have a form of their own in float32
     batch = train_batch(config, [samples_of(config)]).inputs
-    params = qwenvl.abstract_params(config)
+    params = specs.abstract_params(config)
 
     def products(backward):
         def f(params, batch):

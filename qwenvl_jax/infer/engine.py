@@ -19,9 +19,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from qwenvl_jax.compile_cache import kept
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer import sampling
+from qwenvl_jax.infer.compile_cache import kept
 from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, room
 from qwenvl_jax.infer.programs import CHUNK, Programs, cpu_layouts
