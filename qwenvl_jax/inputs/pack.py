@@ -27,7 +27,7 @@ class Segment(NamedTuple):
 
 
 def pack_rows(segments: Sequence[Segment], shape: tuple[int, int], vision: tuple[VisionBatch, ...]) -> Batch:
-    """The batch of `shape` [B, T] that holds these segments; what they leave is padding."""
+    """The batch of `shape` [B, T] that holds these segments. The other slots are padding."""
     tokens, ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     positions, visual_index = np.zeros((3, *shape), np.int32), np.full(shape, -1, np.int32)
     for s in segments:
@@ -77,7 +77,7 @@ def pack_vision(
         for i, placement in placed.items():
             places[i] = start + placement.cells
         start += R * P // v.merge_unit
-    return tuple(calls), join_frames(visuals, places)
+    return tuple(calls), places_by_visual(visuals, places)
 
 
 def split_frames(visuals: Iterable[Visual]) -> list[Visual]:
@@ -89,7 +89,7 @@ def split_frames(visuals: Iterable[Visual]) -> list[Visual]:
     ]
 
 
-def join_frames(visuals: Iterable[Visual], places: Iterable[np.ndarray]) -> list[np.ndarray]:
+def places_by_visual(visuals: Iterable[Visual], places: Iterable[np.ndarray]) -> list[np.ndarray]:
     """For every visual the places of its tokens, from those of the frames that `split_frames` gives."""
     rest = iter(places)
     return [np.concatenate([next(rest) for _ in visual.grid.frames]) for visual in visuals]
