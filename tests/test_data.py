@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_tiny import small_config
 from PIL import Image
-from tiny import clip, mixed_samples, picture, sample, tiny_config
+from tiny import clip, followed, mixed_samples, picture, sample, tiny_config
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.pack import make_batch
@@ -126,11 +126,7 @@ def check_packed(config, shape: PackShape, batch: TrainBatch, examples: list[tup
 
 
 def as_example(rng, config, s, pair: bool) -> tuple[Sample, ...]:
-    longer = s._replace(
-        tokens=np.append(s.tokens, np.int32(7)),
-        positions=np.append(s.positions, s.positions[:, -1:] + 1, axis=1),
-    )
-    both = [s, longer] if pair else [s]
+    both = [s, followed(s, [7])] if pair else [s]
     return tuple(x._replace(weights=rng.integers(0, 2, len(x.tokens)).astype(np.float32)) for x in both)
 
 

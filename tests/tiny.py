@@ -89,6 +89,13 @@ def sample(rng, config: Config, *parts) -> Sample:
     return make_sample(tokens, visuals, config)
 
 
+def followed(s: Sample, ids) -> Sample:
+    """The sample with more text tokens at its end."""
+    ids = np.asarray(ids, np.int32)
+    after = np.tile(s.positions.max() + 1 + np.arange(len(ids), dtype=np.int32), (3, 1))
+    return s._replace(tokens=np.append(s.tokens, ids), positions=np.append(s.positions, after, 1))
+
+
 def mixed_samples(config: Config, seed: int = 0) -> list[Sample]:
     """Text only; two pictures that no window divides; a clip with fractional seconds a grid; both kinds in one row."""
     rng = np.random.default_rng(seed)

@@ -136,12 +136,14 @@ class _Loop:
         self.step = self.skipped = self.skipped_in_row = 0
         self.pending, self.clock = [], None
         if run.step:
-            like = jax.tree.map(_like, _kept(self.state, self.trainable))
-            saved, progress = run.restore(like)
-            self.state = _with(self.state, saved)
-            self.step, self.skipped = run.step, progress["skipped"]
-            self.skipped_in_row = progress["skipped_in_row"]
-            data.set_state(progress["data"])
+            self.resume()
+
+    def resume(self) -> None:
+        saved, progress = self.run.restore(jax.tree.map(_like, _kept(self.state, self.trainable)))
+        self.state = _with(self.state, saved)
+        self.step, self.skipped = self.run.step, progress["skipped"]
+        self.skipped_in_row = progress["skipped_in_row"]
+        self.data.set_state(progress["data"])
 
     def on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
