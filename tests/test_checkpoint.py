@@ -8,16 +8,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from qwenvl_convert.hf import read_params
+from qwenvl_convert.names import tensor_names
 from tiny import FAMILIES, tiny_config, with_text
 from tiny_hf import DTYPES, assert_same_bits, bits, nested, torch_shapes, torch_tensors, write_hf
 
 import qwenvl_jax
 from qwenvl_jax.config import PRESETS
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params import checkpoint, directory
-from qwenvl_jax.params.hf import flatten, read_params, table
-from qwenvl_jax.sharding import make_mesh, param_shardings
+from qwenvl_jax.params.specs import flatten, param_shardings, specs
+from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.types import Model
 
 LAYER = {
@@ -32,8 +33,8 @@ LAYER = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_table_names_every_parameter_of_the_official_models(name):
     config = PRESETS[name]
-    names = table(config)
-    assert names.keys() == flatten(abstract_params(config)).keys()
+    names = tensor_names(config)
+    assert names.keys() == specs(config).keys()
     assert {t for group in names.values() for t in group} == torch_shapes(config).keys()
 
 
@@ -434,7 +435,7 @@ def test_sharded_loading_on_eight_devices(ours, tmp_path):
     other = write_hf(tmp_path / "bf16", model.config, torch_tensors(model.config, "bfloat16"), files=2)
     for source, read in ((other, read_params), (path, checkpoint.restore)):
         config = checkpoint.read_config(source)
-        shardings = param_shardings(abstract_params(config), make_mesh(data=2, fsdp=2, tensor=2))
+        shardings = param_shardings(specs(config), make_mesh(data=2, fsdp=2, tensor=2))
         plain, split = flatten(read(source, config)), flatten(read(source, config, shardings))
         assert all(split[name].sharding == want for name, want in flatten(shardings).items())
         assert_same_bits(split, plain)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qwenvl_jax.compiled import Program
+from qwenvl_jax.plan.hlo import Program
 from qwenvl_jax.sharding import make_mesh
 
 LAYERS, N = 5, 64

@@ -14,8 +14,8 @@ from PIL import Image
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.demo import SAMPLES
-from qwenvl_jax.model.qwenvl import count_params
 from qwenvl_jax.params import checkpoint
+from qwenvl_jax.params.specs import count_params
 
 QUESTIONS = (
     *("Read the text.", "What is it?", "List everything.", "How many strawberries are there?", "Locate every pizza."),

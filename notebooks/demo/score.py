@@ -8,7 +8,7 @@ from itertools import islice
 
 from demo.assets import Assets, assets_of
 from demo.render import METRICS, TASKS, Scenes
-from qwenvl_jax.evaluate import evaluate
+from qwenvl_jax.eval.evaluator import evaluate
 from qwenvl_jax.params.checkpoint import load
 
 LONGEST = 96  # tokens of an answer; three boxes are about 80
