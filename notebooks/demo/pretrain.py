@@ -33,7 +33,7 @@ from qwenvl_jax.inputs.pack import fill_lanes
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.vision import encode
 from qwenvl_jax.params.checkpoint import load, save
-from qwenvl_jax.params.specs import init
+from qwenvl_jax.params.specs import Spec, init, specs
 from qwenvl_jax.train.step import init_state, make_optimizer, make_schedule, make_step
 from qwenvl_jax.types import Batch, Model, VisionBatch
 
@@ -137,6 +137,12 @@ class Cells:
         return np.full((cells, SLOTS), self.nothing), weights
 
 
+HEADS = {
+    "slots/kernel": Spec((), np.float32, (), "linear", "vision", None),
+    "edges/table": Spec((), np.float32, (), "embedding", "vision", None),  # Muon leaves it to AdamW
+}
+
+
 def init_heads(width: int, key) -> dict:
     """What reads the slots and the edges off a visual token [D]; the first slot starts as the token itself."""
     slots = jax.random.normal(key, (SLOTS, width, width)) / width**0.5
@@ -195,9 +201,10 @@ def main() -> None:
     params = params | init_heads(config.text.hidden_size, jax.random.key(1))
     trainable = lambda path: path.startswith(("vision", "slots", "edges")) or "embed_tokens" in path  # noqa: E731
     schedule = make_schedule(args.learning_rate, "cosine", warmup=args.steps // 25, total=args.steps, end=0.02)
-    optimizer = make_optimizer(schedule, "muon", weight_decay=0.02)
-    state = init_state(params, optimizer, trainable)
-    step = make_step(partial(cells_loss, config.replace(dtype=args.dtype)), optimizer, trainable)
+    declared = specs(config) | HEADS
+    optimizer = make_optimizer(declared, schedule, "muon", weight_decay=0.02)
+    state = init_state(declared, params, optimizer, trainable)
+    step = make_step(declared, partial(cells_loss, config.replace(dtype=args.dtype)), optimizer, trainable)
     draw = Cells(assets, processor, args.seed)
 
     with ThreadPoolExecutor(1) as pool, tqdm(range(args.steps), desc="cells", unit="step", mininterval=10) as bar:
