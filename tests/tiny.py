@@ -15,6 +15,9 @@ from qwenvl_jax.train.data import with_targets
 from qwenvl_jax.types import Grid, Sample, TrainBatch, Visual
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+TOKENS = dict(
+    image_token_id=151, video_token_id=152, vision_start_token_id=153, vision_end_token_id=154, eos_token_id=155
+)
 
 
 def tiny_config(family: str, text: dict | None = None, vision: dict | None = None, **top) -> Config:
@@ -43,12 +46,8 @@ def tiny_config(family: str, text: dict | None = None, vision: dict | None = Non
         window_size=None if two else 112,
         fullatt_block_indexes=() if two else (1, 3),
     ) | (vision or {})
-    tokens = dict(
-        image_token_id=151, video_token_id=152, vision_start_token_id=153, vision_end_token_id=154, eos_token_id=155
-    )
-    return Config(
-        **dict(family=family, text=TextConfig(**text), vision=VisionConfig(**vision), dtype="float32", **tokens) | top
-    )
+    parts = dict(family=family, text=TextConfig(**text), vision=VisionConfig(**vision), dtype="float32")
+    return Config(**parts | TOKENS | top)
 
 
 def tiny_params(config: Config, seed: int = 0) -> dict:
