@@ -98,7 +98,7 @@ class Evaluator:
                 room(sample, engine.max_length)
                 return sample
             except InputError as e:
-                raise InputError(f"{q.where}: {e}") from e
+                raise e.at(q.where) from e
 
         # Questions of a task are of like size, so that few buckets are met, and lots of neighbours share them.
         order = sorted(range(len(self.questions)), key=lambda i: self.questions[i].task)
@@ -132,4 +132,4 @@ def _check(questions: Sequence[Question], processor) -> None:
                 if isinstance(media.source, str) and not re.match("(?i)https?:|data:", media.source):
                     locate(media.source, 0)
         except InputError as e:
-            raise InputError(f"{q.where}: {e}") from e
+            raise e.at(q.where) from e

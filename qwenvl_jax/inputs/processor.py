@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -23,8 +22,10 @@ from qwenvl_jax.inputs.chat import (
     prompt_parts,
 )
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
-from qwenvl_jax.inputs.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Media, check_tools, normalize
+from qwenvl_jax.inputs.messages import Media, check_tools, normalize
+from qwenvl_jax.inputs.options import DEFAULT, FRAMES, IMAGE, VIDEO, MediaOptions
 from qwenvl_jax.inputs.video import video_visual
+from qwenvl_jax.options import build
 from qwenvl_jax.types import Batch, Sample, Visual
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -105,33 +106,17 @@ class Processor:
         add_generation_prompt: bool = True,
         add_vision_id: bool = False,
         allow_control_tokens: bool = False,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        resized_height: int | None = None,
-        resized_width: int | None = None,
-        fps: float | None = None,
-        nframes: int | None = None,
-        min_frames: int | None = None,
-        max_frames: int | None = None,
-        total_pixels: int | None = None,
-        video_start: float | None = None,
-        video_end: float | None = None,
+        **media,
     ) -> Sample:
         """One conversation as ids and patches.
 
         tools: JSON descriptions in OpenAI's form.
         add_vision_id: number the pictures and clips ("Picture 1: ").
         allow_control_tokens: let control tokens typed in messages act, as transformers does.
-        The other options are defaults for every picture and clip that they can apply to; what an item of a
-        message sets wins. max_pixels and min_pixels bound a picture, and each frame of a clip.
+        media: MediaOptions, by name. They hold for every picture and clip; an item of a message overrides them.
         Raises InputError that names the message and item at fault.
         """
-        options = dict(
-            min_pixels=min_pixels, max_pixels=max_pixels,
-            resized_height=resized_height, resized_width=resized_width,
-            fps=fps, nframes=nframes, min_frames=min_frames, max_frames=max_frames,
-            total_pixels=total_pixels, video_start=video_start, video_end=video_end,
-        )  # fmt: skip
+        options = build(MediaOptions, media)
         prompt = self.prompt(
             messages,
             tools=tools,
@@ -202,26 +187,26 @@ class Processor:
             )
         return tokens, np.array(turns, np.int32)
 
-    def open(self, media: Sequence[Media], options: Mapping = MappingProxyType({})) -> tuple[Visual, ...]:
-        """The second half of `encode`: pictures and clips as patches. options: of `encode`, by name."""
+    def open(self, media: Sequence[Media], options: MediaOptions = DEFAULT) -> tuple[Visual, ...]:
+        """The second half of `encode`: pictures and clips as patches."""
         if len(media) < 2:
             return tuple(self._visual(m, options) for m in media)
         with ThreadPoolExecutor(min(_LOADERS, len(media))) as pool:
             return tuple(pool.map(lambda m: self._visual(m, options), media))
 
-    def _visual(self, media: Media, options: Mapping) -> Visual:
-        names, load = (IMAGE_OPTIONS, image_visual) if media.kind == "image" else (VIDEO_OPTIONS, video_visual)
-        if isinstance(media.source, list | tuple | np.ndarray):  # frames that somebody has chosen already
-            names = (*IMAGE_OPTIONS, "fps") if media.kind == "video" else names
-        chosen = {k: options.get(k) for k in names} | media.options
+    def _visual(self, media: Media, options: MediaOptions) -> Visual:
+        names, load = (IMAGE, image_visual) if media.kind == "image" else (VIDEO, video_visual)
+        if media.kind == "video" and isinstance(media.source, list | tuple | np.ndarray):
+            names = FRAMES
+        chosen = {name: getattr(options, name) for name in names} | media.options
         # A clip takes fps or nframes: an item's choice of one overrules a default of the other.
         for mine, other in (("fps", "nframes"), ("nframes", "fps")):
             if mine in media.options and other not in media.options:
                 chosen.pop(other, None)
         try:
-            return load(media.source, self.preprocessing, **chosen)
+            return load(media.source, self.preprocessing, MediaOptions(**chosen))
         except InputError as e:
-            raise InputError(f"{media.where}: {e}") from e
+            raise e.at(media.where) from e
 
 
 def read_preprocessing(path: Path, config: Config) -> Preprocessing | None:

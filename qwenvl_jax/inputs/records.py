@@ -28,6 +28,8 @@ class BadRecord(InputError):
         "nothing to learn"; what skipped records are counted by.
     """
 
+    code = "record"
+
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason

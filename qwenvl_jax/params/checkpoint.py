@@ -9,9 +9,9 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from qwenvl_jax.params.tensors import INDEX
 from qwenvl_jax.sharding import check_mesh, param_shardings
 from qwenvl_jax.types import Model
 
+_LOG = logging.getLogger(__name__)
 PARTIAL = ".partial-qwenvl_jax"
 # Small enough that a process that needs one shard reads little more than it, and a few are written at a time.
 CHUNK_BYTES = 16 << 20
@@ -72,7 +73,7 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
     else:
         params = read_params(path, config, shardings, chosen.weights, progress)
     if progress and chosen.reason:
-        print(f"{path.name}: {chosen.reason}", file=sys.stderr, flush=True)
+        _LOG.warning("%s: %s", path.name, chosen.reason)  # without handlers, Python shows it on stderr
     return Model(config, params, processor, read_json(path / "generation_config.json", missing={}))
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.options import given
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.sharding import join
 from qwenvl_jax.train.data import Dataset
@@ -16,7 +18,6 @@ from qwenvl_jax.train.run import Run, last_step
 from qwenvl_jax.types import Model
 
 FINAL, ADAPTER = "final", "adapter"
-_ENCODING = ("min_pixels", "max_pixels", "total_pixels", "fps", "max_frames", "allow_control_tokens")
 
 
 def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Callable] | None = None) -> int | None:
@@ -51,7 +52,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
     param_dtype = options.param_dtype or (None if options.lora_rank else "float32")
     model = checkpoint.load(source, mesh=mesh, dtype=param_dtype)
     model = model._replace(config=model.config.replace(dtype=dtype))
-    encoding = {name: value for name in _ENCODING if (value := getattr(options, name)) is not None}
+    encoding = given(options, MediaOptions) | {"allow_control_tokens": options.allow_control_tokens}
     data = Dataset(
         options.data,
         model.processor,
