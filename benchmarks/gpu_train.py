@@ -102,13 +102,13 @@ def train_for(args, model, data: Drawn, options, begun: float):
 
 
 def run(args, assets: Assets, work: Path) -> None:
-    from qwenvl_convert.hf import to_hf
+    from qwenvl_convert.orbax import to_hf
 
     import qwenvl_jax
     from qwenvl_jax.demo.score import LONGEST, questions
     from qwenvl_jax.demo.train import demo_options
     from qwenvl_jax.eval.evaluator import Evaluator
-    from qwenvl_jax.inputs.batch import Ladder
+    from qwenvl_jax.inputs.ladder import Ladder
     from qwenvl_jax.params.checkpoint import find, save
     from qwenvl_jax.train.records import PackShape
 

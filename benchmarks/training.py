@@ -33,16 +33,16 @@ import numpy as np
 import torch
 from common import Report, ceiling, clock, config_of, device_name, product_rates, write_checkpoint
 from PIL import Image
+from qwenvl_convert.hf import read_params
 from qwenvl_convert.parity import reference_inputs
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.demo.cells import FACTS
-from qwenvl_jax.demo.train import demo_loss, demo_options
+from qwenvl_jax.demo.train import LessonBatch, demo_loss, demo_options
 from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.qwenvl import count_params
-from qwenvl_jax.params.hf import read_params
+from qwenvl_jax.params.specs import count_params
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.flops import train_flops
 from qwenvl_jax.train.losses import sft_loss
@@ -249,8 +249,7 @@ def measure_demo(args, folder: Path) -> None:
     for batch in islice(data, args.batches):
         facts = rng.normal(size=(*batch.targets.shape, len(FACTS))).astype(np.float32)
         facts[rng.random(facts.shape) < 0.5] = np.nan
-        batch = batch._replace(reference=facts.reshape(len(facts), -1))
-        batches.append(jax.device_put(jax.tree.map(lambda a: a[None], batch)))
+        batches.append(jax.device_put(jax.tree.map(lambda a: a[None], LessonBatch(*batch, facts))))
     everything = lambda path: True  # noqa: E731
     more = dict(weight_decay=options.weight_decay, clip=options.clip, mu_dtype=options.moment_dtype)
     optimizer = make_optimizer(options.learning_rate, options.optimizer, **more)

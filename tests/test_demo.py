@@ -12,8 +12,8 @@ from qwenvl_jax.config import Config
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.demo.tokenizer import write_processor
 from qwenvl_jax.demo.train import demo_config
-from qwenvl_jax.model.qwenvl import count_params
 from qwenvl_jax.params import checkpoint
+from qwenvl_jax.params.specs import count_params
 
 QUESTIONS = (
     *("Read the text.", "What is it?", "List everything.", "How many strawberries are there?", "Locate every pizza."),

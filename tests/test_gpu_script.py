@@ -22,8 +22,8 @@ from test_demo_data import assets  # noqa: F401 - a fixture
 
 from qwenvl_jax.config import PRESETS
 from qwenvl_jax.demo.assets import find_assets
-from qwenvl_jax.inputs.batch import round_up
-from qwenvl_jax.model.qwenvl import init
+from qwenvl_jax.inputs.ladder import round_up
+from qwenvl_jax.params.specs import init
 from qwenvl_jax.plan.hardware import devices, parse_target
 from qwenvl_jax.plan.plan import Job, plan
 from qwenvl_jax.sharding import make_mesh

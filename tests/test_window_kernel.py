@@ -99,8 +99,8 @@ def shallow(config):
 
 def tower(config, images: int, patches: int):
     """Two layers of a tower compiled over so many images of so many patches, a lane each."""
-    from qwenvl_jax.model.qwenvl import abstract_params
     from qwenvl_jax.model.vision import encode
+    from qwenvl_jax.params.specs import abstract_params
     from qwenvl_jax.types import VisionBatch
 
     ids = jax.ShapeDtypeStruct((images, patches), jnp.int32)
@@ -112,7 +112,7 @@ def tower(config, images: int, patches: int):
 
 def products(config, images: int, patches: int) -> int:
     """Operations of the tower's products and of its attention, each patch seeing its window or its image."""
-    from qwenvl_jax.model.qwenvl import abstract_params
+    from qwenvl_jax.params.specs import abstract_params
 
     v, rows, total = config.vision, images * patches, 0
     for path, w in jax.tree_util.tree_leaves_with_path(abstract_params(config)["vision"]):

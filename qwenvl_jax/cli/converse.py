@@ -58,7 +58,8 @@ def mesh(args):
         return None
     import jax
 
-    from qwenvl_jax.sharding import join, make_mesh, parse_mesh
+    from qwenvl_jax.distributed import join
+    from qwenvl_jax.sharding import make_mesh, parse_mesh
 
     if args.distributed:
         join()

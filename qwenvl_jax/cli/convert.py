@@ -14,7 +14,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from qwenvl_convert import hf
+    from qwenvl_convert import orbax
 
     from qwenvl_jax.params import checkpoint
 
@@ -22,8 +22,8 @@ def run(args) -> int:
         raise InputError("--layout is about the tensor names of Hugging Face files; it goes with --to hf only")
     src = checkpoint.find(args.src)
     if args.to == "orbax":
-        hf.to_orbax(src, args.dst)
+        orbax.to_orbax(src, args.dst)
     else:
-        hf.to_hf(src, args.dst, layout=args.layout or "hub")
+        orbax.to_hf(src, args.dst, layout=args.layout or "hub")
     print(args.dst)
     return OK

@@ -15,7 +15,7 @@ from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.precision import on_cpu
 
 HELP = "Say what a checkpoint is, reading only its headers."
-# Parameters of the presets, which are counted with jax: `count_params` of model/qwenvl.py.
+# Parameters of the presets, which are counted with jax: `count_params` of params/specs.py.
 PARAMETERS = {
     "qwen2-vl-2b": 2_208_985_600,
     "qwen2-vl-7b": 8_291_375_616,
@@ -47,8 +47,9 @@ def describe(path_or_preset) -> dict:
     on_cpu (what `load` does with 16-bit weights on a CPU, by the memory that is free now).
     Raises InputError if there is no such directory or its headers are damaged.
     """
-    from qwenvl_jax.params import directory  # these two import numpy, which `--help` does without
-    from qwenvl_jax.params.tensors import DTYPES, Reader
+    from qwenvl_convert.safetensors import DTYPES, Reader  # these two import numpy, which `--help` does without
+
+    from qwenvl_jax.params import directory
 
     config = PRESETS.get(str(path_or_preset))
     if config:

@@ -9,6 +9,7 @@ RUN/final, which `qwenvl convert RUN/final DIR --to hf` writes as the Hugging Fa
 import argparse
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from qwenvl_jax.train.losses import cross_entropy
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import BadRecord, Encoder, PackShape
 from qwenvl_jax.train.step import GROUPS
-from qwenvl_jax.types import Model, TrainBatch
+from qwenvl_jax.types import Batch, Model
 
 _PLACED, _TOLD = 2, 4  # layers of the decoder after which visual tokens are to know their place, and the facts
 _ASIDE = 0.1  # what all that counts
@@ -77,9 +78,17 @@ def demo_config() -> Config:
     )
 
 
+class LessonBatch(NamedTuple):
+    """A TrainBatch, and the facts that its tokens are told."""
+
+    inputs: Batch
+    targets: Any
+    weights: Any
+    facts: Any  # [B, T, len(FACTS)] float32, NaN where nothing is told
+
+
 class Lessons:
-    """Batches of the records of Scenes, in order, for ever, with the facts that each token is told in `reference`
-    [B, T · len(FACTS)]. Records too long for a row are left out."""
+    """Batches of the records of Scenes, in order, without end. Records too long for a row are left out."""
 
     def __init__(self, scenes: Scenes, processor: Processor, shape: PackShape):
         self.scenes, self.shape, self.config = scenes, shape, processor.config
@@ -95,7 +104,7 @@ class Lessons:
     def set_state(self, state: dict) -> None:
         self.position, self.waiting = state["position"], None
 
-    def __next__(self) -> TrainBatch:
+    def __next__(self) -> LessonBatch:
         packer, told = Packer(self.shape, self.config), []
         while True:
             if self.waiting is None:
@@ -111,16 +120,16 @@ class Lessons:
             self.position, self.waiting = self.position + 1, None
         batch = packer.batch()
         facts = np.full((*batch.inputs.tokens.shape, len(FACTS)), np.nan, np.float32)
-        for (row, start, stop, *_), known in zip(packer.spans, told, strict=True):
-            here = facts[row, start:stop]
-            here[batch.inputs.visual_index[row, start:stop] >= 0] = known.cells
-            for t, token in enumerate(batch.inputs.tokens[row, start:stop].tolist()):
+        for s, known in zip(packer.segments, told, strict=True):
+            here = facts[s.row, s.start : s.stop]
+            here[batch.inputs.visual_index[s.row, s.start : s.stop] >= 0] = known.cells
+            for t, token in enumerate(s.sample.tokens.tolist()):
                 if self.kinds.get(token) in known.kinds:
                     here[t] = known.kinds[self.kinds[token]]
-        return batch._replace(reference=facts.reshape(len(facts), -1))
+        return LessonBatch(*batch, facts)
 
 
-def demo_loss(config: Config, params: dict, batch: TrainBatch, *, remat: bool = False):
+def demo_loss(config: Config, params: dict, batch: LessonBatch, *, remat: bool = False):
     """Cross-entropy, and what visual tokens are to say of themselves early in the decoder; as `sft_loss`.
 
     M-RoPE tells a token how far off others are, but answers name pixels counted from the picture's corner, seconds
@@ -144,7 +153,7 @@ def demo_loss(config: Config, params: dict, batch: TrainBatch, *, remat: bool = 
     corner = jnp.take_along_axis(inputs.positions, start[None], axis=2)
     visual = (inputs.visual_index >= 0)[..., None]
     places = jnp.where(visual, jnp.moveaxis(inputs.positions - corner - 1, 0, -1), jnp.nan)
-    facts = batch.reference.reshape(*inputs.tokens.shape, len(FACTS))
+    facts = batch.facts
     # Where things are, to a tenth of a cell. A count of one is by far the likeliest; from absolute errors alone, it is
     # all that would be learnt.
     width = jnp.array([1.0 if name in ("nth", "start", "core") else 0.1 for name in FACTS])

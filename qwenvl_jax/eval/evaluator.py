@@ -80,7 +80,7 @@ class Evaluator:
 
     def _new_engine(self, params):
         from qwenvl_jax.infer.engine import Engine
-        from qwenvl_jax.inputs.batch import Ladder
+        from qwenvl_jax.inputs.ladder import Ladder
 
         # One rung of rows: to fill up a last batch with padding is cheaper than to compile for it.
         ladder = Ladder(rows=(self._batch,))

@@ -4,7 +4,7 @@ Importing this file does not import numpy.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,8 @@ def read_questions(records, metric: str = "exact") -> list[Question]:
 
     Paths of pictures and clips in a file start from its folder. Raises InputError that names the record at fault.
     """
+    from qwenvl_jax.inputs.records import read_lines  # it brings numpy
+
     if isinstance(records, str | Path):
         records = [records]
     questions = []
@@ -37,7 +39,7 @@ def read_questions(records, metric: str = "exact") -> list[Question]:
         if isinstance(one, Question):
             questions.append(one)
             continue
-        lines = _lines(Path(one)) if isinstance(one, str | Path) else [(f"record {i}", one, None)]
+        lines = read_lines(one) if isinstance(one, str | Path) else [(f"record {i}", one, None)]
         for where, value, folder in lines:
             try:
                 questions.append(_question(value, folder, metric, where))
@@ -50,23 +52,8 @@ def read_questions(records, metric: str = "exact") -> list[Question]:
     return questions
 
 
-def _lines(file: Path) -> Iterable[tuple[str, object, Path]]:
-    try:
-        text = file.readtext_of("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{file}: not UTF-8 text ({e.reason} at byte {e.start})") from e
-    except OSError as e:
-        raise InputError(f"{file}: cannot be read ({e.strerror})") from e
-    for number, line in enumerate(text.split("\n"), 1):  # a JSON string may hold other kinds of line ends
-        if line.strip():
-            try:
-                yield f"{file}:{number}", json.loads(line), file.parent
-            except (ValueError, RecursionError) as e:
-                raise InputError(f"{file}:{number}: not readable as JSON ({e})") from e
-
-
 def _question(record, folder: Path | None, metric: str, where: str) -> Question:
-    from qwenvl_jax.inputs.records import conversation  # it brings numpy
+    from qwenvl_jax.inputs.records import conversation
 
     if not isinstance(record, Mapping):
         raise InputError(f"a record is a JSON object, not a {type(record).__name__}")
