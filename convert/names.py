@@ -5,7 +5,7 @@ flattened to a matrix first; everything else keeps its shape. A stacked paramete
 """
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.params.specs import Spec
 
 # Prefixes of the decoder and the vision tower: the hub's files, and newer saves of transformers (4.52 on).
@@ -32,7 +32,7 @@ def _norm(param: str, tensor: str, bias: bool) -> dict[str, str]:
 def tensor_names(config: Config, layout: str = "hub") -> dict[str, tuple[str, ...]]:
     """Parameter path → its tensors' names, one a layer for a stacked parameter, in the order files are written."""
     if layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+        raise CheckpointError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     decoder, visual = LAYOUTS[layout]
     layer_norm = not config.is_qwen2_5
     mlp = ("gate_proj", "up_proj", "down_proj") if config.is_qwen2_5 else ("fc1", "fc2")

@@ -28,7 +28,7 @@ def run(args) -> int:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives input() its line editing and history
         print(_KEYS)
-    messages, media = list(opening), []
+    messages, media = list(opening), list[tuple[str, str]]()
     while True:
         try:
             line = input("> " if terminal else "").strip()

@@ -59,7 +59,7 @@ def describe(path_or_preset) -> dict:
         raise InputError(f"{path}: no such directory, nor one of the presets {', '.join(PRESETS)}")
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: not a checkpoint, there is no config.json in it")
-    config, dtypes = Config.from_file(path / "config.json"), collections.Counter()
+    config, dtypes = Config.from_file(path / "config.json"), collections.Counter[str]()
     if (path / directory.MARKER).is_file():
         form, files = "orbax", sorted(f for f in (path / directory.PARAMS).rglob("*") if f.is_file())
         for shape, dtype in directory.stored_arrays(path).values():

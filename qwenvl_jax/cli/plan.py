@@ -10,8 +10,12 @@ from qwenvl_jax.errors import InputError
 
 HELP = "Compile for a TPU slice or GPUs that are not there: does it fit, how fast at best?"
 # Which flags each task takes.
-_TAKES = {"decode": ("batch", "context"), "prefill": ("batch", "context"), "vision": ("images", "pixels")}
-_TAKES["train"] = ("batch", "context", "images", "pixels", "lora", "full")
+_TAKES: dict[str, tuple[str, ...]] = {
+    "decode": ("batch", "context"),
+    "prefill": ("batch", "context"),
+    "vision": ("images", "pixels"),
+    "train": ("batch", "context", "images", "pixels", "lora", "full"),
+}
 
 
 def add_arguments(parser) -> None:

@@ -31,4 +31,5 @@ def run(args) -> int:
     except KeyboardInterrupt:  # the second one: at once, without waiting for a checkpoint that is being written
         print(file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
-    return {None: OK, signal.SIGTERM: NOT_DONE, signal.SIGINT: INTERRUPTED}[ended]
+    codes: dict[int | None, int] = {None: OK, signal.SIGTERM: NOT_DONE, signal.SIGINT: INTERRUPTED}
+    return codes[ended]

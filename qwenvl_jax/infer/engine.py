@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.compile_cache import kept
 from qwenvl_jax.infer.detokenize import Detokenizer
@@ -80,9 +80,9 @@ class Engine:
         context = model.config.text.context
         max_length = context if max_length is None else max_length
         if not 1 < max_length <= context:
-            raise InputError(f"max_length is {max_length}; it must be from 2 to the model's context, {context}")
+            raise OptionsError(f"max_length is {max_length}; it must be from 2 to the model's context, {context}")
         if max_batch < 1 or lag < 0:
-            raise InputError(f"max_batch is {max_batch} and lag {lag}; they must be at least 1 and 0")
+            raise OptionsError(f"max_batch is {max_batch} and lag {lag}; they must be at least 1 and 0")
         self.config, self.processor, self.generation = model.config, model.processor, model.generation
         self.max_batch, self.max_length, self.lag = max_batch, max_length, lag
         self.params = jax.tree.map(jnp.asarray, model.params)
@@ -163,7 +163,7 @@ class Engine:
         """
         request = self._request(conversation, options or GenerateOptions(), tools, changes)
         if len(request.rows) > 1:
-            raise InputError(f"n is {len(request.rows)}; only one sample can be streamed, generate gives several")
+            raise OptionsError(f"n is {len(request.rows)}; only one sample can be streamed, generate gives several")
         return Stream(request, self._run(request.rows))
 
     def _request(self, conversation, options: GenerateOptions, tools, changes: dict) -> "_Request":
@@ -268,7 +268,7 @@ class Engine:
         """
         for name, value, least in (("max_tokens", max_tokens, 1), ("max_pixels", max_pixels, 0), ("n", n, 1)):
             if value is not None and (not isinstance(value, int) or value < least):
-                raise InputError(f"{name} is {value}; it must be a whole number, at least {least}")
+                raise OptionsError(f"{name} is {value}; it must be a whole number, at least {least}")
         tokens = self.ladder.tokens
         most = self.max_length if max_tokens is None else min(max_tokens, self.max_length)
         tokens = tokens[: tokens.index(round_up(most, tokens, "tokens")) + 1]

@@ -78,7 +78,7 @@ class GenerateOptions:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature < _TINY  # or the device would divide by zero
+        return (self.temperature or 0.0) < _TINY  # or the device would divide by zero
 
     @property
     def knobs(self) -> Knobs:
@@ -87,7 +87,7 @@ class GenerateOptions:
         if self.greedy:
             return Knobs(0.0, 0, 1.0, 0.0, *penalties)
         # A larger k is off; int32 must hold it.
-        return Knobs(self.temperature, min(self.top_k, 2**31 - 1), self.top_p, self.min_p, *penalties)
+        return Knobs(self.temperature, min(self.top_k or 0, 2**31 - 1), self.top_p, self.min_p, *penalties)
 
     def replace(self, **changes) -> "GenerateOptions":
         if moved := [name for name in changes if name in names(MediaOptions)]:

@@ -60,7 +60,7 @@ def _message(message, where: str) -> tuple[dict, list[Media]]:
         raise InputError(f"{where} has role {role!r}; known roles are {', '.join(_ROLES)}")
     if unknown := sorted(map(str, given.keys() - _MESSAGE_KEYS)):
         raise InputError(f"{where} has an unknown key {unknown[0]!r}")
-    out = {"role": _ROLES[role]}
+    out: dict[str, Any] = {"role": _ROLES[role]}
     if "tool_calls" in given:
         if role != "assistant":
             raise InputError(f"{where} has tool_calls but its role is {role!r}, not 'assistant'")

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.inputs.chat import ChatTemplate, prompt_parts
 from qwenvl_jax.inputs.layout import find_placeholders, make_sample
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
@@ -67,7 +67,7 @@ class Processor:
         path = Path(path)
         preprocessing = read_preprocessing(path, config)
         if preprocessing is None:
-            raise InputError(f"{path} has no {PREPROCESSOR_FILE}; a checkpoint directory needs it")
+            raise CheckpointError(f"{path} has no {PREPROCESSOR_FILE}; a checkpoint directory needs it")
         tokenizer = _read_tokenizer(path)
         tokenizer.encode_special_tokens = True
         return cls(tokenizer, ChatTemplate.from_dir(path), preprocessing, config)
@@ -180,7 +180,7 @@ class Processor:
                 turns += [0] * head + [turn] * (len(encoding.ids) - head)
         tokens = np.array(ids, np.int32)
         if len(tokens) and tokens.max() >= self.config.text.vocab_size:
-            raise InputError(
+            raise CheckpointError(
                 f"the tokenizer gave id {tokens.max()}, but the model's vocabulary has "
                 f"{self.config.text.vocab_size}; tokenizer and config.json do not belong together"
             )
@@ -221,11 +221,11 @@ def read_preprocessing(path: Path, config: Config) -> Preprocessing | None:
     try:
         preprocessing = Preprocessing.from_dict(data)
     except InputError as e:
-        raise InputError(f"{file}: {e}") from e
+        raise CheckpointError(f"{file}: {e}") from e
     for key in ("patch_size", "temporal_patch_size", "merge_size"):
         ours, models = getattr(preprocessing, key), getattr(config.vision, key.replace("merge", "spatial_merge"))
         if ours != models:
-            raise InputError(f"{file}: {key} is {ours}, but config.json's vision_config calls for {models}")
+            raise CheckpointError(f"{file}: {key} is {ours}, but config.json's vision_config calls for {models}")
     return preprocessing
 
 
@@ -236,7 +236,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
-        raise InputError(f"{file}: not a readable tokenizer ({e})") from e
+        raise CheckpointError(f"{file}: not a readable tokenizer ({e})") from e
 
 
 # Qwen2's split into words, which vocab.json and merges.txt do not record.
@@ -250,11 +250,11 @@ def _build_tokenizer(path: Path) -> Tokenizer:
     """The same tokenizer from the files of older saves: vocab.json, merges.txt, tokenizer_config.json."""
     vocab, merges = path / "vocab.json", path / "merges.txt"
     if not (vocab.exists() and merges.exists()):
-        raise InputError(f"{path} has no tokenizer.json (nor vocab.json with merges.txt)")
+        raise CheckpointError(f"{path} has no tokenizer.json (nor vocab.json with merges.txt)")
     try:
         tokenizer = Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
     except Exception as e:  # the library raises bare Exception
-        raise InputError(f"{vocab}, {merges}: not a readable vocabulary ({e})") from e
+        raise CheckpointError(f"{vocab}, {merges}: not a readable vocabulary ({e})") from e
     bytes_only = dict(add_prefix_space=False, use_regex=False)
     tokenizer.normalizer = tokenizers.normalizers.NFC()
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
@@ -268,5 +268,5 @@ def _build_tokenizer(path: Path) -> Tokenizer:
     for i in sorted(added, key=int):  # ids follow from the order
         tokenizer.add_tokens([tokenizers.AddedToken(**added[i])])
         if tokenizer.token_to_id(added[i]["content"]) != int(i):
-            raise InputError(f"{path}: added token {json.dumps(added[i]['content'])} cannot have id {i}")
+            raise CheckpointError(f"{path}: added token {json.dumps(added[i]['content'])} cannot have id {i}")
     return tokenizer
