@@ -6,9 +6,12 @@ Checkpoints: `load`, `save`, `find`, `read_config`, `Config`, `PRESETS`, `Model`
 Inputs: `Processor`, `MediaOptions`, `Sample`, `Batch`, `Ladder`, `make_batch`.
 The model: `forward`, `make_mesh`.
 Generation: `Engine`, `GenerateOptions`.
-Training: `TrainOptions`, `Dataset`, `PackShape`, `finetune`, and `qwenvl_jax.train.loop.train`.
+Training: `TrainOptions`, `Dataset`, `PackShape`, `finetune`, `read_metrics`, and `qwenvl_jax.train.loop.train`.
 Evaluation: `evaluate`, `Evaluator`.
 Errors: `InputError`, `CheckpointError`, `MediaError`, `OptionsError`, `ContextError`; each has a `code`.
+
+`train` is no name of this module because a package has it. Other names that the notebooks import by their path
+(`eval.metrics`, `params.lora`, `cli.info`, `cli.plot`) are public too.
 """
 
 from importlib import import_module
@@ -32,6 +35,7 @@ _HOME = {
     "train.data": ("Dataset",),
     "train.records": ("PackShape",),
     "train.finetune": ("finetune",),
+    "train.run": ("read_metrics",),
     "eval.evaluator": ("evaluate", "Evaluator"),
     "errors": ("InputError", "CheckpointError", "MediaError", "OptionsError", "ContextError"),
 }
