@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,9 +19,11 @@ from qwenvl_convert.names import tensor_names, tensor_shape
 from qwenvl_convert.safetensors import Writer
 
 from qwenvl_jax.config import PRESETS, Config, TextConfig, VisionConfig
-from qwenvl_jax.demo.tokenizer import write_processor
-from qwenvl_jax.demo.train import demo_config
 from qwenvl_jax.params.specs import specs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))  # for `demo`
+from demo.tokenizer import write_processor
+from demo.train import demo_config
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 SMALL = ("demo", "50M")

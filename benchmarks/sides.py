@@ -30,7 +30,7 @@ from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
 from qwenvl_jax.inputs.pack import pack_vision
 from qwenvl_jax.params import lora
-from qwenvl_jax.params.specs import init
+from qwenvl_jax.params.specs import init, specs_of
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.step import init_state, make_optimizer, make_step
@@ -38,7 +38,7 @@ from qwenvl_jax.types import Batch, TrainBatch
 
 PROMPT = 64  # tokens before what is decoded
 RANK = 16
-OPTIMIZER = make_optimizer(TrainOptions().learning_rate)
+OPTIMIZER = make_optimizer({}, TrainOptions().learning_rate)
 
 
 class Failed(Exception):
@@ -215,8 +215,10 @@ class Here(Model):
     def compile_lora(self, tokens: int) -> None:
         """Without the memory that the state takes."""
         shapes = jax.eval_shape(self.adapted, self.params)
-        state = jax.eval_shape(partial(init_state, optimizer=OPTIMIZER, trainable=lora.is_trainable), shapes)
-        step = make_step(partial(sft_loss, self.config, remat=True), OPTIMIZER, lora.is_trainable)
+        declared = specs_of(self.config, shapes)
+        start = partial(init_state, declared, optimizer=OPTIMIZER, trainable=lora.is_trainable)
+        state = jax.eval_shape(start, shapes)
+        step = make_step(declared, partial(sft_loss, self.config, remat=True), OPTIMIZER, lora.is_trainable)
         self.steps[tokens] = step.lower(state, self.row(tokens)).compile()
 
     def lora(self, tokens: int):
@@ -224,7 +226,8 @@ class Here(Model):
         if tokens not in self.steps:
             self.compile_lora(tokens)
         if self.params:
-            self.state = init_state(self.adapted(self.params), OPTIMIZER, lora.is_trainable)
+            params = self.adapted(self.params)
+            self.state = init_state(specs_of(self.config, params), params, OPTIMIZER, lora.is_trainable)
             self.params = self.engine = None
             self.towers = {}
         batch = self.row(tokens)

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from demo.cells import CELL, FACTS, Thing, of_text, of_things
+from demo.render import WEIGHTS, Scenes
+from demo.tokenizer import write_processor
+from demo.train import Lessons, demo_config, demo_loss
 from test_demo_data import assets  # noqa: F401 - a fixture
 
-from qwenvl_jax.demo.cells import CELL, FACTS, Thing, of_text, of_things
-from qwenvl_jax.demo.render import WEIGHTS, Scenes
-from qwenvl_jax.demo.tokenizer import write_processor
-from qwenvl_jax.demo.train import Lessons, demo_config, demo_loss
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.params.specs import init
 from qwenvl_jax.train.losses import sft_loss

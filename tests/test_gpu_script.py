@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import model
 import pytest
 from carry import carry
+from demo.assets import find_assets
 from gpu_checks import checks
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
@@ -21,7 +22,6 @@ from sides import PROMPT
 from test_demo_data import assets  # noqa: F401 - a fixture
 
 from qwenvl_jax.config import PRESETS
-from qwenvl_jax.demo.assets import find_assets
 from qwenvl_jax.inputs.ladder import round_up
 from qwenvl_jax.params.specs import init
 from qwenvl_jax.plan.hardware import devices, parse_target

@@ -30,7 +30,7 @@ MAY_SEE = {
     "eval": BASE | {"sharding", "model", "params", "inputs", "infer"},
     "serve": BASE | {"sharding", "model", "params", "inputs", "infer"},
     "plan": BASE | {"sharding", "model", "params", "inputs", "infer", "train"},
-    "demo": BASE | {"sharding", "model", "params", "inputs", "infer", "train", "eval"},
+    "demo": set(),
     "cli": None,  # everything
 }
 

@@ -41,11 +41,6 @@ def test_the_tree_names_what_exists(path):
     assert (ROOT / path).is_dir() == path.endswith("/")
 
 
-def test_the_tree_names_every_module():
-    beside = {str(p.relative_to(ROOT)) for folder in ("tests", "benchmarks") for p in (ROOT / folder).glob("*.py")}
-    assert code_files() | beside <= set(tree())
-
-
 @pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs(tiny_checkpoint, tmp_path, capsys, caplog):
@@ -78,7 +73,7 @@ def test_ci_runs_the_readme(name):
 
 
 def test_wheel_and_sdist(tmp_path):
-    """Both hold every module, the licence and the two commands; the tests stay out of the wheel."""
+    """Both hold every module, the licence and the two commands; tests and the demo's scripts stay out of the wheel."""
     source = tmp_path / "source"
     source.mkdir()
     tracked = ["pyproject.toml", "README.md", "LICENSE", "qwenvl_jax/py.typed", *code_files()]
@@ -100,6 +95,8 @@ def test_wheel_and_sdist(tmp_path):
         entry_points = z.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     expected = {re.sub("^convert/", "qwenvl_convert/", n) for n in code_files()}
     assert expected | data | {"qwenvl_jax/py.typed"} <= names
+    demo = {n for n in names if n.startswith("qwenvl_jax/demo/")}
+    assert {n for n in demo if n.endswith(".py")} == {"qwenvl_jax/demo/__init__.py"}
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"qwenvl_jax", "qwenvl_convert"}
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert "qwenvl = qwenvl_jax.cli:main\nqwenvl-convert = qwenvl_jax.cli:convert_main" in entry_points

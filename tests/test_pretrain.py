@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from demo import charts, lines
+from demo.pretrain import CELL, LANES, PATCHES, SLOTS, Cells, cells_loss, init_heads, levelled, main
+from demo.tokenizer import byte_letters, vocabulary, write_processor
+from demo.train import demo_config
 from test_demo_data import assets  # noqa: F401 - a fixture
 
-from qwenvl_jax.demo import charts, lines
-from qwenvl_jax.demo.pretrain import CELL, LANES, PATCHES, SLOTS, Cells, cells_loss, init_heads, levelled, main
-from qwenvl_jax.demo.tokenizer import byte_letters, vocabulary, write_processor
-from qwenvl_jax.demo.train import demo_config
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.vision import encode
 from qwenvl_jax.params.specs import init

@@ -1,12 +1,12 @@
 """Teaches the demo's vision tower what is where, before the decoder learns to talk about it.
 
-    python -m qwenvl_jax.demo.pretrain RUN --assets DIR [--steps N] [--dtype bfloat16]
+    python notebooks/demo pretrain RUN --assets DIR [--steps N] [--dtype bfloat16]
 
 From answers alone a model this small takes very long to find out that letters have shapes: a picture is many
 visual tokens, and a wrong guess does not say which of them was misread. Here every visual token is asked for
 what its own 28 × 28 pixels show: the characters whose centres lie in it, from left to right, or the emoji that
 covers it and where that one's edges are. What answers is the embedding table that the decoder shares, through a
-few matrices that are thrown away. RUN/final, in Orbax form, is then where `qwenvl_jax.demo.train --start` begins.
+few matrices that are thrown away. RUN/final, in Orbax form, is what `train --start` begins from.
 A run that is stopped leaves nothing to go on from.
 """
 
@@ -21,19 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from demo import charts, lines, scenes
+from demo.assets import Assets, assets_of
+from demo.cells import CELL, COVERED, cell_corners, overlap
+from demo.tokenizer import byte_letters, special_ids, vocabulary, write_processor
+from demo.train import demo_config
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.demo import charts, lines, scenes
-from qwenvl_jax.demo.assets import Assets, assets_of
-from qwenvl_jax.demo.cells import CELL, COVERED, cell_corners, overlap
-from qwenvl_jax.demo.tokenizer import byte_letters, special_ids, vocabulary, write_processor
-from qwenvl_jax.demo.train import demo_config
 from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.media import image_visual
 from qwenvl_jax.inputs.pack import fill_lanes
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.vision import encode
 from qwenvl_jax.params.checkpoint import load, save
-from qwenvl_jax.params.specs import init
+from qwenvl_jax.params.specs import Spec, init, specs
 from qwenvl_jax.train.step import init_state, make_optimizer, make_schedule, make_step
 from qwenvl_jax.types import Batch, Model, VisionBatch
 
@@ -137,6 +137,12 @@ class Cells:
         return np.full((cells, SLOTS), self.nothing), weights
 
 
+HEADS = {
+    "slots/kernel": Spec((), np.float32, (), "linear", "vision", None),
+    "edges/table": Spec((), np.float32, (), "embedding", "vision", None),  # Muon leaves it to AdamW
+}
+
+
 def init_heads(width: int, key) -> dict:
     """What reads the slots and the edges off a visual token [D]; the first slot starts as the token itself."""
     slots = jax.random.normal(key, (SLOTS, width, width)) / width**0.5
@@ -178,7 +184,7 @@ def levelled(config: Config, params: dict, lanes: VisionBatch) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="directory of the run")
-    parser.add_argument("--assets", help="where fonts, emoji and tables are; see qwenvl_jax/demo/assets.py")
+    parser.add_argument("--assets", help="where fonts, emoji and tables are; see notebooks/demo/assets.py")
     parser.add_argument("--start", help="RUN/final of an earlier run to start from, instead of from nothing")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
@@ -195,9 +201,10 @@ def main() -> None:
     params = params | init_heads(config.text.hidden_size, jax.random.key(1))
     trainable = lambda path: path.startswith(("vision", "slots", "edges")) or "embed_tokens" in path  # noqa: E731
     schedule = make_schedule(args.learning_rate, "cosine", warmup=args.steps // 25, total=args.steps, end=0.02)
-    optimizer = make_optimizer(schedule, "muon", weight_decay=0.02)
-    state = init_state(params, optimizer, trainable)
-    step = make_step(partial(cells_loss, config.replace(dtype=args.dtype)), optimizer, trainable)
+    declared = specs(config) | HEADS
+    optimizer = make_optimizer(declared, schedule, "muon", weight_decay=0.02)
+    state = init_state(declared, params, optimizer, trainable)
+    step = make_step(declared, partial(cells_loss, config.replace(dtype=args.dtype)), optimizer, trainable)
     draw = Cells(assets, processor, args.seed)
 
     with ThreadPoolExecutor(1) as pool, tqdm(range(args.steps), desc="cells", unit="step", mininterval=10) as bar:
@@ -210,7 +217,3 @@ def main() -> None:
     kept = {name: state.params[name] for name in ("vision", "decoder")}
     kept = levelled(config, kept, jax.tree.map(lambda a: a[0], batch.inputs.vision[0]))
     save(Model(config, kept, processor, generation), args.run / "final", files_from=files)
-
-
-if __name__ == "__main__":
-    main()

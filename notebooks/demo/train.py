@@ -1,6 +1,6 @@
 """Trains the demo on records drawn as they are needed, with the trainer that everyone uses.
 
-    python -m qwenvl_jax.demo.train RUN --assets DIR [--steps N] [--rows N] [--dtype bfloat16]
+    python notebooks/demo train RUN --assets DIR [--steps N] [--rows N] [--dtype bfloat16]
 
 Stopped and started again with the same arguments, it goes on; with more steps, it goes further. The result is
 RUN/final, which `qwenvl convert RUN/final DIR --to hf` writes as the Hugging Face checkpoint in this package.
@@ -15,18 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from demo.assets import assets_of
+from demo.cells import FACTS
+from demo.emoji import NAMES, plural
+from demo.render import Scenes
+from demo.score import LONGEST, questions
+from demo.tokenizer import special_ids, vocabulary, write_processor
 from qwenvl_jax.config import Config, TextConfig, VisionConfig, read_json
-from qwenvl_jax.demo.assets import assets_of
-from qwenvl_jax.demo.cells import FACTS
-from qwenvl_jax.demo.emoji import NAMES, plural
-from qwenvl_jax.demo.render import Scenes
-from qwenvl_jax.demo.score import LONGEST, questions
-from qwenvl_jax.demo.tokenizer import special_ids, vocabulary, write_processor
 from qwenvl_jax.eval.evaluator import Evaluator
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.decoder import full
-from qwenvl_jax.model.qwenvl import embed, encode, init
+from qwenvl_jax.model.qwenvl import embed, encode
 from qwenvl_jax.params.checkpoint import load, save
+from qwenvl_jax.params.specs import init
 from qwenvl_jax.train.data import Packer
 from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.losses import cross_entropy
@@ -205,8 +206,8 @@ def demo_options(output, **changes) -> TrainOptions:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="directory of the run")
-    parser.add_argument("--assets", help="where fonts, emoji and tables are; see qwenvl_jax/demo/assets.py")
-    parser.add_argument("--start", help="RUN/final of an earlier run to start from, or of `qwenvl_jax.demo.pretrain`")
+    parser.add_argument("--assets", help="where fonts, emoji and tables are; see notebooks/demo/assets.py")
+    parser.add_argument("--start", help="RUN/final of an earlier run to start from, or of `pretrain`")
     parser.add_argument("--rows", type=int, default=20, help="of a batch; each is about two conversations")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--cooldown", type=int, default=0)
@@ -256,7 +257,3 @@ def main() -> None:
         return
     save(model._replace(params=result.params), final, files_from=files)
     print(f"model of step {result.step}: {final}")
-
-
-if __name__ == "__main__":
-    main()
