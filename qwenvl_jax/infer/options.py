@@ -1,4 +1,4 @@
-"""What a caller may ask of a generation, and where the answers come from when nothing is asked.
+"""The options of one generation, and their defaults from the checkpoint.
 
 Importing this file imports neither jax nor numpy.
 """
@@ -58,10 +58,12 @@ class GenerateOptions:
         None, "divides positive logits of tokens in the prompt or output; 1 is off", least=1 / _LIMIT, most=_LIMIT
     )
     presence_penalty: float = option(
-        0.0, "subtracted from the logits of tokens generated before", least=-_LIMIT, most=_LIMIT
+        0.0, "subtracted from the logits of tokens that were generated before", least=-_LIMIT, most=_LIMIT
     )
-    frequency_penalty: float = option(0.0, "the same, once per occurrence", least=-_LIMIT, most=_LIMIT)
-    seed: int | None = option(None, "of what is drawn; without one, every run draws anew")
+    frequency_penalty: float = option(
+        0.0, "subtracted once for every time that a token was generated before", least=-_LIMIT, most=_LIMIT
+    )
+    seed: int | None = option(None, "seed of the random draws; a new one each time if not given")
     n: int = option(1, "samples of the same conversation", least=1, flag=False)
     stop: tuple[str, ...] = option((), "end before this text; repeatable")
     stop_token_ids: tuple[int, ...] = option((), "end before this token id, besides the checkpoint's eos; repeatable")

@@ -22,7 +22,7 @@ class MediaOptions:
     resized_width: int | None = option(
         None, "width to resize to instead of the bounds; with resized_height", above=0, most=_INT32
     )
-    fps: Number | None = option(None, "frames per second to sample from a video; 2 without it", above=0)
+    fps: Number | None = option(None, "frames per second to sample from a video; default: 2", above=0)
     nframes: int | None = option(None, "frames to sample from a video, instead of fps", above=0, most=_INT32)
     min_frames: int | None = option(None, "least frames to sample from a video by fps", above=0, most=_INT32)
     max_frames: int | None = option(None, "most frames to sample from a video by fps", above=0, most=_INT32)

@@ -29,13 +29,13 @@ class TrainOptions(MediaOptions):
     )
     task: str = option("sft", "what to learn: the assistant's turns, or preferences", choices=("sft", "dpo"))
     beta: float = option(0.1, "DPO: how strongly to stay near the reference model", above=0)
-    seed: int = option(0, "of the order of records and of dropout", least=0, most=2**31 - 1)
-    rows: int = option(4, "rows of a batch; several samples share a row", least=1, title="one step")
-    tokens: int = option(2048, "tokens of a row; a longer sample is a bad record", least=8)
-    lanes: int = option(4, "lanes of image patches of a batch", least=1)
-    patches: int = option(4096, "patches of a lane, 64·n; the largest frame must fit", least=4)
+    seed: int = option(0, "seed of the order of records and of dropout", least=0, most=2**31 - 1)
+    rows: int = option(4, "rows in a batch; several samples share a row", least=1, title="one step")
+    tokens: int = option(2048, "tokens in a row; a longer sample is a bad record", least=8)
+    lanes: int = option(4, "lanes of image patches in a batch", least=1)
+    patches: int = option(4096, "patches in a lane, a multiple of 64; the largest frame must fit", least=4)
     segments: int = option(64, "samples that may share a row; a preference is two", least=1)
-    accumulate: int = option(1, "batches of a step; their gradients are added up before the update", least=1)
+    accumulate: int = option(1, "batches in a step; their gradients are summed before the update", least=1)
     steps: int = option(1000, "updates to make", least=1)
     optimizer: str = option(
         "adamw",
@@ -44,8 +44,12 @@ class TrainOptions(MediaOptions):
         title="the optimizer",
     )
     learning_rate: float = option(1e-5, "the optimizer's step size at its peak", above=0, most=1)
-    vision_learning_rate: float | None = option(None, "of the vision tower; default: learning_rate", above=0, most=1)
-    merger_learning_rate: float | None = option(None, "of the merger; default: learning_rate", above=0, most=1)
+    vision_learning_rate: float | None = option(
+        None, "step size of the vision tower; default: learning_rate", above=0, most=1
+    )
+    merger_learning_rate: float | None = option(
+        None, "step size of the merger; default: learning_rate", above=0, most=1
+    )
     freeze: tuple[str, ...] = option((), "parts of the model to leave as they are; repeatable", choices=GROUPS)
     schedule: str = option("cosine", "how the step size falls after warmup", choices=SCHEDULES)
     cooldown: int = option(0, "last steps, over which a constant step size falls to 0", least=0)
@@ -55,7 +59,7 @@ class TrainOptions(MediaOptions):
     clip: float = option(1.0, "largest norm of the gradient; 0 is off", least=0)
     lora_rank: int = option(0, "train adapters of this rank instead of the weights; 0 is off", least=0, title="LoRA")
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank", above=0)
-    lora_dropout: float = option(0.0, "share of an adapter's inputs that a batch leaves out", least=0, below=1)
+    lora_dropout: float = option(0.0, "share of an adapter's inputs set to zero in training", least=0, below=1)
     lora_targets: tuple[str, ...] = option(
         ("llm",), "linear layers to adapt: llm, vision, merger, or patterns such as q_proj; repeatable"
     )
@@ -76,7 +80,9 @@ class TrainOptions(MediaOptions):
         "stop", "what to do about a record that cannot be used", choices=("stop", "skip"), title="records"
     )
     threads: int = option(2, "threads that read records", least=0, free=True)
-    workers: int = option(0, "processes that do, each with so many threads; 0: none", least=0, free=True)
+    workers: int = option(
+        0, "processes that read records, each with that many threads; 0: this process", least=0, free=True
+    )
     allow_control_tokens: bool = option(
         False, "let tokens such as <|box_start|> that a text spells out be tokens; scores are of texts without them"
     )
