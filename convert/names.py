@@ -5,7 +5,7 @@ flattened to a matrix first; everything else keeps its shape. A stacked paramete
 """
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.families import family_of
 from qwenvl_jax.params.specs import Spec, specs
 
@@ -16,14 +16,14 @@ LAYOUTS = {"hub": ("model.", "visual."), "nested": ("model.language_model.", "mo
 def tensor_names(config: Config, layout: str = "hub") -> dict[str, tuple[str, ...]]:
     """Parameter path → its tensors' names, one a layer for a stacked parameter, in the order files are written.
 
-    The family has the names. Raises InputError for a parameter that it has no name for, and a name without parameter.
+    The family has the names. Raises CheckpointError for a parameter that it has no name for, and a name without parameter.
     """
     if layout not in LAYOUTS:
-        raise InputError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
+        raise CheckpointError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     names, declared = family_of(config).tensor_names(config), specs(config)
     for path in names.keys() ^ declared.keys():
         which = "names no tensor for it" if path in declared else "names a tensor for it, but no module declares it"
-        raise InputError(f"{path}: the family {config.family!r} {which} (tensor_names)")
+        raise CheckpointError(f"{path}: the family {config.family!r} {which} (tensor_names)")
     out = {}
     for path, name in names.items():
         for hub, prefix in zip(LAYOUTS["hub"], LAYOUTS[layout], strict=True):

@@ -43,7 +43,7 @@ def test_the_tree_names_what_exists(path):
 
 @pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
 @pytest.mark.slow
-def test_the_python_of_the_readme_runs(tiny_checkpoint, tmp_path, capsys):
+def test_the_python_of_the_readme_runs(tiny_checkpoint, tmp_path, capsys, caplog):
     """As it is written, but for the model and the picture; the settings of the copy keep it short."""
     for file in tiny_checkpoint.iterdir():
         (tmp_path / file.name).symlink_to(file)
@@ -60,9 +60,9 @@ def test_the_python_of_the_readme_runs(tiny_checkpoint, tmp_path, capsys):
     exec(code, names)
     assert len(names["results"]) == 2 and 1 <= len(names["results"][1].token_ids) <= 8
     assert len(names["small"].visuals) == 1
-    out, err = capsys.readouterr()
-    assert names["results"][1].finish_reason in out
-    assert err.count("\n") == 1 and "bfloat16 weights are cast to float32" in err
+    assert names["results"][1].finish_reason in capsys.readouterr().out
+    (said,) = caplog.messages
+    assert "bfloat16 weights are cast to float32" in said
 
 
 @pytest.mark.parametrize("name", ["run", "test"])
@@ -76,7 +76,7 @@ def test_wheel_and_sdist(tmp_path):
     """Both hold every module, the licence and the two commands; tests and the demo's scripts stay out of the wheel."""
     source = tmp_path / "source"
     source.mkdir()
-    tracked = ["pyproject.toml", "README.md", "LICENSE", *code_files()]
+    tracked = ["pyproject.toml", "README.md", "LICENSE", "qwenvl_jax/py.typed", *code_files()]
     tracked += [f"{p.relative_to(ROOT)}" for p in (ROOT / "qwenvl_jax").rglob("__init__.py")]
     for name in tracked:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def test_wheel_and_sdist(tmp_path):
         names = set(z.namelist())
         entry_points = z.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     expected = {re.sub("^convert/", "qwenvl_convert/", n) for n in code_files()}
-    assert expected | data <= names
+    assert expected | data | {"qwenvl_jax/py.typed"} <= names
     demo = {n for n in names if n.startswith("qwenvl_jax/demo/")}
     assert {n for n in demo if n.endswith(".py")} == {"qwenvl_jax/demo/__init__.py"}
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"qwenvl_jax", "qwenvl_convert"}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwenvl_jax.cli import build_parser, main, plan_job
+from qwenvl_jax.cli import build_parser, main
+from qwenvl_jax.cli.plan import job as plan_job
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.plan.hardware import CHIPS, Target, devices, parse_target

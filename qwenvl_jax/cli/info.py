@@ -1,21 +1,24 @@
-"""What a checkpoint is, told from its config and the headers of its weight files; no weight is read.
+"""`qwenvl info`: what a checkpoint is, from its config and the headers of its weight files; no weight is read.
 
-Importing this file does not import jax, and `describe` does not either.
+Importing this file does not import numpy, and `describe` does not import jax.
 """
 
 import collections
 import dataclasses
+import json
 import math
 from pathlib import Path
 
 from qwenvl_convert.safetensors import DTYPES, Reader
 
+from qwenvl_jax.cli.errors import OK
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS, family_of
 from qwenvl_jax.params import directory
 from qwenvl_jax.params.precision import on_cpu
 
+HELP = "Say what a checkpoint is, reading only its headers."
 # Parameters of the presets, which are counted with jax: `count_params` of params/specs.py.
 PARAMETERS = {
     "qwen2-vl-2b": 2_208_985_600,
@@ -28,6 +31,18 @@ PARAMETERS = {
 }
 
 
+def add_arguments(parser) -> None:
+    text = "checkpoint directory, or a preset such as qwen2.5-vl-7b (default: demo)"
+    parser.add_argument("checkpoint", nargs="?", default="demo", metavar="CKPT", help=text)
+    parser.add_argument("--json", action="store_true")
+
+
+def run(args) -> int:
+    facts = describe(args.checkpoint)
+    print(json.dumps(facts) if args.json else table(facts))
+    return OK
+
+
 def describe(path_or_preset) -> dict:
     """Facts of a checkpoint directory, either format, "demo", or one of `PRESETS`; all of it can be written as JSON.
 
@@ -37,13 +52,14 @@ def describe(path_or_preset) -> dict:
     on_cpu (what `load` does with 16-bit weights on a CPU, by the memory that is free now).
     Raises InputError if there is no such directory or its headers are damaged.
     """
+
     config = PRESETS.get(str(path_or_preset))
     if config:
         return _facts(config, "preset", {config.dtype: PARAMETERS[str(path_or_preset)]}, {})
     path = directory.find(path_or_preset) if path_or_preset == directory.DEMO else Path(path_or_preset)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory, nor one of the presets {', '.join(PRESETS)}")
-    config, dtypes = directory.read_config(path), collections.Counter()
+    config, dtypes = directory.read_config(path), collections.Counter[str]()
     if (path / directory.MARKER).is_file():
         form, files = "orbax", sorted(f for f in (path / directory.PARAMS).rglob("*") if f.is_file())
         for shape, dtype in directory.stored_arrays(path).values():

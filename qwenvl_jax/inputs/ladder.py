@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from qwenvl_jax.config import VisionConfig
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import ContextError, OptionsError
 from qwenvl_jax.inputs.layout import slots_needed
 from qwenvl_jax.inputs.media import MAX_ASPECT
 from qwenvl_jax.types import Grid
@@ -52,11 +52,11 @@ class Ladder(NamedTuple):
         for name in ("rows", "tokens", "patches"):
             rungs = getattr(self, name)
             if not rungs or rungs[0] < 1 or any(a >= b for a, b in pairwise(rungs)):
-                raise InputError(f"the ladder's {name} are {rungs}; they must be positive and rising")
+                raise OptionsError(f"the ladder's {name} are {rungs}; they must be positive and rising")
         if self.lanes < 1:
-            raise InputError(f"the ladder's lanes are {self.lanes}; they must be at least 1")
+            raise OptionsError(f"the ladder's lanes are {self.lanes}; they must be at least 1")
         if max(self.short, default=0) > SHARED:
-            raise InputError(f"the ladder's short are {self.short}; they must be at most {SHARED}")
+            raise OptionsError(f"the ladder's short are {self.short}; they must be at most {SHARED}")
 
     def capacities(self, vision: VisionConfig) -> tuple[int, ...]:
         """Every P, in whole window blocks."""
@@ -113,5 +113,5 @@ def round_up(size: int, rungs: Sequence[int], what: str) -> int:
     """The smallest of `rungs` that holds `size`."""
     i = bisect_left(rungs, size)
     if i == len(rungs):
-        raise InputError(f"{size} {what} are more than the largest bucket, {rungs[-1]}")
+        raise ContextError(f"{size} {what} are more than the largest bucket, {rungs[-1]}")
     return rungs[i]

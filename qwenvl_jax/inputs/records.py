@@ -34,6 +34,8 @@ class BadRecord(InputError):
         "nothing to learn". Skipped records are counted by it.
     """
 
+    code = "record"
+
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason

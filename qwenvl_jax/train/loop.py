@@ -88,15 +88,8 @@ class _Loop:
         params = jax.device_put(params, layout)
         noise = None
         if options.lora_rank:
-            key = jax.random.key(options.seed)
-            params = lora.add(
-                self.config,
-                params,
-                key,
-                rank=options.lora_rank,
-                alpha=options.lora_alpha,
-                targets=options.lora_targets,
-            )
+            how = dict(rank=options.lora_rank, alpha=options.lora_alpha, targets=options.lora_targets)
+            params = lora.add(self.config, params, jax.random.key(options.seed), **how)
             if options.lora_dropout:
                 noise = partial(lora.dropout, rate=options.lora_dropout)
         chosen = lora.is_trainable if options.lora_rank else lambda path: True
@@ -113,13 +106,8 @@ class _Loop:
             loss = partial(dpo_loss, self.config, beta=options.beta, remat=options.remat)
         else:
             loss = partial(loss, self.config, remat=options.remat)
-        schedule = make_schedule(
-            options.learning_rate,
-            options.schedule,
-            warmup=options.warmup,
-            total=options.steps,
-            cooldown=options.cooldown,
-        )
+        steps = dict(warmup=options.warmup, total=options.steps, cooldown=options.cooldown)
+        schedule = make_schedule(options.learning_rate, options.schedule, **steps)
         optimizer = _optimizer(specs, options, schedule)
         self.step_fn = make_step(specs, loss, optimizer, self.trainable, noise=noise, seed=options.seed)
         self.learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(options.steps)), np.float64)

@@ -12,9 +12,10 @@ import numpy as np
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.layout import Lanes, make_sample, slots_needed
-from qwenvl_jax.inputs.messages import VIDEO_OPTIONS
+from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.processor import Processor, Prompt
 from qwenvl_jax.inputs.records import BadRecord, conversation, preference
+from qwenvl_jax.options import check_names, names
 from qwenvl_jax.types import Sample, Visual
 
 
@@ -41,12 +42,11 @@ class Encoder:
     def __init__(self, processor: Processor, shape: PackShape, *, preferences=False, folder=None, options=None):
         flags = ("add_vision_id", "allow_control_tokens")
         options = dict(options or {})
-        if unknown := sorted(options.keys() - {*flags, *VIDEO_OPTIONS}):
-            raise InputError(f"unknown option {unknown[0]!r}; known are {', '.join((*VIDEO_OPTIONS, *flags))}")
+        check_names(options, (*names(MediaOptions), *flags))
         self.processor, self.shape, self.preferences = processor, shape, preferences
         self.folder = None if folder is None else Path(folder)
         self.flags = {k: options.pop(k) for k in flags if k in options}
-        self.options = options
+        self.options = MediaOptions(**options)
 
     def __call__(self, record) -> tuple[Sample, ...]:
         """One conversation, or a preferred one and its rival over the same visuals.
