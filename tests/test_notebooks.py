@@ -8,7 +8,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-README = (ROOT / "README.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -43,8 +42,6 @@ def test_links_between_notebooks_lead_somewhere():
                 assert (path.parent / link).exists(), f"{path.name} links to {link}"
 
 
-def test_notebooks_are_listed_and_executed():
+def test_notebooks_are_executed():
     assert NOTEBOOKS
-    for path in NOTEBOOKS:
-        assert f"](notebooks/{path.name})" in README, f"README lacks {path.name}"
     assert "jupyter execute notebooks/*.ipynb" in (ROOT / ".ci" / "run").read_text("utf-8")
