@@ -7,12 +7,14 @@ Wheels that the machine lacks, if any, go to benchmarks/carried/wheels. Neither 
 
 import argparse
 import shutil
+import sys
 from itertools import chain
 from pathlib import Path
 
-from qwenvl_jax.demo.assets import Assets, assets_of
-from qwenvl_jax.demo.emoji import EMOJI
-from qwenvl_jax.demo.fonts import FONTS, UNSEEN_FONTS
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))  # for `demo`
+from demo.assets import Assets, assets_of
+from demo.emoji import EMOJI
+from demo.fonts import FONTS, UNSEEN_FONTS
 
 
 def files(assets: Assets) -> list[Path]:
@@ -40,7 +42,7 @@ def carry(assets: Assets, target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--assets", help="where fonts, emoji and tables are; see qwenvl_jax/demo/assets.py")
+    parser.add_argument("--assets", help="where fonts, emoji and tables are; see notebooks/demo/assets.py")
     args = parser.parse_args()
     target = Path(__file__).resolve().parent / "carried" / "assets"
     carry(assets_of(parser, args.assets), target)

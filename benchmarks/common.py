@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import statistics
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,13 +15,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from qwenvl_convert.names import tensor_names, tensor_shape
+from qwenvl_convert.safetensors import Writer
 
 from qwenvl_jax.config import PRESETS, Config, TextConfig, VisionConfig
-from qwenvl_jax.demo.tokenizer import write_processor
-from qwenvl_jax.demo.train import demo_config
-from qwenvl_jax.model.qwenvl import abstract_params
-from qwenvl_jax.params.hf import flatten, table, tensor_shape
-from qwenvl_jax.params.tensors import Writer
+from qwenvl_jax.params.specs import specs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))  # for `demo`
+from demo.tokenizer import write_processor
+from demo.train import demo_config
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 SMALL = ("demo", "50M")
@@ -69,9 +72,9 @@ def write_checkpoint(directory: Path, config: Config) -> Path:
     """
     directory.mkdir()
     shapes = {}
-    for path, leaf in flatten(abstract_params(config)).items():
-        for name in table(config)[path]:
-            shapes[name] = (jnp.dtype(config.dtype), tensor_shape(config, path, leaf.shape))
+    for path, spec in specs(config).items():
+        for name in tensor_names(config)[path]:
+            shapes[name] = (jnp.dtype(config.dtype), tensor_shape(config, spec))
     rng = np.random.default_rng(0)
     noise = (0.02 * rng.standard_normal(1 << 24, np.float32)).astype(config.dtype)
     with Writer(directory, shapes, 5_000_000_000) as writer:

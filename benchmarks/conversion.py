@@ -32,10 +32,10 @@ JOBS = ("copy", "load", "to_orbax", "load_orbax", "to_hf")
 def job(name: str, base: Path) -> None:
     """Runs in a process of its own; says on stdout when it is about to start, and how long it took."""
     import jax
-    from qwenvl_convert import hf
+    from qwenvl_convert import orbax
+    from qwenvl_convert.hf import read_params
 
     from qwenvl_jax.params import checkpoint
-    from qwenvl_jax.params.hf import read_params
 
     config = checkpoint.read_config(base / "hf")
     jax.block_until_ready(jax.numpy.zeros(1))
@@ -46,11 +46,11 @@ def job(name: str, base: Path) -> None:
     elif name == "load":
         jax.block_until_ready(read_params(base / "hf", config, progress=False))
     elif name == "to_orbax":
-        hf.to_orbax(base / "hf", base / "orbax", progress=False)
+        orbax.to_orbax(base / "hf", base / "orbax", progress=False)
     elif name == "load_orbax":
         jax.block_until_ready(checkpoint.restore(base / "orbax", config, progress=False))
     else:
-        hf.to_hf(base / "orbax", base / "back", progress=False)
+        orbax.to_hf(base / "orbax", base / "back", progress=False)
     print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
 
 

@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=530, help="for everything")
-    parser.add_argument("--assets", type=Path, help="what the demo's data is drawn from; see qwenvl_jax/demo/assets.py")
+    parser.add_argument("--assets", type=Path, help="what the demo's data is drawn from; see notebooks/demo/assets.py")
     parser.add_argument("--rehearse", action="store_true", help="the same stages at a small size, on a CPU")
     args = parser.parse_args()
     args.platform = "cpu" if args.rehearse else "gpu"

@@ -24,14 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from common import FAMILIES, config_of, write_checkpoint
 from PIL import Image
+from qwenvl_convert.hf import read_params
 
 import qwenvl_jax
 from qwenvl_jax.config import Config
-from qwenvl_jax.inputs.batch import Ladder, make_batch
+from qwenvl_jax.inputs.ladder import Ladder
+from qwenvl_jax.inputs.layout import make_sample, merged_tokens
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
+from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.model import attention, decoder, qwenvl, window_kernel
 from qwenvl_jax.params import lora
-from qwenvl_jax.params.hf import flatten, read_params, unflatten
+from qwenvl_jax.params.specs import flatten, unflatten
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.types import Batch, Sample, TrainBatch
 
@@ -125,13 +128,13 @@ def batch_of(config: Config, rows: int, tokens: int, side: int) -> Batch:
 
 
 def text_and_picture(config: Config, tokens: int, side: int, seed: int = 0) -> Sample:
-    rng, start, visuals = np.random.default_rng(seed), np.empty(0, np.int32), ()
+    rng, start, visuals, held = np.random.default_rng(seed), [], (), 0
     if side:
         pixels = rng.integers(0, 256, (side * 14, side * 14, 3), np.uint8)
         visuals = (image_visual(Image.fromarray(pixels), Preprocessing()),)
-        held = [config.image_token_id] * (side * side // config.vision.merge_unit)
-        start = np.array([config.vision_start_token_id, *held, config.vision_end_token_id], np.int32)
-    return Sample(np.concatenate([start, rng.integers(0, 100, tokens - len(start))]).astype(np.int32), visuals)
+        start = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
+        held = 2 + merged_tokens(visuals[0].grid, config.vision)
+    return make_sample([*start, *rng.integers(0, 100, tokens - held)], visuals, config)
 
 
 def model_check(config: Config, params: dict, rows: int, tokens: int, side: int) -> Check:

@@ -14,19 +14,22 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-from qwenvl_jax.demo.assets import Assets, assets_of
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))  # for `demo`
+from demo.assets import Assets, assets_of
 
 
 def draw(assets: Assets, files: Path, shape, seed: int, folder: Path, ready, room) -> None:
     """A process: batches without end, each in a file, whose name it hands on; no more than there is room for."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from qwenvl_jax.demo.render import Scenes
-    from qwenvl_jax.demo.train import TURNS, Lessons, demo_config
+    from demo.render import Scenes
+    from demo.train import TURNS, Lessons, demo_config
+
     from qwenvl_jax.inputs.processor import Processor
 
     # As in the run that made the checkpoint, which its model card tells of.
@@ -85,7 +88,8 @@ class Drawn:
 
 def train_for(args, model, data: Drawn, options, begun: float):
     """What `train` returns after as many steps as fit; how many, a trial tells."""
-    from qwenvl_jax.demo.train import demo_loss
+    from demo.train import demo_loss
+
     from qwenvl_jax.train.loop import train
 
     result = train(model, data, options.replace(steps=args.trial), loss=demo_loss)
@@ -102,13 +106,13 @@ def train_for(args, model, data: Drawn, options, begun: float):
 
 
 def run(args, assets: Assets, work: Path) -> None:
-    from qwenvl_convert.hf import to_hf
+    from demo.score import LONGEST, questions
+    from demo.train import demo_options
+    from qwenvl_convert.orbax import to_hf
 
     import qwenvl_jax
-    from qwenvl_jax.demo.score import LONGEST, questions
-    from qwenvl_jax.demo.train import demo_options
-    from qwenvl_jax.evaluate import Evaluator
-    from qwenvl_jax.inputs.batch import Ladder
+    from qwenvl_jax.eval.evaluator import Evaluator
+    from qwenvl_jax.inputs.ladder import Ladder
     from qwenvl_jax.params.checkpoint import find, save
     from qwenvl_jax.train.records import PackShape
 
@@ -161,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, required=True, help="file to which results are appended as JSON lines")
-    parser.add_argument("--assets", help="where fonts, emoji and tables are; see qwenvl_jax/demo/assets.py")
+    parser.add_argument("--assets", help="where fonts, emoji and tables are; see notebooks/demo/assets.py")
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--rows", type=int, default=40, help="of a batch, each about two conversations")
     parser.add_argument("--trial", type=int, default=20, help="steps after which it is known how many there will be")

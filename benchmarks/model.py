@@ -36,8 +36,7 @@ from common import FAMILIES, SMALL, Report, config_of, write_checkpoint
 from sides import PROMPT, Failed, Side
 
 from qwenvl_jax.config import PRESETS, Config
-from qwenvl_jax.model.qwenvl import abstract_params, count_params
-from qwenvl_jax.params.hf import flatten
+from qwenvl_jax.params.specs import abstract_params, count_params, flatten
 from qwenvl_jax.train.flops import train_flops
 
 JOBS = ("decode", "prefill", "vision", "picture", "lora")

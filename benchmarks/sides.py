@@ -25,18 +25,20 @@ from common import clock, config_of
 from PIL import Image
 
 import qwenvl_jax
-from qwenvl_jax.inputs.batch import Ladder, pack_vision
+from qwenvl_jax.inputs.ladder import Ladder
+from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
-from qwenvl_jax.model.qwenvl import init
+from qwenvl_jax.inputs.pack import pack_vision
 from qwenvl_jax.params import lora
+from qwenvl_jax.params.specs import init, specs_of
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.step import init_state, make_optimizer, make_step
-from qwenvl_jax.types import Batch, Sample, TrainBatch
+from qwenvl_jax.types import Batch, TrainBatch
 
 PROMPT = 64  # tokens before what is decoded
 RANK = 16
-OPTIMIZER = make_optimizer(TrainOptions().learning_rate)
+OPTIMIZER = make_optimizer({}, TrainOptions().learning_rate)
 
 
 class Failed(Exception):
@@ -148,15 +150,14 @@ class Model(Worker):
         return time.perf_counter() - start, tokens[0][:1]
 
     def text(self, tokens: int):
-        return Sample(np.random.default_rng(tokens).integers(0, 100, tokens).astype(np.int32))
+        return make_sample(np.random.default_rng(tokens).integers(0, 100, tokens), (), self.config)
 
     def ask(self, picture: Image.Image):
         """A picture between its tokens, then a few of text, prepared as this package does."""
         c, v = self.config, self.config.vision
         shown = image_visual(picture, Preprocessing(image_mean=v.image_mean, image_std=v.image_std))
-        held = np.full(shown.grid.patches // v.merge_unit, c.image_token_id)
-        tokens = [[c.vision_start_token_id], held, [c.vision_end_token_id], np.arange(8)]
-        return Sample(np.concatenate(tokens).astype(np.int32), (shown,))
+        tokens = [c.vision_start_token_id, c.image_token_id, c.vision_end_token_id, *range(8)]
+        return make_sample(tokens, [shown], c)
 
 
 def picture(patches: int) -> Image.Image:
@@ -214,8 +215,10 @@ class Here(Model):
     def compile_lora(self, tokens: int) -> None:
         """Without the memory that the state takes."""
         shapes = jax.eval_shape(self.adapted, self.params)
-        state = jax.eval_shape(partial(init_state, optimizer=OPTIMIZER, trainable=lora.is_trainable), shapes)
-        step = make_step(partial(sft_loss, self.config, remat=True), OPTIMIZER, lora.is_trainable)
+        declared = specs_of(self.config, shapes)
+        start = partial(init_state, declared, optimizer=OPTIMIZER, trainable=lora.is_trainable)
+        state = jax.eval_shape(start, shapes)
+        step = make_step(declared, partial(sft_loss, self.config, remat=True), OPTIMIZER, lora.is_trainable)
         self.steps[tokens] = step.lower(state, self.row(tokens)).compile()
 
     def lora(self, tokens: int):
@@ -223,7 +226,8 @@ class Here(Model):
         if tokens not in self.steps:
             self.compile_lora(tokens)
         if self.params:
-            self.state = init_state(self.adapted(self.params), OPTIMIZER, lora.is_trainable)
+            params = self.adapted(self.params)
+            self.state = init_state(specs_of(self.config, params), params, OPTIMIZER, lora.is_trainable)
             self.params = self.engine = None
             self.towers = {}
         batch = self.row(tokens)

@@ -8,7 +8,7 @@ float32.
 
 - the same padded batches: every record has a row of its own on both sides.
 - packed: useful tokens a second, several records in a row here, padded to the longest of a batch there.
-- the demo's step: the step of `qwenvl_jax.demo.train`, its loss, Muon and all, which has no peer.
+- the demo's step: the step of `python notebooks/demo train`, its loss, Muon and all, which has no peer.
 
 A share is MFU: the model's floating-point operations (products with weights and attention, padding of rows included)
 a second, over what the better of both libraries makes of one large matrix product, measured again in every round.
@@ -32,17 +32,17 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from common import Report, ceiling, clock, config_of, device_name, product_rates, write_checkpoint
+from demo.cells import FACTS
+from demo.train import LessonBatch, demo_loss, demo_options
 from PIL import Image
+from qwenvl_convert.hf import read_params
 from qwenvl_convert.parity import reference_inputs
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.demo.cells import FACTS
-from qwenvl_jax.demo.train import demo_loss, demo_options
 from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.qwenvl import count_params
-from qwenvl_jax.params.hf import read_params
+from qwenvl_jax.params.specs import count_params, specs
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.flops import train_flops
 from qwenvl_jax.train.losses import sft_loss
@@ -124,11 +124,12 @@ class Ours:
 
     def __init__(self, config: Config, directory, dtype: str):
         self.params = read_params(directory, config, progress=False)
-        optimizer = make_optimizer(RATE, weight_decay=DECAY, clip=CLIP)
+        declared = specs(config)
+        optimizer = make_optimizer(declared, RATE, weight_decay=DECAY, clip=CLIP)
         everything = lambda path: True  # noqa: E731
         self.loss = jax.jit(partial(sft_loss, config))
-        step = make_step(partial(sft_loss, config.replace(dtype=dtype)), optimizer, everything)
-        self.state = init_state(jax.tree.map(jnp.copy, self.params), optimizer, everything)
+        step = make_step(declared, partial(sft_loss, config.replace(dtype=dtype)), optimizer, everything)
+        self.state = init_state(declared, jax.tree.map(jnp.copy, self.params), optimizer, everything)
         self.steps, self._make = {}, step
 
     def put(self, batch):
@@ -249,13 +250,13 @@ def measure_demo(args, folder: Path) -> None:
     for batch in islice(data, args.batches):
         facts = rng.normal(size=(*batch.targets.shape, len(FACTS))).astype(np.float32)
         facts[rng.random(facts.shape) < 0.5] = np.nan
-        batch = batch._replace(reference=facts.reshape(len(facts), -1))
-        batches.append(jax.device_put(jax.tree.map(lambda a: a[None], batch)))
+        batches.append(jax.device_put(jax.tree.map(lambda a: a[None], LessonBatch(*batch, facts))))
     everything = lambda path: True  # noqa: E731
     more = dict(weight_decay=options.weight_decay, clip=options.clip, mu_dtype=options.moment_dtype)
-    optimizer = make_optimizer(options.learning_rate, options.optimizer, **more)
-    step = make_step(partial(demo_loss, config.replace(dtype=args.dtype)), optimizer, everything)
-    state = init_state(read_params(directory, config, progress=False), optimizer, everything)
+    declared = specs(config)
+    optimizer = make_optimizer(declared, options.learning_rate, options.optimizer, **more)
+    step = make_step(declared, partial(demo_loss, config.replace(dtype=args.dtype)), optimizer, everything)
+    state = init_state(declared, read_params(directory, config, progress=False), optimizer, everything)
     state = jax.device_put(state, jax.devices()[0])
 
     def run(batch) -> None:

@@ -1,194 +1,165 @@
-"""Conversion between Hugging Face and Orbax checkpoints, bit for bit, one layer in memory at a time.
+"""Hugging Face checkpoints opened as parameters, without ever holding two copies.
 
-Stock Orbax saves a tree that is in memory. Here the leaves of the tree are parameters still in their files
-(`hf.Leaf`), and a type handler for them reads and writes one layer after the other. The result is an ordinary
-Orbax checkpoint of numpy arrays, which stock Orbax restores.
+Every tensor of the files is used once and every parameter is made once, or an `InputError` names it.
 """
 
-import contextlib
-import math
-import signal
-import threading
+import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import jax
-import orbax.checkpoint as ocp
-import tensorstore as ts
+import numpy as np
+from qwenvl_convert.names import hub_name, tensor_names, tensor_shape
+from qwenvl_convert.safetensors import DTYPES, Reader, Tensor
 
+from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.params.checkpoint import (
-    CHUNK_BYTES,
-    FORMAT,
-    MARKER,
-    PARAMS,
-    PIECE_BYTES,
-    Stored,
-    carry,
-    read_config,
-    staged,
-    write_json,
-)
-from qwenvl_jax.params.hf import STACKED, Leaf, Source, progress_bar, table, tensor_shape, unflatten
-from qwenvl_jax.params.tensors import Writer
+from qwenvl_jax.params.place import Leaf, aligned_empty, to_devices
+from qwenvl_jax.params.specs import specs
 
 
-def to_orbax(src, dst, *, progress: bool = True) -> None:
-    """Writes the Hugging Face checkpoint directory `src` as a new directory `dst` that `qwenvl_jax.load` reads.
+class Source:
+    """A Hugging Face checkpoint opened as parameters. `leaves`: path → Leaf, all checked against the config."""
 
-    Host memory stays within a few layers, whatever the size of the model. Raises InputError if `dst` exists,
-    if the disk is full, or for any fault of `src` that `read_params` would find; then nothing named `dst` is left.
+    def __init__(self, directory, config: Config):
+        self._reader = Reader(directory)
+        try:
+            self.leaves = _match(self._reader, config)
+        except BaseException:
+            self._reader.close()
+            raise
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._pool.shutdown(cancel_futures=True)
+        self._reader.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(leaf.nbytes for leaf in self.leaves.values())
+
+    def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
+        """The part `index` (contiguous slices, one a dimension) of a parameter, in a new array; `bar` counts bytes.
+
+        The work is cut into pieces of a few tens of megabytes that a pool of threads reads, transposes and casts.
+        """
+        index = [slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape, strict=True)]
+        dtype = leaf.dtype if dtype is None else dtype
+        out = aligned_empty([i.stop - i.start for i in index], dtype)
+        stacked, transpose = leaf.spec.stacked, leaf.spec.transposed
+        layers = range(index[0].start, index[0].stop) if stacked else [0]
+        inner = index[1:] if stacked else index
+        columns, rows = (inner[0], inner[1]) if transpose else (slice(0, 1), inner[0])
+        if not transpose and len(inner) == 2:
+            columns = inner[1]
+        jobs = []
+        for layer, part in zip(layers, out if stacked else [out], strict=True):
+            tensor = leaf.tensors[layer]
+            part = part[:, None] if part.ndim == 1 else part
+            width = tensor.matrix[1] * leaf.dtype.itemsize
+            step = max(256, (32 << 20) // width // 256 * 256)
+            for row in range(rows.start, rows.stop, step):
+                stop = min(row + step, rows.stop)
+                cut = slice(row - rows.start, stop - rows.start)
+                target = part[:, cut] if transpose else part[cut]
+                jobs.append((tensor, slice(row, stop), columns, transpose, target))
+        for job, _ in zip(jobs, self._pool.map(lambda j: self._reader.read_part(*j), jobs), strict=True):
+            if bar is not None:
+                bar.update(job[-1].size * leaf.dtype.itemsize)
+        return out
+
+
+def read_params(directory, config: Config, shardings=None, dtype=None, progress: bool = True) -> dict:
+    """Reads a Hugging Face checkpoint directory into jax arrays, one parameter after the other.
+
+    shardings: a tree like the parameters; None puts everything on this process's first device.
+    dtype: cast to it; None keeps each tensor's own.
+    progress: show a bar on stderr, if that is a terminal.
+
+    Each process reads what its own devices hold, and host memory beside the devices' stays within one
+    parameter's shard on one device plus some megabytes.
+    Raises InputError for damaged files and for any tensor that is missing, unexpected or of another shape or dtype.
     """
-    src = Path(src)
-    config = read_config(src)
-    if (src / MARKER).is_file():
-        raise InputError(f"{src}: is an Orbax checkpoint already; --to hf turns it into a Hugging Face one")
-    with (
-        Source(src, config) as source,
-        staged(dst, source.nbytes, src) as work,
-        progress_bar("converting", source.nbytes, progress) as bar,
-        _orderly_interrupt() as heed,
-    ):
-        registry = ocp.type_handlers.create_type_handler_registry(
-            (Leaf, _LeafHandler(source, bar, heed)),
-            (jax.Array, ocp.type_handlers.ArrayHandler()),  # unused; Orbax warns when it is not there
-        )
-        handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(work / PARAMS, unflatten(source.leaves))
-        carry(src, work)
-        write_json(work / MARKER, {"format": FORMAT})
+    with Source(directory, config) as source:
+        return to_devices(source, shardings, dtype, progress)
 
 
-class _LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Saves leaves that are still in a Source's files; what it writes reads back as numpy arrays."""
-
-    def __init__(self, source: Source, bar, heed):
-        super().__init__()
-        self._source, self._bar, self._heed = source, bar, heed
-
-    async def serialize(self, values, infos, args=None):
-        # A flush after every piece would cost half as much time again; `staged` flushes all of it before the rename.
-        context = ts.Context({"file_io_sync": False, "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
-        for leaf, info in zip(values, infos, strict=True):
-            store = None
-            for piece, part in _read_ahead(self._source, leaf, self._bar):
-                if store is None:  # chunks fit in the first piece, so no later one shares a chunk with another
-                    spec = ocp.type_handlers.get_json_tspec_write(
-                        info,
-                        use_ocdbt=True,
-                        global_shape=leaf.shape,
-                        local_shape=part.shape,
-                        dtype=leaf.dtype,
-                        process_index=0,
-                        arg=ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES),
-                    )
-                    store = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
-                await store[piece].write(part, can_reference_source_data_indefinitely=True)
-                self._heed()
-        return []
-
-
-def _pieces(path: str, shape: tuple[int, ...], itemsize: int) -> list[tuple[slice, ...]]:
-    """Cuts a parameter into what is in memory at once: layers, or runs of a tensor's rows where that is less."""
-    lead = 1 if path.startswith(STACKED) else 0
-    axis = len(shape) - 1 if path.endswith("/kernel") else lead
-    one = math.prod(shape[lead:]) * itemsize
-    step = shape[axis] if lead else max(1, min(shape[axis], shape[axis] * PIECE_BYTES // one))
-    if 256 < step < shape[axis]:
-        step -= step % 256  # Orbax cuts chunks at divisors; a prime has none
-    cuts = [slice(i, min(i + step, shape[axis])) for i in range(0, shape[axis], step)]
-    layers = [(slice(l, l + 1),) for l in range(shape[0])] if lead else [()]
-    inner = [slice(0, n) for n in shape[lead:]]
-    at = axis - lead
-    return [(*layer, *inner[:at], cut, *inner[at + 1 :]) for layer in layers for cut in cuts]
-
-
-def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000, progress: bool = True) -> None:
-    """Writes one of our checkpoint directories `src` as a new Hugging Face directory `dst`.
-
-    layout: "hub" names tensors as the hub's files do (`visual.*`, `model.*`), which every version of transformers
-    reads; "nested" as newer saves do (`model.visual.*`, `model.language_model.*`).
-    max_shard_bytes: more weights than this are split over several files, with an index.
-    Memory, errors and leftovers as for `to_orbax`.
-    """
-    src = Path(src)
-    config = read_config(src)
-    if max_shard_bytes <= 0:
-        raise InputError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
-    if not (src / MARKER).is_file():
-        if any(src.glob("*.safetensors")):
-            raise InputError(f"{src}: is a Hugging Face checkpoint already; --to orbax turns it into an Orbax one")
-        raise InputError(f"{src}: not an Orbax checkpoint of ours, there is no {MARKER} in it")
-    source, names = Stored(src, config), table(config, layout)
-    shapes = {
-        name: (source.leaves[path].dtype, tensor_shape(config, path, source.leaves[path].shape))
-        for path, name in _file_order(names)
-    }
-    with (
-        staged(dst, source.nbytes, src) as work,
-        progress_bar("converting", source.nbytes, progress) as bar,
-        _orderly_interrupt() as heed,
-        Writer(work, shapes, max_shard_bytes) as writer,
-    ):
-        for path, group in names.items():
-            transpose = path.endswith("/kernel")
-            for piece, part in _read_ahead(source, source.leaves[path], bar):
-                name, rows = group[0], piece[-1 if transpose else 0]
-                if path.startswith(STACKED):
-                    name, part, rows = group[piece[0].start], part[0], piece[-1 if transpose else 1]
-                writer.write_rows(name, rows.start, part if part.ndim > 1 else part[:, None], transpose)
-                heed()
-        writer.finish()
-        carry(src, work)
-
-
-@contextlib.contextmanager
-def _orderly_interrupt():
-    """Holds Ctrl-C back until `heed`, which this yields, is called, or the block ends.
-
-    Orbax's writers work on in their threads after an exception from nowhere: they would create files in a directory
-    that is being removed, and print tracebacks. A second Ctrl-C is not held back.
-    """
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield lambda: None  # the program has its own way of stopping
-        return
-    asked = []
-
-    def note(*_):
-        asked.append(True)
-        signal.signal(signal.SIGINT, previous)
-
-    def heed():
-        if asked:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield heed
-        heed()
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _read_ahead(source, leaf: Leaf, bar):
-    """(index, array) of a parameter's pieces, the next one being read while this one is used."""
-    pieces = _pieces(leaf.path, leaf.shape, leaf.dtype.itemsize)
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(source.read, leaf, pieces[0], None, bar)
-        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-            part = coming.result()
-            if following:
-                coming = ahead.submit(source.read, leaf, following, None, bar)
-            yield piece, part
-
-
-def _file_order(names: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
-    """(parameter path, tensor name) layer by layer, so that a layer's tensors share a file as far as they can."""
-    towers = {}
-    entries = []
+def _match(reader: Reader, config: Config) -> dict[str, Leaf]:
+    held = {}
+    for name, tensor in reader.tensors.items():
+        hub = hub_name(name)
+        if hub in held:
+            raise InputError(f"{reader.directory}: tensor {hub} is stored twice, under two spellings")
+        held[hub] = (name, tensor)
+    declared, names = specs(config), tensor_names(config)
+    needed = {name for group in names.values() for name in group}
+    _check_names(reader, config, held, needed)
+    leaves = {}
     for path, group in names.items():
-        tower = towers.setdefault("/".join(path.split("/")[:2]), len(towers))
-        entries += [(tower, layer, path, name) for layer, name in enumerate(group)]
-    return [(path, name) for *_, path, name in sorted(entries, key=lambda e: e[:2])]
+        want = tensor_shape(config, declared[path])
+        dtypes = {}
+        for hub in group:
+            name, tensor = held[hub]
+            if tensor.dtype not in DTYPES:
+                raise InputError(
+                    f"{tensor.file}: tensor {name} is {tensor.dtype}; only {', '.join(DTYPES)} are supported"
+                )
+            if tensor.shape != want:
+                raise InputError(
+                    f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}; config.json calls for {list(want)}"
+                )
+            dtypes.setdefault(tensor.dtype, name)
+        if len(dtypes) > 1:
+            (a, first), (b, second), *_ = dtypes.items()
+            raise InputError(f"{reader.directory}: {first} is {a} but {second} is {b}; layers must share one dtype")
+        tensors = tuple(held[hub][1] for hub in group)
+        leaves[path] = Leaf(path, declared[path]._replace(dtype=DTYPES[tensors[0].dtype]), tensors)
+    return leaves
+
+
+def _check_names(reader: Reader, config: Config, held: dict, needed: set[str]) -> None:
+    where = reader.directory
+    if any(name.endswith((".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv")) for name in held):
+        raise InputError(
+            f"{where}: the weights are quantised (AWQ, GPTQ or FP8), which is not supported; use the original model"
+        )
+    missing = sorted(needed - held.keys())
+    if missing:
+        hint = "; should config.json say tie_word_embeddings?" if missing == ["lm_head.weight"] else ""
+        raise InputError(f"{where}: tensor {missing[0]} is missing{_and_more(missing)}{hint}")
+    # Buffers that old versions of transformers stored; they follow from the config.
+    extra = sorted(
+        n for n in held.keys() - needed if not n.endswith(("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq"))
+    )
+    if extra == ["lm_head.weight"]:
+        if not _same(reader, held["lm_head.weight"][1], held["model.embed_tokens.weight"][1]):
+            raise InputError(
+                f"{where}: config.json ties lm_head to the embedding, but lm_head.weight differs from it; "
+                "set tie_word_embeddings to false if the head is its own"
+            )
+    elif extra:
+        raise InputError(
+            f"{where}: tensor {held[extra[0]][0]} has no place in a {config.family} model of this config"
+            f"{_and_more(extra)}"
+        )
+
+
+def _and_more(names: list) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _same(reader: Reader, a: Tensor, b: Tensor) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or a.dtype not in DTYPES:
+        return False
+    rows, width = a.matrix
+    step = max(1, (8 << 20) // (width * 4))
+    one, two = (np.empty((step, width), f"u{DTYPES[a.dtype].itemsize}") for _ in range(2))
+    for row in range(0, rows, step):
+        n = min(step, rows - row)
+        reader.read(a, row, one[:n])
+        reader.read(b, row, two[:n])
+        if not np.array_equal(one[:n], two[:n]):
+            return False
+    return True

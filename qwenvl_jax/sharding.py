@@ -1,12 +1,12 @@
 """Where arrays live: one mesh, and two tables from dimensions to its axes, one for weights, one for activations.
 
-Model code only says `constrain(x, "BTD")`; without a mesh that does nothing.
+Model code only says `constrain(x, "BTD")`; without a mesh that does nothing. Parameters are declared with their letters
+where they are used, and laid out by `param_shardings` of params/specs.py.
 """
 
 import math
-import os
 import re
-import sys
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qwenvl_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
-HEARTBEAT = 30  # seconds without a sign of a process until the others end
 
 # What each letter of the legend (types.py) is split over. Absent letters are not split.
 ACTIVATIONS = {
@@ -31,73 +30,22 @@ ACTIVATIONS = {
     "v": ("fsdp", "tensor"),
     "d": "fsdp",
 }
-WEIGHTS = {"D": "fsdp", "E": "fsdp", "NH": "tensor", "KH": "tensor", "F": "tensor", "V": "tensor"}
-
-
-def _linear(inputs: str, outputs: str) -> dict[str, str]:
-    """An adapter is split as its kernel is; its rank is not."""
-    return {"kernel": f"{inputs} {outputs}", "lora_a": f"{inputs} -", "lora_b": f"- {outputs}"}
-
-
-# Dimensions of every parameter by the module and leaf name; stacked leaves have L in front.
-# The vision tower is split over lanes, not heads, whose number rarely divides: over fsdp, which shares out lanes too,
-# its weights are split as the decoder's are, over tensor they are not.
-DIMS = {
-    "decoder": {
-        "embed_tokens": {"embedding": "V D"},
-        "q_proj": _linear("D", "NH") | {"bias": "NH"},
-        "k_proj": _linear("D", "KH") | {"bias": "KH"},
-        "v_proj": _linear("D", "KH") | {"bias": "KH"},
-        "o_proj": _linear("NH", "D"),
-        "gate_proj": _linear("D", "F"),
-        "up_proj": _linear("D", "F"),
-        "down_proj": _linear("F", "D"),
-        "lm_head": {"kernel": "D V"},
-    },
-    "vision": {
-        "patch_embed": {"kernel": "C E"},
-        "qkv": _linear("E", "-"),
-        "proj": _linear("-", "E"),
-        "gate_proj": _linear("E", "-"),
-        "up_proj": _linear("E", "-"),
-        "down_proj": _linear("-", "E"),
-        "fc1": _linear("E", "-"),  # the merger's too, whose width is a few times E
-        "fc2": _linear("-", "E"),
-    },
+# Letters of parameters, as their modules declare them. Of the vision tower, whose number of heads rarely divides, only
+# the width is split: the tower is shared out by lanes.
+WEIGHTS = {
+    "D": "fsdp",
+    "E": "fsdp",
+    "U": "fsdp",
+    "NH": "tensor",
+    "KH": "tensor",
+    "F": "tensor",
+    "V": "tensor",
+    "L": None,
+    "C": None,
+    ".": None,
 }
-
-
-def join() -> None:
-    """Makes this process one of several that run the same program, each with its own devices; call it before all else.
-
-    A TPU pod and Slurm say which one it is; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
-    When a process dies, exchanges with it fail in the others; where they hang instead, jax ends the others after
-    HEARTBEAT seconds with a message that names it. Raises InputError where nothing says which process this is.
-    """
-    if jax.distributed.is_initialized():
-        return
-    numbers = {}
-    for name, key in (("JAX_NUM_PROCESSES", "num_processes"), ("JAX_PROCESS_ID", "process_id")):
-        if (value := os.environ.get(name)) is not None:
-            if not value.isdecimal():
-                raise InputError(f"{name} is {value!r}; it must be a number")
-            numbers[key] = int(value)
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address is not None:
-        if not re.fullmatch(r".+:\d+", address):
-            raise InputError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be host:port of process 0")
-        print(f"waiting for all processes to come to {address}", file=sys.stderr, flush=True)
-    try:
-        jax.distributed.initialize(
-            **numbers, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=2 * HEARTBEAT
-        )
-    except jax.errors.JaxRuntimeError as e:
-        raise InputError(f"the processes cannot come together at {address} ({e})") from e
-    except ValueError as e:
-        raise InputError(
-            f"nothing says which of several processes this is ({e}); a TPU pod or Slurm does, elsewhere set "
-            "JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        ) from e
+# Where the mesh does not divide one of these, every device holds all of it; of the others, that is an error.
+WHOLE_IF_UNEVEN = ("E", "U", "NH", "KH", "V")
 
 
 def parse_mesh(name: str) -> tuple[int, int, int]:
@@ -126,23 +74,12 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Me
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_mesh(config, sizes) -> None:
-    """Raises InputError where a mesh of such sizes by axis (`mesh.shape`) does not divide the model's widths."""
-    t = config.text
-    for axis, width, size in (
-        ("fsdp", "hidden_size", t.hidden_size),
-        ("tensor", "intermediate_size", t.intermediate_size),
-    ):
-        if size % sizes[axis]:
-            raise InputError(f"the model's {width}, {size}, cannot be shared by {sizes[axis]} devices ({axis})")
-
-
 def constrain(x, dims: str):
     """Asks for x's dimensions, one letter each, to be laid out by the activation table on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(tuple(dims), x.shape, ACTIVATIONS, mesh))
+    return jax.lax.with_sharding_constraint(x, _spec(tuple(dims), x.shape, ACTIVATIONS, mesh.shape))
 
 
 def kv_copies(K: int) -> int:
@@ -179,7 +116,7 @@ def divides(dims: str, *shape: int) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return False
-    spec = _spec(tuple(dims), shape, ACTIVATIONS, mesh)
+    spec = _spec(tuple(dims), shape, ACTIVATIONS, mesh.shape)
     return all(axes is not None for axes in spec)
 
 
@@ -191,7 +128,7 @@ def local_rows(B: int) -> int:
 
 def activation_sharding(dims: str, shape: tuple[int, ...], mesh) -> NamedSharding:
     """The activation table's layout for dimensions, one letter each ("." is never split), of these sizes."""
-    return NamedSharding(mesh, _spec(tuple(dims), shape, ACTIVATIONS, mesh))
+    return NamedSharding(mesh, _spec(tuple(dims), shape, ACTIVATIONS, mesh.shape))
 
 
 def on_shards(kernel, args: tuple, dims: tuple[str, ...], results: int | tuple[int, ...]):
@@ -207,27 +144,39 @@ def on_shards(kernel, args: tuple, dims: tuple[str, ...], results: int | tuple[i
     return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
 
 
-def param_shardings(params, mesh: Mesh):
-    """A tree of NamedSharding for a tree of parameters (arrays or shapes)."""
-
-    def sharding(path, leaf):
-        keys = [k.key for k in path]
-        dims = DIMS[keys[0]].get(keys[-2], {}).get(keys[-1], "").split()
-        dims = [""] * (leaf.ndim - len(dims)) + dims
-        return NamedSharding(mesh, _spec(dims, leaf.shape, WEIGHTS, mesh))
-
-    return jax.tree_util.tree_map_with_path(sharding, params)
+def check_letters(path: str, dims: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    """Raises InputError for a parameter that is declared with a letter that is not in WEIGHTS, or too few of them."""
+    for letter in dims:
+        if letter not in WEIGHTS:
+            raise InputError(f"{path}: its dimension {letter!r} is none of {', '.join(WEIGHTS)} (sharding.py)")
+    if len(dims) != len(shape):
+        raise InputError(f"{path}: it has {len(shape)} dimensions, and is declared with {len(dims)}: {' '.join(dims)}")
 
 
-def _spec(dims, shape, table, mesh) -> PartitionSpec:
+def weight_spec(path: str, dims: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """The layout of a parameter over a mesh of such sizes by axis (`mesh.shape`).
+
+    fsdp splits matrices only: to gather a vector takes longer than it saves.
+    Raises InputError for a dimension that must be split and that the mesh does not divide.
+    """
+    matrix = sum(letter != "L" for letter in dims) > 1
+    table = {letter: axis for letter, axis in WEIGHTS.items() if matrix or axis != "fsdp"}
+    for letter, size in zip(dims, shape, strict=True):
+        axis = table.get(letter)
+        if axis and letter not in WHOLE_IF_UNEVEN and size % sizes[axis]:
+            raise InputError(
+                f"{path}: its dimension {letter}, {size}, cannot be shared by {sizes[axis]} devices ({axis})"
+            )
+    return _spec(dims, shape, table, sizes)
+
+
+def _spec(dims, shape, table, sizes: Mapping[str, int]) -> PartitionSpec:
     """Splits each dimension over its axes, or not at all where they do not divide it."""
 
     def axes(dim, size):
         names = table.get(dim)
         names = (names,) if isinstance(names, str) else names or ()
-        split = 1
-        for name in names:
-            split *= mesh.shape[name]
+        split = math.prod(sizes[name] for name in names)
         return names if split > 1 and size % split == 0 else None
 
     return PartitionSpec(*(axes(d, n) for d, n in zip(dims, shape, strict=True)))

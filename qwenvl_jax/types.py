@@ -13,6 +13,8 @@ One alphabet for einsum letters, shapes in docstrings, sharding tables and the c
     H  head width                 V  vocabulary
     F  MLP width                  3  the M-RoPE axes (time, height, width)
 
+Parameters have these besides: NH = N · H and KH = K · H, heads as one dimension; U = 4 · E, a merged cell of patches.
+
 Arrays are `Any` here because the host fills the same containers with numpy that the device reads as jax.
 """
 
@@ -48,10 +50,13 @@ class Visual(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One conversation, ragged: ids with placeholders already repeated, and its visuals in reading order."""
+    """One conversation, ragged; `inputs.layout.make_sample` makes it."""
 
-    tokens: Any  # [t] int32
-    visuals: tuple[Visual, ...] = ()
+    tokens: Any  # [t] int32: the placeholder of a visual repeated, once per visual token
+    positions: Any  # [3, t] int32: M-RoPE
+    spans: tuple[tuple[int, int], ...] = ()  # of each visual's tokens: the first, and one past the last
+    visuals: tuple[Visual, ...] = ()  # in reading order
+    weights: Any = None  # in training, [t] float32: how much the token itself is learnt, 0 for visual tokens
 
 
 class VisionBatch(NamedTuple):
@@ -77,15 +82,20 @@ class Batch(NamedTuple):
 
 
 class TrainBatch(NamedTuple):
-    """Packed rows to learn from: what follows each token, and how much it counts.
-
-    Rows of a preference (DPO) batch hold pairs of neighbouring segments: 2j+1 is preferred to 2j+2.
-    """
+    """Packed rows to learn from: what follows each token, and how much it counts."""
 
     inputs: Batch  # one VisionBatch of fixed shape, empty lanes where there are no pictures
     targets: Any  # [B, T] int32: the next token of the same segment; 0 where the weight is
     weights: Any  # [B, T] float32: 1 where the target is learnt, else 0
-    reference: Any = None  # DPO: [B, n] float32, log-probability of segment i+1 under the reference model
+
+
+class PreferenceBatch(NamedTuple):
+    """A TrainBatch for DPO: in every row, segment 2j+1 is preferred to segment 2j+2."""
+
+    inputs: Batch
+    targets: Any
+    weights: Any
+    reference: Any  # [B, n] float32: log-probability of segments 1 … n under the reference model
 
 
 class Cache(NamedTuple):

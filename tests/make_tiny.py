@@ -60,32 +60,33 @@ def copy_tokenizer(directory: Path) -> None:
 def make_tiny(directory, family: str = "qwen2_5_vl", dtype: str = "bfloat16", seed: int = 0) -> Path:
     """Writes the whole checkpoint and returns its directory."""
     import numpy as np
+    from qwenvl_convert.names import tensor_names, tensor_shape
     from safetensors.numpy import save_file
 
-    from qwenvl_jax.model.qwenvl import abstract_params
-    from qwenvl_jax.params.hf import STACKED, flatten, table, tensor_shape
+    from qwenvl_jax.params.specs import specs
 
     directory, config = Path(directory), small_config(family, dtype)
     copy_tokenizer(directory)
     (directory / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    shapes, tensors, rng = flatten(abstract_params(config)), {}, np.random.default_rng(seed)
-    for path, names in table(config).items():
-        leaf = _random(rng, path, shapes[path])
-        for name, one in zip(names, leaf if path.startswith(STACKED) else [leaf], strict=True):
-            matrix = one.T if path.endswith("/kernel") else one
-            tensors[name] = np.ascontiguousarray(matrix).reshape(tensor_shape(config, path, leaf.shape))
+    declared, tensors, rng = specs(config), {}, np.random.default_rng(seed)
+    for path, names in tensor_names(config).items():
+        spec = declared[path]
+        leaf = _random(rng, spec)
+        for name, one in zip(names, leaf if spec.stacked else [leaf], strict=True):
+            matrix = one.T if spec.transposed else one
+            tensors[name] = np.ascontiguousarray(matrix).reshape(tensor_shape(config, spec))
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
 
 
-def _random(rng, path: str, leaf):
+def _random(rng, spec):
     """Unit scales, zero biases, and weights that keep the size of what they multiply (numpy: no compile)."""
     import numpy as np
 
-    if path.endswith(("/scale", "/bias")):
-        return np.full(leaf.shape, path.endswith("/scale"), leaf.dtype)
-    fan_in = leaf.shape[-1] if path.endswith("/embedding") else leaf.shape[-2]
-    return (rng.standard_normal(leaf.shape, np.float32) / fan_in**0.5).astype(leaf.dtype)
+    if spec.role in ("scale", "bias"):
+        return np.full(spec.shape, spec.role == "scale", spec.dtype)
+    fan_in = spec.shape[-1] if spec.role == "embedding" else spec.shape[-2]
+    return (rng.standard_normal(spec.shape, np.float32) / fan_in**0.5).astype(spec.dtype)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Messages, templates, tools and the shield around typed text."""
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -10,9 +9,8 @@ import pytest
 
 from qwenvl_jax.config import PRESETS
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs.chat import ChatTemplate, expand_placeholders, prompt_parts
+from qwenvl_jax.inputs.chat import ChatTemplate, prompt_parts
 from qwenvl_jax.inputs.messages import check_tools, normalize
-from qwenvl_jax.types import Grid, Visual
 
 DATA = Path(__file__).parent / "data"
 CONFIG = PRESETS["qwen2.5-vl-7b"]
@@ -387,21 +385,3 @@ def test_tokens_of_any_shape_are_shielded():
 def test_the_longest_control_token_wins():
     template = ChatTemplate({"default": "<a><a>b"})
     assert parts([user("x")], template=template, control=("<a>", "<a>b")) == ["", "<a>", "", "<a>b", ""]
-
-
-# ------------------------------------------------------------------------------------------ placeholders
-
-
-def visual(kind, *grid):
-    return Visual(None, Grid(*grid), kind)
-
-
-def test_placeholders_are_repeated():
-    image, video = CONFIG.image_token_id, CONFIG.video_token_id
-    tokens = np.array([1, image, 2, video, image, 3], np.int32)
-    visuals = [visual("image", 1, 4, 6), visual("video", 3, 2, 2), visual("image", 1, 2, 2)]
-    out = expand_placeholders(tokens, visuals, CONFIG)
-    assert out.tolist() == [1, *[image] * 6, 2, *[video] * 3, image, 3] and out.dtype == np.int32
-    for wrong in itertools.chain(itertools.combinations(visuals, 2), [visuals[::-1][1:] + visuals[:1], visuals * 2]):
-        with pytest.raises(InputError, match="the prompt has 2 image and 1 video placeholders"):
-            expand_placeholders(tokens, wrong, CONFIG)

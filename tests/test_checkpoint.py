@@ -10,15 +10,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from qwenvl_convert.hf import read_params
+from qwenvl_convert.names import tensor_names
 from tiny import FAMILIES, tiny_config, with_text
 from tiny_hf import DTYPES, assert_same_bits, bits, nested, torch_shapes, torch_tensors, write_hf
 
 import qwenvl_jax
 from qwenvl_jax.config import PRESETS
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params import checkpoint, directory
-from qwenvl_jax.params.hf import flatten, read_params, table
+from qwenvl_jax.params.specs import flatten, specs
 from qwenvl_jax.types import Model
 
 LAYER = {
@@ -33,8 +34,8 @@ LAYER = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_table_names_every_parameter_of_the_official_models(name):
     config = PRESETS[name]
-    names = table(config)
-    assert names.keys() == flatten(abstract_params(config)).keys()
+    names = tensor_names(config)
+    assert names.keys() == specs(config).keys()
     assert {t for group in names.values() for t in group} == torch_shapes(config).keys()
 
 
@@ -433,16 +434,17 @@ SHARDED = """
 import sys
 import jax, numpy as np
 from pathlib import Path
-from qwenvl_jax.params import checkpoint, hf
-from qwenvl_jax.model.qwenvl import abstract_params
-from qwenvl_jax.sharding import make_mesh, param_shardings
+from qwenvl_convert.hf import read_params
+from qwenvl_jax.params import checkpoint
+from qwenvl_jax.params.specs import flatten, param_shardings, specs
+from qwenvl_jax.sharding import make_mesh
 assert len(jax.devices()) == 8
 for path in map(Path, sys.argv[1:]):
     config = checkpoint.read_config(path)
-    shardings = param_shardings(abstract_params(config), make_mesh(data=2, fsdp=2, tensor=2))
-    read = checkpoint.restore if (path / "qwenvl_jax.json").exists() else hf.read_params
-    plain, split = hf.flatten(read(path, config)), hf.flatten(read(path, config, shardings))
-    for name, want in hf.flatten(shardings).items():
+    shardings = param_shardings(specs(config), make_mesh(data=2, fsdp=2, tensor=2))
+    read = checkpoint.restore if (path / "qwenvl_jax.json").exists() else read_params
+    plain, split = flatten(read(path, config)), flatten(read(path, config, shardings))
+    for name, want in flatten(shardings).items():
         assert split[name].sharding == want, name
         assert plain[name].dtype == split[name].dtype
         a, b = (np.asarray(x[name]).view(np.uint8) for x in (plain, split))

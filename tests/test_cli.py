@@ -19,7 +19,7 @@ from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.params import checkpoint, directory
-from qwenvl_jax.sharding import check_mesh
+from qwenvl_jax.params.specs import check_mesh
 
 
 class FakeEngine:
@@ -328,7 +328,7 @@ def test_processes_that_cannot_come_together(engine, monkeypatch, capsys, addres
 def test_a_mesh_that_does_not_divide_the_model():
     config = checkpoint.read_config(checkpoint.find("demo"))
     check_mesh(config, {"data": 7, "fsdp": 3, "tensor": 8})
-    with pytest.raises(InputError, match=r"hidden_size, 192, cannot be shared by 5 devices \(fsdp\)"):
+    with pytest.raises(InputError, match=r"dimension D, 192, cannot be shared by 5 devices \(fsdp\)"):
         check_mesh(config, {"data": 1, "fsdp": 5, "tensor": 1})
 
 

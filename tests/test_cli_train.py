@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from qwenvl_convert import peft
 
-from qwenvl_jax import cli, plot
+from qwenvl_jax import cli
+from qwenvl_jax.cli import plot
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.params.precision import Precision
@@ -216,7 +218,7 @@ def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
     assert capsys.readouterr().out == "red\n"
     base, final = (checkpoint.load(path) for path in (tiny_checkpoint, output / "final"))
     assert final.config == base.config
-    adapted = lora.load_adapter(base.config, base.params, output / "adapter")
+    adapted = peft.load_adapter(base.config, base.params, output / "adapter")
     for mine, theirs in zip(jax.tree.leaves(lora.merge(adapted)), jax.tree.leaves(final.params), strict=True):
         stored = mine.astype(jnp.bfloat16)  # as the checkpoint it began from, though computed in float32
         np.testing.assert_array_equal(stored.astype(theirs.dtype), theirs)

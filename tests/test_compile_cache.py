@@ -13,9 +13,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from qwenvl_jax import cli, compile_cache
+from qwenvl_jax import cli
 from qwenvl_jax.cli import errors
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.infer import compile_cache
 
 ELSEWHERE = "Set JAX_COMPILATION_CACHE_DIR to a directory that only you can write to, or JAX_ENABLE_COMPILATION_CACHE=0"
 SECONDS = "jax_persistent_cache_min_compile_time_secs"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from qwenvl_jax.compiled import Program
+from qwenvl_jax.plan.hlo import Program
 
 LAYERS, N = 5, 64
 

@@ -7,11 +7,11 @@ import math
 import pytest
 from tiny import FAMILIES, tiny_config
 
+from qwenvl_jax.cli.info import PARAMETERS
 from qwenvl_jax.config import PRESETS, VISION_ACTIVATIONS, Config, YarnConfig
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.info import PARAMETERS
-from qwenvl_jax.model.qwenvl import count_params
 from qwenvl_jax.model.vision import ACTIVATIONS
+from qwenvl_jax.params.specs import count_params
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from qwenvl_convert import hf
+from qwenvl_convert import orbax as conversion
+from qwenvl_convert.hf import read_params
 from safetensors.numpy import load_file
 from tiny import FAMILIES, tiny_config, with_text
 from tiny_hf import assert_same_bits, bits, nested, torch_tensors, write_hf
@@ -24,7 +25,7 @@ import qwenvl_jax
 from qwenvl_jax import cli
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.params import checkpoint
-from qwenvl_jax.params.hf import flatten, read_params
+from qwenvl_jax.params.specs import flatten
 
 
 def read_files(directory) -> dict:
@@ -44,9 +45,9 @@ def test_there_and_back_bit_for_bit(family, tied, dtype, layout, files, tmp_path
     config = with_text(tiny_config(family), tie_word_embeddings=tied)
     tensors = torch_tensors(config, dtype)
     write_hf(tmp_path / "src", config, tensors, layout, files)
-    hf.to_orbax(tmp_path / "src", tmp_path / "orbax", progress=False)
+    conversion.to_orbax(tmp_path / "src", tmp_path / "orbax", progress=False)
     limit = 10**9 if files == 1 else sum(x.nbytes for x in tensors.values()) // 3
-    hf.to_hf(tmp_path / "orbax", tmp_path / "back", layout=layout, max_shard_bytes=limit, progress=False)
+    conversion.to_hf(tmp_path / "orbax", tmp_path / "back", layout=layout, max_shard_bytes=limit, progress=False)
     want = tensors if layout == "hub" else {nested(n): x for n, x in tensors.items()}
     assert_same_bits(read_files(tmp_path / "back"), want)
     written = sorted((tmp_path / "back").glob("*.safetensors"))
@@ -63,8 +64,8 @@ def test_there_and_back_bit_for_bit(family, tied, dtype, layout, files, tmp_path
 def test_a_tensor_larger_than_the_limit_gets_a_file_of_its_own(tmp_path):
     config = tiny_config("qwen2_vl")
     tensors = torch_tensors(config, "bfloat16")
-    hf.to_orbax(write_hf(tmp_path / "src", config, tensors), tmp_path / "orbax")
-    hf.to_hf(tmp_path / "orbax", tmp_path / "back", max_shard_bytes=1)
+    conversion.to_orbax(write_hf(tmp_path / "src", config, tensors), tmp_path / "orbax")
+    conversion.to_hf(tmp_path / "orbax", tmp_path / "back", max_shard_bytes=1)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) == len(tensors)
     assert_same_bits(read_files(tmp_path / "back"), tensors)
 
@@ -73,14 +74,14 @@ def test_a_tensor_larger_than_the_limit_gets_a_file_of_its_own(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_large_parameters_go_in_pieces_and_chunks(tied, piece, monkeypatch, tmp_path):
     """Pieces and chunks far smaller than a tensor, with remainders, in both directions and in loading."""
-    monkeypatch.setattr(hf, "PIECE_BYTES", piece)
+    monkeypatch.setattr(conversion, "PIECE_BYTES", piece)
     monkeypatch.setattr(checkpoint, "PIECE_BYTES", piece)
-    monkeypatch.setattr(hf, "CHUNK_BYTES", 700)
+    monkeypatch.setattr(conversion, "CHUNK_BYTES", 700)
     config = tiny_config("qwen2_5_vl", text={"vocab_size": 607, "tie_word_embeddings": tied})
     tensors = torch_tensors(config, "bfloat16")
     src = write_hf(tmp_path / "src", config, tensors)
-    hf.to_orbax(src, tmp_path / "orbax")
-    hf.to_hf(tmp_path / "orbax", tmp_path / "back")
+    conversion.to_orbax(src, tmp_path / "orbax")
+    conversion.to_hf(tmp_path / "orbax", tmp_path / "back")
     assert_same_bits(read_files(tmp_path / "back"), tensors)
     params = checkpoint.restore(tmp_path / "orbax", config)
     assert_same_bits(flatten(params), flatten(read_params(src, config)))
@@ -91,7 +92,7 @@ def test_stock_orbax_restores_what_is_written(family, tmp_path):
     config = tiny_config(family)
     src = write_hf(tmp_path / "src", config, torch_tensors(config, "bfloat16"))
     want = read_params(src, config)
-    hf.to_orbax(src, tmp_path / "orbax")
+    conversion.to_orbax(src, tmp_path / "orbax")
     path = tmp_path / "orbax" / "params"
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), want)
@@ -110,7 +111,7 @@ def test_saved_models_convert_too(tmp_path):
     tensors = torch_tensors(config)
     params = read_params(write_hf(tmp_path / "src", config, tensors), config)
     checkpoint.save(qwenvl_jax.Model(config, params, None), tmp_path / "saved")
-    hf.to_hf(tmp_path / "saved", tmp_path / "back")
+    conversion.to_hf(tmp_path / "saved", tmp_path / "back")
     assert_same_bits(read_files(tmp_path / "back"), tensors)
     assert checkpoint.read_config(tmp_path / "back") == config
 
@@ -124,8 +125,8 @@ def test_everything_but_the_weights_is_carried_verbatim(tokenizer_dir, tmp_path)
     for name in ("chat_template.jinja", "merges.txt", "vocab.json", "README.md", "LICENSE"):
         (src / name).write_text(f"this is {name}")
     (src / "pytorch_model.bin").write_text("not this")
-    hf.to_orbax(src, tmp_path / "orbax")
-    hf.to_hf(tmp_path / "orbax", tmp_path / "back")
+    conversion.to_orbax(src, tmp_path / "orbax")
+    conversion.to_hf(tmp_path / "orbax", tmp_path / "back")
     weights = {"pytorch_model.bin", *(f.name for f in src.glob("model*"))}
     side = {f.name for f in src.iterdir()} - weights
     assert len(side) == 11
@@ -144,10 +145,10 @@ def test_conversion_holds_a_few_layers_at_most(tmp_path):
     layer = 8192 * 192 * 2
     tracemalloc.start()
     try:
-        hf.to_orbax(src, tmp_path / "orbax")
+        conversion.to_orbax(src, tmp_path / "orbax")
         _, there = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
-        hf.to_hf(tmp_path / "orbax", tmp_path / "back")
+        conversion.to_hf(tmp_path / "orbax", tmp_path / "back")
         _, back = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -166,7 +167,7 @@ def src(tmp_path):
 
 @pytest.fixture
 def orbax(src, tmp_path):
-    hf.to_orbax(src, tmp_path / "orbax")
+    conversion.to_orbax(src, tmp_path / "orbax")
     return tmp_path / "orbax"
 
 
@@ -174,9 +175,9 @@ def test_existing_destination_is_refused(orbax, src, tmp_path):
     for dst in (orbax, src, src / "config.json"):
         before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")}
         with pytest.raises(InputError, match="exists already"):
-            hf.to_orbax(src, dst)
+            conversion.to_orbax(src, dst)
         with pytest.raises(InputError, match="exists already"):
-            hf.to_hf(orbax, dst)
+            conversion.to_hf(orbax, dst)
         assert {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*")} == before
 
 
@@ -187,33 +188,33 @@ def test_wrong_sources_and_options(orbax, src, tmp_path):
         assert {p.name for p in tmp_path.iterdir()} == {"src", "orbax", "empty"}
 
     (tmp_path / "empty").mkdir()
-    fails(r"no config\.json", hf.to_orbax, tmp_path / "empty")
-    fails(r"no config\.json", hf.to_hf, tmp_path / "nowhere")
-    fails("is an Orbax checkpoint already", hf.to_orbax, orbax)
-    fails("is a Hugging Face checkpoint already", hf.to_hf, src)
+    fails(r"no config\.json", conversion.to_orbax, tmp_path / "empty")
+    fails(r"no config\.json", conversion.to_hf, tmp_path / "nowhere")
+    fails("is an Orbax checkpoint already", conversion.to_orbax, orbax)
+    fails("is a Hugging Face checkpoint already", conversion.to_hf, src)
     shutil.copyfile(src / "config.json", tmp_path / "empty" / "config.json")
-    fails("safetensors files only", hf.to_orbax, tmp_path / "empty")
-    fails(r"no qwenvl_jax\.json", hf.to_hf, tmp_path / "empty")
-    fails("layout 'v3' is not one of hub, nested", hf.to_hf, orbax, layout="v3")
-    fails("must be positive", hf.to_hf, orbax, max_shard_bytes=0)
+    fails("safetensors files only", conversion.to_orbax, tmp_path / "empty")
+    fails(r"no qwenvl_jax\.json", conversion.to_hf, tmp_path / "empty")
+    fails("layout 'v3' is not one of hub, nested", conversion.to_hf, orbax, layout="v3")
+    fails("must be positive", conversion.to_hf, orbax, max_shard_bytes=0)
     for file in (orbax / "params" / "ocdbt.process_0" / "d").iterdir():
         file.write_bytes(file.read_bytes()[:100])
-    fails("looks damaged", hf.to_hf, orbax)
+    fails("looks damaged", conversion.to_hf, orbax)
     weights = src / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    fails("cut short", hf.to_orbax, src)
+    fails("cut short", conversion.to_orbax, src)
 
 
 def test_destinations_that_cannot_be(orbax, src, tmp_path):
     before = set(tmp_path.rglob("*"))
     (tmp_path / "link").symlink_to(src)
-    for job, source in ((hf.to_orbax, src), (hf.to_hf, orbax)):
+    for job, source in ((conversion.to_orbax, src), (conversion.to_hf, orbax)):
         with pytest.raises(InputError, match=rf"no directory {tmp_path}/no; make it"):
             job(source, tmp_path / "no" / "out")
         with pytest.raises(InputError, match=rf"{source}/out: is inside {source}, the checkpoint that is read"):
             job(source, source / "out")
     with pytest.raises(InputError, match="link/out: is inside"):
-        hf.to_orbax(src, tmp_path / "link" / "out")
+        conversion.to_orbax(src, tmp_path / "link" / "out")
     assert set(tmp_path.rglob("*")) == before | {tmp_path / "link"}
 
 
@@ -224,14 +225,14 @@ def test_layout_is_for_hugging_face_only(src, tmp_path, capsys):
 
 def test_relative_paths(orbax, src, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    hf.to_hf("orbax", "back")
+    conversion.to_hf("orbax", "back")
     assert_same_bits(read_files("back"), read_files("src"))
 
 
 def test_no_room_is_seen_before_the_work(orbax, src, monkeypatch, tmp_path):
     usage = type("usage", (), {"free": 10 << 20})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    for job, source in ((hf.to_orbax, src), (hf.to_hf, orbax)):
+    for job, source in ((conversion.to_orbax, src), (conversion.to_hf, orbax)):
         with pytest.raises(InputError, match=r"no room on the disk; 0\.07 GB are needed and 0\.01 GB are free"):
             job(source, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
@@ -245,7 +246,7 @@ def run(code: str, *args):
 
 FULL = """
 import resource, sys
-from qwenvl_convert import hf
+from qwenvl_convert import orbax as conversion
 from qwenvl_jax.errors import InputError
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
@@ -276,7 +277,7 @@ def test_a_disk_that_fills_up_while_tensors_are_written(orbax, monkeypatch, tmp_
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(InputError, match="no room on the disk"):
-        hf.to_hf(orbax, tmp_path / "out")
+        conversion.to_hf(orbax, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -285,7 +286,7 @@ KILLED = """
 import os, sys
 job, src, dst, signal, module, owner, name, n = sys.argv[1:]
 import importlib
-from qwenvl_convert import hf
+from qwenvl_convert import orbax as conversion
 from qwenvl_jax.cli import main
 target = importlib.import_module(module)
 target = getattr(target, owner) if owner else target
@@ -302,17 +303,17 @@ sys.exit(main(["convert", src, dst, "--to", job.removeprefix("to_")]))
 """
 POINTS = {
     "to_orbax": [
-        ("qwenvl_jax.params.hf", "Source", "read", 1),
-        ("qwenvl_jax.params.hf", "Source", "read", 40),
-        ("qwenvl_convert.hf", "", "carry", 1),
+        ("qwenvl_convert.hf", "Source", "read", 1),
+        ("qwenvl_convert.hf", "Source", "read", 40),
+        ("qwenvl_convert.orbax", "", "carry", 1),
         ("qwenvl_jax.params.checkpoint", "", "_sync", 1),
         ("os", "", "rename", 2),  # the first is Orbax's own, inside
     ],
     "to_hf": [
-        ("qwenvl_jax.params.tensors", "Writer", "write_rows", 1),
-        ("qwenvl_jax.params.tensors", "Writer", "write_rows", 40),
-        ("qwenvl_jax.params.tensors", "Writer", "finish", 1),
-        ("qwenvl_convert.hf", "", "carry", 1),
+        ("qwenvl_convert.safetensors", "Writer", "write_rows", 1),
+        ("qwenvl_convert.safetensors", "Writer", "write_rows", 40),
+        ("qwenvl_convert.safetensors", "Writer", "finish", 1),
+        ("qwenvl_convert.orbax", "", "carry", 1),
         ("os", "", "rename", 1),
     ],
 }
@@ -326,7 +327,7 @@ def test_killed_on_the_way(job, point, orbax, src, tmp_path):
     assert not dst.exists() and (tmp_path / "out.partial-qwenvl_jax").exists()
     with pytest.raises(InputError, match="no such directory"):
         qwenvl_jax.load(dst)
-    getattr(hf, job)(source, dst)
+    getattr(conversion, job)(source, dst)
     assert not (tmp_path / "out.partial-qwenvl_jax").exists()
     config = checkpoint.read_config(dst)
     read = checkpoint.restore if job == "to_orbax" else read_params
@@ -367,7 +368,7 @@ def test_half_written_weights_do_not_load_under_the_partial_name(n, orbax, tmp_p
         orbax,
         tmp_path / "out",
         int(signal.SIGKILL),
-        "qwenvl_jax.params.tensors",
+        "qwenvl_convert.safetensors",
         "Writer",
         "write_rows",
         n,
@@ -402,8 +403,8 @@ def test_transformers_writes_we_read_we_write_transformers_reads(family, tied, d
     np.testing.assert_array_equal(
         bits(params["decoder"]["layers"]["down_proj"]["kernel"][1]), bits(want["model.layers.1.mlp.down_proj.weight"].T)
     )
-    hf.to_orbax(tmp_path / "src", tmp_path / "orbax")
-    hf.to_hf(tmp_path / "orbax", tmp_path / "back", max_shard_bytes=100_000)
+    conversion.to_orbax(tmp_path / "src", tmp_path / "orbax")
+    conversion.to_hf(tmp_path / "orbax", tmp_path / "back", max_shard_bytes=100_000)
     assert_same_bits(read_files(tmp_path / "back"), want)
     again, report = cls.from_pretrained(tmp_path / "back", torch_dtype="auto", output_loading_info=True)
     assert not any(report.values()), report

@@ -8,10 +8,11 @@ from tiny import tiny_config
 
 from qwenvl_jax.infer import programs
 from qwenvl_jax.infer.engine import Engine
+from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.model import qwenvl
 from qwenvl_jax.model.layers import narrow_product
-from qwenvl_jax.params import checkpoint, precision
-from qwenvl_jax.types import Model, Sample
+from qwenvl_jax.params import checkpoint, precision, specs
+from qwenvl_jax.types import Model
 
 
 class NoText:
@@ -20,7 +21,7 @@ class NoText:
 
 
 def model_of(config):
-    return Model(config, jax.jit(qwenvl.init, static_argnums=0)(config, jax.random.key(0)), NoText(), {})
+    return Model(config, jax.jit(specs.init, static_argnums=0)(config, jax.random.key(0)), NoText(), {})
 
 
 @pytest.mark.parametrize("dims", ["DF", "FD"])
@@ -92,7 +93,7 @@ def test_weights_kept_in_16_bits_answer_as_float32(family):
     model = model_of(narrow)
     config = narrow.replace(dtype="float32")
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), model.params)
-    sample = Sample(np.arange(1, 20, dtype=np.int32))
+    sample = make_sample(np.arange(1, 20), (), narrow)
     options = dict(max_new_tokens=8, temperature=0, ignore_eos=True, logprobs=1)
     kept, cast = (
         Engine(model._replace(config=config, params=params), max_length=64).generate([sample] * 2, **options)
@@ -104,7 +105,7 @@ def test_weights_kept_in_16_bits_answer_as_float32(family):
 
 def test_precision_follows_the_free_memory(monkeypatch):
     config = tiny_config("qwen2_5_vl", dtype="bfloat16")
-    need = 4 * qwenvl.count_params(config)
+    need = 4 * specs.count_params(config)
     for free, weights in ((int(need / precision.MEMORY_SHARE) + 8, "float32"), (need, None)):
         monkeypatch.setattr(precision, "free_memory", lambda free=free: free)
         for dtype in ("bfloat16", "float16"):

@@ -15,11 +15,12 @@ from PIL import Image
 from tiny import clip, mixed_samples, picture, sample, tiny_config
 
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs.layout import mrope_positions
+from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.train.data import Dataset, JsonLines, Packer
-from qwenvl_jax.train.records import Example, PackShape, Segment
-from qwenvl_jax.types import TrainBatch
+from qwenvl_jax.inputs.records import JsonLines
+from qwenvl_jax.train.data import Dataset, Packer
+from qwenvl_jax.train.records import PackShape
+from qwenvl_jax.types import Sample, TrainBatch
 
 CONFIG = small_config("qwen2_5_vl")
 SHAPE = PackShape(rows=2, tokens=160, lanes=2, patches=128, segments=6)
@@ -75,7 +76,7 @@ def chat(i, **more):
 # ------------------------------------------------------------------------------------------ packing
 
 
-def check_packed(config, shape: PackShape, batch: TrainBatch, examples: list[Example]):
+def check_packed(config, shape: PackShape, batch: TrainBatch, examples: list[tuple[Sample, ...]]):
     """Every segment of every example is somewhere in the batch, whole, and nothing else is."""
     inputs, vision = batch.inputs, batch.inputs.vision[0]
     B, T, R, P = shape[:4]
@@ -87,7 +88,7 @@ def check_packed(config, shape: PackShape, batch: TrainBatch, examples: list[Exa
     unit = config.vision.merge_unit
     outputs = vision.patches.reshape(-1, unit, config.vision.patch_values)  # what each row of the tower's output sees
     frames = vision.frames.reshape(-1, unit)
-    left = [(s, e.visuals, 1 + k) for e in examples for k, s in enumerate(e.segments)]
+    left = [(s, 1 + k) for e in examples for k, s in enumerate(e)]
     pairs = any(k == 2 for *_, k in left)
     seen, cells = 0, set()
     for b in range(B):
@@ -101,18 +102,16 @@ def check_packed(config, shape: PackShape, batch: TrainBatch, examples: list[Exa
             span = slice(where[0], where[-1] + 1)
             place = 2 - k % 2 if pairs else 1
             same = [j for j, (s, *_) in enumerate(left) if np.array_equal(s.tokens, inputs.tokens[b, span])]
-            segment, visuals, _ = left.pop(next(j for j in same if left[j][2] == place))
-            np.testing.assert_array_equal(
-                inputs.positions[:, b, span], mrope_positions(segment.tokens, visuals, config)
-            )
+            segment, _ = left.pop(next(j for j in same if left[j][1] == place))
+            np.testing.assert_array_equal(inputs.positions[:, b, span], segment.positions)
             np.testing.assert_array_equal(batch.weights[b, span], [*segment.weights[1:], 0])
             learnt = [t if w else 0 for t, w in zip(segment.tokens[1:], segment.weights[1:], strict=True)]
             np.testing.assert_array_equal(batch.targets[b, span], [*learnt, 0])
             places = inputs.visual_index[b, span]
             places = places[places >= 0]
-            wanted = [v.patches.reshape(-1, unit, config.vision.patch_values) for v in visuals]
+            wanted = [v.patches.reshape(-1, unit, config.vision.patch_values) for v in segment.visuals]
             assert len(places) == sum(map(len, wanted))
-            if visuals:
+            if wanted:
                 np.testing.assert_array_equal(outputs[places], np.concatenate(wanted))
                 assert (frames[places] > 0).all()
                 if place == 1:
@@ -126,13 +125,13 @@ def check_packed(config, shape: PackShape, batch: TrainBatch, examples: list[Exa
         assert not array[inputs.segments == 0].any()
 
 
-def as_example(rng, config, s, pair: bool) -> Example:
-    def segment(s):
-        weights = rng.integers(0, 2, len(s.tokens)).astype(np.float32)
-        return Segment(s.tokens, mrope_positions(s.tokens, s.visuals, config), weights)
-
-    both = [s, s._replace(tokens=np.append(s.tokens, np.int32(7)))] if pair else [s]
-    return Example(tuple(map(segment, both)), s.visuals)
+def as_example(rng, config, s, pair: bool) -> tuple[Sample, ...]:
+    longer = s._replace(
+        tokens=np.append(s.tokens, np.int32(7)),
+        positions=np.append(s.positions, s.positions[:, -1:] + 1, axis=1),
+    )
+    both = [s, longer] if pair else [s]
+    return tuple(x._replace(weights=rng.integers(0, 2, len(x.tokens)).astype(np.float32)) for x in both)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -177,6 +176,31 @@ def test_every_size_shares_the_one_call():
     packer = Packer(shape, config)
     assert all(map(packer.add, examples))
     check_packed(config, shape, packer.batch(), examples)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_training_packs_what_generation_packs(family):
+    """The same tokens, positions and patches behind every token, whatever else is in the row and in the lanes."""
+    rng, config = np.random.default_rng(0), tiny_config(family)
+    samples = mixed_samples(config)
+    packer = Packer(PackShape(2, 256, 4, 512), config)
+    assert all(packer.add(as_example(rng, config, s, False)) for s in samples)
+    trained, generated = packer.batch().inputs, make_batch(samples, config)
+    assert trained.segments.max() > 1
+
+    def seen(batch, row, span):
+        """Tokens, positions, which tokens are visual, and their patches and the places of these."""
+        index = batch.visual_index[row, span]
+        out = [batch.tokens[row, span], batch.positions[:, row, span], index >= 0]
+        lanes = [[a.reshape(-1, config.vision.merge_unit, *a.shape[2:]) for a in v[:2]] for v in batch.vision]
+        out += [np.concatenate(arrays)[index[index >= 0]] for arrays in zip(*lanes, strict=True)]
+        return out
+
+    for b, s in enumerate(packer.segments):
+        mine = seen(trained, s.row, slice(s.start, s.stop))
+        theirs = seen(generated, b, slice(0, s.stop - s.start))
+        for ours, other in zip(mine, theirs, strict=True):
+            np.testing.assert_array_equal(ours, other)
 
 
 # ------------------------------------------------------------------------------------------ the stream
@@ -383,7 +407,7 @@ def test_lines_across_chunks(tmp_path, monkeypatch):
     records = [{"a": "x" * n} for n in range(50)]
     path = lines(tmp_path / "data.jsonl", *records)
     whole = JsonLines(path)
-    monkeypatch.setattr("qwenvl_jax.train.data._CHUNK", 64)
+    monkeypatch.setattr("qwenvl_jax.inputs.records._CHUNK", 64)
     source = JsonLines(path)
     assert [source[i] for i in range(len(source))] == records
     assert source.identity == whole.identity
@@ -410,7 +434,7 @@ def test_bad_lines_are_named(processor, tmp_path, caplog):
         chat(3),
     )
     expected = {
-        3: "not JSON",
+        3: "not readable as JSON",
         5: "gone.png: No such file",
         6: "1 places for images and the record has 0",
         7: "tools must be a list",
@@ -430,7 +454,7 @@ def test_bad_lines_are_named(processor, tmp_path, caplog):
     assert data.skipped == {
         "unreadable": 6, "media": 2, "placeholders": 2, "messages": 4, "too long": 2, "nothing to learn": 2,
     }  # fmt: skip
-    with pytest.raises(InputError, match=re.escape(f"{path}:3: not JSON")):
+    with pytest.raises(InputError, match=re.escape(f"{path}:3: not readable as JSON")):
         list(Dataset(path, processor, SHAPE, epochs=1, shuffle=False))
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from qwenvl_jax.config import PRESETS
-from qwenvl_jax.inputs.batch import Ladder
+from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.model import decode_kernel
 from qwenvl_jax.model.decoder import step, write_and_attend
-from qwenvl_jax.model.qwenvl import abstract_params
+from qwenvl_jax.params.specs import abstract_params
 from qwenvl_jax.types import Cache
 
 

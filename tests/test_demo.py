@@ -6,14 +6,14 @@ import re
 
 import numpy as np
 import pytest
+from demo.tokenizer import write_processor
+from demo.train import demo_config
 from PIL import Image
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.demo import SAMPLES
-from qwenvl_jax.demo.tokenizer import write_processor
-from qwenvl_jax.demo.train import demo_config
-from qwenvl_jax.model.qwenvl import count_params
 from qwenvl_jax.params import checkpoint
+from qwenvl_jax.params.specs import count_params
 
 QUESTIONS = (
     *("Read the text.", "What is it?", "List everything.", "How many strawberries are there?", "Locate every pizza."),
@@ -42,7 +42,7 @@ def test_card(directory):
     """It tells what was trained and on what, and how well it does every task."""
     card = (directory / "README.md").read_text("utf-8")
     assert f"{count_params(demo_config()):,} parameters" in card
-    for word in ("python -m qwenvl_jax.demo.train", "OFL", "Apache-2.0", "vega-datasets"):
+    for word in ("python notebooks/demo train", "OFL", "Apache-2.0", "vega-datasets"):
         assert word in card
     weights = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
     assert weights in card, "the card's results are of other weights; score these"

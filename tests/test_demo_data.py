@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from demo import charts, clips, fonts, lines, scenes
+from demo.assets import VARIABLE, WEBFONTS, find_assets
+from demo.canvas import contrast
+from demo.emoji import EMOJI, NAMES, plural, sprite
+from demo.questions import ALL
+from demo.render import TASKS, WEIGHTS, Scenes
+from demo.score import second_questions
+from demo.sheet import contact_sheet
+from demo.tables import _SECTORS, Series, tables
+from demo.tokenizer import CHAT_TEMPLATE, SPECIAL, special_ids, vocabulary, write_processor
 from PIL import Image, ImageFont
 
 from qwenvl_jax.config import Config, TextConfig, VisionConfig
-from qwenvl_jax.demo import charts, clips, fonts, lines, scenes
-from qwenvl_jax.demo.assets import VARIABLE, WEBFONTS, find_assets
-from qwenvl_jax.demo.canvas import contrast
-from qwenvl_jax.demo.emoji import EMOJI, NAMES, plural, sprite
-from qwenvl_jax.demo.questions import ALL
-from qwenvl_jax.demo.render import TASKS, WEIGHTS, Scenes
-from qwenvl_jax.demo.score import second_questions
-from qwenvl_jax.demo.sheet import contact_sheet
-from qwenvl_jax.demo.tables import _SECTORS, Series, tables
-from qwenvl_jax.demo.tokenizer import CHAT_TEMPLATE, SPECIAL, special_ids, vocabulary, write_processor
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.processor import Processor
 

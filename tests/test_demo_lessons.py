@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from demo.cells import CELL, FACTS, Thing, of_text, of_things
+from demo.render import WEIGHTS, Scenes
+from demo.tokenizer import write_processor
+from demo.train import Lessons, demo_config, demo_loss
 from test_demo_data import assets  # noqa: F401 - a fixture
 
-from qwenvl_jax.demo.cells import CELL, FACTS, Thing, of_text, of_things
-from qwenvl_jax.demo.render import WEIGHTS, Scenes
-from qwenvl_jax.demo.tokenizer import write_processor
-from qwenvl_jax.demo.train import Lessons, demo_config, demo_loss
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.qwenvl import init
+from qwenvl_jax.params.specs import init
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.records import PackShape
 
@@ -94,7 +94,7 @@ def test_lessons_tell_cells_and_names_of_their_own_pictures(assets, processor): 
         batch, first = next(lessons), seen
         seen = lessons.position
         records = [scenes[i] for i in range(first, seen)]
-        told = batch.reference.reshape(*batch.inputs.tokens.shape, len(FACTS))
+        told = batch.facts
         visual = batch.inputs.visual_index >= 0
         whole = np.concatenate([r["facts"].cells for r in records])
         assert len(records) > 4 and len(whole) == visual.sum()  # none of these is too long for a row
@@ -136,5 +136,5 @@ def test_the_loss_is_cross_entropy_and_what_is_told(assets, processor):  # noqa:
     nudged = jax.tree.map(lambda w, g: w - 1e-4 * g, params, grads)
     assert loss(nudged, batch)[0] < total
     # Nothing known: their places are told all the same, and nothing else.
-    blank, *_ = loss(params, batch._replace(reference=np.full_like(batch.reference, np.nan)))
+    blank, *_ = loss(params, batch._replace(facts=np.full_like(batch.facts, np.nan)))
     assert entropy < blank < total

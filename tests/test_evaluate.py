@@ -8,11 +8,14 @@ import jax
 import pytest
 from PIL import Image
 
-from qwenvl_jax import cli, metrics
+from qwenvl_jax import cli
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.evaluate import Evaluator, Question, evaluate, read_questions, report, score
+from qwenvl_jax.eval import metrics
+from qwenvl_jax.eval.evaluator import Evaluator, evaluate
+from qwenvl_jax.eval.metrics import Box
+from qwenvl_jax.eval.questions import Question, read_questions
+from qwenvl_jax.eval.report import report, score
 from qwenvl_jax.infer.engine import Engine
-from qwenvl_jax.metrics import Box
 from qwenvl_jax.params import checkpoint
 
 

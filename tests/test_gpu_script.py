@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import model
 import pytest
 from carry import carry
+from demo.assets import find_assets
 from gpu_checks import checks
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
@@ -21,12 +22,11 @@ from sides import PROMPT
 from test_demo_data import assets  # noqa: F401 - a fixture
 
 from qwenvl_jax.config import PRESETS
-from qwenvl_jax.demo.assets import find_assets
-from qwenvl_jax.inputs.batch import round_up
-from qwenvl_jax.model.qwenvl import init
-from qwenvl_jax.plan import Job, plan
+from qwenvl_jax.inputs.ladder import round_up
+from qwenvl_jax.params.specs import init
+from qwenvl_jax.plan.hardware import devices, parse_target
+from qwenvl_jax.plan.plan import Job, plan
 from qwenvl_jax.sharding import make_mesh
-from qwenvl_jax.targets import devices, parse_target
 
 ROOT = Path(__file__).resolve().parents[1]
 

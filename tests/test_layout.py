@@ -1,5 +1,7 @@
 """Positions, windows, lanes: the host's arithmetic, against goldens and by brute force."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,10 +9,11 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, clip, mixed_samples, picture, random_requests, sample, tiny_config, with_vision
 
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs.batch import Ladder, cover, geometric, make_batch, round_up
-from qwenvl_jax.inputs.layout import Lanes, mrope_positions, slots_needed
+from qwenvl_jax.inputs.ladder import Ladder, geometric, round_up
+from qwenvl_jax.inputs.layout import Lanes, make_sample, slots_needed
 from qwenvl_jax.inputs.media import Preprocessing, smart_resize
-from qwenvl_jax.types import Grid, Sample, Visual
+from qwenvl_jax.inputs.pack import cover, make_batch
+from qwenvl_jax.types import Grid, Visual
 
 RNG = np.random.default_rng(0)
 
@@ -23,7 +26,7 @@ def empty_clip(config, t, h, w, seconds):
 def test_positions_of_a_long_video():
     config = tiny_config("qwen2_5_vl")  # 2 positions a second
     s = sample(RNG, config, 14, empty_clip(config, 84, 24, 32, 2.0), 5)
-    p = mrope_positions(s.tokens, s.visuals, config)
+    p = s.positions
     video = p[:, s.tokens == config.video_token_id]
     assert video.min(1).tolist() == [15, 15, 15] and video.max(1).tolist() == [347, 26, 30]
     after = p[:, np.flatnonzero(s.tokens == config.video_token_id)[-1] + 1 :]
@@ -32,37 +35,40 @@ def test_positions_of_a_long_video():
 
 def test_positions_of_a_slow_video():
     config = with_vision(tiny_config("qwen2_5_vl"), tokens_per_second=25)
-    tokens = np.array([config.video_token_id] * 3 + [1], np.int32)
-    p = mrope_positions(tokens, (empty_clip(config, 3, 2, 2, 2.0),), config)
+    p = make_sample([config.video_token_id, 1], [empty_clip(config, 3, 2, 2, 2.0)], config).positions
     assert p[0].tolist() == [0, 50, 100, 101] and p[1].tolist() == [0, 0, 0, 101]
 
 
 def test_fractions_are_multiplied_then_truncated():
     config = tiny_config("qwen2_5_vl")
-    tokens = np.full(5, config.video_token_id, np.int32)
-    p = mrope_positions(tokens, (empty_clip(config, 5, 2, 2, 0.3),), config)
+    p = make_sample([config.video_token_id], [empty_clip(config, 5, 2, 2, 0.3)], config).positions
     assert p[0].tolist() == [0, 0, 1, 1, 2]
 
 
 def test_qwen2_vl_counts_grid_steps():
     config = tiny_config("qwen2_vl")
-    tokens = np.full(3, config.video_token_id, np.int32)
-    assert mrope_positions(tokens, (empty_clip(config, 3, 2, 2, 9.0),), config)[0].tolist() == [0, 1, 2]
+    s = make_sample([config.video_token_id], [empty_clip(config, 3, 2, 2, 9.0)], config)
+    assert s.positions[0].tolist() == [0, 1, 2]
 
 
 def test_text_advances_all_axes_together():
-    p = mrope_positions(np.arange(7), (), tiny_config("qwen2_vl"))
+    p = make_sample(np.arange(7), (), tiny_config("qwen2_vl")).positions
     assert (p == np.arange(7)).all() and p.shape == (3, 7)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_placeholders_and_visuals_must_match(family):
-    config = tiny_config(family)
-    one = picture(RNG, config, 4, 4)
-    s = sample(RNG, config, 3, one, 2)
-    for visuals in ((), (one, one), (picture(RNG, config, 4, 8),), (clip(RNG, config, 1, 4, 4),)):
-        with pytest.raises(InputError, match=r"placeholder|pad"):
-            make_batch([Sample(s.tokens, visuals)], config)
+def test_placeholders_are_repeated():
+    config = tiny_config("qwen2_5_vl")
+    image, video = config.image_token_id, config.video_token_id
+    visuals = [picture(RNG, config, 4, 6), clip(RNG, config, 3, 2, 2), picture(RNG, config, 2, 2)]
+    tokens, weights = np.array([1, image, 2, video, image, 3]), np.arange(1.0, 7.0)
+    s = make_sample(tokens, visuals, config, weights=weights)
+    assert s.tokens.tolist() == [1, *[image] * 6, 2, *[video] * 3, image, 3] and s.tokens.dtype == np.int32
+    assert s.spans == ((1, 7), (8, 11), (11, 12)) and s.visuals == tuple(visuals)
+    assert s.weights.tolist() == [1, *[0] * 6, 3, *[0] * 4, 6]
+    assert tokens.tolist() == [1, image, 2, video, image, 3] and weights.tolist() == [1, 2, 3, 4, 5, 6]
+    for wrong in (*itertools.combinations(visuals, 2), visuals[1:] + visuals[:1], visuals * 2, ()):
+        with pytest.raises(InputError, match="the prompt has 2 image and 1 video placeholders"):
+            make_sample(tokens, wrong, config)
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,9 +89,9 @@ def test_lanes_hold_every_cell_once_and_no_window_straddles_a_block(family, size
         assert len(frames) == grid.t
         for p in frames:
             assert 0 <= p.lane < len(lanes.lanes)
-            cells = {(p.lane, int(c)) for c in p.cells}
+            cells = set(p.cells.tolist())
             assert len(cells) == grid.h * grid.w // 4 and not cells & taken
-            assert 0 <= p.cells.min() and p.cells.max() < capacity // 4
+            assert (p.cells // (capacity // 4) == p.lane).all()
             taken |= cells
             if family == "qwen2_5_vl":
                 rows, cols = np.divmod(np.arange(len(p.cells)), grid.w // 2)
@@ -206,8 +212,8 @@ def test_wrong_patch_shape_is_named():
     good = picture(RNG, config, 4, 4)
     s = sample(RNG, config, 2, good)
     with pytest.raises(InputError, match="visual 1"):
-        make_batch([Sample(s.tokens, (good._replace(patches=good.patches[:, :-1]),))], config)
+        make_batch([s._replace(visuals=(good._replace(patches=good.patches[:, :-1]),))], config)
     with pytest.raises(InputError, match="conversation"):
         make_batch([], config)
     with pytest.raises(InputError, match="no tokens"):
-        make_batch([Sample(np.zeros(0, np.int32))], config)
+        make_batch([make_sample([], (), config)], config)

@@ -22,9 +22,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from tiny import tiny_config, tiny_params
 
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.model.qwenvl import abstract_params
 from qwenvl_jax.params import lora
-from qwenvl_jax.params.hf import flatten
+from qwenvl_jax.params.specs import abstract_params, flatten
 from qwenvl_jax.train import loop, run
 from qwenvl_jax.train.flops import peak_flops, train_flops
 from qwenvl_jax.train.losses import sft_loss

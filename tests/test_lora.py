@@ -12,16 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from qwenvl_convert import peft
 from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, clip, picture, sample, tiny_config, tiny_params
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer.engine import Engine
-from qwenvl_jax.inputs.batch import Ladder, make_batch
+from qwenvl_jax.inputs.ladder import Ladder
+from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.model import qwenvl
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.checkpoint import save
-from qwenvl_jax.params.hf import flatten, unflatten
+from qwenvl_jax.params.specs import flatten, unflatten
 from qwenvl_jax.types import Model
 
 EVERYWHERE = ("llm", "vision", "merger")
@@ -223,7 +225,7 @@ def test_a_stack_with_and_without(tmp_path):
         {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "layers_to_transform": [1]},
         {name.format("A"): rng.standard_normal((2, 48)), name.format("B"): rng.standard_normal((48, 2))},
     )
-    whole = lora.load_adapter(config, params, tmp_path / "one")
+    whole = peft.load_adapter(config, params, tmp_path / "one")
     q = whole["decoder"]["layers"]["q_proj"]
     assert q["lora_scale"].tolist() == [0, 2, 0] and np.any(q["lora_a"] != 0, (1, 2)).tolist() == [False, True, False]
 
@@ -234,9 +236,9 @@ def test_a_stack_with_and_without(tmp_path):
     gradients = jax.jit(jax.grad(loss))(q)
     for leaf in ("lora_a", "lora_b"):
         assert np.any(gradients[leaf] != 0, (1, 2)).tolist() == [False, True, False]
-    lora.save_adapter(config, whole, tmp_path / "again", base_name="tiny")
-    assert load_file(tmp_path / "again" / lora.WEIGHTS).keys() == {name.format("A"), name.format("B")}
-    assert_same(lora.load_adapter(config, params, tmp_path / "again"), whole)
+    peft.save_adapter(config, whole, tmp_path / "again", base_name="tiny")
+    assert load_file(tmp_path / "again" / peft.WEIGHTS).keys() == {name.format("A"), name.format("B")}
+    assert_same(peft.load_adapter(config, params, tmp_path / "again"), whole)
 
 
 # Generation
@@ -264,19 +266,20 @@ MESH = """
 import jax, jax.numpy as jnp, numpy as np
 from tiny import sample, tiny_config, tiny_params
 from test_lora import assert_same, fill, forward, relative
-from qwenvl_jax.inputs.batch import make_batch
+from qwenvl_convert import peft
+from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.params import lora
-from qwenvl_jax.params.hf import flatten
-from qwenvl_jax.sharding import make_mesh, param_shardings
+from qwenvl_jax.params.specs import flatten, param_shardings, specs, specs_of
+from qwenvl_jax.sharding import make_mesh
 
 config = tiny_config("qwen2_5_vl")
 params, batch = tiny_params(config), make_batch([sample(np.random.default_rng(0), config, 9)] * 4, config)
 mesh = make_mesh(data=2, fsdp=2, tensor=2)
 add = lambda p: lora.add(config, p, jax.random.key(1), rank=4, alpha=6, targets="llm")
-whole, split = fill(add(params)), add(jax.device_put(params, param_shardings(params, mesh)))
+whole, split = fill(add(params)), add(jax.device_put(params, param_shardings(specs(config), mesh)))
 a, b = (split["decoder"]["layers"]["o_proj"][leaf].sharding.spec for leaf in ("lora_a", "lora_b"))
 assert a == jax.P(None, "tensor", None) and b == jax.P(None, None, "fsdp"), (a, b)
-split = jax.device_put(fill(split), param_shardings(split, mesh))
+split = jax.device_put(fill(split), param_shardings(specs_of(config, split), mesh))
 assert_same(split, whole)
 want = np.asarray(forward(config, whole, batch))
 with jax.set_mesh(mesh):
@@ -308,8 +311,8 @@ def write(path, settings, tensors):
     """An adapter directory, as PEFT would write it."""
     path.mkdir()
     settings = {"peft_type": "LORA", "bias": "none", "target_modules": ["q_proj"]} | settings
-    (path / lora.SETTINGS).write_text(json.dumps(settings), "utf-8")
-    save_file({k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()}, path / lora.WEIGHTS)
+    (path / peft.SETTINGS).write_text(json.dumps(settings), "utf-8")
+    save_file({k: np.ascontiguousarray(v, np.float32) for k, v in tensors.items()}, path / peft.WEIGHTS)
     return path
 
 
@@ -317,13 +320,13 @@ def write(path, settings, tensors):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_save_and_load(family, layout, tmp_path):
     config, params, _ = base(family)
-    lora.save_adapter(config, adapted(family), tmp_path / "a", base_name="tiny", layout=layout)
-    assert_same(lora.load_adapter(config, params, tmp_path / "a"), adapted(family))
-    settings = json.loads((tmp_path / "a" / lora.SETTINGS).read_text("utf-8"))
+    peft.save_adapter(config, adapted(family), tmp_path / "a", base_name="tiny", layout=layout)
+    assert_same(peft.load_adapter(config, params, tmp_path / "a"), adapted(family))
+    settings = json.loads((tmp_path / "a" / peft.SETTINGS).read_text("utf-8"))
     assert (settings["r"], settings["lora_alpha"], settings["rank_pattern"]) == (4, 6, {})
     name = "model.layers.0.mlp.up_proj" if layout == "hub" else "model.language_model.layers.0.mlp.up_proj"
     assert name in settings["target_modules"]
-    tensors = load_file(tmp_path / "a" / lora.WEIGHTS)
+    tensors = load_file(tmp_path / "a" / peft.WEIGHTS)
     got = adapted(family)["decoder"]["layers"]["up_proj"]
     assert np.array_equal(tensors[f"base_model.model.{name}.lora_B.weight"], got["lora_b"][0].T)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
@@ -331,10 +334,10 @@ def test_save_and_load(family, layout, tmp_path):
 
 def test_an_adapters_name_in_the_key(tmp_path):
     config, params, _ = base("qwen2_vl")
-    lora.save_adapter(config, adapted("qwen2_vl"), tmp_path / "a", base_name="tiny")
-    tensors = load_file(tmp_path / "a" / lora.WEIGHTS)
-    save_file({k.replace(".weight", ".default.weight"): v for k, v in tensors.items()}, tmp_path / "a" / lora.WEIGHTS)
-    assert_same(lora.load_adapter(config, params, tmp_path / "a"), adapted("qwen2_vl"))
+    peft.save_adapter(config, adapted("qwen2_vl"), tmp_path / "a", base_name="tiny")
+    tensors = load_file(tmp_path / "a" / peft.WEIGHTS)
+    save_file({k.replace(".weight", ".default.weight"): v for k, v in tensors.items()}, tmp_path / "a" / peft.WEIGHTS)
+    assert_same(peft.load_adapter(config, params, tmp_path / "a"), adapted("qwen2_vl"))
 
 
 def test_ranks_and_alphas_by_pattern(tmp_path):
@@ -351,18 +354,18 @@ def test_ranks_and_alphas_by_pattern(tmp_path):
         "rank_pattern": {r"1\.self_attn\.q_proj": 2, r"layers\.2\..*": 5, "q_proj": 3},  # the first that matches
         "alpha_pattern": {"model.layers.2.self_attn.q_proj": 40},
     }
-    whole = lora.load_adapter(config, params, write(tmp_path / "a", settings, tensors))
+    whole = peft.load_adapter(config, params, write(tmp_path / "a", settings, tensors))
     q = whole["decoder"]["layers"]["q_proj"]
     assert q["lora_scale"].tolist() == [2, 3, 8] and q["lora_a"].shape == (3, 48, 5)
-    rooted = lora.load_adapter(config, params, write(tmp_path / "b", settings | {"use_rslora": True}, tensors))
+    rooted = peft.load_adapter(config, params, write(tmp_path / "b", settings | {"use_rslora": True}, tensors))
     want = np.float32([6 / 3**0.5, 6 / 2**0.5, 40 / 5**0.5])
     assert np.array_equal(rooted["decoder"]["layers"]["q_proj"]["lora_scale"], want)
     for tree, name in ((whole, "c"), (rooted, "d")):
-        lora.save_adapter(config, tree, tmp_path / name, base_name="tiny")
-        assert {k: v.shape for k, v in load_file(tmp_path / name / lora.WEIGHTS).items()} == {
+        peft.save_adapter(config, tree, tmp_path / name, base_name="tiny")
+        assert {k: v.shape for k, v in load_file(tmp_path / name / peft.WEIGHTS).items()} == {
             k: v.shape for k, v in tensors.items()
         }
-        assert_same(lora.load_adapter(config, params, tmp_path / name), tree)
+        assert_same(peft.load_adapter(config, params, tmp_path / name), tree)
 
 
 A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{s}.weight" for s in "AB")
@@ -397,26 +400,26 @@ def test_adapters_that_cannot_be_read(settings, tensors, said, tmp_path):
     tensors = {k: v for k, v in (good | tensors).items() if v is not None}
     path = write(tmp_path / "a", {"r": 2, "lora_alpha": 4} | settings, tensors)
     with pytest.raises(InputError, match=said):
-        lora.load_adapter(config, params, path)
+        peft.load_adapter(config, params, path)
 
 
 def test_files_that_are_not_there(tmp_path):
     config, params, _ = base("qwen2_vl")
     with pytest.raises(InputError, match="no such directory"):
-        lora.load_adapter(config, params, tmp_path / "none")
-    with pytest.raises(InputError, match=f"no {lora.SETTINGS}"):
-        lora.load_adapter(config, params, tmp_path)
+        peft.load_adapter(config, params, tmp_path / "none")
+    with pytest.raises(InputError, match=f"no {peft.SETTINGS}"):
+        peft.load_adapter(config, params, tmp_path)
     write(tmp_path / "a", {}, {})
-    (tmp_path / "a" / lora.WEIGHTS).unlink()
-    with pytest.raises(InputError, match=f"no {lora.WEIGHTS}; adapters are read from safetensors"):
-        lora.load_adapter(config, params, tmp_path / "a")
+    (tmp_path / "a" / peft.WEIGHTS).unlink()
+    with pytest.raises(InputError, match=f"no {peft.WEIGHTS}; adapters are read from safetensors"):
+        peft.load_adapter(config, params, tmp_path / "a")
     with pytest.raises(InputError, match="no adapter in these parameters"):
-        lora.save_adapter(config, params, tmp_path / "b", base_name="tiny")
+        peft.save_adapter(config, params, tmp_path / "b", base_name="tiny")
     with pytest.raises(InputError, match="exists already"):
-        lora.save_adapter(config, adapted("qwen2_vl"), tmp_path / "a", base_name="tiny")
+        peft.save_adapter(config, adapted("qwen2_vl"), tmp_path / "a", base_name="tiny")
     with pytest.raises(InputError, match="an adapter already"):
         good = {A: np.zeros((8, 48)), B: np.zeros((48, 8))}
-        lora.load_adapter(config, adapted("qwen2_vl"), write(tmp_path / "c", {}, good))
+        peft.load_adapter(config, adapted("qwen2_vl"), write(tmp_path / "c", {}, good))
 
 
 def test_a_checkpoint_holds_no_adapter(tmp_path):
@@ -461,9 +464,9 @@ def test_peft_loads_ours(family, tmp_path):
     want = our_logits(config, whole)
     assert relative(our_logits(config, params), want) > 0.01
 
-    lora.save_adapter(config, whole, tmp_path / "adapter", base_name="tiny")
+    peft.save_adapter(config, whole, tmp_path / "adapter", base_name="tiny")
     model = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()  # warns of a missing key: an error here
-    held = load_file(tmp_path / "adapter" / lora.WEIGHTS)
+    held = load_file(tmp_path / "adapter" / peft.WEIGHTS)
     theirs = get_peft_model_state_dict(model, save_embedding_layers=False)
     assert held.keys() == theirs.keys() and all(np.array_equal(held[k], theirs[k]) for k in held)
     assert relative(peft_logits(model, config), want) <= 1e-4
@@ -500,7 +503,7 @@ def test_we_load_peft(family, settings, tmp_path):
             if "lora_B" in name:
                 p.normal_(0, 0.1, generator=generator)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    whole = lora.load_adapter(config, params, tmp_path / "adapter")
+    whole = peft.load_adapter(config, params, tmp_path / "adapter")
     want = peft_logits(model, config)
     assert relative(plain, want) > 0.01
     assert relative(our_logits(config, whole), want) <= 1e-4

@@ -10,12 +10,12 @@ import pytest
 from tiny import FAMILIES, clip, picture, sample, tiny_config, tiny_params, train_batch, with_text
 
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs.layout import mrope_positions
 from qwenvl_jax.model import decoder, qwenvl
+from qwenvl_jax.params import specs
 from qwenvl_jax.train.data import Packer
 from qwenvl_jax.train.losses import CHUNK, cross_entropy, dpo_loss, segment_logprobs, sft_loss, token_logprobs
-from qwenvl_jax.train.records import Example, PackShape, Segment
-from qwenvl_jax.types import TrainBatch
+from qwenvl_jax.train.records import PackShape
+from qwenvl_jax.types import PreferenceBatch, TrainBatch
 
 LIMIT = 1e-5  # float32, relative to the largest value
 
@@ -138,7 +138,7 @@ def test_memory_of_a_large_vocabulary(tied, form):
     T, V, D = 8192, 152064, 64
     text = dict(vocab_size=V, hidden_size=D, head_dim=16, mrope_section=(2, 3, 3), tie_word_embeddings=tied)
     config = tiny_config("qwen2_5_vl", text=text)
-    params = {"decoder": {k: v for k, v in qwenvl.abstract_params(config)["decoder"].items() if k != "layers"}}
+    params = {"decoder": {k: v for k, v in specs.abstract_params(config)["decoder"].items() if k != "layers"}}
     x, targets = jax.ShapeDtypeStruct((1, T, D), jnp.float32), jax.ShapeDtypeStruct((1, T), jnp.int32)
 
     def compiled(logprobs, trained):
@@ -162,7 +162,7 @@ def test_packed_equals_unpacked(family):
 
     def example(s):
         learnt = rng.integers(0, 2, len(s.tokens)).astype(np.float32)
-        return Example((Segment(s.tokens, mrope_positions(s.tokens, s.visuals, config), learnt),), s.visuals)
+        return (s._replace(weights=learnt),)
 
     examples = [example(s) for s in samples_of(config)]
 
@@ -202,7 +202,7 @@ def test_inference_computes_nothing_twice(monkeypatch):
     """Training computes attention scores again in the backward pass; a forward program is as if it did not."""
     config = small_config("qwen2_5_vl").replace(dtype="bfloat16")  # CPUs have a form of their own in float32
     batch = train_batch(config, [samples_of(config)]).inputs
-    params = qwenvl.abstract_params(config)
+    params = specs.abstract_params(config)
 
     def products(backward):
         def f(params, batch):
@@ -236,7 +236,7 @@ def dpo_batch(config):
     pairs = [[sample(rng, config, 2, pic, n), sample(rng, config, 2, pic, m)] for n, m in ((5, 7), (3, 4), (9, 6))]
     batch = train_batch(config, [pairs[0] + pairs[1], pairs[2] + [sample(rng, config, 8)]])
     reference = rng.normal(-20, 12, (2, 4)).astype(np.float32)
-    return batch._replace(reference=reference), [(0, 0), (0, 2), (1, 0)]
+    return PreferenceBatch(*batch, reference), [(0, 0), (0, 2), (1, 0)]
 
 
 @pytest.mark.slow
@@ -293,9 +293,8 @@ def test_segment_logprobs_are_those_of_each_sample_alone():
     assert (np.asarray(packed) < 0).sum() == 4
 
 
-@pytest.mark.parametrize("reference", [None, np.zeros((1, 3), np.float32)])
-def test_dpo_needs_a_reference_for_whole_pairs(reference):
+def test_dpo_needs_a_reference_for_whole_pairs():
     config = small_config("qwen2_5_vl")
-    batch = train_batch(config, [samples_of(config)[:2]])._replace(reference=reference)
+    batch = PreferenceBatch(*train_batch(config, [samples_of(config)[:2]]), np.zeros((1, 3), np.float32))
     with pytest.raises(InputError, match="reference"):
         dpo_loss(config, params_of(config), batch)

@@ -15,6 +15,7 @@ from tiny import tiny_config, tiny_params
 
 from qwenvl_jax.model import attention, window_kernel
 from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm
+from qwenvl_jax.params.specs import Spec
 from qwenvl_jax.train.losses import cross_entropy, sft_loss
 from qwenvl_jax.train.step import init_state, make_optimizer, make_step
 from qwenvl_jax.types import Batch, TrainBatch, VisionBatch
@@ -234,14 +235,15 @@ def test_a_step_on_an_embedding(rows):
     """The gradient's norm, clipping, and AdamW, of a leaf with so many rows."""
     wanted, params = random(rows, 4), {"table": {"embedding": random(rows, 4, seed=1)}}
     start = params["table"]["embedding"].astype(np.float64)
-    optimizer = make_optimizer(1e-2, weight_decay=0.1)
-    state = init_state(params, optimizer, lambda path: True)
+    declared = {"table/embedding": Spec((rows, 4), np.float32, ("V", "D"), "embedding", "llm", None)}
+    optimizer = make_optimizer(declared, 1e-2, weight_decay=0.1)
+    state = init_state(declared, params, optimizer, lambda path: True)
 
     def loss(params, batch):
         return jnp.sum(params["table"]["embedding"] * wanted), jnp.float32(1), {}
 
     args = state, TrainBatch(None, np.zeros((1, 1, 1), np.int32), None)
-    step = make_step(loss, optimizer, lambda path: True).lower(*args).compile(OPTIONS)
+    step = make_step(declared, loss, optimizer, lambda path: True).lower(*args).compile(OPTIONS)
     state, metrics = step(*args)
     gradient = wanted.astype(np.float64)
     norm = np.linalg.norm(gradient)

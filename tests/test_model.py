@@ -9,7 +9,8 @@ import pytest
 from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, tiny_params, with_text, with_vision
 
 from qwenvl_jax.config import YarnConfig
-from qwenvl_jax.inputs.batch import Ladder, make_batch
+from qwenvl_jax.inputs.ladder import Ladder
+from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.model import attention as attention_module
 from qwenvl_jax.model import vision
 from qwenvl_jax.model.layers import rope_frequencies, text_rope

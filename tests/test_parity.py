@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from qwenvl_convert.hf import read_params
 from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, with_text, with_vision
 
 from qwenvl_jax.config import PRESETS, YarnConfig
-from qwenvl_jax.inputs.batch import Ladder, make_batch
-from qwenvl_jax.params.hf import read_params
+from qwenvl_jax.inputs.ladder import Ladder
+from qwenvl_jax.inputs.pack import make_batch
 
 pytestmark = pytest.mark.parity
 

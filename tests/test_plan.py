@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from qwenvl_jax.cli import build_parser, main, plan_job
-from qwenvl_jax.compiled import Collective
 from qwenvl_jax.config import PRESETS
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.plan import Job, _exchanges, default_mesh, meshes, plan, resolve_model, search, table
+from qwenvl_jax.plan.hardware import CHIPS, Target, devices, parse_target
+from qwenvl_jax.plan.hlo import Collective
+from qwenvl_jax.plan.plan import Job, _exchanges, default_mesh, meshes, plan, resolve_model, search, table
 from qwenvl_jax.sharding import make_mesh, parse_mesh
-from qwenvl_jax.targets import CHIPS, Target, devices, parse_target
 
 compiled = pytest.mark.compiled
 

@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from demo import charts, lines
+from demo.pretrain import CELL, LANES, PATCHES, SLOTS, Cells, cells_loss, init_heads, levelled, main
+from demo.tokenizer import byte_letters, vocabulary, write_processor
+from demo.train import demo_config
 from test_demo_data import assets  # noqa: F401 - a fixture
 
-from qwenvl_jax.demo import charts, lines
-from qwenvl_jax.demo.pretrain import CELL, LANES, PATCHES, SLOTS, Cells, cells_loss, init_heads, levelled, main
-from qwenvl_jax.demo.tokenizer import byte_letters, vocabulary, write_processor
-from qwenvl_jax.demo.train import demo_config
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.qwenvl import init
 from qwenvl_jax.model.vision import encode
+from qwenvl_jax.params.specs import init
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_batch_depends_on_its_number_alone(cells):
 
 
 def _leaves(batch):
-    return [*batch.inputs.vision[0], batch.targets, batch.weights, batch.reference]
+    return [*batch.inputs.vision[0], batch.targets, batch.weights, batch.edges]
 
 
 def test_loss_falls_and_forgets_what_has_no_weight(cells):

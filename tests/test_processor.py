@@ -1,5 +1,6 @@
 """From messages to ids and patches with the real tokenizer, against transformers where it is installed."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from PIL import Image
 
 from qwenvl_jax.config import PRESETS
@@ -92,6 +94,13 @@ def test_typed_placeholder_is_counted_when_allowed(processor):
     assert (processor.encode(messages).tokens == CONFIG.image_token_id).sum() == 4
     with pytest.raises(InputError, match="2 image and 0 video placeholders for 1 images"):
         processor.encode(messages, allow_control_tokens=True)
+
+
+def test_a_tokenizer_that_lets_typed_control_tokens_act_is_refused(processor):
+    plain = tokenizers.Tokenizer(tokenizers.models.BPE())
+    with pytest.raises(InputError, match="encode_special_tokens"):
+        dataclasses.replace(processor, tokenizer=plain)
+    assert not plain.encode_special_tokens  # what is given stays as it is
 
 
 def test_render_shows_the_prompt(processor):

@@ -5,11 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from demo.draw_samples import CHOSEN
+from demo.tokenizer import PREPROCESSOR
 
 from qwenvl_jax import cli
 from qwenvl_jax.demo import SAMPLES
-from qwenvl_jax.demo.draw_samples import CHOSEN
-from qwenvl_jax.demo.tokenizer import PREPROCESSOR
 from qwenvl_jax.inputs.media import Preprocessing, image_visual, load_image
 from qwenvl_jax.inputs.video import video_visual
 

@@ -14,8 +14,10 @@ from test_losses import assert_close, samples_of
 from tiny import tiny_config, tiny_params, train_batch
 
 from qwenvl_jax.infer.engine import Engine
-from qwenvl_jax.inputs.batch import Ladder, make_batch
-from qwenvl_jax.sharding import make_mesh, param_shardings
+from qwenvl_jax.inputs.ladder import Ladder
+from qwenvl_jax.inputs.pack import make_batch
+from qwenvl_jax.params.specs import param_shardings, specs
+from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, make_step, shardings
 from qwenvl_jax.types import Model
@@ -68,22 +70,27 @@ def compare(family, meshes) -> None:
     batch = jax.tree.map(lambda *parts: np.stack(parts), train_batch(config, rows), train_batch(config, rows[::-1]))
     assert batch.inputs.vision[0].frames.shape[1] % 8 == 0  # lanes are split too
     remat = family == "qwen2_vl"
-    optimizer = make_optimizer(1e-2, eps=1e-3, weight_decay=0.1)  # eps: or the sign of a zero gradient would count
-    step = partial(make_step, partial(sft_loss, config, remat=remat, chunk=32), optimizer, lambda path: True)
-    start = partial(init_state, optimizer=optimizer, trainable=lambda path: True)
+    declared = specs(config)
+    optimizer = make_optimizer(
+        declared, 1e-2, eps=1e-3, weight_decay=0.1
+    )  # eps: or the sign of a zero gradient would count
+    step = partial(make_step, declared, partial(sft_loss, config, remat=remat, chunk=32), optimizer, lambda path: True)
+    start = partial(init_state, declared, optimizer=optimizer, trainable=lambda path: True)
     logits, tokens = answers(Model(config, params, FakeProcessor(), {}))
     _, trained = steps(step(), start(jax.tree.map(np.array, params)), batch)
 
     for shape in meshes:
         mesh = make_mesh(*shape)
-        split = jax.device_put(params, param_shardings(params, mesh))
+        split = jax.device_put(params, param_shardings(declared, mesh))
         mine, theirs = answers(Model(config, split, FakeProcessor(), {}))
         assert_close(mine, logits)
         assert theirs == tokens, shape
         with jax.set_mesh(mesh):
             state, mine = steps(step(), start(split), jax.device_put(batch, batch_shardings(batch, mesh)))
         assert_close(mine, trained)
-        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings(state, params, mesh)), strict=True):
+        for leaf, sharding in zip(
+            jax.tree.leaves(state), jax.tree.leaves(shardings(state, declared, mesh)), strict=True
+        ):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
 

@@ -11,18 +11,18 @@ from test_losses import assert_close, params_of, samples_of, small_config
 from tiny import train_batch
 
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.params.hf import flatten, unflatten
+from qwenvl_jax.params.specs import Spec, flatten, specs, unflatten
 from qwenvl_jax.train.losses import sft_loss
-from qwenvl_jax.train.step import GROUPS, decays, group, init_state, make_optimizer, make_schedule, make_step
+from qwenvl_jax.train.step import GROUPS, decays, init_state, make_optimizer, make_schedule, make_step
 from qwenvl_jax.types import TrainBatch
 
-# One leaf of every group, and of every kind that is treated by its name.
-PATHS = {
-    "vision/blocks/qkv/kernel": (2, 3, 4),
-    "vision/merger/fc1/bias": (4,),
-    "decoder/layers/q_proj/kernel": (2, 3, 3),
-    "decoder/layers/q_proj/lora_scale": (2,),
-    "decoder/norm/scale": (3,),
+# One leaf of every group, and of every role that is treated differently.
+SPECS = {
+    "vision/blocks/qkv/kernel": Spec((2, 3, 4), np.float32, ("L", "E", "."), "linear", "vision", None),
+    "vision/merger/fc1/bias": Spec((4,), np.float32, (".",), "bias", "merger", None),
+    "decoder/layers/q_proj/kernel": Spec((2, 3, 3), np.float32, ("L", "D", "NH"), "linear", "llm", None),
+    "decoder/layers/q_proj/lora_scale": Spec((2,), np.float32, ("L",), "lora_scale", "llm", None),
+    "decoder/norm/scale": Spec((3,), np.float32, (".",), "scale", "llm", None),
 }
 
 
@@ -32,7 +32,7 @@ def everything(path):
 
 def toy_params(dtype=jnp.float32, seed=0):
     rng = np.random.default_rng(seed)
-    return unflatten({path: jnp.asarray(rng.standard_normal(shape), dtype) for path, shape in PATHS.items()})
+    return unflatten({path: jnp.asarray(rng.standard_normal(s.shape), dtype) for path, s in SPECS.items()})
 
 
 def toy_loss(params, batch):
@@ -56,8 +56,11 @@ def assert_equal(a, b):
 
 
 def test_groups():
-    assert [group(path) for path in PATHS] == ["vision", "merger", "llm", "llm", "llm"]
-    assert {group(path) for path in flatten(params_of(small_config("qwen2_vl")))} == set(GROUPS)
+    declared = specs(small_config("qwen2_vl"))
+    groups = {name: {path for path, s in declared.items() if s.group == name} for name in GROUPS}
+    assert groups["merger"] == {path for path in declared if path.startswith("vision/merger/")}
+    assert groups["llm"] == {path for path in declared if path.startswith("decoder/")}
+    assert groups["vision"] == declared.keys() - groups["merger"] - groups["llm"]
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
@@ -81,11 +84,12 @@ def test_muon_turns_kernels_evenly():
         "decoder/norm/scale": (24,),
         "decoder/lm_head/kernel": (24, 40),
     }
+    roles = {path: specs(small_config("qwen2_vl", tied=False))[path] for path in shapes}
     grads = {path: jnp.asarray(rng.standard_normal(shape), jnp.float32) for path, shape in shapes.items()}
     params = jax.tree.map(jnp.zeros_like, grads)
     moved = {}
     for name in ("muon", "adamw"):
-        optimizer = make_optimizer(1.0, name, clip=None)
+        optimizer = make_optimizer(roles, 1.0, name, clip=None)
         moved[name], _ = optimizer.update(grads, optimizer.init(params), params)
     turned = moved["muon"].pop("decoder/layers/q_proj/kernel")
     moved["adamw"].pop("decoder/layers/q_proj/kernel")
@@ -100,8 +104,8 @@ def test_muon_turns_kernels_evenly():
     (lambda: make_schedule(1.0, "step"), "schedule 'step'"),
     (lambda: make_schedule(1.0, "cosine"), "total|ends after None"),
     (lambda: make_schedule(1.0, "linear", warmup=9, total=9), "warmup, 9"),
-    (lambda: make_optimizer(1.0, scales={"head": 1.0}), "'head'"),
-    (lambda: init_state(toy_params(), optax.sgd(1.0), lambda path: False), "nothing is trainable"),
+    (lambda: make_optimizer(SPECS, 1.0, scales={"head": 1.0}), "'head'"),
+    (lambda: init_state(SPECS, toy_params(), optax.sgd(1.0), lambda path: False), "nothing is trainable"),
 ])  # fmt: skip
 def test_what_cannot_be(call, names):
     with pytest.raises(InputError, match=names):
@@ -111,14 +115,17 @@ def test_what_cannot_be(call, names):
 def test_adamw_by_hand():
     """Three updates with everything on, against the equations in float64 numpy."""
     scales, rate = {"vision": 0.5, "merger": 0.0}, make_schedule(0.1, "linear", warmup=1, total=8)
-    optimizer = make_optimizer(rate, scales=scales, weight_decay=0.2, clip=3.0, b1=0.8, b2=0.95, eps=1e-3)
-    state, step = init_state(toy_params(), optimizer, everything), make_step(toy_loss, optimizer, everything)
+    optimizer = make_optimizer(SPECS, rate, scales=scales, weight_decay=0.2, clip=3.0, b1=0.8, b2=0.95, eps=1e-3)
+    state, step = (
+        init_state(SPECS, toy_params(), optimizer, everything),
+        make_step(SPECS, toy_loss, optimizer, everything),
+    )
     batch = toy_batch()
     weights, targets = batch.weights.astype(np.float64), batch.targets
     w = {path: np.float64(x) for path, x in flatten(toy_params()).items()}
     m, v = ({path: np.zeros(x.shape) for path, x in w.items()} for _ in range(2))
     decay = {"vision/blocks/qkv/kernel", "decoder/layers/q_proj/kernel"}
-    assert {path for path, yes in decays(w).items() if yes} == decay
+    assert {path for path, yes in decays(SPECS, w).items() if yes} == decay
     for t in range(3):
         state, metrics = step(state, batch)
         size = sum((x**2).sum() for x in w.values())
@@ -133,7 +140,7 @@ def test_adamw_by_hand():
             v[path] = 0.95 * v[path] + 0.05 * g**2
             u = m[path] / (1 - 0.8 ** (t + 1)) / (np.sqrt(v[path] / (1 - 0.95 ** (t + 1))) + 1e-3)
             u += 0.2 * w[path] * (path in decay)
-            w[path] = w[path] - float(rate(t)) * scales.get(group(path), 1.0) * u
+            w[path] = w[path] - float(rate(t)) * scales.get(SPECS[path].group, 1.0) * u
         want = {"loss": loss, "grad_norm": norm, "weight": weights.sum(), "size": size / weights.sum(), "finite": True}
         assert_close(metrics, want)
         assert_close(flatten(state.params), w)
@@ -149,8 +156,8 @@ def test_a_bad_batch_changes_nothing(bad):
         root = jnp.sqrt(jnp.where(batch.targets[0, 0] < 0, 0.0, 1.0) * jnp.sum(params["decoder"]["norm"]["scale"] ** 2))
         return total + (root if bad == "gradient" else 0), weight, metrics
 
-    optimizer = make_optimizer(make_schedule(0.1, "cosine", total=9), weight_decay=0.1)
-    state, step = init_state(toy_params(), optimizer, everything), make_step(loss, optimizer, everything)
+    optimizer = make_optimizer(SPECS, make_schedule(0.1, "cosine", total=9), weight_decay=0.1)
+    state, step = init_state(SPECS, toy_params(), optimizer, everything), make_step(SPECS, loss, optimizer, everything)
     good, batch = toy_batch(2), toy_batch(2)
     if bad == "loss":
         batch.weights[1, 0, 0] = np.nan
@@ -168,8 +175,11 @@ def test_a_bad_batch_changes_nothing(bad):
 
 
 def test_a_batch_without_trained_tokens_is_no_disaster():
-    optimizer = make_optimizer(0.1)
-    state, step = init_state(toy_params(), optimizer, everything), make_step(toy_loss, optimizer, everything)
+    optimizer = make_optimizer(SPECS, 0.1)
+    state, step = (
+        init_state(SPECS, toy_params(), optimizer, everything),
+        make_step(SPECS, toy_loss, optimizer, everything),
+    )
     batch = toy_batch()
     state, metrics = step(state, batch._replace(weights=0 * batch.weights))
     assert metrics["finite"] and metrics["loss"] == 0 and metrics["weight"] == 0
@@ -177,10 +187,10 @@ def test_a_batch_without_trained_tokens_is_no_disaster():
 
 
 def test_moments_of_bfloat16_parameters():
-    optimizer = make_optimizer(1e-2, mu_dtype="bfloat16", weight_decay=0.1)
+    optimizer = make_optimizer(SPECS, 1e-2, mu_dtype="bfloat16", weight_decay=0.1)
     state, step = (
-        init_state(toy_params(jnp.bfloat16), optimizer, everything),
-        make_step(toy_loss, optimizer, everything),
+        init_state(SPECS, toy_params(jnp.bfloat16), optimizer, everything),
+        make_step(SPECS, toy_loss, optimizer, everything),
     )
     kinds = jax.tree.map(lambda a: a.dtype, state)
     adam = next(s for s in state.opt_state if hasattr(s, "mu"))
@@ -194,7 +204,10 @@ def test_moments_of_bfloat16_parameters():
 
 def test_any_optax_transformation():
     optimizer = optax.chain(optax.adaptive_grad_clip(0.1), optax.adafactor(1e-2, min_dim_size_to_factor=2))
-    state, step = init_state(toy_params(), optimizer, everything), make_step(toy_loss, optimizer, everything)
+    state, step = (
+        init_state(SPECS, toy_params(), optimizer, everything),
+        make_step(SPECS, toy_loss, optimizer, everything),
+    )
     before, (state, _) = toy_params(), step(state, toy_batch())
     assert all((a != b).any() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True))
 
@@ -211,8 +224,8 @@ def test_noise_has_another_key_every_time():
 
     def run(seed):
         optimizer = optax.sgd(1e-3)
-        state = init_state(toy_params(), optimizer, everything)
-        step = make_step(loss, optimizer, everything, noise=noise, seed=seed)
+        state = init_state(SPECS, toy_params(), optimizer, everything)
+        step = make_step(SPECS, loss, optimizer, everything, noise=noise, seed=seed)
         draws, batch = [], toy_batch(3)
         batch.targets[:, 0, 0] = 0
         one = toy_batch(1)
@@ -243,7 +256,7 @@ def stack(batches):
 def test_accumulation_equals_one_batch_and_a_frozen_tower_costs_nothing():
     """Four micro-batches of one row, whose shares of trained tokens differ, against one batch of the four rows."""
     config = small_config("qwen2_5_vl")
-    samples = samples_of(config)
+    samples, declared = samples_of(config), specs(config)
     one = train_batch(config, [[s] for s in samples], T=64)
     shares = one.weights.sum(1)
     assert len({*shares}) > 2
@@ -255,8 +268,8 @@ def test_accumulation_equals_one_batch_and_a_frozen_tower_costs_nothing():
     compiled = {}
 
     def run(batch, trainable, name):
-        state = init_state(copy(params_of(config)), optimizer, trainable)
-        step = make_step(partial(sft_loss, config), optimizer, trainable)
+        state = init_state(declared, copy(params_of(config)), optimizer, trainable)
+        step = make_step(declared, partial(sft_loss, config), optimizer, trainable)
         compiled[name] = step.lower(state, batch).compile()
         return compiled[name](state, jax.tree.map(jnp.asarray, batch))
 
@@ -265,23 +278,23 @@ def test_accumulation_equals_one_batch_and_a_frozen_tower_costs_nothing():
     assert_close(metrics, theirs)
     assert_close(state.params, want.params)
 
-    frozen, _ = run(stack([one]), lambda path: group(path) != "vision", "frozen")
-    tower = {path: w for path, w in flatten(frozen.params).items() if group(path) == "vision"}
-    assert_equal(tower, {path: w for path, w in flatten(params_of(config)).items() if path in tower})
-    assert_close({k: v for k, v in flatten(frozen.params).items() if k not in tower},
-                 {k: v for k, v in flatten(want.params).items() if k not in tower})  # fmt: skip
+    learns = {path: spec.group != "vision" for path, spec in declared.items()}
+    frozen, _ = run(stack([one]), learns.get, "frozen")
+    start, now, all_learnt = flatten(params_of(config)), flatten(frozen.params), flatten(want.params)
+    assert_equal(*({path: w for path, w in tree.items() if not learns[path]} for tree in (now, start)))
+    assert_close(*({path: w for path, w in tree.items() if learns[path]} for tree in (now, all_learnt)))
     assert compiled["frozen"].cost_analysis()["flops"] < 0.75 * compiled["one"].cost_analysis()["flops"]
-    adam = init_state(params_of(config), make_optimizer(1e-3), lambda path: group(path) != "vision")
+    adam = init_state(declared, params_of(config), make_optimizer(declared, 1e-3), learns.get)
     held = sum(a.size for a in jax.tree.leaves(adam.opt_state) if a.ndim)
-    assert held == 2 * sum(w.size for path, w in flatten(params_of(config)).items() if group(path) != "vision")
+    assert held == 2 * sum(w.size for path, w in start.items() if learns[path])
 
 
 @pytest.mark.slow
 def test_bfloat16_learns_with_float32_parameters():
     config = small_config("qwen2_5_vl")
-    optimizer = make_optimizer(5e-3)
-    state = init_state(copy(params_of(config)), optimizer, everything)
-    step = make_step(partial(sft_loss, config.replace(dtype="bfloat16")), optimizer, everything)
+    optimizer = make_optimizer(specs(config), 5e-3)
+    state = init_state(specs(config), copy(params_of(config)), optimizer, everything)
+    step = make_step(specs(config), partial(sft_loss, config.replace(dtype="bfloat16")), optimizer, everything)
     batch, losses = stack([train_batch(config, [samples_of(config)])]), []
     for _ in range(12):
         state, metrics = step(state, batch)

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import optax
 import pytest
+from qwenvl_convert.names import tensor_names
 from test_losses import small_config
 from test_parity import reference
 from tiny import FAMILIES, clip, picture, sample, train_batch, with_text
 
-from qwenvl_jax.params.hf import STACKED, table
+from qwenvl_jax.params.specs import specs
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.step import init_state, make_optimizer, make_schedule, make_step
 
@@ -52,21 +53,22 @@ def torch_labels(samples, batch):
 def as_ours(config, tensors):
     """Torch tensors by name → arrays by our parameters' paths."""
     out = {}
-    for path, names in table(config).items():
+    for path, names in tensor_names(config).items():
         leaves = [tensors[name].detach().numpy() for name in names]
         if path == "vision/patch_embed/kernel":
             leaves = [w.reshape(len(w), -1) for w in leaves]
-        leaves = [w.T if path.endswith("/kernel") else w for w in leaves]
-        out[path] = np.stack(leaves) if path.startswith(STACKED) else leaves[0]
+        spec = specs(config)[path]
+        leaves = [w.T if spec.transposed else w for w in leaves]
+        out[path] = np.stack(leaves) if spec.stacked else leaves[0]
     return out
 
 
-def assert_gradients(ours, theirs):
+def assert_gradients(declared, ours, theirs):
     """Every tensor of theirs on its own: a stack of layers is as many."""
     assert ours.keys() == theirs.keys()
     errors = {}
     for path, want in theirs.items():
-        for l in range(len(want)) if path.startswith(STACKED) else [...]:
+        for l in range(len(want)) if declared[path].stacked else [...]:
             a, b = np.asarray(ours[path][l], np.float64), want[l].astype(np.float64)
             assert np.abs(b).max() > 0
             errors[path, l] = np.abs(a - b).max() / np.abs(b).max()
@@ -86,11 +88,12 @@ def test_every_gradient_and_twenty_steps(family, tied, tmp_path):
     labels = torch_labels(samples, train_batch(config, [[s] for s in samples]))
     batch = train_batch(config, [samples[:2], samples[2:]])  # packed here, one conversation a row there
 
+    declared = specs(config)
     rate, decay, clip_norm = make_schedule(2e-3, "cosine", warmup=3, total=STEPS), 0.1, 1.0
     keep = optax.GradientTransformation(lambda params: params, lambda grads, *_: (grads, grads))
-    optimizer = optax.chain(keep, make_optimizer(rate, weight_decay=decay, clip=clip_norm))
-    step = make_step(partial(sft_loss, config, chunk=16), optimizer, lambda path: True)
-    state = init_state(params, optimizer, lambda path: True)
+    optimizer = optax.chain(keep, make_optimizer(declared, rate, weight_decay=decay, clip=clip_norm))
+    step = make_step(declared, partial(sft_loss, config, chunk=16), optimizer, lambda path: True)
+    state = init_state(declared, params, optimizer, lambda path: True)
     named = dict(model.named_parameters())
     plain = [p for name, p in named.items() if name.endswith("bias") or p.ndim == 1]
     decayed = [p for name, p in named.items() if not (name.endswith("bias") or p.ndim == 1)]
@@ -105,7 +108,7 @@ def test_every_gradient_and_twenty_steps(family, tied, tmp_path):
         theirs = torch_loss(model, inputs, labels)
         theirs.backward()
         if i == 0:
-            assert_gradients(state.opt_state[0], as_ours(config, {name: p.grad for name, p in named.items()}))
+            assert_gradients(declared, state.opt_state[0], as_ours(config, {name: p.grad for name, p in named.items()}))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         adamw.step()
         losses.append((float(metrics["loss"]), theirs.item()))

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenvl_jax.compiled import Program
 from qwenvl_jax.config import PRESETS
 from qwenvl_jax.model import window_kernel
+from qwenvl_jax.plan.hlo import Program
 
 WINDOWS, FAMILY_2 = PRESETS["qwen2.5-vl-7b"], PRESETS["qwen2-vl-7b"]
 
@@ -83,9 +83,9 @@ def test_on_a_mesh_each_device_has_its_lanes():
 
 def compile_for_tpu(f, *args):
     """f compiled for one v6e; args: trees of shapes."""
-    from qwenvl_jax import plan, targets
+    from qwenvl_jax.plan import hardware, plan
 
-    mesh = plan.make_mesh(devices=targets.devices(targets.parse_target("v6e-1")))
+    mesh = plan.make_mesh(devices=hardware.devices(hardware.parse_target("v6e-1")))
     args = jax.tree.map(lambda a: plan._shaped(mesh, "." * a.ndim, a.shape, a.dtype), args)
     with jax.set_mesh(mesh):
         return jax.jit(f).lower(*args).compile()
@@ -99,8 +99,8 @@ def shallow(config):
 
 def tower(config, images: int, patches: int):
     """Two layers of a tower compiled over so many images of so many patches, a lane each."""
-    from qwenvl_jax.model.qwenvl import abstract_params
     from qwenvl_jax.model.vision import encode
+    from qwenvl_jax.params.specs import abstract_params
     from qwenvl_jax.types import VisionBatch
 
     ids = jax.ShapeDtypeStruct((images, patches), jnp.int32)
@@ -112,7 +112,7 @@ def tower(config, images: int, patches: int):
 
 def products(config, images: int, patches: int) -> int:
     """Operations of the tower's products and of its attention, each patch seeing its window or its image."""
-    from qwenvl_jax.model.qwenvl import abstract_params
+    from qwenvl_jax.params.specs import abstract_params
 
     v, rows, total = config.vision, images * patches, 0
     for path, w in jax.tree_util.tree_leaves_with_path(abstract_params(config)["vision"]):

@@ -6,10 +6,13 @@ import jax
 import numpy as np
 
 from qwenvl_jax.config import Config, TextConfig, VisionConfig
-from qwenvl_jax.inputs.batch import Ladder, make_batch
+from qwenvl_jax.inputs.ladder import Ladder
+from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.inputs.media import smart_resize
-from qwenvl_jax.model.qwenvl import abstract_params
-from qwenvl_jax.types import Batch, Grid, Sample, TrainBatch, Visual
+from qwenvl_jax.inputs.pack import Segment, pack_rows, pack_vision
+from qwenvl_jax.params.specs import abstract_params
+from qwenvl_jax.train.data import with_targets
+from qwenvl_jax.types import Grid, Sample, TrainBatch, Visual
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 
@@ -77,12 +80,11 @@ def sample(rng, config: Config, *parts) -> Sample:
     for part in parts:
         if isinstance(part, Visual):
             token = config.image_token_id if part.kind == "image" else config.video_token_id
-            n = part.grid.patches // config.vision.merge_unit
-            tokens += [config.vision_start_token_id, *[token] * n, config.vision_end_token_id]
+            tokens += [config.vision_start_token_id, token, config.vision_end_token_id]
             visuals.append(part)
         else:
             tokens += rng.integers(1, 150, part).tolist()
-    return Sample(np.array(tokens, np.int32), tuple(visuals))
+    return make_sample(tokens, visuals, config)
 
 
 def mixed_samples(config: Config, seed: int = 0) -> list[Sample]:
@@ -121,23 +123,17 @@ def train_batch(config: Config, rows: list[list[Sample]], T: int = 0, seed: int 
 
     What is learnt of a sample does not depend on where it is packed. T: slots a row, 0 for as few as fit.
     """
-    samples = [s for row in rows for s in row]
-    alone = make_batch(samples, config, Ladder(patches=(256,), lanes=8))  # one call of the tower
-    T = T or max(sum(len(s.tokens) for s in row) for row in rows)
-    tokens, segments, targets = (np.zeros((len(rows), T), np.int32) for _ in range(3))
-    weights, index = np.zeros(tokens.shape, np.float32), np.full(tokens.shape, -1, np.int32)
-    positions = np.zeros((3, *tokens.shape), np.int32)
-    i = 0
+    one_call = Ladder(patches=(256,), lanes=8)
+    vision, places = pack_vision([v for row in rows for s in row for v in s.visuals], config, one_call)
+    segments, rest = [], iter(places)
     for b, row in enumerate(rows):
         start = 0
-        for segment, s in enumerate(row, 1):
-            n = len(s.tokens)
-            here = b, slice(start, start + n)
-            tokens[here], segments[here], index[here] = s.tokens, segment, alone.visual_index[i, :n]
-            positions[:, *here] = alone.positions[:, i, :n]
-            learnt = (s.tokens[1:] < 150) & (np.random.default_rng((seed, *s.tokens)).random(n - 1) < 0.5)
+        for number, s in enumerate(row, 1):
+            chosen = np.random.default_rng((seed, *s.tokens)).random(len(s.tokens) - 1) < 0.5
+            learnt = np.append(False, (s.tokens[1:] < 150) & chosen)
             learnt[-1] = True  # every sample is learnt from
-            here = b, slice(start, start + n - 1)
-            targets[here], weights[here] = np.where(learnt, s.tokens[1:], 0), learnt
-            start, i = start + n, i + 1
-    return TrainBatch(Batch(tokens, positions, segments, index, alone.vision), targets, weights)
+            s = s._replace(weights=learnt.astype(np.float32))
+            segments.append(Segment(b, start, number, s, [next(rest) for _ in s.visuals]))
+            start = segments[-1].stop
+    T = T or max(s.stop for s in segments)
+    return with_targets(pack_rows(segments, (len(rows), T), vision), segments)

@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 
-from qwenvl_jax import evaluate
+from qwenvl_jax.cli import eval as eval_verb
 from qwenvl_jax.cli.arguments import build_parser
 from qwenvl_jax.cli.converse import chat, generate
 from qwenvl_jax.cli.errors import (
@@ -31,6 +31,7 @@ from qwenvl_jax.cli.errors import (
     quiet,
 )
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.eval.evaluator import Evaluator
 from qwenvl_jax.train import options as train_options
 
 # What `plan` may be told of a task.
@@ -89,7 +90,7 @@ def _train(args) -> int:
     keep_programs()
 
     def evaluator(model, data, encoding):
-        return evaluate.Evaluator(model, data, encoding=encoding)
+        return Evaluator(model, data, encoding=encoding)
 
     try:
         with contextlib.nullcontext() if args.debug else own_warnings():
@@ -100,13 +101,8 @@ def _train(args) -> int:
     return {None: OK, signal.SIGTERM: NOT_DONE, signal.SIGINT: INTERRUPTED}[ended]
 
 
-def _eval(args) -> int:
-    keep_programs()
-    return evaluate.command(args)
-
-
 def _plot(args) -> int:
-    from qwenvl_jax import plot
+    from qwenvl_jax.cli import plot
     from qwenvl_jax.train.run import read_metrics
 
     plot.draw({run: read_metrics(run) for run in args.runs}, args.output)
@@ -115,7 +111,7 @@ def _plot(args) -> int:
 
 
 def _convert(args) -> int:
-    from qwenvl_convert import hf
+    from qwenvl_convert import orbax
 
     from qwenvl_jax.params import checkpoint
 
@@ -123,16 +119,16 @@ def _convert(args) -> int:
         raise InputError("--layout is about the tensor names of Hugging Face files; it goes with --to hf only")
     src = checkpoint.find(args.src)
     if args.to == "orbax":
-        hf.to_orbax(src, args.dst)
+        orbax.to_orbax(src, args.dst)
     else:
-        hf.to_hf(src, args.dst, layout=args.layout or "hub")
+        orbax.to_hf(src, args.dst, layout=args.layout or "hub")
     print(args.dst)
     return OK
 
 
 def plan_job(args):
     """The job that the flags of `qwenvl plan` describe."""
-    from qwenvl_jax import plan
+    from qwenvl_jax.plan import plan
 
     given = {name: value for name in _PLANNED["train"] if (value := getattr(args, name)) is not None}
     for name in given:
@@ -145,9 +141,9 @@ def plan_job(args):
 def _plan(args) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run, so no accelerator need be there, or be taken
     with contextlib.nullcontext() if args.debug else mute_libraries():
-        from qwenvl_jax import plan
+        from qwenvl_jax.plan import plan
+        from qwenvl_jax.plan.hardware import CHIPS, parse_target
         from qwenvl_jax.sharding import parse_mesh
-        from qwenvl_jax.targets import CHIPS, parse_target
 
         job = plan_job(args)
         if args.search and args.mesh:
@@ -162,7 +158,7 @@ def _plan(args) -> int:
 
 
 def _info(args) -> int:
-    from qwenvl_jax import info
+    from qwenvl_jax.cli import info
 
     facts = info.describe(args.checkpoint)
     print(json.dumps(facts) if args.json else info.table(facts))
@@ -192,7 +188,7 @@ _COMMANDS = {
     "generate": generate,
     "chat": chat,
     "train": _train,
-    "eval": _eval,
+    "eval": eval_verb.run,
     "plot": _plot,
     "convert": _convert,
     "plan": _plan,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from qwenvl_jax import evaluate
+from qwenvl_jax.cli import eval as eval_verb
 from qwenvl_jax.cli.errors import BAD_INPUT
 from qwenvl_jax.train import options as train_options
 
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     train_options.add_arguments(p)
 
     p = command("eval", "Answer questions and score the answers.", _KEPT)
-    evaluate.add_arguments(p)
+    eval_verb.add_arguments(p)
 
     p = command("plot", "Draw the metrics of training runs.")
     p.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")

@@ -258,7 +258,8 @@ def _mesh(args):
         return None
     import jax
 
-    from qwenvl_jax.sharding import join, make_mesh, parse_mesh
+    from qwenvl_jax.distributed import join
+    from qwenvl_jax.sharding import make_mesh, parse_mesh
 
     if args.distributed:
         join()

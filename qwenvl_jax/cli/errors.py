@@ -6,8 +6,8 @@ import os
 import sys
 import warnings
 
-from qwenvl_jax import compile_cache
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.infer import compile_cache
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 NOT_DONE = 75  # sysexits.h: "temporary failure, the user is invited to try again"

@@ -1,8 +1,4 @@
-"""Data for the demo checkpoint: questions about rendered pictures, charts and clips, and its small tokenizer.
-
-Everything is drawn when it is asked for, from a seed and an index, so that nothing need be stored; but for a few
-samples to try the checkpoint on, which lie in `SAMPLES`.
-"""
+"""The demo: its checkpoint, and samples to ask it about. notebooks/demo has the scripts that made both."""
 
 from pathlib import Path
 

@@ -19,14 +19,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from qwenvl_jax.compile_cache import kept
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer import sampling
+from qwenvl_jax.infer.compile_cache import kept
 from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, room
 from qwenvl_jax.infer.programs import CHUNK, Programs, cpu_layouts
-from qwenvl_jax.inputs.batch import Ladder, make_batch, round_up
-from qwenvl_jax.inputs.layout import placeholder_runs, slots_needed
+from qwenvl_jax.inputs.ladder import Ladder, round_up
+from qwenvl_jax.inputs.layout import slots_needed
+from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.sharding import ACTIVATIONS
 from qwenvl_jax.types import Batch, Model, Sample, VisionBatch
 
@@ -175,7 +176,6 @@ class Engine:
         if not isinstance(sample, Sample):
             sample = self.processor.encode(conversation, tools=tools)
         limit = min(options.max_new_tokens, room(sample, self.max_length))
-        placeholder_runs(sample.tokens, sample.visuals, self.config)
         for visual in sample.visuals:
             self.ladder.capacity(slots_needed(visual.grid, self.config.vision), self.config.vision)
         decode = functools.partial(self.processor.decode, skip_special_tokens=options.skip_special_tokens)

@@ -6,7 +6,7 @@ renders, so every control token in its result was written by the template.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -18,13 +18,10 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
-import numpy as np
 
-from qwenvl_jax.config import Config, read_json, read_text
+from qwenvl_jax.config import read_json, read_text
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs.layout import merged_tokens
 from qwenvl_jax.inputs.messages import strings
-from qwenvl_jax.types import Visual
 
 
 class _Generation(jinja2.ext.Extension):
@@ -233,31 +230,6 @@ def _shielded(message: dict, table: dict) -> dict:
             for item in message["content"]
         ]
     return out
-
-
-def expand_placeholders(tokens: np.ndarray, visuals: Sequence[Visual], config: Config) -> np.ndarray:
-    """Repeats each picture's and clip's placeholder id once per merged visual token (t·h·w / merge²).
-
-    tokens: [t] int32 with one placeholder per visual, in the order of `visuals`. Returns [t'] int32.
-    """
-    repeats = np.ones(len(tokens), np.int64)
-    places = check_placeholders(tokens, [v.kind for v in visuals], config)
-    repeats[places] = [merged_tokens(v.grid, config.vision) for v in visuals]
-    return np.repeat(tokens, repeats)
-
-
-def check_placeholders(tokens: np.ndarray, kinds: Sequence[str], config: Config) -> np.ndarray:
-    """Where the placeholders are; InputError unless they are as many, and in the order, of `kinds`."""
-    ids = {"image": config.image_token_id, "video": config.video_token_id}
-    places = np.flatnonzero((tokens == config.image_token_id) | (tokens == config.video_token_id))
-    if tokens[places].tolist() != [ids[k] for k in kinds]:
-        found = {k: int((tokens == i).sum()) for k, i in ids.items()}
-        raise InputError(
-            f"the prompt has {found['image']} image and {found['video']} video placeholders for "
-            f"{kinds.count('image')} images and {kinds.count('video')} videos, or in another order; "
-            "a placeholder may be typed in the text, or the chat template knows no pictures"
-        )
-    return places
 
 
 def _translate(value, table: dict):

@@ -7,7 +7,7 @@ inverse order is folded into the index that places visual tokens into the text.
 
 import copy
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from qwenvl_jax.config import Config, VisionConfig
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.types import Grid
+from qwenvl_jax.types import Grid, Sample, Visual
 
 
 def merged_tokens(grid: Grid, vision: VisionConfig) -> int:
@@ -23,45 +23,65 @@ def merged_tokens(grid: Grid, vision: VisionConfig) -> int:
     return grid.patches // vision.merge_unit
 
 
-def placeholder_runs(tokens: np.ndarray, visuals: tuple, config: Config) -> list[tuple[int, int]]:
-    """Start and end of every visual's placeholder run in `tokens` [t], in reading order.
-
-    Raises InputError where the placeholders and the visuals do not match one for one.
-    """
+def find_placeholders(tokens: np.ndarray, kinds: Sequence[str], config: Config) -> np.ndarray:
+    """Where the placeholders are in `tokens` [t]; InputError unless they are as many as `kinds`, in that order."""
     ids = {"image": config.image_token_id, "video": config.video_token_id}
-    tokens = np.asarray(tokens)
     places = np.flatnonzero((tokens == ids["image"]) | (tokens == ids["video"]))
-    runs, used = [], 0
-    for i, visual in enumerate(visuals):
-        n = merged_tokens(visual.grid, config.vision)
-        run = places[used : used + n]
-        if len(run) < n or run[-1] - run[0] != n - 1 or np.any(tokens[run] != ids[visual.kind]):
-            raise InputError(
-                f"{visual.kind} {i + 1} of {len(visuals)} needs {n} consecutive <|{visual.kind}_pad|> tokens, "
-                f"which the text does not have at its place; give as many placeholders as pictures and videos"
-            )
-        runs.append((int(run[0]), int(run[0]) + n))
-        used += n
-    if used < len(places):
+    if tokens[places].tolist() != [ids[k] for k in kinds]:
+        found = {k: int((tokens == i).sum()) for k, i in ids.items()}
         raise InputError(
-            f"the text holds {len(places) - used} image or video placeholder tokens more than the "
-            f"{len(visuals)} given pictures and videos fill"
+            f"the prompt has {found['image']} image and {found['video']} video placeholders for "
+            f"{kinds.count('image')} images and {kinds.count('video')} videos, or has them in another order; "
+            "a placeholder may be typed in the text, or the chat template does not support pictures"
         )
-    return runs
+    return places
 
 
-def mrope_positions(tokens: np.ndarray, visuals: tuple, config: Config) -> np.ndarray:
+def make_sample(
+    tokens: np.ndarray,
+    visuals: Sequence[Visual],
+    config: Config,
+    *,
+    places: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+) -> Sample:
+    """The sample of token ids that hold one placeholder per visual, as chat templates write them.
+
+    tokens: [t] int. visuals: in the order of their placeholders.
+    places: what `find_placeholders` returned, if the caller has it.
+    weights: [t] float32, how much each token is learnt; visual tokens are not.
+    Raises InputError if placeholders and visuals do not match.
+    """
+    tokens = np.asarray(tokens, np.int32)
+    if places is None:
+        places = find_placeholders(tokens, [v.kind for v in visuals], config)
+    repeats = np.ones(len(tokens), np.int64)
+    repeats[places] = [merged_tokens(v.grid, config.vision) for v in visuals]
+    if weights is not None:
+        weights = np.array(weights, np.float32)
+        weights[places] = 0
+        weights = np.repeat(weights, repeats)
+    ends = np.cumsum(repeats)
+    spans = tuple((int(ends[p] - repeats[p]), int(ends[p])) for p in places)
+    tokens = np.repeat(tokens, repeats)
+    return Sample(tokens, mrope_positions(len(tokens), spans, visuals, config), spans, tuple(visuals), weights)
+
+
+def mrope_positions(
+    length: int, spans: Sequence[tuple[int, int]], visuals: Sequence[Visual], config: Config
+) -> np.ndarray:
     """M-RoPE ids [3, t] int32 of one unpadded sequence (Qwen2-VL paper, section 2.1).
 
+    spans: first token of each visual, and one past its last.
     Text advances all three axes together. A visual starting at s takes t = s + step(k), h = s + row and
     w = s + column over the merged grid; what follows starts one past the largest id on any axis. step(k) is k
     for Qwen2-VL; for a Qwen2.5-VL video it is trunc(k · seconds_per_grid · tokens_per_second), multiplied in
     float32 as the reference does before truncating; for a Qwen2.5-VL picture it is 0.
     """
-    positions = np.empty((3, len(tokens)), np.int32)
+    positions = np.empty((3, length), np.int32)
     start = done = 0  # the next position, the next token
     merge = config.vision.spatial_merge_size
-    for visual, (first, last) in zip(visuals, placeholder_runs(tokens, visuals, config), strict=True):
+    for visual, (first, last) in zip(visuals, spans, strict=True):
         positions[:, done:first] = start + np.arange(first - done)
         start += first - done
         t, h, w = visual.grid.t, visual.grid.h // merge, visual.grid.w // merge
@@ -72,7 +92,7 @@ def mrope_positions(tokens: np.ndarray, visuals: tuple, config: Config) -> np.nd
         axes = np.broadcast_arrays(steps[:, None, None], np.arange(h)[None, :, None], np.arange(w)[None, None, :])
         positions[:, first:last] = start + np.stack([a.reshape(-1) for a in axes])
         start, done = int(positions[:, first:last].max()) + 1, last
-    positions[:, done:] = start + np.arange(len(tokens) - done)
+    positions[:, done:] = start + np.arange(length - done)
     return positions
 
 
@@ -128,11 +148,11 @@ class _Lane:
 
 
 class Placement(NamedTuple):
-    """Where one frame went. `cells` [h·w/4]: slot, in merged cells, of every merged cell in raster order."""
+    """Where one frame went. A merged cell is one visual token; cells are in raster order."""
 
     lane: int
     frame: int  # id within the lane, from 1
-    cells: np.ndarray
+    cells: np.ndarray  # [h·w/4] the place of each merged cell among the [R·M] of all lanes
     windows: np.ndarray  # [h·w/4] window id within the lane, from 1
 
 
@@ -187,7 +207,7 @@ class Lanes:
                             f"a frame of {grid.h}×{grid.w} patches exceeds a lane of {self.capacity} slots"
                         )
                 first_open = i  # a lane this size did not fit into will not fit its equal
-                cells = starts[windows.window] + windows.rank
+                cells = i * (self.capacity // self.vision.merge_unit) + starts[windows.window] + windows.rank
                 out.append(Placement(i, frames + 1, cells, windows.window + first_window + 1))
             placed.append(out)
         return placed

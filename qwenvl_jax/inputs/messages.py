@@ -48,15 +48,15 @@ def normalize(messages: Sequence[Mapping]) -> tuple[list[dict], list[Media]]:
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise InputError("messages must be a list of at least one {'role': …, 'content': …}")
-    media: list[Media] = []
-    return [_message(m, f"message {i}", media) for i, m in enumerate(messages)], media
+    read = [_message(m, f"message {i}") for i, m in enumerate(messages)]
+    return [message for message, _ in read], [m for _, media in read for m in media]
 
 
 def _present(value: Mapping) -> dict:
     return {k: v for k, v in value.items() if v is not None and not (isinstance(v, list) and not v)}
 
 
-def _message(message, where: str, media: list[Media]) -> dict:
+def _message(message, where: str) -> tuple[dict, list[Media]]:
     if not isinstance(message, Mapping):
         raise InputError(f"{where} is {_name(message)}, not an object with 'role' and 'content'")
     given = _present(message)
@@ -73,10 +73,12 @@ def _message(message, where: str, media: list[Media]) -> dict:
     content = message.get("content")
     if content is None and "tool_calls" in out:
         content = ""
+    media: list[Media] = []
     if isinstance(content, str):
         out["content"] = content
     elif isinstance(content, list | tuple):
-        out["content"] = [_item(item, f"{where} item {j}", media) for j, item in enumerate(content)]
+        items = [_item(item, f"{where} item {j}") for j, item in enumerate(content)]
+        out["content"], media = [item for item, _ in items], [m for _, m in items if m is not None]
     else:
         raise InputError(f"{where} has content of {_name(content)}; it must be a string or a list of items")
     for key in ("name", "tool_call_id"):
@@ -85,10 +87,10 @@ def _message(message, where: str, media: list[Media]) -> dict:
                 raise InputError(f"{where} has {key!r} of {_name(given[key])}; it must be a string")
             out[key] = given[key]
     _check_strings(out, where)
-    return out
+    return out, media
 
 
-def _item(item, where: str, media: list[Media]) -> dict:
+def _item(item, where: str) -> tuple[dict, Media | None]:
     if not isinstance(item, Mapping):
         raise InputError(f"{where} is {_name(item)}, not an object with a 'type'")
     given = _present(item)
@@ -120,11 +122,11 @@ def _item(item, where: str, media: list[Media]) -> dict:
     if kind == "text":
         if not isinstance(source, str):
             raise InputError(f"{where} has text of {_name(source)}; it must be a string")
-        return {"type": "text", "text": source}
+        return {"type": "text", "text": source}, None
     if key == "base64":
         source = f"data:image;base64,{source}"
-    media.append(Media(kind, source, given, where))
-    return {"type": kind, kind: kind}  # templates look for the key, and never need the data
+    # Templates look for the key, and never need the data.
+    return {"type": kind, kind: kind}, Media(kind, source, given, where)
 
 
 def _kind(given: dict, where: str) -> str:

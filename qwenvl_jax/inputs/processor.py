@@ -15,15 +15,11 @@ from tokenizers import Tokenizer
 
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs.batch import make_batch
-from qwenvl_jax.inputs.chat import (
-    ChatTemplate,
-    check_placeholders,
-    expand_placeholders,
-    prompt_parts,
-)
+from qwenvl_jax.inputs.chat import ChatTemplate, prompt_parts
+from qwenvl_jax.inputs.layout import find_placeholders, make_sample
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
 from qwenvl_jax.inputs.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Media, check_tools, normalize
+from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.video import video_visual
 from qwenvl_jax.types import Batch, Sample, Visual
 
@@ -35,17 +31,17 @@ _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV re
 class Prompt(NamedTuple):
     """A conversation before its media are opened."""
 
-    tokens: np.ndarray  # [t] int32, one placeholder a picture or clip
+    tokens: np.ndarray  # [t] int32, one placeholder per picture or clip
     turns: np.ndarray  # [t] int32: k for the words of the k-th assistant message and the <|im_end|> after, else 0
-    media: list[Media]  # in reading order
+    places: np.ndarray  # [n] int: where the placeholders are
+    media: list[Media]  # [n], in reading order
 
 
 @dataclass(frozen=True, eq=False)
 class Processor:
     """Turns messages into ids and patches as one checkpoint wants them. Holds no state; share it freely.
 
-    tokenizer: its `encode_special_tokens` is switched on, so that `tokenizer.encode(text)` gives plain ids
-        for control tokens that occur in a text.
+    tokenizer: with `encode_special_tokens` switched on, so that control tokens in a text become plain ids.
     """
 
     tokenizer: Tokenizer
@@ -54,10 +50,12 @@ class Processor:
     config: Config
 
     def __post_init__(self):
-        self.tokenizer.encode_special_tokens = True
+        if not self.tokenizer.encode_special_tokens:
+            raise InputError("set the tokenizer's encode_special_tokens, or typed control tokens would act")
 
-    def __reduce__(self):  # a pickled tokenizer forgets the setting
-        return Processor, (self.tokenizer, self.template, self.preprocessing, self.config)
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.tokenizer.encode_special_tokens = True  # a pickled tokenizer forgets the setting
 
     @classmethod
     def from_dir(cls, path, config: Config) -> "Processor":
@@ -69,7 +67,9 @@ class Processor:
         preprocessing = read_preprocessing(path, config)
         if preprocessing is None:
             raise InputError(f"{path} has no {PREPROCESSOR_FILE}; a checkpoint directory needs it")
-        return cls(_read_tokenizer(path), ChatTemplate.from_dir(path), preprocessing, config)
+        tokenizer = _read_tokenizer(path)
+        tokenizer.encode_special_tokens = True
+        return cls(tokenizer, ChatTemplate.from_dir(path), preprocessing, config)
 
     @cached_property
     def control_tokens(self) -> dict[str, int]:
@@ -139,8 +139,7 @@ class Processor:
             add_vision_id=add_vision_id,
             allow_control_tokens=allow_control_tokens,
         )
-        visuals = self.open(prompt.media, options)
-        return Sample(expand_placeholders(prompt.tokens, visuals, self.config), visuals)
+        return make_sample(prompt.tokens, self.open(prompt.media, options), self.config, places=prompt.places)
 
     def prompt(
         self,
@@ -163,8 +162,8 @@ class Processor:
             add_vision_id=add_vision_id,
         )
         tokens, turns = self._ids(parts)
-        check_placeholders(tokens, [m.kind for m in media], self.config)  # before anything is decoded
-        return Prompt(tokens, turns, media)
+        places = find_placeholders(tokens, [m.kind for m in media], self.config)  # before anything is decoded
+        return Prompt(tokens, turns, places, media)
 
     def __call__(self, conversations: Sequence[Sequence[Mapping]], **options) -> Batch:
         """A batch of conversations, one row each; options as in `encode`."""

@@ -9,16 +9,22 @@ list), to take the place of `<image>`, `<video>` and of items without a source. 
 read but not learnt. Other keys are left alone.
 """
 
+import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qwenvl_jax.errors import InputError
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
           "observation": "tool", "tool": "tool"}  # fmt: skip
 _SOURCES = ("image", "image_url", "video", "video_url", "url", "path")
+_CHUNK = 1 << 20  # stays in the cache
 
 
 class BadRecord(InputError):
@@ -31,6 +37,74 @@ class BadRecord(InputError):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
+
+
+class JsonLines:
+    """The records of a JSONL file by number, found by byte offsets: sixteen bytes of memory a line.
+
+    Opening reads the file once, for the offsets and a checksum. It must not change while it is in use; when it
+    has changed since a state was saved, `Dataset.set_state` says so.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            self._file = os.open(self.path, os.O_RDONLY)
+            ends, checksum, size = [], 0, 0
+            while chunk := os.pread(self._file, _CHUNK, size):
+                if size == 0 and chunk.lstrip()[:1] == b"[":
+                    raise InputError(f"{path} is a JSON array; write one record a line, as jq -c '.[]' {path} does")
+                ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (size + 1))
+                checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+        starts = np.concatenate([[0], *ends])
+        self._starts = starts if starts[-1] == size else np.append(starts, size)  # the last line may have no end
+        lengths = np.diff(self._starts)
+        short = np.flatnonzero(lengths < 80)  # a longer line is taken for a record
+        blank = [line for line in short if not self._line(line).strip()]
+        self._lines = np.delete(np.arange(len(lengths)), blank)
+        self.identity = {"bytes": size, "crc32": checksum}
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return json.loads(self._line(self._lines[index]).decode("utf-8-sig"))
+        except UnicodeDecodeError as e:
+            raise BadRecord("unreadable", f"not UTF-8 text ({e.reason} at byte {e.start} of the line)") from e
+        except (ValueError, RecursionError) as e:
+            raise BadRecord("unreadable", f"not readable as JSON ({e})") from e
+
+    def where(self, index: int) -> str:
+        return f"{self.path}:{self._lines[index] + 1}"
+
+    def _line(self, line: int) -> bytes:
+        start, end = self._starts[line : line + 2].tolist()
+        return os.pread(self._file, end - start, start)
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_file"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._file = os.open(self.path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+
+def read_lines(path) -> Iterator[tuple[str, Any, Path]]:
+    """("FILE:LINE", record, the file's folder) for every record of a JSONL file. An error names the line."""
+    lines = JsonLines(path)
+    for i in range(len(lines)):
+        try:
+            record = lines[i]
+        except BadRecord as e:
+            raise InputError(f"{lines.where(i)}: {e}") from e
+        yield lines.where(i), record, lines.path.parent
 
 
 def conversation(record: Mapping, folder: Path | None) -> list[tuple[list, list[int]]]:

@@ -11,6 +11,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from qwenvl_jax.errors import InputError
@@ -84,14 +85,43 @@ def _from_data_url(url: str, name: str, max_bytes: int) -> bytes:
 
 
 def _fetch(url: str, max_bytes: int) -> bytes:
-    """Downloads over http(s) and nothing else: the opener knows no other scheme to be redirected to."""
-    name, opener, sockets, late = name_of(url), urllib.request.OpenerDirector(), [], threading.Event()
+    """Downloads over http(s) within FETCH_SECONDS."""
+    name, sockets, late = name_of(url), [], threading.Event()
+
+    def hang_up():
+        # The socket's own time limit is for each read; a server that sends a byte at a time would keep within it.
+        late.set()
+        for connection in sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    deadline = threading.Timer(FETCH_SECONDS, hang_up)
+    deadline.daemon = True
+    deadline.start()
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "qwenvl-jax"})
+        with _opener(sockets.append).open(request, timeout=FETCH_SECONDS) as response:
+            return _body(response, name, max_bytes, late)
+    except InputError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as e:
+        if isinstance(e, urllib.error.HTTPError):
+            e.close()
+        if late.is_set() or isinstance(e, TimeoutError):
+            raise InputError(f"{name}: not downloaded within {FETCH_SECONDS:g} seconds") from e
+        raise InputError(f"{name}: cannot be downloaded ({e})") from e
+    finally:
+        deadline.cancel()
+
+
+def _opener(on_connect: Callable[[socket.socket], None]) -> urllib.request.OpenerDirector:
+    """Opens http(s) addresses and nothing else: it knows no other scheme to be redirected to."""
 
     def watched(kind):
         class Connection(kind):
             def connect(self):
                 super().connect()
-                sockets.append(self.sock)
+                on_connect(self.sock)
 
         return Connection
 
@@ -103,13 +133,7 @@ def _fetch(url: str, max_bytes: int) -> bytes:
         def https_open(self, request):
             return self.do_open(watched(http.client.HTTPSConnection), request)
 
-    def hang_up():
-        # The socket's own time limit is of each read; a server that sends a byte at a time would keep within it.
-        late.set()
-        for connection in sockets:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
+    opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
         HTTP,
@@ -120,30 +144,21 @@ def _fetch(url: str, max_bytes: int) -> bytes:
         urllib.request.UnknownHandler,
     ):
         opener.add_handler(handler())
-    body, deadline = bytearray(), threading.Timer(FETCH_SECONDS, hang_up)
-    deadline.daemon = True
-    deadline.start()
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "qwenvl-jax"})
-        with opener.open(request, timeout=FETCH_SECONDS) as response:
-            if (response.length or 0) > max_bytes:
-                raise InputError(f"{name}: larger than {max_bytes >> 20} MiB")
-            while (chunk := response.read1(1 << 16)) and not late.is_set():
-                body += chunk
-                if len(body) > max_bytes:
-                    raise InputError(f"{name}: larger than {max_bytes >> 20} MiB")
-            if late.is_set():
-                raise TimeoutError
-            if response.length:  # what Content-Length promised and read1 did not get
-                raise InputError(f"{name}: the download broke off after {len(body)} bytes")
-    except (OSError, http.client.HTTPException, ValueError) as e:
-        if isinstance(e, InputError):
-            raise
-        if isinstance(e, urllib.error.HTTPError):
-            e.close()
-        if late.is_set() or isinstance(e, TimeoutError):
-            raise InputError(f"{name}: not downloaded within {FETCH_SECONDS:g} seconds") from e
-        raise InputError(f"{name}: cannot be downloaded ({e})") from e
-    finally:
-        deadline.cancel()
+    return opener
+
+
+def _body(response, name: str, max_bytes: int, late: threading.Event) -> bytes:
+    """What a response holds; InputError if that is too large or incomplete, TimeoutError once `late` is set."""
+    too_large = InputError(f"{name}: larger than {max_bytes >> 20} MiB")
+    if (response.length or 0) > max_bytes:
+        raise too_large
+    body = bytearray()
+    while (chunk := response.read1(1 << 16)) and not late.is_set():
+        body += chunk
+        if len(body) > max_bytes:
+            raise too_large
+    if late.is_set():
+        raise TimeoutError
+    if response.length:  # bytes that Content-Length promised and read1 did not get
+        raise InputError(f"{name}: the download broke off after {len(body)} bytes")
     return bytes(body)

@@ -91,16 +91,7 @@ def video_visual(
                 raise InputError(f"{name} chooses frames of a video file; a list of frames is used whole, drop it")
         return _listed(source, p, fps or DEFAULT_FPS, sizing)
 
-    if fps is not None and nframes is not None:
-        raise InputError("give fps or nframes, not both")
-    for name, value in (("nframes", nframes), ("min_frames", min_frames), ("max_frames", max_frames)):
-        if value is not None:
-            check_whole(name, value)
-    if min_frames and max_frames and min_frames > max_frames:
-        raise InputError(f"min_frames {min_frames} is larger than max_frames {max_frames}")
-    for name, value in (("video_start", video_start), ("video_end", video_end)):
-        if value is not None and not (is_number(value) and value >= 0):
-            raise InputError(f"{name} is {shown(value)}; it must be a number of seconds")
+    _check_sampling(fps, nframes, min_frames, max_frames, video_start, video_end)
 
     def plan(total: int, rate: float) -> tuple[list[int], float]:
         first, last = frame_range(total, rate, video_start, video_end)
@@ -115,6 +106,19 @@ def video_visual(
         return _sampled(_opener(data), plan, size, p)
     except InputError as e:
         raise InputError(f"{name}: {e}") from e
+
+
+def _check_sampling(fps, nframes, min_frames, max_frames, video_start, video_end) -> None:
+    if fps is not None and nframes is not None:
+        raise InputError("give fps or nframes, not both")
+    for name, value in (("nframes", nframes), ("min_frames", min_frames), ("max_frames", max_frames)):
+        if value is not None:
+            check_whole(name, value)
+    if min_frames and max_frames and min_frames > max_frames:
+        raise InputError(f"min_frames {min_frames} is larger than max_frames {max_frames}")
+    for name, value in (("video_start", video_start), ("video_end", video_end)):
+        if value is not None and not (is_number(value) and value >= 0):
+            raise InputError(f"{name} is {shown(value)}; it must be a number of seconds")
 
 
 def frame_range(total: int, rate: float, start: float | None, end: float | None) -> tuple[int, int]:

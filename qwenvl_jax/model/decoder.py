@@ -4,6 +4,8 @@ A decode step indexes the stacked weights statically and keeps one cache array a
 every layer's weights out of the stack and the caches with them, which triples the bytes a step moves.
 """
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,9 +14,11 @@ from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention, decode_attention
 from qwenvl_jax.model.decode_kernel import decode_kernel
 from qwenvl_jax.model.layers import (
+    NORMAL,
     Linear,
     RMSNorm,
     checkpointed,
+    declare,
     floats,
     is_narrow,
     narrow_product,
@@ -34,22 +38,37 @@ class DecoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x, cos, sin, attend):
         c = self.config.text
-        linear = lambda features, bias, name: Linear(features, bias, self.config.dtype, name=name)  # noqa: E731
-        norm = lambda name: RMSNorm(c.rms_norm_eps, self.config.dtype, name=name)  # noqa: E731
+        linear = partial(Linear, param_dtype=self.config.dtype)
+        norm = partial(RMSNorm, c.rms_norm_eps, self.config.dtype)
         heads = (*x.shape[:2], -1, c.head_dim)
+        NH, KH = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
-        h = norm("input_layernorm")(x)
-        q = linear(c.num_attention_heads * c.head_dim, True, "q_proj")(h).reshape(heads)
-        k = linear(c.num_key_value_heads * c.head_dim, True, "k_proj")(h).reshape(heads)
-        v = linear(c.num_key_value_heads * c.head_dim, True, "v_proj")(h).reshape(heads)
+        h = norm(name="input_layernorm")(x)
+        q = linear(NH, "D NH", name="q_proj")(h).reshape(heads)
+        k = linear(KH, "D KH", name="k_proj")(h).reshape(heads)
+        v = linear(KH, "D KH", name="v_proj")(h).reshape(heads)
         attended, state = attend(*spread_heads(rotate(q, cos, sin), rotate(k, cos, sin), v))
         attended = join_heads(attended, c.num_attention_heads, c.num_key_value_heads)
-        x = x + linear(c.hidden_size, False, "o_proj")(attended.reshape(*x.shape[:2], -1))
+        x = x + linear(c.hidden_size, "NH D", False, name="o_proj")(attended.reshape(*x.shape[:2], -1))
 
-        h = norm("post_attention_layernorm")(x)
-        gate = linear(c.intermediate_size, False, "gate_proj")(h)
-        h = constrain(jax.nn.silu(gate) * linear(c.intermediate_size, False, "up_proj")(h), "BTF")
-        return constrain(x + linear(c.hidden_size, False, "down_proj")(h), "BTD"), state
+        h = norm(name="post_attention_layernorm")(x)
+        gate = linear(c.intermediate_size, "D F", False, name="gate_proj")(h)
+        h = constrain(jax.nn.silu(gate) * linear(c.intermediate_size, "D F", False, name="up_proj")(h), "BTF")
+        return constrain(x + linear(c.hidden_size, "F D", False, name="down_proj")(h), "BTD"), state
+
+
+class Table(nn.Module):
+    """A matrix that is looked up or multiplied as it is: the token embedding and the output head."""
+
+    shape: tuple[int, int]
+    dims: str
+    role: str
+    leaf: str
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self):
+        return self.param(self.leaf, declare(NORMAL, self.dims, self.role), self.shape, self.param_dtype)
 
 
 @jax.named_scope("embed_tokens")

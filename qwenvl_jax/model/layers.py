@@ -1,11 +1,14 @@
-"""The small parts both halves share: one linear layer, two norms, rotary tables.
+"""The small parts both halves share: how parameters are declared, one linear layer, two norms, rotary tables.
 
 Norms, rotary tables and softmax are float32 whatever the compute dtype; kernels are [in, out].
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,41 @@ import numpy as np
 from qwenvl_jax.config import TextConfig
 
 NARROW_ROWS = 32  # with more, converting the kernel costs a CPU less than multiplying three times
+
+
+@flax.struct.dataclass
+class Declared(nn.meta.AxisMetadata):
+    """A parameter with what its module declares of it. It exists under `init` only; `apply` sees plain arrays.
+
+    dims: its dimensions in the letters of types.py, separated by spaces; "." is never split over devices.
+    role: "linear", "conv", "embedding", "head", "scale" or "bias" (what each means: `Spec` in params/specs.py).
+    init: (key, shape, dtype) → its initial value.
+    """
+
+    value: Any
+    dims: str = flax.struct.field(pytree_node=False)
+    role: str = flax.struct.field(pytree_node=False)
+    init: Callable = flax.struct.field(pytree_node=False)
+
+    def unbox(self):
+        return self.value
+
+    def replace_boxed(self, value):
+        return self.replace(value=value)
+
+    def add_axis(self, index, params):
+        return self
+
+    def remove_axis(self, index, params):
+        return self
+
+
+def declare(init: Callable, dims: str, role: str) -> Callable:
+    """For `self.param`: the initial value, and what `specs` of params/specs.py reads."""
+    return lambda key, shape, dtype: Declared(init(key, shape, dtype), dims, role, init)
+
+
+NORMAL, ONES, ZEROS = nn.initializers.normal(0.02), nn.initializers.ones, nn.initializers.zeros
 
 
 def precision(dtype) -> jax.lax.Precision | None:
@@ -54,22 +92,25 @@ def checkpointed(f, remat: bool):
 class Linear(nn.Module):
     """[..., in] → [..., features], in the dtype of its input; plus a low-rank adapter, if its parameters hold one.
 
-    The adapter (params/lora.py): lora_a [in, r], lora_b [r, features], lora_scale [].
+    dims: of its kernel, such as "D F". The adapter (params/lora.py): lora_a [in, r], lora_b [r, features],
+    lora_scale [].
     """
 
     features: int
+    dims: str
     use_bias: bool = True
+    role: str = "linear"
     param_dtype: str = "bfloat16"
 
     @nn.compact
     def __call__(self, x):
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
+        kernel = self.param("kernel", declare(NORMAL, self.dims, self.role), shape, self.param_dtype)
         # As a matrix: XLA on CPUs takes three times as long for the gradients of products of higher rank.
         lead, x = x.shape[:-1], x.reshape(-1, shape[0])
         y = _product(x, kernel)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+            bias = self.param("bias", declare(ZEROS, self.dims.split()[1], "bias"), shape[1:], self.param_dtype)
             y = y + bias.astype(x.dtype)
         if self.has_variable("params", "lora_a"):
             a, b, scale = (self.get_variable("params", f"lora_{leaf}") for leaf in ("a", "b", "scale"))
@@ -141,7 +182,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        scale = self.param("scale", declare(ONES, ".", "scale"), x.shape[-1:], self.param_dtype)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
         return x32.astype(x.dtype) * scale.astype(x.dtype)
@@ -153,8 +194,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        scale = self.param("scale", declare(ONES, ".", "scale"), x.shape[-1:], self.param_dtype)
+        bias = self.param("bias", declare(ZEROS, ".", "bias"), x.shape[-1:], self.param_dtype)
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, -1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)

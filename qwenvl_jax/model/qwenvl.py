@@ -1,71 +1,54 @@
 """The whole model as pure functions of (config, params, arrays): the four calls everything else composes."""
 
-from functools import lru_cache
+from functools import partial
+from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.model import decoder, vision
 from qwenvl_jax.model.decoder import embed
+from qwenvl_jax.model.layers import RMSNorm
 from qwenvl_jax.model.vision import encode
 from qwenvl_jax.types import Batch, Cache
 
-__all__ = ["abstract_params", "count_params", "decode", "embed", "encode", "forward", "hidden", "init", "prefill"]
+__all__ = ["decode", "embed", "encode", "forward", "hidden", "parts", "prefill"]
 
 
-def init(config: Config, key) -> dict:
-    """Random parameters: normal(0.02) kernels and embeddings, unit scales, zero biases; layers stacked on L."""
-    t, v = config.text, config.vision
-    embed_key, layers_key, head_key, patch_key, blocks_key, merger_key = jax.random.split(key, 6)
+class Part(NamedTuple):
+    """A module whose parameters stand together in the tree."""
 
-    def table(key, *shape):
-        return 0.02 * jax.random.normal(key, shape, jnp.float32).astype(config.dtype)
+    module: nn.Module
+    group: str  # "llm", "vision" or "merger"
+    layers: int = 0  # how many of it are stacked; 0: it is not
+    arrays: tuple = ()  # what it is called with: shapes
+    more: tuple = ()  # and what else
 
-    def stack(module, key, depth, *args):
-        return jax.vmap(lambda k: module.init(k, *args)["params"])(jax.random.split(key, depth))
 
-    x = jnp.zeros((1, 1, t.hidden_size), config.dtype)
-    rope = jnp.zeros((1, 1, t.head_dim // 2), jnp.float32)
-    layers = stack(
-        decoder.DecoderBlock(config),
-        layers_key,
-        t.num_hidden_layers,
-        x,
-        rope,
-        rope,
-        lambda q, k, v: (q, None),
-    )
-    tower = {"embed_tokens": {"embedding": table(embed_key, t.vocab_size, t.hidden_size)}, "layers": layers}
-    tower["norm"] = {"scale": jnp.ones(t.hidden_size, config.dtype)}
-    if not t.tie_word_embeddings:
-        tower["lm_head"] = {"kernel": table(head_key, t.hidden_size, t.vocab_size)}
-
-    W = v.block_slots
-    patches = jnp.zeros((1, W, v.patch_values), config.dtype)
-    x = jnp.zeros((1, W, v.hidden_size), config.dtype)
-    rope = jnp.zeros((1, W, v.hidden_size // v.num_heads // 2), jnp.float32)
-    segments = jnp.zeros((1, W), jnp.int32)
-    eyes = {
-        "patch_embed": vision.patch_embed(config).init(patch_key, patches)["params"],
-        "blocks": stack(vision.VisionBlock(config, False), blocks_key, v.depth, x, rope, rope, segments),
-        "merger": vision.Merger(config).init(merger_key, x)["params"],
+def parts(config: Config) -> dict[str, Part]:
+    """Everything that has parameters, by its place in the tree."""
+    t, v, dtype = config.text, config.vision, config.dtype
+    shape = jax.ShapeDtypeStruct
+    table = partial(decoder.Table, param_dtype=dtype)
+    x, rope = shape((1, 1, t.hidden_size), dtype), shape((1, 1, t.head_dim // 2), jnp.float32)
+    out = {
+        "decoder/embed_tokens": Part(table((t.vocab_size, t.hidden_size), "V D", "embedding", "embedding"), "llm"),
+        "decoder/layers": Part(
+            decoder.DecoderBlock(config), "llm", t.num_hidden_layers, (x, rope, rope), (lambda q, k, v: (q, None),)
+        ),
+        "decoder/norm": Part(RMSNorm(t.rms_norm_eps, dtype), "llm", arrays=(x,)),
     }
-    return {"decoder": tower, "vision": eyes}
-
-
-def abstract_params(config: Config) -> dict:
-    """Shapes and dtypes of the parameters (`jax.ShapeDtypeStruct`), without making them."""
-    return jax.tree.map(lambda leaf: leaf, _abstract_params(config))  # a tree of its own for each caller
-
-
-@lru_cache(16)
-def _abstract_params(config: Config) -> dict:
-    return jax.eval_shape(lambda key: init(config, key), jax.ShapeDtypeStruct((2,), jnp.uint32))
-
-
-def count_params(config: Config) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    if not t.tie_word_embeddings:
+        out["decoder/lm_head"] = Part(table((t.hidden_size, t.vocab_size), "D V", "head", "kernel"), "llm")
+    W = v.block_slots
+    x, rope = shape((1, W, v.hidden_size), dtype), shape((1, W, v.hidden_size // v.num_heads // 2), jnp.float32)
+    patches = shape((1, W, v.patch_values), dtype)
+    out["vision/patch_embed"] = Part(vision.patch_embed(config), "vision", arrays=(patches,))
+    arrays = x, rope, rope, shape((1, W), jnp.int32)
+    out["vision/blocks"] = Part(vision.VisionBlock(config, False), "vision", v.depth, arrays)
+    return out | {"vision/merger": Part(vision.Merger(config), "merger", arrays=(x,))}
 
 
 def forward(config: Config, params: dict, batch: Batch):

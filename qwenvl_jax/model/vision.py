@@ -4,6 +4,7 @@ Qwen2-VL attends to whole frames with LayerNorm and QuickGELU; Qwen2.5-VL attend
 except at a few layers, with RMSNorm and SwiGLU (Qwen2.5-VL report, section 2.1).
 """
 
+from functools import partial
 from itertools import groupby
 
 import flax.linen as nn
@@ -34,7 +35,7 @@ def _norm(config: Config, name: str):
 
 def patch_embed(config: Config) -> Linear:
     """The reference's convolution over one patch, as a product: [R, P, C] → [R, P, E]."""
-    return Linear(config.vision.hidden_size, use_bias=False, param_dtype=config.dtype)
+    return Linear(config.vision.hidden_size, "C E", use_bias=False, role="conv", param_dtype=config.dtype)
 
 
 def normalise(patches, config: Config):
@@ -56,24 +57,24 @@ class VisionBlock(nn.Module):
     @nn.compact
     def __call__(self, x, cos, sin, segments):
         c, v = self.config, self.config.vision
-        linear = lambda features, name: Linear(features, param_dtype=c.dtype, name=name)  # noqa: E731
+        linear = partial(Linear, param_dtype=c.dtype)
         R, P, E = x.shape
 
-        qkv = linear(3 * E, "qkv")(_norm(c, "norm1")(x))
+        qkv = linear(3 * E, "E .", name="qkv")(_norm(c, "norm1")(x))
         if self.windowed:  # every window lies inside one block: attention is dense over small blocks
             attended = window_attention(qkv, cos, sin, segments, heads=v.num_heads, slots=v.block_slots)
         else:
             qkv = qkv.reshape(R, P, 3, v.num_heads, -1)
             q, k = rotate(qkv[:, :, 0], cos, sin), rotate(qkv[:, :, 1], cos, sin)
             attended = attention(q, k, qkv[:, :, 2], segments, causal=False).reshape(R, P, E)
-        x = x + linear(E, "proj")(attended)
+        x = x + linear(E, ". E", name="proj")(attended)
 
-        h, act = _norm(c, "norm2")(x), ACTIVATIONS[v.hidden_act]
+        h, act, width = _norm(c, "norm2")(x), ACTIVATIONS[v.hidden_act], v.intermediate_size
         if c.is_qwen2_5:
-            h = act(linear(v.intermediate_size, "gate_proj")(h)) * linear(v.intermediate_size, "up_proj")(h)
-            x = x + linear(E, "down_proj")(h)
+            h = act(linear(width, "E .", name="gate_proj")(h)) * linear(width, "E .", name="up_proj")(h)
+            x = x + linear(E, ". E", name="down_proj")(h)
         else:
-            x = x + linear(E, "fc2")(act(linear(v.intermediate_size, "fc1")(h)))
+            x = x + linear(E, ". E", name="fc2")(act(linear(width, "E .", name="fc1")(h)))
         return constrain(x, "RPE")
 
 
@@ -87,8 +88,8 @@ class Merger(nn.Module):
         c, v = self.config, self.config.vision
         width = v.hidden_size * v.merge_unit
         x = _norm(c, "norm")(x).reshape(x.shape[0], -1, width)
-        x = jax.nn.gelu(Linear(width, param_dtype=c.dtype, name="fc1")(x), approximate=False)
-        return Linear(v.out_hidden_size, param_dtype=c.dtype, name="fc2")(x)
+        x = jax.nn.gelu(Linear(width, "U .", param_dtype=c.dtype, name="fc1")(x), approximate=False)
+        return Linear(v.out_hidden_size, ". D", param_dtype=c.dtype, name="fc2")(x)
 
 
 def layer_groups(config: Config) -> tuple[int, list[bool]]:

@@ -59,7 +59,7 @@ def _kernel(heads, slots, interpret, qkv, cos, sin, windows):
         out_specs=rows(width // 3),
         out_shape=jax.ShapeDtypeStruct((R * P, width // 3), qkv.dtype),
         interpret=interpret,
-        name="window_attention",  # compiled.py knows it by this
+        name="window_attention",  # plan/hlo.py knows it by this
     )(*(a.reshape(R * P, -1) for a in (qkv, cos, sin)), windows.reshape(blocks, 1, slots))
     return out.reshape(R, P, width // 3)
 

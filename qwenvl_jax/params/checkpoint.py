@@ -21,9 +21,9 @@ import numpy as np
 
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.model.qwenvl import abstract_params, count_params
 from qwenvl_jax.params.directory import (
     FORMAT,
+    INDEX,
     MARKER,
     PARAMS,
     SIDE_FILES,
@@ -33,10 +33,9 @@ from qwenvl_jax.params.directory import (
     read_config,
     stored_arrays,
 )
-from qwenvl_jax.params.hf import STACKED, Leaf, aligned_empty, flatten, read_params, to_devices, unflatten
+from qwenvl_jax.params.place import Leaf, aligned_empty, to_devices
 from qwenvl_jax.params.precision import Precision, on_cpu
-from qwenvl_jax.params.tensors import INDEX
-from qwenvl_jax.sharding import check_mesh, param_shardings
+from qwenvl_jax.params.specs import count_params, flatten, param_shardings, specs, unflatten
 from qwenvl_jax.types import Model
 
 PARTIAL = ".partial-qwenvl_jax"
@@ -58,9 +57,7 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
 
     path = find(path_or_id)
     config = read_config(path)
-    if mesh is not None:
-        check_mesh(config, mesh.shape)
-    shardings = None if mesh is None else param_shardings(abstract_params(config), mesh)
+    shardings = None if mesh is None else param_shardings(specs(config), mesh)
     if dtype is None:
         chosen = precision_of(config, mesh)
     else:
@@ -70,6 +67,8 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
     if (path / MARKER).is_file():
         params = restore(path, config, shardings, chosen.weights, progress)
     else:
+        from qwenvl_convert.hf import read_params
+
         params = read_params(path, config, shardings, chosen.weights, progress)
     if progress and chosen.reason:
         print(f"{path.name}: {chosen.reason}", file=sys.stderr, flush=True)
@@ -98,7 +97,8 @@ def save(model: Model, path, *, files_from=None) -> None:
 
     if jax.process_count() > 1:
         raise InputError("save writes from a single process; this job has several")
-    odd = sorted(flatten(model.params).keys() ^ flatten(abstract_params(model.config)).keys())
+    declared = specs(model.config)
+    odd = sorted(flatten(model.params).keys() ^ declared.keys())
     if odd:
         raise InputError(f"{path}: the parameters are not those of the config ({odd[0]}); an adapter is merged first")
     if files_from is not None:
@@ -114,14 +114,12 @@ def save(model: Model, path, *, files_from=None) -> None:
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     with staged(path, nbytes) as work:
         # Whole layers, so that converting and sharded loading can read one without its neighbours.
-        args = unflatten(
-            {
-                p: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if p.startswith(STACKED) else ())
-                for p in flatten(model.params)
-            }
-        )
+        args = {
+            path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if spec.stacked else ())
+            for path, spec in declared.items()
+        }
         with ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
-            checkpointer.save(work / PARAMS, model.params, save_args=args)
+            checkpointer.save(work / PARAMS, model.params, save_args=unflatten(args))
         if files_from is not None:
             carry(files_from, work)
             (work / "README.md").unlink(missing_ok=True)  # tells of other weights
@@ -132,7 +130,7 @@ def save(model: Model, path, *, files_from=None) -> None:
 
 
 def restore(path: Path, config: Config, shardings=None, dtype=None, progress: bool = True) -> dict:
-    """Reads the parameters of one of our directories straight onto their devices; as read_params in hf.py."""
+    """Reads the parameters of one of our directories straight onto their devices; as read_params of convert/hf.py."""
     return to_devices(Stored(path, config), shardings, dtype, progress)
 
 
@@ -156,7 +154,7 @@ class Stored:
         return sum(leaf.nbytes for leaf in self.leaves.values())
 
     def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
-        """As Source.read in hf.py."""
+        """As Source.read of convert/hf.py."""
         import tensorstore as ts
 
         spec = {"driver": "zarr", "kvstore": kvstore(self._params) | {"path": leaf.path.replace("/", ".") + "/"}}
@@ -181,17 +179,16 @@ class Stored:
 
 def stored_params(path: Path, config: Config) -> dict[str, Leaf]:
     """What one of our directories holds, checked against its config: parameter path → shape and dtype."""
-    stored = {name: Leaf(name, shape, dtype) for name, (shape, dtype) in stored_arrays(path).items()}
-    needed = flatten(abstract_params(config))
+    stored, needed = stored_arrays(path), specs(config)
     for name in sorted(needed.keys() ^ stored.keys()):
         raise InputError(f"{path / PARAMS}: {name} is {'missing' if name in needed else 'unexpected'}")
     for name, want in needed.items():
-        if stored[name].shape != want.shape:
+        shape, _ = stored[name]
+        if shape != want.shape:
             raise InputError(
-                f"{path / PARAMS}: {name} has shape {list(stored[name].shape)}; "
-                f"config.json calls for {list(want.shape)}"
+                f"{path / PARAMS}: {name} has shape {list(shape)}; config.json calls for {list(want.shape)}"
             )
-    return stored
+    return {name: Leaf(name, needed[name]._replace(dtype=dtype)) for name, (_, dtype) in stored.items()}
 
 
 def write_json(file: Path, data: dict) -> None:

@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parents[1]
 FORMAT = 1
 DEMO = "demo"
 MARKER, PARAMS = "qwenvl_jax.json", "params"
+INDEX = "model.safetensors.index.json"  # of a Hugging Face checkpoint in several files
 # Everything of a checkpoint that is not weights.
 SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
 _HUB_FILES = (*SIDE_FILES, "*.safetensors", f"{PARAMS}/**")

@@ -4,83 +4,24 @@ The stream of a run's records is a pure function of (seed, shard, position): the
 a resume with other worker processes or threads still gives the very same batches.
 """
 
-import json
 import logging
-import os
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs.batch import fill_lanes
 from qwenvl_jax.inputs.layout import Lanes
+from qwenvl_jax.inputs.pack import Segment, fill_lanes, pack_rows
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.train.records import BadRecord, Encoder, Example, PackShape, is_visual
-from qwenvl_jax.types import Batch, TrainBatch
+from qwenvl_jax.inputs.records import BadRecord, JsonLines
+from qwenvl_jax.train.records import Encoder, PackShape
+from qwenvl_jax.types import Batch, Sample, TrainBatch
 
 _LOG = logging.getLogger(__name__)
-_CHUNK = 1 << 20  # stays in the cache
-
-
-class JsonLines:
-    """The records of a JSONL file by number, found by byte offsets: sixteen bytes of memory a line.
-
-    Opening reads the file once, for the offsets and a checksum. It must not change while it is in use; when it
-    has changed since a state was saved, `Dataset.set_state` says so.
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
-        try:
-            self._file = os.open(self.path, os.O_RDONLY)
-            ends, checksum, size = [], 0, 0
-            while chunk := os.pread(self._file, _CHUNK, size):
-                if size == 0 and chunk.lstrip()[:1] == b"[":
-                    raise InputError(f"{path} is a JSON array; write one record a line, as jq -c '.[]' {path} does")
-                ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (size + 1))
-                checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
-        except OSError as e:
-            raise InputError(f"{path}: {e.strerror}") from e
-        starts = np.concatenate([[0], *ends])
-        self._starts = starts if starts[-1] == size else np.append(starts, size)  # the last line may have no end
-        lengths = np.diff(self._starts)
-        blank = lengths == 1
-        for line in np.flatnonzero((lengths > 1) & (lengths < 80)):  # shorter than any record
-            blank[line] = not self._line(line).strip()
-        self._lines = np.flatnonzero(~blank)
-        self.identity = {"bytes": size, "crc32": checksum}
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return json.loads(self._line(self._lines[index]))
-        except (ValueError, RecursionError) as e:
-            raise BadRecord("unreadable", f"not JSON ({e})") from e
-
-    def where(self, index: int) -> str:
-        return f"{self.path}:{self._lines[index] + 1}"
-
-    def _line(self, line: int) -> bytes:
-        start, end = self._starts[line : line + 2].tolist()
-        return os.pread(self._file, end - start, start)
-
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k != "_file"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._file = os.open(self.path, os.O_RDONLY)
-
-    def __del__(self):
-        if hasattr(self, "_file"):
-            os.close(self._file)
 
 
 class _Bad(NamedTuple):
@@ -97,7 +38,7 @@ class _Load:
     def __init__(self, source, encoder: Encoder):
         self.source, self.encoder = source, encoder
 
-    def __call__(self, index: int) -> Example | _Bad:
+    def __call__(self, index: int) -> tuple[Sample, ...] | _Bad:
         try:
             try:
                 record = self.source[int(index)]
@@ -197,7 +138,7 @@ class Dataset:
                 )
         self.close()
         self._position, self._skipped = state["position"], Counter(state["skipped"])
-        self._waiting: Example | None = None  # read, but for the next batch: not counted by the position yet
+        self._waiting: tuple[Sample, ...] | None = None  # read, but for the next batch: not counted by the position yet
         self._bad_in_a_row = 0
 
     def close(self) -> None:
@@ -239,7 +180,7 @@ class Dataset:
                 break
             position += 1
         self._position, self._skipped = position, skipped
-        return packer.batch() if packer.spans else None
+        return packer.batch() if packer.segments else None
 
     def _open(self) -> Iterator:
         try:
@@ -280,55 +221,52 @@ def _check_shape(shape: PackShape, config: Config, preferences: bool) -> None:
 
 
 class Packer:
-    """One batch being filled: an example goes into the first row with room, and its pictures into the lanes.
+    """One batch being filled: a record's samples go into the first row with room, their visuals into the lanes.
 
-    spans: of every segment, in the order they were added: row, first and last token, first and last visual.
+    segments: in the order they were added.
     """
 
     def __init__(self, shape: PackShape, config: Config):
-        self.shape, self.config = shape, config
-        B, T = shape.rows, shape.tokens
-        self.tokens, self.segments, self.targets = (np.zeros((B, T), np.int32) for _ in range(3))
-        self.positions, self.weights = np.zeros((3, B, T), np.int32), np.zeros((B, T), np.float32)
-        self.used, self.count = np.zeros(B, int), np.zeros(B, int)  # tokens and segments of each row
+        self.shape, self.vision = shape, config.vision
+        self.used, self.count = np.zeros(shape.rows, int), np.zeros(shape.rows, int)  # tokens, segments of each row
         self.lanes = Lanes(shape.patches, config.vision, shape.lanes)
         self.visuals, self.placements = [], []
-        self.spans = []  # of every segment: row, first and last token, first and last visual
+        self.segments: list[Segment] = []
 
-    def add(self, example: Example) -> bool:
-        """False, and nothing changes, if it does not fit. Into an empty batch what the Encoder lets pass fits."""
-        length, most = sum(len(s.tokens) for s in example.segments), self.shape.segments or self.shape.tokens
-        room = (self.used + length <= self.shape.tokens) & (self.count + len(example.segments) <= most)
+    def add(self, samples: tuple[Sample, ...]) -> bool:
+        """Adds what the Encoder made of a record; False, and nothing changes, if it does not fit.
+
+        Into an empty batch, everything fits that the Encoder lets pass.
+        """
+        length, most = sum(len(s.tokens) for s in samples), self.shape.segments or self.shape.tokens
+        room = (self.used + length <= self.shape.tokens) & (self.count + len(samples) <= most)
         if not room.any():
             return False
-        placements = self.lanes.place([v.grid for v in example.visuals])
+        visuals = samples[0].visuals
+        placements = self.lanes.place([v.grid for v in visuals])
         if placements is None:
             return False
-        row, first = int(np.argmax(room)), len(self.visuals)
-        self.visuals += example.visuals
+        row = int(np.argmax(room))
+        self.visuals += visuals
         self.placements += placements
-        for segment in example.segments:
-            start, stop = self.used[row], self.used[row] + len(segment.tokens)
+        places = [np.concatenate([p.cells for p in frames]) for frames in placements]
+        for sample in samples:
             self.count[row] += 1
-            self.used[row] = stop
-            self.tokens[row, start:stop] = segment.tokens
-            self.segments[row, start:stop] = self.count[row]
-            self.positions[:, row, start:stop] = segment.positions
-            # Position i learns token i + 1 of its own segment.
-            self.weights[row, start : stop - 1] = segment.weights[1:]
-            self.targets[row, start : stop - 1] = segment.tokens[1:] * (segment.weights[1:] > 0)
-            self.spans.append((row, start, stop, first, len(self.visuals)))
+            self.segments.append(Segment(row, int(self.used[row]), int(self.count[row]), sample, places))
+            self.used[row] += len(sample.tokens)
         return True
 
     def batch(self) -> TrainBatch:
-        lanes, places = fill_lanes(
-            self.visuals, self.placements, self.shape.lanes, self.shape.patches, self.config.vision
-        )
-        visual_index = np.full(self.tokens.shape, -1, np.int32)
-        for row, start, stop, first, last in self.spans:
-            if last > first:
-                span = slice(start, stop)
-                pads = is_visual(self.tokens[row, span], self.config)
-                visual_index[row, span][pads] = np.concatenate(places[first:last])
-        inputs = Batch(self.tokens, self.positions, self.segments, visual_index, (lanes,))
-        return TrainBatch(inputs, self.targets, self.weights)
+        rows, tokens, lanes, patches, _ = self.shape
+        vision = fill_lanes(self.visuals, self.placements, lanes, patches, self.vision)
+        return with_targets(pack_rows(self.segments, (rows, tokens), (vision,)), self.segments)
+
+
+def with_targets(inputs: Batch, segments: Sequence[Segment]) -> TrainBatch:
+    """The batch with what follows each of its tokens, and how much that is learnt."""
+    targets, weights = np.zeros(inputs.tokens.shape, np.int32), np.zeros(inputs.tokens.shape, np.float32)
+    for s in segments:
+        # Position i learns token i + 1 of its own segment.
+        here, learnt = (s.row, slice(s.start, s.stop - 1)), s.sample.weights[1:]
+        weights[here], targets[here] = learnt, s.sample.tokens[1:] * (learnt > 0)
+    return TrainBatch(inputs, targets, weights)

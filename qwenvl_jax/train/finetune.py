@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from qwenvl_convert.peft import save_adapter
 
+from qwenvl_jax.distributed import join
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.params import checkpoint, lora
-from qwenvl_jax.sharding import join
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import make_run_mesh, train
 from qwenvl_jax.train.options import TrainOptions
@@ -83,7 +84,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
     params = result.params
     if options.lora_rank:
         if not adapter.exists():
-            lora.save_adapter(model.config, params, adapter, base_name=options.model)
+            save_adapter(model.config, params, adapter, base_name=options.model)
             _say(f"adapter for PEFT: {adapter}")
         params = lora.merge(params)
     # Trained in whatever precision, it is stored in the one it came in.

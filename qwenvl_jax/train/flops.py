@@ -5,6 +5,7 @@ rows and lanes, padding included; what remat computes again is not counted.
 """
 
 from qwenvl_jax.config import Config
+from qwenvl_jax.params.specs import MATMULS, specs
 from qwenvl_jax.train.options import GROUPS
 
 # Dense bfloat16 products a second, from the makers' data sheets; the first name found in `device_kind` counts.
@@ -37,17 +38,16 @@ def train_flops(
     t, v = config.text, config.vision
     unit, vision_learns = v.merge_unit, "vision" in trains
 
-    heads, kv = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
-    layer = t.hidden_size * (2 * heads + 2 * kv + 3 * t.intermediate_size)
-    decoder = rows * tokens * (t.num_hidden_layers * layer + t.hidden_size * t.vocab_size)
-    attention = t.num_hidden_layers * rows * tokens**2 * 2 * heads
+    def weights_of(*where):
+        return sum(s.size for path, s in specs(config).items() if path.startswith(where) and s.role in MATMULS)
 
-    mlp = (3 if config.is_qwen2_5 else 2) * v.hidden_size * v.intermediate_size
-    tower = lanes * patches * (v.patch_values * v.hidden_size + v.depth * (4 * v.hidden_size**2 + mlp))
+    head = t.hidden_size * t.vocab_size  # the embedding too, where it is tied
+    decoder = rows * tokens * (weights_of("decoder/layers") + head)
+    attention = t.num_hidden_layers * rows * tokens**2 * 2 * t.num_attention_heads * t.head_dim
+    tower = lanes * patches * weights_of("vision/patch_embed", "vision/blocks")
     spans = sum(patches if v.is_full_attention(i) else v.block_slots for i in range(v.depth))
     looking = lanes * patches * spans * 2 * v.hidden_size
-    width = v.hidden_size * unit
-    merger = lanes * patches // unit * (width * width + width * v.out_hidden_size)
+    merger = lanes * patches // unit * weights_of("vision/merger")
 
     def products(macs, inputs_learn, learns):  # forward, gradient of the input, gradient of the weights
         return 2 * macs * (1 + inputs_learn + (learns and weights))

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.params import lora
-from qwenvl_jax.params.hf import flatten, unflatten
-from qwenvl_jax.sharding import check_mesh, make_mesh, param_shardings
+from qwenvl_jax.params.specs import flatten, param_shardings, specs_of, unflatten
+from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.train.flops import peak_flops, train_flops
 from qwenvl_jax.train.losses import dpo_loss, segment_logprobs, sft_loss
 from qwenvl_jax.train.options import TrainOptions
@@ -30,13 +30,12 @@ from qwenvl_jax.train.run import CHECKPOINTS, Run
 from qwenvl_jax.train.step import (
     TrainState,
     batch_shardings,
-    group,
     init_state,
     make_optimizer,
     make_schedule,
     make_step,
 )
-from qwenvl_jax.types import Model, TrainBatch
+from qwenvl_jax.types import Model, PreferenceBatch, TrainBatch
 
 
 class Result(NamedTuple):
@@ -83,11 +82,9 @@ class _Loop:
         self.data, self.options, self.evaluate, self.run, self.signals = data, options, evaluate, run, signals
         self.config = model.config.replace(dtype=options.dtype or model.config.dtype)
         self.mesh = make_run_mesh(options)
-        if self.mesh is not None:
-            check_mesh(self.config, self.mesh.shape)
         params = model.params if donate else jax.tree.map(jnp.copy, model.params)
         # Laid out as a checkpoint is restored; a run that goes on then needs no other program.
-        layout = _layout(params, self.mesh)
+        layout = _layout(specs_of(self.config, params), self.mesh)
         params = jax.device_put(params, layout)
         noise = None
         if options.lora_rank:
@@ -103,7 +100,8 @@ class _Loop:
             if options.lora_dropout:
                 noise = partial(lora.dropout, rate=options.lora_dropout)
         chosen = lora.is_trainable if options.lora_rank else lambda path: True
-        self.trainable = lambda path: chosen(path) and group(path) not in options.freeze
+        specs = specs_of(self.config, params)
+        self.trainable = lambda path: chosen(path) and specs[path].group not in options.freeze
 
         self.reference = None
         if options.task == "dpo":
@@ -122,14 +120,14 @@ class _Loop:
             total=options.steps,
             cooldown=options.cooldown,
         )
-        optimizer = _optimizer(options, schedule)
-        self.step_fn = make_step(loss, optimizer, self.trainable, noise=noise, seed=options.seed)
+        optimizer = _optimizer(specs, options, schedule)
+        self.step_fn = make_step(specs, loss, optimizer, self.trainable, noise=noise, seed=options.seed)
         self.learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(options.steps)), np.float64)
         with self.on_mesh():
-            self.state = init_state(params, optimizer, self.trainable)
+            self.state = init_state(specs, params, optimizer, self.trainable)
         if self.mesh is None:  # as a step returns it; otherwise the second step would compile again
             self.state = jax.device_put(self.state, layout)
-        trains = {group(path) for path in flatten(params) if self.trainable(path)}
+        trains = {spec.group for path, spec in specs.items() if self.trainable(path)}
         self.flops = partial(train_flops, self.config, trains=trains, weights=not options.lora_rank)
         devices = jax.devices()[: 1 if self.mesh is None else self.mesh.size]
         peak = peak_flops(devices[0].device_kind)
@@ -208,7 +206,7 @@ class _Loop:
         """Starts a step; the device works on when this returns."""
         with jax.transfer_guard("disallow"), self.on_mesh():
             if self.reference is not None:
-                batch = batch._replace(reference=self.reference(self.state.params, batch))
+                batch = PreferenceBatch(*batch, self.reference(self.state.params, batch))
             self.state, metrics = self.step_fn(self.state, batch)
         self.step += 1
         self.pending.append((self.step, metrics, facts))
@@ -228,8 +226,8 @@ class _Loop:
 
     def judge(self, step: int, values: dict) -> dict:
         """The line of a step; too many in a row that are not finite end the run."""
-        finite = bool(values.pop("finite"))
-        values["learning_rate"] = float(self.learning_rates[step - 1 - self.skipped])
+        finite = bool(values["finite"])
+        rate = float(self.learning_rates[step - 1 - self.skipped])
         self.skipped += not finite
         self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
         if self.skipped_in_row >= self.options.max_bad_steps:
@@ -238,7 +236,8 @@ class _Loop:
                 f"step {step}: loss or gradient is not finite, as in the {self.skipped_in_row - 1} steps before; none "
                 f"of them changed the weights (last checkpoint: {where}). Try a smaller learning_rate or dtype float32"
             )
-        return values | {"skipped_steps": self.skipped}
+        numbers = {name: value for name, value in values.items() if name != "finite"}
+        return numbers | {"learning_rate": rate, "skipped_steps": self.skipped}
 
     def rates(self, flops: int, tokens: int, **facts) -> dict:
         facts["tokens"] = tokens
@@ -299,8 +298,8 @@ def make_run_mesh(options: TrainOptions):
     return make_mesh(*sizes)
 
 
-def _layout(params: dict, mesh):
-    return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else param_shardings(params, mesh)
+def _layout(specs: dict, mesh):
+    return SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else param_shardings(specs, mesh)
 
 
 def _place(batch: TrainBatch, mesh) -> TrainBatch:
@@ -313,9 +312,10 @@ def _place(batch: TrainBatch, mesh) -> TrainBatch:
     return jax.tree.map(lambda a, s: jax.make_array_from_callback(a.shape, s, lambda i: a[i]), batch, places)
 
 
-def _optimizer(options: TrainOptions, schedule):
+def _optimizer(specs: dict, options: TrainOptions, schedule):
     rates = {"vision": options.vision_learning_rate, "merger": options.merger_learning_rate}
     return make_optimizer(
+        specs,
         schedule,
         options.optimizer,
         scales={name: rate / options.learning_rate for name, rate in rates.items() if rate is not None},

@@ -14,7 +14,7 @@ from qwenvl_jax.errors import InputError
 from qwenvl_jax.model import decoder, qwenvl
 from qwenvl_jax.model.layers import precision
 from qwenvl_jax.sharding import constrain, divides, local_rows
-from qwenvl_jax.types import TrainBatch
+from qwenvl_jax.types import PreferenceBatch, TrainBatch
 
 CHUNK = 1024  # tokens, on one device, whose logits exist at once
 
@@ -35,15 +35,17 @@ def cross_entropy(config: Config, params: dict, x, batch: TrainBatch, chunk: int
     return total, jnp.sum(batch.weights), {"accuracy": hits}
 
 
-def dpo_loss(config: Config, params: dict, batch: TrainBatch, *, beta: float = 0.1, remat=False, chunk: int = CHUNK):
+def dpo_loss(
+    config: Config, params: dict, batch: PreferenceBatch, *, beta: float = 0.1, remat=False, chunk: int = CHUNK
+):
     """Direct preference optimisation (arXiv:2305.18290, eq. 7): sum over pairs, number of pairs, metrics.
 
-    Segments 2j+1 (chosen) and 2j+2 (rejected) of a row are a pair; `batch.reference` [B, n] holds what
-    `segment_logprobs` gives for the reference model. Pairs without trained tokens on both sides do not count.
+    `batch.reference` holds what `segment_logprobs` gives for the reference model. Pairs without trained tokens on
+    both sides do not count.
     Metrics: `margin`, the chosen's reward less the rejected's; `accuracy`, how often it is positive.
     """
-    if batch.reference is None or batch.reference.shape[1] % 2:
-        raise InputError("a DPO batch needs `reference` [B, n], the segments' log-probabilities, with n even")
+    if batch.reference.shape[1] % 2:
+        raise InputError(f"`reference` is {list(batch.reference.shape)}; DPO needs an even number of segments in a row")
     n = batch.reference.shape[1]
     rewards = beta * (segment_logprobs(config, params, batch, n, remat=remat, chunk=chunk) - batch.reference)
     live = _by_segment(batch.weights, batch.inputs.segments, n) > 0
@@ -53,7 +55,7 @@ def dpo_loss(config: Config, params: dict, batch: TrainBatch, *, beta: float = 0
     return total, jnp.sum(live, dtype=jnp.float32), {"margin": jnp.sum(margin), "accuracy": jnp.sum(margin > 0.0)}
 
 
-def segment_logprobs(config: Config, params: dict, batch: TrainBatch, n: int, *, remat=False, chunk: int = CHUNK):
+def segment_logprobs(config: Config, params: dict, batch, n: int, *, remat=False, chunk: int = CHUNK):
     """[B, n] float32: the weighted log-probability of the targets of segments 1 … n of every row; 0 where empty."""
     x = qwenvl.hidden(config, params, batch.inputs, remat=remat)
     logp = token_logprobs(config, params, x, batch.targets, chunk)

@@ -1,4 +1,4 @@
-"""What is learnt from a training record (`inputs/records.py` knows its forms): one conversation, or a pair of them.
+"""What is learnt from a training record (`inputs/records.py` reads its forms): one conversation, or a pair of them.
 
 `tools` of a record go into the prompt; pictures, and messages with `"weight": 0`, are read but not learnt.
 """
@@ -10,29 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs.chat import expand_placeholders
-from qwenvl_jax.inputs.layout import Lanes, mrope_positions, slots_needed
+from qwenvl_jax.inputs.layout import Lanes, make_sample, slots_needed
 from qwenvl_jax.inputs.messages import VIDEO_OPTIONS
 from qwenvl_jax.inputs.processor import Processor, Prompt
 from qwenvl_jax.inputs.records import BadRecord, conversation, preference
-from qwenvl_jax.types import Visual
-
-
-class Segment(NamedTuple):
-    """One conversation, ready to be packed."""
-
-    tokens: np.ndarray  # [t] int32, placeholders repeated
-    positions: np.ndarray  # [3, t] int32: M-RoPE
-    weights: np.ndarray  # [t] float32: 1 where the token itself is to be learnt
-
-
-class Example(NamedTuple):
-    """What a record becomes: one conversation, or a preferred one and its rival over the same pictures."""
-
-    segments: tuple[Segment, ...]
-    visuals: tuple[Visual, ...]  # of every one of the segments, in reading order
+from qwenvl_jax.types import Sample, Visual
 
 
 class PackShape(NamedTuple):
@@ -49,7 +32,7 @@ class PackShape(NamedTuple):
 
 
 class Encoder:
-    """Records to examples, under one processor's rules.
+    """Records to samples with weights, under one processor's rules.
 
     folder: what relative paths of pictures and clips start from; None: the working directory.
     options: of `Processor.encode`: pixel and frame limits, add_vision_id, allow_control_tokens.
@@ -65,8 +48,11 @@ class Encoder:
         self.flags = {k: options.pop(k) for k in flags if k in options}
         self.options = options
 
-    def __call__(self, record) -> Example:
-        """Raises BadRecord, which says what is wrong."""
+    def __call__(self, record) -> tuple[Sample, ...]:
+        """One conversation, or the preferred one and its rival, which share the visuals of the first.
+
+        Raises BadRecord, which says what is wrong.
+        """
         if not isinstance(record, Mapping):
             raise BadRecord("unreadable", f"a record is a JSON object, not a {type(record).__name__}")
         read = preference if self.preferences else conversation
@@ -78,31 +64,29 @@ class Encoder:
         self._check_length(sum(len(prompt.tokens) for prompt, _ in taught))  # before anything is decoded
         with _reason("media"):
             visuals = self.processor.open(media, self.options)
-        example = Example(tuple(self._segment(p, w, visuals) for p, w in taught), visuals)
-        self._check_length(sum(len(s.tokens) for s in example.segments))
+        samples = tuple(self._sample(p, w, visuals) for p, w in taught)
+        self._check_length(sum(len(s.tokens) for s in samples))
         self._check_lanes(visuals)
-        return example
+        return samples
 
     def _prompt(self, messages: list, record: Mapping) -> Prompt:
         with _reason("messages"):
             return self.processor.prompt(messages, tools=record.get("tools"), **self.flags)
 
-    def _segment(self, prompt: Prompt, weights: list[int], visuals: tuple[Visual, ...]) -> Segment:
+    def _sample(self, prompt: Prompt, weights: list[int], visuals: tuple[Visual, ...]) -> Sample:
         config = self.processor.config
         if prompt.turns.max(initial=0) != len(weights):
             raise BadRecord(
                 "messages",
                 f"{len(weights)} assistant messages became {prompt.turns.max(initial=0)} turns of the chat template",
             )
-        tokens = expand_placeholders(prompt.tokens, visuals, config)
-        # Pictures are never learnt, not even an assistant's; everything else keeps its order.
+        # Pictures are never learnt, not even an assistant's.
         learnt = np.array([0, *weights], np.float32)[prompt.turns]
         learnt[(prompt.tokens == config.vision_start_token_id) | (prompt.tokens == config.vision_end_token_id)] = 0
-        out = np.zeros(len(tokens), np.float32)
-        out[~is_visual(tokens, config)] = learnt[~is_visual(prompt.tokens, config)]
-        if not out[1:].any():
+        sample = make_sample(prompt.tokens, visuals, config, places=prompt.places, weights=learnt)
+        if not sample.weights[1:].any():
             raise BadRecord("nothing to learn", "no assistant message to learn from")
-        return Segment(tokens, mrope_positions(tokens, visuals, config), out)
+        return sample
 
     def _check_length(self, length: int) -> None:
         if length > self.shape.tokens:
@@ -125,11 +109,6 @@ class Encoder:
                 f"its pictures and frames have {patches} patches and do not fit into "
                 f"{self.shape.lanes} lanes of {self.shape.patches}",
             )
-
-
-def is_visual(tokens: np.ndarray, config: Config) -> np.ndarray:
-    """Which tokens are placeholders of pictures and clips."""
-    return (tokens == config.image_token_id) | (tokens == config.video_token_id)
 
 
 @contextmanager

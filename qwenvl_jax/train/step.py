@@ -14,8 +14,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.params.hf import flatten, unflatten
-from qwenvl_jax.sharding import activation_sharding, param_shardings
+from qwenvl_jax.params.specs import MATMULS, Spec, flatten, param_shardings, unflatten
+from qwenvl_jax.sharding import activation_sharding
 from qwenvl_jax.train.options import GROUPS, OPTIMIZERS, SCHEDULES
 from qwenvl_jax.types import Batch, TrainBatch, VisionBatch
 
@@ -26,13 +26,6 @@ class TrainState(NamedTuple):
     step: Any  # [] int32: updates made
     params: dict  # the whole tree, trainable or not
     opt_state: Any  # of the trainable leaves only
-
-
-def group(path: str) -> str:
-    """Which of GROUPS the parameter at a path such as "decoder/layers/q_proj/kernel" belongs to."""
-    if path.startswith("vision/merger/"):
-        return "merger"
-    return "vision" if path.startswith("vision/") else "llm"
 
 
 def make_schedule(
@@ -68,6 +61,7 @@ def make_schedule(
 
 
 def make_optimizer(
+    specs: dict[str, Spec],
     learning_rate: float | optax.Schedule,
     name: str = "adamw",
     *,
@@ -79,7 +73,7 @@ def make_optimizer(
     eps: float = 1e-8,
     mu_dtype=None,
 ) -> optax.GradientTransformation:
-    """An optimizer on a flat dict of parameters, by a name of OPTIMIZERS.
+    """An optimizer on a flat dict of parameters, some of those of `specs`, by a name of OPTIMIZERS.
 
     "adamw": arXiv:1711.05101. "muon": kernels of hidden layers are moved by their orthogonalised momentum, as far as
     AdamW would (arXiv:2502.16982, section 2.2), so that one learning rate suits both; the rest by AdamW.
@@ -97,23 +91,24 @@ def make_optimizer(
     if name == "muon":
         axes = partial(jax.tree.map, lambda w: optax.contrib.MuonDimensionNumbers(w.ndim - 2, w.ndim - 1))
         muon = optax.contrib.scale_by_muon(mu_dtype=mu_dtype, weight_dimension_numbers=axes)
-        rule = optax.partition({"muon": optax.chain(muon, optax.stateless(_as_large)), "adamw": rule}, _rules)
+        rules = {"muon": optax.chain(muon, optax.stateless(_as_large)), "adamw": rule}
+        rule = optax.partition(rules, lambda params: {p: _rule(specs[p]) for p in params})
 
     def scale_groups(updates, _):
-        return {path: u * scales.get(group(path), 1.0) for path, u in updates.items()}
+        return {path: u * scales.get(specs[path].group, 1.0) for path, u in updates.items()}
 
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
         rule,
-        optax.add_decayed_weights(weight_decay, decays) if weight_decay else optax.identity(),
+        optax.add_decayed_weights(weight_decay, partial(decays, specs)) if weight_decay else optax.identity(),
         optax.stateless(scale_groups) if scales else optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def _rules(params: dict) -> dict[str, str]:
-    """Which rule Muon has for each leaf of a flat dict: embeddings and the head are not hidden layers."""
-    return {path: "muon" if path.endswith("/kernel") and "lm_head" not in path else "adamw" for path in params}
+def _rule(spec: Spec) -> str:
+    """Which rule Muon has for a parameter: embeddings and the head are not hidden layers."""
+    return "muon" if spec.role in MATMULS and spec.role != "head" else "adamw"
 
 
 def _as_large(updates, _):
@@ -121,12 +116,14 @@ def _as_large(updates, _):
     return jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates)
 
 
-def decays(params: dict) -> dict[str, bool]:
+def decays(specs: dict[str, Spec], params: dict) -> dict[str, bool]:
     """Weight-decay mask of a flat dict: everything but biases and scales."""
-    return {path: not path.endswith(("bias", "scale")) for path in params}
+    return {path: specs[path].role not in ("bias", "scale", "lora_scale") for path in params}
 
 
-def init_state(params: dict, optimizer: optax.GradientTransformation, trainable: Callable[[str], bool]) -> TrainState:
+def init_state(
+    specs: dict[str, Spec], params: dict, optimizer: optax.GradientTransformation, trainable: Callable[[str], bool]
+) -> TrainState:
     """The state before the first step. It holds `params` themselves, which the first step therefore uses up.
 
     On a mesh, call it (like the step) within `jax.set_mesh(mesh)`.
@@ -135,17 +132,24 @@ def init_state(params: dict, optimizer: optax.GradientTransformation, trainable:
 
     def start(train):
         opt_state = optimizer.init({path: w.astype(jnp.float32) for path, w in train.items()})
-        return _settled(TrainState(jnp.zeros((), jnp.int32), {}, opt_state), params)
+        return _settled(TrainState(jnp.zeros((), jnp.int32), {}, opt_state), specs)
 
     params = jax.tree.map(jnp.asarray, params)
     return jax.jit(start)(_split(params, trainable)[0])._replace(params=params)
 
 
 def make_step(
-    loss: Callable, optimizer: optax.GradientTransformation, trainable: Callable[[str], bool], *, noise=None, seed=0
+    specs: dict[str, Spec],
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    trainable: Callable[[str], bool],
+    *,
+    noise=None,
+    seed=0,
 ):
     """Compiles `step(state, batch) → (state, metrics)`; the state that goes in is donated.
 
+    specs: of all leaves of the parameters (`specs_of`).
     loss: (params, TrainBatch) → (total, weight, metrics), all sums, such as `partial(sft_loss, config)`.
     batch: a TrainBatch whose every leaf has a leading axis A of micro-batches, which are read one after the other.
     The gradient is the sum of theirs over the sum of their weights, so that A only trades memory for time.
@@ -159,7 +163,7 @@ def make_step(
 
     def step(state: TrainState, batch: TrainBatch):
         train, frozen = _split(state.params, trainable)
-        settled = partial(_settled, params=state.params)
+        settled = partial(_settled, specs=specs)
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def total_of(train, micro, index):
@@ -203,25 +207,25 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def shardings(tree, params: dict, mesh):
+def shardings(tree, specs: dict[str, Spec], mesh):
     """A tree of NamedSharding for a TrainState, or for anything else with likenesses of the parameters in it (moments,
     gradients), nested or flat: each lies as its parameter does, all else is on every device. Arrays or shapes."""
-    where = flatten(param_shardings(params, mesh))
-    shapes = {path: w.shape for path, w in flatten(params).items()}
+    where, whole = flatten(param_shardings(specs, mesh)), NamedSharding(mesh, PartitionSpec())
 
     def sharding(path, leaf):
         keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
         name = keys[-1] if keys and "/" in keys[-1] else "/".join(keys)
-        return where[name] if shapes.get(name) == leaf.shape else NamedSharding(mesh, PartitionSpec())
+        return where[name] if name in specs and specs[name].shape == leaf.shape else whole
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def batch_shardings(batch: TrainBatch, mesh) -> TrainBatch:
-    """A tree of NamedSharding for a batch (arrays or shapes) with a leading axis A: rows and lanes are split."""
+def batch_shardings(batch, mesh):
+    """A tree of NamedSharding for a TrainBatch, or one with more fields, with a leading axis A (arrays or shapes): rows
+    and lanes are split."""
     lanes = VisionBatch("RPC", "RP.", "RP", "RP")
     inputs = Batch("BT", ".BT", "BT", "BT", (lanes,) * len(batch.inputs.vision))
-    dims = TrainBatch(inputs, "BT", "BT", None if batch.reference is None else "B.")
+    dims = jax.tree.map(lambda a: "B" + "." * (len(a.shape) - 2), batch)._replace(inputs=inputs)
     return jax.tree.map(lambda d, leaf: activation_sharding(f".{d}", leaf.shape, mesh), dims, batch)
 
 
@@ -234,7 +238,7 @@ def _split(params: dict, trainable: Callable[[str], bool]) -> tuple[dict, dict]:
     return train, {path: w for path, w in flat.items() if path not in train}
 
 
-def _settled(tree, params: dict):
+def _settled(tree, specs: dict[str, Spec]):
     """One layout for what a step hands to the next; otherwise XLA would choose, and compile again for its choice."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(tree, params, mesh))
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(tree, specs, mesh))

@@ -1,12 +1,12 @@
 """Teaches the demo's vision tower what is where, before the decoder learns to talk about it.
 
-    python -m qwenvl_jax.demo.pretrain RUN --assets DIR [--steps N] [--dtype bfloat16]
+    python notebooks/demo pretrain RUN --assets DIR [--steps N] [--dtype bfloat16]
 
 From answers alone a model this small takes very long to find out that letters have shapes: a picture is many
 visual tokens, and a wrong guess does not say which of them was misread. Here every visual token is asked for
 what its own 28 × 28 pixels show: the characters whose centres lie in it, from left to right, or the emoji that
 covers it and where that one's edges are. What answers is the embedding table that the decoder shares, through a
-few matrices that are thrown away. RUN/final, in Orbax form, is then where `qwenvl_jax.demo.train --start` begins.
+few matrices that are thrown away. RUN/final, in Orbax form, is what `train --start` begins from.
 A run that is stopped leaves nothing to go on from.
 """
 
@@ -14,27 +14,28 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from demo import charts, lines, scenes
+from demo.assets import Assets, assets_of
+from demo.cells import CELL, COVERED, cell_corners, overlap
+from demo.tokenizer import byte_letters, special_ids, vocabulary, write_processor
+from demo.train import demo_config
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.demo import charts, lines, scenes
-from qwenvl_jax.demo.assets import Assets, assets_of
-from qwenvl_jax.demo.cells import CELL, COVERED, cell_corners, overlap
-from qwenvl_jax.demo.tokenizer import byte_letters, special_ids, vocabulary, write_processor
-from qwenvl_jax.demo.train import demo_config
-from qwenvl_jax.inputs.batch import fill_lanes
 from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.media import image_visual
+from qwenvl_jax.inputs.pack import fill_lanes
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.qwenvl import init
 from qwenvl_jax.model.vision import encode
 from qwenvl_jax.params.checkpoint import load, save
+from qwenvl_jax.params.specs import Spec, init, specs
 from qwenvl_jax.train.step import init_state, make_optimizer, make_schedule, make_step
-from qwenvl_jax.types import Batch, Model, TrainBatch, VisionBatch
+from qwenvl_jax.types import Batch, Model, VisionBatch
 
 SLOTS = 5  # characters of one cell
 LANES, PATCHES = 64, 128
@@ -42,13 +43,17 @@ _SHARES = (0.1, 0.2)  # of pictures, up to which emoji and charts go; the others
 _EMPTY = 0.2  # what a cell that shows nothing counts, beside one that shows something
 
 
-class Cells:
-    """Pictures with a target for each of their cells; batch i depends on (seed, i) only.
+class CellBatch(NamedTuple):
+    """Pictures, and what each of their cells shows."""
 
-    A batch is a TrainBatch whose targets [1, R·M, S] are token ids, `nothing` where a cell shows fewer, whose
-    weights are of that shape, and whose reference [1, R·M, 4] is how far the emoji's left, top, right and bottom
-    edges are from the cell's centre, in cells; NaN where there is none.
-    """
+    inputs: Batch  # its vision only
+    targets: Any  # [R·M, S] int32: token ids, `nothing` where a cell shows fewer
+    weights: Any  # [R·M, S] float32
+    edges: Any  # [R·M, 4] float32: the emoji's left, top, right and bottom from the cell's centre, in cells, or NaN
+
+
+class Cells:
+    """Batches of pictures, with the leading axis A = 1; batch i depends on (seed, i) only."""
 
     def __init__(self, assets: Assets, processor: Processor, seed: int = 0, easy: float = 0.2):
         self.assets, self.processor, self.seed, self.easy = assets, processor, seed, easy
@@ -58,7 +63,7 @@ class Cells:
         self.byte = lambda character: words[letters[character.encode()[0]]]
         self.nothing = special_ids()["<|endoftext|>"]
 
-    def __call__(self, index: int) -> TrainBatch:
+    def __call__(self, index: int) -> CellBatch:
         rng = np.random.default_rng((self.seed, index))
         vision, unit = self.processor.config.vision, self.processor.config.vision.merge_unit
         lanes, visuals, placements, answers = Lanes(PATCHES, vision, LANES), [], [], []
@@ -71,14 +76,14 @@ class Cells:
             visuals.append(visual)
             placements += placed
             answers.append(answer)
-        filled, places = fill_lanes(visuals, placements, LANES, PATCHES, vision)
+        filled = fill_lanes(visuals, placements, LANES, PATCHES, vision)
         total = LANES * PATCHES // unit
         targets, weights = np.zeros((total, SLOTS), np.int32), np.zeros((total, SLOTS), np.float32)
         edges = np.full((total, 4), np.nan, np.float32)
-        for place, (ids, weight, edge) in zip(places, answers, strict=True):
-            targets[place], weights[place], edges[place] = ids, weight, edge
+        for (frame,), (ids, weight, edge) in zip(placements, answers, strict=True):
+            targets[frame.cells], weights[frame.cells], edges[frame.cells] = ids, weight, edge
         inputs = Batch(None, None, None, None, (filled,))
-        return jax.tree.map(lambda a: a[None], TrainBatch(inputs, targets, weights, edges))
+        return jax.tree.map(lambda a: a[None], CellBatch(inputs, targets, weights, edges))
 
     def _line(self, rng: np.random.Generator):
         image, text, centres = lines.glyphs(rng, self.assets, easy=rng.random() < self.easy)
@@ -132,13 +137,19 @@ class Cells:
         return np.full((cells, SLOTS), self.nothing), weights
 
 
+HEADS = {
+    "slots/kernel": Spec((), np.float32, (), "linear", "vision", None),
+    "edges/table": Spec((), np.float32, (), "embedding", "vision", None),  # Muon leaves it to AdamW
+}
+
+
 def init_heads(width: int, key) -> dict:
     """What reads the slots and the edges off a visual token [D]; the first slot starts as the token itself."""
     slots = jax.random.normal(key, (SLOTS, width, width)) / width**0.5
     return {"slots": {"kernel": slots.at[0].set(jnp.eye(width))}, "edges": {"table": jnp.zeros((width, 4))}}
 
 
-def cells_loss(config: Config, params: dict, batch: TrainBatch):
+def cells_loss(config: Config, params: dict, batch: CellBatch):
     """Cross-entropy of the slots and Huber loss of the edges: (sum, weight, metrics), as the losses in `train`."""
     x = encode(config, params, batch.inputs.vision[0]).astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
@@ -149,8 +160,8 @@ def cells_loss(config: Config, params: dict, batch: TrainBatch):
     shown = jnp.where(batch.targets == special_ids()["<|endoftext|>"], 0, batch.weights)
     read = jnp.sum(shown * (jnp.argmax(logp, -1) == batch.targets)) / jnp.sum(shown)
     chosen = jnp.take_along_axis(logp, batch.targets[..., None], -1)[..., 0]
-    there = ~jnp.isnan(batch.reference)
-    off = jnp.where(there, x @ params["edges"]["table"] - jnp.where(there, batch.reference, 0), 0)
+    there = ~jnp.isnan(batch.edges)
+    off = jnp.where(there, x @ params["edges"]["table"] - jnp.where(there, batch.edges, 0), 0)
     huber = jnp.sum(jnp.where(jnp.abs(off) < 0.1, off**2 / 0.2, jnp.abs(off) - 0.05))
     weight = jnp.sum(batch.weights)
     pixels = jnp.sum(jnp.abs(off)) / jnp.maximum(jnp.sum(there), 1) * CELL
@@ -173,7 +184,7 @@ def levelled(config: Config, params: dict, lanes: VisionBatch) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="directory of the run")
-    parser.add_argument("--assets", help="where fonts, emoji and tables are; see qwenvl_jax/demo/assets.py")
+    parser.add_argument("--assets", help="where fonts, emoji and tables are; see notebooks/demo/assets.py")
     parser.add_argument("--start", help="RUN/final of an earlier run to start from, instead of from nothing")
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
@@ -190,9 +201,10 @@ def main() -> None:
     params = params | init_heads(config.text.hidden_size, jax.random.key(1))
     trainable = lambda path: path.startswith(("vision", "slots", "edges")) or "embed_tokens" in path  # noqa: E731
     schedule = make_schedule(args.learning_rate, "cosine", warmup=args.steps // 25, total=args.steps, end=0.02)
-    optimizer = make_optimizer(schedule, "muon", weight_decay=0.02)
-    state = init_state(params, optimizer, trainable)
-    step = make_step(partial(cells_loss, config.replace(dtype=args.dtype)), optimizer, trainable)
+    declared = specs(config) | HEADS
+    optimizer = make_optimizer(declared, schedule, "muon", weight_decay=0.02)
+    state = init_state(declared, params, optimizer, trainable)
+    step = make_step(declared, partial(cells_loss, config.replace(dtype=args.dtype)), optimizer, trainable)
     draw = Cells(assets, processor, args.seed)
 
     with ThreadPoolExecutor(1) as pool, tqdm(range(args.steps), desc="cells", unit="step", mininterval=10) as bar:
@@ -205,7 +217,3 @@ def main() -> None:
     kept = {name: state.params[name] for name in ("vision", "decoder")}
     kept = levelled(config, kept, jax.tree.map(lambda a: a[0], batch.inputs.vision[0]))
     save(Model(config, kept, processor, generation), args.run / "final", files_from=files)
-
-
-if __name__ == "__main__":
-    main()

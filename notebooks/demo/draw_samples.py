@@ -1,16 +1,19 @@
-"""Draws the samples that come with the package: questions' pictures and a clip that training never saw."""
+"""Draws the samples that come with the package: pictures and a clip that training never saw.
 
-import sys
+python notebooks/demo draw_samples [--assets DIR]
+"""
+
+import argparse
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
+from demo.assets import Assets, assets_of
+from demo.clips import FPS
+from demo.render import Scenes
 from qwenvl_jax.demo import SAMPLES
-from qwenvl_jax.demo.assets import Assets, find_assets
-from qwenvl_jax.demo.clips import FPS
-from qwenvl_jax.demo.render import Scenes
 
 # {file: (task, index)} in the evaluation split, chosen because the demo answers right about them.
 CHOSEN = {
@@ -44,5 +47,7 @@ def _write_clip(file: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode())
 
 
-if __name__ == "__main__":
-    draw(SAMPLES, find_assets(*sys.argv[1:2]))  # python -m qwenvl_jax.demo.draw_samples [ASSETS]
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", help="where fonts, emoji and tables are; see notebooks/demo/assets.py")
+    draw(SAMPLES, assets_of(parser, parser.parse_args().assets))

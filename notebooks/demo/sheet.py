@@ -1,13 +1,17 @@
-"""A contact sheet of records, to see with one's own eyes what the demo is asked."""
+"""Draws a contact sheet per task, a PNG file, to see what the demo is asked.
 
-import sys
+python notebooks/demo sheet FOLDER [--assets DIR]
+"""
+
+import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from qwenvl_jax.demo.assets import find_assets
-from qwenvl_jax.demo.render import TASKS, Scenes
+from demo.assets import assets_of
+from demo.render import TASKS, Scenes
 
 _WIDE = 300
 _FRAMES = 5  # to a row
@@ -30,8 +34,6 @@ def _card(record: dict) -> Image.Image:
     if "image" in media:
         picture = media["image"].copy()
         if record["task"] == "locate":
-            import json
-
             for found in json.loads(record["answer"]):
                 x1, y1, x2, y2 = found["bbox_2d"]
                 ImageDraw.Draw(picture).rectangle((x1, y1, x2 - 1, y2 - 1), outline=(255, 0, 0))
@@ -53,13 +55,12 @@ def _card(record: dict) -> Image.Image:
 
 
 def main() -> None:
-    """`python -m qwenvl_jax.demo.sheet FOLDER [ASSETS]`: one PNG a task."""
-    folder, assets = Path(sys.argv[1]), find_assets(*sys.argv[2:3])
-    folder.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--assets", help="where fonts, emoji and tables are; see notebooks/demo/assets.py")
+    args = parser.parse_args()
+    assets = assets_of(parser, args.assets)
+    args.folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
         source = Scenes(assets, "evaluation", weights={task: 1})
-        contact_sheet([source[i] for i in range(24)]).save(folder / f"{task}.png")
-
-
-if __name__ == "__main__":
-    main()
+        contact_sheet([source[i] for i in range(24)]).save(args.folder / f"{task}.png")

@@ -1,6 +1,6 @@
 """Trains the demo on records drawn as they are needed, with the trainer that everyone uses.
 
-    python -m qwenvl_jax.demo.train RUN --assets DIR [--steps N] [--rows N] [--dtype bfloat16]
+    python notebooks/demo train RUN --assets DIR [--steps N] [--rows N] [--dtype bfloat16]
 
 Stopped and started again with the same arguments, it goes on; with more steps, it goes further. The result is
 RUN/final, which `qwenvl convert RUN/final DIR --to hf` writes as the Hugging Face checkpoint in this package.
@@ -9,30 +9,32 @@ RUN/final, which `qwenvl convert RUN/final DIR --to hf` writes as the Hugging Fa
 import argparse
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from demo.assets import assets_of
+from demo.cells import FACTS
+from demo.emoji import NAMES, plural
+from demo.render import Scenes
+from demo.score import LONGEST, questions
+from demo.tokenizer import special_ids, vocabulary, write_processor
 from qwenvl_jax.config import Config, TextConfig, VisionConfig, read_json
-from qwenvl_jax.demo.assets import assets_of
-from qwenvl_jax.demo.cells import FACTS
-from qwenvl_jax.demo.emoji import NAMES, plural
-from qwenvl_jax.demo.render import Scenes
-from qwenvl_jax.demo.score import LONGEST, questions
-from qwenvl_jax.demo.tokenizer import special_ids, vocabulary, write_processor
-from qwenvl_jax.evaluate import Evaluator
+from qwenvl_jax.eval.evaluator import Evaluator
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.decoder import full
-from qwenvl_jax.model.qwenvl import embed, encode, init
+from qwenvl_jax.model.qwenvl import embed, encode
 from qwenvl_jax.params.checkpoint import load, save
+from qwenvl_jax.params.specs import init
 from qwenvl_jax.train.data import Packer
 from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.losses import cross_entropy
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import BadRecord, Encoder, PackShape
 from qwenvl_jax.train.step import GROUPS
-from qwenvl_jax.types import Model, TrainBatch
+from qwenvl_jax.types import Batch, Model
 
 _PLACED, _TOLD = 2, 4  # layers of the decoder after which visual tokens are to know their place, and the facts
 _ASIDE = 0.1  # what all that counts
@@ -77,9 +79,17 @@ def demo_config() -> Config:
     )
 
 
+class LessonBatch(NamedTuple):
+    """A TrainBatch, and the facts that its tokens are told."""
+
+    inputs: Batch
+    targets: Any
+    weights: Any
+    facts: Any  # [B, T, len(FACTS)] float32, NaN where nothing is told
+
+
 class Lessons:
-    """Batches of the records of Scenes, in order, for ever, with the facts that each token is told in `reference`
-    [B, T · len(FACTS)]. Records too long for a row are left out."""
+    """Batches of the records of Scenes, in order, without end. Records too long for a row are left out."""
 
     def __init__(self, scenes: Scenes, processor: Processor, shape: PackShape):
         self.scenes, self.shape, self.config = scenes, shape, processor.config
@@ -95,7 +105,7 @@ class Lessons:
     def set_state(self, state: dict) -> None:
         self.position, self.waiting = state["position"], None
 
-    def __next__(self) -> TrainBatch:
+    def __next__(self) -> LessonBatch:
         packer, told = Packer(self.shape, self.config), []
         while True:
             if self.waiting is None:
@@ -111,16 +121,16 @@ class Lessons:
             self.position, self.waiting = self.position + 1, None
         batch = packer.batch()
         facts = np.full((*batch.inputs.tokens.shape, len(FACTS)), np.nan, np.float32)
-        for (row, start, stop, *_), known in zip(packer.spans, told, strict=True):
-            here = facts[row, start:stop]
-            here[batch.inputs.visual_index[row, start:stop] >= 0] = known.cells
-            for t, token in enumerate(batch.inputs.tokens[row, start:stop].tolist()):
+        for s, known in zip(packer.segments, told, strict=True):
+            here = facts[s.row, s.start : s.stop]
+            here[batch.inputs.visual_index[s.row, s.start : s.stop] >= 0] = known.cells
+            for t, token in enumerate(s.sample.tokens.tolist()):
                 if self.kinds.get(token) in known.kinds:
                     here[t] = known.kinds[self.kinds[token]]
-        return batch._replace(reference=facts.reshape(len(facts), -1))
+        return LessonBatch(*batch, facts)
 
 
-def demo_loss(config: Config, params: dict, batch: TrainBatch, *, remat: bool = False):
+def demo_loss(config: Config, params: dict, batch: LessonBatch, *, remat: bool = False):
     """Cross-entropy, and what visual tokens are to say of themselves early in the decoder; as `sft_loss`.
 
     M-RoPE tells a token how far off others are, but answers name pixels counted from the picture's corner, seconds
@@ -144,7 +154,7 @@ def demo_loss(config: Config, params: dict, batch: TrainBatch, *, remat: bool = 
     corner = jnp.take_along_axis(inputs.positions, start[None], axis=2)
     visual = (inputs.visual_index >= 0)[..., None]
     places = jnp.where(visual, jnp.moveaxis(inputs.positions - corner - 1, 0, -1), jnp.nan)
-    facts = batch.reference.reshape(*inputs.tokens.shape, len(FACTS))
+    facts = batch.facts
     # Where things are, to a tenth of a cell. A count of one is by far the likeliest; from absolute errors alone, it is
     # all that would be learnt.
     width = jnp.array([1.0 if name in ("nth", "start", "core") else 0.1 for name in FACTS])
@@ -196,8 +206,8 @@ def demo_options(output, **changes) -> TrainOptions:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="directory of the run")
-    parser.add_argument("--assets", help="where fonts, emoji and tables are; see qwenvl_jax/demo/assets.py")
-    parser.add_argument("--start", help="RUN/final of an earlier run to start from, or of `qwenvl_jax.demo.pretrain`")
+    parser.add_argument("--assets", help="where fonts, emoji and tables are; see notebooks/demo/assets.py")
+    parser.add_argument("--start", help="RUN/final of an earlier run to start from, or of `pretrain`")
     parser.add_argument("--rows", type=int, default=20, help="of a batch; each is about two conversations")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--cooldown", type=int, default=0)
@@ -247,7 +257,3 @@ def main() -> None:
         return
     save(model._replace(params=result.params), final, files_from=files)
     print(f"model of step {result.step}: {final}")
-
-
-if __name__ == "__main__":
-    main()

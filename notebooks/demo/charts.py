@@ -3,10 +3,10 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from qwenvl_jax.demo.assets import Assets
-from qwenvl_jax.demo.fonts import PLAIN, font, middles
-from qwenvl_jax.demo.questions import HIGHEST, LOWEST, VALUE, ask
-from qwenvl_jax.demo.tables import Series, tables
+from demo.assets import Assets
+from demo.fonts import PLAIN, font, middles
+from demo.questions import HIGHEST, LOWEST, VALUE, ask
+from demo.tables import Series, tables
 
 SIZES = ((196, 168), (224, 168), (196, 196), (224, 196))
 MOST = 7  # points of a chart

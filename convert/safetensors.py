@@ -17,8 +17,9 @@ import ml_dtypes
 import numpy as np
 
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.params.directory import INDEX
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the reference reader's limit

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ImageFont
 
-from qwenvl_jax.demo.assets import Assets
+from demo.assets import Assets
 
 _FOUR = ("400-normal", "400-italic", "700-normal", "700-italic")
 

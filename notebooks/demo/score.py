@@ -1,14 +1,14 @@
 """Asks a checkpoint the demo's questions, none of which was in training, and prints how it did.
 
-python -m qwenvl_jax.demo.score [MODEL] --assets DIR [--questions N] [--second] [--output FILE]
+python notebooks/demo score [MODEL] --assets DIR [--questions N] [--second] [--output FILE]
 """
 
 import argparse
 from itertools import islice
 
-from qwenvl_jax.demo.assets import Assets, assets_of
-from qwenvl_jax.demo.render import METRICS, TASKS, Scenes
-from qwenvl_jax.evaluate import evaluate
+from demo.assets import Assets, assets_of
+from demo.render import METRICS, TASKS, Scenes
+from qwenvl_jax.eval.evaluator import evaluate
 from qwenvl_jax.params.checkpoint import load
 
 LONGEST = 96  # tokens of an answer; three boxes are about 80
@@ -36,7 +36,7 @@ def second_questions(assets: Assets, each: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--assets", help="where fonts, emoji and tables are; see qwenvl_jax/demo/assets.py")
+    parser.add_argument("--assets", help="where fonts, emoji and tables are; see notebooks/demo/assets.py")
     parser.add_argument("--questions", type=int, default=500, help="of every task")
     parser.add_argument("--second", action="store_true", help="ask about the second thing in clips and scenes instead")
     parser.add_argument("--output", help="JSONL file for every question, answer and score")
@@ -48,7 +48,3 @@ def main() -> None:
     print(report.table())
     if args.output:
         report.write(args.output)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,13 +8,14 @@ import dataclasses
 import math
 from pathlib import Path
 
+from qwenvl_convert.safetensors import DTYPES, Reader
+
 from qwenvl_jax.config import PRESETS, Config
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.params import directory
 from qwenvl_jax.params.precision import on_cpu
-from qwenvl_jax.params.tensors import DTYPES, Reader
 
-# Parameters of the presets, which are counted with jax: `count_params` of model/qwenvl.py.
+# Parameters of the presets, which are counted with jax: `count_params` of params/specs.py.
 PARAMETERS = {
     "qwen2-vl-2b": 2_208_985_600,
     "qwen2-vl-7b": 8_291_375_616,

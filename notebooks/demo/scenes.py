@@ -7,11 +7,11 @@ import json
 
 import numpy as np
 
-from qwenvl_jax.demo.assets import Assets
-from qwenvl_jax.demo.canvas import background, grain
-from qwenvl_jax.demo.cells import Facts, Thing, cell_of, of_things
-from qwenvl_jax.demo.emoji import NAMES, plural, sprite
-from qwenvl_jax.demo.questions import COUNT, LIST, LOCATE, LOCATE_ALL, LOCATE_ONE, NAME, ask
+from demo.assets import Assets
+from demo.canvas import background, grain
+from demo.cells import Facts, Thing, cell_of, of_things
+from demo.emoji import NAMES, plural, sprite
+from demo.questions import COUNT, LIST, LOCATE, LOCATE_ALL, LOCATE_ONE, NAME, ask
 
 MOST = 6  # of one kind in a scene to count
 _LOCATED = 3  # of one kind to locate

@@ -1,7 +1,7 @@
 """Will it fit, on which slice, how fast at best: compiles for a TPU slice or GPUs that are not there.
 
 The compilers of both run on any machine (`libtpu` and jax's CUDA plugin bring them along), so what is planned is the
-very program that would run. What limits it is read off its text (`compiled.py`); nothing is measured.
+very program that would run. What limits it is read off its text (`hlo.py`); nothing is measured.
 """
 
 import math
@@ -17,18 +17,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from qwenvl_jax.compiled import Program
 from qwenvl_jax.config import PRESETS, Config
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.programs import Programs
-from qwenvl_jax.inputs.batch import Ladder, cover
+from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import slots_needed
-from qwenvl_jax.model.qwenvl import abstract_params
+from qwenvl_jax.inputs.pack import cover
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.directory import DEMO, find, read_config
-from qwenvl_jax.sharding import AXES, activation_sharding, check_mesh, kv_copies, make_mesh, param_shardings
-from qwenvl_jax.targets import CHIPS, GIB, Target, devices
+from qwenvl_jax.params.specs import abstract_params, check_mesh, param_shardings, specs, specs_of
+from qwenvl_jax.plan.hardware import CHIPS, GIB, Target, devices
+from qwenvl_jax.plan.hlo import Program
+from qwenvl_jax.sharding import AXES, activation_sharding, kv_copies, make_mesh
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, make_step, shardings
@@ -230,8 +231,7 @@ def _local_bytes(tree) -> int:
 
 
 def _weights(config: Config, mesh: Mesh) -> dict:
-    params = abstract_params(config)
-    return _placed(params, param_shardings(params, mesh))
+    return _placed(abstract_params(config), param_shardings(specs(config), mesh))
 
 
 def _decoder_read(params: dict) -> dict:
@@ -303,17 +303,20 @@ def _lower_train(job: Job, mesh: Mesh):
     else:
         params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), params)
         trainable = lambda path: True  # noqa: E731
-    params = _placed(params, param_shardings(params, mesh))
-    optimizer = make_optimizer(options.learning_rate, weight_decay=options.weight_decay, mu_dtype=options.moment_dtype)
-    state = jax.eval_shape(partial(init_state, optimizer=optimizer, trainable=trainable), params)
-    state = _placed(state, shardings(state, params, mesh))
+    declared = specs_of(config, params)
+    params = _placed(params, param_shardings(declared, mesh))
+    optimizer = make_optimizer(
+        declared, options.learning_rate, weight_decay=options.weight_decay, mu_dtype=options.moment_dtype
+    )
+    state = jax.eval_shape(partial(init_state, declared, optimizer=optimizer, trainable=trainable), params)
+    state = _placed(state, shardings(state, declared, mesh))
     P = Ladder().capacity(slots_needed(job.grid(), config.vision), config.vision)
     vision = (_lanes(config, mesh, job.images, P, "."),) if job.images else ()
     ids = jax.ShapeDtypeStruct((1, B, T), jnp.int32)
     inputs = Batch(ids, jax.ShapeDtypeStruct((1, 3, B, T), jnp.int32), ids, ids, vision)
     batch = TrainBatch(inputs, ids, jax.ShapeDtypeStruct((1, B, T), jnp.float32))
     batch = _placed(batch, batch_shardings(batch, mesh))
-    step = make_step(partial(sft_loss, config, remat=options.remat), optimizer, trainable)
+    step = make_step(declared, partial(sft_loss, config, remat=options.remat), optimizer, trainable)
     parts = {"weights": state.params, "optimizer": state.opt_state, "read": (state.params, state.opt_state)}
     return step.lower(state, batch), parts, B * T, 1
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from qwenvl_jax.demo.assets import Assets
+from demo.assets import Assets
 
 TRAINED = 0.75  # the share of every table that training draws from: the earlier part
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")

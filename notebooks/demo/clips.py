@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from qwenvl_jax.demo.assets import Assets
-from qwenvl_jax.demo.canvas import background
-from qwenvl_jax.demo.cells import Thing, of_things
-from qwenvl_jax.demo.emoji import NAMES, sprite
-from qwenvl_jax.demo.questions import WHEN, ask
+from demo.assets import Assets
+from demo.canvas import background
+from demo.cells import Thing, of_things
+from demo.emoji import NAMES, sprite
+from demo.questions import WHEN, ask
 
 FPS = 2.0
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from qwenvl_jax.demo import charts, clips, lines, scenes
-from qwenvl_jax.demo.assets import Assets
-from qwenvl_jax.demo.cells import of_nothing
+from demo import charts, clips, lines, scenes
+from demo.assets import Assets
+from demo.cells import of_nothing
 from qwenvl_jax.errors import InputError
 
 # How often each task comes in the default mixture, and how its answers are marked.

@@ -1,27 +1,17 @@
-"""Ragged samples to rectangles: bucket ladders, lanes, padding.
-
-Sizes are rounded up to a short ladder so that XLA compiles once per rung and never again.
-"""
+"""The sizes that programs are compiled for: XLA compiles one program per shape, so every size is rounded up to one of
+a few fixed values."""
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
-
-from qwenvl_jax.config import Config, VisionConfig
+from qwenvl_jax.config import VisionConfig
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs.layout import (
-    Lanes,
-    Placement,
-    mrope_positions,
-    placeholder_runs,
-    slots_needed,
-)
+from qwenvl_jax.inputs.layout import slots_needed
 from qwenvl_jax.inputs.media import MAX_ASPECT
-from qwenvl_jax.types import Batch, Grid, Sample, VisionBatch, Visual
+from qwenvl_jax.types import Grid
 
 # What a call of the vision tower costs, in patches: reading all weights, once, as much as computing 512; and full
 # attention as much as everything else where 8192 share a lane (7680 in Qwen2-VL; Qwen2.5-VL has few full layers).
@@ -128,110 +118,3 @@ def round_up(size: int, rungs: Sequence[int], what: str) -> int:
     if i == len(rungs):
         raise InputError(f"{size} {what} are more than the largest bucket, {rungs[-1]}")
     return rungs[i]
-
-
-def make_batch(samples: Sequence[Sample], config: Config, ladder: Ladder | None = None) -> Batch:
-    """Packs conversations into one batch of numpy arrays, one row each, padded on the right to the ladder.
-
-    Rows beyond the samples are all padding. Raises InputError when placeholders and visuals do not match or
-    a size exceeds the ladder.
-    """
-    ladder = ladder or Ladder()
-    if not samples:
-        raise InputError("a batch needs at least one conversation")
-    longest = max(len(s.tokens) for s in samples)
-    if min(len(s.tokens) for s in samples) == 0:
-        raise InputError("a conversation has no tokens")
-    shape = round_up(len(samples), ladder.rows, "rows"), round_up(longest, ladder.tokens, "tokens in a row")
-    tokens = np.zeros(shape, np.int32)
-    segments = np.zeros(shape, np.int32)
-    visual_index = np.full(shape, -1, np.int32)
-    positions = np.zeros((3, *shape), np.int32)
-
-    visuals = [v for s in samples for v in s.visuals]
-    vision, places = pack_vision(visuals, config, ladder)
-    places = iter(places)
-    for b, s in enumerate(samples):
-        n = len(s.tokens)
-        tokens[b, :n], segments[b, :n] = s.tokens, 1
-        positions[:, b, :n] = mrope_positions(s.tokens, s.visuals, config)
-        for first, last in placeholder_runs(s.tokens, s.visuals, config):
-            visual_index[b, first:last] = next(places)
-    return Batch(tokens, positions, segments, visual_index, vision)
-
-
-def pack_vision(
-    visuals: Sequence[Visual], config: Config, ladder: Ladder
-) -> tuple[tuple[VisionBatch, ...], list[np.ndarray]]:
-    """Lanes of patches in window order, and for every visual the place of each of its merged tokens in the
-    flattened [Σ R·M] vision output, in the order the text wants them.
-
-    The largest frame that is left decides on the next call, whose gaps smaller ones fill.
-    """
-    v, frames = config.vision, []
-    for i, visual in enumerate(visuals):
-        if visual.patches.shape != (visual.grid.patches, v.patch_values):
-            raise InputError(
-                f"visual {i + 1} has patches of shape {visual.patches.shape}, "
-                f"its grid {tuple(visual.grid)} needs {(visual.grid.patches, v.patch_values)}"
-            )
-        one = visual.grid._replace(t=1)
-        frames += [visual._replace(patches=patches, grid=one) for patches in np.split(visual.patches, visual.grid.t)]
-    calls, places, start = [], [None] * len(frames), 0
-    for (R, P), placed in cover([frame.grid for frame in frames], v, ladder):
-        call, inner = fill_lanes([frames[i] for i in placed], list(placed.values()), R, P, v)
-        for i, place in zip(placed, inner, strict=True):
-            places[i] = start + place
-        start += call.frames.size // v.merge_unit
-        calls.append(call)
-    rest = iter(places)
-    return tuple(calls), [np.concatenate([next(rest) for _ in range(visual.grid.t)]) for visual in visuals]
-
-
-def cover(
-    grids: Sequence[Grid], v: VisionConfig, ladder: Ladder
-) -> Iterator[tuple[tuple[int, int], dict[int, list[Placement]]]]:
-    """The calls that take in frames of these grids: (R, P), and by number the frames in it and where they are."""
-    sizes = {grid: slots_needed(grid, v) for grid in set(grids)}
-    left = sorted(range(len(grids)), key=lambda i: -sizes[grids[i]])
-    while left:
-        R, P = ladder.cheapest([sizes[grids[i]] for i in left], v)
-        lanes, placed, refused = Lanes(P, v, R), {}, set()
-        for i in left:
-            if grids[i] in refused:
-                continue
-            if placements := lanes.place([grids[i]]):
-                placed[i] = placements[0]
-            else:
-                refused.add(grids[i])
-        yield (R, P), placed
-        left = [i for i in left if i not in placed]
-
-
-def fill_lanes(
-    visuals: Sequence[Visual], placements: Sequence[Sequence[Placement]], lanes: int, capacity: int, v: VisionConfig
-) -> tuple[VisionBatch, list[np.ndarray]]:
-    """`lanes` lanes of `capacity` patch slots with every visual where it was placed, and where in [R·M] its merged
-    tokens are."""
-    unit, side = v.merge_unit, v.spatial_merge_size
-    patches = np.zeros((lanes, capacity, v.patch_values), np.uint8)
-    positions = np.zeros((lanes, capacity, 2), np.int32)
-    frames = np.zeros((lanes, capacity), np.int32)
-    windows = np.zeros((lanes, capacity), np.int32)
-    places = []
-    in_unit = np.stack(np.divmod(np.arange(unit), side), -1)  # row and column within a merged cell
-    for visual, frames_of in zip(visuals, placements, strict=True):
-        cols = visual.grid.w // side
-        cells = np.stack(np.divmod(np.arange(visual.grid.h // side * cols), cols), -1)
-        where = (cells[:, None] * side + in_unit).reshape(-1, 2)
-        source = visual.patches.reshape(visual.grid.t, -1, v.patch_values)
-        out = np.empty((visual.grid.t, len(cells)), np.int32)
-        for k, p in enumerate(frames_of):
-            slots = (p.cells[:, None] * unit + np.arange(unit)).reshape(-1)
-            patches[p.lane, slots] = source[k]
-            positions[p.lane, slots] = where
-            frames[p.lane, slots] = p.frame
-            windows[p.lane, slots] = np.repeat(p.windows, unit)
-            out[k] = p.lane * (capacity // unit) + p.cells
-        places.append(out.reshape(-1))
-    return VisionBatch(patches, positions, frames, windows), places

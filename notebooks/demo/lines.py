@@ -9,13 +9,13 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from qwenvl_jax.demo.assets import Assets
-from qwenvl_jax.demo.canvas import background, contrast, grain
-from qwenvl_jax.demo.cells import of_text
-from qwenvl_jax.demo.emoji import NAMES, plural
-from qwenvl_jax.demo.fonts import CAPITALS, font, middles, pick
-from qwenvl_jax.demo.questions import ALL, READ, ask
-from qwenvl_jax.demo.tables import MONTHS
+from demo.assets import Assets
+from demo.canvas import background, contrast, grain
+from demo.cells import of_text
+from demo.emoji import NAMES, plural
+from demo.fonts import CAPITALS, font, middles, pick
+from demo.questions import ALL, READ, ask
+from demo.tables import MONTHS
 
 MAX_WIDTH = 280
 MAX_CHARS = 16

@@ -11,8 +11,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from qwenvl_jax.demo.emoji import NAMES, plural
-from qwenvl_jax.demo.questions import ALL
+from demo.emoji import NAMES, plural
+from demo.questions import ALL
 
 # In the order of Qwen2.5-VL, which has them from id 151643 on; here they follow the words.
 SPECIAL = (
@@ -95,58 +95,18 @@ def write_processor(directory: str | Path) -> Path:
 
     All that a checkpoint directory holds besides config.json and the weights. Existing files are replaced.
     """
-    directory = Path(directory)
+    directory, special = Path(directory), special_ids()
     directory.mkdir(parents=True, exist_ok=True)
-    special = special_ids()
-    plain = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
-    stop = [special["<|im_end|>"], special["<|endoftext|>"]]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Isolated", "invert": False}
+    end, stop = special["<|endoftext|>"], special["<|im_end|>"]
     files = {
-        "tokenizer.json": {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": i, "content": token} | plain for token, i in special.items()],
-            "normalizer": {"type": "NFC"},
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-            "post_processor": byte_level,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": "",
-                "end_of_word_suffix": "",
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": True,  # look a whole piece up before anything else
-                "vocab": vocabulary(),
-                "merges": [],
-            },
-        },
-        "tokenizer_config.json": {
-            "add_bos_token": False,
-            "add_prefix_space": False,
-            "added_tokens_decoder": {str(i): {"content": token} | plain for token, i in special.items()},
-            "additional_special_tokens": list(SPECIAL[1:]),
-            "bos_token": None,
-            "chat_template": CHAT_TEMPLATE,
-            "clean_up_tokenization_spaces": False,
-            "eos_token": "<|im_end|>",
-            "errors": "replace",
-            "model_max_length": CONTEXT,
-            "pad_token": "<|endoftext|>",
-            "split_special_tokens": False,
-            "tokenizer_class": "Qwen2Tokenizer",
-            "unk_token": None,
-        },
+        "tokenizer.json": _tokenizer(special),
+        "tokenizer_config.json": _tokenizer_config(special),
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},
         "preprocessor_config.json": PREPROCESSOR,
         "generation_config.json": {
-            "bos_token_id": special["<|endoftext|>"],
-            "pad_token_id": special["<|endoftext|>"],
-            "eos_token_id": stop,
+            "bos_token_id": end,
+            "pad_token_id": end,
+            "eos_token_id": [stop, end],
             "do_sample": False,
         },
     }
@@ -156,3 +116,53 @@ def write_processor(directory: str | Path) -> Path:
             path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
             os.replace(path, directory / name)
     return directory
+
+
+# How both of the tokenizer's files describe a special token.
+_PLAIN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+
+
+def _tokenizer(special: dict[str, int]) -> dict:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": _WORDS}, "behavior": "Isolated", "invert": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": token} | _PLAIN for token, i in special.items()],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": byte_level,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # look a whole piece up before anything else
+            "vocab": vocabulary(),
+            "merges": [],
+        },
+    }
+
+
+def _tokenizer_config(special: dict[str, int]) -> dict:
+    return {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(i): {"content": token} | _PLAIN for token, i in special.items()},
+        "additional_special_tokens": list(SPECIAL[1:]),
+        "bos_token": None,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": CONTEXT,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }

@@ -217,3 +217,7 @@ def bootstrap(
     ratios = np.divide(sums[:, 0], sums[:, 1], out=np.ones(resamples), where=sums[:, 1] > 0)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)
+
+
+METRICS = {"exact": exact, "anls": anls, "relaxed": relaxed, "seconds": seconds}
+BOXES = "iou"  # counted over a task; every other metric is the mean of its items

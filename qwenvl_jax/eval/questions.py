@@ -1,0 +1,103 @@
+"""Questions whose answers are known: JSONL files and records, checked before a model is asked.
+
+Importing this file does not import numpy.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.eval import metrics
+from qwenvl_jax.eval.metrics import BOXES, METRICS
+
+
+class Question(NamedTuple):
+    """One item to answer."""
+
+    messages: list[dict]  # up to the answer
+    answers: tuple[str, ...]  # the right ones
+    task: str
+    metric: str
+    where: str  # "file:line", for errors
+    tools: list | None = None
+
+
+def read_questions(records, metric: str = "exact") -> list[Question]:
+    """The questions of a JSONL file, a list of them, or a list of records (see `Evaluator`) or of questions.
+
+    Paths of pictures and clips in a file start from its folder. Raises InputError that names the record at fault.
+    """
+    from qwenvl_jax.inputs.records import read_lines  # it brings numpy
+
+    if isinstance(records, str | Path):
+        records = [records]
+    questions = []
+    for i in range(len(records)):  # what only has len() and [i] is a list too
+        one = records[i]
+        if isinstance(one, Question):
+            questions.append(one)
+            continue
+        lines = read_lines(one) if isinstance(one, str | Path) else [(f"record {i}", one, None)]
+        for where, value, folder in lines:
+            try:
+                questions.append(_question(value, folder, metric, where))
+            except (InputError, RecursionError) as e:  # the latter where lists are nested by the hundred
+                raise InputError(f"{where}: {e}") from e
+    if not questions:
+        raise InputError(f"{', '.join(map(str, records)) or 'the list of records'}: no record to evaluate on")
+    return questions
+
+
+def _question(record, folder: Path | None, metric: str, where: str) -> Question:
+    from qwenvl_jax.inputs.records import conversation
+
+    if not isinstance(record, Mapping):
+        raise InputError(f"a record is a JSON object, not a {type(record).__name__}")
+    ((messages, _),) = conversation(record, folder)
+    answer = record.get("answer")
+    last = messages[-1]
+    if isinstance(last, Mapping) and last.get("role") == "assistant":
+        messages = messages[:-1]
+        answer = text_of(last) if answer is None else answer
+    if answer is None:
+        raise InputError("has no 'answer', and does not end with one of the assistant's")
+    if not messages:
+        raise InputError("has no question before the answer")
+    task, metric = record.get("task", "default"), record.get("metric", metric)
+    if not isinstance(task, str) or not task:
+        raise InputError(f"task is {task!r}; it must be a name")
+    if metric not in (*METRICS, BOXES):
+        raise InputError(f"metric is {metric!r}; known are {', '.join((*METRICS, BOXES))}")
+    return Question(messages, _answers(answer, metric), task, metric, where, record.get("tools"))
+
+
+def _answers(answer, metric: str) -> tuple[str, ...]:
+    """The right answers as texts, checked to be what the metric can compare with."""
+    if metric == BOXES:
+        try:
+            objects = json.loads(answer) if isinstance(answer, str) else answer
+            text = json.dumps(objects)
+        except (TypeError, ValueError, RecursionError) as e:
+            raise InputError(f"answer is not readable as JSON ({e})") from e
+        if not isinstance(objects, list) or len(metrics.parse_boxes(text)) != len(objects):
+            raise InputError('answer must be a list of {"bbox_2d": [x1, y1, x2, y2], "label": "…"}')
+        return (text,)
+    several = answer if isinstance(answer, list | tuple) else [answer]
+    if not several or not all(isinstance(a, str | int | float) and not isinstance(a, bool) for a in several):
+        raise InputError(f"answer is {str(answer)[:80]!r}; it must be a text or a number, or a list of them")
+    texts = tuple(map(str, several))
+    if metric == "seconds":
+        for text in texts:
+            if metrics.first_time(text) is None:
+                raise InputError(f"answer is {text[:80]!r}; with the metric seconds it must name a time")
+    return texts
+
+
+def text_of(message: Mapping) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    items = content if isinstance(content, list | tuple) else []
+    return "".join(i["text"] for i in items if isinstance(i, Mapping) and isinstance(i.get("text"), str))

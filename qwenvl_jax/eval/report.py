@@ -1,0 +1,130 @@
+"""Answers scored one by one, and the scores of all of them with their 95% intervals."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from qwenvl_jax.eval import metrics
+from qwenvl_jax.eval.metrics import BOXES, METRICS
+from qwenvl_jax.eval.questions import Question, text_of
+
+_PROPORTIONS = ("exact", "relaxed", "seconds")
+
+
+class Answer(NamedTuple):
+    """One item answered. score is from 0 to 1; matched holds the counts that a box metric's score is made of."""
+
+    question: Question
+    prediction: str
+    finish_reason: str
+    score: float
+    matched: metrics.Matched | None = None
+
+    def to_dict(self) -> dict:
+        q = self.question
+        return {
+            "where": q.where,
+            "task": q.task,
+            "metric": q.metric,
+            "question": text_of(q.messages[-1]),
+            "answer": q.answers[0] if len(q.answers) == 1 else list(q.answers),
+            "prediction": self.prediction,
+            "finish_reason": self.finish_reason,
+            "score": self.score,
+        }
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task, from 0 to 1, with its 95% interval; n items. details: precision and recall of boxes."""
+
+    task: str
+    metric: str
+    n: int
+    value: float
+    low: float
+    high: float
+    details: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scores by task, `overall` (the mean of all items' scores), and every answer in the order of the records."""
+
+    scores: tuple[Score, ...]
+    overall: Score
+    answers: tuple[Answer, ...]
+
+    def metrics(self) -> dict[str, float]:
+        """{"eval/TASK/METRIC": value, …, "eval/overall": value}, for a training run's log."""
+        named = {}
+        for s in self.scores:
+            named |= {f"eval/{s.task}/{name}": value for name, value in {s.metric: s.value, **s.details}.items()}
+        return named | {"eval/overall": self.overall.value}
+
+    def to_dict(self) -> dict:
+        """The scores, as `--json` prints them."""
+        return {"tasks": [vars(s) for s in self.scores], "overall": vars(self.overall)}
+
+    def table(self) -> str:
+        """The scores for people, in percent."""
+        rows = [("task", "metric", "n", "score", "95% interval", "")]
+        for s in (*self.scores, self.overall):
+            metric = "F1 at IoU 0.5" if s.metric == BOXES else s.metric
+            details = ", ".join(f"{name} {100 * value:.1f}%" for name, value in s.details.items())
+            interval = f"{100 * s.low:.1f} – {100 * s.high:.1f}"
+            rows.append((s.task, metric, str(s.n), f"{100 * s.value:.1f}%", interval, details))
+        width = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        pad = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
+        cells = ([p(x, w) for p, x, w in zip(pad, row, width, strict=True)] for row in rows)
+        return "\n".join("  ".join(row).rstrip() for row in cells)
+
+    def write(self, path) -> None:
+        """Writes the answers as JSONL, under another name until the file is complete."""
+        path = Path(path)
+        work = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        try:
+            with work.open("w", encoding="utf-8") as f:
+                f.writelines(json.dumps(a.to_dict(), ensure_ascii=False) + "\n" for a in self.answers)
+            os.replace(work, path)
+        finally:
+            work.unlink(missing_ok=True)
+
+
+def score(question: Question, prediction: str, finish_reason: str = "stop") -> Answer:
+    """Compares one prediction with the right answers of its question."""
+    if question.metric == BOXES:
+        gold = metrics.parse_boxes(question.answers[0])
+        matched = metrics.match_boxes(metrics.parse_boxes(prediction), gold)
+        return Answer(question, prediction, finish_reason, matched.f1, matched)
+    value = METRICS[question.metric](prediction, question.answers)
+    return Answer(question, prediction, finish_reason, value)
+
+
+def report(answers: Sequence[Answer]) -> Report:
+    """The scores of at least one answer; tasks in the order of their first."""
+    groups: dict[tuple[str, str], list[Answer]] = {}
+    for a in answers:
+        groups.setdefault((a.question.task, a.question.metric), []).append(a)
+    scores = tuple(_score(task, metric, group) for (task, metric), group in groups.items())
+    return Report(scores, _score("overall", "mean", answers), tuple(answers))
+
+
+def _score(task: str, metric: str, answers: Sequence[Answer]) -> Score:
+    n = len(answers)
+    if metric == BOXES:
+        right, predicted, gold = (sum(column) for column in zip(*(a.matched for a in answers), strict=True))
+        pairs = [(2 * a.matched.right, a.matched.predicted + a.matched.gold) for a in answers]
+        # Of no boxes none is wrong; but where there was something to find, silence is not precise either.
+        precision = right / predicted if predicted else float(not gold)
+        recall = right / gold if gold else float(not predicted)
+        details = {"precision": precision, "recall": recall}
+        value = metrics.Matched(right, predicted, gold).f1
+        return Score(task, metric, n, value, *metrics.bootstrap(*zip(*pairs, strict=True)), details)
+    values = [a.score for a in answers]
+    if all(a.question.metric in _PROPORTIONS for a in answers):
+        return Score(task, metric, n, sum(values) / n, *metrics.wilson(sum(values), n))
+    return Score(task, metric, n, sum(values) / n, *metrics.bootstrap(values, [1.0] * n))
