@@ -128,7 +128,7 @@ def test_a_compiler_that_is_missing(monkeypatch, capsys, target):
     assert "pip install 'qwenvl-jax[plan]'" in capsys.readouterr().err
 
 
-RECIPES = re.findall(r"`(--model [^`]+)`", (Path(__file__).parents[1] / "README.md").read_text())
+RECIPES = re.findall(r"`(--model [^`]+)`", (Path(__file__).parents[1] / "qwenvl_jax/plan/README.md").read_text())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
