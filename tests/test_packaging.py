@@ -36,9 +36,6 @@ def code_files():
     return {str(p.relative_to(ROOT)) for p in files if p.stat().st_size}
 
 
-# Names of the target tree that other branches of this change bring; to be deleted when they are merged.
-
-
 @pytest.mark.parametrize("path", tree())
 def test_the_tree_names_what_exists(path):
     assert (ROOT / path).exists()
