@@ -1,21 +1,46 @@
-"""Fixtures that several test files share."""
+"""The process that the tests run in, and fixtures that several test files share."""
 
+import atexit
 import os
+import shutil
+import signal
+import tempfile
 from pathlib import Path
 
-# Tests mostly wait for the compiler. Read when jax first compiles.
+# XLA reads these once, before the first program. Programs for tests should compile fast, and meshes need devices;
+# whatever names no device still runs on the first one.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+if "device_count" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+
+# One folder of compiled programs for all test processes: workers and child processes inherit the variable.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="qwenvl-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
 from make_tiny import FAMILIES, copy_tokenizer, make_tiny
 
+# A shell ignores Ctrl-C for what it starts in the background; some tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_programs(tmp_path_factory):
-    """What a warm-up writes is not for the home folder."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+
+@pytest.fixture
+def compilations():
+    """An event for each program that XLA compiles, or that is found compiled, during the test."""
+    events = []
+
+    def count(event: str, *_, **__) -> None:
+        if "backend_compile" in event:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(count)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 """Conversion loses no bit in either direction, streams, and leaves nothing that looks finished when it is not."""
 
 import errno
+import importlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,7 @@ from tiny_hf import assert_same_bits, bits, nested, torch_tensors, write_hf
 import qwenvl_jax
 from qwenvl_jax import cli
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import to_dict
 from qwenvl_jax.params import checkpoint
 from qwenvl_jax.params.specs import flatten
 
@@ -238,30 +241,16 @@ def test_no_room_is_seen_before_the_work(orbax, src, monkeypatch, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def run(code: str, *args):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(qwenvl_jax.__file__).parents[1])}
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
-
-
-FULL = """
-import resource, sys
-from qwenvl_convert import orbax as conversion
-from qwenvl_jax.errors import InputError
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    getattr(hf, sys.argv[1])(sys.argv[2], sys.argv[3])
-except InputError as e:
-    print(e)
-"""
-
-
 @pytest.mark.parametrize("job", ["to_orbax", "to_hf"])
 def test_a_disk_that_fills_up_on_the_way(job, orbax, src, tmp_path):
     """A limit on the size of a file makes the kernel refuse the writes in the middle, as a full disk does."""
-    out = run(FULL, job, src if job == "to_orbax" else orbax, tmp_path / "out")
-    assert "no room on the disk; 0.07 GB are needed" in out.stdout, out.stdout + out.stderr
-    assert out.stderr == ""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"no room on the disk; 0\.07 GB are needed"):
+            getattr(conversion, job)(src if job == "to_orbax" else orbax, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -281,26 +270,7 @@ def test_a_disk_that_fills_up_while_tensors_are_written(orbax, monkeypatch, tmp_
     assert not list(tmp_path.glob("out*"))
 
 
-# Sends itself a signal at the n-th call of a function.
-KILLED = """
-import os, sys
-job, src, dst, signal, module, owner, name, n = sys.argv[1:]
-import importlib
-from qwenvl_convert import orbax as conversion
-from qwenvl_jax.cli import main
-target = importlib.import_module(module)
-target = getattr(target, owner) if owner else target
-original, calls = getattr(target, name), []
-
-def counted(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == int(n):
-        os.kill(os.getpid(), int(signal))
-    return original(*args, **kwargs)
-
-setattr(target, name, counted)
-sys.exit(main(["convert", src, dst, "--to", job.removeprefix("to_")]))
-"""
+# Where a signal hits: a function, and at which of its calls.
 POINTS = {
     "to_orbax": [
         ("qwenvl_convert.hf", "Source", "read", 1),
@@ -319,11 +289,49 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize(("job", "point"), [(job, point) for job in POINTS for point in POINTS[job]])
+every_point = pytest.mark.parametrize(("job", "point"), [(job, point) for job in POINTS for point in POINTS[job]])
+
+
+def hit(sent: int, module: str, owner: str, name: str, n: int, patch=setattr) -> None:
+    """This process sends itself a signal at the n-th call of a function."""
+    target = importlib.import_module(module)
+    target = getattr(target, owner) if owner else target
+    original, calls = getattr(target, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == n:
+            os.kill(os.getpid(), sent)
+        return original(*args, **kwargs)
+
+    patch(target, name, counted)
+
+
+@every_point
+def test_interrupted_on_the_way(job, point, orbax, src, monkeypatch, capsys, tmp_path):
+    """Ctrl-C leaves nothing, and says nothing."""
+    hit(signal.SIGINT, *point, patch=monkeypatch.setattr)
+    source = src if job == "to_orbax" else orbax
+    assert cli.main(["convert", str(source), str(tmp_path / "out"), "--to", job.removeprefix("to_")]) == 130
+    assert capsys.readouterr() == ("", "\n")
+    assert not list(tmp_path.glob("out*"))
+
+
+def killed(source, point, job: str) -> None:
+    """Converts `source` to "out" beside it in a process of its own, which is killed at that point."""
+    code = "import sys, test_convert as t; *point, n, job, source, out = sys.argv[1:]; "
+    code += "t.hit(t.signal.SIGKILL, *point, int(n)); getattr(t.conversion, job)(source, out)"
+    paths = [str(Path(__file__).parent), str(Path(qwenvl_jax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, "-c", code, *map(str, point), job, str(source), str(source.parent / "out")]
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr
+
+
+@pytest.mark.slow
+@every_point
 def test_killed_on_the_way(job, point, orbax, src, tmp_path):
     source, dst = src if job == "to_orbax" else orbax, tmp_path / "out"
-    out = run(KILLED, job, source, dst, int(signal.SIGKILL), *point)
-    assert out.returncode == -signal.SIGKILL, out.stderr
+    killed(source, point, job)
     assert not dst.exists() and (tmp_path / "out.partial-qwenvl_jax").exists()
     with pytest.raises(InputError, match="no such directory"):
         qwenvl_jax.load(dst)
@@ -334,23 +342,24 @@ def test_killed_on_the_way(job, point, orbax, src, tmp_path):
     assert_same_bits(flatten(read(dst, config)), flatten(read_params(src, config)))
 
 
-@pytest.mark.parametrize(("job", "point"), [(job, point) for job in POINTS for point in POINTS[job]])
-def test_interrupted_on_the_way(job, point, orbax, src, tmp_path):
-    """Ctrl-C leaves nothing, and says nothing."""
-    out = run(KILLED, job, src if job == "to_orbax" else orbax, tmp_path / "out", int(signal.SIGINT), *point)
-    assert (out.returncode, out.stdout, out.stderr) == (130, "", "\n")
-    assert not list(tmp_path.glob("out*"))
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 40])
+def test_half_written_weights_do_not_load_under_the_partial_name(n, orbax, tmp_path):
+    killed(orbax, ("qwenvl_convert.safetensors", "Writer", "write_rows", n), "to_hf")
+    shutil.copyfile(orbax / "config.json", tmp_path / "out.partial-qwenvl_jax" / "config.json")
+    with pytest.raises(InputError, match="cut short"):
+        read_params(tmp_path / "out.partial-qwenvl_jax", checkpoint.read_config(orbax))
 
 
+@pytest.mark.slow
 def test_interrupted_while_orbax_writes(tmp_path):
     """From outside, at moments that vary, with parameters so large that Orbax's threads are at work."""
     text = dict(num_hidden_layers=12, intermediate_size=8192, hidden_size=768, num_attention_heads=16)
     config = tiny_config("qwen2_5_vl", text=text)
     write_hf(tmp_path / "src", config, torch_tensors(config, "bfloat16"))
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(qwenvl_jax.__file__).parents[1])}
     command = [sys.executable, "-m", "qwenvl_jax.cli", "convert", tmp_path / "src", tmp_path / "out", "--to", "orbax"]
     for delay in (0.02, 0.05, 0.1, 0.15, 0.2):
-        with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
             while not list(tmp_path.glob("out*")) and job.poll() is None:
                 time.sleep(0.002)
             time.sleep(delay)
@@ -358,24 +367,6 @@ def test_interrupted_while_orbax_writes(tmp_path):
             assert job.communicate() == ("", "\n")
         assert job.returncode == 130
         assert not list(tmp_path.glob("out*"))
-
-
-@pytest.mark.parametrize("n", [1, 40])
-def test_half_written_weights_do_not_load_under_the_partial_name(n, orbax, tmp_path):
-    run(
-        KILLED,
-        "to_hf",
-        orbax,
-        tmp_path / "out",
-        int(signal.SIGKILL),
-        "qwenvl_convert.safetensors",
-        "Writer",
-        "write_rows",
-        n,
-    )
-    shutil.copyfile(orbax / "config.json", tmp_path / "out.partial-qwenvl_jax" / "config.json")
-    with pytest.raises(InputError, match="cut short"):
-        read_params(tmp_path / "out.partial-qwenvl_jax", checkpoint.read_config(orbax))
 
 
 # With the reference's own files
@@ -390,10 +381,10 @@ def test_transformers_writes_we_read_we_write_transformers_reads(family, tied, d
     import transformers
 
     config = with_text(tiny_config(family, dtype=dtype), tie_word_embeddings=tied)
-    name = "Qwen2_5_VL" if config.is_qwen2_5 else "Qwen2VL"
-    cls = getattr(transformers, f"{name}ForConditionalGeneration")
+    settings = to_dict(config)
+    cls = getattr(transformers, settings["architectures"][0])
     torch.manual_seed(0)
-    model = cls(getattr(transformers, f"{name}Config")(**config.to_dict())).to(getattr(torch, dtype))
+    model = cls(cls.config_class(**settings)).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "src", max_shard_size="100KB")
     assert len(list((tmp_path / "src").glob("*.safetensors"))) > 2
     assert checkpoint.read_config(tmp_path / "src") == config

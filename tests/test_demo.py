@@ -3,14 +3,15 @@
 import hashlib
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
+from demo.__main__ import NAMES, main
 from demo.tokenizer import write_processor
 from demo.train import demo_config
 from PIL import Image
 
-from qwenvl_jax.config import Config
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.params import checkpoint
 from qwenvl_jax.params.specs import count_params
@@ -32,7 +33,7 @@ def test_size(directory):
 
 
 def test_config_and_processor_are_what_the_script_makes(directory, tmp_path):
-    assert Config.from_file(directory / "config.json") == demo_config()
+    assert checkpoint.read_config(directory) == demo_config()
     for file in write_processor(tmp_path).iterdir():
         if file.name != "generation_config.json":
             assert json.loads((directory / file.name).read_text("utf-8")) == json.loads(file.read_text("utf-8"))
@@ -48,6 +49,18 @@ def test_card(directory):
     assert weights in card, "the card's results are of other weights; score these"
     for task in ("ocr", "ocr_unseen_fonts", "name", "count", "locate", "chart", "clip"):
         assert re.search(rf"^\| {task} \|.*\d\.\d%", card, re.M), f"no result for {task}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_scripts_run_by_name(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["notebooks/demo", name, "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main()
+    assert f"usage: demo {name}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["notebooks/demo", "paint"])
+    with pytest.raises(SystemExit, match="usage: python notebooks/demo"):
+        main()
 
 
 def pictures():

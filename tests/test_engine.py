@@ -22,6 +22,8 @@ from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.inputs.pack import cover, make_batch
 from qwenvl_jax.model import qwenvl
+from qwenvl_jax.params.specs import param_shardings, specs
+from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.types import Batch, Model
 
 # Ids are bytes: every token is one byte of UTF-8, a few are two, so that borders fall inside characters.
@@ -461,7 +463,7 @@ def test_warm_ups_that_cannot_be(limits):
 
 
 @pytest.mark.slow
-def test_two_hundred_requests_compile_nothing_after_warmup():
+def test_two_hundred_requests_compile_nothing_after_warmup(compilations):
     """0 to 8 pictures of 0.05 to 12 megapixels and 10 to 4000 tokens; counted by jax's compile events too.
 
     For the CPU's sake pictures are resized to 0.1 megapixels; test_layout.py packs them at the official limit.
@@ -469,16 +471,13 @@ def test_two_hundred_requests_compile_nothing_after_warmup():
     text = dict(num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=8192)
     config = tiny_config("qwen2_5_vl", text, {"depth": 1, "num_heads": 1, "fullatt_block_indexes": ()})
     m, ladder = Model(config, tiny_params(config), FakeProcessor(), {}), Ladder(tokens=(128, 512, 2048, 5120))
-    compiled, rng, engine = [], np.random.default_rng(20), Engine(m, max_batch=1, ladder=ladder)
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
-    )
-    jax.jit(lambda x: x + len(compiled))(np.zeros(7))
-    assert compiled  # the listener hears compilation
+    rng, engine = np.random.default_rng(20), Engine(m, max_batch=1, ladder=ladder)
+    jax.jit(lambda x: x + len(compilations))(np.zeros(7))
+    assert compilations  # the listener hears compilation
     engine.warmup(max_tokens=5120, max_pixels=100_352, sample=(False,), progress=False)
     traces = engine.traces
     assert traces["encode"] == 11
-    compiled.clear()
+    compilations.clear()
     patches = slots = 0
     for i, grids in enumerate(random_requests(rng, 100_352)):
         patches += sum(grid.patches for grid in grids)
@@ -487,7 +486,7 @@ def test_two_hundred_requests_compile_nothing_after_warmup():
         for grid in grids:
             parts += [picture(rng, config, grid.h, grid.w), 1]
         (result,) = engine.generate([sample(rng, config, *parts)], max_new_tokens=int(rng.integers(1, 5)))
-        assert (engine.traces, compiled) == (traces, []), f"request {i}: {result.prompt_tokens} tokens, {grids}"
+        assert (engine.traces, compilations) == (traces, []), f"request {i}: {result.prompt_tokens} tokens, {grids}"
     assert engine.padding["vision"] == 1 - patches / slots and 0 < engine.padding["text"] < 0.6
 
 
@@ -599,38 +598,18 @@ def test_numpy_weights_do():
     assert all(isinstance(w, jax.Array) for w in jax.tree.leaves(engine.params))  # not sent anew each step
 
 
-ON_A_MESH = """
-import jax, test_engine as t
-from qwenvl_jax.params.specs import param_shardings, specs
-from qwenvl_jax.sharding import make_mesh
-config, params, processor, _ = t.model()
-mesh = make_mesh(data=2, tensor=2)
-split = jax.device_put(params, param_shardings(specs(config), mesh))
-assert any(not w.sharding.is_fully_replicated for w in jax.tree.leaves(split))
-engine = t.Engine(t.Model(config, split, processor, {}), max_batch=4, ladder=t.shared().ladder)
-compiled = []
-def count(event, *_, **__):
-    if "backend_compile" in event:
-        compiled.append(event)
-jax.monitoring.register_event_duration_secs_listener(count)
-options = dict(max_new_tokens=70, seed=1, temperature=0.9, ignore_eos=True)
-samples = t.mixed_samples(config)
-expected = [r.token_ids for r in t.shared().generate(samples, **options)]
-compiled.clear()
-with jax.transfer_guard("disallow"):
-    assert [r.token_ids for r in engine.generate(samples, **options)] == expected
-assert len(compiled) == sum(engine.traces.values()), (len(compiled), engine.traces)
-"""
-
-
 @pytest.mark.slow
-def test_weights_on_a_mesh_give_the_same_answers():
+def test_weights_on_a_mesh_give_the_same_answers(compilations):
     """Four devices, rows and heads split; every program is compiled for one layout only."""
-    here = Path(__file__).parent
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
-    }
-    done = subprocess.run([sys.executable, "-c", ON_A_MESH], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    config, params, processor, _ = model()
+    mesh = make_mesh(data=2, tensor=2)
+    split = jax.device_put(params, param_shardings(specs(config), mesh))
+    assert any(not w.sharding.is_fully_replicated for w in jax.tree.leaves(split))
+    engine = Engine(Model(config, split, processor, {}), max_batch=4, ladder=shared().ladder)
+    options = dict(max_new_tokens=70, seed=1, temperature=0.9, ignore_eos=True)
+    samples = mixed_samples(config)
+    expected = [r.token_ids for r in shared().generate(samples, **options)]
+    compilations.clear()
+    with jax.transfer_guard("disallow"):
+        assert [r.token_ids for r in engine.generate(samples, **options)] == expected
+    assert len(compilations) == sum(engine.traces.values()), (len(compilations), engine.traces)

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tiny import tiny_config, tiny_params
 
 from qwenvl_jax.errors import InputError
@@ -36,21 +35,6 @@ CONFIG = tiny_config(
     text=dict(num_hidden_layers=1, hidden_size=24, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1),
     vision=dict(depth=1, hidden_size=16, intermediate_size=24, out_hidden_size=24, fullatt_block_indexes=(0,)),
 )
-CACHE = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Every program is compiled once for all tests of this file and the processes that they start."""
-    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", *CACHE)}
-    directory = before["jax_compilation_cache_dir"] or str(tmp_path_factory.mktemp("xla"))
-    compilation_cache.reset_cache()
-    for name, value in {"jax_compilation_cache_dir": directory, **CACHE}.items():
-        jax.config.update(name, value)
-    yield directory
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def options(output, **changes) -> TrainOptions:
@@ -422,12 +406,8 @@ def child(output, steps, pause, data, fsdp, port, rank) -> None:
     print(result.step, result.signal or 0, digest.hexdigest())
 
 
-def start(cache, output, steps, pause=0.0, mesh=(1, 1), port=0, rank=0) -> subprocess.Popen:
-    env = os.environ | {name.upper(): str(value) for name, value in CACHE.items()}
-    env |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = (
-        f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={1 if port else math.prod(mesh)}"
-    )
+def start(output, steps, pause=0.0, mesh=(1, 1), port=0, rank=0) -> subprocess.Popen:
+    env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
     # Without tensorboardX, which is not needed, and quicker.
     code = "import sys; sys.modules['tensorboardX'] = None; sys.path.insert(0, sys.argv.pop(1))"
     code += "; import test_loop; test_loop.child(*sys.argv[1:])"
@@ -443,16 +423,16 @@ def finish(process) -> str:
 
 
 @pytest.mark.slow
-def test_killed_ten_times(cache, tmp_path):
+def test_killed_ten_times(tmp_path):
     """Whatever kill -9 hits, the run ends with the losses and the weights of one that was never touched."""
     steps = 120
-    expected = finish(start(cache, tmp_path / "straight", steps))
+    expected = finish(start(tmp_path / "straight", steps))
     dice, output, kills = random.Random(0), tmp_path / "killed", 0
     metrics = output / run.METRICS
     reader = ocp.StandardCheckpointer()
     for _ in range(10):
         before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        process, more = start(cache, output, steps, 0.02), dice.randrange(1, 6)
+        process, more = start(output, steps, 0.02), dice.randrange(1, 6)
         while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > before + more):
             time.sleep(0.005)
         time.sleep(dice.uniform(0, 0.06))
@@ -462,27 +442,31 @@ def test_killed_ten_times(cache, tmp_path):
         for step in saved(output):
             reader.restore(output / run.CHECKPOINTS / str(step) / "state")
     assert kills == 10
-    assert finish(start(cache, output, steps)) == expected
+    assert finish(start(output, steps)) == expected
     assert exactly(output) == exactly(tmp_path / "straight") and len(exactly(output)) == steps
     assert {p.name for p in (output / run.CHECKPOINTS).iterdir()} == {"118", "120"}
 
 
 @pytest.mark.slow
-def test_on_a_mesh(cache, tmp_path):
+def test_on_a_mesh(tmp_path):
     """Four devices, data × fsdp, give one device's losses, and go on from one device's checkpoint."""
-    one, four = start(cache, tmp_path / "one", 6), start(cache, tmp_path / "four", 6, mesh=(2, 2))
-    finish(one), finish(four)
+
+    def losses(name, **mesh):
+        chosen = options(tmp_path / name, steps=6, save_every=2, **mesh)
+        loop.train(model(), Batches(period=10**6), chosen, donate=True)
+        return [line["loss"] for line in exactly(tmp_path / name)]
+
+    one, four = losses("one"), losses("four", mesh_data=2, mesh_fsdp=2)
     shutil.copytree(tmp_path / "one", tmp_path / "moved")
     shutil.rmtree(tmp_path / "moved" / run.CHECKPOINTS / "6")
-    finish(start(cache, tmp_path / "moved", 6, mesh=(2, 2)))
-    one, four, moved = ([line["loss"] for line in exactly(tmp_path / name)] for name in ("one", "four", "moved"))
+    moved = losses("moved", mesh_data=2, mesh_fsdp=2)
     np.testing.assert_allclose(four, one, rtol=1e-5)
     np.testing.assert_allclose(moved, one, rtol=1e-5)
     assert moved[:4] == one[:4]
 
 
 @pytest.mark.slow
-def test_two_processes(cache, tmp_path):
+def test_two_processes(tmp_path):
     """A SIGTERM to one of them stops both after the same step; they go on, and lose nothing."""
     steps, output = 40, tmp_path / "two"
 
@@ -490,7 +474,7 @@ def test_two_processes(cache, tmp_path):
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
-        return [start(cache, output, steps, pause, (2, 1), port, rank) for rank in range(2)]
+        return [start(output, steps, pause, (2, 1), port, rank) for rank in range(2)]
 
     first = both(0.1)
     while not (output / run.METRICS).exists() and first[1].poll() is None:
@@ -501,7 +485,7 @@ def test_two_processes(cache, tmp_path):
     assert ends == [[str(stopped), str(int(signal.SIGTERM))]] * 2 and 0 < stopped < steps
     assert max(saved(output)) == stopped == len(exactly(output))
     assert [finish(process).split()[:2] for process in both(0)] == [[str(steps), "0"]] * 2
-    finish(start(cache, tmp_path / "one", steps))
+    finish(start(tmp_path / "one", steps))
     one, two = ([line["loss"] for line in exactly(tmp_path / name)] for name in ("one", "two"))
     np.testing.assert_allclose(two, one, rtol=1e-4)
 

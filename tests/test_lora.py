@@ -2,10 +2,7 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +20,8 @@ from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.model import qwenvl
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.checkpoint import save
-from qwenvl_jax.params.specs import flatten, unflatten
+from qwenvl_jax.params.specs import flatten, param_shardings, specs, specs_of, unflatten
+from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.types import Model
 
 EVERYWHERE = ("llm", "vision", "merger")
@@ -100,6 +98,7 @@ def test_rank_alpha_and_dtype():
     assert np.array_equal(one["decoder"]["layers"]["q_proj"]["lora_a"], q["lora_a"])
 
 
+@pytest.mark.slow
 def test_training_an_adapter_leaves_the_base_alone():
     config, params, batch = base("qwen2_vl")
     before = jax.tree.map(np.array, params)
@@ -262,46 +261,25 @@ def test_generating_with_an_adapter_equals_merged():
         np.testing.assert_allclose(ours.logprobs, merged.logprobs, rtol=0, atol=1e-4)
 
 
-MESH = """
-import jax, jax.numpy as jnp, numpy as np
-from tiny import sample, tiny_config, tiny_params
-from test_lora import assert_same, fill, forward, relative
-from qwenvl_convert import peft
-from qwenvl_jax.inputs.pack import make_batch
-from qwenvl_jax.params import lora
-from qwenvl_jax.params.specs import flatten, param_shardings, specs, specs_of
-from qwenvl_jax.sharding import make_mesh
-
-config = tiny_config("qwen2_5_vl")
-params, batch = tiny_params(config), make_batch([sample(np.random.default_rng(0), config, 9)] * 4, config)
-mesh = make_mesh(data=2, fsdp=2, tensor=2)
-add = lambda p: lora.add(config, p, jax.random.key(1), rank=4, alpha=6, targets="llm")
-whole, split = fill(add(params)), add(jax.device_put(params, param_shardings(specs(config), mesh)))
-a, b = (split["decoder"]["layers"]["o_proj"][leaf].sharding.spec for leaf in ("lora_a", "lora_b"))
-assert a == jax.P(None, "tensor", None) and b == jax.P(None, None, "fsdp"), (a, b)
-split = jax.device_put(fill(split), param_shardings(specs_of(config, split), mesh))
-assert_same(split, whole)
-want = np.asarray(forward(config, whole, batch))
-with jax.set_mesh(mesh):
-    assert relative(np.asarray(forward(config, split, batch)), want) < 1e-5
-    merged = flatten(lora.merge(split))
-want = flatten(lora.merge(whole))
-for path, leaf in flatten(lora.strip(split)).items():
-    np.testing.assert_allclose(merged[path], want[path], rtol=1e-5, atol=1e-6)
-    assert merged[path].sharding.is_equivalent_to(leaf.sharding, leaf.ndim), (path, merged[path].sharding)
-"""
-
-
 @pytest.mark.slow
 def test_on_a_mesh():
-    tests = Path(__file__).parent
-    env = os.environ | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
-    }
-    done = subprocess.run([sys.executable, "-c", MESH], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    config = tiny_config("qwen2_5_vl")
+    params, batch = tiny_params(config), make_batch([sample(np.random.default_rng(0), config, 9)] * 4, config)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    add = partial(lora.add, config, key=jax.random.key(1), rank=4, alpha=6, targets="llm")
+    whole, split = fill(add(params)), add(jax.device_put(params, param_shardings(specs(config), mesh)))
+    a, b = (split["decoder"]["layers"]["o_proj"][leaf].sharding.spec for leaf in ("lora_a", "lora_b"))
+    assert a == jax.P(None, "tensor", None) and b == jax.P(None, None, "fsdp"), (a, b)
+    split = jax.device_put(fill(split), param_shardings(specs_of(config, split), mesh))
+    assert_same(split, whole)
+    want = np.asarray(forward(config, whole, batch))
+    with jax.set_mesh(mesh):
+        assert relative(np.asarray(forward(config, split, batch)), want) < 1e-5
+        merged = flatten(lora.merge(split))
+    want = flatten(lora.merge(whole))
+    for path, leaf in flatten(lora.strip(split)).items():
+        np.testing.assert_allclose(merged[path], want[path], rtol=1e-5, atol=1e-6)
+        assert merged[path].sharding.is_equivalent_to(leaf.sharding, leaf.ndim), (path, merged[path].sharding)
 
 
 # PEFT's files

@@ -253,6 +253,7 @@ def test_a_step_on_an_embedding(rows):
     check(np.asarray(state.params["table"]["embedding"]) - start, moved - start, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_whole_model():
     """Loss and gradients of 513 rows of 64 tokens, each with a lane of 64 patches, are the sums of 27 rows' each."""
     config = tiny_config("qwen2_vl", dict(num_hidden_layers=1), dict(patch_size=2, depth=1))

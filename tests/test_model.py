@@ -6,7 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, tiny_params, with_text, with_vision
+from tiny import (
+    FAMILIES,
+    clip,
+    followed,
+    mixed_samples,
+    picture,
+    sample,
+    tiny_config,
+    tiny_params,
+    with_text,
+    with_vision,
+)
 
 from qwenvl_jax.config import YarnConfig
 from qwenvl_jax.inputs.ladder import Ladder
@@ -115,7 +126,7 @@ def test_prefill_and_decode_equal_one_forward(model):
     tail = 6  # every row ends in at least this many text tokens, or is fed them
     rng = np.random.default_rng(1)
     extra = rng.integers(1, 150, (len(samples), tail)).astype(np.int32)
-    longer = [s._replace(tokens=np.concatenate([s.tokens, e])) for s, e in zip(samples, extra, strict=True)]
+    longer = [followed(s, e) for s, e in zip(samples, extra, strict=True)]
     want = [x[-tail - 1 :] for x in logits_by_row(config, params, longer)]
 
     batch = make_batch(samples, config)

@@ -1,7 +1,5 @@
 """What the demo's vision tower is asked of every visual token, from stand-ins for the fonts and emoji."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,8 +104,13 @@ def test_loss_falls_and_forgets_what_has_no_weight(cells):
     config = demo_config()
     params = init(config, jax.random.key(0)) | init_heads(config.text.hidden_size, jax.random.key(1))
     batch = jax.tree.map(lambda a: a[0], cells(0))
-    loss = jax.jit(lambda p, b: cells_loss(config, p, b)[0] / cells_loss(config, p, b)[1])
-    value, grads = jax.value_and_grad(partial(loss, b=batch))(params)
+
+    @jax.jit
+    def loss(params, batch):
+        total, weight, _ = cells_loss(config, params, batch)
+        return total / weight
+
+    value, grads = jax.value_and_grad(loss)(params, batch)
     assert np.isfinite(value) and np.isfinite(jax.tree.leaves(jax.tree.map(jnp.sum, grads))).all()
     nudged = jax.tree.map(lambda w, g: w - 0.02 * g, params, grads)
     assert loss(nudged, batch) < value

@@ -1,10 +1,6 @@
 """On eight virtual devices, whatever the mesh: the logits, tokens and training steps of one device."""
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -32,38 +28,36 @@ def config_of(family):
     return tiny_config(family, text, {"depth": 1} | windows)
 
 
-def answers(model) -> tuple[dict, list]:
+def answers(model, compilations) -> tuple[dict, list]:
     """Of eight conversations, some with pictures or clips: logits after the prompts, and tokens."""
     samples = samples_of(model.config) * 2
     engine = Engine(model, max_batch=8, ladder=Ladder(rows=(8,), tokens=(64, 128)))
-    compiled.clear()
+    compilations.clear()
     with jax.transfer_guard("disallow"):
         logits = jax.device_get(engine._prompt(make_batch(samples, model.config, engine.ladder))[0])
         results = engine.generate(samples, max_new_tokens=8, temperature=0, ignore_eos=True)
     # What programs hand on has one layout, for which the next one is compiled once.
-    assert len(compiled) == sum(engine.traces.values()), (len(compiled), engine.traces)
+    assert len(compilations) == sum(engine.traces.values()), (len(compilations), engine.traces)
     return {"logits": logits}, [r.token_ids for r in results]
 
 
-def steps(step, state, batch):
+def steps(step, state, batch, compilations):
     """Two steps: the state after them; the losses, gradient norms and parameters."""
     seen, counts = [], []
     for _ in range(2):
         state, metrics = step(state, batch)
         seen.append({"loss": metrics["loss"], "norm": metrics["grad_norm"]})
-        counts.append(len(compiled))
+        counts.append(len(compilations))
     assert counts[0] == counts[1]  # what comes out is laid out as what goes in
     return state, {"metrics": seen, "params": state.params}
 
 
-compiled = []
-
-
-def compare(family, meshes) -> None:
-    """What the process below runs."""
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family, meshes", [("qwen2_5_vl", MESHES[::2]), ("qwen2_5_vl", MESHES[1::2]), ("qwen2_vl", [(2, 2, 2)])]
+)
+def test_eight_devices_equal_one(family, meshes, compilations):
+    """On every mesh there is; of the other family, whose decoder is the same, on one."""
     config = config_of(family)
     params, samples = tiny_params(config), samples_of(config)
     rows = [[samples[i % 4], samples[(i + i // 4) % 4]] for i in range(8)]
@@ -71,41 +65,24 @@ def compare(family, meshes) -> None:
     assert batch.inputs.vision[0].frames.shape[1] % 8 == 0  # lanes are split too
     remat = family == "qwen2_vl"
     declared = specs(config)
-    optimizer = make_optimizer(
-        declared, 1e-2, eps=1e-3, weight_decay=0.1
-    )  # eps: or the sign of a zero gradient would count
+    # eps: or the sign of a zero gradient would count
+    optimizer = make_optimizer(declared, 1e-2, eps=1e-3, weight_decay=0.1)
     step = partial(make_step, declared, partial(sft_loss, config, remat=remat, chunk=32), optimizer, lambda path: True)
     start = partial(init_state, declared, optimizer=optimizer, trainable=lambda path: True)
-    logits, tokens = answers(Model(config, params, FakeProcessor(), {}))
-    _, trained = steps(step(), start(jax.tree.map(np.array, params)), batch)
+    logits, tokens = answers(Model(config, params, FakeProcessor(), {}), compilations)
+    _, trained = steps(step(), start(jax.tree.map(np.array, params)), batch, compilations)
 
     for shape in meshes:
         mesh = make_mesh(*shape)
         split = jax.device_put(params, param_shardings(declared, mesh))
-        mine, theirs = answers(Model(config, split, FakeProcessor(), {}))
+        mine, theirs = answers(Model(config, split, FakeProcessor(), {}), compilations)
         assert_close(mine, logits)
         assert theirs == tokens, shape
         with jax.set_mesh(mesh):
-            state, mine = steps(step(), start(split), jax.device_put(batch, batch_shardings(batch, mesh)))
+            placed = jax.device_put(batch, batch_shardings(batch, mesh))
+            state, mine = steps(step(), start(split), placed, compilations)
         assert_close(mine, trained)
         for leaf, sharding in zip(
             jax.tree.leaves(state), jax.tree.leaves(shardings(state, declared, mesh)), strict=True
         ):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "family, meshes", [("qwen2_5_vl", MESHES[::2]), ("qwen2_5_vl", MESHES[1::2]), ("qwen2_vl", [(2, 2, 2)])]
-)
-def test_eight_devices_equal_one(family, meshes):
-    """On every mesh there is; of the other family, whose decoder is the same, on one."""
-    here = Path(__file__).parent
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
-    }
-    code = f"import test_sharding; test_sharding.compare({family!r}, {meshes})"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]

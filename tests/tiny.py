@@ -15,6 +15,9 @@ from qwenvl_jax.train.data import with_targets
 from qwenvl_jax.types import Grid, Sample, TrainBatch, Visual
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+TOKENS = dict(
+    image_token_id=151, video_token_id=152, vision_start_token_id=153, vision_end_token_id=154, eos_token_id=155
+)
 
 
 def tiny_config(family: str, text: dict | None = None, vision: dict | None = None, **top) -> Config:
@@ -37,16 +40,14 @@ def tiny_config(family: str, text: dict | None = None, vision: dict | None = Non
         intermediate_size=64 if two else 44,
         out_hidden_size=text["hidden_size"],
         num_heads=2,
+        norm="layer" if two else "rms",
+        gated_mlp=not two,
         hidden_act="quick_gelu" if two else "silu",
         window_size=None if two else 112,
         fullatt_block_indexes=() if two else (1, 3),
     ) | (vision or {})
-    tokens = dict(
-        image_token_id=151, video_token_id=152, vision_start_token_id=153, vision_end_token_id=154, eos_token_id=155
-    )
-    return Config(
-        **dict(family=family, text=TextConfig(**text), vision=VisionConfig(**vision), dtype="float32", **tokens) | top
-    )
+    parts = dict(family=family, text=TextConfig(**text), vision=VisionConfig(**vision), dtype="float32")
+    return Config(**parts | TOKENS | top)
 
 
 def tiny_params(config: Config, seed: int = 0) -> dict:
@@ -85,6 +86,13 @@ def sample(rng, config: Config, *parts) -> Sample:
         else:
             tokens += rng.integers(1, 150, part).tolist()
     return make_sample(tokens, visuals, config)
+
+
+def followed(s: Sample, ids) -> Sample:
+    """The sample with more text tokens at its end."""
+    ids = np.asarray(ids, np.int32)
+    after = np.tile(s.positions.max() + 1 + np.arange(len(ids), dtype=np.int32), (3, 1))
+    return s._replace(tokens=np.append(s.tokens, ids), positions=np.append(s.positions, after, 1))
 
 
 def mixed_samples(config: Config, seed: int = 0) -> list[Sample]:

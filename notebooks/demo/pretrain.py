@@ -80,7 +80,7 @@ class Cells:
         total = LANES * PATCHES // unit
         targets, weights = np.zeros((total, SLOTS), np.int32), np.zeros((total, SLOTS), np.float32)
         edges = np.full((total, 4), np.nan, np.float32)
-        for (frame,), (ids, weight, edge) in zip(placements, answers, strict=True):
+        for frame, (ids, weight, edge) in zip(placements, answers, strict=True):
             targets[frame.cells], weights[frame.cells], edges[frame.cells] = ids, weight, edge
         inputs = Batch(None, None, None, None, (filled,))
         return jax.tree.map(lambda a: a[None], CellBatch(inputs, targets, weights, edges))
