@@ -16,7 +16,7 @@ LAYOUTS = {"hub": ("model.", "visual."), "nested": ("model.language_model.", "mo
 def tensor_names(config: Config, layout: str = "hub") -> dict[str, tuple[str, ...]]:
     """Parameter path → its tensors' names, one a layer for a stacked parameter, in the order files are written.
 
-    The family has the names. Raises CheckpointError for a parameter that it has no name for, and a name without parameter.
+    The family has the names. Raises CheckpointError for a parameter without a name, or a name without a parameter.
     """
     if layout not in LAYOUTS:
         raise CheckpointError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")

@@ -76,12 +76,12 @@ def test_the_python_of_the_readmes_runs(tiny_checkpoint, tmp_path, capsys, caplo
             assert code.count(given) == 1
             code = code.replace(given, str(here)).replace("max_new_tokens=64", "max_new_tokens=8")
         exec(code, names)
-        (said,) = caplog.messages
-        assert "bfloat16 weights are cast to float32" in said
-        caplog.clear()
+        out = capsys.readouterr().out
+        assert out
     assert len(names["results"]) == 2 and 1 <= len(names["results"][1].token_ids) <= 8
     assert len(names["small"].visuals) == 1
-    assert names["results"][1].finish_reason in capsys.readouterr().out
+    assert names["results"][1].finish_reason in out
+    assert len(caplog.messages) == 2 and all("bfloat16 weights are cast to float32" in m for m in caplog.messages)
 
 
 @pytest.mark.parametrize("name", ["run", "test"])
