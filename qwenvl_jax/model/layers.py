@@ -123,15 +123,18 @@ class Linear(nn.Module):
 def _product(x, kernel):
     """x [rows, in] times kernel [in, features]."""
     dot = partial(jnp.dot, precision=precision(x.dtype))
+
+    def wide(x, kernel):
+        return dot(x, kernel.astype(x.dtype))
+
     forms = {"cpu": partial(narrow_product, dims="DF")} if is_narrow(x, kernel) else {}
     if len(x) == 1:
 
         def two_rows(x, kernel):
             """For one row, XLA:GPU makes an elementwise product as large as the kernel, keeps it, and sums it."""
-            return dot(jnp.broadcast_to(x, (2, x.shape[1])), kernel.astype(x.dtype))[:1]
+            return wide(jnp.broadcast_to(x, (2, x.shape[1])), kernel)[:1]
 
         forms["cuda"] = two_rows
-    wide = lambda x, kernel: dot(x, kernel.astype(x.dtype))  # noqa: E731
     return jax.lax.platform_dependent(x, kernel, **forms, default=wide) if forms else wide(x, kernel)
 
 
