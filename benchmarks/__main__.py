@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import SMALL
 
-from qwenvl_jax.config import PRESETS
+from qwenvl_jax.families import PRESETS
 
 ON_A_CPU = (
     "model --rows 1 4 --tokens 1024 4096 --patches 4096 16384",

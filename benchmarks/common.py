@@ -18,7 +18,8 @@ import numpy as np
 from qwenvl_convert.names import tensor_names, tensor_shape
 from qwenvl_convert.safetensors import Writer
 
-from qwenvl_jax.config import PRESETS, Config, TextConfig, VisionConfig
+from qwenvl_jax.config import Config, TextConfig, VisionConfig
+from qwenvl_jax.families import PRESETS, to_dict
 from qwenvl_jax.params.specs import specs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))  # for `demo`
@@ -58,6 +59,8 @@ def _config_50m(family: str, ids: dict) -> Config:
         intermediate_size=1280 if two else 864,
         out_hidden_size=512,
         num_heads=5,
+        norm="layer" if two else "rms",
+        gated_mlp=not two,
         hidden_act="quick_gelu" if two else "silu",
         window_size=None if two else 112,
         fullatt_block_indexes=() if two else (1, 3, 5, 7),
@@ -88,7 +91,7 @@ def write_checkpoint(directory: Path, config: Config) -> Path:
                 part = noise[start : start + n * width].reshape(n, width)
                 writer.write_rows(name, row, np.ones_like(part) if one else part, transpose=False)
         writer.finish()
-    (directory / "config.json").write_text(json.dumps(config.to_dict()))
+    (directory / "config.json").write_text(json.dumps(to_dict(config)))
     return write_processor(directory)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from common import config_of, write_checkpoint
 
-from qwenvl_jax.config import PRESETS
+from qwenvl_jax.families import PRESETS
 
 JOBS = ("copy", "load", "to_orbax", "load_orbax", "to_hf")
 

@@ -35,7 +35,8 @@ import jax.numpy as jnp
 from common import FAMILIES, SMALL, Report, config_of, write_checkpoint
 from sides import PROMPT, Failed, Side
 
-from qwenvl_jax.config import PRESETS, Config
+from qwenvl_jax.config import Config
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.params.specs import abstract_params, count_params, flatten
 from qwenvl_jax.train.flops import train_flops
 

@@ -25,6 +25,7 @@ from common import clock, config_of
 from PIL import Image
 
 import qwenvl_jax
+from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
@@ -265,13 +266,13 @@ class There(Model):
         self.torch, self.device, self.config = torch, device, config_of(size, family)
         self.newer = int(transformers.__version__.partition(".")[0]) >= 5
         options = {"dtype" if self.newer else "torch_dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
-        name = "Qwen2_5_VL" if self.config.is_qwen2_5 else "Qwen2VL"
-        kind = getattr(transformers, f"{name}ForConditionalGeneration")
+        settings = to_dict(self.config)
+        kind = getattr(transformers, settings["architectures"][0])
         transformers.utils.logging.disable_progress_bar()
         if directory:
             self.model = kind.from_pretrained(directory, **options).to(device).eval()
         else:
-            hf_config = getattr(transformers, f"{name}Config")(**self.config.to_dict())
+            hf_config = kind.config_class(**settings)
             with torch.device(device):  # its random numbers, too, are then made there
                 self.model = kind._from_config(hf_config, **options).eval()
         self.model.generation_config.eos_token_id = None

@@ -11,7 +11,7 @@ from qwenvl_convert.names import hub_name, tensor_names, tensor_shape
 from qwenvl_convert.safetensors import DTYPES, Reader, Tensor
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.params.place import Leaf, aligned_empty, to_devices
 from qwenvl_jax.params.specs import specs
 
@@ -91,7 +91,7 @@ def _match(reader: Reader, config: Config) -> dict[str, Leaf]:
     for name, tensor in reader.tensors.items():
         hub = hub_name(name)
         if hub in held:
-            raise InputError(f"{reader.directory}: tensor {hub} is stored twice, under two spellings")
+            raise CheckpointError(f"{reader.directory}: tensor {hub} is stored twice, under two spellings")
         held[hub] = (name, tensor)
     declared, names = specs(config), tensor_names(config)
     needed = {name for group in names.values() for name in group}
@@ -103,17 +103,19 @@ def _match(reader: Reader, config: Config) -> dict[str, Leaf]:
         for hub in group:
             name, tensor = held[hub]
             if tensor.dtype not in DTYPES:
-                raise InputError(
+                raise CheckpointError(
                     f"{tensor.file}: tensor {name} is {tensor.dtype}; only {', '.join(DTYPES)} are supported"
                 )
             if tensor.shape != want:
-                raise InputError(
+                raise CheckpointError(
                     f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}; config.json calls for {list(want)}"
                 )
             dtypes.setdefault(tensor.dtype, name)
         if len(dtypes) > 1:
             (a, first), (b, second), *_ = dtypes.items()
-            raise InputError(f"{reader.directory}: {first} is {a} but {second} is {b}; layers must share one dtype")
+            raise CheckpointError(
+                f"{reader.directory}: {first} is {a} but {second} is {b}; layers must share one dtype"
+            )
         tensors = tuple(held[hub][1] for hub in group)
         leaves[path] = Leaf(path, declared[path]._replace(dtype=DTYPES[tensors[0].dtype]), tensors)
     return leaves
@@ -122,25 +124,25 @@ def _match(reader: Reader, config: Config) -> dict[str, Leaf]:
 def _check_names(reader: Reader, config: Config, held: dict, needed: set[str]) -> None:
     where = reader.directory
     if any(name.endswith((".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv")) for name in held):
-        raise InputError(
+        raise CheckpointError(
             f"{where}: the weights are quantised (AWQ, GPTQ or FP8), which is not supported; use the original model"
         )
     missing = sorted(needed - held.keys())
     if missing:
         hint = "; should config.json say tie_word_embeddings?" if missing == ["lm_head.weight"] else ""
-        raise InputError(f"{where}: tensor {missing[0]} is missing{_and_more(missing)}{hint}")
+        raise CheckpointError(f"{where}: tensor {missing[0]} is missing{_and_more(missing)}{hint}")
     # Buffers that old versions of transformers stored; they follow from the config.
     extra = sorted(
         n for n in held.keys() - needed if not n.endswith(("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq"))
     )
     if extra == ["lm_head.weight"]:
         if not _same(reader, held["lm_head.weight"][1], held["model.embed_tokens.weight"][1]):
-            raise InputError(
+            raise CheckpointError(
                 f"{where}: config.json ties lm_head to the embedding, but lm_head.weight differs from it; "
                 "set tie_word_embeddings to false if the head is its own"
             )
     elif extra:
-        raise InputError(
+        raise CheckpointError(
             f"{where}: tensor {held[extra[0]][0]} has no place in a {config.family} model of this config"
             f"{_and_more(extra)}"
         )

@@ -19,7 +19,7 @@ from qwenvl_convert.hf import Source
 from qwenvl_convert.names import tensor_names, tensor_shape
 from qwenvl_convert.safetensors import Writer
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.params.checkpoint import (
     CHUNK_BYTES,
     FORMAT,
@@ -45,7 +45,7 @@ def to_orbax(src, dst, *, progress: bool = True) -> None:
     src = Path(src)
     config = read_config(src)
     if (src / MARKER).is_file():
-        raise InputError(f"{src}: is an Orbax checkpoint already; --to hf turns it into a Hugging Face one")
+        raise CheckpointError(f"{src}: is an Orbax checkpoint already; --to hf turns it into a Hugging Face one")
     with (
         Source(src, config) as source,
         staged(dst, source.nbytes, src) as work,
@@ -118,11 +118,11 @@ def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000
     src = Path(src)
     config = read_config(src)
     if max_shard_bytes <= 0:
-        raise InputError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
+        raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
     if not (src / MARKER).is_file():
         if any(src.glob("*.safetensors")):
-            raise InputError(f"{src}: is a Hugging Face checkpoint already; --to orbax turns it into an Orbax one")
-        raise InputError(f"{src}: not an Orbax checkpoint of ours, there is no {MARKER} in it")
+            raise CheckpointError(f"{src}: is a Hugging Face checkpoint already; --to orbax turns it into an Orbax one")
+        raise CheckpointError(f"{src}: not an Orbax checkpoint of ours, there is no {MARKER} in it")
     source, names = Stored(src, config), tensor_names(config, layout)
     shapes = {
         name: (source.leaves[path].dtype, tensor_shape(config, source.leaves[path].spec))

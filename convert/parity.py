@@ -101,7 +101,7 @@ def reference_inputs(samples: list[Sample], config: Config, side: str = "right")
             patches = np.concatenate([v.patches for v in visuals])
             out[values] = torch.tensor(reference_pixels(patches, config))
             out[grid] = torch.tensor([list(v.grid) for v in visuals])
-            if kind == "video" and config.is_qwen2_5:
+            if kind == "video" and config.family == "qwen2_5_vl":
                 out["second_per_grid_ts"] = torch.tensor([v.seconds_per_grid for v in visuals])
     return out
 

@@ -11,7 +11,7 @@ from qwenvl_convert.names import hub_name, tensor_names
 from qwenvl_convert.safetensors import DTYPES, Reader, Writer
 
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.params.checkpoint import staged, write_json
 from qwenvl_jax.params.directory import find
 from qwenvl_jax.params.lora import attach, is_number, is_rank, linears, split
@@ -60,7 +60,7 @@ def save_adapter(config: Config, params: dict, path, *, base_name: str, layout: 
             tensors[f"base_model.model.{module}.lora_A.weight"] = a[:, :r].T
             tensors[f"base_model.model.{module}.lora_B.weight"] = b[:r].T
     if not tensors:
-        raise InputError("there is no adapter in these parameters")
+        raise CheckpointError("there is no adapter in these parameters")
     (r, _), (alpha, _) = (Counter(values).most_common(1)[0] for values in (ranks.values(), alphas.values()))
     settings = {
         "peft_type": "LORA",
@@ -100,7 +100,7 @@ def load_adapter(config: Config, params: dict, path) -> dict:
     path = find(path)
     settings = _read_settings(path / SETTINGS)
     if not (path / WEIGHTS).is_file():
-        raise InputError(f"{path}: no {WEIGHTS}; adapters are read from safetensors files only")
+        raise CheckpointError(f"{path}: no {WEIGHTS}; adapters are read from safetensors files only")
     declared, out = specs(config), {}
     with Reader(path, WEIGHTS) as reader:
         pairs = _pairs(reader, config)
@@ -116,11 +116,11 @@ def load_adapter(config: Config, params: dict, path) -> dict:
                 for which, want in (("A", (r, n_in)), ("B", (n_out, r))):
                     _, key, tensor = side[which]
                     if tensor.dtype not in DTYPES:
-                        raise InputError(
+                        raise CheckpointError(
                             f"{tensor.file}: tensor {key} is {tensor.dtype}; only {', '.join(DTYPES)} are supported"
                         )
                     if tensor.shape != want:
-                        raise InputError(
+                        raise CheckpointError(
                             f"{tensor.file}: tensor {key} has shape {list(tensor.shape)}; {SETTINGS} and the model "
                             f"call for {list(want)}"
                         )
@@ -150,37 +150,39 @@ def _pairs(reader: Reader, config: Config) -> dict:
         # Files written from a raw state dict have the adapter's name ("default") before ".weight".
         match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", key)
         if not match or hub_name(match[1]) not in known:
-            raise InputError(
+            raise CheckpointError(
                 f"{tensor.file}: tensor {key} has no place in a {config.family} model of this config; adapters go on "
                 "the linear layers of decoder blocks, vision blocks and merger"
             )
         sides = pairs.setdefault(hub_name(match[1]), {})
         if match[2] in sides:
-            raise InputError(f"{tensor.file}: {key} and {sides[match[2]][1]} are for the same layer")
+            raise CheckpointError(f"{tensor.file}: {key} and {sides[match[2]][1]} are for the same layer")
         sides[match[2]] = match[1], key, tensor
     if not pairs:
-        raise InputError(f"{reader.directory / WEIGHTS}: holds no tensors")
+        raise CheckpointError(f"{reader.directory / WEIGHTS}: holds no tensors")
     for module, sides in pairs.items():
         if len(sides) < 2:
-            raise InputError(f"{reader.directory / WEIGHTS}: {module} has lora_{''.join(sides)} but not the other half")
+            raise CheckpointError(
+                f"{reader.directory / WEIGHTS}: {module} has lora_{''.join(sides)} but not the other half"
+            )
     return pairs
 
 
 def _read_settings(file) -> dict:
     settings = read_json(file)
     if settings.get("peft_type") != "LORA":
-        raise InputError(f"{file}: peft_type is {settings.get('peft_type')!r}; only LORA adapters can be read")
+        raise CheckpointError(f"{file}: peft_type is {settings.get('peft_type')!r}; only LORA adapters can be read")
     for key in _UNSUPPORTED:
         if settings.get(key):
-            raise InputError(
+            raise CheckpointError(
                 f"{file}: {key} is {settings[key]!r}, more than plain LoRA; merge it with PEFT (merge_and_unload) and "
                 "load the merged model"
             )
     if settings.get("bias", "none") != "none":
-        raise InputError(f"{file}: bias is {settings['bias']!r}; adapters with trained biases cannot be read")
+        raise CheckpointError(f"{file}: bias is {settings['bias']!r}; adapters with trained biases cannot be read")
     init = settings.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGES_BASE):
-        raise InputError(
+        raise CheckpointError(
             f"{file}: init_lora_weights is {init!r}, which starts from changed base weights; convert the adapter with "
             "PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
@@ -197,14 +199,14 @@ def _factors(file, settings: dict, module: str) -> tuple[int, float]:
                 if re.match(rf"(.*\.)?({pattern})$", module):
                     return value
         except (AttributeError, re.error) as e:
-            raise InputError(f"{file}: patterns for {key} are not readable ({e})") from e
+            raise CheckpointError(f"{file}: patterns for {key} are not readable ({e})") from e
         return settings.get(key, 8)  # PEFT's default of both
 
     r, alpha = setting("r", "rank_pattern"), setting("lora_alpha", "alpha_pattern")
     if not is_rank(r):
-        raise InputError(f"{file}: r is {r!r} for {module}; it must be a whole number from 1")
+        raise CheckpointError(f"{file}: r is {r!r} for {module}; it must be a whole number from 1")
     if not is_number(alpha):
-        raise InputError(f"{file}: lora_alpha is {alpha!r} for {module}; it must be a number")
+        raise CheckpointError(f"{file}: lora_alpha is {alpha!r} for {module}; it must be a number")
     return r, alpha / (r**0.5 if settings.get("use_rslora") else r)
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.params.directory import INDEX
 
 SINGLE = "model.safetensors"
@@ -82,7 +82,7 @@ class Reader:
             if claimed is not None and claimed != held.keys():
                 name = sorted(claimed ^ held.keys())[0]
                 where = f"{file.name} does not hold it" if name in claimed else f"{file.name} holds it"
-                raise InputError(f"{self.directory / INDEX}: does not match the files on tensor {name}: {where}")
+                raise CheckpointError(f"{self.directory / INDEX}: does not match the files on tensor {name}: {where}")
             tensors |= held
         return tensors
 
@@ -92,24 +92,24 @@ class Reader:
             return {self.directory / self._single: None}
         index = self.directory / INDEX
         if not index.is_file():
-            raise InputError(
+            raise CheckpointError(
                 f"{self.directory}: no {self._single} and no {INDEX}; weights are read from safetensors files only"
             )
         try:
             weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
             pairs = [(name, Path(file)) for name, file in weight_map.items()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise InputError(f"{index}: not a readable index of weight files ({e!r})") from e
+            raise CheckpointError(f"{index}: not a readable index of weight files ({e!r})") from e
         files = {}
         for name, file in pairs:
             if file.name != str(file) or file.name == "..":
-                raise InputError(f"{index}: tensor {name} is placed in {str(file)!r}, outside this directory")
+                raise CheckpointError(f"{index}: tensor {name} is placed in {str(file)!r}, outside this directory")
             files.setdefault(self.directory / file, set()).add(name)
         if not files:
-            raise InputError(f"{index}: names no tensors")
+            raise CheckpointError(f"{index}: names no tensors")
         for file in files:
             if not file.is_file():
-                raise InputError(f"{file}: missing, though {INDEX} places tensors in it; download it again")
+                raise CheckpointError(f"{file}: missing, though {INDEX} places tensors in it; download it again")
         return files
 
     def _read_header(self, file: Path) -> dict[str, Tensor]:
@@ -118,28 +118,28 @@ class Reader:
             size = os.fstat(fd).st_size
             length = int.from_bytes(os.pread(fd, 8, 0), "little")
             if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise InputError(
+                raise CheckpointError(
                     f"{file}: not a safetensors file, or cut short ({size} bytes, its header claims {length})"
                 )
             header = json.loads(os.pread(fd, length, 8).decode("utf-8"), object_pairs_hook=_no_duplicates)
         except OSError as e:
-            raise InputError(f"{file}: cannot be read ({e.strerror})") from e
+            raise CheckpointError(f"{file}: cannot be read ({e.strerror})") from e
         except (ValueError, RecursionError) as e:
             if isinstance(e, InputError):
                 raise
-            raise InputError(f"{file}: its safetensors header is not valid JSON ({e})") from e
+            raise CheckpointError(f"{file}: its safetensors header is not valid JSON ({e})") from e
         if not isinstance(header, dict):
-            raise InputError(f"{file}: its safetensors header is not a JSON object")
+            raise CheckpointError(f"{file}: its safetensors header is not a JSON object")
         header.pop("__metadata__", None)
         begin = 8 + length
         tensors = {name: _entry(file, name, entry, begin) for name, entry in header.items()}
         at = begin
         for name, t in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
             if t.start != at:
-                raise InputError(f"{file}: tensor {name} overlaps its neighbour or leaves a hole")
+                raise CheckpointError(f"{file}: tensor {name} overlaps its neighbour or leaves a hole")
             at = t.stop
         if at != size:
-            raise InputError(
+            raise CheckpointError(
                 f"{file}: {size} bytes long, its header describes {at}; it is cut short or damaged, download it again"
             )
         return tensors
@@ -153,9 +153,9 @@ class Reader:
             try:
                 n = os.preadv(self._open[tensor.file], [view[done:]], at + done)
             except OSError as e:
-                raise InputError(f"{tensor.file}: reading failed ({e.strerror})") from e
+                raise CheckpointError(f"{tensor.file}: reading failed ({e.strerror})") from e
             if n == 0:
-                raise InputError(f"{tensor.file}: became shorter while it was read")
+                raise CheckpointError(f"{tensor.file}: became shorter while it was read")
             done += n
 
     def read_part(self, tensor: Tensor, rows: slice, columns: slice, transpose: bool, out: np.ndarray) -> None:
@@ -189,9 +189,9 @@ def _entry(file: Path, name: str, entry, begin: int) -> Tensor:
     except (TypeError, KeyError, ValueError):
         good = False
     if not good or stop < start:
-        raise InputError(f"{file}: the header's entry for tensor {name} is malformed")
+        raise CheckpointError(f"{file}: the header's entry for tensor {name} is malformed")
     if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
-        raise InputError(
+        raise CheckpointError(
             f"{file}: tensor {name} is {dtype} of shape {shape}, but {stop - start} bytes are set aside for it"
         )
     return Tensor(file, dtype, tuple(shape), begin + start, begin + stop)

@@ -1,30 +1,55 @@
 """Qwen2-VL and Qwen2.5-VL in JAX.
 
-The public names are imported on first use, so that `import qwenvl_jax` and `qwenvl --help` do not pay for
-jax: `load`, `Engine`, `forward`, `Processor`, `Config`, `PRESETS`, `Model`, `InputError`.
+The names below are the public interface; they are imported on first use, so `import qwenvl_jax` does not pay for jax.
+
+Checkpoints: `load`, `save`, `find`, `read_config`, `Config`, `PRESETS`, `Model`.
+Inputs: `Processor`, `MediaOptions`, `Sample`, `Batch`, `Ladder`, `make_batch`.
+The model: `forward`, `make_mesh`.
+Generation: `Engine`, `GenerateOptions`.
+Training: `TrainOptions`, `Dataset`, `PackShape`, `finetune`, `read_metrics`, and `qwenvl_jax.train.loop.train`.
+Evaluation: `evaluate`, `Evaluator`.
+Errors: `InputError`, `CheckpointError`, `MediaError`, `OptionsError`, `ContextError`; each has a `code`.
+
+`train` is no name of this module because a package has it. Other names that the notebooks import by their path
+(`eval.metrics`, `params.lora`, `cli.info`, `cli.plot`) are public too.
 """
 
 from importlib import import_module
 
+__version__ = "0.1.0"
+
 _HOME = {
-    "load": "qwenvl_jax.params.checkpoint",
-    "Engine": "qwenvl_jax.infer.engine",
-    "forward": "qwenvl_jax.model.qwenvl",
-    "Processor": "qwenvl_jax.inputs.processor",
-    "Config": "qwenvl_jax.config",
-    "PRESETS": "qwenvl_jax.config",
-    "Model": "qwenvl_jax.types",
-    "InputError": "qwenvl_jax.errors",
+    "params.checkpoint": ("load", "save"),
+    "params.directory": ("find", "read_config"),
+    "config": ("Config",),
+    "families": ("PRESETS",),
+    "types": ("Model", "Sample", "Batch"),
+    "inputs.processor": ("Processor",),
+    "inputs.options": ("MediaOptions",),
+    "inputs.ladder": ("Ladder",),
+    "inputs.pack": ("make_batch",),
+    "model.qwenvl": ("forward",),
+    "sharding": ("make_mesh",),
+    "infer.engine": ("Engine",),
+    "infer.options": ("GenerateOptions",),
+    "train.options": ("TrainOptions",),
+    "train.data": ("Dataset",),
+    "train.records": ("PackShape",),
+    "train.finetune": ("finetune",),
+    "train.run": ("read_metrics",),
+    "eval.evaluator": ("evaluate", "Evaluator"),
+    "errors": ("InputError", "CheckpointError", "MediaError", "OptionsError", "ContextError"),
 }
-__all__ = sorted(_HOME)
+_MODULES = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name):
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     return value
 
 
 def __dir__():
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_MODULES})

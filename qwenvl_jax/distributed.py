@@ -1,8 +1,8 @@
 """One program in several processes, each with its own devices."""
 
+import logging
 import os
 import re
-import sys
 
 import jax
 
@@ -30,7 +30,7 @@ def join() -> None:
     if address is not None:
         if not re.fullmatch(r".+:\d+", address):
             raise InputError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be host:port of process 0")
-        print(f"waiting for all processes to come to {address}", file=sys.stderr, flush=True)
+        logging.getLogger(__name__).warning("waiting for all processes to come to %s", address)
     try:
         jax.distributed.initialize(
             **numbers, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=2 * HEARTBEAT

@@ -32,6 +32,11 @@ class Grid(NamedTuple):
     def patches(self) -> int:
         return self.t * self.h * self.w
 
+    @property
+    def frames(self) -> list["Grid"]:
+        """The grid of every t step; attention never crosses them."""
+        return [self._replace(t=1)] * self.t
+
 
 class Visual(NamedTuple):
     """One picture or clip after preprocessing, in the reference's patch order.

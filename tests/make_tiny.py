@@ -17,7 +17,8 @@ import numpy as np
 from tiny import FAMILIES, TOKENS, tiny_config
 from tiny_hf import DTYPES, torch_shapes, write_hf
 
-from qwenvl_jax.config import PRESETS, Config
+from qwenvl_jax.config import Config
+from qwenvl_jax.families import PRESETS
 
 TOKENIZER = Path(__file__).resolve().parent / "data" / "tokenizer"
 

@@ -14,8 +14,8 @@ from tiny import FAMILIES, tiny_config, with_text
 from tiny_hf import DTYPES, assert_same_bits, bits, nested, torch_shapes, torch_tensors, write_hf
 
 import qwenvl_jax
-from qwenvl_jax.config import PRESETS
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS, to_dict
 from qwenvl_jax.params import checkpoint, directory
 from qwenvl_jax.params.specs import flatten, param_shardings, specs
 from qwenvl_jax.sharding import make_mesh
@@ -71,7 +71,7 @@ def test_values_land_where_they_should(family, dtype, tmp_path):
         check(block["norm1"]["scale"][l], t[p + "norm1.weight"])
         check(block["qkv"]["kernel"][l], t[p + "attn.qkv.weight"].T)
         check(block["proj"]["bias"][l], t[p + "attn.proj.bias"])
-        if config.is_qwen2_5:
+        if config.vision.gated_mlp:
             check(block["gate_proj"]["kernel"][l], t[p + "mlp.gate_proj.weight"].T)
             check(block["down_proj"]["bias"][l], t[p + "mlp.down_proj.bias"])
         else:
@@ -332,7 +332,7 @@ def test_load_casts(which, tokenizer_dir, tmp_path):
 
 def write_config(path, **changes):
     path.mkdir()
-    (path / "config.json").write_text(json.dumps(tiny_config("qwen2_vl").to_dict() | changes))
+    (path / "config.json").write_text(json.dumps(to_dict(tiny_config("qwen2_vl")) | changes))
     return path
 
 

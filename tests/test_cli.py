@@ -1,5 +1,6 @@
 """The command line: arguments become messages and options, errors become sentences, and nothing hangs."""
 
+import importlib.util
 import inspect
 import io
 import json
@@ -18,6 +19,8 @@ from qwenvl_jax.cli import converse
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer.options import GenerateOptions
+from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.options import names
 from qwenvl_jax.params import checkpoint, directory
 from qwenvl_jax.params.specs import check_mesh
 
@@ -29,7 +32,7 @@ class FakeEngine:
     """
 
     def __init__(self, *answers):
-        self.answers, self.calls, self.args = list(answers), [], None
+        self.answers, self.calls, self.request = list(answers), [], None
 
     def encode(self, messages):
         return json.loads(json.dumps(messages))
@@ -51,12 +54,12 @@ class FakeEngine:
 def engine(monkeypatch):
     fake = FakeEngine()
 
-    def encoder(args):
-        fake.args = args
+    def encoder(args, request=None):
+        fake.request = request
         return "m", fake.encode
 
-    monkeypatch.setattr(converse, "_encoder", encoder)
-    monkeypatch.setattr(converse, "_engine", lambda path, args, mesh: fake)
+    monkeypatch.setattr(converse, "encoder", encoder)
+    monkeypatch.setattr(converse, "engine", lambda path, args, mesh: fake)
     return fake
 
 
@@ -151,7 +154,7 @@ def test_every_option_of_encode_is_an_option_here(monkeypatch, tmp_path):
     given = values | {"add_vision_id": True, "allow_control_tokens": True, "tools": [{"type": "function"}]}
     assert seen == [{}, given]
     known = inspect.signature(Processor.encode).parameters.keys() - {"self", "messages", "add_generation_prompt"}
-    assert given.keys() == known
+    assert given.keys() == known - {"media"} | set(names(MediaOptions))
 
 
 def test_a_request_body_sets_what_no_flag_sets(engine, tmp_path):
@@ -173,16 +176,16 @@ def test_a_request_body_sets_what_no_flag_sets(engine, tmp_path):
             ),
         )
     ]  # fmt: skip
-    assert engine.args.tools == tools
+    assert engine.request["tools"] == tools
     (tmp_path / "none.json").write_text("[]")
     assert cli.main(["generate", "--model", "m", "--messages", str(path), "--tools", str(tmp_path / "none.json")]) == 0
-    assert engine.args.tools == []
+    assert engine.request["tools"] == []
 
 
 @pytest.mark.parametrize(
     ("request_body", "says"),
     [
-        ({"response_format": {}}, "m.json: request key 'response_format' is not supported"),
+        ({"response_format": {}}, "m.json: unknown option response_format; known are max_new_tokens, "),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "'max_completion_tokens' is given twice"),
         ({"max_tokens": "many"}, "max_new_tokens is 'many'"),
         ({"stop": [""]}, "stop is"),
@@ -349,7 +352,7 @@ def test_another_process_that_is_gone_is_no_bug(engine, monkeypatch, capsys):
     codes = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_index", lambda: 0)
-    monkeypatch.setattr(cli.os, "_exit", codes.append)
+    monkeypatch.setattr(os, "_exit", codes.append)
     cli.main(["generate", "--prompt", "?"])
     assert codes == [1] and "another process has ended or cannot be reached" in capsys.readouterr().err
 
@@ -430,14 +433,14 @@ def test_chat_survives_bad_input(engine, files, monkeypatch, capsys):
 
 
 def test_verify_without_torch(monkeypatch, capsys):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["verify", "ckpt", "--image", "a.png"]) == 2
     assert "pip install 'qwenvl-jax[parity]'" in capsys.readouterr().err
 
 
 def test_verify_says_what_failed(monkeypatch, capsys):
     stage = SimpleNamespace(name="logits", shape=(3, 160), error=0.5, limit=1e-4, ok=False)
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "qwenvl_convert.parity", SimpleNamespace(verify=lambda path, image: [stage]))
     monkeypatch.setattr("qwenvl_convert.parity", sys.modules["qwenvl_convert.parity"], raising=False)
     assert cli.main(["verify", "ckpt", "--image", "a.png"]) == 1

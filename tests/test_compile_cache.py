@@ -231,11 +231,11 @@ def count(event, **_):
     name = event.rpartition("/")[2]
     if name in counts:
         counts[name] += 1
-def counted(*args, engine=converse._engine):
+def counted(*args, engine=converse.engine):
     import jax
     jax.monitoring.register_event_listener(count)
     return engine(*args)
-converse._engine = counted
+converse.engine = counted
 code = main(["generate", "--image", "demo:scene.png", "--prompt", "How many strawberries are there?"])
 print(*counts.values())
 sys.exit(code)

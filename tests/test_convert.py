@@ -26,6 +26,7 @@ from tiny_hf import assert_same_bits, bits, nested, torch_tensors, write_hf
 import qwenvl_jax
 from qwenvl_jax import cli
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import to_dict
 from qwenvl_jax.params import checkpoint
 from qwenvl_jax.params.specs import flatten
 
@@ -380,10 +381,10 @@ def test_transformers_writes_we_read_we_write_transformers_reads(family, tied, d
     import transformers
 
     config = with_text(tiny_config(family, dtype=dtype), tie_word_embeddings=tied)
-    name = "Qwen2_5_VL" if config.is_qwen2_5 else "Qwen2VL"
-    cls = getattr(transformers, f"{name}ForConditionalGeneration")
+    settings = to_dict(config)
+    cls = getattr(transformers, settings["architectures"][0])
     torch.manual_seed(0)
-    model = cls(getattr(transformers, f"{name}Config")(**config.to_dict())).to(getattr(torch, dtype))
+    model = cls(cls.config_class(**settings)).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "src", max_shard_size="100KB")
     assert len(list((tmp_path / "src").glob("*.safetensors"))) > 2
     assert checkpoint.read_config(tmp_path / "src") == config

@@ -1,5 +1,8 @@
 """What CPUs do their own way: layers held apart, bfloat16 weights multiplied exactly, the precision of checkpoints."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,3 +126,12 @@ def test_a_containers_limit_counts_but_not_its_file_cache(tmp_path, monkeypatch)
     assert precision.free_memory() == 800
     (tmp_path / "memory.max").write_text("max\n")
     assert precision.free_memory() > 1000
+
+
+@pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
+def test_a_cast_is_told_on_stderr_if_nobody_configured_logging(tiny_checkpoint):
+    """Python's handler of last resort shows warnings as they are."""
+    code = f"import qwenvl_jax; qwenvl_jax.load({str(tiny_checkpoint)!r})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr.startswith(f"{tiny_checkpoint.name}: on a CPU, bfloat16 weights are cast to float32")
+    assert run.stderr.count("\n") == 1 and not run.stdout

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwenvl_jax.config import PRESETS
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.model import decode_kernel
 from qwenvl_jax.model.decoder import step, write_and_attend

@@ -12,7 +12,6 @@ from demo.tokenizer import write_processor
 from demo.train import demo_config
 from PIL import Image
 
-from qwenvl_jax.config import Config
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.params import checkpoint
 from qwenvl_jax.params.specs import count_params
@@ -34,7 +33,7 @@ def test_size(directory):
 
 
 def test_config_and_processor_are_what_the_script_makes(directory, tmp_path):
-    assert Config.from_file(directory / "config.json") == demo_config()
+    assert checkpoint.read_config(directory) == demo_config()
     for file in write_processor(tmp_path).iterdir():
         if file.name != "generation_config.json":
             assert json.loads((directory / file.name).read_text("utf-8")) == json.loads(file.read_text("utf-8"))

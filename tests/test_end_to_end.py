@@ -10,6 +10,7 @@ import pytest
 from make_tiny import FAMILIES, copy_tokenizer, small_config
 
 from qwenvl_jax import cli
+from qwenvl_jax.families import to_dict
 
 MEDIA = Path(__file__).parent / "data" / "media"
 PHOTO, DOCUMENT, CLIP = (str(MEDIA / name) for name in ("coffee.jpg", "page.png", "bunny.mp4"))
@@ -122,7 +123,7 @@ def reference(request, tmp_path_factory):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("reference")
     config = small_config(request.param, "float32", tied=False)  # tied, it would repeat its last word
-    auto = transformers.AutoConfig.for_model(**config.to_dict())
+    auto = transformers.AutoConfig.for_model(**to_dict(config))
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(auto, attn_implementation="eager").eval()
     with torch.no_grad():

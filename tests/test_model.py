@@ -6,13 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, tiny_params, with_text, with_vision
+from tiny import (
+    FAMILIES,
+    clip,
+    followed,
+    mixed_samples,
+    picture,
+    sample,
+    tiny_config,
+    tiny_params,
+    with_text,
+    with_vision,
+)
 
 from qwenvl_jax.config import YarnConfig
+from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.model import attention as attention_module
 from qwenvl_jax.model import vision
+from qwenvl_jax.model.decoder import DecoderBlock
 from qwenvl_jax.model.layers import rope_frequencies, text_rope
 from qwenvl_jax.model.qwenvl import decode, embed, encode, forward, prefill
 
@@ -115,7 +128,7 @@ def test_prefill_and_decode_equal_one_forward(model):
     tail = 6  # every row ends in at least this many text tokens, or is fed them
     rng = np.random.default_rng(1)
     extra = rng.integers(1, 150, (len(samples), tail)).astype(np.int32)
-    longer = [s._replace(tokens=np.concatenate([s.tokens, e])) for s, e in zip(samples, extra, strict=True)]
+    longer = [followed(s, e) for s, e in zip(samples, extra, strict=True)]
     want = [x[-tail - 1 :] for x in logits_by_row(config, params, longer)]
 
     batch = make_batch(samples, config)
@@ -205,3 +218,26 @@ def test_bfloat16_runs_and_stays_near_float32(family):
     b = logits_by_row(config, jax.tree.map(lambda w: w.astype(np.float32), half), samples)
     for x, y in zip(a, b, strict=True):
         assert np.isfinite(x).all() and np.linalg.norm(x - y) <= 0.05 * np.linalg.norm(y)
+
+
+def test_queries_are_normalised_then_turned_by_t_h_w_in_turns():
+    """Against numpy, as complex numbers: frequency i of [0 1 2 0 1 2 0 0] turns with t, h or w."""
+    text = dict(head_dim=16, mrope_section=(4, 2, 2), qkv_bias=False, qk_norm=True, rope="interleaved")
+    config = tiny_config("qwen2_5_vl", text)
+    rng, t = np.random.default_rng(0), config.text
+    x, positions = rng.standard_normal((1, 5, 48)).astype(np.float32), rng.integers(0, 50, (3, 1, 5))
+    weights = jax.tree.map(lambda w: w[0], tiny_params(config)["decoder"]["layers"])
+    block = DecoderBlock(config)
+    _, (q, k) = block.apply({"params": weights}, x, *text_rope(positions, t), lambda q, k, v: (q, (q, k)))
+
+    def normal(a, scale):
+        return a / np.sqrt(np.mean(a * a, -1, keepdims=True) + t.rms_norm_eps) * scale
+
+    turns = positions[[0, 1, 2, 0, 1, 2, 0, 0], 0].T * t.rope_theta ** -(np.arange(8) / 8)
+    h = normal(x, weights["input_layernorm"]["scale"])
+    for got, name in ((q, "q"), (k, "k")):
+        want = normal((h @ weights[f"{name}_proj"]["kernel"]).reshape(5, -1, 16), weights[f"{name}_norm"]["scale"])
+        want = (want[..., :8] + 1j * want[..., 8:]) * np.exp(1j * turns)[:, None]
+        np.testing.assert_allclose(got[0], np.concatenate([want.real, want.imag], -1), atol=2e-5)
+    with pytest.raises(InputError, match="interleave"):
+        tiny_config("qwen2_5_vl", text | dict(mrope_section=(1, 4, 3)))

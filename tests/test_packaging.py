@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+PHOTO = ROOT / "tests/data/media/coffee.jpg"
 
 
 def tree():
@@ -41,9 +42,25 @@ def test_the_tree_names_what_exists(path):
     assert (ROOT / path).is_dir() == path.endswith("/")
 
 
+READMES = sorted(
+    p for folder in ("", "qwenvl_jax/*/", "convert/", "benchmarks/") for p in ROOT.glob(f"{folder}README.md")
+)
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.parent.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(path):
+    for link in re.findall(r"\]\(([^):]+)\)", path.read_text("utf-8")):
+        name, _, heading = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.+)$", target.read_text("utf-8"), re.M) if heading else ()
+        slugs = [re.sub(r"[^\w -]", "", text).strip().lower().replace(" ", "-") for text in headings]
+        assert not heading or heading in slugs, link
+
+
 @pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
 @pytest.mark.slow
-def test_the_python_of_the_readme_runs(tiny_checkpoint, tmp_path, capsys):
+def test_the_python_of_the_readmes_runs(tiny_checkpoint, tmp_path, capsys, caplog):
     """As it is written, but for the model and the picture; the settings of the copy keep it short."""
     for file in tiny_checkpoint.iterdir():
         (tmp_path / file.name).symlink_to(file)
@@ -52,17 +69,19 @@ def test_the_python_of_the_readme_runs(tiny_checkpoint, tmp_path, capsys):
         settings = json.loads((tmp_path / name).read_text()) | {key: value}
         (tmp_path / name).unlink()
         (tmp_path / name).write_text(json.dumps(settings))
-    code = re.search(r"^## Python\n\n```python\n(.*?)^```$", README, re.M | re.S).group(1)
-    for given, here in (("Qwen/Qwen2.5-VL-3B-Instruct", tmp_path), ("photo.jpg", ROOT / "tests/data/media/coffee.jpg")):
-        assert code.count(given) == 1
-        code = code.replace(given, str(here))
     names = {}
-    exec(code, names)
+    for file in ("README.md", "qwenvl_jax/infer/README.md"):
+        code = re.search(r"^```python\n(.*?)^```$", (ROOT / file).read_text("utf-8"), re.M | re.S).group(1)
+        for given, here in (("Qwen/Qwen2.5-VL-3B-Instruct", tmp_path), ("photo.jpg", PHOTO)):
+            assert code.count(given) == 1
+            code = code.replace(given, str(here)).replace("max_new_tokens=64", "max_new_tokens=8")
+        exec(code, names)
+        out = capsys.readouterr().out
+        assert out
     assert len(names["results"]) == 2 and 1 <= len(names["results"][1].token_ids) <= 8
     assert len(names["small"].visuals) == 1
-    out, err = capsys.readouterr()
     assert names["results"][1].finish_reason in out
-    assert err.count("\n") == 1 and "bfloat16 weights are cast to float32" in err
+    assert len(caplog.messages) == 2 and all("bfloat16 weights are cast to float32" in m for m in caplog.messages)
 
 
 @pytest.mark.parametrize("name", ["run", "test"])
@@ -76,7 +95,7 @@ def test_wheel_and_sdist(tmp_path):
     """Both hold every module, the licence and the two commands; tests and the demo's scripts stay out of the wheel."""
     source = tmp_path / "source"
     source.mkdir()
-    tracked = ["pyproject.toml", "README.md", "LICENSE", *code_files()]
+    tracked = ["pyproject.toml", "README.md", "LICENSE", "qwenvl_jax/py.typed", *code_files()]
     tracked += [f"{p.relative_to(ROOT)}" for p in (ROOT / "qwenvl_jax").rglob("__init__.py")]
     for name in tracked:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +113,7 @@ def test_wheel_and_sdist(tmp_path):
         names = set(z.namelist())
         entry_points = z.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     expected = {re.sub("^convert/", "qwenvl_convert/", n) for n in code_files()}
-    assert expected | data <= names
+    assert expected | data | {"qwenvl_jax/py.typed"} <= names
     demo = {n for n in names if n.startswith("qwenvl_jax/demo/")}
     assert {n for n in demo if n.endswith(".py")} == {"qwenvl_jax/demo/__init__.py"}
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"qwenvl_jax", "qwenvl_convert"}

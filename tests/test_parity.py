@@ -5,7 +5,8 @@ import pytest
 from qwenvl_convert.hf import read_params
 from tiny import FAMILIES, clip, mixed_samples, picture, sample, tiny_config, with_text, with_vision
 
-from qwenvl_jax.config import PRESETS, YarnConfig
+from qwenvl_jax.config import YarnConfig
+from qwenvl_jax.families import PRESETS, to_dict
 from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.pack import make_batch
 
@@ -17,12 +18,11 @@ def reference(config, directory, seed=0):
     import torch
     import transformers
 
-    name = "Qwen2_5_VL" if config.is_qwen2_5 else "Qwen2VL"
-    hf_config = getattr(transformers, f"{name}Config")(**config.to_dict())
+    settings = to_dict(config)
+    kind = getattr(transformers, settings["architectures"][0])
+    hf_config = kind.config_class(**settings)
     with torch.device("meta"):
-        model = getattr(transformers, f"{name}ForConditionalGeneration")._from_config(
-            hf_config, attn_implementation="eager"
-        )
+        model = kind._from_config(hf_config, attn_implementation="eager")
     model = model.to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(seed)
     scale = 0.2 if config.text.hidden_size < 1000 else 0.02
@@ -135,7 +135,7 @@ def test_greedy_tokens(family, tmp_path):
 def test_one_layer_at_real_width(name, tmp_path):
     """One decoder layer and one block of each kind of the vision tower, at the sizes of the official model."""
     config = with_vision(PRESETS[name].replace(dtype="float32"), depth=2, fullatt_block_indexes=(1,))
-    if not config.is_qwen2_5:
+    if not config.vision.window_size:
         config = with_vision(config, depth=1, fullatt_block_indexes=())
     small = tiny_config(config.family)
     ids = {k: getattr(small, k) for k in vars(small) if k.endswith("_id")}

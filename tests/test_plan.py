@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from qwenvl_jax.cli import build_parser, main, plan_job
-from qwenvl_jax.config import PRESETS
+from qwenvl_jax.cli import build_parser, main
+from qwenvl_jax.cli.plan import job as plan_job
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.plan.hardware import CHIPS, Target, devices, parse_target
 from qwenvl_jax.plan.hlo import Collective
 from qwenvl_jax.plan.plan import Job, _exchanges, default_mesh, meshes, plan, resolve_model, search, table
@@ -127,7 +128,7 @@ def test_a_compiler_that_is_missing(monkeypatch, capsys, target):
     assert "pip install 'qwenvl-jax[plan]'" in capsys.readouterr().err
 
 
-RECIPES = re.findall(r"`(--model [^`]+)`", (Path(__file__).parents[1] / "README.md").read_text())
+RECIPES = re.findall(r"`(--model [^`]+)`", (Path(__file__).parents[1] / "qwenvl_jax/plan/README.md").read_text())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

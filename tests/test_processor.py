@@ -12,8 +12,8 @@ import pytest
 import tokenizers
 from PIL import Image
 
-from qwenvl_jax.config import PRESETS
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.types import Grid, Visual
 
@@ -169,8 +169,8 @@ def test_options_that_reach_a_clip(processor, monkeypatch, source, item, used):
     """Frames that are listed take no sampling defaults; fps and nframes of an item overrule each other's."""
     seen = {}
 
-    def load(source, preprocessing, **options):
-        seen.update(options)
+    def load(source, preprocessing, options):
+        seen.update(vars(options))
         return Visual(np.zeros((16, 1176), np.uint8), Grid(1, 4, 4), "video", 1.0)
 
     monkeypatch.setattr("qwenvl_jax.inputs.processor.video_visual", load)

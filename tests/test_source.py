@@ -14,6 +14,7 @@ import pytest
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs import media, source
 from qwenvl_jax.inputs.media import Preprocessing, image_visual, load_image
+from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.source import locate, name_of
 from qwenvl_jax.inputs.video import video_visual
 
@@ -140,9 +141,9 @@ def test_all_forms_of_one_picture_agree(server, tmp_path, monkeypatch):
 
 def test_clip_from_url(server):
     options = dict(nframes=2, resized_height=56, resized_width=56)
-    clip = video_visual(f"{server}/bunny.mp4", Preprocessing(), **options)
+    clip = video_visual(f"{server}/bunny.mp4", Preprocessing(), MediaOptions(**options))
     for given in (MEDIA / "bunny.mp4", data_url(MEDIA / "bunny.mp4", "video/mp4")):
-        assert np.array_equal(video_visual(given, Preprocessing(), **options).patches, clip.patches)
+        assert np.array_equal(video_visual(given, Preprocessing(), MediaOptions(**options)).patches, clip.patches)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from test_losses import assert_close, params_of, samples_of, small_config
-from tiny import train_batch
+from tiny import train_batch, with_text
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.specs import Spec, flatten, specs, unflatten
@@ -84,7 +84,7 @@ def test_muon_turns_kernels_evenly():
         "decoder/norm/scale": (24,),
         "decoder/lm_head/kernel": (24, 40),
     }
-    roles = {path: specs(small_config("qwen2_vl", tied=False))[path] for path in shapes}
+    roles = {path: specs(with_text(small_config("qwen2_vl"), tie_word_embeddings=False))[path] for path in shapes}
     grads = {path: jnp.asarray(rng.standard_normal(shape), jnp.float32) for path, shape in shapes.items()}
     params = jax.tree.map(jnp.zeros_like, grads)
     moved = {}

@@ -15,6 +15,7 @@ from PIL import Image
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs import video
 from qwenvl_jax.inputs.media import Preprocessing, image_visual, pixel_table
+from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.video import frame_count, frame_indices, frame_range, frame_size, video_visual
 from qwenvl_jax.types import Grid
 
@@ -76,25 +77,31 @@ def numbers(visual, p: Preprocessing = P) -> list[float]:
     ],
 )
 def test_frame_count(total, rate, options, expected):
-    assert frame_count(total, rate, **options) == expected
+    assert frame_count(total, rate, MediaOptions(**options)) == expected
 
 
 @pytest.mark.parametrize(("total", "options"), [(1, {}), (0, {}), (10, {"nframes": 12}), (10, {"nframes": 1})])
 def test_frame_count_refuses(total, options):
     with pytest.raises(InputError, match=f"of the clip's {total} frames"):
-        frame_count(total, 30, **options)
+        frame_count(total, 30, MediaOptions(**options))
 
 
 @pytest.mark.parametrize(("n", "size"), [(60, (532, 952)), (768, (140, 252))])
 def test_frame_size(n, size):
-    assert frame_size(1080, 1920, n, P, min_pixels=16 * 784, total_pixels=20480 * 784) == size
+    assert frame_size(1080, 1920, n, P, MediaOptions(min_pixels=16 * 784, total_pixels=20480 * 784)) == size
     assert n / 2 * size[0] * size[1] / 784 == {60: 19380, 768: 17280}[n]
 
 
 def test_frame_size_bounds():
     assert frame_size(1080, 1920, 20, P) == (560, 1008)  # at most 768 tokens
-    assert frame_size(1080, 1920, 20, P, max_pixels=10**9) == (560, 1008)  # which a larger wish does not move
-    assert frame_size(1080, 1920, 20, P, max_pixels=50176) == (168, 280)  # under the least by default: it gives way
+    assert frame_size(1080, 1920, 20, P, MediaOptions(max_pixels=10**9)) == (
+        560,
+        1008,
+    )  # whatever is asked
+    assert frame_size(1080, 1920, 20, P, MediaOptions(max_pixels=50176)) == (
+        168,
+        280,
+    )  # lowers min_pixels too
     assert frame_size(10, 20, 20, P) == (224, 448)  # at least 128 tokens
 
 
@@ -102,8 +109,8 @@ def test_frame_size_of_a_checkpoint_with_small_frames():
     small = Preprocessing(min_pixels=784, max_pixels=64 * 784, video_max_pixels=9 * 784)
     assert frame_size(84, 84, 20, small) == (84, 84)
     assert frame_size(480, 640, 20, small) == (56, 84)
-    assert frame_size(480, 640, 20, small, max_pixels=40 * 784) == (140, 196)  # an option wins
-    assert frame_size(480, 640, 20, small, min_pixels=16 * 784) == (84, 112)  # this one too
+    assert frame_size(480, 640, 20, small, MediaOptions(max_pixels=40 * 784)) == (140, 196)  # an option wins
+    assert frame_size(480, 640, 20, small, MediaOptions(min_pixels=16 * 784)) == (84, 112)  # this one too
 
 
 def test_frame_range():
@@ -161,12 +168,12 @@ def test_containers(tmp_path, name, codec):
     with av.open(str(path)) as container:
         frames = [f.to_image() for f in container.decode(video=0)]
     assert len(frames) == 50
-    visual = video_visual(path, P, nframes=8, **SMALL)
+    visual = video_visual(path, P, MediaOptions(nframes=8, **SMALL))
     assert (visual.kind, visual.grid) == ("video", Grid(4, 4, 6))
-    listed = video_visual([frames[i] for i in (0, 7, 14, 21, 28, 35, 42, 49)], P, **SMALL)
+    listed = video_visual([frames[i] for i in (0, 7, 14, 21, 28, 35, 42, 49)], P, MediaOptions(**SMALL))
     assert np.array_equal(visual.patches, listed.patches)
     assert visual.seconds_per_grid == pytest.approx(2 / (8 / 50 * 25), rel=1e-3)
-    again = video_visual(path.read_bytes(), P, nframes=8, **SMALL)
+    again = video_visual(path.read_bytes(), P, MediaOptions(nframes=8, **SMALL))
     assert np.array_equal(again.patches, visual.patches)
 
 
@@ -175,8 +182,8 @@ def test_real_clip():
     assert visual.grid == Grid(4, 26, 46)  # 4 seconds, two frames each
     assert visual.patches.shape == (4 * 26 * 46, 1176)
     assert visual.seconds_per_grid == 1.0
-    assert video_visual(CLIP, P, fps=1.25, **SMALL).seconds_per_grid == 2 / (4 / 100 * 25)
-    part = video_visual(CLIP, P, fps=4, video_start=1, video_end=2, **SMALL)  # frames 25 … 50
+    assert video_visual(CLIP, P, MediaOptions(fps=1.25, **SMALL)).seconds_per_grid == 2 / (4 / 100 * 25)
+    part = video_visual(CLIP, P, MediaOptions(fps=4, video_start=1, video_end=2, **SMALL))  # frames 25 … 50
     assert part.grid.t == 2
     assert part.seconds_per_grid == 2 / (4 / 26 * 25)
 
@@ -184,7 +191,7 @@ def test_real_clip():
 def test_variable_frame_rate(tmp_path):
     times = [0, 40, 80, 120, 1000, 2000, 2040, 2080, 3500, 4500]
     path = clip(tmp_path / "vfr.mkv", 10, times=times)
-    visual = video_visual(path, P, nframes=4, **SMALL)
+    visual = video_visual(path, P, MediaOptions(nframes=4, **SMALL))
     assert np.round(numbers(visual)).tolist() == [0, 3, 6, 9]
     assert visual.seconds_per_grid == pytest.approx(2 / (4 / 10 * 9 / 4.5))  # nine intervals in 4.5 s
 
@@ -193,14 +200,14 @@ def test_fragmented_file_that_declares_no_frames(tmp_path):
     path = clip(tmp_path / "f.mp4", 30, options={"movflags": "frag_keyframe+empty_moov"})
     with av.open(str(path)) as container:
         assert container.streams.video[0].frames == 0
-    assert video_visual(path, P, nframes=6, **SMALL).grid.t == 3
+    assert video_visual(path, P, MediaOptions(nframes=6, **SMALL)).grid.t == 3
 
 
 def test_frames_that_do_not_decode_are_not_counted(tmp_path, monkeypatch):
     path = clip(tmp_path / "short.mp4", 20)
     count = video._count
     monkeypatch.setattr(video, "_count", lambda open_clip: (count(open_clip)[0] + 7, 10.0))
-    visual = video_visual(path, P, nframes=4, **SMALL)
+    visual = video_visual(path, P, MediaOptions(nframes=4, **SMALL))
     assert np.round(numbers(visual)).tolist() == [0, 6, 13, 19]
     assert visual.seconds_per_grid == 2 / (4 / 20 * 10)
 
@@ -212,7 +219,10 @@ def test_rotation_is_applied(tmp_path):
     at = data.index(b"tkhd") + 4 + 40  # version 0: the matrix follows 40 bytes of other fields
     assert struct.unpack(">9i", data[at : at + 36]) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
     data[at : at + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 56 << 16, 0, 1 << 30)  # 90° clockwise
-    plain, turned = video_visual(upright, P, nframes=2), video_visual(bytes(data), P, nframes=2)
+    plain, turned = (
+        video_visual(upright, P, MediaOptions(nframes=2)),
+        video_visual(bytes(data), P, MediaOptions(nframes=2)),
+    )
     assert (plain.grid.h, plain.grid.w) == (turned.grid.w, turned.grid.h)
 
     rng = np.random.default_rng(0).integers(0, 255, (4, 6, 3)).astype(np.uint8)
@@ -226,7 +236,7 @@ def test_only_sampled_frames_are_converted(monkeypatch):
     kept = []
     fill = video.fill
     monkeypatch.setattr(video, "fill", lambda *args: kept.append(args[1].size) or fill(*args))
-    video_visual(CLIP, P, nframes=6, **SMALL)
+    video_visual(CLIP, P, MediaOptions(nframes=6, **SMALL))
     assert kept == [(84, 56)] * 6
 
 
@@ -241,7 +251,7 @@ def test_frame_lists(n, rows):
     assert visual.patches.shape == (rows, 1176)
     assert numbers(visual) == [*range(n)] + [n - 1] * (n % 2)
     assert visual.seconds_per_grid == 1.0
-    assert video_visual(frames, P, fps=8).seconds_per_grid == 0.25
+    assert video_visual(frames, P, MediaOptions(fps=8)).seconds_per_grid == 0.25
 
 
 def test_frames_in_every_form(tmp_path):
@@ -254,7 +264,7 @@ def test_frames_in_every_form(tmp_path):
     expected = video_visual(frames, P)
     assert np.array_equal(video_visual(mixed, P).patches, expected.patches)
     assert np.array_equal(video_visual(np.stack([frame(i) for i in range(4)]), P).patches, expected.patches)
-    assert video_visual(tuple(mixed), P, max_pixels=3136).grid == Grid(2, 2, 4)
+    assert video_visual(tuple(mixed), P, MediaOptions(max_pixels=3136)).grid == Grid(2, 2, 4)
 
 
 def test_one_frame_is_its_picture():
@@ -276,12 +286,12 @@ def test_one_frame_is_its_picture():
         ([frame(0)] * 4, {"fps": 1e-9}, r"the clip would last 4e\+09 seconds; it may last 1,000,000 at most"),
         ([frame(0)], {"fps": 1e-300}, "would last 2e\\+300 seconds"),
         ([frame(0)], {"fps": 5e-324}, "would last inf seconds"),
-        ([frame(0)], {"min_pixels": "5"}, "frame 0: min_pixels is '5'"),
+        ([frame(0)], {"min_pixels": "5"}, "min_pixels is '5'"),
     ],
 )
 def test_bad_frame_lists(frames, options, message):
     with pytest.raises(InputError, match=message):
-        video_visual(frames, P, **options)
+        video_visual(frames, P, MediaOptions(**options))
 
 
 # --- bad files and options
@@ -318,7 +328,7 @@ def test_bad_frame_lists(frames, options, message):
 )
 def test_bad_options(options, message):
     with pytest.raises(InputError, match=message):
-        video_visual(CLIP, P, **options)
+        video_visual(CLIP, P, MediaOptions(**options))
 
 
 def sound() -> bytes:
@@ -444,4 +454,4 @@ def test_file_equals_frames_decoded_independently(options, picked, size):
     with av.open(str(CLIP)) as container:
         frames = [f.to_image() for f in container.decode(video=0)]
     chosen = [frames[i].resize(size[::-1], Image.Resampling.BICUBIC) for i in picked]
-    assert_equals_reference(video_visual(CLIP, P, **options), chosen)
+    assert_equals_reference(video_visual(CLIP, P, MediaOptions(**options)), chosen)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenvl_jax.config import PRESETS
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.model import window_kernel
 from qwenvl_jax.plan.hlo import Program
 from qwenvl_jax.sharding import make_mesh
@@ -77,7 +77,9 @@ def compile_for_tpu(f, *args):
 
 def shallow(config):
     """The tower two layers deep: one windowed, if any are, and one full."""
-    vision = dataclasses.replace(config.vision, depth=2, fullatt_block_indexes=(1,) if config.is_qwen2_5 else ())
+    vision = dataclasses.replace(
+        config.vision, depth=2, fullatt_block_indexes=(1,) if config.vision.window_size else ()
+    )
     return config.replace(vision=vision)
 
 

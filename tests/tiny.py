@@ -40,6 +40,8 @@ def tiny_config(family: str, text: dict | None = None, vision: dict | None = Non
         intermediate_size=64 if two else 44,
         out_hidden_size=text["hidden_size"],
         num_heads=2,
+        norm="layer" if two else "rms",
+        gated_mlp=not two,
         hidden_act="quick_gelu" if two else "silu",
         window_size=None if two else 112,
         fullatt_block_indexes=() if two else (1, 3),
@@ -84,6 +86,13 @@ def sample(rng, config: Config, *parts) -> Sample:
         else:
             tokens += rng.integers(1, 150, part).tolist()
     return make_sample(tokens, visuals, config)
+
+
+def followed(s: Sample, ids) -> Sample:
+    """The sample with more text tokens at its end."""
+    ids = np.asarray(ids, np.int32)
+    after = np.tile(s.positions.max() + 1 + np.arange(len(ids), dtype=np.int32), (3, 1))
+    return s._replace(tokens=np.append(s.tokens, ids), positions=np.append(s.positions, after, 1))
 
 
 def mixed_samples(config: Config, seed: int = 0) -> list[Sample]:

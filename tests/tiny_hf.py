@@ -8,6 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qwenvl_jax.config import Config
+from qwenvl_jax.families import to_dict
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
@@ -30,11 +31,11 @@ def torch_shapes(config: Config) -> dict[str, tuple[int, ...]]:
         out[p + "mlp.down_proj.weight"] = (D, F)
     out["visual.patch_embed.proj.weight"] = (E, 3, 2, 14, 14)
     linears = {"attn.qkv": (3 * E, E), "attn.proj": (E, E)}
-    if config.is_qwen2_5:
+    if v.gated_mlp:
         linears |= {"mlp.gate_proj": (M, E), "mlp.up_proj": (M, E), "mlp.down_proj": (E, M)}
     else:
         linears |= {"mlp.fc1": (M, E), "mlp.fc2": (E, M)}
-    norms = ["weight"] if config.is_qwen2_5 else ["weight", "bias"]
+    norms = ["weight"] if v.norm == "rms" else ["weight", "bias"]
     for l in range(v.depth):
         p = f"visual.blocks.{l}."
         out |= {f"{p}{norm}.{kind}": (E,) for norm in ("norm1", "norm2") for kind in norms}
@@ -66,7 +67,7 @@ def write_hf(directory, config: Config, tensors: dict, layout: str = "hub", file
     """Writes config.json and the tensors with the safetensors library, dealt over so many files."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config.to_dict()))
+    (directory / "config.json").write_text(json.dumps(to_dict(config)))
     if layout == "nested":
         tensors = {nested(name): x for name, x in tensors.items()}
     if files == 1:

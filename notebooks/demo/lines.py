@@ -100,7 +100,10 @@ def _block(rng: np.random.Generator, assets: Assets, file: str, capitals: bool):
 
 
 def _figures(rng: np.random.Generator) -> str:
-    n = lambda low, high: int(rng.integers(low, high))  # noqa: E731 - inclusive, exclusive
+
+    def n(low, high):  # inclusive, exclusive
+        return int(rng.integers(low, high))
+
     kind = n(0, 5)
     if kind == 0:
         return str(n(100, 10 ** n(3, 8)) if rng.random() < 0.5 else n(10**5, 10**9))

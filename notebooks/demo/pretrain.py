@@ -80,7 +80,7 @@ class Cells:
         total = LANES * PATCHES // unit
         targets, weights = np.zeros((total, SLOTS), np.int32), np.zeros((total, SLOTS), np.float32)
         edges = np.full((total, 4), np.nan, np.float32)
-        for (frame,), (ids, weight, edge) in zip(placements, answers, strict=True):
+        for frame, (ids, weight, edge) in zip(placements, answers, strict=True):
             targets[frame.cells], weights[frame.cells], edges[frame.cells] = ids, weight, edge
         inputs = Batch(None, None, None, None, (filled,))
         return jax.tree.map(lambda a: a[None], CellBatch(inputs, targets, weights, edges))
@@ -173,7 +173,10 @@ def levelled(config: Config, params: dict, lanes: VisionBatch) -> dict:
 
     Were they ten times as long, what the decoder's blocks add to them would hardly be noticed.
     """
-    rms = lambda x: jnp.sqrt(jnp.mean(jnp.square(x), -1))  # noqa: E731
+
+    def rms(x):
+        return jnp.sqrt(jnp.mean(jnp.square(x), -1))
+
     words = jnp.mean(rms(params["decoder"]["embed_tokens"]["embedding"]))
     scale = words / jnp.median(rms(jax.jit(encode, static_argnums=0)(config, params, lanes)))
     merger = params["vision"]["merger"]
@@ -199,7 +202,10 @@ def main() -> None:
     processor, generation = Processor.from_dir(files, config), read_json(files / "generation_config.json")
     params = load(args.start).params if args.start else jax.jit(init, static_argnums=0)(config, jax.random.key(0))
     params = params | init_heads(config.text.hidden_size, jax.random.key(1))
-    trainable = lambda path: path.startswith(("vision", "slots", "edges")) or "embed_tokens" in path  # noqa: E731
+
+    def trainable(path):
+        return path.startswith(("vision", "slots", "edges")) or "embed_tokens" in path
+
     schedule = make_schedule(args.learning_rate, "cosine", warmup=args.steps // 25, total=args.steps, end=0.02)
     declared = specs(config) | HEADS
     optimizer = make_optimizer(declared, schedule, "muon", weight_decay=0.02)

@@ -1,42 +1,37 @@
-"""The `qwenvl` command: the package's verbs, and the one place where errors become sentences.
+"""The `qwenvl` command: a file for each verb, and the one place where errors become sentences.
 
-jax and the model are imported inside the commands, so that `--help` and a mistyped option answer at once.
+jax and the model are imported inside the verbs, so that `--help` and a mistyped option answer at once.
 """
 
+import argparse
 import atexit
 import contextlib
 import gc
-import importlib.util
 import io
-import json
 import os
-import signal
 import sys
 import traceback
 
-from qwenvl_jax.cli import eval as eval_verb
-from qwenvl_jax.cli.arguments import build_parser
-from qwenvl_jax.cli.converse import chat, generate
-from qwenvl_jax.cli.errors import (
-    BROKEN_PIPE,
-    FAILED,
-    INTERRUPTED,
-    NOT_DONE,
-    OK,
-    explain,
-    keep_programs,
-    mute_libraries,
-    one_of_several,
-    own_warnings,
-    quiet,
-)
-from qwenvl_jax.errors import InputError
-from qwenvl_jax.eval.evaluator import Evaluator
-from qwenvl_jax.train import options as train_options
+import qwenvl_jax
+from qwenvl_jax.cli import chat, convert, eval, generate, info, plan, plot, train, verify
+from qwenvl_jax.cli.errors import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, explain, one_of_several, quiet
 
-# What `plan` may be told of a task.
-_PLANNED = {"decode": ("batch", "context"), "prefill": ("batch", "context"), "vision": ("images", "pixels")}
-_PLANNED["train"] = ("batch", "context", "images", "pixels", "lora", "full")
+VERBS = {
+    "generate": generate,
+    "chat": chat,
+    "train": train,
+    "eval": eval,
+    "plot": plot,
+    "convert": convert,
+    "plan": plan,
+    "info": info,
+    "verify": verify,
+}
+_COMPILE = (generate, chat, train, eval, verify)
+_CACHE = (
+    "Compiled programs are kept for the next run in ~/.cache/qwenvl_jax (in XDG_CACHE_HOME, if it is set). "
+    "JAX_COMPILATION_CACHE_DIR=DIR keeps them elsewhere, JAX_ENABLE_COMPILATION_CACHE=0 nowhere."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with quiet(args.debug):
-            code = _COMMANDS[args.command](args)
+            code = VERBS[args.command].run(args)
             sys.stdout.flush()
             return code
     except BrokenPipeError:
@@ -83,115 +78,21 @@ def convert_main(argv: list[str] | None = None) -> int:
     return main(["convert", *(sys.argv[1:] if argv is None else argv)])
 
 
-def _train(args) -> int:
-    options = train_options.TrainOptions.read(args.config, train_options.flags(args))
-    from qwenvl_jax.train.finetune import finetune
-
-    keep_programs()
-
-    def evaluator(model, data, encoding):
-        return Evaluator(model, data, encoding=encoding)
-
-    try:
-        with contextlib.nullcontext() if args.debug else own_warnings():
-            ended = finetune(options, evaluator)
-    except KeyboardInterrupt:  # the second one: at once, without waiting for a checkpoint that is being written
-        print(file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)
-    return {None: OK, signal.SIGTERM: NOT_DONE, signal.SIGINT: INTERRUPTED}[ended]
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(BAD_INPUT, f"{self.prog}: {message}\nSee '{self.prog} --help'.\n")
 
 
-def _plot(args) -> int:
-    from qwenvl_jax.cli import plot
-    from qwenvl_jax.train.run import read_metrics
-
-    plot.draw({run: read_metrics(run) for run in args.runs}, args.output)
-    print(args.output)
-    return OK
-
-
-def _convert(args) -> int:
-    from qwenvl_convert import orbax
-
-    from qwenvl_jax.params import checkpoint
-
-    if args.to == "orbax" and args.layout:
-        raise InputError("--layout is about the tensor names of Hugging Face files; it goes with --to hf only")
-    src = checkpoint.find(args.src)
-    if args.to == "orbax":
-        orbax.to_orbax(src, args.dst)
-    else:
-        orbax.to_hf(src, args.dst, layout=args.layout or "hub")
-    print(args.dst)
-    return OK
-
-
-def plan_job(args):
-    """The job that the flags of `qwenvl plan` describe."""
-    from qwenvl_jax.plan import plan
-
-    given = {name: value for name in _PLANNED["train"] if (value := getattr(args, name)) is not None}
-    for name in given:
-        if name not in _PLANNED[args.task]:
-            raise InputError(f"--{name} means nothing to --task {args.task}; leave it out")
-    given.pop("full", None)
-    return plan.Job(plan.resolve_model(args.model), args.task, **given)
-
-
-def _plan(args) -> int:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is run, so no accelerator need be there, or be taken
-    with contextlib.nullcontext() if args.debug else mute_libraries():
-        from qwenvl_jax.plan import plan
-        from qwenvl_jax.plan.hardware import CHIPS, parse_target
-        from qwenvl_jax.sharding import parse_mesh
-
-        job = plan_job(args)
-        if args.search and args.mesh:
-            raise InputError("--search finds the mesh; leave out --mesh, or --search")
-        if args.search:
-            kind = args.target if args.target in CHIPS else parse_target(args.target).kind
-            answer = plan.search(job, kind, progress=sys.stderr.isatty())
-        else:
-            answer = plan.plan(job, parse_target(args.target), parse_mesh(args.mesh) if args.mesh else None)
-    print(json.dumps({"model": args.model} | answer) if args.json else plan.table(answer))
-    return OK if answer["fits"] else FAILED
-
-
-def _info(args) -> int:
-    from qwenvl_jax.cli import info
-
-    facts = info.describe(args.checkpoint)
-    print(json.dumps(facts) if args.json else info.table(facts))
-    return OK
-
-
-def _verify(args) -> int:
-    missing = [m for m in ("torch", "transformers") if importlib.util.find_spec(m) is None]
-    if missing:
-        raise InputError(
-            f"verify compares with PyTorch, and {' and '.join(missing)} is not installed: "
-            "pip install 'qwenvl-jax[parity]'"
-        )
-    from qwenvl_convert import parity
-
-    keep_programs()
-    rows = parity.verify(args.checkpoint, args.image)
-    print(f"{'stage':<22} {'shape':<18} {'max rel. error':>14} {'limit':>8}")
-    for row in rows:
-        shape = "×".join(map(str, row.shape))
-        verdict = "" if row.ok else "  FAILED"
-        print(f"{row.name:<22} {shape:<18} {row.error:>14.1e} {row.limit:>8.0e}{verdict}")
-    return OK if all(row.ok for row in rows) else FAILED
-
-
-_COMMANDS = {
-    "generate": generate,
-    "chat": chat,
-    "train": _train,
-    "eval": eval_verb.run,
-    "plot": _plot,
-    "convert": _convert,
-    "plan": _plan,
-    "info": _info,
-    "verify": _verify,
-}
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, read without jax."""
+    parser = _Parser(prog="qwenvl", description="Qwen2-VL and Qwen2.5-VL in JAX.")
+    parser.add_argument("--debug", action="store_true", help="show warnings, logs and tracebacks")
+    parser.add_argument("--version", action="version", version=f"qwenvl-jax {qwenvl_jax.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, verb in VERBS.items():
+        epilog = _CACHE if verb in _COMPILE else None
+        sub = commands.add_parser(name, help=verb.HELP, description=verb.HELP, epilog=epilog, allow_abbrev=False)
+        # SUPPRESS: without it the default here would overwrite `qwenvl --debug generate`.
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        verb.add_arguments(sub)
+    return parser

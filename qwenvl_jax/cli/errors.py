@@ -60,7 +60,7 @@ def keep_programs() -> None:
 
 @contextlib.contextmanager
 def quiet(debug: bool):
-    """Keeps the chatter of jax, absl and friends off stderr, where only our own sentences belong."""
+    """Keeps the chatter of jax, absl and friends off stderr; this package's own messages are shown there."""
     if debug:
         yield
         return
@@ -68,32 +68,20 @@ def quiet(debug: bool):
     for name in ("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):  # by libtpu, where it is installed without a TPU
         os.environ.setdefault(name, "3")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    disabled = logging.root.manager.disable
-    logging.disable(logging.ERROR)
+    levels = {"": logging.CRITICAL, "absl": logging.CRITICAL, "jax": logging.CRITICAL, "qwenvl_jax": logging.WARNING}
+    before = {name: logging.getLogger(name).level for name in levels}
+    shown = logging.StreamHandler(sys.stderr)
     try:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        logging.getLogger("qwenvl_jax").addHandler(shown)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(disabled)
-
-
-@contextlib.contextmanager
-def own_warnings():
-    """Lets this package's warnings, such as the records that are skipped, through `quiet`."""
-    levels = {"": logging.CRITICAL, "absl": logging.CRITICAL, "jax": logging.CRITICAL, "qwenvl_jax": logging.WARNING}
-    loggers = {logging.getLogger(name): level for name, level in levels.items()}
-    before = {logger: logger.level for logger in loggers}
-    disabled = logging.root.manager.disable
-    logging.disable(min(disabled, logging.INFO))
-    try:
-        for logger, level in loggers.items():
-            logger.setLevel(level)
-        yield
-    finally:
-        logging.disable(disabled)
-        for logger, level in before.items():
-            logger.setLevel(level)
+        logging.getLogger("qwenvl_jax").removeHandler(shown)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextlib.contextmanager

@@ -1,20 +1,24 @@
-"""What a checkpoint is, told from its config and the headers of its weight files; no weight is read.
+"""`qwenvl info`: what a checkpoint is, from its config and the headers of its weight files; no weight is read.
 
-Importing this file does not import jax, and `describe` does not either.
+Importing this file does not import numpy, and `describe` does not import jax.
 """
 
 import collections
 import dataclasses
+import json
 import math
 from pathlib import Path
 
 from qwenvl_convert.safetensors import DTYPES, Reader
 
-from qwenvl_jax.config import PRESETS, Config
+from qwenvl_jax.cli.errors import OK
+from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS, family_of
 from qwenvl_jax.params import directory
 from qwenvl_jax.params.precision import on_cpu
 
+HELP = "Say what a checkpoint is, reading only its headers."
 # Parameters of the presets, which are counted with jax: `count_params` of params/specs.py.
 PARAMETERS = {
     "qwen2-vl-2b": 2_208_985_600,
@@ -27,23 +31,35 @@ PARAMETERS = {
 }
 
 
+def add_arguments(parser) -> None:
+    text = "checkpoint directory, or a preset such as qwen2.5-vl-7b (default: demo)"
+    parser.add_argument("checkpoint", nargs="?", default="demo", metavar="CKPT", help=text)
+    parser.add_argument("--json", action="store_true")
+
+
+def run(args) -> int:
+    facts = describe(args.checkpoint)
+    print(json.dumps(facts) if args.json else table(facts))
+    return OK
+
+
 def describe(path_or_preset) -> dict:
     """Facts of a checkpoint directory, either format, "demo", or one of `PRESETS`; all of it can be written as JSON.
 
-    family, preset (the official size it has, or None), format ("hf", "orbax" or "preset"), parameters,
+    family, boxes ("absolute" pixels of the resized picture, or "relative" 0..1000),
+    preset (the official size it has, or None), format ("hf", "orbax" or "preset"), parameters,
     dtypes {name: parameters}, files {name: bytes} of the weights, bytes, config,
     on_cpu (what `load` does with 16-bit weights on a CPU, by the memory that is free now).
     Raises InputError if there is no such directory or its headers are damaged.
     """
+
     config = PRESETS.get(str(path_or_preset))
     if config:
         return _facts(config, "preset", {config.dtype: PARAMETERS[str(path_or_preset)]}, {})
     path = directory.find(path_or_preset) if path_or_preset == directory.DEMO else Path(path_or_preset)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory, nor one of the presets {', '.join(PRESETS)}")
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path}: not a checkpoint, there is no config.json in it")
-    config, dtypes = Config.from_file(path / "config.json"), collections.Counter()
+    config, dtypes = directory.read_config(path), collections.Counter[str]()
     if (path / directory.MARKER).is_file():
         form, files = "orbax", sorted(f for f in (path / directory.PARAMS).rglob("*") if f.is_file())
         for shape, dtype in directory.stored_arrays(path).values():
@@ -63,6 +79,7 @@ def _facts(config: Config, form: str, dtypes: dict, files: dict) -> dict:
     same = (name for name, p in PRESETS.items() if (p.family, p.text, p.vision) == sizes)
     return {
         "family": config.family,
+        "boxes": family_of(config).BOXES,
         "preset": next(same, None),
         "format": form,
         "parameters": sum(dtypes.values()),
@@ -88,6 +105,7 @@ def table(facts: dict) -> str:
         f"MLP {t['intermediate_size']}, vocabulary {t['vocab_size']}",
         "vision": f"{v['depth']} blocks of width {v['hidden_size']}, {v['num_heads']} heads",
         "context": f"{facts['context']:,} tokens",
+        "boxes": {"absolute": "pixels of the resized picture", "relative": "0 … 1000 of each side"}[facts["boxes"]],
     }
     if t["tie_word_embeddings"]:
         rows["decoder"] += ", tied embeddings"

@@ -1,13 +1,28 @@
-"""Curves of one run or several, from their metrics.jsonl to a PNG: the loss first, then whatever else was measured."""
+"""`qwenvl plot`: curves of one run or several, as a PNG: the loss first, then whatever else was measured."""
 
 import math
 from pathlib import Path
 
+from qwenvl_jax.cli.errors import OK
 from qwenvl_jax.errors import InputError
 
+HELP = "Draw the metrics of training runs."
 _COLUMNS = 3
 # What a line says besides things worth a curve.
 _BOOKKEEPING = ("step", "weight", "tokens", "epoch", "skipped_steps")
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
+    parser.add_argument("-o", "--output", default="loss.png", metavar="FILE.png", help="default: loss.png")
+
+
+def run(args) -> int:
+    from qwenvl_jax.train.run import read_metrics
+
+    draw({run: read_metrics(run) for run in args.runs}, args.output)
+    print(args.output)
+    return OK
 
 
 def draw(runs: dict[str, list[dict]], output) -> None:

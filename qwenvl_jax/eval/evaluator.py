@@ -6,8 +6,9 @@ jax and the engine are imported when first needed, so that `Evaluator` can be na
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.eval.questions import Question, read_questions
 from qwenvl_jax.eval.report import Answer, Report, report, score
 from qwenvl_jax.types import Model
@@ -55,10 +56,11 @@ class Evaluator:
         Raises InputError that names the record at fault; pictures and clips are opened when it is their turn.
         """
         if batch < 1:
-            raise InputError(f"batch is {batch}; it must be at least 1")
+            raise OptionsError(f"batch is {batch}; it must be at least 1")
         self.questions = read_questions(records, metric)
         _check(self.questions, model.processor)
-        self._model, self._engine = (model._replace(params=None), None) if isinstance(model, Model) else (None, model)
+        self._model: Any = model._replace(params={}) if isinstance(model, Model) else None
+        self._engine: Any = None if isinstance(model, Model) else model
         self._batch = min(batch, len(self.questions)) if self._engine is None else model.max_batch
         self._encoding, self._progress = dict(encoding or {}), progress
         self._options = {"temperature": 0.0, "max_new_tokens": max_new_tokens, **options}
@@ -98,7 +100,7 @@ class Evaluator:
                 room(sample, engine.max_length)
                 return sample
             except InputError as e:
-                raise InputError(f"{q.where}: {e}") from e
+                raise e.at(q.where) from e
 
         # Questions of a task are of like size, so that few buckets are met, and lots of neighbours share them.
         order = sorted(range(len(self.questions)), key=lambda i: self.questions[i].task)
@@ -132,4 +134,4 @@ def _check(questions: Sequence[Question], processor) -> None:
                 if isinstance(media.source, str) and not re.match("(?i)https?:|data:", media.source):
                     locate(media.source, 0)
         except InputError as e:
-            raise InputError(f"{q.where}: {e}") from e
+            raise e.at(q.where) from e

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 _Z = 1.959963984540054  # the normal distribution's 97.5% point: two-sided 95%
@@ -65,8 +65,8 @@ def seconds(prediction: str, golds: Sequence[str], *, tolerance: float = 0.5) ->
 
     A time is a number of seconds or m:ss or h:mm:ss, the ways of Qwen2.5-VL (arXiv:2502.13923).
     """
-    p = first_time(prediction)
-    return float(p is not None and any(abs(p - first_time(gold)) <= tolerance + 1e-9 for gold in golds))
+    p, times = first_time(prediction), map(first_time, golds)
+    return float(p is not None and any(t is not None and abs(p - t) <= tolerance + 1e-9 for t in times))
 
 
 def first_time(text: str) -> float | None:
@@ -219,5 +219,10 @@ def bootstrap(
     return float(low), float(high)
 
 
-METRICS = {"exact": exact, "anls": anls, "relaxed": relaxed, "seconds": seconds}
+METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "exact": exact,
+    "anls": anls,
+    "relaxed": relaxed,
+    "seconds": seconds,
+}
 BOXES = "iou"  # counted over a task; every other metric is the mean of its items

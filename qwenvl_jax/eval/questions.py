@@ -43,7 +43,9 @@ def read_questions(records, metric: str = "exact") -> list[Question]:
         for where, value, folder in lines:
             try:
                 questions.append(_question(value, folder, metric, where))
-            except (InputError, RecursionError) as e:  # the latter where lists are nested by the hundred
+            except InputError as e:
+                raise e.at(where) from e
+            except RecursionError as e:  # lists nested by the hundred
                 raise InputError(f"{where}: {e}") from e
     if not questions:
         raise InputError(f"{', '.join(map(str, records)) or 'the list of records'}: no record to evaluate on")

@@ -60,7 +60,7 @@ class Report:
 
     def metrics(self) -> dict[str, float]:
         """{"eval/TASK/METRIC": value, …, "eval/overall": value}, for a training run's log."""
-        named = {}
+        named: dict[str, float] = {}
         for s in self.scores:
             named |= {f"eval/{s.task}/{name}": value for name, value in {s.metric: s.value, **s.details}.items()}
         return named | {"eval/overall": self.overall.value}
@@ -116,8 +116,9 @@ def report(answers: Sequence[Answer]) -> Report:
 def _score(task: str, metric: str, answers: Sequence[Answer]) -> Score:
     n = len(answers)
     if metric == BOXES:
-        right, predicted, gold = (sum(column) for column in zip(*(a.matched for a in answers), strict=True))
-        pairs = [(2 * a.matched.right, a.matched.predicted + a.matched.gold) for a in answers]
+        matched = [a.matched for a in answers if a.matched is not None]
+        right, predicted, gold = (sum(column) for column in zip(*matched, strict=True))
+        pairs = [(2 * m.right, m.predicted + m.gold) for m in matched]
         # Of no boxes none is wrong; but where there was something to find, silence is not precise either.
         precision = right / predicted if predicted else float(not gold)
         recall = right / gold if gold else float(not predicted)

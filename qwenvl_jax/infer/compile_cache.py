@@ -51,7 +51,7 @@ def kept():
 
 def directory() -> Path:
     """The default directory, made if it is missing. Raises InputError if it is refused."""
-    path = "the user's cache directory"
+    path = Path("the user's cache directory")
     try:
         path = _default()
         for place in (*reversed(path.parents), path):

@@ -10,7 +10,6 @@ import math
 import secrets
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -19,44 +18,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.compile_cache import kept
-from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, room
 from qwenvl_jax.infer.programs import CHUNK, Programs, cpu_layouts
+from qwenvl_jax.infer.requests import Request, Result, Row, Stream, batches
 from qwenvl_jax.inputs.ladder import Ladder, round_up
 from qwenvl_jax.inputs.layout import slots_needed
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.sharding import ACTIVATIONS
 from qwenvl_jax.types import Batch, Model, Sample, VisionBatch
-
-
-@dataclass(frozen=True)
-class Result:
-    """One answer.
-
-    text: the answer without eos, stop ids or stop strings.
-    token_ids: everything generated, with the eos or stop id that ended it (as in transformers and vLLM);
-        after a stop string, up to the token that completed it.
-    finish_reason: "stop" (eos, a stop id or string) or "length" (max_new_tokens, or the context is full).
-    logprobs: one for each of token_ids, under the raw logits; None unless asked for.
-    top_logprobs: for each of token_ids the best (id, logprob) pairs; None unless asked for.
-    others: the other n − 1 samples of the same conversation.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    prompt_tokens: int
-    logprobs: list[float] | None = None
-    top_logprobs: list[list[tuple[int, float]]] | None = None
-    others: tuple["Result", ...] = ()
-
-    @property
-    def samples(self) -> tuple["Result", ...]:
-        """All n samples, this one first."""
-        return (self, *self.others)
 
 
 class Engine:
@@ -80,9 +52,9 @@ class Engine:
         context = model.config.text.context
         max_length = context if max_length is None else max_length
         if not 1 < max_length <= context:
-            raise InputError(f"max_length is {max_length}; it must be from 2 to the model's context, {context}")
+            raise OptionsError(f"max_length is {max_length}; it must be from 2 to the model's context, {context}")
         if max_batch < 1 or lag < 0:
-            raise InputError(f"max_batch is {max_batch} and lag {lag}; they must be at least 1 and 0")
+            raise OptionsError(f"max_batch is {max_batch} and lag {lag}; they must be at least 1 and 0")
         self.config, self.processor, self.generation = model.config, model.processor, model.generation
         self.max_batch, self.max_length, self.lag = max_batch, max_length, lag
         self.params = jax.tree.map(jnp.asarray, model.params)
@@ -144,7 +116,7 @@ class Engine:
         if len(options) != len(conversations):
             raise InputError(f"{len(options)} options were given for {len(conversations)} conversations")
         requests = [self._request(c, o, tools, changes) for c, o in zip(conversations, options, strict=True)]
-        for rows in _batches(requests, self.max_batch):
+        for rows in batches(requests, self.max_batch):
             for _ in self._run(rows):
                 pass
         return [request.result() for request in requests]
@@ -156,17 +128,17 @@ class Engine:
         *,
         tools: list | None = None,
         **changes,
-    ) -> "Stream":
+    ) -> Stream:
         """Answers one conversation piece by piece; the pieces joined are the text `generate` gives.
 
         No piece holds part of a character or of a stop string. Raises as `generate` does, before any piece.
         """
         request = self._request(conversation, options or GenerateOptions(), tools, changes)
         if len(request.rows) > 1:
-            raise InputError(f"n is {len(request.rows)}; only one sample can be streamed, generate gives several")
+            raise OptionsError(f"n is {len(request.rows)}; only one sample can be streamed, generate gives several")
         return Stream(request, self._run(request.rows))
 
-    def _request(self, conversation, options: GenerateOptions, tools, changes: dict) -> "_Request":
+    def _request(self, conversation, options: GenerateOptions, tools, changes: dict) -> Request:
         options = options.replace(**changes)
         if options.seed is None and jax.process_count() > 1:  # the same one for all, or each would draw its own tokens
             seed = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
@@ -179,9 +151,9 @@ class Engine:
         for visual in sample.visuals:
             self.ladder.capacity(slots_needed(visual.grid, self.config.vision), self.config.vision)
         decode = functools.partial(self.processor.decode, skip_special_tokens=options.skip_special_tokens)
-        return _Request(sample, options, limit, decode)
+        return Request(sample, options, limit, decode)
 
-    def _run(self, rows: list["_Row"]) -> Iterator[None]:
+    def _run(self, rows: list[Row]) -> Iterator[None]:
         """Generates one batch to its end; the rows take in one token each between two yields."""
         programs = self._programs
         variant = {
@@ -204,7 +176,7 @@ class Engine:
                 row.push(b, values)
             yield
 
-    def _start(self, rows: list["_Row"], variant: dict):
+    def _start(self, rows: list[Row], variant: dict):
         """From the prompts to the first drawn token. A prompt is read once, however many rows have it."""
         requests = list(dict.fromkeys(row.request for row in rows))
         batch = make_batch([r.sample for r in requests], self.config, self.ladder)
@@ -268,7 +240,7 @@ class Engine:
         """
         for name, value, least in (("max_tokens", max_tokens, 1), ("max_pixels", max_pixels, 0), ("n", n, 1)):
             if value is not None and (not isinstance(value, int) or value < least):
-                raise InputError(f"{name} is {value}; it must be a whole number, at least {least}")
+                raise OptionsError(f"{name} is {value}; it must be a whole number, at least {least}")
         tokens = self.ladder.tokens
         most = self.max_length if max_tokens is None else min(max_tokens, self.max_length)
         tokens = tokens[: tokens.index(round_up(most, tokens, "tokens")) + 1]
@@ -317,113 +289,9 @@ class Engine:
             cache = self._programs.grow(cache)
 
 
-class Stream:
-    """An answer in pieces. `result` is None until they have run out; `close` gives up before that."""
-
-    def __init__(self, request: "_Request", steps: Iterator[None]):
-        self._request = request
-        self._pieces = self._read(steps)
-
-    def _read(self, steps: Iterator[None]) -> Iterator[str]:
-        (row,) = self._request.rows
-        for _ in steps:
-            if row.pieces[-1]:
-                yield row.pieces[-1]
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def close(self) -> None:
-        self._pieces.close()
-
-    @property
-    def result(self) -> Result | None:
-        return self._request.result() if self._request.rows[0].finish_reason else None
-
-
-class _Request:
-    """One conversation and the rows, one a sample, that answer it."""
-
-    def __init__(self, sample: Sample, options: GenerateOptions, limit: int, decode):
-        self.sample = sample
-        self.rows = [
-            _Row(self, options, options.seed + j, limit, Detokenizer(decode, options.stop)) for j in range(options.n)
-        ]
-
-    def result(self) -> Result:
-        first, *others = (row.result() for row in self.rows)
-        return replace(first, others=tuple(others))
-
-
-class _Row:
-    """One row of a batch: what it may still do, and what it has so far."""
-
-    def __init__(self, request: _Request, options: GenerateOptions, seed: int, limit: int, text: Detokenizer):
-        self.request, self.options, self.seed, self.limit, self._text = request, options, seed, limit, text
-        self.prompt_tokens = len(request.sample.tokens)
-        self._stop_ids = frozenset(options.stop_token_ids)
-        self.finish_reason: str | None = None
-        self.pieces: list[str] = []  # of text, one a token
-        self._ids: list[int] = []
-        self._logprobs: list[float] = []
-        self._top: list[list[tuple[int, float]]] = []
-
-    def push(self, b: int, draw: sampling.Draw) -> None:
-        """Takes row b of a draw that is on the host; one that comes after the end is dropped."""
-        if self.finish_reason:
-            return
-        token, asked = int(draw.tokens[b]), self.options.logprobs
-        self._ids.append(token)
-        if asked is not None:
-            self._logprobs.append(float(draw.logprobs[b]))
-            best = zip(draw.top_ids[b, :asked].tolist(), draw.top_logprobs[b, :asked].tolist(), strict=True)
-            self._top.append(list(best))
-        ended = token in self._stop_ids
-        piece = "" if ended else self._text.push(token)
-        if ended or self._text.stopped:
-            self.finish_reason = "stop"
-        elif len(self._ids) == self.limit:
-            self.finish_reason = "length"
-        if self.finish_reason:
-            piece += self._text.finish()
-        self.pieces.append(piece)
-
-    def result(self) -> Result:
-        asked = self.options.logprobs
-        return Result(
-            "".join(self.pieces),
-            self._ids,
-            self.finish_reason,
-            self.prompt_tokens,
-            None if asked is None else self._logprobs,
-            self._top if asked else None,
-        )
-
-
 def _capped(rungs: Sequence[int], most: int) -> tuple[int, ...]:
     """The rungs below `most`, and `most`."""
     return (*(r for r in rungs if r < most), most)
-
-
-def _batches(requests: list[_Request], max_batch: int) -> Iterator[list[_Row]]:
-    """Rows of similar prompt length together, the longest first, so that memory runs out early or not at all.
-
-    The samples of one conversation stay together where they fit, so that it is read once.
-    """
-    batch = []
-    for request in sorted(requests, key=lambda r: -len(r.sample.tokens)):
-        if batch and len(batch) + len(request.rows) > max_batch:
-            yield batch
-            batch = []
-        batch = batch + request.rows
-        while len(batch) >= max_batch:
-            yield batch[:max_batch]
-            batch = batch[max_batch:]
-    if batch:
-        yield batch
 
 
 def _forks(n: int, max_batch: int, rungs: Sequence[int]) -> set[tuple[int, int]]:

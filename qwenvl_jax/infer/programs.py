@@ -154,7 +154,10 @@ def cpu_layouts(params: dict) -> tuple[dict, dict]:
     # Through `addressable_data`, numpy's view dies with ours; the buffers can be donated then.
     device = next(iter(jax.tree.leaves(params)[0].devices()))
     host = jax.tree.map(lambda w: np.asarray(w.addressable_data(0)), params)
-    bits = lambda w: w.view(np.uint16) if w.dtype == jnp.bfloat16 else w  # noqa: E731
+
+    def bits(w):
+        return w.view(np.uint16) if w.dtype == jnp.bfloat16 else w
+
     layers, blocks = host["decoder"]["layers"], host["vision"]["blocks"]
     depth = len(jax.tree.leaves(layers)[0])
     stacked, scanned, apart = jax.device_put(

@@ -20,7 +20,7 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from qwenvl_jax.config import read_json, read_text
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.inputs.messages import strings
 
 
@@ -74,7 +74,7 @@ class ChatTemplate:
             try:
                 _compile(source)
             except (jinja2.TemplateError, RecursionError) as e:
-                raise InputError(f"{self.origin}: not a valid chat template ({e})") from e
+                raise CheckpointError(f"{self.origin}: not a valid chat template ({e})") from e
 
     @classmethod
     def from_dir(cls, path) -> "ChatTemplate":
@@ -94,14 +94,14 @@ class ChatTemplate:
         else:
             origin, value = path / "tokenizer_config.json", tokenizer.get("chat_template")
         if value is None:
-            raise InputError(
+            raise CheckpointError(
                 f"{path} has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
             )
         if isinstance(value, list) and all(isinstance(v, Mapping) for v in value):
             value = {v.get("name"): v.get("template") for v in value}
         sources = value if isinstance(value, Mapping) else {"default": value}
         if "default" not in sources or not all(isinstance(s, str) for s in sources.values()):
-            raise InputError(f"{origin}: chat_template must be a string or named templates with a 'default'")
+            raise CheckpointError(f"{origin}: chat_template must be a string or named templates with a 'default'")
         return cls(dict(sources), str(origin), variables)
 
     @property
@@ -128,7 +128,7 @@ class ChatTemplate:
             values = {**self.variables, "messages": messages, "tools": tools, "documents": None, **flags}
             return _compile(source)[0].render(values)
         except Exception as e:  # whatever the template's author did wrong, or asked to raise
-            raise InputError(f"{self.origin}: the chat template failed: {e}") from e
+            raise CheckpointError(f"{self.origin}: the chat template failed: {e}") from e
 
 
 # Qwen2.5's tool format, as Qwen2.5-Instruct's published template writes it.

@@ -1,5 +1,4 @@
-"""The sizes that programs are compiled for: XLA compiles one program per shape, so every size is rounded up to one of
-a few fixed values."""
+"""The bucket sizes. XLA compiles one program per shape, so every size is rounded up to one of a few fixed values."""
 
 import math
 from bisect import bisect_left
@@ -8,19 +7,19 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from qwenvl_jax.config import VisionConfig
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import ContextError, OptionsError
 from qwenvl_jax.inputs.layout import slots_needed
 from qwenvl_jax.inputs.media import MAX_ASPECT
 from qwenvl_jax.types import Grid
 
-# What a call of the vision tower costs, in patches: reading all weights, once, as much as computing 512; and full
-# attention as much as everything else where 8192 share a lane (7680 in Qwen2-VL; Qwen2.5-VL has few full layers).
+# The cost of a call of the vision tower, in patches. Reading all weights once costs as much as computing 512 patches.
+# Full attention costs as much as everything else in a lane of 8192 (7680 in Qwen2-VL; Qwen2.5-VL has few full layers).
 CALL, EVEN = 512, 8192
-SHARED = 4096  # slots of a call that small frames may share
+SHARED = 4096  # the most slots of a call that small frames share
 
 
 def geometric(low: int, high: int) -> tuple[int, ...]:
-    """Powers of two and one and a half times them, from `low` (a power of two) up to at least `high`."""
+    """Powers of two and 1.5 times these, from `low` (a power of two) up to at least `high`."""
     rungs = [low]
     while rungs[-1] < high:
         rungs.append(rungs[-1] * 3 // 2 if rungs[-1] & (rungs[-1] - 1) == 0 else rungs[-1] * 4 // 3)
@@ -28,19 +27,18 @@ def geometric(low: int, high: int) -> tuple[int, ...]:
 
 
 class Ladder(NamedTuple):
-    """The sizes programs are compiled for, each of them once: whatever comes is padded up to them.
+    """The bucket sizes of each dimension, rising. Programs are compiled once per size; inputs are padded up to it.
 
-    rows: B, of prompts and answers.
-    tokens: T of prompts, and S of caches, which grow from one rung to the next as answers do.
-    patches: P, the slots of a lane of the vision tower. Of 4, 5 and 6 quarters of the powers of two, the smallest in
-        steps of a half: a picture alone fills 89% of its lane on average. From 512 on they are multiples of 128, which
-        kernels want.
-    short: those P for which there is a second program, of as many lanes as SHARED has room for, so that small frames
-        do not attend to each other.
-    lanes: R of the other programs. On a mesh the engine multiplies it by the devices that share a batch, since they
-        split a call by lanes.
+    rows: B of prompts and answers.
+    tokens: T of prompts, and S of caches, which grow from one size to the next as answers do.
+    patches: P, the slots of a lane of the vision tower. Most are 4, 5 or 6 quarters of a power of two, so that one
+        picture fills 89% of its lane on average. From 512 on they are multiples of 128, as the kernels need.
+    short: the sizes P that have a second program, with SHARED / P lanes, in which small frames do not attend to each
+        other.
+    lanes: R of the other programs. On a mesh, devices split a call by lanes, so the engine multiplies R by the number
+        of devices that share a batch.
 
-    24 calls of the tower serve pictures of 12.8 megapixels, the checkpoints' limit.
+    24 programs of the tower serve pictures of 12.8 megapixels, the checkpoints' limit.
     """
 
     rows: tuple[int, ...] = tuple(2**i for i in range(11))
@@ -50,22 +48,22 @@ class Ladder(NamedTuple):
     lanes: int = 1
 
     def check(self) -> None:
-        """Raises InputError for a ladder that cannot be climbed."""
+        """Raises InputError unless all sizes are positive and rising."""
         for name in ("rows", "tokens", "patches"):
             rungs = getattr(self, name)
             if not rungs or rungs[0] < 1 or any(a >= b for a, b in pairwise(rungs)):
-                raise InputError(f"the ladder's {name} are {rungs}; they must be positive and rising")
+                raise OptionsError(f"the ladder's {name} are {rungs}; they must be positive and rising")
         if self.lanes < 1:
-            raise InputError(f"the ladder's lanes are {self.lanes}; they must be at least 1")
+            raise OptionsError(f"the ladder's lanes are {self.lanes}; they must be at least 1")
         if max(self.short, default=0) > SHARED:
-            raise InputError(f"the ladder's short are {self.short}; they must be at most {SHARED}")
+            raise OptionsError(f"the ladder's short are {self.short}; they must be at most {SHARED}")
 
     def capacities(self, vision: VisionConfig) -> tuple[int, ...]:
         """Every P, in whole window blocks."""
         return tuple(dict.fromkeys(-(-P // vision.block_slots) * vision.block_slots for P in self.patches))
 
     def capacity(self, slots: int, vision: VisionConfig) -> int:
-        """The first P that holds a frame of so many slots."""
+        """The smallest P that holds a frame of `slots` slots."""
         return round_up(slots, self.capacities(vision), "patches in a frame")
 
     def calls(self, vision: VisionConfig) -> list[tuple[int, int]]:
@@ -75,24 +73,23 @@ class Ladder(NamedTuple):
         return shapes + [(self.lanes * (SHARED // P), P) for P in short if P < SHARED]
 
     def reach(self, max_pixels: int, vision: VisionConfig) -> list[tuple[int, int]]:
-        """Every call that frames of so many pixels can come to, however many there are."""
+        """(R, P) of every program that frames of up to `max_pixels` pixels can need, however many there are."""
         side = vision.spatial_merge_size
         cells = max_pixels // (vision.patch_size * side) ** 2
-        # Where min_pixels is about as large, sides are rounded up: a row and a column more.
+        # If min_pixels is about as large as max_pixels, sides are rounded up: one more row and column.
         shapes = [(h + 1, min(cells // h, MAX_ASPECT * (h + 1)) + 1) for h in range(1, math.isqrt(cells) + 1)]
         # A side is never shorter than one visual token, so a long thin picture may exceed max_pixels.
         shapes.append((1, math.isqrt(MAX_ASPECT * max(cells, 1))))
         largest = max(slots_needed(Grid(1, h * side, w * side), vision) for h, w in shapes)
-        # Nothing beyond the ladder is ever accepted.
+        # A frame larger than the largest P is refused.
         own = self.capacity(min(largest, self.capacities(vision)[-1]), vision)
         return [(R, P) for R, P in self.calls(vision) if P <= max(own, SHARED)]
 
     def cheapest(self, sizes: Sequence[int], vision: VisionConfig) -> tuple[int, int]:
-        """(R, P) of the call that takes in frames of `sizes` slots, of which the first is the largest, at the least
-        cost.
+        """(R, P) of the call with the least cost per slot that it fills with frames of `sizes` slots, largest first.
 
-        The call must hold the first, whatever else it has room for. Attention costs the square of P, which small
-        frames must not pay for in vain: only up to SHARED is a lane longer than its first frame needs.
+        The call holds at least the first frame. Attention costs the square of P, so beyond SHARED slots a lane
+        is no longer than its first frame needs.
         """
         own = self.capacity(sizes[0], vision)
         calls = [(R, P) for R, P in self.calls(vision) if P == own or own < P <= SHARED]
@@ -100,7 +97,7 @@ class Ladder(NamedTuple):
 
 
 def _taken(sizes: Sequence[int], R: int, P: int) -> int:
-    """Slots that R lanes of P fill with frames of these sizes, first fit."""
+    """How many slots of R lanes of P are filled with frames of these sizes, first fit."""
     room = [P] * R
     for size in sizes:
         for r, free in enumerate(room):
@@ -113,8 +110,8 @@ def _taken(sizes: Sequence[int], R: int, P: int) -> int:
 
 
 def round_up(size: int, rungs: Sequence[int], what: str) -> int:
-    """The first rung that holds `size`."""
+    """The smallest of `rungs` that holds `size`."""
     i = bisect_left(rungs, size)
     if i == len(rungs):
-        raise InputError(f"{size} {what} are more than the largest bucket, {rungs[-1]}")
+        raise ContextError(f"{size} {what} are more than the largest bucket, {rungs[-1]}")
     return rungs[i]

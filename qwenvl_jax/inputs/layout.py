@@ -1,8 +1,7 @@
-"""Where things go: M-RoPE positions, window order, lanes, and which vision output lands on which text token.
+"""Where things go: placeholders, M-RoPE positions, window order and lanes.
 
-Everything that depends on a grid is decided here, on the host, in numpy int32, so that the device only ever
-sees rectangles. Nothing is permuted on the device: patches leave the host already in window order, and the
-inverse order is folded into the index that places visual tokens into the text.
+Everything that depends on a grid is decided here, on the host, in numpy. Nothing is permuted on the device: patches
+leave the host in window order, and the inverse order is part of the index that places visual tokens into the text.
 """
 
 import copy
@@ -15,6 +14,7 @@ import numpy as np
 
 from qwenvl_jax.config import Config, VisionConfig
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import family_of
 from qwenvl_jax.types import Grid, Sample, Visual
 
 
@@ -70,25 +70,21 @@ def make_sample(
 def mrope_positions(
     length: int, spans: Sequence[tuple[int, int]], visuals: Sequence[Visual], config: Config
 ) -> np.ndarray:
-    """M-RoPE ids [3, t] int32 of one unpadded sequence (Qwen2-VL paper, section 2.1).
+    """M-RoPE ids [3, t] int32 of one unpadded sequence (arXiv:2409.12191, section 2.1).
 
     spans: first token of each visual, and one past its last.
     Text advances all three axes together. A visual starting at s takes t = s + step(k), h = s + row and
-    w = s + column over the merged grid; what follows starts one past the largest id on any axis. step(k) is k
-    for Qwen2-VL; for a Qwen2.5-VL video it is trunc(k · seconds_per_grid · tokens_per_second), multiplied in
-    float32 as the reference does before truncating; for a Qwen2.5-VL picture it is 0.
+    w = s + column over the merged grid; what follows starts one past the largest id on any axis. The family's
+    `time_steps` gives step(k).
     """
     positions = np.empty((3, length), np.int32)
     start = done = 0  # the next position, the next token
-    merge = config.vision.spatial_merge_size
+    merge, family = config.vision.spatial_merge_size, family_of(config)
     for visual, (first, last) in zip(visuals, spans, strict=True):
         positions[:, done:first] = start + np.arange(first - done)
         start += first - done
-        t, h, w = visual.grid.t, visual.grid.h // merge, visual.grid.w // merge
-        steps = np.arange(t)
-        if config.is_qwen2_5:
-            seconds = np.float32(visual.seconds_per_grid if visual.kind == "video" else 0)
-            steps = (steps.astype(np.float32) * seconds * np.float32(config.vision.tokens_per_second)).astype(int)
+        h, w = visual.grid.h // merge, visual.grid.w // merge
+        steps = family.time_steps(visual, config)
         axes = np.broadcast_arrays(steps[:, None, None], np.arange(h)[None, :, None], np.arange(w)[None, None, :])
         positions[:, first:last] = start + np.stack([a.reshape(-1) for a in axes])
         start, done = int(positions[:, first:last].max()) + 1, last
@@ -174,40 +170,33 @@ def slots_needed(grid: Grid, vision: VisionConfig) -> int:
 
 
 class Lanes:
-    """Lanes of `capacity` patch slots, filled first fit as pictures and clips come; at most `limit` of them.
-
-    A frame is the unit, because attention never crosses frames: a long video spreads over lanes.
-    """
+    """Lanes of `capacity` patch slots, at most `limit` of them. Each frame goes into the first lane with room."""
 
     def __init__(self, capacity: int, vision: VisionConfig, limit: int = sys.maxsize):
         self.capacity, self.vision, self.limit = capacity, vision, limit
         self.lanes: list[_Lane] = []
 
-    def place(self, grids: Iterable[Grid]) -> list[list[Placement]] | None:
-        """The placements of every grid's frames in order; None, and nothing changes, if not all of them fit."""
+    def place(self, frames: Iterable[Grid]) -> list[Placement] | None:
+        """Where frames of these grids go; None, and nothing changes, if not all of them fit."""
         before = [copy.copy(lane) for lane in self.lanes]  # placing replaces a lane's list, it never changes it
-        placed = []
-        for grid in grids:
+        capacity = self.capacity // self.vision.merge_unit
+        placed, start = [], {}
+        for grid in frames:
             windows, block = _cell_windows(grid, self.vision)
-            first_open, out = 0, []
-            for _ in range(grid.t):
-                for i in range(first_open, len(self.lanes) + 1):
-                    if i == self.limit:
-                        self.lanes = before
-                        return None
-                    if i == len(self.lanes):
-                        self.lanes.append(_Lane(self.capacity // self.vision.merge_unit, block))
-                    lane = self.lanes[i]
-                    frames, first_window = lane.frames, lane.windows
-                    if (starts := lane.place(windows.sizes)) is not None:
-                        break
-                    if not frames:
-                        self.lanes = before
-                        raise ValueError(
-                            f"a frame of {grid.h}×{grid.w} patches exceeds a lane of {self.capacity} slots"
-                        )
-                first_open = i  # a lane this size did not fit into will not fit its equal
-                cells = i * (self.capacity // self.vision.merge_unit) + starts[windows.window] + windows.rank
-                out.append(Placement(i, frames + 1, cells, windows.window + first_window + 1))
-            placed.append(out)
+            for i in range(start.get(grid, 0), len(self.lanes) + 1):
+                if i == self.limit:
+                    self.lanes = before
+                    return None
+                if i == len(self.lanes):
+                    self.lanes.append(_Lane(capacity, block))
+                lane = self.lanes[i]
+                count, first_window = lane.frames, lane.windows
+                if (starts := lane.place(windows.sizes)) is not None:
+                    break
+                if not count:
+                    self.lanes = before
+                    raise ValueError(f"a frame of {grid.h}×{grid.w} patches exceeds a lane of {self.capacity} slots")
+            start[grid] = i  # the lanes before have no room for an equal frame either
+            cells = i * capacity + starts[windows.window] + windows.rank
+            placed.append(Placement(i, count + 1, cells, windows.window + first_window + 1))
         return placed

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs.source import locate, name_of, shown
+from qwenvl_jax.errors import CheckpointError, InputError, MediaError, OptionsError, shown
+from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
+from qwenvl_jax.inputs.source import locate, name_of
 from qwenvl_jax.types import Grid, Visual
 
 MAX_ASPECT = 200  # the reference's limit
@@ -49,17 +50,17 @@ class Preprocessing:
 
     def __post_init__(self):
         for name in ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"):
-            check_whole(name, getattr(self, name))
+            _check_whole(name, getattr(self, name))
         if self.video_max_pixels is not None:
-            check_whole("video_max_pixels", self.video_max_pixels)
+            _check_whole("video_max_pixels", self.video_max_pixels)
         if self.min_pixels > self.max_pixels:
-            raise InputError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
+            raise CheckpointError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            if not isinstance(values, tuple) or len(values) != 3 or not all(map(is_number, values)):
-                raise InputError(f"{name} is {values!r}; it must be three numbers")
+            if not isinstance(values, tuple) or len(values) != 3 or not all(map(_is_number, values)):
+                raise CheckpointError(f"{name} is {values!r}; it must be three numbers")
         if 0 in self.image_std:
-            raise InputError("image_std has a zero")
+            raise CheckpointError("image_std has a zero")
 
     @property
     def factor(self) -> int:
@@ -70,7 +71,7 @@ class Preprocessing:
     def from_dict(cls, data: dict) -> "Preprocessing":
         """Reads `preprocessor_config.json`, older (`min_pixels`) or newer (`size.shortest_edge`) layout."""
         if not isinstance(data, dict):
-            raise InputError("preprocessor_config.json is not a JSON object")
+            raise CheckpointError("preprocessor_config.json is not a JSON object")
         for key, value in (
             ("do_resize", True),
             ("do_rescale", True),
@@ -80,10 +81,12 @@ class Preprocessing:
             ("rescale_factor", 1 / 255),
         ):
             if data.get(key, value) not in (value, None):
-                raise InputError(f"preprocessor_config.json says {key} = {data[key]!r}; only {value!r} is supported")
+                raise CheckpointError(
+                    f"preprocessor_config.json says {key} = {data[key]!r}; only {value!r} is supported"
+                )
         size = data.get("size") or {}
         if not isinstance(size, dict):
-            raise InputError(
+            raise CheckpointError(
                 f"preprocessor_config.json says size = {size!r}; it must have shortest_edge and longest_edge"
             )
         values = {
@@ -115,9 +118,9 @@ def smart_resize(
     them.) Raises InputError for an empty picture or a larger aspect.
     """
     if height <= 0 or width <= 0:
-        raise InputError(f"the picture is empty ({width} × {height} pixels)")
+        raise MediaError(f"the picture is empty ({width} × {height} pixels)")
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise InputError(
+        raise MediaError(
             f"the picture is {width} × {height} pixels; one side may be at most {MAX_ASPECT} times the other"
         )
     h, w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
@@ -129,67 +132,38 @@ def smart_resize(
         scale = math.sqrt(min_pixels / (height * width))
         h, w = math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
     if h * w > MAX_PIXELS:
-        raise InputError(f"the picture would be resized to {w} × {h} pixels; lower min_pixels or max_pixels")
+        raise MediaError(f"the picture would be resized to {w} × {h} pixels; lower min_pixels or max_pixels")
     return h, w
 
 
-def target_size(
-    height: int,
-    width: int,
-    p: Preprocessing,
-    *,
-    min_pixels: float | None = None,
-    max_pixels: float | None = None,
-    resized_height: int | None = None,
-    resized_width: int | None = None,
-) -> tuple[int, int]:
+def target_size(height: int, width: int, p: Preprocessing, o: MediaOptions = DEFAULT) -> tuple[int, int]:
     """The (height, width) of the resized picture under one item's options, which win over `p`.
 
     `resized_*` go through smart_resize themselves, with its default bounds, as in qwen-vl-utils. One bound
     given alone moves the other if it must.
     """
-    if (resized_height is None) != (resized_width is None):
-        raise InputError("resized_height and resized_width must be given together")
-    if resized_height is not None:
-        check_whole("resized_height", resized_height)
-        check_whole("resized_width", resized_width)
+    if o.resized_height is not None and o.resized_width is not None:
         area = p.factor**2
-        return smart_resize(resized_height, resized_width, p.factor, 4 * area, 16384 * area)
-    for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-        check_positive(name, value)
-    low = min_pixels or min(p.min_pixels, max_pixels or p.min_pixels)
-    high = max_pixels or max(p.max_pixels, low)
+        return smart_resize(o.resized_height, o.resized_width, p.factor, 4 * area, 16384 * area)
+    if o.resized_height is not None or o.resized_width is not None:
+        raise OptionsError("resized_height and resized_width must be given together")
+    low = o.min_pixels or min(p.min_pixels, o.max_pixels or p.min_pixels)
+    high = o.max_pixels or max(p.max_pixels, low)
     if low > high:
-        raise InputError(f"min_pixels {low} is larger than max_pixels {high}")
+        raise OptionsError(f"min_pixels {low} is larger than max_pixels {high}")
     return smart_resize(height, width, p.factor, low, high)
 
 
-def image_visual(
-    source,
-    preprocessing: Preprocessing,
-    *,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    resized_height: int | None = None,
-    resized_width: int | None = None,
-) -> Visual:
+def image_visual(source, preprocessing: Preprocessing, options: MediaOptions = DEFAULT) -> Visual:
     """One still picture as patches [h·w, C] uint8, its one frame standing for all frames of a grid step.
 
     source: anything `load_image` takes. Raises InputError naming it.
     """
     image, p = load_image(source), preprocessing
     try:
-        height, width = target_size(
-            image.height,
-            image.width,
-            p,
-            min_pixels=min_pixels,
-            max_pixels=max_pixels,
-            resized_height=resized_height,
-            resized_width=resized_width,
-        )
+        height, width = target_size(image.height, image.width, p, options)
     except InputError as e:
-        raise InputError(f"{name_of(source)}: {e}") from e
+        raise e.at(name_of(source)) from e
     patches = empty_patches(1, height, width, p)
     fill(patches[0], resize(image, height, width), range(p.temporal_patch_size))
     return as_visual(patches, "image")
@@ -208,7 +182,7 @@ def load_image(source) -> Image.Image:
         return _decoded(source, name)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
-            raise InputError(
+            raise MediaError(
                 f"{name}: a picture given as an array must be uint8 [H, W], [H, W, 3] or [H, W, 4], "
                 f"not {source.dtype} {list(source.shape)}"
             )
@@ -219,11 +193,11 @@ def load_image(source) -> Image.Image:
         return _decoded(_identify(io.BytesIO(data), name), name)
     try:
         if data.stat().st_size > MAX_IMAGE_BYTES:
-            raise InputError(f"{name}: larger than {MAX_IMAGE_BYTES >> 20} MiB, the limit for a picture")
+            raise MediaError(f"{name}: larger than {MAX_IMAGE_BYTES >> 20} MiB, the limit for a picture")
         with data.open("rb") as file:
             return _decoded(_identify(file, name), name)
     except OSError as e:
-        raise InputError(f"{name}: cannot be read ({e.strerror or e})") from e
+        raise MediaError(f"{name}: cannot be read ({e.strerror or e})") from e
 
 
 def _identify(file, name: str) -> Image.Image:
@@ -231,7 +205,7 @@ def _identify(file, name: str) -> Image.Image:
     Image.init()
     prefix = file.read(16)
     if not prefix:
-        raise InputError(f"{name}: is empty")
+        raise MediaError(f"{name}: is empty")
     prefix = prefix.ljust(16, b"\0")  # Pillow unpacks numbers from it without a look at its length
     for format_name in _FORMATS:
         opener, accepts = Image.OPEN[format_name]
@@ -242,7 +216,7 @@ def _identify(file, name: str) -> Image.Image:
             return opener(file, None)
         except Exception:  # a hostile header makes Pillow raise anything, struct.error included
             continue
-    raise InputError(f"{name}: not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF, …), or damaged")
+    raise MediaError(f"{name}: not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF, …), or damaged")
 
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
@@ -266,16 +240,16 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
             del image.info["transparency"]  # else convert warns that it drops it
         return image.convert("RGB")
     except Exception as e:  # whatever a decoder says about hostile bytes
-        raise InputError(f"{name}: cannot be decoded ({e})") from e
+        raise MediaError(f"{name}: cannot be decoded ({e})") from e
 
 
 def _check_size(name: str, width: int, height: int) -> None:
     if width <= 0 or height <= 0:
-        raise InputError(f"{name}: the picture is empty ({width} × {height} pixels)")
+        raise MediaError(f"{name}: the picture is empty ({width} × {height} pixels)")
     if width * height > MAX_PIXELS:
-        raise InputError(f"{name}: {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels in all")
+        raise MediaError(f"{name}: {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels in all")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise InputError(f"{name}: {width} × {height} pixels; one side may be at most {MAX_ASPECT} times the other")
+        raise MediaError(f"{name}: {width} × {height} pixels; one side may be at most {MAX_ASPECT} times the other")
 
 
 def resize(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -310,19 +284,13 @@ def as_visual(patches: np.ndarray, kind: str, seconds_per_grid: float = 0.0) -> 
     return Visual(patches.reshape(-1, math.prod(values)), Grid(t, rows * m, columns * m), kind, seconds_per_grid)
 
 
-def check_whole(name: str, value) -> None:
-    """InputError unless an option is a positive whole number, of a size that arithmetic can take."""
+def _check_whole(name: str, value) -> None:
+    """CheckpointError unless a setting is a positive whole number, of a size that arithmetic can take."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise InputError(f"{name} is {shown(value)}; it must be a positive whole number, at most {2**31 - 1}")
+        raise CheckpointError(f"{name} is {shown(value)}; it must be a positive whole number, at most {2**31 - 1}")
 
 
-def check_positive(name: str, value) -> None:
-    """InputError unless an option is a positive number, or None."""
-    if value is not None and not (is_number(value) and value > 0):
-        raise InputError(f"{name} is {shown(value)}; it must be a positive number")
-
-
-def is_number(value) -> bool:
+def _is_number(value) -> bool:
     """Whether a value is an int or float that fits a finite float; JSON has longer integers, and Infinity."""
     try:
         return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,13 +6,8 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs.media import is_number
-from qwenvl_jax.inputs.source import shown
-
-IMAGE_OPTIONS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
-VIDEO_OPTIONS = IMAGE_OPTIONS + (
-    "fps", "nframes", "min_frames", "max_frames", "total_pixels", "video_start", "video_end",
-)  # fmt: skip
+from qwenvl_jax.inputs.options import IMAGE, VIDEO, MediaOptions
+from qwenvl_jax.options import check_names, checked
 
 _ROLES = {r: r for r in ("system", "user", "assistant", "tool")} | {"developer": "system"}  # OpenAI's synonym
 _MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
@@ -26,7 +21,7 @@ _SOURCES = {
     "image": ("image", "image_url", "url", "path", "base64"),
     "video": ("video", "video_url", "url", "path"),
 }
-_OPTIONS = {"text": (), "image": IMAGE_OPTIONS, "video": VIDEO_OPTIONS}
+_OPTIONS = {"text": (), "image": IMAGE, "video": VIDEO}
 _DETAIL = ("auto", "low", "high")
 
 
@@ -35,7 +30,7 @@ class Media(NamedTuple):
 
     kind: str  # "image" or "video"
     source: Any
-    options: dict  # what the item itself sets, of IMAGE_OPTIONS or VIDEO_OPTIONS
+    options: dict  # the MediaOptions that the item itself sets
     where: str  # "message 0 item 1", for errors
 
 
@@ -65,7 +60,7 @@ def _message(message, where: str) -> tuple[dict, list[Media]]:
         raise InputError(f"{where} has role {role!r}; known roles are {', '.join(_ROLES)}")
     if unknown := sorted(map(str, given.keys() - _MESSAGE_KEYS)):
         raise InputError(f"{where} has an unknown key {unknown[0]!r}")
-    out = {"role": _ROLES[role]}
+    out: dict[str, Any] = {"role": _ROLES[role]}
     if "tool_calls" in given:
         if role != "assistant":
             raise InputError(f"{where} has tool_calls but its role is {role!r}, not 'assistant'")
@@ -114,11 +109,9 @@ def _item(item, where: str) -> tuple[dict, Media | None]:
         raise InputError(f"{where} has detail {detail[0]!r}; known are {', '.join(_DETAIL)}")
     if kind == "video" and not isinstance(source, str | bytes) and "sample_fps" in given:
         given.setdefault("fps", given.pop("sample_fps"))  # qwen-vl-utils' name for the rate of given frames
-    if unknown := sorted(map(str, given.keys() - set(_OPTIONS[kind]))):
-        raise InputError(f"{where} has an unknown key {unknown[0]!r} for type {kind}")
+    check_names(given, _OPTIONS[kind], f"{where}: ")
     for option, value in given.items():
-        if not is_number(value):
-            raise InputError(f"{where} has {option} = {shown(value)}; it must be a number")
+        checked(MediaOptions, option, value, f"{where}: ")
     if kind == "text":
         if not isinstance(source, str):
             raise InputError(f"{where} has text of {_name(source)}; it must be a string")

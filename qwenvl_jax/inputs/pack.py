@@ -1,6 +1,6 @@
 """Ragged samples to rectangles: samples are laid side by side into rows, and their patches into lanes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ class Segment(NamedTuple):
 
 
 def pack_rows(segments: Sequence[Segment], shape: tuple[int, int], vision: tuple[VisionBatch, ...]) -> Batch:
-    """The batch of `shape` [B, T] that holds these segments; what they leave is padding."""
+    """The batch of `shape` [B, T] that holds these segments. The other slots are padding."""
     tokens, ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     positions, visual_index = np.zeros((3, *shape), np.int32), np.full(shape, -1, np.int32)
     for s in segments:
@@ -59,34 +59,46 @@ def make_batch(samples: Sequence[Sample], config: Config, ladder: Ladder | None 
 def pack_vision(
     visuals: Sequence[Visual], config: Config, ladder: Ladder
 ) -> tuple[tuple[VisionBatch, ...], list[np.ndarray]]:
-    """Lanes of patches in window order, and for every visual the place of each of its merged tokens in the
-    joined [X, D] vision output, in the order the text wants them.
+    """The calls of the tower, and for every visual the places of its tokens in the joined [X, D] vision output.
 
     The largest frame that is left decides on the next call; smaller ones fill its gaps.
     """
-    v, frames = config.vision, []
+    v = config.vision
     for i, visual in enumerate(visuals):
         if visual.patches.shape != (visual.grid.patches, v.patch_values):
             raise InputError(
                 f"visual {i + 1} has patches of shape {visual.patches.shape}, "
                 f"its grid {tuple(visual.grid)} needs {(visual.grid.patches, v.patch_values)}"
             )
-        one = visual.grid._replace(t=1)
-        frames += [visual._replace(patches=patches, grid=one) for patches in np.split(visual.patches, visual.grid.t)]
+    frames = split_frames(visuals)
     calls, places, start = [], [None] * len(frames), 0
     for (R, P), placed in cover([frame.grid for frame in frames], v, ladder):
-        for i, (placement,) in placed.items():
+        calls.append(fill_lanes([frames[i] for i in placed], placed.values(), R, P, v))
+        for i, placement in placed.items():
             places[i] = start + placement.cells
-        calls.append(fill_lanes([frames[i] for i in placed], list(placed.values()), R, P, v))
         start += R * P // v.merge_unit
+    return tuple(calls), places_by_visual(visuals, places)
+
+
+def split_frames(visuals: Iterable[Visual]) -> list[Visual]:
+    """Every t step of every visual as a visual of its own, the unit that is placed."""
+    return [
+        visual._replace(patches=patches, grid=grid)
+        for visual in visuals
+        for patches, grid in zip(np.split(visual.patches, visual.grid.t), visual.grid.frames, strict=True)
+    ]
+
+
+def places_by_visual(visuals: Iterable[Visual], places: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """For every visual the places of its tokens, from those of the frames that `split_frames` gives."""
     rest = iter(places)
-    return tuple(calls), [np.concatenate([next(rest) for _ in range(visual.grid.t)]) for visual in visuals]
+    return [np.concatenate([next(rest) for _ in visual.grid.frames]) for visual in visuals]
 
 
 def cover(
     grids: Sequence[Grid], v: VisionConfig, ladder: Ladder
-) -> Iterator[tuple[tuple[int, int], dict[int, list[Placement]]]]:
-    """The calls that take in frames of these grids: (R, P), and by number the frames in it and where they are."""
+) -> Iterator[tuple[tuple[int, int], dict[int, Placement]]]:
+    """The calls that take in frames of these grids: (R, P), and where its frames are, by their number."""
     sizes = {grid: slots_needed(grid, v) for grid in set(grids)}
     left = sorted(range(len(grids)), key=lambda i: -sizes[grids[i]])
     while left:
@@ -96,7 +108,7 @@ def cover(
             if grids[i] in refused:
                 continue
             if placements := lanes.place([grids[i]]):
-                placed[i] = placements[0]
+                (placed[i],) = placements
             else:
                 refused.add(grids[i])
         yield (R, P), placed
@@ -104,21 +116,18 @@ def cover(
 
 
 def fill_lanes(
-    visuals: Sequence[Visual], placements: Sequence[Sequence[Placement]], lanes: int, capacity: int, v: VisionConfig
+    frames: Iterable[Visual], placements: Iterable[Placement], lanes: int, capacity: int, v: VisionConfig
 ) -> VisionBatch:
-    """`lanes` lanes of `capacity` patch slots, with every visual where it was placed."""
+    """`lanes` lanes of `capacity` patch slots, with every frame where it was placed."""
     unit, side, slots = v.merge_unit, v.spatial_merge_size, lanes * capacity
     patches = np.zeros((slots, v.patch_values), np.uint8)
     positions = np.zeros((slots, 2), np.int32)
-    frames, windows = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
+    ids, windows = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
     in_unit = np.stack(np.divmod(np.arange(unit), side), -1)  # row and column within a merged cell
-    for visual, frames_of in zip(visuals, placements, strict=True):
-        cols = visual.grid.w // side
-        cells = np.stack(np.divmod(np.arange(visual.grid.h // side * cols), cols), -1)
-        where = (cells[:, None] * side + in_unit).reshape(-1, 2)
-        for source, p in zip(np.split(visual.patches, visual.grid.t), frames_of, strict=True):
-            here = (p.cells[:, None] * unit + np.arange(unit)).reshape(-1)
-            patches[here], positions[here], frames[here] = source, where, p.frame
-            windows[here] = np.repeat(p.windows, unit)
-    arrays = patches, positions, frames, windows
+    for frame, p in zip(frames, placements, strict=True):
+        cells = np.stack(np.divmod(np.arange(len(p.cells)), frame.grid.w // side), -1)
+        here = (p.cells[:, None] * unit + np.arange(unit)).reshape(-1)
+        patches[here], positions[here] = frame.patches, (cells[:, None] * side + in_unit).reshape(-1, 2)
+        ids[here], windows[here] = p.frame, np.repeat(p.windows, unit)
+    arrays = patches, positions, ids, windows
     return VisionBatch(*(a.reshape(lanes, capacity, *a.shape[1:]) for a in arrays))

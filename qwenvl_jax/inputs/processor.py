@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +13,15 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.inputs.chat import ChatTemplate, prompt_parts
 from qwenvl_jax.inputs.layout import find_placeholders, make_sample
 from qwenvl_jax.inputs.media import Preprocessing, image_visual
-from qwenvl_jax.inputs.messages import IMAGE_OPTIONS, VIDEO_OPTIONS, Media, check_tools, normalize
+from qwenvl_jax.inputs.messages import Media, check_tools, normalize
+from qwenvl_jax.inputs.options import DEFAULT, FRAMES, IMAGE, VIDEO, MediaOptions
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.video import video_visual
+from qwenvl_jax.options import build
 from qwenvl_jax.types import Batch, Sample, Visual
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -66,7 +67,7 @@ class Processor:
         path = Path(path)
         preprocessing = read_preprocessing(path, config)
         if preprocessing is None:
-            raise InputError(f"{path} has no {PREPROCESSOR_FILE}; a checkpoint directory needs it")
+            raise CheckpointError(f"{path} has no {PREPROCESSOR_FILE}; a checkpoint directory needs it")
         tokenizer = _read_tokenizer(path)
         tokenizer.encode_special_tokens = True
         return cls(tokenizer, ChatTemplate.from_dir(path), preprocessing, config)
@@ -105,33 +106,17 @@ class Processor:
         add_generation_prompt: bool = True,
         add_vision_id: bool = False,
         allow_control_tokens: bool = False,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        resized_height: int | None = None,
-        resized_width: int | None = None,
-        fps: float | None = None,
-        nframes: int | None = None,
-        min_frames: int | None = None,
-        max_frames: int | None = None,
-        total_pixels: int | None = None,
-        video_start: float | None = None,
-        video_end: float | None = None,
+        **media,
     ) -> Sample:
         """One conversation as ids and patches.
 
         tools: JSON descriptions in OpenAI's form.
         add_vision_id: number the pictures and clips ("Picture 1: ").
         allow_control_tokens: let control tokens typed in messages act, as transformers does.
-        The other options are defaults for every picture and clip that they can apply to; what an item of a
-        message sets wins. max_pixels and min_pixels bound a picture, and each frame of a clip.
+        media: MediaOptions, by name. They hold for every picture and clip; an item of a message overrides them.
         Raises InputError that names the message and item at fault.
         """
-        options = dict(
-            min_pixels=min_pixels, max_pixels=max_pixels,
-            resized_height=resized_height, resized_width=resized_width,
-            fps=fps, nframes=nframes, min_frames=min_frames, max_frames=max_frames,
-            total_pixels=total_pixels, video_start=video_start, video_end=video_end,
-        )  # fmt: skip
+        options = build(MediaOptions, media)
         prompt = self.prompt(
             messages,
             tools=tools,
@@ -195,32 +180,32 @@ class Processor:
                 turns += [0] * head + [turn] * (len(encoding.ids) - head)
         tokens = np.array(ids, np.int32)
         if len(tokens) and tokens.max() >= self.config.text.vocab_size:
-            raise InputError(
+            raise CheckpointError(
                 f"the tokenizer gave id {tokens.max()}, but the model's vocabulary has "
                 f"{self.config.text.vocab_size}; tokenizer and config.json do not belong together"
             )
         return tokens, np.array(turns, np.int32)
 
-    def open(self, media: Sequence[Media], options: Mapping = MappingProxyType({})) -> tuple[Visual, ...]:
-        """The second half of `encode`: pictures and clips as patches. options: of `encode`, by name."""
+    def open(self, media: Sequence[Media], options: MediaOptions = DEFAULT) -> tuple[Visual, ...]:
+        """The second half of `encode`: pictures and clips as patches."""
         if len(media) < 2:
             return tuple(self._visual(m, options) for m in media)
         with ThreadPoolExecutor(min(_LOADERS, len(media))) as pool:
             return tuple(pool.map(lambda m: self._visual(m, options), media))
 
-    def _visual(self, media: Media, options: Mapping) -> Visual:
-        names, load = (IMAGE_OPTIONS, image_visual) if media.kind == "image" else (VIDEO_OPTIONS, video_visual)
-        if isinstance(media.source, list | tuple | np.ndarray):  # frames that somebody has chosen already
-            names = (*IMAGE_OPTIONS, "fps") if media.kind == "video" else names
-        chosen = {k: options.get(k) for k in names} | media.options
+    def _visual(self, media: Media, options: MediaOptions) -> Visual:
+        names, load = (IMAGE, image_visual) if media.kind == "image" else (VIDEO, video_visual)
+        if media.kind == "video" and isinstance(media.source, list | tuple | np.ndarray):
+            names = FRAMES
+        chosen = {name: getattr(options, name) for name in names} | media.options
         # A clip takes fps or nframes: an item's choice of one overrules a default of the other.
         for mine, other in (("fps", "nframes"), ("nframes", "fps")):
             if mine in media.options and other not in media.options:
                 chosen.pop(other, None)
         try:
-            return load(media.source, self.preprocessing, **chosen)
+            return load(media.source, self.preprocessing, MediaOptions(**chosen))
         except InputError as e:
-            raise InputError(f"{media.where}: {e}") from e
+            raise e.at(media.where) from e
 
 
 def read_preprocessing(path: Path, config: Config) -> Preprocessing | None:
@@ -236,11 +221,11 @@ def read_preprocessing(path: Path, config: Config) -> Preprocessing | None:
     try:
         preprocessing = Preprocessing.from_dict(data)
     except InputError as e:
-        raise InputError(f"{file}: {e}") from e
+        raise CheckpointError(f"{file}: {e}") from e
     for key in ("patch_size", "temporal_patch_size", "merge_size"):
         ours, models = getattr(preprocessing, key), getattr(config.vision, key.replace("merge", "spatial_merge"))
         if ours != models:
-            raise InputError(f"{file}: {key} is {ours}, but config.json's vision_config calls for {models}")
+            raise CheckpointError(f"{file}: {key} is {ours}, but config.json's vision_config calls for {models}")
     return preprocessing
 
 
@@ -251,7 +236,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
-        raise InputError(f"{file}: not a readable tokenizer ({e})") from e
+        raise CheckpointError(f"{file}: not a readable tokenizer ({e})") from e
 
 
 # Qwen2's split into words, which vocab.json and merges.txt do not record.
@@ -265,11 +250,11 @@ def _build_tokenizer(path: Path) -> Tokenizer:
     """The same tokenizer from the files of older saves: vocab.json, merges.txt, tokenizer_config.json."""
     vocab, merges = path / "vocab.json", path / "merges.txt"
     if not (vocab.exists() and merges.exists()):
-        raise InputError(f"{path} has no tokenizer.json (nor vocab.json with merges.txt)")
+        raise CheckpointError(f"{path} has no tokenizer.json (nor vocab.json with merges.txt)")
     try:
         tokenizer = Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
     except Exception as e:  # the library raises bare Exception
-        raise InputError(f"{vocab}, {merges}: not a readable vocabulary ({e})") from e
+        raise CheckpointError(f"{vocab}, {merges}: not a readable vocabulary ({e})") from e
     bytes_only = dict(add_prefix_space=False, use_regex=False)
     tokenizer.normalizer = tokenizers.normalizers.NFC()
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
@@ -283,5 +268,5 @@ def _build_tokenizer(path: Path) -> Tokenizer:
     for i in sorted(added, key=int):  # ids follow from the order
         tokenizer.add_tokens([tokenizers.AddedToken(**added[i])])
         if tokenizer.token_to_id(added[i]["content"]) != int(i):
-            raise InputError(f"{path}: added token {json.dumps(added[i]['content'])} cannot have id {i}")
+            raise CheckpointError(f"{path}: added token {json.dumps(added[i]['content'])} cannot have id {i}")
     return tokenizer

@@ -1,12 +1,12 @@
-"""The forms that a record of a dataset may have, as messages; nothing after this file knows them apart.
+"""Reads JSONL files, and turns every form of a dataset's record into messages. Code after this sees messages only.
 
     {"messages": [{"role": "user", "content": …}, …]}                  OpenAI's and Qwen's
     {"conversations": [{"from": "human", "value": "<image>\\n…"}, …], "image": path}    LLaVA's and Qwen's
     {"messages": prompt, "chosen": reply, "rejected": reply}           a preference; `prompt` (TRL's) for `messages`
 
-Media may lie in the items of a message, or beside the messages under image, images, video, videos (one, or a
-list), to take the place of `<image>`, `<video>` and of items without a source. A message with `"weight": 0` is
-read but not learnt. Other keys are left alone.
+Media are in the items of a message, or beside the messages under image, images, video, videos (one, or a list). Those
+beside the messages take the places of `<image>`, `<video>` and of items without a source. A message with `"weight": 0`
+is read but not learnt. Other keys are ignored.
 """
 
 import json
@@ -28,11 +28,13 @@ _CHUNK = 1 << 20  # stays in the cache
 
 
 class BadRecord(InputError):
-    """A record that nothing can be learnt from.
+    """A record that cannot be used.
 
     reason: one of "unreadable", "messages", "placeholders", "media", "too long", "too large",
-        "nothing to learn"; what skipped records are counted by.
+        "nothing to learn". Skipped records are counted by it.
     """
+
+    code = "record"
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -40,10 +42,9 @@ class BadRecord(InputError):
 
 
 class JsonLines:
-    """The records of a JSONL file by number, found by byte offsets: sixteen bytes of memory a line.
+    """The records of a JSONL file by number. Byte offsets find them, at sixteen bytes of memory a line.
 
-    Opening reads the file once, for the offsets and a checksum. It must not change while it is in use; when it
-    has changed since a state was saved, `Dataset.set_state` says so.
+    Opening reads the file once, for the offsets and a checksum (`identity`). The file must not change while it is open.
     """
 
     def __init__(self, path):
@@ -108,18 +109,18 @@ def read_lines(path) -> Iterator[tuple[str, Any, Path]]:
 
 
 def conversation(record: Mapping, folder: Path | None) -> list[tuple[list, list[int]]]:
-    """The record's messages, and how much each assistant message counts."""
+    """The record's messages, and the weight (0 or 1) of each assistant message."""
     if record.get("chosen") is not None or record.get("rejected") is not None:
         raise BadRecord("messages", "the record is a preference ('chosen', 'rejected'), and none is expected")
     return [_weighed(_filled(*_turns(record), record, folder))]
 
 
 def preference(record: Mapping, folder: Path | None) -> list[tuple[list, list[int]]]:
-    """The same for the preferred conversation and its rival. Of their prompt nothing is learnt."""
+    """The same for the preferred conversation and its rival. Their prompt is not learnt."""
     replies = [_reply(record, key) for key in ("chosen", "rejected")]
     if any(record.get(key) is not None for key in ("messages", "conversations", "prompt")):
         prompt, marked = _turns(record)
-    else:  # TRL's form without a prompt: what both conversations begin with
+    else:  # TRL's form without a prompt: the prompt is what both conversations begin with
         common = 0
         while common < min(map(len, replies)) and replies[0][common] == replies[1][common]:
             common += 1
@@ -136,7 +137,7 @@ def preference(record: Mapping, folder: Path | None) -> list[tuple[list, list[in
 
 
 def _turns(record: Mapping) -> tuple[list, bool]:
-    """The messages, roles and contents named as in OpenAI's form, and whether theirs is the form with markers."""
+    """The messages with roles and contents named as in OpenAI's form, and whether texts hold `<image>` markers."""
     keys = [k for k in ("messages", "conversations", "prompt") if record.get(k) is not None]
     if len(keys) != 1:
         raise BadRecord("messages", f"a record has one of 'messages', 'conversations'; this has {len(keys)}")
@@ -184,10 +185,10 @@ def _weighed(messages: list) -> tuple[list, list[int]]:
 
 
 def _filled(messages: list, marked: bool, record: Mapping, folder: Path | None) -> list:
-    """The messages with the media beside them put in their places, and relative paths made to start from folder.
+    """The messages with the media beside them put in their places, and relative paths starting from `folder`.
 
-    Markers count in what users and tools say. One line break before a marker and one after belong to the marker:
-    datasets put them there, but who asks a question gives the picture and the text without.
+    Markers count in user and tool messages. One line break before and one after a marker belong to the marker: datasets
+    write them, but questions at inference time have none.
     """
     beside = {kind: [*_listed(record.get(kind)), *_listed(record.get(kind + "s"))] for kind in ("image", "video")}
     marked = marked or any(beside.values())

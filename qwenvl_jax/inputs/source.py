@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, MediaError
 
 FETCH_SECONDS = 30.0  # for a whole download
 
@@ -31,15 +31,6 @@ def name_of(source) -> str:
     return f"{type(source).__name__} object"
 
 
-def shown(value) -> str:
-    """A value as a message quotes it: `repr`, but short, and for whole numbers of any length."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes out no more than 4300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:77]}…"
-
-
 def locate(source, max_bytes: int) -> bytes | Path:
     """The bytes of a URL or buffer, or the path of a regular file that exists; else InputError.
 
@@ -49,7 +40,7 @@ def locate(source, max_bytes: int) -> bytes | Path:
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
     if not isinstance(source, str | Path):
-        raise InputError(f"{name}: give a path, a URL, bytes, a PIL image or a uint8 array")
+        raise MediaError(f"{name}: give a path, a URL, bytes, a PIL image or a uint8 array")
     scheme = re.match(r"(?i)[a-z][a-z0-9+.-]*://|data:", source) if isinstance(source, str) else None
     scheme = scheme and scheme[0].rstrip(":/").lower()
     if scheme == "data":
@@ -57,7 +48,7 @@ def locate(source, max_bytes: int) -> bytes | Path:
     if scheme in ("http", "https"):
         return _fetch(source, max_bytes)
     if scheme not in (None, "file"):
-        raise InputError(f"{name}: {scheme}:// is not supported; use a path, file://, http(s):// or data:")
+        raise MediaError(f"{name}: {scheme}:// is not supported; use a path, file://, http(s):// or data:")
     path = Path(source)
     try:
         if scheme:
@@ -66,22 +57,22 @@ def locate(source, max_bytes: int) -> bytes | Path:
                 path = Path(urllib.parse.unquote(str(path)))
         mode = path.stat().st_mode
     except (OSError, ValueError) as e:
-        raise InputError(f"{name}: {getattr(e, 'strerror', None) or e}") from e
+        raise MediaError(f"{name}: {getattr(e, 'strerror', None) or e}") from e
     if not stat.S_ISREG(mode):
-        raise InputError(f"{name}: {'is a directory' if stat.S_ISDIR(mode) else 'not a regular file'}")
+        raise MediaError(f"{name}: {'is a directory' if stat.S_ISDIR(mode) else 'not a regular file'}")
     return path
 
 
 def _from_data_url(url: str, name: str, max_bytes: int) -> bytes:
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise InputError(f"{name}: not of the form data:image/png;base64,…")
+        raise MediaError(f"{name}: not of the form data:image/png;base64,…")
     if len(body) > max_bytes * 4 // 3 + 4:
-        raise InputError(f"{name}: larger than {max_bytes >> 20} MiB")
+        raise MediaError(f"{name}: larger than {max_bytes >> 20} MiB")
     try:
         return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError) as e:
-        raise InputError(f"{name}: the base64 is damaged ({e})") from e
+        raise MediaError(f"{name}: the base64 is damaged ({e})") from e
 
 
 def _fetch(url: str, max_bytes: int) -> bytes:
@@ -108,8 +99,8 @@ def _fetch(url: str, max_bytes: int) -> bytes:
         if isinstance(e, urllib.error.HTTPError):
             e.close()
         if late.is_set() or isinstance(e, TimeoutError):
-            raise InputError(f"{name}: not downloaded within {FETCH_SECONDS:g} seconds") from e
-        raise InputError(f"{name}: cannot be downloaded ({e})") from e
+            raise MediaError(f"{name}: not downloaded within {FETCH_SECONDS:g} seconds") from e
+        raise MediaError(f"{name}: cannot be downloaded ({e})") from e
     finally:
         deadline.cancel()
 
@@ -149,7 +140,7 @@ def _opener(on_connect: Callable[[socket.socket], None]) -> urllib.request.Opene
 
 def _body(response, name: str, max_bytes: int, late: threading.Event) -> bytes:
     """What a response holds; InputError if that is too large or incomplete, TimeoutError once `late` is set."""
-    too_large = InputError(f"{name}: larger than {max_bytes >> 20} MiB")
+    too_large = MediaError(f"{name}: larger than {max_bytes >> 20} MiB")
     if (response.length or 0) > max_bytes:
         raise too_large
     body = bytearray()
@@ -160,5 +151,5 @@ def _body(response, name: str, max_bytes: int, late: threading.Event) -> bytes:
     if late.is_set():
         raise TimeoutError
     if response.length:  # bytes that Content-Length promised and read1 did not get
-        raise InputError(f"{name}: the download broke off after {len(body)} bytes")
+        raise MediaError(f"{name}: the download broke off after {len(body)} bytes")
     return bytes(body)

@@ -8,27 +8,26 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, MediaError, OptionsError
 from qwenvl_jax.inputs.media import (
     MAX_PIXELS,
     Preprocessing,
     as_visual,
-    check_positive,
-    check_whole,
     empty_patches,
     fill,
-    is_number,
     load_image,
     resize,
     target_size,
 )
-from qwenvl_jax.inputs.source import locate, name_of, shown
+from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
+from qwenvl_jax.inputs.source import locate, name_of
 from qwenvl_jax.types import Visual
 
 DEFAULT_FPS = 2.0
@@ -49,76 +48,43 @@ _ROTATIONS = {
 }
 
 
-def video_visual(
-    source,
-    preprocessing: Preprocessing,
-    *,
-    fps: float | None = None,
-    nframes: int | None = None,
-    min_frames: int | None = None,
-    max_frames: int | None = None,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
-    total_pixels: int | None = None,
-    video_start: float | None = None,
-    video_end: float | None = None,
-    resized_height: int | None = None,
-    resized_width: int | None = None,
-) -> Visual:
+def video_visual(source, preprocessing: Preprocessing, options: MediaOptions = DEFAULT) -> Visual:
     """One clip as patches [t·h·w, C] uint8, a grid step being two frames.
 
     source: a video file (path, file:// or http(s) URL, base64 data: URL, bytes), or a list of frames, each
         anything `load_image` takes.
-    fps, nframes: frames a second to sample (default 2), or how many in all; not both. `min_frames` and
-        `max_frames` bound what fps gives. For a frame list, fps says at what rate the frames were taken; the
-        list may span MAX_CLIP_SECONDS at most.
-    min_pixels, max_pixels: area of a resized frame; total_pixels: budget of the whole clip, in pixels of
-        paired frames. A frame list takes the image rules, frame by frame, and its last frame is repeated
-        if their number is odd; total_pixels and min/max_frames do not apply to it.
-    video_start, video_end: seconds from the clip's start.
+    options: fps and nframes exclude each other. For a frame list, fps says at what rate the frames were taken; the
+        list may span MAX_CLIP_SECONDS at most. It takes the image rules, frame by frame, and its last frame is
+        repeated if their number is odd; total_pixels and min/max_frames do not apply to it.
 
     Frames are counted, not timed: a clip of variable rate is sampled evenly by number, as in the reference.
     A rotation that the file asks players to apply is applied. Raises InputError naming the source.
     """
-    sizing = dict(
-        min_pixels=min_pixels, max_pixels=max_pixels, resized_height=resized_height, resized_width=resized_width
-    )
-    p = preprocessing
-    check_positive("fps", fps)
+    p, o = preprocessing, options
     if isinstance(source, list | tuple) or (isinstance(source, np.ndarray) and source.ndim == 4):
-        for name, value in (("nframes", nframes), ("video_start", video_start), ("video_end", video_end)):
-            if value is not None:
-                raise InputError(f"{name} chooses frames of a video file; a list of frames is used whole, drop it")
-        return _listed(source, p, fps or DEFAULT_FPS, sizing)
+        for name in ("nframes", "video_start", "video_end"):
+            if getattr(o, name) is not None:
+                raise OptionsError(f"{name} chooses frames of a video file; a list of frames is used whole, drop it")
+        return _listed(source, p, o)
 
-    _check_sampling(fps, nframes, min_frames, max_frames, video_start, video_end)
+    if o.fps is not None and o.nframes is not None:
+        raise OptionsError("give fps or nframes, not both")
+    if o.min_frames and o.max_frames and o.min_frames > o.max_frames:
+        raise OptionsError(f"min_frames {o.min_frames} is larger than max_frames {o.max_frames}")
 
     def plan(total: int, rate: float) -> tuple[list[int], float]:
-        first, last = frame_range(total, rate, video_start, video_end)
-        n = frame_count(last - first + 1, rate, fps, nframes, min_frames, max_frames, p.temporal_patch_size)
+        first, last = frame_range(total, rate, o.video_start, o.video_end)
+        n = frame_count(last - first + 1, rate, o, p.temporal_patch_size)
         return frame_indices(first, last, n), n / (last - first + 1) * rate
 
     def size(height: int, width: int, n: int) -> tuple[int, int]:
-        return frame_size(height, width, n, p, total_pixels=total_pixels, **sizing)
+        return frame_size(height, width, n, p, o)
 
     name, data = name_of(source), locate(source, MAX_VIDEO_BYTES)
     try:
         return _sampled(_opener(data), plan, size, p)
     except InputError as e:
-        raise InputError(f"{name}: {e}") from e
-
-
-def _check_sampling(fps, nframes, min_frames, max_frames, video_start, video_end) -> None:
-    if fps is not None and nframes is not None:
-        raise InputError("give fps or nframes, not both")
-    for name, value in (("nframes", nframes), ("min_frames", min_frames), ("max_frames", max_frames)):
-        if value is not None:
-            check_whole(name, value)
-    if min_frames and max_frames and min_frames > max_frames:
-        raise InputError(f"min_frames {min_frames} is larger than max_frames {max_frames}")
-    for name, value in (("video_start", video_start), ("video_end", video_end)):
-        if value is not None and not (is_number(value) and value >= 0):
-            raise InputError(f"{name} is {shown(value)}; it must be a number of seconds")
+        raise e.at(name) from e
 
 
 def frame_range(total: int, rate: float, start: float | None, end: float | None) -> tuple[int, int]:
@@ -129,32 +95,26 @@ def frame_range(total: int, rate: float, start: float | None, end: float | None)
     first = math.ceil(min(start or 0.0, seconds) * rate)
     last = min(math.floor(min(seconds if end is None else end, seconds) * rate), total - 1)
     if first >= last:
-        raise InputError(
+        raise OptionsError(
             f"video_start {start} and video_end {end} leave fewer than two frames of a clip of {seconds:.2f} seconds"
         )
     return first, last
 
 
-def frame_count(
-    total: int,
-    rate: float,
-    fps: float | None = None,
-    nframes: int | None = None,
-    min_frames: int | None = None,
-    max_frames: int | None = None,
-    factor: int = 2,
-) -> int:
+def frame_count(total: int, rate: float, o: MediaOptions = DEFAULT, factor: int = 2) -> int:
     """How many of `total` frames, shot at `rate` a second, to sample: a multiple of `factor`."""
-    if nframes is not None:
-        n = round(nframes / factor) * factor
+    if o.nframes is not None:
+        n = round(o.nframes / factor) * factor
     else:
-        low = math.ceil((min_frames or MIN_FRAMES) / factor) * factor
-        high = math.floor((max_frames or min(MAX_FRAMES, total)) / factor) * factor
-        n = min(max(total / rate * (fps or DEFAULT_FPS), low), high, total)
+        low = math.ceil((o.min_frames or MIN_FRAMES) / factor) * factor
+        high = math.floor((o.max_frames or min(MAX_FRAMES, total)) / factor) * factor
+        n = min(max(total / rate * (o.fps or DEFAULT_FPS), low), high, total)
         n = math.floor(n / factor) * factor
     if not factor <= n <= total:
-        asked = f"nframes {nframes} rounds to {n}" if nframes is not None else f"{n} would be sampled"
-        raise InputError(f"{asked} of the clip's {total} frames; it must be at least {factor} and at most all of them")
+        asked = f"nframes {o.nframes} rounds to {n}" if o.nframes is not None else f"{n} would be sampled"
+        raise OptionsError(
+            f"{asked} of the clip's {total} frames; it must be at least {factor} and at most all of them"
+        )
     return n
 
 
@@ -166,69 +126,49 @@ def frame_indices(first: int, last: int, n: int) -> list[int]:
     return np.linspace(first, last, n).round().astype(int).tolist()
 
 
-def frame_size(
-    height: int,
-    width: int,
-    n: int,
-    p: Preprocessing,
-    *,
-    min_pixels: float | None = None,
-    max_pixels: float | None = None,
-    total_pixels: float | None = None,
-    resized_height: int | None = None,
-    resized_width: int | None = None,
-) -> tuple[int, int]:
+def frame_size(height: int, width: int, n: int, p: Preprocessing, o: MediaOptions = DEFAULT) -> tuple[int, int]:
     """The (height, width) that each of `n` sampled frames is resized to.
 
     The budget of the whole clip lowers the bound of a frame, but not under 1.05 · min_pixels; a larger
     max_pixels has no effect. A max_pixels under the default min_pixels lowers that. The default of a checkpoint for
     max_pixels, `p.video_max_pixels`, gives way to a larger min_pixels.
     """
-    for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels), ("total_pixels", total_pixels)):
-        check_positive(name, value)
     area = p.factor**2
     default = p.video_max_pixels or math.inf
-    low = min_pixels or min(FRAME_MIN_TOKENS * area, max_pixels or default)
-    budget = (total_pixels or TOTAL_TOKENS * area) / n * p.temporal_patch_size
+    low = o.min_pixels or min(FRAME_MIN_TOKENS * area, o.max_pixels or default)
+    budget = (o.total_pixels or TOTAL_TOKENS * area) / n * p.temporal_patch_size
     high = max(min(FRAME_MAX_TOKENS * area, budget), int(low * 1.05))
-    return target_size(
-        height,
-        width,
-        p,
-        min_pixels=low,
-        max_pixels=min(max_pixels or max(default, low), high),
-        resized_height=resized_height,
-        resized_width=resized_width,
-    )
+    high = min(o.max_pixels or max(default, low), high)
+    return target_size(height, width, p, replace(o, min_pixels=low, max_pixels=high))
 
 
-def _listed(frames: Sequence, p: Preprocessing, fps: float, sizing: dict) -> Visual:
+def _listed(frames: Sequence, p: Preprocessing, o: MediaOptions) -> Visual:
     if len(frames) == 0:
-        raise InputError("the list of frames is empty")
+        raise MediaError("the list of frames is empty")
     per_step = p.temporal_patch_size
     patches = None
     for i, frame in enumerate(frames):
         try:
             image = load_image(frame)
-            height, width = target_size(image.height, image.width, p, **sizing)
+            height, width = target_size(image.height, image.width, p, o)
         except InputError as e:
-            raise InputError(f"frame {i}: {e}") from e
+            raise e.at(f"frame {i}") from e
         if patches is None:
             first, patches = (height, width), _allocate(len(frames), height, width, p)
         elif (height, width) != first:
-            raise InputError(
+            raise MediaError(
                 f"frame {i} ({name_of(frame)}) would be resized to {width} × {height} pixels, but the first frame to "
                 f"{first[1]} × {first[0]}; frames of one clip need one size, or resized_height and resized_width"
             )
         spare = len(patches) * per_step - len(frames) if i == len(frames) - 1 else 0
         slot = i % per_step
         fill(patches[i // per_step], resize(image, height, width), range(slot, slot + 1 + spare))
-    return _clip(patches, per_step / fps)
+    return _clip(patches, per_step / (o.fps or DEFAULT_FPS))
 
 
 def _clip(patches: np.ndarray, seconds_per_grid: float) -> Visual:
     if len(patches) * seconds_per_grid > MAX_CLIP_SECONDS:
-        raise InputError(
+        raise MediaError(
             f"at its fps the clip would last {len(patches) * seconds_per_grid:.3g} seconds; "
             f"it may last {MAX_CLIP_SECONDS:,} at most"
         )
@@ -237,7 +177,7 @@ def _clip(patches: np.ndarray, seconds_per_grid: float) -> Visual:
 
 def _allocate(n: int, height: int, width: int, p: Preprocessing) -> np.ndarray:
     if n * height * width > MAX_CLIP_PIXELS:
-        raise InputError(
+        raise MediaError(
             f"{n} frames of {width} × {height} pixels are over the limit of {MAX_CLIP_PIXELS:,} pixels a clip; "
             "take fewer or smaller ones"
         )
@@ -266,7 +206,7 @@ def _sampled(open_clip: Callable, plan: Callable, size: Callable, p: Preprocessi
             if found == len(indices):
                 return _clip(patches, p.temporal_patch_size / sampled_fps)
         total = seen
-    raise InputError("no frame of it can be decoded")
+    raise MediaError("no frame of it can be decoded")
 
 
 def _count(open_clip: Callable) -> tuple[int, float]:
@@ -281,7 +221,7 @@ def _count(open_clip: Callable) -> tuple[int, float]:
                     times.append(packet.pts)
         # MP4 and MOV index every frame at their start or end, so a missing one means a broken-off copy.
         if "mp4" in container.format.name and packets < stream.frames:
-            raise InputError(f"the file is cut off: of {stream.frames} frames only {packets} are there")
+            raise MediaError(f"the file is cut off: of {stream.frames} frames only {packets} are there")
         declared = stream.average_rate or stream.guessed_rate
         span = (max(times) - min(times)) * stream.time_base if times else 0
     timed = Fraction(len(times) - 1) / span if span > 0 else None
@@ -290,7 +230,7 @@ def _count(open_clip: Callable) -> tuple[int, float]:
     if declared and (timed is None or abs(timed / declared - 1) < 0.02):
         return n, float(declared)
     if n and timed is None:
-        raise InputError("the clip tells neither its frame rate nor its frames' times")
+        raise MediaError("the clip tells neither its frame rate nor its frames' times")
     return n, float(timed or 0)
 
 
@@ -302,7 +242,7 @@ def _decode(open_clip: Callable) -> Iterator[tuple[int, object]]:
 
 def _upright(frame) -> Image.Image:
     if frame.width * frame.height > MAX_PIXELS:
-        raise InputError(f"frames of {frame.width} × {frame.height} pixels; the limit is {MAX_PIXELS:,} pixels")
+        raise MediaError(f"frames of {frame.width} × {frame.height} pixels; the limit is {MAX_PIXELS:,} pixels")
     return _turned(Image.fromarray(frame.to_ndarray(format="rgb24")), frame.rotation)
 
 
@@ -317,7 +257,7 @@ def _opener(data: bytes | Path) -> Callable:
     try:
         import av
     except ImportError as e:
-        raise InputError("reading a video file needs PyAV; install it with: pip install 'qwenvl-jax[video]'") from e
+        raise MediaError("reading a video file needs PyAV; install it with: pip install 'qwenvl-jax[video]'") from e
 
     @contextmanager
     def open_clip():
@@ -327,17 +267,17 @@ def _opener(data: bytes | Path) -> Callable:
         try:
             with av.open(file, "r", options=options) as container:
                 if not container.streams.video:
-                    raise InputError("it has no video stream")
+                    raise MediaError("it has no video stream")
                 stream = container.streams.video[0]
                 if stream.codec_context is None:
-                    raise InputError("its video codec is unknown")
+                    raise MediaError("its video codec is unknown")
                 width, height = stream.codec_context.width, stream.codec_context.height
                 if width * height > MAX_PIXELS:
-                    raise InputError(f"frames of {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels")
+                    raise MediaError(f"frames of {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels")
                 stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # of a frame larger than it said before
                 yield container, stream
         except (av.error.FFmpegError, UnicodeDecodeError) as e:  # the latter: PyAV < 19 on tags that are not UTF-8
             why = getattr(e, "strerror", None) or e
-            raise InputError(f"it is not a video file that can be decoded ({why})") from e
+            raise MediaError(f"it is not a video file that can be decoded ({why})") from e
 
     return open_clip

@@ -47,7 +47,10 @@ def _one(q, k, v, k_cache, v_cache, lengths, *, interpret: bool):
     G, slots = q.shape[2] // K, block_slots(K, S, H)
     q = q.reshape(B, K, G, H)
     k, v = (jnp.swapaxes(new, 1, 2).astype(k_cache.dtype) for new in (k, v))
-    row = lambda rows: pl.BlockSpec((1, K, rows, H), lambda b, j, lengths: (b, 0, 0, 0))  # noqa: E731
+
+    def row(rows):
+        return pl.BlockSpec((1, K, rows, H), lambda b, j, lengths: (b, 0, 0, 0))
+
     block = pl.BlockSpec((1, K, slots, H), partial(fetched, slots))
     tile = pl.BlockSpec((1, K, TILE, H), lambda b, j, lengths: (b, 0, jax.lax.div(lengths[b], TILE), 0))
     out, k_cache, v_cache = pl.pallas_call(

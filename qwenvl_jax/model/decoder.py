@@ -1,4 +1,4 @@
-"""The Qwen2 decoder with M-RoPE: one block, scanned over the stack for whole sequences, looped for a token.
+"""The decoder with M-RoPE: one block, scanned over the stack for whole sequences, looped for a token.
 
 A decode step indexes the stacked weights statically and keeps one cache array a layer: scanned, XLA copies
 every layer's weights out of the stack and the caches with them, which triples the bytes a step moves.
@@ -44,9 +44,11 @@ class DecoderBlock(nn.Module):
         NH, KH = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
 
         h = norm(name="input_layernorm")(x)
-        q = linear(NH, "D NH", name="q_proj")(h).reshape(heads)
-        k = linear(KH, "D KH", name="k_proj")(h).reshape(heads)
-        v = linear(KH, "D KH", name="v_proj")(h).reshape(heads)
+        q = linear(NH, "D NH", c.qkv_bias, name="q_proj")(h).reshape(heads)
+        k = linear(KH, "D KH", c.qkv_bias, name="k_proj")(h).reshape(heads)
+        v = linear(KH, "D KH", c.qkv_bias, name="v_proj")(h).reshape(heads)
+        if c.qk_norm:
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         attended, state = attend(*spread_heads(rotate(q, cos, sin), rotate(k, cos, sin), v))
         attended = join_heads(attended, c.num_attention_heads, c.num_key_value_heads)
         x = x + linear(c.hidden_size, "NH D", False, name="o_proj")(attended.reshape(*x.shape[:2], -1))

@@ -123,15 +123,18 @@ class Linear(nn.Module):
 def _product(x, kernel):
     """x [rows, in] times kernel [in, features]."""
     dot = partial(jnp.dot, precision=precision(x.dtype))
+
+    def wide(x, kernel):
+        return dot(x, kernel.astype(x.dtype))
+
     forms = {"cpu": partial(narrow_product, dims="DF")} if is_narrow(x, kernel) else {}
     if len(x) == 1:
 
         def two_rows(x, kernel):
             """For one row, XLA:GPU makes an elementwise product as large as the kernel, keeps it, and sums it."""
-            return dot(jnp.broadcast_to(x, (2, x.shape[1])), kernel.astype(x.dtype))[:1]
+            return wide(jnp.broadcast_to(x, (2, x.shape[1])), kernel)[:1]
 
         forms["cuda"] = two_rows
-    wide = lambda x, kernel: dot(x, kernel.astype(x.dtype))  # noqa: E731
     return jax.lax.platform_dependent(x, kernel, **forms, default=wide) if forms else wide(x, kernel)
 
 
@@ -218,11 +221,21 @@ def vision_rope(positions, head_dim: int):
 
 
 def text_rope(positions, config: TextConfig):
-    """cos, sin [B, T, H/2] of M-RoPE ids [3, B, T]: frequencies are dealt to (t, h, w) in `mrope_section` chunks."""
+    """cos, sin [B, T, H/2] of M-RoPE ids [3, B, T]: each frequency turns with t, h or w."""
     inverse, scale = rope_frequencies(config)
-    axis = np.repeat(np.arange(3), config.mrope_section)
+    axis = frequency_axes(config)
     angles = jnp.moveaxis(positions.astype(jnp.float32)[axis], 0, -1) * inverse
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def frequency_axes(config: TextConfig) -> np.ndarray:
+    """[H/2] which of (t, h, w) each frequency turns with, `mrope_section` of each: in chunks, or interleaved."""
+    if config.rope == "sections":
+        return np.repeat(np.arange(3), config.mrope_section)
+    axes = np.zeros(config.head_dim // 2, int)  # t, h, w, t, h, w, … until h or w is used up, then t
+    for axis in (1, 2):
+        axes[axis : 3 * config.mrope_section[axis] : 3] = axis
+    return axes
 
 
 def rope_frequencies(config: TextConfig) -> tuple[np.ndarray, float]:

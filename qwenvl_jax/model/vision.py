@@ -1,7 +1,6 @@
-"""Both vision towers: lanes of patches in, visual tokens in the decoder's width out.
+"""The vision tower: lanes of patches in, visual tokens in the decoder's width out.
 
-Qwen2-VL attends to whole frames with LayerNorm and QuickGELU; Qwen2.5-VL attends within 8×8-patch windows
-except at a few layers, with RMSNorm and SwiGLU (Qwen2.5-VL report, section 2.1).
+Blocks attend to whole frames, or within windows except at a few layers; the config says which norm and MLP they have.
 """
 
 from functools import partial
@@ -19,8 +18,9 @@ from qwenvl_jax.model.window_kernel import window_attention
 from qwenvl_jax.sharding import constrain
 from qwenvl_jax.types import VisionBatch
 
-NORM_EPS = 1e-6  # not in any config file; fixed in both reference towers
+NORM_EPS = 1e-6  # not in any config file; fixed in the reference towers
 
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
@@ -29,8 +29,7 @@ ACTIVATIONS = {
 
 
 def _norm(config: Config, name: str):
-    kind = RMSNorm if config.is_qwen2_5 else LayerNorm
-    return kind(NORM_EPS, config.dtype, name=name)
+    return NORMS[config.vision.norm](NORM_EPS, config.dtype, name=name)
 
 
 def patch_embed(config: Config) -> Linear:
@@ -70,7 +69,7 @@ class VisionBlock(nn.Module):
         x = x + linear(E, ". E", name="proj")(attended)
 
         h, act, width = _norm(c, "norm2")(x), ACTIVATIONS[v.hidden_act], v.intermediate_size
-        if c.is_qwen2_5:
+        if v.gated_mlp:
             h = act(linear(width, "E .", name="gate_proj")(h)) * linear(width, "E .", name="up_proj")(h)
             x = x + linear(E, ". E", name="down_proj")(h)
         else:
@@ -95,7 +94,7 @@ class Merger(nn.Module):
 def layer_groups(config: Config) -> tuple[int, list[bool]]:
     """How often a pattern of blocks repeats, and the pattern: for each of its blocks, is it windowed?
 
-    The official 2.5 towers repeat (7 windowed, 1 full) four times; an irregular tower is one long pattern.
+    The official towers with windows repeat (7 windowed, 1 full) four times; an irregular tower is one long pattern.
     """
     v = config.vision
     windowed = [not v.is_full_attention(i) for i in range(v.depth)]

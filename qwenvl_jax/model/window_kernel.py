@@ -46,7 +46,10 @@ def _kernel(heads, slots, interpret, qkv, cos, sin, windows):
     R, P, width = qkv.shape
     blocks = R * P // slots
     step = next(n for n in range(min(STEP, blocks), 0, -1) if blocks % n == 0)
-    rows = lambda columns: pl.BlockSpec((step * slots, columns), lambda i: (i, 0))  # noqa: E731
+
+    def rows(columns):
+        return pl.BlockSpec((step * slots, columns), lambda i: (i, 0))
+
     out = pl.pallas_call(
         partial(_blocks, heads=heads),
         grid=(blocks // step,),

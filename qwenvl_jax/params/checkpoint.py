@@ -9,9 +9,9 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError, InputError
+from qwenvl_jax.families import to_dict
 from qwenvl_jax.params.directory import (
     FORMAT,
     INDEX,
@@ -38,6 +39,7 @@ from qwenvl_jax.params.precision import Precision, on_cpu
 from qwenvl_jax.params.specs import count_params, flatten, param_shardings, specs, unflatten
 from qwenvl_jax.types import Model
 
+_LOG = logging.getLogger(__name__)
 PARTIAL = ".partial-qwenvl_jax"
 # Small enough that a process that needs one shard reads little more than it, and a few are written at a time.
 CHUNK_BYTES = 16 << 20
@@ -71,7 +73,7 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
 
         params = read_params(path, config, shardings, chosen.weights, progress)
     if progress and chosen.reason:
-        print(f"{path.name}: {chosen.reason}", file=sys.stderr, flush=True)
+        _LOG.warning("%s: %s", path.name, chosen.reason)  # without handlers, Python shows it on stderr
     return Model(config, params, processor, read_json(path / "generation_config.json", missing={}))
 
 
@@ -100,15 +102,17 @@ def save(model: Model, path, *, files_from=None) -> None:
     declared = specs(model.config)
     odd = sorted(flatten(model.params).keys() ^ declared.keys())
     if odd:
-        raise InputError(f"{path}: the parameters are not those of the config ({odd[0]}); an adapter is merged first")
+        raise CheckpointError(
+            f"{path}: the parameters are not those of the config ({odd[0]}); an adapter is merged first"
+        )
     if files_from is not None:
         files_from, vision = Path(files_from), model.config.vision
         if not files_from.is_dir():
-            raise InputError(f"{files_from}: no such directory")
+            raise CheckpointError(f"{files_from}: no such directory")
         theirs = read_preprocessing(files_from, model.config)
         for key in ("image_mean", "image_std") if theirs else ():
             if getattr(theirs, key) != getattr(vision, key):
-                raise InputError(
+                raise CheckpointError(
                     f"{files_from}: its {key} is {getattr(theirs, key)}, the model's config says {getattr(vision, key)}"
                 )
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
@@ -124,7 +128,7 @@ def save(model: Model, path, *, files_from=None) -> None:
             carry(files_from, work)
             (work / "README.md").unlink(missing_ok=True)  # tells of other weights
         stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # a CPU computes in another one
-        write_json(work / "config.json", model.config.replace(dtype=str(stored)).to_dict())
+        write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
         write_json(work / "generation_config.json", dict(model.generation))
         write_json(work / MARKER, {"format": FORMAT})
 
@@ -173,7 +177,9 @@ class Stored:
                 if bar is not None:
                     bar.update(part.size * leaf.dtype.itemsize)
         except (ValueError, OSError) as e:  # what the storage layer raises for missing or damaged data
-            raise InputError(f"{self._params}: {leaf.path} cannot be read, it looks damaged ({first_line(e)})") from e
+            raise CheckpointError(
+                f"{self._params}: {leaf.path} cannot be read, it looks damaged ({first_line(e)})"
+            ) from e
         return out
 
 
@@ -181,11 +187,11 @@ def stored_params(path: Path, config: Config) -> dict[str, Leaf]:
     """What one of our directories holds, checked against its config: parameter path → shape and dtype."""
     stored, needed = stored_arrays(path), specs(config)
     for name in sorted(needed.keys() ^ stored.keys()):
-        raise InputError(f"{path / PARAMS}: {name} is {'missing' if name in needed else 'unexpected'}")
+        raise CheckpointError(f"{path / PARAMS}: {name} is {'missing' if name in needed else 'unexpected'}")
     for name, want in needed.items():
         shape, _ = stored[name]
         if shape != want.shape:
-            raise InputError(
+            raise CheckpointError(
                 f"{path / PARAMS}: {name} has shape {list(shape)}; config.json calls for {list(want.shape)}"
             )
     return {name: Leaf(name, needed[name]._replace(dtype=dtype)) for name, (_, dtype) in stored.items()}
@@ -213,11 +219,11 @@ def staged(path, nbytes: int, outside: Path | None = None):
     """
     path = Path(path).expanduser().absolute()
     if os.path.lexists(path):
-        raise InputError(f"{path}: exists already; choose another name, or remove it first")
+        raise CheckpointError(f"{path}: exists already; choose another name, or remove it first")
     if not path.parent.is_dir():
-        raise InputError(f"{path}: cannot be written, there is no directory {path.parent}; make it first")
+        raise CheckpointError(f"{path}: cannot be written, there is no directory {path.parent}; make it first")
     if outside is not None and path.resolve().is_relative_to(outside.resolve()):
-        raise InputError(f"{path}: is inside {outside}, the checkpoint that is read; choose a place outside of it")
+        raise CheckpointError(f"{path}: is inside {outside}, the checkpoint that is read; choose a place outside of it")
     work = path.with_name(path.name + PARTIAL)
     need = nbytes + (64 << 20)
     lock = None
@@ -227,9 +233,9 @@ def staged(path, nbytes: int, outside: Path | None = None):
             lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            raise InputError(f"{path}: another process is writing it") from e
+            raise CheckpointError(f"{path}: another process is writing it") from e
         except OSError as e:
-            raise InputError(f"{path}: cannot be written ({e.strerror})") from e
+            raise CheckpointError(f"{path}: cannot be written ({e.strerror})") from e
         try:
             _empty(work)
             free = shutil.disk_usage(work).free
@@ -291,5 +297,5 @@ def _known_dtype(dtype) -> str:
     except TypeError:
         name = str(dtype)
     if name not in ("bfloat16", "float16", "float32"):
-        raise InputError(f"dtype {name!r} is not one of 'bfloat16', 'float16', 'float32'")
+        raise CheckpointError(f"dtype {name!r} is not one of 'bfloat16', 'float16', 'float32'")
     return name

@@ -12,7 +12,8 @@ import ml_dtypes  # noqa: F401 - makes "bfloat16" the name of a numpy dtype
 import numpy as np
 
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError, InputError
+from qwenvl_jax.families import from_dict
 
 PACKAGE = Path(__file__).parents[1]
 FORMAT = 1
@@ -32,21 +33,21 @@ def find(path_or_id) -> Path:
     if path_or_id == DEMO:
         path = PACKAGE / "demo" / "checkpoint"
         if not path.is_dir():
-            raise InputError(f"{DEMO}: this installation has no demo checkpoint; name a directory or a hub id")
+            raise CheckpointError(f"{DEMO}: this installation has no demo checkpoint; name a directory or a hub id")
         return path
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path.absolute()
     if path.exists():
-        raise InputError(f"{path}: is a file; a checkpoint is a directory (with config.json and the weights)")
+        raise CheckpointError(f"{path}: is a file; a checkpoint is a directory (with config.json and the weights)")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_id)):
-        raise InputError(f"{path}: no such directory")
+        raise CheckpointError(f"{path}: no such directory")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=list(_HUB_FILES)))
     except Exception as e:  # no network, no such repo, no access: the type depends on the version and its http library
-        raise InputError(
+        raise CheckpointError(
             f"{path_or_id}: no such directory, and it could not be had from the hub ({first_line(e)})"
         ) from e
 
@@ -60,12 +61,16 @@ def read_config(path: Path) -> Config:
 
     file = path / "config.json"
     if not file.is_file():
-        raise InputError(f"{path}: not a checkpoint, there is no config.json in it")
-    config = Config.from_file(file)
-    quantised = read_json(file).get("quantization_config")
+        raise CheckpointError(f"{path}: not a checkpoint, there is no config.json in it")
+    data = read_json(file)
+    try:
+        config = from_dict(data)
+    except InputError as e:
+        raise CheckpointError(f"{file}: {e}") from e
+    quantised = data.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
-        raise InputError(f"{file}: quantised checkpoints ({method}) are not supported; use the original model")
+        raise CheckpointError(f"{file}: quantised checkpoints ({method}) are not supported; use the original model")
     preprocessing = read_preprocessing(path, config)
     if preprocessing is None:
         return config
@@ -80,7 +85,7 @@ def stored_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
     marker = read_json(path / MARKER)
     if marker.get("format") != FORMAT:
-        raise InputError(
+        raise CheckpointError(
             f"{path / MARKER}: format {marker.get('format')!r} is not {FORMAT}; a newer qwenvl_jax wrote it"
         )
     try:  # not through Orbax, whose threads report a damaged file on stderr, each for itself
@@ -92,9 +97,9 @@ def stored_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                 entry = json.loads(files[key])
                 stored[name.replace(".", "/")] = tuple(entry["shape"]), np.dtype(entry["dtype"])
     except (ValueError, OSError, KeyError, TypeError) as e:
-        raise InputError(f"{path / PARAMS}: not a readable Orbax checkpoint ({first_line(e)})") from e
+        raise CheckpointError(f"{path / PARAMS}: not a readable Orbax checkpoint ({first_line(e)})") from e
     if not stored:
-        raise InputError(f"{path / PARAMS}: not a readable Orbax checkpoint, there are no parameters in it")
+        raise CheckpointError(f"{path / PARAMS}: not a readable Orbax checkpoint, there are no parameters in it")
     return stored
 
 

@@ -37,7 +37,7 @@ def add(
 
     targets: one or more (a string is split at commas) of the groups "llm", "vision", "merger", and of glob patterns
         for a Linear's path ("vision/blocks/*") or for the end of it ("q_proj", "merger/fc?"). As in PEFT, "gate_proj"
-        is in the decoder and in Qwen2.5-VL's vision tower.
+        is in the decoder and in a vision tower with a gated MLP.
     rslora: scale by alpha/√rank (arXiv:2312.03732) instead of alpha/rank.
     The start is PEFT's: lora_a uniform within ±1/√in, lora_b zero.
     Raises InputError for a pattern that matches nothing, and for parameters that are adapted already.

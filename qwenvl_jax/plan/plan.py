@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from qwenvl_jax.config import PRESETS, Config
+from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.programs import Programs
 from qwenvl_jax.inputs.ladder import Ladder
@@ -125,6 +126,44 @@ def plan(job: Job, target: Target, mesh: tuple[int, int, int] | None = None) -> 
     """
     job.check()
     shape = mesh or default_mesh(job, target.chips)
+    _check_shape(job, target, shape)
+    chips = make_mesh(*shape, devices=devices(target))
+    with jax.set_mesh(chips):
+        lowered, parts, tokens, calls = _LOWER[job.task](job, chips)
+    held = {name: _local_bytes(parts.get(name, ())) for name in ("weights", "cache", "optimizer")}
+    memory = held | {"temp": None, "total": sum(held.values()), "limit": target.limit}
+    answer = {
+        "fits": False,
+        "task": job.task,
+        "target": str(target),
+        "chips": target.chips,
+        "mesh": dict(zip(AXES, shape, strict=True)),
+        "hbm_per_chip": memory,
+        **dict.fromkeys(("flops", "bytes_accessed", "min_bytes", "collective_bytes", "roofline_seconds")),
+        "compile_seconds": 0.0,
+    }
+    if memory["total"] > target.limit:
+        return answer
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        memory["total"] = _used(str(error), memory["total"])
+        return answer | {"compile_seconds": time.perf_counter() - start}
+    answer["compile_seconds"] = time.perf_counter() - start
+    used = compiled.memory_analysis()
+    memory["temp"] = used.temp_size_in_bytes
+    # What the program does not take, such as the vision tower's weights in decoding, is in memory all the same.
+    arguments = max(used.argument_size_in_bytes, memory["total"]) - used.alias_size_in_bytes
+    memory["total"] = arguments + used.output_size_in_bytes + used.temp_size_in_bytes
+    costs = _costs(Program(compiled.as_text()), target, calls)
+    answer |= costs | {"fits": memory["total"] <= target.limit, "min_bytes": calls * _local_bytes(parts["read"])}
+    return answer | {"tokens_per_second": tokens / costs["roofline_seconds"]}
+
+
+def _check_shape(job: Job, target: Target, shape: tuple[int, int, int]) -> None:
     if math.prod(shape) != target.chips or min(shape) < 1:
         raise InputError(f"mesh {'×'.join(map(str, shape))} has {math.prod(shape)} chips; {target} has {target.chips}")
     share = shape[0] * shape[1]
@@ -133,61 +172,22 @@ def plan(job: Job, target: Target, mesh: tuple[int, int, int] | None = None) -> 
             f"{name} is {getattr(job, name)}, which {share} groups of chips (data × fsdp) cannot share evenly"
         )
     check_mesh(job.config, dict(zip(AXES, shape, strict=True)))
-    mesh = make_mesh(*shape, devices=devices(target))
-    with jax.set_mesh(mesh):
-        lowered, parts, tokens, calls = _LOWER[job.task](job, mesh)
-    weights, cache, optimizer = (_local_bytes(parts.get(name, ())) for name in ("weights", "cache", "optimizer"))
-    held = weights + cache + optimizer
-    answer = {
-        "fits": False,
-        "task": job.task,
-        "target": str(target),
-        "chips": target.chips,
-        "mesh": dict(zip(AXES, shape, strict=True)),
-        "hbm_per_chip": {
-            "weights": weights,
-            "cache": cache,
-            "optimizer": optimizer,
-            "temp": None,
-            "total": held,
-            "limit": target.limit,
-        },
-        **dict.fromkeys(("flops", "bytes_accessed", "min_bytes", "collective_bytes", "roofline_seconds")),
-        "compile_seconds": 0.0,
-    }
-    memory = answer["hbm_per_chip"]
-    if held > target.limit:
-        return answer
-    start = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        memory["total"] = _used(str(error), held)
-        return answer | {"compile_seconds": time.perf_counter() - start}
-    answer["compile_seconds"] = time.perf_counter() - start
-    used = compiled.memory_analysis()
-    memory["temp"] = used.temp_size_in_bytes
-    # What the program does not take, such as the vision tower's weights in decoding, is in memory all the same.
-    held = max(used.argument_size_in_bytes, held) - used.alias_size_in_bytes
-    memory["total"] = held + used.output_size_in_bytes + used.temp_size_in_bytes
 
-    program, chip = Program(compiled.as_text()), target.chip
+
+def _costs(program: Program, target: Target, calls: int) -> dict:
+    """Operations and bytes of so many runs of a program, and the time that they take at best."""
     flops, moved = calls * program.flops, calls * program.bytes
     sent = calls * sum(c.bytes * c.times for c in program.collectives)
+    chip = target.chip
     times = {"compute": flops / chip.flops, "memory": moved / chip.bandwidth, "network": sent / target.link}
-    slowest = max(times, key=times.get)
-    return answer | {
-        "fits": memory["total"] <= target.limit,
+    slowest = max(times, key=times.__getitem__)
+    return {
         "flops": flops,
         "bytes_accessed": moved,
-        "min_bytes": calls * _local_bytes(parts["read"]),
         "collective_bytes": sent,
         "collectives": [c._replace(times=calls * c.times)._asdict() for c in program.collectives],
         "roofline_seconds": times[slowest],
         "limited_by": slowest,
-        "tokens_per_second": tokens / times[slowest],
     }
 
 
@@ -291,6 +291,10 @@ def _lower_vision(job: Job, mesh: Mesh):
     return lowered, {"weights": params, "read": (params["vision"], lanes)}, tokens, len(calls)
 
 
+def _everything(path: str) -> bool:
+    return True
+
+
 def _lower_train(job: Job, mesh: Mesh):
     config, B, T = job.config, job.batch, job.context
     options = TrainOptions()
@@ -302,7 +306,7 @@ def _lower_train(job: Job, mesh: Mesh):
         trainable = lora.is_trainable
     else:
         params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), params)
-        trainable = lambda path: True  # noqa: E731
+        trainable = _everything
     declared = specs_of(config, params)
     params = _placed(params, param_shardings(declared, mesh))
     optimizer = make_optimizer(

@@ -1,7 +1,7 @@
 """Records to packed batches, shuffled and sharded, and resumable at the exact record.
 
-The stream of a run's records is a pure function of (seed, shard, position): the whole state is one position, so
-a resume with other worker processes or threads still gives the very same batches.
+The stream of a run's records is a pure function of (seed, shard, position). Its state is one position, so a run that
+resumes with another number of threads or worker processes still gets the same batches.
 """
 
 import logging
@@ -15,7 +15,7 @@ import numpy as np
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.layout import Lanes
-from qwenvl_jax.inputs.pack import Segment, fill_lanes, pack_rows
+from qwenvl_jax.inputs.pack import Segment, fill_lanes, pack_rows, places_by_visual, split_frames
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.inputs.records import BadRecord, JsonLines
 from qwenvl_jax.train.records import Encoder, PackShape
@@ -25,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class _Bad(NamedTuple):
-    """What comes through the pipeline in the place of a bad record."""
+    """What the pipeline carries in place of a bad record."""
 
     where: str
     reason: str
@@ -33,7 +33,7 @@ class _Bad(NamedTuple):
 
 
 class _Load:
-    """One record by number, read and encoded; in worker processes too, hence a class that can be pickled."""
+    """Reads and encodes one record by number. It is a class so that worker processes can unpickle it."""
 
     def __init__(self, source, encoder: Encoder):
         self.source, self.encoder = source, encoder
@@ -53,22 +53,22 @@ class _Load:
 class Dataset:
     """An endless or finite iterator of TrainBatch, numpy arrays of one shape.
 
-    records: a JSONL file, or any object with `len()` and `[i]` that gives record i, the same one every time
-        (rendered on the fly, say); several threads may ask at once, and with workers it must be picklable.
-    shape: of every batch, on this host.
-    seed: of the order, another in every epoch; shuffle=False keeps the records' own.
-    epochs: how often each record comes; None: without end. Hosts may come to different numbers of batches, so
-        with several give the steps, not the epochs.
+    records: a JSONL file, or any object with `len()` and `[i]` that returns the same record i every time. Several
+        threads may call it at once; with workers it must be picklable.
+    shape: the shape of every batch, on this host.
+    seed: decides the order, which differs between epochs. shuffle=False keeps the order of the records.
+    epochs: how often each record is read; None for no end. Hosts may get different numbers of batches, so with
+        several hosts give the steps, not the epochs.
     shard: (index, count) of this host, for a loop that joins its hosts' batches; every record is in one shard.
-        `train` wants all records in every process.
-    on_error: what a bad record does: "stop" raises InputError with its file and line, "skip" logs it as a
-        warning and counts it in `skipped`.
-    preferences: records are preferences; each becomes two neighbouring segments of a row, the chosen one first.
-    media_root: what relative paths start from; by default the JSONL file's directory.
-    options: of `Processor.encode` for every record (max_pixels, fps, allow_control_tokens, …).
-    threads: that read and encode; 0 to do without.
-    workers: processes that do, each with so many threads; 0 for none. As everywhere in Python, a script that
-        asks for some needs `if __name__ == "__main__":`.
+        `train` needs all records in every process.
+    on_error: what to do about a bad record. "stop" raises InputError with its file and line; "skip" logs a warning
+        and counts it in `skipped`.
+    preferences: records are preferences. Each becomes two neighbouring segments of a row, the chosen one first.
+    media_root: the folder that relative paths start from; by default the JSONL file's.
+    options: options of `Processor.encode` for every record (max_pixels, fps, allow_control_tokens, …).
+    threads: how many read and encode; 0 reads in the caller's thread.
+    workers: how many processes read and encode, each with `threads` threads; 0 for none. As everywhere in Python, a
+        script that starts processes needs `if __name__ == "__main__":`.
     """
 
     def __init__(
@@ -116,20 +116,20 @@ class Dataset:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How many bad records were skipped, by `BadRecord.reason`, up to the last batch."""
+        """How many bad records were skipped up to the last batch, by `BadRecord.reason`."""
         return dict(self._skipped)
 
     @property
     def epoch(self) -> float:
-        """How many times this shard's records have been read, up to the last batch."""
+        """How many times this shard's records were read, up to the last batch."""
         return self._position / self._epoch
 
     def get_state(self) -> dict:
-        """Where the stream is, after the last batch; JSON-able."""
+        """The position of the stream after the last batch, as JSON can hold it."""
         return {"position": self._position, "skipped": self.skipped, "order": dict(self._order)}
 
     def set_state(self, state: dict) -> None:
-        """Continues after the batch that the state was taken after. InputError if the records or their order differ."""
+        """Continues where the state was taken. InputError if the records or their order differ."""
         for key, mine in self._order.items():
             if (theirs := state["order"].get(key)) != mine:
                 raise InputError(
@@ -138,11 +138,12 @@ class Dataset:
                 )
         self.close()
         self._position, self._skipped = state["position"], Counter(state["skipped"])
-        self._waiting: tuple[Sample, ...] | None = None  # read, but for the next batch: not counted by the position yet
+        # A record that is read, but is for the next batch. The position does not count it yet.
+        self._waiting: tuple[Sample, ...] | None = None
         self._bad_in_a_row = 0
 
     def close(self) -> None:
-        """Ends threads and worker processes; the next batch starts them anew."""
+        """Ends threads and worker processes; the next batch starts new ones."""
         if self._stream is not None:
             self._stream.close()
         self._stream, self._waiting = None, None
@@ -153,7 +154,7 @@ class Dataset:
     def __next__(self) -> TrainBatch:
         try:
             batch = self._next()
-        except BaseException:  # what was read for a batch that never came is read again
+        except BaseException:  # the records of the unfinished batch are read again
             self.close()
             raise
         if batch is None:
@@ -205,9 +206,9 @@ class Dataset:
         if self._on_error == "stop":
             raise InputError(f"{bad.where}: {bad.message}")
         self._bad_in_a_row += 1
-        if self._bad_in_a_row == 2 * self._epoch - 1:  # one good record may be first in an epoch, and last in the next
+        if self._bad_in_a_row == 2 * self._epoch - 1:  # one good record may be first in an epoch and last in the next
             raise InputError(f"none of {self._epoch} records can be used; the last is {bad.where}: {bad.message}")
-        if position < self._epoch:  # once is enough
+        if position < self._epoch:  # later epochs would repeat the warning
             _LOG.warning("%s: %s; skipped", bad.where, bad.message)
 
 
@@ -221,9 +222,9 @@ def _check_shape(shape: PackShape, config: Config, preferences: bool) -> None:
 
 
 class Packer:
-    """One batch being filled: a record's samples go into the first row with room, their visuals into the lanes.
+    """One batch being filled. A record's samples go into the first row with room, their visuals into the lanes.
 
-    segments: in the order they were added.
+    segments: every sample's place, in the order they were added.
     """
 
     def __init__(self, shape: PackShape, config: Config):
@@ -243,13 +244,13 @@ class Packer:
         if not room.any():
             return False
         visuals = samples[0].visuals
-        placements = self.lanes.place([v.grid for v in visuals])
+        placements = self.lanes.place([grid for v in visuals for grid in v.grid.frames])
         if placements is None:
             return False
         row = int(np.argmax(room))
         self.visuals += visuals
         self.placements += placements
-        places = [np.concatenate([p.cells for p in frames]) for frames in placements]
+        places = places_by_visual(visuals, [p.cells for p in placements])
         for sample in samples:
             self.count[row] += 1
             self.segments.append(Segment(row, int(self.used[row]), int(self.count[row]), sample, places))
@@ -258,12 +259,12 @@ class Packer:
 
     def batch(self) -> TrainBatch:
         rows, tokens, lanes, patches, _ = self.shape
-        vision = fill_lanes(self.visuals, self.placements, lanes, patches, self.vision)
+        vision = fill_lanes(split_frames(self.visuals), self.placements, lanes, patches, self.vision)
         return with_targets(pack_rows(self.segments, (rows, tokens), (vision,)), self.segments)
 
 
 def with_targets(inputs: Batch, segments: Sequence[Segment]) -> TrainBatch:
-    """The batch with what follows each of its tokens, and how much that is learnt."""
+    """The batch with the next token of every token, and its weight."""
     targets, weights = np.zeros(inputs.tokens.shape, np.int32), np.zeros(inputs.tokens.shape, np.float32)
     for s in segments:
         # Position i learns token i + 1 of its own segment.

@@ -1,5 +1,6 @@
 """A whole fine-tuning from its options: a checkpoint and records in, a checkpoint that `load` opens out."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import jax
 from qwenvl_convert.peft import save_adapter
 
 from qwenvl_jax.distributed import join
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, OptionsError
+from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.options import given
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import make_run_mesh, train
@@ -17,7 +20,6 @@ from qwenvl_jax.train.run import Run, last_step
 from qwenvl_jax.types import Model
 
 FINAL, ADAPTER = "final", "adapter"
-_ENCODING = ("min_pixels", "max_pixels", "total_pixels", "fps", "max_frames", "allow_control_tokens")
 
 
 def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Callable] | None = None) -> int | None:
@@ -30,7 +32,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
     """
     for name in ("model", "data", "output"):
         if not getattr(options, name):
-            raise InputError(f"{name} is not given; give --{name} or put it into the TOML file")
+            raise OptionsError(f"{name} is not given; give --{name} or put it into the TOML file")
     final, adapter = (Path(options.output).expanduser() / name for name in (FINAL, ADAPTER))
     if options.distributed:
         join()
@@ -43,36 +45,15 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
             _say(f"finished before: {final}")
             return None
     source = checkpoint.find(options.model)
-    stored = checkpoint.read_config(source)
-    mesh = make_run_mesh(options)
-    dtype = options.dtype or checkpoint.precision_of(stored, mesh).compute
-    if dtype == "float16":
-        raise InputError("the checkpoint is float16, whose gradients vanish; set dtype to bfloat16 or float32")
-    # Small updates are lost in bfloat16 weights. Adapters are float32 anyway.
-    param_dtype = options.param_dtype or (None if options.lora_rank else "float32")
-    model = checkpoint.load(source, mesh=mesh, dtype=param_dtype)
-    model = model._replace(config=model.config.replace(dtype=dtype))
-    encoding = {name: value for name in _ENCODING if (value := getattr(options, name)) is not None}
-    data = Dataset(
-        options.data,
-        model.processor,
-        PackShape(options.rows, options.tokens, options.lanes, options.patches, options.segments),
-        seed=options.seed,
-        on_error=options.on_bad_record,
-        preferences=options.task == "dpo",
-        options=encoding,
-        threads=options.threads,
-        workers=options.workers,
-    )
-    evaluate = None
-    if options.eval_data:
-        if evaluator is None:
-            raise InputError("eval_data is given, but there is nothing to evaluate with")
-        evaluate = evaluator(model, options.eval_data, encoding)
-    try:
+    model = _load(options, source)
+    encoding = given(options, MediaOptions) | {"allow_control_tokens": options.allow_control_tokens}
+    with contextlib.closing(_dataset(options, model, encoding)) as data:
+        evaluate = None
+        if options.eval_data:
+            if evaluator is None:
+                raise OptionsError("eval_data is given, but there is nothing to evaluate with")
+            evaluate = evaluator(model, options.eval_data, encoding)
         result = train(model, data, options, evaluate=evaluate, donate=True)
-    finally:
-        data.close()
     if result.signal is not None:
         _say(f"stopped after step {result.step}; the same command goes on from there")
         return result.signal
@@ -88,10 +69,37 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
             _say(f"adapter for PEFT: {adapter}")
         params = lora.merge(params)
     # Trained in whatever precision, it is stored in the one it came in.
+    stored = checkpoint.read_config(source)
     params = jax.tree.map(lambda w: w.astype(stored.dtype), params)
     checkpoint.save(model._replace(config=stored, params=params), final, files_from=source)
     _say(f"model of step {result.step}: {final}")
     return None
+
+
+def _load(options: TrainOptions, source: Path) -> Model:
+    """The model to train, on the run's mesh, its weights and its arithmetic in the dtypes of the options."""
+    mesh = make_run_mesh(options)
+    dtype = options.dtype or checkpoint.precision_of(checkpoint.read_config(source), mesh).compute
+    if dtype == "float16":
+        raise OptionsError("the checkpoint is float16, whose gradients vanish; set dtype to bfloat16 or float32")
+    # Small updates are lost in bfloat16 weights. Adapters are float32 anyway.
+    param_dtype = options.param_dtype or (None if options.lora_rank else "float32")
+    model = checkpoint.load(source, mesh=mesh, dtype=param_dtype)
+    return model._replace(config=model.config.replace(dtype=dtype))
+
+
+def _dataset(options: TrainOptions, model: Model, encoding: dict) -> Dataset:
+    return Dataset(
+        options.data,
+        model.processor,
+        PackShape(options.rows, options.tokens, options.lanes, options.patches, options.segments),
+        seed=options.seed,
+        on_error=options.on_bad_record,
+        preferences=options.task == "dpo",
+        options=encoding,
+        threads=options.threads,
+        workers=options.workers,
+    )
 
 
 def _say(sentence: str) -> None:

@@ -88,15 +88,8 @@ class _Loop:
         params = jax.device_put(params, layout)
         noise = None
         if options.lora_rank:
-            key = jax.random.key(options.seed)
-            params = lora.add(
-                self.config,
-                params,
-                key,
-                rank=options.lora_rank,
-                alpha=options.lora_alpha,
-                targets=options.lora_targets,
-            )
+            how = dict(rank=options.lora_rank, alpha=options.lora_alpha, targets=options.lora_targets)
+            params = lora.add(self.config, params, jax.random.key(options.seed), **how)
             if options.lora_dropout:
                 noise = partial(lora.dropout, rate=options.lora_dropout)
         chosen = lora.is_trainable if options.lora_rank else lambda path: True
@@ -113,13 +106,8 @@ class _Loop:
             loss = partial(dpo_loss, self.config, beta=options.beta, remat=options.remat)
         else:
             loss = partial(loss, self.config, remat=options.remat)
-        schedule = make_schedule(
-            options.learning_rate,
-            options.schedule,
-            warmup=options.warmup,
-            total=options.steps,
-            cooldown=options.cooldown,
-        )
+        steps = dict(warmup=options.warmup, total=options.steps, cooldown=options.cooldown)
+        schedule = make_schedule(options.learning_rate, options.schedule, **steps)
         optimizer = _optimizer(specs, options, schedule)
         self.step_fn = make_step(specs, loss, optimizer, self.trainable, noise=noise, seed=options.seed)
         self.learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(options.steps)), np.float64)
@@ -136,12 +124,14 @@ class _Loop:
         self.step = self.skipped = self.skipped_in_row = 0
         self.pending, self.clock = [], None
         if run.step:
-            like = jax.tree.map(_like, _kept(self.state, self.trainable))
-            saved, progress = run.restore(like)
-            self.state = _with(self.state, saved)
-            self.step, self.skipped = run.step, progress["skipped"]
-            self.skipped_in_row = progress["skipped_in_row"]
-            data.set_state(progress["data"])
+            self.resume()
+
+    def resume(self) -> None:
+        saved, progress = self.run.restore(jax.tree.map(_like, _kept(self.state, self.trainable)))
+        self.state = _with(self.state, saved)
+        self.step, self.skipped = self.run.step, progress["skipped"]
+        self.skipped_in_row = progress["skipped_in_row"]
+        self.data.set_state(progress["data"])
 
     def on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -1,6 +1,6 @@
 """What is learnt from a training record (`inputs/records.py` reads its forms): one conversation, or a pair of them.
 
-`tools` of a record go into the prompt; pictures, and messages with `"weight": 0`, are read but not learnt.
+A record's `tools` go into the prompt. Pictures, and messages with `"weight": 0`, are read but not learnt.
 """
 
 from collections.abc import Mapping
@@ -12,16 +12,17 @@ import numpy as np
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.layout import Lanes, make_sample, slots_needed
-from qwenvl_jax.inputs.messages import VIDEO_OPTIONS
+from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.processor import Processor, Prompt
 from qwenvl_jax.inputs.records import BadRecord, conversation, preference
+from qwenvl_jax.options import check_names, names
 from qwenvl_jax.types import Sample, Visual
 
 
 class PackShape(NamedTuple):
-    """The one shape of all batches of a run, on this host.
+    """The shape of all batches of a run, on this host.
 
-    segments: the most conversations in a row; preferences need it (an even number), for sums by conversation.
+    segments: the largest number of conversations in a row. Preferences need it, and it must be even.
     """
 
     rows: int  # B
@@ -32,24 +33,23 @@ class PackShape(NamedTuple):
 
 
 class Encoder:
-    """Records to samples with weights, under one processor's rules.
+    """Turns records into samples with weights.
 
-    folder: what relative paths of pictures and clips start from; None: the working directory.
-    options: of `Processor.encode`: pixel and frame limits, add_vision_id, allow_control_tokens.
+    folder: where relative paths of pictures and clips start; None for the working directory.
+    options: options of `Processor.encode`: pixel and frame limits, add_vision_id, allow_control_tokens.
     """
 
     def __init__(self, processor: Processor, shape: PackShape, *, preferences=False, folder=None, options=None):
         flags = ("add_vision_id", "allow_control_tokens")
         options = dict(options or {})
-        if unknown := sorted(options.keys() - {*flags, *VIDEO_OPTIONS}):
-            raise InputError(f"unknown option {unknown[0]!r}; known are {', '.join((*VIDEO_OPTIONS, *flags))}")
+        check_names(options, (*names(MediaOptions), *flags))
         self.processor, self.shape, self.preferences = processor, shape, preferences
         self.folder = None if folder is None else Path(folder)
         self.flags = {k: options.pop(k) for k in flags if k in options}
-        self.options = options
+        self.options = MediaOptions(**options)
 
     def __call__(self, record) -> tuple[Sample, ...]:
-        """One conversation, or the preferred one and its rival, which share the visuals of the first.
+        """One conversation, or a preferred one and its rival over the same visuals.
 
         Raises BadRecord, which says what is wrong.
         """
@@ -93,7 +93,7 @@ class Encoder:
             raise BadRecord("too long", f"{length} tokens; a row has {self.shape.tokens}")
 
     def _check_lanes(self, visuals: tuple[Visual, ...]) -> None:
-        vision, grids = self.processor.config.vision, [v.grid for v in visuals]
+        vision, frames = self.processor.config.vision, [grid for v in visuals for grid in v.grid.frames]
         for visual in visuals:
             if (slots := slots_needed(visual.grid, vision)) > self.shape.patches:
                 h, w = visual.grid.h * vision.patch_size, visual.grid.w * vision.patch_size
@@ -102,8 +102,8 @@ class Encoder:
                     f"a frame of {w} × {h} pixels needs {slots} patch slots; a lane has {self.shape.patches} "
                     "(set max_pixels, or larger patches)",
                 )
-        if Lanes(self.shape.patches, vision, self.shape.lanes).place(grids) is None:
-            patches = sum(g.patches for g in grids)
+        if Lanes(self.shape.patches, vision, self.shape.lanes).place(frames) is None:
+            patches = sum(grid.patches for grid in frames)
             raise BadRecord(
                 "too large",
                 f"its pictures and frames have {patches} patches and do not fit into "

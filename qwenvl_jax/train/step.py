@@ -173,21 +173,7 @@ def make_step(
             total, weight, metrics = loss(params, micro)
             return total, {"loss": total, "weight": weight} | metrics
 
-        def accumulate(carry, part):
-            grads, sums = jax.grad(total_of, has_aux=True)(train, *part)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (settled(grads), sums)), None
-
-        micros = len(batch.targets)
-        first = jax.tree.map(lambda a: a[0], batch), jnp.zeros((), jnp.int32)
-        if micros == 1:  # without a pass over all gradients to add them to zeros
-            grads, sums = jax.grad(total_of, has_aux=True)(train, *first)
-            grads = settled(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-        else:
-            _, sums = jax.eval_shape(total_of, train, *first)
-            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (train, sums))
-            parts = batch, jnp.arange(micros)
-            (grads, sums), _ = jax.lax.scan(accumulate, (settled(zeros[0]), zeros[1]), parts)
-
+        grads, sums = _summed(jax.grad(total_of, has_aux=True), train, batch, settled)
         weight = sums.pop("weight")
         share = 1 / jnp.where(weight > 0, weight, 1)
         grads = jax.tree.map(lambda g: g * share, grads)
@@ -205,6 +191,23 @@ def make_step(
         return state, metrics | {"weight": weight, "grad_norm": norm, "finite": finite}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _summed(gradient: Callable, train: dict, batch: TrainBatch, settled: Callable) -> tuple[dict, dict]:
+    """Gradients and metrics, summed over the micro-batches in float32."""
+    micros = len(batch.targets)
+    first = jax.tree.map(lambda a: a[0], batch), jnp.zeros((), jnp.int32)
+    if micros == 1:  # without a pass over all gradients to add them to zeros
+        grads, sums = gradient(train, *first)
+        return settled(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums
+
+    def accumulate(carry, part):
+        grads, sums = gradient(train, *part)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (settled(grads), sums)), None
+
+    _, sums = jax.eval_shape(gradient, train, *first)
+    grads, sums = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (train, sums))
+    return jax.lax.scan(accumulate, (settled(grads), sums), (batch, jnp.arange(micros)))[0]
 
 
 def shardings(tree, specs: dict[str, Spec], mesh):

@@ -1,0 +1,35 @@
+"""`qwenvl train`: a fine-tuning from a TOML file and flags."""
+
+import os
+import signal
+import sys
+
+from qwenvl_jax.cli.errors import INTERRUPTED, NOT_DONE, OK, keep_programs
+from qwenvl_jax.eval.evaluator import Evaluator
+from qwenvl_jax.options import add_flags, given
+from qwenvl_jax.train.options import TrainOptions
+
+HELP = "Fine-tune a model. The same command goes on with a run that was stopped."
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("config", nargs="?", metavar="FILE.toml", help="the keys below, with _ for -; flags win")
+    add_flags(parser, TrainOptions)
+
+
+def run(args) -> int:
+    options = TrainOptions.read(args.config, given(args, TrainOptions))
+    from qwenvl_jax.train.finetune import finetune
+
+    keep_programs()
+
+    def evaluator(model, data, encoding):
+        return Evaluator(model, data, encoding=encoding)
+
+    try:
+        ended = finetune(options, evaluator)
+    except KeyboardInterrupt:  # the second one: at once, without waiting for a checkpoint that is being written
+        print(file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+    codes: dict[int | None, int] = {None: OK, signal.SIGTERM: NOT_DONE, signal.SIGINT: INTERRUPTED}
+    return codes[ended]

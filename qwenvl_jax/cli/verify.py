@@ -1,0 +1,32 @@
+"""`qwenvl verify`: this model against the PyTorch one, stage by stage."""
+
+import importlib.util
+
+from qwenvl_jax.cli.errors import FAILED, OK, keep_programs
+from qwenvl_jax.errors import InputError
+
+HELP = "Compare this model with the PyTorch one, stage by stage, on your weights."
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="Hugging Face checkpoint directory")
+    parser.add_argument("--image", metavar="F", required=True, help="picture to compare on")
+
+
+def run(args) -> int:
+    missing = [m for m in ("torch", "transformers") if importlib.util.find_spec(m) is None]
+    if missing:
+        raise InputError(
+            f"verify compares with PyTorch, and {' and '.join(missing)} is not installed: "
+            "pip install 'qwenvl-jax[parity]'"
+        )
+    from qwenvl_convert import parity
+
+    keep_programs()
+    rows = parity.verify(args.checkpoint, args.image)
+    print(f"{'stage':<22} {'shape':<18} {'max rel. error':>14} {'limit':>8}")
+    for row in rows:
+        shape = "×".join(map(str, row.shape))
+        verdict = "" if row.ok else "  FAILED"
+        print(f"{row.name:<22} {shape:<18} {row.error:>14.1e} {row.limit:>8.0e}{verdict}")
+    return OK if all(row.ok for row in rows) else FAILED

@@ -1,0 +1,40 @@
+"""The model families. A family is one file that translates between its published files and a Config's switches:
+
+from_dict(data), to_dict(config)   config.json → Config and back
+tensor_names(config)               parameter path → the hub's tensor name, with `{l}` for the layer
+time_steps(visual, config)         the M-RoPE t position of every grid step of a picture or clip
+BOXES                              boxes in answers: "absolute" pixels of the resized picture, or "relative" 0..1000
+PRESETS                            the official sizes by name
+"""
+
+from qwenvl_jax.config import Config
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import qwen2_5_vl, qwen2_vl
+
+FAMILIES = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl}  # by model_type
+PRESETS = {name: config for family in FAMILIES.values() for name, config in family.PRESETS.items()}
+
+
+def family_of(config: Config):
+    """The module of a config's family."""
+    return _family(config.family)
+
+
+def from_dict(data: dict) -> Config:
+    """Reads a Hugging Face `config.json`. For a directory, call `params.directory.read_config`: it reads the mean
+    and standard deviation of pixels too."""
+    if not isinstance(data, dict):
+        raise InputError("config is not a JSON object")
+    return _family(data.get("model_type")).from_dict(data)
+
+
+def to_dict(config: Config) -> dict:
+    """The Hugging Face `config.json` of a config."""
+    return family_of(config).to_dict(config)
+
+
+def _family(model_type):
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = " and ".join(map(repr, FAMILIES))
+        raise InputError(f"model_type {model_type!r} is not supported; this library runs {known}")
+    return FAMILIES[model_type]

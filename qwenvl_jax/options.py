@@ -1,0 +1,187 @@
+"""Options are declared once, as fields of a frozen dataclass; each field carries its help, type and bounds.
+
+`MediaOptions`, `GenerateOptions` and `TrainOptions` are declared this way. Their flags, TOML keys, request fields and
+keyword arguments are read off the fields. This file imports neither jax nor numpy, so `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from qwenvl_jax.errors import OptionsError, shown
+
+T = TypeVar("T")
+_BOUNDS = {
+    "least": (operator.ge, "at least"),
+    "above": (operator.gt, "more than"),
+    "most": (operator.le, "at most"),
+    "below": (operator.lt, "less than"),
+}
+Number = int | float  # whole or not, kept as it was written
+_WORDS = {int: "a whole number", float: "a number", Number: "a number", bool: "true or false", str: "a string"}
+
+
+def number(text: str) -> Number:
+    """Reads a flag's `Number`."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+_FLAGS: dict = {int: (int, "N"), float: (float, "X"), Number: (number, "X"), str: (str, "NAME")}
+
+
+def option(
+    default, doc: str, *, least=None, above=None, most=None, below=None, choices=None, title="", flag=True, free=False
+) -> Any:
+    """A field of an options class.
+
+    doc: its help. least, above, most, below, choices: which values it takes; of a list, which items.
+    title: starts a group of flags with this title. flag: whether it is a flag and a request field.
+    free: whether a training run may go on with another value.
+    """
+    bounds = dict(least=least, above=above, most=most, below=below, choices=choices)
+    return dataclasses.field(default=default, metadata=dict(doc=doc, title=title, flag=flag, free=free, **bounds))
+
+
+def names(cls) -> tuple[str, ...]:
+    """The names of a class's options."""
+    return tuple(f.name for f in dataclasses.fields(cls))
+
+
+def check_names(given: Iterable, known: Iterable[str], where: str = "") -> None:
+    """Raises OptionsError for the first name that is not known."""
+    known = tuple(known)
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1, 0.75)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known) or 'none'}"
+            raise OptionsError(f"{where}unknown option {name}; {hint}")
+
+
+def build(cls: type[T], values: Mapping) -> T:
+    """The options by name; raises OptionsError for an unknown name or a bad value."""
+    check_names(values, names(cls))
+    return cls(**values)
+
+
+def replace(options: T, changes: Mapping) -> T:
+    """The same options but for some."""
+    check_names(changes, names(options))
+    return dataclasses.replace(options, **changes)  # type: ignore[type-var]
+
+
+def given(source, cls) -> dict:
+    """The options of a class that a namespace of flags, or another options object, holds and that are not None."""
+    values = {name: getattr(source, name, None) for name in names(cls)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check(options) -> None:
+    """For `__post_init__`: replaces each value by `checked` of it."""
+    for name in names(options):
+        object.__setattr__(options, name, checked(type(options), name, getattr(options, name)))
+
+
+def checked(cls, name: str, value, where: str = ""):
+    """The value in its field's type. Raises OptionsError that names the option, the value and what is allowed."""
+    _, many, optional = _kind(cls, name)
+    if not many:
+        return None if value is None and optional else _item(cls, name, value, where)
+    if value is None:
+        return ()
+    if many is ... and not isinstance(value, list | tuple):  # a single item needs no brackets
+        value = (value,)
+    if not isinstance(value, list | tuple) or many not in (..., len(value)):
+        count = "a list" if many is ... else f"a list of {many}"
+        raise OptionsError(f"{where}{name} is {shown(value)}; it must be {count}")
+    return tuple(_item(cls, name, item, where) for item in value)
+
+
+def add_flags(parser, cls, about: str | None = None) -> None:
+    """A flag for every option of a class, inherited ones last; a flag that is not given is absent from the namespace.
+
+    about: a sentence that goes with the titles of the groups.
+    """
+    own, group = inspect.get_annotations(cls), parser
+    for field in sorted(dataclasses.fields(cls), key=lambda f: f.name not in own):
+        kind, many, _ = _kind(cls, field.name)
+        meta = field.metadata
+        if meta["title"]:
+            group = parser.add_argument_group(meta["title"], about)
+        if not meta["flag"]:
+            continue
+        how: dict = dict(default=argparse.SUPPRESS, help=_help(field))
+        if kind is bool:
+            how |= dict(action=argparse.BooleanOptionalAction)
+        else:
+            parse, metavar = _FLAGS[kind]
+            how |= dict(type=parse, metavar=None if meta["choices"] else metavar, choices=meta["choices"])
+            if many:
+                how |= dict(action="append") if many is ... else dict(nargs=many)
+        group.add_argument(f"--{field.name.replace('_', '-')}", **how)
+
+
+def as_text(value) -> str:
+    """A value as help and messages show it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "nothing"
+    return "not given" if value in (None, "") else str(value)
+
+
+def _help(field) -> str:
+    default = "" if field.default in (None, (), "") else f" (default: {as_text(field.default)})"
+    return (field.metadata["doc"] + default).replace("%", "%%")
+
+
+@cache
+def _kind(cls, name: str) -> tuple[Any, Any, bool]:
+    """The type of a value or its items; how many items (0: no list, ...: any number); whether None is allowed."""
+    hint = get_type_hints(cls)[name]
+    args = get_args(hint)
+    if get_origin(hint) is tuple:
+        return args[0], ... if args[1] is ... else len(args), False
+    kinds = [kind for kind in args or (hint,) if kind is not NoneType]
+    return kinds[0] if len(kinds) == 1 else Number, 0, NoneType in args
+
+
+def _item(cls, name: str, value, where: str):
+    """One value, checked; a float's whole numbers become floats, a `Number` stays as it is."""
+    meta, kind = cls.__dataclass_fields__[name].metadata, _kind(cls, name)[0]
+    if _fits(kind, value) and _within(meta, value):
+        return kind(value) if kind in (int, float) else value
+    what = "one of " + ", ".join(meta["choices"]) if meta["choices"] else _WORDS[kind]
+    limits = {words: meta[bound] for bound, (_, words) in _BOUNDS.items() if meta[bound] is not None}
+    if limits.get("more than") == 0:
+        del limits["more than"]
+        what = what.replace("a ", "a positive ", 1)
+    text = ", ".join([what, *(f"{words} {limit}" for words, limit in limits.items())])
+    raise OptionsError(f"{where}{name} is {shown(value)}; it must be {text}")
+
+
+def _fits(kind, value) -> bool:
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real):
+        return False
+    try:
+        return kind is int or math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def _within(meta: Mapping, value) -> bool:
+    if meta["choices"] and value not in meta["choices"]:
+        return False
+    return all(meta[bound] is None or test(value, meta[bound]) for bound, (test, _) in _BOUNDS.items())
