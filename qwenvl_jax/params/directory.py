@@ -14,6 +14,7 @@ import numpy as np
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import from_dict
+from qwenvl_jax.inputs.preprocessing import read_preprocessing
 
 PACKAGE = Path(__file__).parents[1]
 FORMAT = 1
@@ -57,8 +58,6 @@ def read_config(path: Path) -> Config:
 
     Raises InputError for a model that is not supported or is quantised.
     """
-    from qwenvl_jax.inputs.processor import read_preprocessing
-
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path}: not a checkpoint, there is no config.json in it")
