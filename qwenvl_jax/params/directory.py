@@ -53,10 +53,11 @@ def find(path_or_id) -> Path:
         ) from e
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: Path, *, quantised: bool = False) -> Config:
     """The config of a checkpoint directory, with the normalisation of its preprocessor config if there is one.
 
-    Raises InputError for a model that is not supported or is quantised.
+    quantised: read the config of quantised weights too, which cannot be loaded.
+    Raises CheckpointError for a model that is not supported.
     """
     file = path / "config.json"
     if not file.is_file():
@@ -66,9 +67,8 @@ def read_config(path: Path) -> Config:
         config = from_dict(data)
     except InputError as e:
         raise CheckpointError(f"{file}: {e}") from e
-    quantised = data.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
+    if (how := data.get("quantization_config")) and not quantised:
+        method = how.get("quant_method", "?") if isinstance(how, dict) else how
         raise CheckpointError(f"{file}: quantised checkpoints ({method}) are not supported; use the original model")
     preprocessing = read_preprocessing(path, config)
     if preprocessing is None:
