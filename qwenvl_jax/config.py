@@ -10,7 +10,7 @@ import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError
 
 ROPES = ("sections", "interleaved")
 NORMS = ("rms", "layer")
@@ -93,6 +93,7 @@ class VisionConfig:
     @property
     def window_merged(self) -> int:
         """Side of a window, in merged tokens."""
+        assert self.window_size is not None, "a tower without windows"
         return self.window_size // self.spatial_merge_size // self.patch_size
 
     @property
@@ -132,9 +133,9 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
     try:
         data = json.loads(read_text(path))
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not readable as JSON ({e})") from e
+        raise CheckpointError(f"{path}: not readable as JSON ({e})") from e
     if not isinstance(data, dict):
-        raise InputError(f"{path}: not a JSON object")
+        raise CheckpointError(f"{path}: not a JSON object")
     return data
 
 
@@ -142,9 +143,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path.parent} has no {path.name}; a checkpoint directory needs it") from None
+        raise CheckpointError(f"{path.parent} has no {path.name}; a checkpoint directory needs it") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: not readable ({e})") from e
+        raise CheckpointError(f"{path}: not readable ({e})") from e
 
 
 def _is(value, kind) -> bool:
@@ -167,7 +168,7 @@ _KINDS = {
 def typed(name: str, value, kind):
     what, fits = _KINDS[kind]
     if not fits(value):
-        raise InputError(f"{name} is {reprlib.repr(value)}; it must be {what}")
+        raise CheckpointError(f"{name} is {reprlib.repr(value)}; it must be {what}")
     return value
 
 
@@ -186,9 +187,9 @@ def _check(c: Config) -> None:
         typed("eos_token_id", one, "id")
     for name in ("image_token_id", "video_token_id"):
         if getattr(c, name) >= t.vocab_size:
-            raise InputError(f"{name} {getattr(c, name)} is not below vocab_size {t.vocab_size}")
+            raise CheckpointError(f"{name} {getattr(c, name)} is not below vocab_size {t.vocab_size}")
     if c.image_token_id == c.video_token_id:
-        raise InputError(f"image_token_id and video_token_id are both {c.image_token_id}; they must differ")
+        raise CheckpointError(f"image_token_id and video_token_id are both {c.image_token_id}; they must differ")
     for name, value, known in (
         ("dtype", c.dtype, DTYPES),
         ("rope", t.rope, ROPES),
@@ -196,27 +197,27 @@ def _check(c: Config) -> None:
         ("vision hidden_act", v.hidden_act, VISION_ACTIVATIONS),
     ):
         if value not in known:
-            raise InputError(f"{name} {value!r} is not one of {', '.join(known)}")
+            raise CheckpointError(f"{name} {value!r} is not one of {', '.join(known)}")
     # Indexes beyond a shallow tower's depth mean nothing, in the reference too: small test models have them.
     if any(i < 0 for i in v.fullatt_block_indexes):
-        raise InputError(f"fullatt_block_indexes {reprlib.repr(v.fullatt_block_indexes)} must not be negative")
+        raise CheckpointError(f"fullatt_block_indexes {reprlib.repr(v.fullatt_block_indexes)} must not be negative")
     if t.num_attention_heads % t.num_key_value_heads:
-        raise InputError(
+        raise CheckpointError(
             f"num_attention_heads {t.num_attention_heads} is not a multiple of "
             f"num_key_value_heads {t.num_key_value_heads}"
         )
     if len(t.mrope_section) != 3 or min(t.mrope_section) <= 0 or 2 * sum(t.mrope_section) != t.head_dim:
         section = reprlib.repr(t.mrope_section)
-        raise InputError(
+        raise CheckpointError(
             f"mrope_section {section} must be three positive numbers that sum to half of head_dim {t.head_dim}"
         )
     if t.rope == "interleaved" and max(3 * t.mrope_section[1] - 1, 3 * t.mrope_section[2]) > t.head_dim // 2:
-        raise InputError(f"mrope_section {t.mrope_section} does not interleave over {t.head_dim // 2} frequencies")
+        raise CheckpointError(f"mrope_section {t.mrope_section} does not interleave over {t.head_dim // 2} frequencies")
     if v.hidden_size % v.num_heads or (v.hidden_size // v.num_heads) % 4:
-        raise InputError(f"vision width {v.hidden_size} over {v.num_heads} heads is not a multiple of 4")
+        raise CheckpointError(f"vision width {v.hidden_size} over {v.num_heads} heads is not a multiple of 4")
     if v.out_hidden_size != t.hidden_size:
-        raise InputError(f"vision output width {v.out_hidden_size} is not the decoder's width {t.hidden_size}")
+        raise CheckpointError(f"vision output width {v.out_hidden_size} is not the decoder's width {t.hidden_size}")
     if v.window_size is not None and v.window_size % (v.patch_size * v.spatial_merge_size):
-        raise InputError(
+        raise CheckpointError(
             f"window_size {v.window_size} is not a multiple of {v.patch_size * v.spatial_merge_size} pixels"
         )

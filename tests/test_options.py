@@ -8,8 +8,8 @@ import pytest
 
 from qwenvl_jax import cli
 from qwenvl_jax.cli.generate import read_request
-from qwenvl_jax.config import PRESETS
 from qwenvl_jax.errors import CheckpointError, ContextError, InputError, MediaError, OptionsError
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.messages import normalize
 from qwenvl_jax.inputs.options import MediaOptions

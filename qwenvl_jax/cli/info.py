@@ -9,13 +9,9 @@ import json
 import math
 from pathlib import Path
 
-from qwenvl_convert.safetensors import DTYPES, Reader
-
 from qwenvl_jax.cli.errors import OK
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.families import PRESETS, family_of
-from qwenvl_jax.params import directory
 from qwenvl_jax.params.precision import on_cpu
 
 HELP = "Say what a checkpoint is, reading only its headers."
@@ -52,6 +48,11 @@ def describe(path_or_preset) -> dict:
     on_cpu (what `load` does with 16-bit weights on a CPU, by the memory that is free now).
     Raises InputError if there is no such directory or its headers are damaged.
     """
+    # `--help` imports this file, and must not import numpy with these.
+    from qwenvl_convert.safetensors import DTYPES, Reader
+
+    from qwenvl_jax.families import PRESETS
+    from qwenvl_jax.params import directory
 
     config = PRESETS.get(str(path_or_preset))
     if config:
@@ -75,6 +76,8 @@ def describe(path_or_preset) -> dict:
 
 
 def _facts(config: Config, form: str, dtypes: dict, files: dict) -> dict:
+    from qwenvl_jax.families import PRESETS, family_of
+
     sizes = (config.family, config.text, config.vision)
     same = (name for name, p in PRESETS.items() if (p.family, p.text, p.vision) == sizes)
     return {

@@ -8,7 +8,7 @@ PRESETS                            the official sizes by name
 """
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.families import qwen2_5_vl, qwen2_vl
 
 FAMILIES = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl}  # by model_type
@@ -24,7 +24,7 @@ def from_dict(data: dict) -> Config:
     """Reads a Hugging Face `config.json`. For a directory, call `params.directory.read_config`: it reads the mean
     and standard deviation of pixels too."""
     if not isinstance(data, dict):
-        raise InputError("config is not a JSON object")
+        raise CheckpointError("config is not a JSON object")
     return _family(data.get("model_type")).from_dict(data)
 
 
@@ -36,5 +36,5 @@ def to_dict(config: Config) -> dict:
 def _family(model_type):
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = " and ".join(map(repr, FAMILIES))
-        raise InputError(f"model_type {model_type!r} is not supported; this library runs {known}")
+        raise CheckpointError(f"model_type {model_type!r} is not supported; this library runs {known}")
     return FAMILIES[model_type]

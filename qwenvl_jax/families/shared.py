@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from qwenvl_jax.config import TOKEN_IDS, Config, TextConfig, YarnConfig, typed
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError
 
 # Switches are a family's own and stand in no file; preprocessor_config.json holds mean and std.
 _NOT_IN_FILES = ("qkv_bias", "qk_norm", "rope", "norm", "gated_mlp", "image_mean", "image_std")
@@ -31,10 +31,10 @@ def from_dict(data: dict, read_vision: Callable, **switches) -> Config:
     # Newer files nest the decoder but may leave a key at the top level (tie_word_embeddings does both).
     get = reader(text, data)
     if get("hidden_act", str, "silu") != "silu":
-        raise InputError(f"hidden_act {get('hidden_act', str)!r} of the decoder is not supported; only 'silu' is")
+        raise CheckpointError(f"hidden_act {get('hidden_act', str)!r} of the decoder is not supported; only 'silu' is")
     windowed = any(kind != "full_attention" for kind in get("layer_types", list, []))
     if windowed or get("use_sliding_window", bool, False):
-        raise InputError(
+        raise CheckpointError(
             f"{'layer_types' if windowed else 'use_sliding_window'} asks for more than full attention; "
             "sliding-window attention is not supported (no official file has it)"
         )
@@ -75,7 +75,7 @@ def _yarn(get, max_positions: int) -> YarnConfig | None:
     if kind in ("default", "mrope"):
         return None
     if kind != "yarn":
-        raise InputError(f"rope type {kind!r} is not supported; known are 'default', 'mrope' and 'yarn'")
+        raise CheckpointError(f"rope type {kind!r} is not supported; known are 'default', 'mrope' and 'yarn'")
     original = get("original_max_position_embeddings", int, max_positions)
     return YarnConfig(
         # The declared factor, as the paper and the model cards have it. transformers 4.51.3 replaces it by
