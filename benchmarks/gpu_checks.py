@@ -30,8 +30,9 @@ import qwenvl_jax
 from qwenvl_jax.config import Config
 from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import make_sample, merged_tokens
-from qwenvl_jax.inputs.media import Preprocessing, image_visual
+from qwenvl_jax.inputs.media import image_visual
 from qwenvl_jax.inputs.pack import make_batch
+from qwenvl_jax.inputs.preprocessing import Preprocessing
 from qwenvl_jax.model import attention, decoder, qwenvl, window_kernel
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.specs import flatten, unflatten

@@ -28,8 +28,9 @@ import qwenvl_jax
 from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import make_sample
-from qwenvl_jax.inputs.media import Preprocessing, image_visual
+from qwenvl_jax.inputs.media import image_visual
 from qwenvl_jax.inputs.pack import pack_vision
+from qwenvl_jax.inputs.preprocessing import Preprocessing
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.specs import init, specs_of
 from qwenvl_jax.train.losses import sft_loss

@@ -21,7 +21,7 @@ def tensor_names(config: Config, layout: str = "hub") -> dict[str, tuple[str, ..
     if layout not in LAYOUTS:
         raise CheckpointError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
     names, declared = family_of(config).tensor_names(config), specs(config)
-    for path in names.keys() ^ declared.keys():
+    for path in sorted(names.keys() ^ declared.keys()):
         which = "names no tensor for it" if path in declared else "names a tensor for it, but no module declares it"
         raise CheckpointError(f"{path}: the family {config.family!r} {which} (tensor_names)")
     out = {}

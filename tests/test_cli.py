@@ -11,13 +11,16 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from qwenvl_jax import cli
 from qwenvl_jax.cli import converse
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS, to_dict
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import names
@@ -463,6 +466,19 @@ def test_info_of_a_preset(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["parameters"] == 2208985600 and facts["dtypes"] == {"bfloat16": 2208985600}
     assert facts["config"]["text"]["num_hidden_layers"] == 28
+
+
+def test_info_of_quantised_weights(tmp_path, capsys):
+    """Which cannot be loaded, but are told what they are."""
+    quantised = {"quantization_config": {"quant_method": "awq"}}
+    data = to_dict(PRESETS["qwen2.5-vl-7b"]) | quantised
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    save_file({"model.embed_tokens.weight": np.zeros((2, 2), np.int32)}, tmp_path / "model.safetensors")
+    assert cli.main(["info", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["preset"] == "qwen2.5-vl-7b" and facts["dtypes"] == {"I32": 4}
+    assert cli.main(["generate", "--model", str(tmp_path), "--prompt", "?"]) == 2
+    assert "quantised checkpoints (awq) are not supported" in capsys.readouterr().err
 
 
 def test_convert_there_and_back_and_info(tiny_checkpoint, tmp_path, capsys):

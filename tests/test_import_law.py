@@ -142,7 +142,7 @@ def test_info_needs_no_jax(form, tmp_path):
         checkpoint.save(load("demo"), tmp_path / "orbax")
     code, packages = imported("info", names.get(form, str(tmp_path / form)))
     assert code == (2 if form == "missing" else 0)
-    assert "argparse" in packages and not packages & (HEAVY - {"numpy", "PIL"})
+    assert "argparse" in packages and not packages & (HEAVY - {"numpy"})
 
 
 @pytest.mark.parametrize("bad", ["--image nowhere.png", "--temperature -1", "--model nowhere"])

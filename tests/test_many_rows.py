@@ -111,7 +111,7 @@ def test_norm_of_a_product(kind, rows):
     weights = {"scale": jnp.ones(D)} | ({"bias": jnp.zeros(D)} if kind is LayerNorm else {})
 
     def f(x, kernel, bias):
-        x = x + Linear(D, param_dtype="float32").apply({"params": {"kernel": kernel, "bias": bias}}, x)
+        x = x + Linear(D, "D D", param_dtype="float32").apply({"params": {"kernel": kernel, "bias": bias}}, x)
         return kind(EPS, "float32").apply({"params": weights}, x)
 
     out, grads = with_gradients(f, g, x, kernel, bias)

@@ -15,7 +15,6 @@ from PIL import Image
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs import media
 from qwenvl_jax.inputs.media import (
-    Preprocessing,
     image_visual,
     load_image,
     pixel_table,
@@ -23,6 +22,7 @@ from qwenvl_jax.inputs.media import (
     target_size,
 )
 from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.preprocessing import Preprocessing
 from qwenvl_jax.types import Grid
 
 MEDIA = Path(__file__).parent / "data" / "media"

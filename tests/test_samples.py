@@ -10,7 +10,8 @@ from demo.tokenizer import PREPROCESSOR
 
 from qwenvl_jax import cli
 from qwenvl_jax.demo import SAMPLES
-from qwenvl_jax.inputs.media import Preprocessing, image_visual, load_image
+from qwenvl_jax.inputs.media import image_visual, load_image
+from qwenvl_jax.inputs.preprocessing import Preprocessing
 from qwenvl_jax.inputs.video import video_visual
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")

@@ -39,7 +39,7 @@ class Mixed(nn.Module):
 
     eps: float
     param_dtype: str
-    dims: str = "D ."
+    dims = "D ."
 
     @nn.compact
     def __call__(self, x):
@@ -102,12 +102,21 @@ def test_a_letter_that_does_not_exist(mixed, monkeypatch):
     with pytest.raises(InputError, match=r"norm/mix: its dimension 'Q' is none of"):
         specs(mixed)
     monkeypatch.setattr(Mixed, "dims", "D")
-    with pytest.raises(InputError, match=r"norm/mix: it has 2 dimensions"):
+    with pytest.raises(InputError, match=r"norm/mix: it has 3 dimensions, and is declared with 2"):
         specs(mixed)
 
 
+class Undeclared(nn.Module):
+    eps: float
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        return x * self.param("scale", ONES, x.shape[-1:])
+
+
 def test_a_parameter_that_is_not_declared(mixed, monkeypatch):
-    monkeypatch.setattr(Mixed, "__call__", nn.compact(lambda self, x: x * self.param("scale", ONES, x.shape[-1:])))
+    monkeypatch.setattr(decoder, "RMSNorm", Undeclared)
     with pytest.raises(InputError, match=r"scale: its module does not `declare` it"):
         specs(mixed)
 

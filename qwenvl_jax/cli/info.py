@@ -60,7 +60,7 @@ def describe(path_or_preset) -> dict:
     path = directory.find(path_or_preset) if path_or_preset == directory.DEMO else Path(path_or_preset)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory, nor one of the presets {', '.join(PRESETS)}")
-    config, dtypes = directory.read_config(path), collections.Counter[str]()
+    config, dtypes = directory.read_config(path, quantised=True), collections.Counter[str]()
     if (path / directory.MARKER).is_file():
         form, files = "orbax", sorted(f for f in (path / directory.PARAMS).rglob("*") if f.is_file())
         for shape, dtype in directory.stored_arrays(path).values():

@@ -7,13 +7,13 @@ of the bytes to move, and no arithmetic on the host. Clips are in `video.py`.
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from qwenvl_jax.errors import CheckpointError, InputError, MediaError, OptionsError, shown
+from qwenvl_jax.errors import InputError, MediaError, OptionsError
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
+from qwenvl_jax.inputs.preprocessing import Preprocessing
 from qwenvl_jax.inputs.source import locate, name_of
 from qwenvl_jax.types import Grid, Visual
 
@@ -33,69 +33,6 @@ _UPRIGHT = {  # EXIF orientation → what makes the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How pictures become patches: a checkpoint's `preprocessor_config.json`; defaults are the official files'."""
-
-    min_pixels: int = 56 * 56
-    max_pixels: int = 12845056  # 16384 visual tokens
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    video_max_pixels: int | None = None  # of a frame of a file, by default; the official files leave it to video.py
-
-    def __post_init__(self):
-        for name in ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"):
-            _check_whole(name, getattr(self, name))
-        if self.video_max_pixels is not None:
-            _check_whole("video_max_pixels", self.video_max_pixels)
-        if self.min_pixels > self.max_pixels:
-            raise CheckpointError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            if not isinstance(values, tuple) or len(values) != 3 or not all(map(_is_number, values)):
-                raise CheckpointError(f"{name} is {values!r}; it must be three numbers")
-        if 0 in self.image_std:
-            raise CheckpointError("image_std has a zero")
-
-    @property
-    def factor(self) -> int:
-        """Pixels along one side of a visual token; both sides of a resized picture are multiples of it."""
-        return self.patch_size * self.merge_size
-
-    @classmethod
-    def from_dict(cls, data: dict) -> "Preprocessing":
-        """Reads `preprocessor_config.json`, older (`min_pixels`) or newer (`size.shortest_edge`) layout."""
-        if not isinstance(data, dict):
-            raise CheckpointError("preprocessor_config.json is not a JSON object")
-        for key, value in (
-            ("do_resize", True),
-            ("do_rescale", True),
-            ("do_normalize", True),
-            ("do_convert_rgb", True),
-            ("resample", 3),
-            ("rescale_factor", 1 / 255),
-        ):
-            if data.get(key, value) not in (value, None):
-                raise CheckpointError(
-                    f"preprocessor_config.json says {key} = {data[key]!r}; only {value!r} is supported"
-                )
-        size = data.get("size") or {}
-        if not isinstance(size, dict):
-            raise CheckpointError(
-                f"preprocessor_config.json says size = {size!r}; it must have shortest_edge and longest_edge"
-            )
-        values = {
-            "min_pixels": data.get("min_pixels") or size.get("shortest_edge"),
-            "max_pixels": data.get("max_pixels") or size.get("longest_edge"),
-            **{k: data.get(k) for k in ("video_max_pixels", "patch_size", "temporal_patch_size", "merge_size")},
-            **{k: tuple(v) if isinstance(v := data.get(k), list) else v for k in ("image_mean", "image_std")},
-        }
-        return cls(**{k: v for k, v in values.items() if v is not None})
 
 
 def pixel_table(p: Preprocessing) -> np.ndarray:
@@ -282,17 +219,3 @@ def as_visual(patches: np.ndarray, kind: str, seconds_per_grid: float = 0.0) -> 
     """Names what `empty_patches` and `fill` made; no copy."""
     t, rows, columns, m, _, *values = patches.shape
     return Visual(patches.reshape(-1, math.prod(values)), Grid(t, rows * m, columns * m), kind, seconds_per_grid)
-
-
-def _check_whole(name: str, value) -> None:
-    """CheckpointError unless a setting is a positive whole number, of a size that arithmetic can take."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise CheckpointError(f"{name} is {shown(value)}; it must be a positive whole number, at most {2**31 - 1}")
-
-
-def _is_number(value) -> bool:
-    """Whether a value is an int or float that fits a finite float; JSON has longer integers, and Infinity."""
-    try:
-        return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False

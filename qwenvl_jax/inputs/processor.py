@@ -16,15 +16,15 @@ from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.inputs.chat import ChatTemplate, prompt_parts
 from qwenvl_jax.inputs.layout import find_placeholders, make_sample
-from qwenvl_jax.inputs.media import Preprocessing, image_visual
+from qwenvl_jax.inputs.media import image_visual
 from qwenvl_jax.inputs.messages import Media, check_tools, normalize
 from qwenvl_jax.inputs.options import DEFAULT, FRAMES, IMAGE, VIDEO, MediaOptions
 from qwenvl_jax.inputs.pack import make_batch
+from qwenvl_jax.inputs.preprocessing import PREPROCESSOR_FILE, Preprocessing, read_preprocessing
 from qwenvl_jax.inputs.video import video_visual
 from qwenvl_jax.options import build
 from qwenvl_jax.types import Batch, Sample, Visual
 
-PREPROCESSOR_FILE = "preprocessor_config.json"
 _TURN_START, _TURN_END, _ASSISTANT = "<|im_start|>", "<|im_end|>", "assistant\n"  # ChatML, of all the family
 _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
 
@@ -206,27 +206,6 @@ class Processor:
             return load(media.source, self.preprocessing, MediaOptions(**chosen))
         except InputError as e:
             raise e.at(media.where) from e
-
-
-def read_preprocessing(path: Path, config: Config) -> Preprocessing | None:
-    """How a checkpoint directory says pictures are cut and normalised, checked against its config; None: not at all."""
-    file = path / PREPROCESSOR_FILE
-    if file.exists():
-        data = read_json(file)
-    else:  # transformers 5 nests the image processor in another
-        file = path / "processor_config.json"
-        data = read_json(file, missing={}).get("image_processor")
-    if data is None:
-        return None
-    try:
-        preprocessing = Preprocessing.from_dict(data)
-    except InputError as e:
-        raise CheckpointError(f"{file}: {e}") from e
-    for key in ("patch_size", "temporal_patch_size", "merge_size"):
-        ours, models = getattr(preprocessing, key), getattr(config.vision, key.replace("merge", "spatial_merge"))
-        if ours != models:
-            raise CheckpointError(f"{file}: {key} is {ours}, but config.json's vision_config calls for {models}")
-    return preprocessing
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

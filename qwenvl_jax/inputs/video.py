@@ -18,7 +18,6 @@ from PIL import Image
 from qwenvl_jax.errors import InputError, MediaError, OptionsError
 from qwenvl_jax.inputs.media import (
     MAX_PIXELS,
-    Preprocessing,
     as_visual,
     empty_patches,
     fill,
@@ -27,6 +26,7 @@ from qwenvl_jax.inputs.media import (
     target_size,
 )
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
+from qwenvl_jax.inputs.preprocessing import Preprocessing
 from qwenvl_jax.inputs.source import locate, name_of
 from qwenvl_jax.types import Visual
 

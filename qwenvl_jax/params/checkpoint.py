@@ -22,6 +22,7 @@ import numpy as np
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import to_dict
+from qwenvl_jax.inputs.preprocessing import read_preprocessing
 from qwenvl_jax.params.directory import (
     FORMAT,
     INDEX,
@@ -94,8 +95,6 @@ def save(model: Model, path, *, files_from=None) -> None:
     model's pictures are not those of `files_from`.
     """
     import orbax.checkpoint as ocp
-
-    from qwenvl_jax.inputs.processor import read_preprocessing
 
     if jax.process_count() > 1:
         raise InputError("save writes from a single process; this job has several")

@@ -14,6 +14,7 @@ import numpy as np
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import from_dict
+from qwenvl_jax.inputs.preprocessing import read_preprocessing
 
 PACKAGE = Path(__file__).parents[1]
 FORMAT = 1
@@ -52,13 +53,12 @@ def find(path_or_id) -> Path:
         ) from e
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: Path, *, quantised: bool = False) -> Config:
     """The config of a checkpoint directory, with the normalisation of its preprocessor config if there is one.
 
-    Raises InputError for a model that is not supported or is quantised.
+    quantised: read the config of quantised weights too, which cannot be loaded.
+    Raises CheckpointError for a model that is not supported.
     """
-    from qwenvl_jax.inputs.processor import read_preprocessing
-
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path}: not a checkpoint, there is no config.json in it")
@@ -67,9 +67,8 @@ def read_config(path: Path) -> Config:
         config = from_dict(data)
     except InputError as e:
         raise CheckpointError(f"{file}: {e}") from e
-    quantised = data.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
+    if (how := data.get("quantization_config")) and not quantised:
+        method = how.get("quant_method", "?") if isinstance(how, dict) else how
         raise CheckpointError(f"{file}: quantised checkpoints ({method}) are not supported; use the original model")
     preprocessing = read_preprocessing(path, config)
     if preprocessing is None:
