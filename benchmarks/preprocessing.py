@@ -21,8 +21,8 @@ from common import Report, clock
 from PIL import Image, ImageOps
 from transformers import Qwen2VLImageProcessor
 
-from qwenvl_jax.inputs.media import image_visual, pixel_table
-from qwenvl_jax.inputs.preprocessing import Preprocessing
+from qwenvl_jax.inputs.media import image_visual
+from qwenvl_jax.inputs.preprocessing import Preprocessing, pixel_table
 
 PHOTO = Path(__file__).resolve().parents[1] / "tests/data/media/coffee.jpg"
 SIZES = {"1080p": (1920, 1080), "4K": (3840, 2160)}

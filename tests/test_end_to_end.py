@@ -80,8 +80,7 @@ def test_the_checkpoints_own_normalisation_reaches_the_device(tiny_checkpoint, t
     import jax
 
     from qwenvl_jax import load
-    from qwenvl_jax.inputs.media import pixel_table
-    from qwenvl_jax.inputs.preprocessing import Preprocessing
+    from qwenvl_jax.inputs.preprocessing import Preprocessing, pixel_table
     from qwenvl_jax.model.vision import normalise
 
     for file in tiny_checkpoint.iterdir():

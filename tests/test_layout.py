@@ -11,9 +11,8 @@ from tiny import FAMILIES, clip, mixed_samples, picture, random_requests, sample
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.ladder import Ladder, geometric, round_up
 from qwenvl_jax.inputs.layout import Lanes, make_sample, slots_needed
-from qwenvl_jax.inputs.media import smart_resize
 from qwenvl_jax.inputs.pack import cover, make_batch
-from qwenvl_jax.inputs.preprocessing import Preprocessing
+from qwenvl_jax.inputs.preprocessing import Preprocessing, smart_resize
 from qwenvl_jax.types import Grid, Visual
 
 RNG = np.random.default_rng(0)

@@ -14,15 +14,9 @@ from PIL import Image
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs import media
-from qwenvl_jax.inputs.media import (
-    image_visual,
-    load_image,
-    pixel_table,
-    smart_resize,
-    target_size,
-)
+from qwenvl_jax.inputs.media import image_visual, load_image
 from qwenvl_jax.inputs.options import MediaOptions
-from qwenvl_jax.inputs.preprocessing import Preprocessing
+from qwenvl_jax.inputs.preprocessing import Preprocessing, pixel_table, smart_resize, target_size
 from qwenvl_jax.types import Grid
 
 MEDIA = Path(__file__).parent / "data" / "media"

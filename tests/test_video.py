@@ -14,9 +14,9 @@ from PIL import Image
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs import video
-from qwenvl_jax.inputs.media import image_visual, pixel_table
+from qwenvl_jax.inputs.media import image_visual
 from qwenvl_jax.inputs.options import MediaOptions
-from qwenvl_jax.inputs.preprocessing import Preprocessing
+from qwenvl_jax.inputs.preprocessing import Preprocessing, pixel_table
 from qwenvl_jax.inputs.video import frame_count, frame_indices, frame_range, frame_size, video_visual
 from qwenvl_jax.types import Grid
 

@@ -8,8 +8,8 @@ import numpy as np
 from qwenvl_jax.config import Config, TextConfig, VisionConfig
 from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import make_sample
-from qwenvl_jax.inputs.media import smart_resize
 from qwenvl_jax.inputs.pack import Segment, pack_rows, pack_vision
+from qwenvl_jax.inputs.preprocessing import smart_resize
 from qwenvl_jax.params.specs import abstract_params
 from qwenvl_jax.train.data import with_targets
 from qwenvl_jax.types import Grid, Sample, TrainBatch, Visual

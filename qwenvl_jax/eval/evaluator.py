@@ -126,7 +126,7 @@ class Evaluator:
 
 def _check(questions: Sequence[Question], processor) -> None:
     """Finds what can be found at once, without opening a picture: hours may pass before its turn comes."""
-    from qwenvl_jax.inputs.source import locate
+    from qwenvl_jax.inputs.fetch import locate
 
     for q in questions:
         try:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from qwenvl_jax.config import VisionConfig
 from qwenvl_jax.errors import ContextError, OptionsError
 from qwenvl_jax.inputs.layout import slots_needed
-from qwenvl_jax.inputs.media import MAX_ASPECT
+from qwenvl_jax.inputs.preprocessing import MAX_ASPECT
 from qwenvl_jax.types import Grid
 
 # The cost of a call of the vision tower, in patches. Reading all weights once costs as much as computing 512 patches.

@@ -1,7 +1,7 @@
 """Opens untrusted pictures safely and cuts them into patches, so that nothing past this file sees a decoder.
 
-Patches stay uint8 until the device normalises them (`pixel_table` says to which float32 values): a quarter
-of the bytes to move, and no arithmetic on the host. Clips are in `video.py`.
+Patches stay uint8 until the device normalises them: a quarter of the bytes to move, and no arithmetic on the host.
+Sizes and pixel values are in `preprocessing.py`, clips in `video.py`.
 """
 
 import io
@@ -11,14 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from qwenvl_jax.errors import InputError, MediaError, OptionsError
+from qwenvl_jax.errors import InputError, MediaError
+from qwenvl_jax.inputs.fetch import locate, name_of
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
-from qwenvl_jax.inputs.preprocessing import Preprocessing
-from qwenvl_jax.inputs.source import locate, name_of
+from qwenvl_jax.inputs.preprocessing import MAX_ASPECT, MAX_PIXELS, Preprocessing, target_size
 from qwenvl_jax.types import Grid, Visual
 
-MAX_ASPECT = 200  # the reference's limit
-MAX_PIXELS = 1 << 27  # of a picture, declared or resized: 134 megapixels, half a gigabyte once decoded
 MAX_IMAGE_BYTES = 128 << 20
 
 # Pillow's own readers of common formats. Others are left out on purpose: some start programs (EPS runs
@@ -33,62 +31,6 @@ _UPRIGHT = {  # EXIF orientation → what makes the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-def pixel_table(p: Preprocessing) -> np.ndarray:
-    """[3, 256] float32: what the reference makes of each uint8 value of each channel, bit for bit.
-
-    transformers 4.51.3 rescales in float64, rounds to float32, then subtracts and divides in float32.
-    """
-    unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    mean, std = np.float32(p.image_mean)[:, None], np.float32(p.image_std)[:, None]
-    return (unit - mean) / std
-
-
-def smart_resize(
-    height: int, width: int, factor: int = 28, min_pixels: float = 56 * 56, max_pixels: float = 12845056
-) -> tuple[int, int]:
-    """The (height, width) to resize to: multiples of `factor`, area within bounds, aspect nearly kept.
-
-    As in today's reference: sides round half to even, none is under `factor`, and an aspect of exactly 200
-    passes. (transformers 4.51.3 refused sides under `factor`; qwen-vl-utils scaled them up before it saw
-    them.) Raises InputError for an empty picture or a larger aspect.
-    """
-    if height <= 0 or width <= 0:
-        raise MediaError(f"the picture is empty ({width} × {height} pixels)")
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise MediaError(
-            f"the picture is {width} × {height} pixels; one side may be at most {MAX_ASPECT} times the other"
-        )
-    h, w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
-    if h * w > max_pixels:
-        scale = math.sqrt(height * width / max_pixels)
-        h = max(factor, math.floor(height / scale / factor) * factor)
-        w = max(factor, math.floor(width / scale / factor) * factor)
-    elif h * w < min_pixels:
-        scale = math.sqrt(min_pixels / (height * width))
-        h, w = math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
-    if h * w > MAX_PIXELS:
-        raise MediaError(f"the picture would be resized to {w} × {h} pixels; lower min_pixels or max_pixels")
-    return h, w
-
-
-def target_size(height: int, width: int, p: Preprocessing, o: MediaOptions = DEFAULT) -> tuple[int, int]:
-    """The (height, width) of the resized picture under one item's options, which win over `p`.
-
-    `resized_*` go through smart_resize themselves, with its default bounds, as in qwen-vl-utils. One bound
-    given alone moves the other if it must.
-    """
-    if o.resized_height is not None and o.resized_width is not None:
-        area = p.factor**2
-        return smart_resize(o.resized_height, o.resized_width, p.factor, 4 * area, 16384 * area)
-    if o.resized_height is not None or o.resized_width is not None:
-        raise OptionsError("resized_height and resized_width must be given together")
-    low = o.min_pixels or min(p.min_pixels, o.max_pixels or p.min_pixels)
-    high = o.max_pixels or max(p.max_pixels, low)
-    if low > high:
-        raise OptionsError(f"min_pixels {low} is larger than max_pixels {high}")
-    return smart_resize(height, width, p.factor, low, high)
 
 
 def image_visual(source, preprocessing: Preprocessing, options: MediaOptions = DEFAULT) -> Visual:

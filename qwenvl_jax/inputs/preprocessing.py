@@ -1,4 +1,7 @@
-"""How a checkpoint wants pictures cut and normalised: its `preprocessor_config.json`. Imports no image library."""
+"""To which size a picture is resized, and how its pixels are normalised: the checkpoint's `preprocessor_config.json`.
+
+Imports no image library.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,9 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.errors import CheckpointError, InputError, shown
+from qwenvl_jax.errors import CheckpointError, InputError, MediaError, OptionsError, shown
+from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
+MAX_ASPECT = 200  # the reference's limit
+MAX_PIXELS = 1 << 27  # of a picture, declared or resized: 134 megapixels, half a gigabyte once decoded
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,62 @@ def read_preprocessing(path: Path, config: Config) -> Preprocessing | None:
         if ours != models:
             raise CheckpointError(f"{file}: {key} is {ours}, but config.json's vision_config calls for {models}")
     return preprocessing
+
+
+def pixel_table(p: Preprocessing) -> np.ndarray:
+    """[3, 256] float32: what the reference makes of each uint8 value of each channel, bit for bit.
+
+    transformers 4.51.3 rescales in float64, rounds to float32, then subtracts and divides in float32.
+    """
+    unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    mean, std = np.float32(p.image_mean)[:, None], np.float32(p.image_std)[:, None]
+    return (unit - mean) / std
+
+
+def smart_resize(
+    height: int, width: int, factor: int = 28, min_pixels: float = 56 * 56, max_pixels: float = 12845056
+) -> tuple[int, int]:
+    """The (height, width) to resize to: multiples of `factor`, area within bounds, aspect nearly kept.
+
+    As in today's reference: sides round half to even, none is under `factor`, and an aspect of exactly 200
+    passes. (transformers 4.51.3 refused sides under `factor`; qwen-vl-utils scaled them up before it saw
+    them.) Raises InputError for an empty picture or a larger aspect.
+    """
+    if height <= 0 or width <= 0:
+        raise MediaError(f"the picture is empty ({width} × {height} pixels)")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise MediaError(
+            f"the picture is {width} × {height} pixels; one side may be at most {MAX_ASPECT} times the other"
+        )
+    h, w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
+    if h * w > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        h = max(factor, math.floor(height / scale / factor) * factor)
+        w = max(factor, math.floor(width / scale / factor) * factor)
+    elif h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        h, w = math.ceil(height * scale / factor) * factor, math.ceil(width * scale / factor) * factor
+    if h * w > MAX_PIXELS:
+        raise MediaError(f"the picture would be resized to {w} × {h} pixels; lower min_pixels or max_pixels")
+    return h, w
+
+
+def target_size(height: int, width: int, p: Preprocessing, o: MediaOptions = DEFAULT) -> tuple[int, int]:
+    """The (height, width) of the resized picture under one item's options, which win over `p`.
+
+    `resized_*` go through smart_resize themselves, with its default bounds, as in qwen-vl-utils. One bound
+    given alone moves the other if it must.
+    """
+    if o.resized_height is not None and o.resized_width is not None:
+        area = p.factor**2
+        return smart_resize(o.resized_height, o.resized_width, p.factor, 4 * area, 16384 * area)
+    if o.resized_height is not None or o.resized_width is not None:
+        raise OptionsError("resized_height and resized_width must be given together")
+    low = o.min_pixels or min(p.min_pixels, o.max_pixels or p.min_pixels)
+    high = o.max_pixels or max(p.max_pixels, low)
+    if low > high:
+        raise OptionsError(f"min_pixels {low} is larger than max_pixels {high}")
+    return smart_resize(height, width, p.factor, low, high)
 
 
 def _check_whole(name: str, value) -> None:

@@ -16,18 +16,10 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_jax.errors import InputError, MediaError, OptionsError
-from qwenvl_jax.inputs.media import (
-    MAX_PIXELS,
-    as_visual,
-    empty_patches,
-    fill,
-    load_image,
-    resize,
-    target_size,
-)
+from qwenvl_jax.inputs.fetch import locate, name_of
+from qwenvl_jax.inputs.media import as_visual, empty_patches, fill, load_image, resize
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
-from qwenvl_jax.inputs.preprocessing import Preprocessing
-from qwenvl_jax.inputs.source import locate, name_of
+from qwenvl_jax.inputs.preprocessing import MAX_PIXELS, Preprocessing, target_size
 from qwenvl_jax.types import Visual
 
 DEFAULT_FPS = 2.0

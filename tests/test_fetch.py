@@ -13,10 +13,10 @@ import pytest
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs import media, source
+from qwenvl_jax.inputs.fetch import locate, name_of
 from qwenvl_jax.inputs.media import image_visual, load_image
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.preprocessing import Preprocessing
-from qwenvl_jax.inputs.source import locate, name_of
 from qwenvl_jax.inputs.video import video_visual
 
 MEDIA = Path(__file__).parent / "data" / "media"
