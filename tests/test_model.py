@@ -27,7 +27,7 @@ from qwenvl_jax.model import attention as attention_module
 from qwenvl_jax.model import vision
 from qwenvl_jax.model.decoder import DecoderBlock
 from qwenvl_jax.model.layers import rope_frequencies, text_rope
-from qwenvl_jax.model.qwenvl import decode, embed, encode, forward, prefill
+from qwenvl_jax.model.qwenvl import decode, embed, encode_vision, forward, prefill
 
 LIMIT = 1e-5  # float32, relative to the largest logit
 
@@ -132,7 +132,7 @@ def test_prefill_and_decode_equal_one_forward(model):
     want = [x[-tail - 1 :] for x in logits_by_row(config, params, longer)]
 
     batch = make_batch(samples, config)
-    visual = jnp.concatenate([encode(config, params, v) for v in batch.vision])
+    visual = jnp.concatenate([encode_vision(config, params, v) for v in batch.vision])
     x = embed(config, params, batch.tokens, batch.visual_index, visual)
     logits, cache = jax.jit(prefill, static_argnums=(0, 5))(
         config, params, x, batch.positions, batch.segments, batch.tokens.shape[1] + 7
@@ -182,7 +182,7 @@ def test_grouped_layers_equal_a_plain_loop(full):
         x = block.apply({"params": jax.tree.map(lambda w, i=i: w[i], p["blocks"])}, x, *rope, segments)
     want = vision.Merger(config).apply({"params": p["merger"]}, x).reshape(-1, 48)
     live = np.asarray(lanes.frames[:, ::4] > 0).reshape(-1)
-    assert_same([np.asarray(encode(config, params, lanes))[live]], [np.asarray(want)[live]])
+    assert_same([np.asarray(encode_vision(config, params, lanes))[live]], [np.asarray(want)[live]])
 
 
 def test_normalisation_on_the_device_is_the_references_bit_for_bit():

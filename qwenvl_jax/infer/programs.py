@@ -85,7 +85,7 @@ class Programs:
 
     def _encode(self, params, vision):
         """VisionBatch → [CHUNK, D] pieces of the flattened [R·M, D] output, zeros at the end."""
-        x = qwenvl.encode(self.config, params, vision)
+        x = qwenvl.encode_vision(self.config, params, vision)
         x = jnp.pad(x, ((0, -len(x) % CHUNK), (0, 0)))
         return [_whole(x[i : i + CHUNK]) for i in range(0, len(x), CHUNK)]
 

@@ -1,6 +1,6 @@
-"""Attention over segments: in plain XLA, the reference, and on TPUs and GPUs by kernels that keep scores on the chip.
+"""Attention over segments: plain XLA is the reference; TPUs and GPUs have kernels that keep the scores on the chip.
 
-A mask is never an array between modules: it is segment ids, a causal flag, or lengths. Scores are float32.
+No mask array passes between modules, only segment ids, a causal flag, or lengths. Scores are float32.
 """
 
 import warnings
@@ -16,44 +16,43 @@ from qwenvl_jax.model.cpu_attention import cpu_attention
 from qwenvl_jax.model.layers import ATTENDED, precision
 from qwenvl_jax.sharding import divides, on_shards
 
-# (All at the top of the file: what is imported while a function is traced makes jax 0.12 trace others again.)
-with warnings.catch_warnings():  # as of jax 0.12 this one is called deprecated
+# Imported here, not in `flash`: an import during tracing makes jax 0.12 trace other functions again.
+with warnings.catch_warnings():  # jax 0.12 calls this module deprecated
     warnings.simplefilter("ignore", DeprecationWarning)
     try:
         from jax.experimental.pallas.ops.gpu import attention as gpu
-    except ImportError:  # plain XLA will do
+    except ImportError:  # GPUs then use plain XLA
         gpu = None
 
-# Scores that exist at once, in elements: 256 MB of float32. Longer products go over the queries in chunks,
-# which changes nothing in the result, since every query still sees all its keys at once.
+# Scores in memory at once (256 MB of float32). Longer prompts are computed in chunks of queries.
 MAX_SCORES = 2**26
-FEWEST, LANES = 512, 128  # the kernels are for so many queries and more, in multiples of a block
-SPANS = 8  # of the queries of a long causal product, each against no more keys than its last query sees
+MIN_TOKENS, TOKEN_MULTIPLE = 512, 128  # the kernels take at least so many tokens, in multiples of a block
+SPANS = 8  # long causal attention is cut into up to SPANS query ranges; each reads keys up to its own last query
 
 
 def attention(q, k, v, segments, *, causal: bool):
-    """softmax(q·kᵀ/√H)·v within equal segments, and if `causal` with no key that comes after the query.
+    """softmax(q·kᵀ/√H)·v within equal segments; with `causal`, a query sees no later key.
 
     q [B, T, N, H]; k, v [B, T, K, H] with N a multiple of K; segments [B, T] int32. Returns [B, T, N, H].
     """
     plain = partial(_plain, causal=causal)
     kernels = {}
-    if q.dtype == jnp.float32:  # of which the kernels of accelerators would multiply only the upper half
+    if q.dtype == jnp.float32:  # the kernels for accelerators would multiply it in bfloat16 or tf32
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
-            kernels["cpu"] = lambda *whole: cpu_attention(*whole, causal)
-    elif q.shape[1] >= FEWEST and q.shape[1] % LANES == 0:
+            kernels["cpu"] = lambda *args: cpu_attention(*args, causal)
+    elif q.shape[1] >= MIN_TOKENS and q.shape[1] % TOKEN_MULTIPLE == 0:
         if q.dtype == jnp.bfloat16:  # TPUs have no float16
             kernels["tpu"] = partial(splash, causal=causal)
         if gpu:
             kernels["cuda"] = partial(flash, causal=causal)
-    whole = q, k, v, segments
-    out = jax.lax.platform_dependent(*whole, **kernels, default=plain) if kernels else plain(*whole)
+    args = q, k, v, segments
+    out = jax.lax.platform_dependent(*args, **kernels, default=plain) if kernels else plain(*args)
     return checkpoint_name(out, ATTENDED)
 
 
 def _plain(q, k, v, segments, *, causal: bool):
-    """As `attention`, in XLA."""
+    """`attention` in XLA."""
     B, T, N, _ = q.shape
     chunk = T
     while chunk > 8 and B * N * chunk * T > MAX_SCORES:
@@ -69,13 +68,13 @@ def _plain(q, k, v, segments, *, causal: bool):
 
 
 def _chunked(q, k, v, segments, chunk: int, first: int | None):
-    """As `attention`, `chunk` queries at a time; first: the slot of the first query if causal, else None."""
+    """`attention`, `chunk` queries at a time; first: the slot of the first query if causal, else None."""
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     q = q.reshape(B, T, K, N // K, H)
     keys = jnp.arange(S)
 
-    # The backward pass computes scores again; kept, they would be most of what a training step holds.
+    # The backward pass computes the scores again: saved, they would take most of a training step's memory.
     @partial(jax.checkpoint, prevent_cse=False)
     def block(q, q_segments, index):
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, precision=precision(q.dtype), preferred_element_type=jnp.float32)
@@ -105,20 +104,14 @@ def _chunked(q, k, v, segments, chunk: int, first: int | None):
 
 
 def splash(q, k, v, segments, *, causal: bool, interpret: bool = False):
-    """As `attention`, by jax's Pallas kernel for TPUs, forward and backward; T is a multiple of LANES.
+    """`attention` by jax's Pallas kernel for TPUs, with its backward pass; T is a multiple of TOKEN_MULTIPLE.
 
-    interpret: on any machine, slowly, to compare.
+    interpret: run slowly on any machine, for comparisons.
     """
     T, H = q.shape[1], q.shape[3]
     size = next(b for b in (512, 384, 256, 128) if T % b == 0)
-    sizes = tpu.BlockSizes(
-        block_q=size,
-        block_kv=size,
-        block_q_dkv=size,
-        block_kv_dkv=size,
-        block_q_dq=size,
-        block_kv_dq=size,
-    )
+    blocks = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    sizes = tpu.BlockSizes(**dict.fromkeys(blocks, size))
     mask = (masks.CausalMask if causal else masks.FullMask)((T, T))
 
     def kernel(q, k, v, segments):
@@ -126,7 +119,7 @@ def splash(q, k, v, segments, *, causal: bool, interpret: bool = False):
         row = tpu.make_splash_mha(heads, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
         q = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype)
         heads_first = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-        with jax.named_scope("causal" if causal else "full"):  # for who reads the compiled program
+        with jax.named_scope("causal" if causal else "full"):  # plan/hlo.py reads this name
             out = jax.vmap(lambda q, k, v, s: row(q, k, v, tpu.SegmentIds(s, s)))(*heads_first, segments)
         return jnp.swapaxes(out, 1, 2)
 
@@ -134,10 +127,10 @@ def splash(q, k, v, segments, *, causal: bool, interpret: bool = False):
 
 
 def flash(q, k, v, segments, *, causal: bool, interpret: bool = False):
-    """As `splash`, by jax's Pallas kernel for GPUs."""
+    """`attention` by jax's Pallas kernel for GPUs."""
 
     def kernel(q, k, v, segments):
-        k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))  # it knows no grouped queries
+        k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))  # the kernel has no grouped queries
         with jax.named_scope("causal" if causal else "full"):
             return gpu.mha(q, k, v, segments, sm_scale=q.shape[-1] ** -0.5, causal=causal, interpret=interpret)
 
@@ -145,14 +138,16 @@ def flash(q, k, v, segments, *, causal: bool, interpret: bool = False):
 
 
 def _on_shards(kernel, q, k, v, segments):
-    # Heads are split only if those of k are too, so that they still match.
-    heads = divides("K", k.shape[2])
-    dims = ("BTNH", "BTKH", "BTKH", "BT") if heads else ("BT.H", "BT.H", "BT.H", "BT")
+    # Query heads are split only together with KV heads, so that each device holds matching ones.
+    dims = ("BTNH", "BTKH", "BTKH", "BT") if divides("K", k.shape[2]) else ("BT.H",) * 3 + ("BT",)
     return on_shards(kernel, (q, k, v, segments), dims, 0)
 
 
 def decode_attention(q, k, v, lengths):
-    """One query a row against its cache. q [B, 1, N, H]; k, v [B, K, S, H]; lengths [B] live slots → [B, 1, N, H]."""
+    """One query per row attends to its KV cache.
+
+    q [B, 1, N, H]; k, v [B, K, S, H]; lengths [B]: live slots. Returns [B, 1, N, H].
+    """
     B, _, N, H = q.shape
     K, S = k.shape[1:3]
     q = q.reshape(B, K, N // K, H)

@@ -1,7 +1,7 @@
-"""The decoder with M-RoPE: one block, scanned over the stack for whole sequences, looped for a token.
+"""The decoder with M-RoPE: one block. `run_layers` scans it over whole sequences; `step` loops it for one token.
 
-A decode step indexes the stacked weights statically and keeps one cache array a layer: scanned, XLA copies
-every layer's weights out of the stack and the caches with them, which triples the bytes a step moves.
+A decode step takes static slices of the stacked weights, and one cache array per layer. In a scan, XLA copies every
+layer's weights and caches, which triples the bytes that a step moves.
 """
 
 from functools import partial
@@ -19,19 +19,19 @@ from qwenvl_jax.model.layers import (
     RMSNorm,
     checkpointed,
     declare,
-    floats,
     is_narrow,
     narrow_product,
     precision,
     rotate,
     text_rope,
+    unpack_bfloat16,
 )
-from qwenvl_jax.sharding import constrain, divides, join_heads, spread_heads
+from qwenvl_jax.sharding import constrain, divides, restore_heads, spread_heads
 from qwenvl_jax.types import Cache
 
 
 class DecoderBlock(nn.Module):
-    """x [B, T, D] → (x, state). `attend(q, k, v)` returns the attended values and whatever the caller keeps."""
+    """x [B, T, D] → (x, state). `attend(q, k, v)` returns the attended values and the state."""
 
     config: Config
 
@@ -50,7 +50,7 @@ class DecoderBlock(nn.Module):
         if c.qk_norm:
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         attended, state = attend(*spread_heads(rotate(q, cos, sin), rotate(k, cos, sin), v))
-        attended = join_heads(attended, c.num_attention_heads, c.num_key_value_heads)
+        attended = restore_heads(attended, c.num_attention_heads, c.num_key_value_heads)
         x = x + linear(c.hidden_size, "NH D", False, name="o_proj")(attended.reshape(*x.shape[:2], -1))
 
         h = norm(name="post_attention_layernorm")(x)
@@ -59,8 +59,8 @@ class DecoderBlock(nn.Module):
         return constrain(x + linear(c.hidden_size, "F D", False, name="down_proj")(h), "BTD"), state
 
 
-class Table(nn.Module):
-    """A matrix that is looked up or multiplied as it is: the token embedding and the output head."""
+class VocabMatrix(nn.Module):
+    """The token embedding or the output head."""
 
     shape: tuple[int, int]
     dims: str
@@ -83,37 +83,36 @@ def embed(config: Config, params: dict, tokens, visual_index, visual=None):
     return constrain(x, "BTD")
 
 
-def _rows(table, tokens):
-    """table [V, D] at tokens [B, T]. One token is looked up twice: XLA would make of it a slice of the table, and
-    of a table that is split over GPUs one that is whole first, in every step."""
+def _rows(embedding, tokens):
+    """embedding [V, D] at tokens [B, T]. A single token is looked up twice: XLA lowers one lookup to a slice, and
+    gathers an embedding that is split over GPUs before it slices."""
     if tokens.size == 1:
-        return table[jnp.broadcast_to(tokens, (2, 1))][:1]
-    if divides("d", table.shape[1]):
-        # All rows, of a share of the width: neither the table nor its gradient is ever whole.
-        return constrain(table[constrain(tokens, "b.")], "b.d")
-    return table[tokens]
+        return embedding[jnp.broadcast_to(tokens, (2, 1))][:1]
+    if divides("d", embedding.shape[1]):
+        # Each device looks up all rows in its share of the width: no device gathers the embedding or its gradient.
+        return constrain(embedding[constrain(tokens, "b.")], "b.d")
+    return embedding[tokens]
 
 
-def full(config: Config, params: dict, x, positions, segments, keep, *, remat: bool = False):
-    """All layers over x [B, T, D]: the last layer's output, before the final norm, and every layer's `keep(k, v)`
-    stacked (k, v [B, T, K, H]). With `remat`, a backward pass keeps only each layer's input."""
+def run_layers(config: Config, params: dict, x, positions, segments, collect_kv, *, remat: bool = False):
+    """All layers over x [B, T, D]: (the output before the final norm, every layer's `collect_kv(k, v)`, stacked).
+
+    k, v [B, T, K, H]. remat: the backward pass keeps only each layer's input.
+    """
     cos, sin = text_rope(positions, config.text)
     block = DecoderBlock(config)
 
     def attend(q, k, v):
-        return attention(q, k, v, segments, causal=True), keep(k, v)
+        return attention(q, k, v, segments, causal=True), collect_kv(k, v)
 
     def layer(x, weights):
-        return block.apply({"params": floats(weights)}, x, cos, sin, attend)
+        return block.apply({"params": unpack_bfloat16(weights)}, x, cos, sin, attend)
 
     return jax.lax.scan(checkpointed(layer, remat), x, params["decoder"]["layers"])
 
 
 def step(config: Config, params: dict, tokens, cache: Cache):
-    """One token a row: tokens [B] → (hidden [B, 1, D] before the final norm, the cache one slot longer).
-
-    The token is written at slot `lengths`, and its M-RoPE position is `lengths + deltas` on all three axes.
-    """
+    """One token per row: tokens [B] → (hidden [B, 1, D] before the final norm, the cache one slot longer)."""
     x = embed(config, params, tokens[:, None], None)
     positions = jnp.broadcast_to((cache.lengths + cache.deltas)[None, :, None], (3, len(tokens), 1))
     cos, sin = text_rope(positions, config.text)
@@ -121,11 +120,12 @@ def step(config: Config, params: dict, tokens, cache: Cache):
     keys, values = [], []
 
     def attend(layer, q, k, v):
-        whole = q, k, v, cache.k[layer], cache.v[layer], cache.lengths
-        if config.text.head_dim % 128 == 0 and q.dtype != jnp.float16:  # heads fill the vector lanes, which know it not
-            attended, k, v = jax.lax.platform_dependent(*whole, tpu=decode_kernel, default=write_and_attend)
+        args = q, k, v, cache.k[layer], cache.v[layer], cache.lengths
+        # The kernel needs 128-wide heads, and TPUs have no float16.
+        if config.text.head_dim % 128 == 0 and q.dtype != jnp.float16:
+            attended, k, v = jax.lax.platform_dependent(*args, tpu=decode_kernel, default=write_and_attend)
         else:
-            attended, k, v = write_and_attend(*whole)
+            attended, k, v = write_and_attend(*args)
         keys.append(k)
         values.append(v)
         return attended, None
@@ -136,21 +136,21 @@ def step(config: Config, params: dict, tokens, cache: Cache):
 
 
 def layer_weights(params: dict, l: int) -> dict:
-    """Weights of layer `l`, sliced from a stack, or held apart already (`cpu_layouts` in infer/programs.py)."""
+    """Weights of layer `l`: a slice of the stack, or an item of the list made by `cpu_layouts` (infer/programs.py)."""
     layers = params["decoder"]["layers"]
     return layers[l] if isinstance(layers, list) else jax.tree.map(lambda w: w[l], layers)
 
 
 def write_and_attend(q, k, v, k_cache, v_cache, lengths):
-    """As `decode_kernel`, in XLA."""
-    k_cache, v_cache = write(k_cache, k, lengths), write(v_cache, v, lengths)
+    """`decode_kernel` in XLA."""
+    k_cache, v_cache = _write(k_cache, k, lengths), _write(v_cache, v, lengths)
     return decode_attention(q, k_cache, v_cache, lengths + 1), k_cache, v_cache
 
 
-def write(cache, new, lengths):
-    """Puts new [B, 1, K, H] at slot lengths[b] of every row of cache [B, K, S, H], in place where donated.
+def _write(cache, new, lengths):
+    """Puts new [B, 1, K, H] at slot lengths[b] of every row of cache [B, K, S, H]; in place if it is donated.
 
-    One update a row: a batched update is a scatter, which copies the whole cache on GPUs and on sharded TPUs.
+    Rows are updated one by one: a batched update is a scatter, which copies the cache on GPUs and sharded TPUs.
     """
     new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
     if len(cache) == 1:
@@ -159,7 +159,7 @@ def write(cache, new, lengths):
     def row(b, cache):
         return jax.lax.dynamic_update_slice(cache, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, 0, lengths[b], 0))
 
-    new = jax.lax.optimization_barrier(new)  # libtpu 0.0.42 fails to compile a loop over more rows without it
+    new = jax.lax.optimization_barrier(new)  # without it, libtpu 0.0.42 fails to compile this loop
     return jax.lax.fori_loop(0, len(cache), row, cache)
 
 
@@ -173,7 +173,7 @@ def final_norm(config: Config, params: dict, x):
 
 
 def head(config: Config, params: dict) -> tuple[jax.Array, str]:
-    """The output head and its dimensions: "VD" where it is the token embedding, "DV" where it is its own."""
+    """The output head and its dimensions: "VD" if it is the tied token embedding, else "DV"."""
     p = params["decoder"]
     return (p["embed_tokens"]["embedding"], "VD") if config.text.tie_word_embeddings else (p["lm_head"]["kernel"], "DV")
 
@@ -183,8 +183,8 @@ def logits(x, head, dims: str):
     """x [..., D], after the final norm, times the head: [..., V] float32."""
 
     def product(x, head):
-        exact = dict(precision=precision(x.dtype), preferred_element_type=jnp.float32)
-        return jnp.einsum(f"...D,{dims}->...V", x, head.astype(x.dtype), **exact)
+        dot = partial(jnp.einsum, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+        return dot(f"...D,{dims}->...V", x, head.astype(x.dtype))
 
     rows = x.reshape(-1, x.shape[-1])
     if not is_narrow(rows, head):

@@ -1,11 +1,12 @@
-"""The vision tower: lanes of patches in, visual tokens in the decoder's width out.
+"""The vision tower: lanes of patches → visual tokens of the decoder's width.
 
-Blocks attend to whole frames, or within windows except at a few layers; the config says which norm and MLP they have.
+Every block attends to whole frames, or all but a few attend within windows. The config chooses the norm and the MLP.
 """
 
 from functools import partial
 from itertools import groupby
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,12 @@ import numpy as np
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention
-from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm, checkpointed, floats, rotate, vision_rope
+from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm, checkpointed, rotate, unpack_bfloat16, vision_rope
 from qwenvl_jax.model.window_kernel import window_attention
 from qwenvl_jax.sharding import constrain
 from qwenvl_jax.types import VisionBatch
 
-NORM_EPS = 1e-6  # not in any config file; fixed in the reference towers
+NORM_EPS = 1e-6  # fixed in the reference's code; no config file has it
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 ACTIVATIONS = {
@@ -33,22 +34,21 @@ def _norm(config: Config, name: str):
 
 
 def patch_embed(config: Config) -> Linear:
-    """The reference's convolution over one patch, as a product: [R, P, C] → [R, P, E]."""
+    """The reference's convolution over one patch, as a matmul: [R, P, C] → [R, P, E]."""
     return Linear(config.vision.hidden_size, "C E", use_bias=False, role="conv", param_dtype=config.dtype)
 
 
 def normalise(patches, config: Config):
-    """uint8 [..., C] → float32 [..., C], bit for bit what the reference computes on the host."""
+    """uint8 [..., C] → float32 [..., C], bit-equal to what the reference computes on the host."""
     v = config.vision
     x = patches.astype(jnp.float32).reshape(*patches.shape[:-1], v.in_channels, -1)
-    # XLA replaces division by a scalar with a product by its rounded reciprocal, constant or not; adding 0·x
-    # hides that the divisor is the same everywhere, so these stay true divisions.
+    # XLA replaces division by a scalar with a multiplication by its rounded reciprocal. Adding 0·x prevents that.
     mean, std = np.float32(v.image_mean)[:, None], np.float32(v.image_std)[:, None]
     return ((x / (255 + 0 * x) - mean) / (std + 0 * x)).reshape(patches.shape)
 
 
 class VisionBlock(nn.Module):
-    """One transformer block over x [R, P, E]; `segments` [R, P] says who attends to whom."""
+    """One transformer block over x [R, P, E]; patches attend to each other within equal `segments` [R, P]."""
 
     config: Config
     windowed: bool
@@ -60,7 +60,7 @@ class VisionBlock(nn.Module):
         R, P, E = x.shape
 
         qkv = linear(3 * E, "E .", name="qkv")(_norm(c, "norm1")(x))
-        if self.windowed:  # every window lies inside one block: attention is dense over small blocks
+        if self.windowed:
             attended = window_attention(qkv, cos, sin, segments, heads=v.num_heads, slots=v.block_slots)
         else:
             qkv = qkv.reshape(R, P, 3, v.num_heads, -1)
@@ -78,7 +78,7 @@ class VisionBlock(nn.Module):
 
 
 class Merger(nn.Module):
-    """[R, P, E] → [R, M, D]: every four neighbouring patches become one visual token."""
+    """[R, P, E] → [R, M, D]: four neighbouring patches become one visual token."""
 
     config: Config
 
@@ -92,9 +92,9 @@ class Merger(nn.Module):
 
 
 def layer_groups(config: Config) -> tuple[int, list[bool]]:
-    """How often a pattern of blocks repeats, and the pattern: for each of its blocks, is it windowed?
+    """(repeats, pattern): is each block of the repeated pattern windowed?
 
-    The official towers with windows repeat (7 windowed, 1 full) four times; an irregular tower is one long pattern.
+    Official towers with windows repeat (7 windowed, 1 full) four times. An irregular tower is one long pattern.
     """
     v = config.vision
     windowed = [not v.is_full_attention(i) for i in range(v.depth)]
@@ -102,13 +102,14 @@ def layer_groups(config: Config) -> tuple[int, list[bool]]:
     return v.depth // period, windowed[:period]
 
 
-def encode(config: Config, params: dict, vision: VisionBatch, *, remat: bool = False):
+def encode_vision(config: Config, params: dict, vision: VisionBatch, *, remat: bool = False):
     """Visual tokens [R·M, D] of the lanes; rows of empty slots are meaningless.
 
-    `params` is the whole model's tree. The stack is scanned a pattern at a time, so that compile time does
-    not grow with depth and a group's blocks see their weights by static index. With `remat`, a backward pass
-    keeps only each block's input.
+    params: the whole model's. remat: the backward pass keeps only each block's input.
+    The scan takes one pattern of blocks per step, so compile time does not grow with depth.
     """
+    R, P, _ = vision.patches.shape
+    chex.assert_shape((vision.positions, vision.frames, vision.windows), ((R, P, 2), (R, P), (R, P)))
     p = params["vision"]
     x = normalise(constrain(vision.patches, "RPC"), config).astype(config.dtype)
     x = patch_embed(config).apply({"params": p["patch_embed"]}, x)
@@ -120,7 +121,7 @@ def encode(config: Config, params: dict, vision: VisionBatch, *, remat: bool = F
         block = VisionBlock(config, windowed)
 
         def layer(x, weights):
-            return block.apply({"params": floats(weights)}, x, *rope, segments), None
+            return block.apply({"params": unpack_bfloat16(weights)}, x, *rope, segments), None
 
         return checkpointed(layer, remat)
 

@@ -67,7 +67,7 @@ def _specs(config: Config) -> dict[str, Spec]:
     for place, part in parts(config).items():
 
         def declared(key, *arrays, part=part):
-            return part.module.init(key, *arrays, *part.more)["params"]
+            return part.module.init(key, *arrays, *part.attend)["params"]
 
         tree = jax.eval_shape(declared, jax.ShapeDtypeStruct((2,), np.uint32), *part.arrays)
         for path, box in flatten(tree, f"{place}/").items():
