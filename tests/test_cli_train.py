@@ -113,7 +113,7 @@ def test_bad_options_outside_a_file(tmp_path, capsys):
     assert cli.main(["train", str(tmp_path / "none.toml")]) == 2
     assert "none.toml: cannot be read" in capsys.readouterr().err
     assert cli.main(["train", "--model", "m", "--data", "d"]) == 2
-    assert "output is not given" in capsys.readouterr().err
+    assert "output is missing" in capsys.readouterr().err
     with pytest.raises(InputError, match="warmup is 10"):
         TrainOptions(warmup=10, steps=10)
     with pytest.raises(InputError, match="did you mean steps"):
@@ -227,7 +227,7 @@ def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
         np.testing.assert_array_equal(stored.astype(theirs.dtype), theirs)
 
     assert cli.main(argv) == 0
-    assert capsys.readouterr().out == f"finished before: {output / 'final'}\n"
+    assert capsys.readouterr().out == f"already finished: {output / 'final'}\n"
     assert cli.main([*argv, "--learning-rate", "0.1"]) == 2
     assert "learning_rate was 0.02 and is 0.1" in capsys.readouterr().err
 
@@ -235,7 +235,7 @@ def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
     for folder, left in (("checkpoints", "final"), ("final", "adapter")):
         shutil.rmtree(output / folder)
         assert cli.main(argv) == 2
-        assert f"{output / left} is there, after 0 steps" in capsys.readouterr().err
+        assert f"{output / left} exists, after 0 steps" in capsys.readouterr().err
     assert len(run.read_metrics(output)) == 50
 
 

@@ -1,7 +1,9 @@
 """Packing, order, sharding and resuming, over small data sets."""
 
+import contextlib
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -17,7 +19,7 @@ from tiny import clip, followed, mixed_samples, picture, sample, tiny_config
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.records import JsonLines
+from qwenvl_jax.inputs.records import JsonLines, read_lines
 from qwenvl_jax.train.data import Dataset, Packer
 from qwenvl_jax.train.records import PackShape
 from qwenvl_jax.types import Sample, TrainBatch
@@ -205,7 +207,7 @@ def test_training_packs_what_generation_packs(family):
 def test_batches_hold_what_the_records_say(processor):
     data = Dataset(Drawn(20, bad=False), processor, SHAPE, epochs=1, shuffle=False, threads=0)
     batches = list(data)
-    encoder = data._load.encoder
+    encoder = data._load.process
     examples = [encoder(Drawn(20, bad=False)[i]) for i in range(20)]
     assert len(batches) > 2
     for batch in batches:
@@ -364,7 +366,7 @@ def test_an_interrupted_batch_is_read_again(processor, whole):
 
 @pytest.mark.parametrize(
     "change, says",
-    [(dict(seed=4), "its seed is 3, now it is 4"), (dict(shuffle=False), "shuffle"), (dict(shard=(0, 2)), "shard")],
+    [(dict(seed=4), "its seed is 3, not 4"), (dict(shuffle=False), "shuffle"), (dict(shard=(0, 2)), "shard")],
 )
 def test_a_state_of_another_order_is_refused(processor, whole, change, says):
     data = dataset(processor, **change)
@@ -391,12 +393,28 @@ def test_a_changed_file_is_refused_and_a_copied_one_is_not(processor, tmp_path):
 # ------------------------------------------------------------------------------------------ files and bad records
 
 
+LINES = b'\xef\xbb\xbf{"a": 1}\n \t \n\r\n{"a": "\xc3\xa9"}\r\n7\n\n{"a": 3}'
+RECORDS = [(1, {"a": 1}), (4, {"a": "é"}), (5, 7), (7, {"a": 3})]
+
+
 def test_lines_of_a_file(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n \t \n\r\n{"a": "\xc3\xa9"}\r\n7\n\n{"a": 3}')
-    source = JsonLines(path)
-    assert [source[i] for i in range(len(source))] == [{"a": 1}, {"a": "é"}, 7, {"a": 3}]
-    assert [source.where(i) for i in range(len(source))] == [f"{path}:{n}" for n in (1, 4, 5, 7)]
+    path.write_bytes(LINES)
+    source, expected = JsonLines(path), [(f"{path}:{n}", record) for n, record in RECORDS]
+    assert [(source.where(i), source[i]) for i in range(len(source))] == expected
+    assert list(read_lines(path)) == [(*pair, tmp_path) for pair in expected]
+
+
+@pytest.mark.parametrize("text, error", [(LINES, None), (b"[\n", "is a JSON array"), (b"1\n{", ":2: not readable as")])
+def test_lines_of_a_pipe(tmp_path, text, error):
+    """`qwenvl eval <(…)` reads a pipe, which has no byte offsets."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(text,))
+    writer.start()
+    with pytest.raises(InputError, match=f"^{pipe}.*{error}") if error else contextlib.nullcontext():
+        assert list(read_lines(pipe)) == [(f"{pipe}:{n}", record, tmp_path) for n, record in RECORDS]
+    writer.join()
 
 
 def test_lines_across_chunks(tmp_path, monkeypatch):
@@ -432,7 +450,7 @@ def test_bad_lines_are_named(processor, tmp_path, caplog):
     expected = {
         3: "not readable as JSON",
         5: "gone.png: No such file",
-        6: "1 places for images and the record has 0",
+        6: "refer to 1 images; the record has 0",
         7: "tools must be a list",
         8: "a row has 160",
         9: "half of a character",
@@ -554,7 +572,7 @@ def test_preferences_are_neighbours_over_one_picture(processor):
 
     shape = PackShape(2, 200, 2, 128, segments=4)
     data = Dataset(Pairs(9), processor, shape, epochs=1, shuffle=False, preferences=True)
-    encoder, done = data._load.encoder, 0
+    encoder, done = data._load.process, 0
     for batch in data:
         here = numbers(processor, [batch])
         examples = [encoder(Pairs(9)[done + i]) for i in range(len(here))]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs import media, source
+from qwenvl_jax.inputs import fetch, media
 from qwenvl_jax.inputs.fetch import locate, name_of
 from qwenvl_jax.inputs.media import image_visual, load_image
 from qwenvl_jax.inputs.options import MediaOptions
@@ -162,7 +162,7 @@ def test_clip_from_url(server):
     ],
 )
 def test_download_errors_name_the_url(server, monkeypatch, address, message):
-    monkeypatch.setattr(source, "FETCH_SECONDS", 0.2)
+    monkeypatch.setattr(fetch, "FETCH_SECONDS", 0.2)
     monkeypatch.setattr(media, "MAX_IMAGE_BYTES", 1 << 20)
     with pytest.raises(InputError, match=message) as error:
         load_image(f"{server}/{address}")
@@ -194,11 +194,11 @@ def test_no_server():
         ("http:///nowhere", "cannot be downloaded"),
         ("http://[bad/a.png", "cannot be downloaded"),
         ("http://localhost/a b\r\nc", "cannot be downloaded"),
-        ("data:image/png,abc", r"^data:image/png URL of 18 characters: not of the form"),
-        ("data:image/png;base64", "not of the form"),
-        ("data:image/png;base64,abc", "base64 is damaged"),
-        ("data:image/png;base64,????", "base64 is damaged"),
-        ("data:image/png;base64,é", "base64 is damaged"),
+        ("data:image/png,abc", r"^data:image/png URL of 18 characters: a data URL must have the form"),
+        ("data:image/png;base64", "a data URL must have the form"),
+        ("data:image/png;base64,abc", "base64 text is damaged"),
+        ("data:image/png;base64,????", "base64 text is damaged"),
+        ("data:image/png;base64,é", "base64 text is damaged"),
         ("data:image/png;base64,", "is empty"),
         (b"", "^0 bytes: is empty"),
         (None, "^NoneType object: give a path"),

@@ -233,11 +233,11 @@ def test_latest_and_best_survive(tmp_path, mode):
 
 
 def test_best_needs_its_metric(tmp_path):
-    with pytest.raises(InputError, match=r"'score'.* nothing to evaluate"):
+    with pytest.raises(InputError, match=r"'score'.* give eval_data"):
         loop.train(model(), Batches(), options(tmp_path, best="score"))
     chosen = options(tmp_path, best="score", eval_every=2)
     evaluate = lambda params: {"exact": 0.5, "seconds": 0}  # noqa: E731
-    with pytest.raises(InputError, match="'score'; the evaluation gives exact, seconds"):
+    with pytest.raises(InputError, match="'score'; the evaluation returns exact, seconds"):
         loop.train(model(), Batches(), chosen, evaluate=evaluate)
     assert saved(tmp_path) == [2]  # it cost no steps, and may be mended
     result = loop.train(model(), Batches(), options(tmp_path, best="exact", eval_every=2), evaluate=evaluate)
@@ -336,7 +336,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 def test_a_full_disk_is_named(tmp_path):
     """No file may grow beyond 20 kB; the state is larger."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(InputError, match="no room on the disk"), run.Run(options(tmp_path)) as r:
+    with pytest.raises(InputError, match="the disk is full"), run.Run(options(tmp_path)) as r:
         r.save(1, {"x": jax.numpy.arange(100_000)}, {}, None)
         r.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))

@@ -16,7 +16,7 @@ from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs import layout
 from qwenvl_jax.inputs import processor as processor_module
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.train.records import BadRecord, Encoder, PackShape
+from qwenvl_jax.train.records import BadRecord, PackShape, RecordProcessor
 
 CONFIG = small_config("qwen2_5_vl")
 TEXTS = json.loads((Path(__file__).parent / "data" / "tokenizer" / "texts.json").read_text("utf-8"))
@@ -33,7 +33,7 @@ def processor(tokenizer_dir) -> Processor:
 @pytest.fixture(scope="module")
 def encode(processor):
     def call(record, preferences=False, shape=SHAPE, **more):
-        return Encoder(processor, shape, preferences=preferences, **more)(record)
+        return RecordProcessor(processor, shape, preferences=preferences, **more)(record)
 
     return call
 
@@ -293,11 +293,11 @@ def turns(*values, **more):
         ({"conversations": [{"from": "alien", "value": "x"}]}, "messages", "message 0 is from 'alien'"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "messages", "message 0 is from"),
         ({"messages": [user("x")], "chosen": "y", "rejected": "z"}, "messages", "is a preference"),
-        (turns("<image>?", "y"), "placeholders", "1 places for images and the record has 0"),
-        (turns("?", "y", image="a.png"), "placeholders", "0 places for images and the record has 1"),
-        (turns("<image>?", "y", image=["a.png", "b.png"]), "placeholders", "1 places for images and the record has 2"),
-        (turns("<video>?", "y", image="a.png"), "placeholders", "for images"),
-        ({"messages": [user({"type": "image"}), assistant("y")]}, "placeholders", "1 places for images"),
+        (turns("<image>?", "y"), "placeholders", "refer to 1 images; the record has 0"),
+        (turns("?", "y", image="a.png"), "placeholders", "refer to 0 images; the record has 1"),
+        (turns("<image>?", "y", image=["a.png", "b.png"]), "placeholders", "refer to 1 images; the record has 2"),
+        (turns("<video>?", "y", image="a.png"), "placeholders", "refer to 0 images"),
+        ({"messages": [user({"type": "image"}), assistant("y")]}, "placeholders", "refer to 1 images"),
         (turns("<image>?", "y", image="gone.png"), "media", "gone.png: No such file"),
         (turns("<image>?", "y", image="broken.png"), "media", "broken.png"),
         (turns("<image>?", "y", image=7), "media", "int"),
@@ -387,5 +387,5 @@ def test_placeholders_are_looked_for_once(processor, encode, searches, door):
     assert len(searches) == 2
     assert str(e.value) == (
         "the prompt has 2 image and 0 video placeholders for 1 images and 0 videos, or has them in another order; "
-        "a placeholder may be typed in the text, or the chat template does not support pictures"
+        "the text may contain a placeholder, or the chat template may not support pictures"
     )

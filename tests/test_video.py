@@ -280,11 +280,11 @@ def test_one_frame_is_its_picture():
         ([frame(0), frame(1, 112, 56)], {}, r"frame 1 \(ndarray object\) would be resized to 112 × 56"),
         ([frame(0), "no/such.png"], {}, r"frame 1: no/such\.png: No such file"),
         ([frame(0), b"text"], {}, "frame 1: 4 bytes: not a picture"),
-        ([frame(0)], {"nframes": 4}, "nframes chooses frames of a video file"),
-        ([frame(0)], {"video_start": 0.0}, "video_start chooses"),
-        ([frame(0)], {"video_end": 1}, "video_end chooses"),
+        ([frame(0)], {"nframes": 4}, "nframes samples frames of a video file"),
+        ([frame(0)], {"video_start": 0.0}, "video_start samples"),
+        ([frame(0)], {"video_end": 1}, "video_end samples"),
         ([frame(0)], {"fps": 0}, "fps is 0"),
-        ([frame(0)] * 4, {"fps": 1e-9}, r"the clip would last 4e\+09 seconds; it may last 1,000,000 at most"),
+        ([frame(0)] * 4, {"fps": 1e-9}, r"the clip would last 4e\+09 seconds; the limit is 1,000,000"),
         ([frame(0)], {"fps": 1e-300}, "would last 2e\\+300 seconds"),
         ([frame(0)], {"fps": 5e-324}, "would last inf seconds"),
         ([frame(0)], {"min_pixels": "5"}, "min_pixels is '5'"),
@@ -349,13 +349,13 @@ def with_garbage(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not a video file that can be decoded"),
-        (b"hello, this is text", "not a video file that can be decoded"),
+        (b"", "cannot be decoded as a video"),
+        (b"hello, this is text", "cannot be decoded as a video"),
         (CLIP.read_bytes()[:100], "no video stream"),
-        (CLIP.read_bytes()[:-2000], "cut off: of 100 frames only 9[0-9] are there"),
-        (CLIP.read_bytes().replace(b"avc1", b"nope"), "codec is unknown"),
+        (CLIP.read_bytes()[:-2000], "cut off: it has 9[0-9] of 100 frames"),
+        (CLIP.read_bytes().replace(b"avc1", b"nope"), "an unknown video codec"),
         (with_garbage(CLIP.read_bytes()), "decoded"),
-        (sound(), "not a video file that can be decoded|no video stream"),
+        (sound(), "cannot be decoded as a video|no video stream"),
     ],
 )
 def test_bad_files(tmp_path, data, message):
@@ -376,7 +376,7 @@ def test_sound_in_a_video_container(tmp_path):
         samples.sample_rate = 8000
         for packet in [*stream.encode(samples), *stream.encode()]:
             container.mux(packet)
-    with pytest.raises(InputError, match=r"sound\.mkv: it has no video stream"):
+    with pytest.raises(InputError, match=r"sound\.mkv: has no video stream"):
         video_visual(path, P)
 
 
@@ -392,14 +392,14 @@ def test_playlists_cannot_reach_other_files(tmp_path, playlist, name):
     path = tmp_path / name
     path.write_text(playlist.format(clip=CLIP))
     for given in (path, path.read_bytes()):
-        with pytest.raises(InputError, match="not a video file that can be decoded"):
+        with pytest.raises(InputError, match="cannot be decoded as a video"):
             video_visual(given, P)
 
 
 def test_limits_come_before_memory(monkeypatch):
     monkeypatch.setattr(video, "MAX_CLIP_PIXELS", 100_000)
     for given in (CLIP, [CLIP.parent / "coffee.jpg"]):
-        with pytest.raises(InputError, match="over the limit of 100,000 pixels a clip"):
+        with pytest.raises(InputError, match="exceed the limit of 100,000 pixels per clip"):
             video_visual(given, P)
     monkeypatch.setattr(video, "MAX_PIXELS", 100_000)
     monkeypatch.setattr(video, "_decode", lambda open_clip: pytest.fail("decoded"))
