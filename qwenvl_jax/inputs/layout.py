@@ -18,11 +18,6 @@ from qwenvl_jax.families import family_of
 from qwenvl_jax.types import Grid, Sample, Visual
 
 
-def merged_tokens(grid: Grid, vision: VisionConfig) -> int:
-    """How many tokens of a prompt a picture or clip of this grid takes."""
-    return grid.patches // vision.merge_unit
-
-
 def find_placeholders(tokens: np.ndarray, kinds: Sequence[str], config: Config) -> np.ndarray:
     """Indices [n] of the placeholders in `tokens` [t]. Raises InputError unless they match `kinds`, in order."""
     ids = {"image": config.image_token_id, "video": config.video_token_id}
@@ -37,14 +32,7 @@ def find_placeholders(tokens: np.ndarray, kinds: Sequence[str], config: Config) 
     return placeholders
 
 
-def make_sample(
-    tokens: np.ndarray,
-    visuals: Sequence[Visual],
-    config: Config,
-    *,
-    placeholders: np.ndarray | None = None,
-    weights: np.ndarray | None = None,
-) -> Sample:
+def make_sample(tokens, visuals: Sequence[Visual], config: Config, *, placeholders=None, weights=None) -> Sample:
     """The sample of token ids with one placeholder per visual, as chat templates write them.
 
     tokens: [t] int. visuals: in the order of their placeholders.
@@ -56,7 +44,7 @@ def make_sample(
     if placeholders is None:
         placeholders = find_placeholders(tokens, [v.kind for v in visuals], config)
     repeats = np.ones(len(tokens), np.int64)
-    repeats[placeholders] = [merged_tokens(v.grid, config.vision) for v in visuals]
+    repeats[placeholders] = [v.grid.patches // config.vision.merge_unit for v in visuals]
     if weights is not None:
         weights = np.array(weights, np.float32)
         weights[placeholders] = 0
@@ -67,9 +55,7 @@ def make_sample(
     return Sample(tokens, mrope_positions(len(tokens), spans, visuals, config), spans, tuple(visuals), weights)
 
 
-def mrope_positions(
-    length: int, spans: Sequence[tuple[int, int]], visuals: Sequence[Visual], config: Config
-) -> np.ndarray:
+def mrope_positions(length: int, spans: Sequence[tuple], visuals: Sequence[Visual], config: Config) -> np.ndarray:
     """M-RoPE ids [3, t] int32 of one unpadded sequence (arXiv:2409.12191, section 2.1).
 
     spans: (first token, one past the last) of each visual.

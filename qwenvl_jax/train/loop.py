@@ -40,13 +40,7 @@ class Result(NamedTuple):
 
 
 def train(
-    model: Model,
-    data,
-    options: TrainOptions,
-    *,
-    evaluate: Callable[[dict], dict[str, float]] | None = None,
-    loss: Callable = sft_loss,
-    donate: bool = False,
+    model: Model, data, options: TrainOptions, *, evaluate: Callable | None = None, loss=sft_loss, donate=False
 ) -> Result:
     """Trains a model, or resumes the run in `options.output` if it has the same options.
 
@@ -139,12 +133,12 @@ class _Loop:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def run_to_end(self) -> Result:
-        o, data_error, late = self.options, None, None
+        o, data_error, final_metrics = self.options, None, None
         self.bar = tqdm(desc="training", total=o.steps, initial=self.step, unit="step", disable=None)
         with self.bar:
-            if self.evaluate and self.step == o.steps and self.run.evaluated(self.step) is None:
-                late = self.evaluated(self.evaluate)  # the final evaluation failed or was interrupted
-                self.run.amend(self.step, {f"eval/{name}": value for name, value in late.items()})
+            if self.evaluate and self.step == o.steps and self.run.evaluation(self.step) is None:
+                final_metrics = self.run_evaluation(self.evaluate)  # the final evaluation failed or was interrupted
+                self.run.amend(self.step, {f"eval/{name}": value for name, value in final_metrics.items()})
             batch = self.load() if self.step < o.steps else None
             while self.step < o.steps:
                 position = self.data.get_state()  # for the checkpoint of this step: the next batch is read ahead
@@ -170,7 +164,7 @@ class _Loop:
         self.run.wait()
         if self.step == o.steps and o.best and self.run.best_step not in (None, self.step):
             best = self.run.best_step
-            if late is not None and self.run.better(late, best):
+            if final_metrics is not None and self.run.better(final_metrics, best):
                 return Result(self.state.params, self.step)
             return Result(self.restored(best)[0].params, best)
         return Result(self.state.params, self.step, self.signals.caught if self.step < o.steps else None)
@@ -211,9 +205,9 @@ class _Loop:
             line = self.check_finite(step, values) | self.rates(**facts)
             self.bar.update()
             self.bar.set_postfix_str(_postfix(line))
-            extra_here = extra if extra and not self.pending else {}
-            if step % self.options.log_every == 0 or extra_here or step == self.options.steps:
-                self.run.log(step, line | extra_here)
+            more = extra if extra and not self.pending else {}
+            if step % self.options.log_every == 0 or more or step == self.options.steps:
+                self.run.log(step, line | more)
 
     def check_finite(self, step: int, values: dict) -> dict:
         """The metrics to log. Raises InputError after too many steps in a row that are not finite."""
@@ -240,7 +234,7 @@ class _Loop:
         utilisation = {"mfu": speed / self.peak} if self.peak else {"flops_per_second": speed}
         return facts | {"tokens_per_second": tokens / seconds} | utilisation
 
-    def evaluated(self, evaluate) -> dict[str, float]:
+    def run_evaluation(self, evaluate) -> dict[str, float]:
         """The metrics of the current parameters."""
         metrics = evaluate(self.state.params)
         metrics = {name.removeprefix("eval/"): float(value) for name, value in metrics.items()}
@@ -258,7 +252,7 @@ class _Loop:
             self.fetch_metrics(leave=1)
             jax.block_until_ready(self.state)
             try:
-                metrics = self.evaluated(evaluate)
+                metrics = self.run_evaluation(evaluate)
             except Exception:  # saves the steps before the failed evaluation
                 self.checkpoint(position, None)
                 self.run.wait()
@@ -305,17 +299,10 @@ def _place(batch: TrainBatch, mesh) -> TrainBatch:
 
 def _optimizer(specs: dict, options: TrainOptions, schedule):
     rates = {"vision": options.vision_learning_rate, "merger": options.merger_learning_rate}
-    return make_optimizer(
-        specs,
-        schedule,
-        options.optimizer,
-        scales={name: rate / options.learning_rate for name, rate in rates.items() if rate is not None},
-        weight_decay=options.weight_decay,
-        clip=options.clip or None,
-        b1=options.betas[0],
-        b2=options.betas[1],
-        mu_dtype=options.moment_dtype,
-    )
+    scales = {name: rate / options.learning_rate for name, rate in rates.items() if rate is not None}
+    (b1, b2), clip = options.betas, options.clip or None
+    rule = dict(weight_decay=options.weight_decay, clip=clip, b1=b1, b2=b2, mu_dtype=options.moment_dtype)
+    return make_optimizer(specs, schedule, options.optimizer, scales=scales, **rule)
 
 
 def _reference(config, options: TrainOptions, base: dict | None):
@@ -324,7 +311,7 @@ def _reference(config, options: TrainOptions, base: dict | None):
 
     @jax.jit
     def reference(params, batch):
-        return jax.lax.map(lambda micro: logprobs(params, micro), batch)
+        return jax.lax.map(partial(logprobs, params), batch)
 
     return lambda params, batch: reference(lora.strip(params) if base is None else base, batch)
 

@@ -88,7 +88,7 @@ class Run:
             _replace(self.path / OPTIONS, [self._options.to_toml()])
             _replace(self.path / METRICS, _lines_up_to(self.path / METRICS, self.step))
 
-    def evaluated(self, step: int) -> dict | None:
+    def evaluation(self, step: int) -> dict | None:
         """The metrics of a checkpoint's evaluation, None if there was none."""
         return self._manager.metrics(step)
 
@@ -100,7 +100,7 @@ class Run:
 
     def better(self, metrics: dict, step: int) -> bool:
         """Whether metrics are at least as good as those of the checkpoint of `step`."""
-        return _score(self._options, metrics) >= _score(self._options, self.evaluated(step) or {})
+        return _score(self._options, metrics) >= _score(self._options, self.evaluation(step) or {})
 
     def _delete_old(self) -> None:
         """Deletes the checkpoints that Orbax renamed. Without the renaming, a half-deleted one would look complete."""

@@ -41,8 +41,7 @@ def make_schedule(
     if schedule == "constant":
         after = optax.constant_schedule(learning_rate)
         if cooldown:
-            fall = optax.linear_schedule(learning_rate, 0.0, cooldown)
-            after = optax.join_schedules([after, fall], [total - cooldown - warmup])
+            after = optax.linear_schedule(learning_rate, 0.0, cooldown, total - cooldown - warmup)
     elif total is None or total <= warmup:
         raise OptionsError(f"a {schedule} schedule ends after {total} steps, which must be more than warmup, {warmup}")
     elif schedule == "cosine":
