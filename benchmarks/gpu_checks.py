@@ -29,7 +29,7 @@ from qwenvl_convert.hf import read_params
 import qwenvl_jax
 from qwenvl_jax.config import Config
 from qwenvl_jax.inputs.ladder import Ladder
-from qwenvl_jax.inputs.layout import make_sample, merged_tokens
+from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.inputs.media import image_visual
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.preprocessing import Preprocessing
@@ -134,7 +134,7 @@ def text_and_picture(config: Config, tokens: int, side: int, seed: int = 0) -> S
         pixels = rng.integers(0, 256, (side * 14, side * 14, 3), np.uint8)
         visuals = (image_visual(Image.fromarray(pixels), Preprocessing()),)
         start = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
-        held = 2 + merged_tokens(visuals[0].grid, config.vision)
+        held = 2 + visuals[0].grid.patches // config.vision.merge_unit
     return make_sample([*start, *rng.integers(0, 100, tokens - held)], visuals, config)
 
 

@@ -1,4 +1,4 @@
-"""Messages, templates, tools and the shield around typed text."""
+"""Messages, templates, tools, and control tokens in typed text."""
 
 import json
 import math
@@ -265,7 +265,7 @@ def test_folded_tools_equal_the_template_of_qwen2_5_instruct(system, tools, turn
     messages = ([] if system is None else [{"role": "system", "content": system}]) + TURNS[:turns]
     assert INSTRUCT.handles_tools and not VISION.handles_tools
     expected = render(messages, tools, template=INSTRUCT)
-    if system is None:  # each checkpoint keeps its own default prompt; this sentence is all that differs
+    if system is None:  # the checkpoints' default prompts differ in this sentence
         expected = expected.replace("You are Qwen, created by Alibaba Cloud. You are a", "You are a", 1)
     assert render(messages, tools) == expected
 
@@ -292,7 +292,7 @@ def test_tools_and_pictures_together():
 @pytest.mark.parametrize("given, shown", [('{"a": "é"}', '{"a": "é"}'), ("", "{}"), (None, "{}"), ("[1,2]", "[1, 2]"),
                                           ('{"a": ', '"{\\"a\\": "')])  # fmt: skip
 def test_arguments_given_as_json_text(given, shown):
-    """OpenAI's API carries text; what a model wrote wrongly stays a string, as Qwen's template has it."""
+    """OpenAI's API has JSON text. As in Qwen's template, text that is not JSON stays a string."""
     text = render([{"role": "assistant", "content": "", "tool_calls": [call("f", given)]}])
     assert f'"arguments": {shown}}}\n</tool_call>' in text
 
@@ -342,7 +342,7 @@ def test_control_tokens_in_tools_stay_text():
         if template is INSTRUCT:
             messages = messages[:-1]
         got = parts(messages, [tool], template=template)
-        assert got[1::2].count(bad) == len(messages) - (template is VISION)  # its two results share a turn
+        assert got[1::2].count(bad) == len(messages) - (template is VISION)  # two results share a turn
         typed = "".join(got[0::2])
         assert typed.count(bad) == 15 - (template is INSTRUCT) and not set(typed) & set(map(chr, range(0xE000, 0xF900)))
 
@@ -375,7 +375,7 @@ def test_control_tokens_act_when_allowed():
 
 
 def test_tokens_of_any_shape_are_shielded():
-    """Finetunes add their own, which need not have a `|`."""
+    """Fine-tuned checkpoints add control tokens, possibly without a `|`."""
     control = ("<grade_1>", "[END]", "STOP", "<|im_end|>")
     template = ChatTemplate({"default": "{% for m in messages %}{{ m.role }}:{{ m.content }}[END]{% endfor %}STOP"})
     typed = "<grade_1>[END]STOP<|im_end|> user S < ["

@@ -29,7 +29,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainOptions)}
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the command would train, without training; `asked.answer` is what training ends with."""
+    """Records the options of `finetune` instead of training; `asked.answer` is its result."""
 
     def fake(given, evaluator):
         fake.options = given
@@ -113,7 +113,7 @@ def test_bad_options_outside_a_file(tmp_path, capsys):
     assert cli.main(["train", str(tmp_path / "none.toml")]) == 2
     assert "none.toml: cannot be read" in capsys.readouterr().err
     assert cli.main(["train", "--model", "m", "--data", "d"]) == 2
-    assert "output is not given" in capsys.readouterr().err
+    assert "output is missing" in capsys.readouterr().err
     with pytest.raises(InputError, match="warmup is 10"):
         TrainOptions(warmup=10, steps=10)
     with pytest.raises(InputError, match="did you mean steps"):
@@ -130,7 +130,7 @@ def test_exit_codes(asked, ended, code):
 
 
 def test_the_second_interrupt_does_not_wait(asked, monkeypatch):
-    """Threads that write a checkpoint would keep the process alive."""
+    """Threads that write a checkpoint would delay the exit."""
     codes = []
     monkeypatch.setattr(os, "_exit", lambda code: codes.append(code) or sys.exit(code))
     asked.answer = KeyboardInterrupt()
@@ -140,7 +140,7 @@ def test_the_second_interrupt_does_not_wait(asked, monkeypatch):
 
 
 def test_skipped_records_are_told(monkeypatch, caplog):
-    """Warnings of this package are shown, others are not."""
+    """The command shows this package's warnings only."""
 
     def warn(given, evaluator):
         logging.getLogger("qwenvl_jax.train.data").warning("x.jsonl:3: no picture; skipped")
@@ -190,7 +190,7 @@ def test_plot_says_what_is_missing(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
 def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
-    """A picture's answer learnt with LoRA: metrics, the model that `generate` opens, the adapter, and no second run."""
+    """LoRA learns a picture's answer: metrics, a model for `generate`, the adapter, and no second run."""
     Image.new("RGB", (112, 112), "red").save(tmp_path / "red.png")
     user = {"role": "user", "content": [{"type": "image", "image": "red.png"}, {"type": "text", "text": "Colour?"}]}
     record = {"messages": [user, {"role": "assistant", "content": "red"}]}
@@ -223,25 +223,25 @@ def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
     assert final.config == base.config
     adapted = peft.load_adapter(base.config, base.params, output / "adapter")
     for mine, theirs in zip(jax.tree.leaves(lora.merge(adapted)), jax.tree.leaves(final.params), strict=True):
-        stored = mine.astype(jnp.bfloat16)  # as the checkpoint it began from, though computed in float32
+        stored = mine.astype(jnp.bfloat16)  # the dtype of the first checkpoint; the run computes in float32
         np.testing.assert_array_equal(stored.astype(theirs.dtype), theirs)
 
     assert cli.main(argv) == 0
-    assert capsys.readouterr().out == f"finished before: {output / 'final'}\n"
+    assert capsys.readouterr().out == f"already finished: {output / 'final'}\n"
     assert cli.main([*argv, "--learning-rate", "0.1"]) == 2
     assert "learning_rate was 0.02 and is 0.1" in capsys.readouterr().err
 
-    # What is there is not overwritten, nor left beside what it does not belong to.
+    # An existing result is neither overwritten nor mixed with another run's.
     for folder, left in (("checkpoints", "final"), ("final", "adapter")):
         shutil.rmtree(output / folder)
         assert cli.main(argv) == 2
-        assert f"{output / left} is there, after 0 steps" in capsys.readouterr().err
+        assert f"{output / left} exists, after 0 steps" in capsys.readouterr().err
     assert len(run.read_metrics(output)) == 50
 
 
 @pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
 def test_float16_is_not_trained_in(tiny_checkpoint, tmp_path, capsys, monkeypatch):
-    # What an accelerator makes of a float16 checkpoint; a CPU computes it in float32.
+    # The precision of a float16 checkpoint on an accelerator; a CPU computes it in float32.
     monkeypatch.setattr(checkpoint, "precision_of", lambda config, mesh: Precision("float16", None))
     argv = ["train", "--model", str(tiny_checkpoint), "--data", "d.jsonl", "--output", str(tmp_path / "run")]
     assert cli.main(argv) == 2

@@ -1,7 +1,9 @@
-"""Packing, order, sharding and resuming, over small data sets."""
+"""Packing, order, sharding and resuming with small data sets."""
 
+import contextlib
 import json
 import logging
+import os
 import re
 import threading
 import time
@@ -17,7 +19,7 @@ from tiny import clip, followed, mixed_samples, picture, sample, tiny_config
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.records import JsonLines
+from qwenvl_jax.inputs.records import JsonLines, read_lines
 from qwenvl_jax.train.data import Dataset, Packer
 from qwenvl_jax.train.records import PackShape
 from qwenvl_jax.types import Sample, TrainBatch
@@ -32,7 +34,7 @@ def processor(tokenizer_dir) -> Processor:
 
 
 class Drawn:
-    """Pictures and questions made from their number; every seventh record is bad."""
+    """Records with pictures that depend on their number; every seventh is bad."""
 
     def __init__(self, length: int, bad: bool = True):
         self.length, self.bad = length, bad
@@ -52,7 +54,7 @@ class Drawn:
 
 
 def numbers(processor, batches) -> list[int]:
-    """Which records were learnt from, in order."""
+    """The numbers of the records in batches, in order."""
     texts = [processor.decode(batch.targets[batch.weights > 0]) for batch in batches]
     return [int(n) for text in texts for n in re.findall(r"answer (\d+)", text)]
 
@@ -77,7 +79,7 @@ def chat(i, **more):
 
 
 def check_packed(config, shape: PackShape, batch: TrainBatch, examples: list[tuple[Sample, ...]]):
-    """Every segment of every example is somewhere in the batch, whole, and nothing else is."""
+    """The batch holds every segment of every example completely, and nothing else."""
     inputs, vision = batch.inputs, batch.inputs.vision[0]
     B, T, R, P = shape[:4]
     assert inputs.tokens.shape == inputs.segments.shape == inputs.visual_index.shape == (B, T)
@@ -86,7 +88,9 @@ def check_packed(config, shape: PackShape, batch: TrainBatch, examples: list[tup
     assert vision.patches.shape == (R, P, config.vision.patch_values)
     assert len(inputs.vision) == 1
     unit = config.vision.merge_unit
-    outputs = vision.patches.reshape(-1, unit, config.vision.patch_values)  # what each row of the tower's output sees
+    outputs = vision.patches.reshape(
+        -1, unit, config.vision.patch_values
+    )  # the patches of each row of the tower's output
     frames = vision.frames.reshape(-1, unit)
     left = [(s, 1 + k) for e in examples for k, s in enumerate(e)]
     pairs = any(k == 2 for *_, k in left)
@@ -133,7 +137,7 @@ def as_example(rng, config, s, pair: bool) -> tuple[Sample, ...]:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), pair=st.booleans(), family=st.sampled_from(["qwen2_vl", "qwen2_5_vl"]))
 def test_packing(seed, pair, family):
-    """Nothing is lost, nothing is used twice, and what does not fit leaves the batch as it was."""
+    """Every record is used once, and one that does not fit leaves the batch unchanged."""
     rng, config = np.random.default_rng(seed), tiny_config(family)
     shape = PackShape(3, 150, 3, 64 * int(rng.integers(2, 5)), segments=[None, 4][int(pair or rng.integers(2))])
     packer, taken, refused = Packer(shape, config), [], 0
@@ -176,7 +180,7 @@ def test_every_size_shares_the_one_call():
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_training_packs_what_generation_packs(family):
-    """The same tokens, positions and patches behind every token, whatever else is in the row and in the lanes."""
+    """A token has the same positions and patches with any other samples in its row and lanes."""
     rng, config = np.random.default_rng(0), tiny_config(family)
     samples = mixed_samples(config)
     packer = Packer(PackShape(2, 256, 4, 512), config)
@@ -185,7 +189,7 @@ def test_training_packs_what_generation_packs(family):
     assert trained.segments.max() > 1
 
     def seen(batch, row, span):
-        """Tokens, positions, which tokens are visual, and their patches and the places of these."""
+        """Tokens, positions, which tokens are visual, and the positions and values of their patches."""
         index = batch.visual_index[row, span]
         out = [batch.tokens[row, span], batch.positions[:, row, span], index >= 0]
         lanes = [[a.reshape(-1, config.vision.merge_unit, *a.shape[2:]) for a in v[:2]] for v in batch.vision]
@@ -205,8 +209,8 @@ def test_training_packs_what_generation_packs(family):
 def test_batches_hold_what_the_records_say(processor):
     data = Dataset(Drawn(20, bad=False), processor, SHAPE, epochs=1, shuffle=False, threads=0)
     batches = list(data)
-    encoder = data._load.encoder
-    examples = [encoder(Drawn(20, bad=False)[i]) for i in range(20)]
+    process = data._load.process
+    examples = [process(Drawn(20, bad=False)[i]) for i in range(20)]
     assert len(batches) > 2
     for batch in batches:
         here = examples[: len(numbers(processor, [batch]))]
@@ -218,7 +222,7 @@ def test_batches_hold_what_the_records_say(processor):
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("count", [1, 3])
 def test_every_record_once_an_epoch_over_all_shards(processor, shuffle, count):
-    everything, shape = [], SHAPE._replace(rows=1)  # of several rows, the first with room is filled
+    everything, shape = [], SHAPE._replace(rows=1)  # with several rows, records may change order
     for shard in range(count):
         more = dict(seed=5, epochs=2, shuffle=shuffle, shard=(shard, count), on_error="skip")
         data = Dataset(Drawn(23), processor, shape, **more)
@@ -249,7 +253,7 @@ def test_without_end(processor):
 
 
 def test_epochs_join_within_a_batch(processor):
-    """Only the very last batch of a run may be short."""
+    """Only the last batch of a run may be short."""
     data = Dataset(Drawn(4, False), processor, SHAPE._replace(rows=1), epochs=3, shuffle=False)
     found = [numbers(processor, [batch]) for batch in data]
     assert [n for batch in found for n in batch] == [0, 1, 2, 3] * 3
@@ -277,7 +281,7 @@ def dataset(processor, **more):
 
 @pytest.fixture(scope="module")
 def whole(processor):
-    """All batches of a run, the state after each, and the run's count of bad records after each."""
+    """All batches of a run, and after each its state and its count of bad records."""
     data = dataset(processor)
     states, batches, skipped = [json.dumps(data.get_state())], [], []
     for batch in data:
@@ -289,7 +293,7 @@ def whole(processor):
 
 
 def test_resumes_at_every_position(processor, whole):
-    """Bit for bit, in a new process's Dataset or in the same one, forwards and backwards."""
+    """Equal bit for bit, in a new Dataset or the same one, forwards and backwards."""
     states, batches, skipped = whole
     again = dataset(processor, threads=0)
     for i in reversed(range(len(states))):
@@ -309,7 +313,7 @@ def test_resumes_at_every_position(processor, whole):
 
 
 def test_some_resume_with_a_record_pending(processor, whole):
-    """The record that did not fit into a batch is the first of the next."""
+    """A record that does not fit into a batch is the first of the next."""
     states, batches, _ = whole
     data = dataset(processor)
     next(data)
@@ -333,7 +337,7 @@ def test_worker_processes_give_the_same(processor, whole):
 
 
 def test_an_interrupted_batch_is_read_again(processor, whole):
-    """A signal while a batch is being read loses no record."""
+    """A signal that interrupts a batch loses no record."""
     states, batches, _ = whole
 
     class Interrupting(Drawn):
@@ -364,7 +368,7 @@ def test_an_interrupted_batch_is_read_again(processor, whole):
 
 @pytest.mark.parametrize(
     "change, says",
-    [(dict(seed=4), "its seed is 3, now it is 4"), (dict(shuffle=False), "shuffle"), (dict(shard=(0, 2)), "shard")],
+    [(dict(seed=4), "its seed is 3, not 4"), (dict(shuffle=False), "shuffle"), (dict(shard=(0, 2)), "shard")],
 )
 def test_a_state_of_another_order_is_refused(processor, whole, change, says):
     data = dataset(processor, **change)
@@ -391,12 +395,28 @@ def test_a_changed_file_is_refused_and_a_copied_one_is_not(processor, tmp_path):
 # ------------------------------------------------------------------------------------------ files and bad records
 
 
+LINES = b'\xef\xbb\xbf{"a": 1}\n \t \n\r\n{"a": "\xc3\xa9"}\r\n7\n\n{"a": 3}'
+RECORDS = [(1, {"a": 1}), (4, {"a": "é"}), (5, 7), (7, {"a": 3})]
+
+
 def test_lines_of_a_file(tmp_path):
     path = tmp_path / "data.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n \t \n\r\n{"a": "\xc3\xa9"}\r\n7\n\n{"a": 3}')
-    source = JsonLines(path)
-    assert [source[i] for i in range(len(source))] == [{"a": 1}, {"a": "é"}, 7, {"a": 3}]
-    assert [source.where(i) for i in range(len(source))] == [f"{path}:{n}" for n in (1, 4, 5, 7)]
+    path.write_bytes(LINES)
+    source, expected = JsonLines(path), [(f"{path}:{n}", record) for n, record in RECORDS]
+    assert [(source.where(i), source[i]) for i in range(len(source))] == expected
+    assert list(read_lines(path)) == [(*pair, tmp_path) for pair in expected]
+
+
+@pytest.mark.parametrize("text, error", [(LINES, None), (b"[\n", "is a JSON array"), (b"1\n{", ":2: not readable as")])
+def test_lines_of_a_pipe(tmp_path, text, error):
+    """`qwenvl eval <(…)` reads a pipe, which has no byte offsets."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(text,))
+    writer.start()
+    with pytest.raises(InputError, match=f"^{pipe}.*{error}") if error else contextlib.nullcontext():
+        assert list(read_lines(pipe)) == [(f"{pipe}:{n}", record, tmp_path) for n, record in RECORDS]
+    writer.join()
 
 
 def test_lines_across_chunks(tmp_path, monkeypatch):
@@ -416,7 +436,7 @@ def test_bad_lines_are_named(processor, tmp_path, caplog):
     path = lines(
         tmp_path / "data.jsonl",
         chat(0),
-        seen | {"image": "a.png"},  # found beside the file
+        seen | {"image": "a.png"},  # in the file's folder
         '{"messages": [\n',
         "\n",
         seen | {"image": "gone.png"},
@@ -432,7 +452,7 @@ def test_bad_lines_are_named(processor, tmp_path, caplog):
     expected = {
         3: "not readable as JSON",
         5: "gone.png: No such file",
-        6: "1 places for images and the record has 0",
+        6: "refer to 1 images; the record has 0",
         7: "tools must be a list",
         8: "a row has 160",
         9: "half of a character",
@@ -443,7 +463,7 @@ def test_bad_lines_are_named(processor, tmp_path, caplog):
     data = Dataset(path, processor, SHAPE, epochs=2, shuffle=False, on_error="skip")
     with caplog.at_level(logging.WARNING):
         assert numbers(processor, data) == [0, 1, 3] * 2
-    assert len(caplog.messages) == len(expected)  # named in the first epoch only
+    assert len(caplog.messages) == len(expected)  # warned in the first epoch only
     for message, (line, says) in zip(caplog.messages, expected.items(), strict=True):
         assert message.startswith(f"{path}:{line}: ")
         assert says in message
@@ -465,7 +485,7 @@ def test_lists_within_lists_are_a_bad_record(processor):
 
 
 def test_a_stop_repeats(processor):
-    """The state does not move past the bad record, so a run that is started again says the same."""
+    """The state stays before the bad record, so a restarted run raises the same error."""
     data = Dataset(Drawn(24), processor, SHAPE, shuffle=False)
     state = data.get_state()
     for _ in range(2):
@@ -554,10 +574,10 @@ def test_preferences_are_neighbours_over_one_picture(processor):
 
     shape = PackShape(2, 200, 2, 128, segments=4)
     data = Dataset(Pairs(9), processor, shape, epochs=1, shuffle=False, preferences=True)
-    encoder, done = data._load.encoder, 0
+    process, done = data._load.process, 0
     for batch in data:
         here = numbers(processor, [batch])
-        examples = [encoder(Pairs(9)[done + i]) for i in range(len(here))]
+        examples = [process(Pairs(9)[done + i]) for i in range(len(here))]
         check_packed(CONFIG, shape, batch, examples)
         done += len(here)
         for b in range(2):

@@ -279,7 +279,7 @@ def test_what_a_record_may_be(tmp_path):
         ({"messages": [ask("?")], "answer": "[", "metric": "iou"}, "not readable as JSON"),
         ({"messages": [ask("?")], "answer": '[{"bbox_2d": [1, 2]}]', "metric": "iou"}, "must be a list of"),
         ({"messages": [ask("?")], "answer": BOX, "metric": "iou"}, "must be a list of"),
-        ({"messages": [ask("?")], "image": "a.png", "answer": "x"}, "places for images"),
+        ({"messages": [ask("?")], "image": "a.png", "answer": "x"}, "refer to 0 images; the record has 1"),
     ],
 )
 def test_bad_records_are_named(tmp_path, capsys, record, complaint):
@@ -415,7 +415,7 @@ def test_what_is_wrong_with_a_question_is_told_with_its_line(tiny_checkpoint, tm
     for message, complaint in (
         (ask("?", {"type": "image", "image": "missing.png"}), "missing.png: No such file"),
         (ask("?", {"type": "image", "image": "broken.png"}), "message 0 item 0: .*broken.png"),
-        (ask("?", {"type": "image"}), "1 places for images and the record has 0"),
+        (ask("?", {"type": "image"}), "refer to 1 images; the record has 0"),
         (ask("word " * 40000), "the prompt has"),
     ):
         file = write(

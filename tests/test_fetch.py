@@ -1,4 +1,4 @@
-"""Bytes from paths, file://, http(s) and data: URLs, and the error for each way in which they can be missing."""
+"""Paths, file://, http(s) and data: URLs, and the error of each failure."""
 
 import base64
 import contextlib
@@ -25,7 +25,7 @@ PHOTO = MEDIA / "coffee.jpg"
 
 @pytest.fixture
 def server(monkeypatch):
-    """Serves tests/data/media, and a few addresses that misbehave. Yields the base URL."""
+    """Serves tests/data/media and some faulty responses. Yields the base URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -72,7 +72,7 @@ def server(monkeypatch):
                     self.wfile.flush()
                     time.sleep(0.02)
             except OSError:
-                pass  # the client has had enough
+                pass  # the client closed the connection
 
         def do_dawdle(self):
             self.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
@@ -122,7 +122,7 @@ def test_all_forms_of_one_picture_agree(server, tmp_path, monkeypatch):
         f"file://{PHOTO}",
         f"FILE://{PHOTO}",
         f"file://localhost{PHOTO}",
-        f"file://{spaced}",  # as it is
+        f"file://{spaced}",  # not percent-encoded
         spaced.as_uri(),  # percent-encoded
         f"{server}/coffee.jpg",
         f"{server}/moved",
@@ -170,7 +170,7 @@ def test_download_errors_name_the_url(server, monkeypatch, address, message):
 
 
 def test_declared_length_over_the_limit_is_refused_before_the_body(server):
-    with pytest.raises(InputError, match="larger than 0 MiB"):  # else it would say that the download broke off
+    with pytest.raises(InputError, match="larger than 0 MiB"):  # not that the download broke off
         locate(f"{server}/broken-off", 2000)
 
 
@@ -194,11 +194,11 @@ def test_no_server():
         ("http:///nowhere", "cannot be downloaded"),
         ("http://[bad/a.png", "cannot be downloaded"),
         ("http://localhost/a b\r\nc", "cannot be downloaded"),
-        ("data:image/png,abc", r"^data:image/png URL of 18 characters: not of the form"),
-        ("data:image/png;base64", "not of the form"),
-        ("data:image/png;base64,abc", "base64 is damaged"),
-        ("data:image/png;base64,????", "base64 is damaged"),
-        ("data:image/png;base64,é", "base64 is damaged"),
+        ("data:image/png,abc", r"^data:image/png URL of 18 characters: a data URL must have the form"),
+        ("data:image/png;base64", "a data URL must have the form"),
+        ("data:image/png;base64,abc", "base64 text is damaged"),
+        ("data:image/png;base64,????", "base64 text is damaged"),
+        ("data:image/png;base64,é", "base64 text is damaged"),
         ("data:image/png;base64,", "is empty"),
         (b"", "^0 bytes: is empty"),
         (None, "^NoneType object: give a path"),

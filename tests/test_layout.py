@@ -1,4 +1,4 @@
-"""Positions, windows, lanes: the host's arithmetic, against goldens and by brute force."""
+"""Positions, windows and lanes on the host, against golden values and brute force."""
 
 import itertools
 
@@ -115,7 +115,7 @@ def test_a_long_video_spreads_over_lanes_and_calls():
     config = tiny_config("qwen2_5_vl")
     s = sample(RNG, config, 2, clip(RNG, config, 11, 8, 16), 2)
     batch = make_batch([s], config, Ladder(patches=(256,), lanes=4))
-    assert [v.patches.shape[:2] for v in batch.vision] == [(4, 256)] * 2  # two frames a lane
+    assert [v.patches.shape[:2] for v in batch.vision] == [(4, 256)] * 2  # two frames per lane
     places = batch.visual_index[batch.visual_index >= 0]
     assert len(set(places)) == 11 * 32 and places.max() < 6 * 64
 
@@ -129,12 +129,12 @@ def test_small_frames_fill_gaps_and_share_short_lanes():
     batch = make_batch([sample(RNG, config, 2, small, shorter)], config)
     assert [v.patches.shape[:2] for v in batch.vision] == [(1, 4096), (1, 256)]
     calls = [call for call, _ in cover([Grid(1, 16, 16)] * 2000, config.vision, Ladder())]
-    assert calls == [(16, 256)] * 125  # together, but each in a lane of its own
+    assert calls == [(16, 256)] * 125  # 16 lanes per call, one frame per lane
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vision_pads_little_with_few_programs(family):
-    """The promise of Ladder, at the official checkpoints' geometry and limits: at most 24 programs, at most 12%."""
+    """At the official checkpoints' sizes and limits, Ladder needs at most 24 programs and pads less than 10%."""
     v, max_pixels, waste, used = tiny_config(family).vision, Preprocessing().max_pixels, [], set()
     for grids in filter(None, random_requests(np.random.default_rng(0), max_pixels)):
         calls = [call for call, _ in cover(grids, v, Ladder())]

@@ -1,4 +1,4 @@
-"""The training loop: what it learns, and that stopping it, however rudely, changes nothing of that."""
+"""The training loop: it learns, and neither signals nor kill -9 change the result."""
 
 import hashlib
 import json
@@ -48,9 +48,9 @@ def model() -> Model:
 
 
 class Batches:
-    """Batch i follows from i alone; after `period` they repeat, so that they can be memorised.
+    """Batch i depends on i alone. Batches repeat after `period`, so that a model can memorise them.
 
-    `events[i]` is called with batch i before it is given out.
+    `events[i]` is called with batch i before it is returned.
     """
 
     def __init__(self, events=None, *, period=2, segments=1):
@@ -88,7 +88,7 @@ def spoil(batch):
 
 
 def exactly(output) -> list[dict]:
-    """The lines of metrics.jsonl, each step once, but for what depends on the clock; floats keep their last bit."""
+    """The lines of metrics.jsonl, one per step, without times; floats are exact."""
     clock = ("tokens_per_second", "flops_per_second", "mfu")
     lines = [{k: v for k, v in line.items() if k not in clock} for line in run.read_metrics(output)]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
@@ -109,7 +109,7 @@ def straight(tmp_path_factory):
     output = tmp_path_factory.mktemp("straight")
     mine = model()
     result = loop.train(mine, Batches(), options(output))
-    assert equal(mine.params, tiny_params(CONFIG))  # the caller's are as they were, and still there
+    assert equal(mine.params, tiny_params(CONFIG))  # the caller's parameters are neither changed nor donated
     return output, result
 
 
@@ -128,7 +128,7 @@ def test_it_learns(straight):
 
 @pytest.mark.parametrize("changes", [{}, dict(lora_rank=2)], ids=["all", "LoRA"])
 def test_a_step_is_compiled_once(changes, tmp_path, monkeypatch):
-    """In a run that begins, and in one that goes on."""
+    """In a new run and in a resumed one."""
     steps, make = [], loop.make_step
     monkeypatch.setattr(loop, "make_step", lambda *args, **more: steps.append(make(*args, **more)) or steps[-1])
     for until in (3, 6):
@@ -194,7 +194,7 @@ def test_data_that_ends_too_early(tmp_path):
 
 
 def test_a_step_that_is_not_finite_is_not_applied(straight, tmp_path):
-    """Batches 4 and 5 of 14 are spoilt: the other twelve do what they do without them."""
+    """Batches 4 and 5 of 14 are not finite; the other twelve train as if they were missing."""
     data = Batches({4: spoil, 5: spoil})
     result = loop.train(model(), data, options(tmp_path, steps=14))
     lines = exactly(tmp_path)
@@ -206,7 +206,7 @@ def test_a_step_that_is_not_finite_is_not_applied(straight, tmp_path):
 
 
 def test_too_many_steps_that_are_not_finite(tmp_path):
-    """The count goes through a checkpoint: steps 4 to 6 are spoilt, and the run is stopped after 5."""
+    """A checkpoint stores the count: steps 4 to 6 are not finite, and the run is stopped after 5."""
     data = Batches({3: spoil, 4: spoil, 5: lambda _: signal.raise_signal(signal.SIGTERM)})
     assert loop.train(model(), data, options(tmp_path, max_bad_steps=3)).step == 5
     with pytest.raises(InputError, match=rf"step 6: .* 2 steps before.*{run.CHECKPOINTS}/5"):
@@ -215,7 +215,7 @@ def test_too_many_steps_that_are_not_finite(tmp_path):
 
 @pytest.mark.parametrize("mode", ["max", "min"])
 def test_latest_and_best_survive(tmp_path, mode):
-    """Evaluated at 2, 4, … 12; the best is at 4 or at 8."""
+    """Evaluated at steps 2, 4, … 12; the best is step 4 or 8."""
     scores = iter([0.2, 0.9, 0.5, 0.1, 0.6, 0.4])
     seen = {}
 
@@ -233,13 +233,13 @@ def test_latest_and_best_survive(tmp_path, mode):
 
 
 def test_best_needs_its_metric(tmp_path):
-    with pytest.raises(InputError, match=r"'score'.* nothing to evaluate"):
+    with pytest.raises(InputError, match=r"'score'.* give eval_data"):
         loop.train(model(), Batches(), options(tmp_path, best="score"))
     chosen = options(tmp_path, best="score", eval_every=2)
     evaluate = lambda params: {"exact": 0.5, "seconds": 0}  # noqa: E731
-    with pytest.raises(InputError, match="'score'; the evaluation gives exact, seconds"):
+    with pytest.raises(InputError, match="'score'; the evaluation returns exact, seconds"):
         loop.train(model(), Batches(), chosen, evaluate=evaluate)
-    assert saved(tmp_path) == [2]  # it cost no steps, and may be mended
+    assert saved(tmp_path) == [2]  # the steps before the failure are saved
     result = loop.train(model(), Batches(), options(tmp_path, best="exact", eval_every=2), evaluate=evaluate)
     assert len(exactly(tmp_path)) == 12 and result.signal is None
 
@@ -257,7 +257,7 @@ def test_an_evaluation_that_fails_costs_no_steps(straight, tmp_path):
 
 @pytest.mark.parametrize(("last", "step"), [(0.1, 6), (0.9, 12)])
 def test_the_last_evaluation_is_made_up_for(tmp_path, last, step):
-    """It fails, and when it does not it may well be the best."""
+    """The final evaluation fails at first; repeated, it may be the best."""
     scores = iter([0.2])
 
     def evaluate(params):
@@ -334,9 +334,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_a_full_disk_is_named(tmp_path):
-    """No file may grow beyond 20 kB; the state is larger."""
+    """Files are limited to 20 kB; the state is larger."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(InputError, match="no room on the disk"), run.Run(options(tmp_path)) as r:
+    with pytest.raises(InputError, match="the disk is full"), run.Run(options(tmp_path)) as r:
         r.save(1, {"x": jax.numpy.arange(100_000)}, {}, None)
         r.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
@@ -349,12 +349,12 @@ def test_a_full_disk_is_named(tmp_path):
 
 
 def test_lines_after_the_checkpoint_go(tmp_path):
-    """Torn and foreign lines too."""
+    """Incomplete and foreign lines are dropped too."""
     file = tmp_path / run.METRICS
     lines = [json.dumps({"step": s}) + "\n" for s in (1, 2, 3, 4)]
     file.write_text("".join(lines) + "null\n" + '{"step": 2')
     with run.Run(options(tmp_path)) as r:
-        assert file.read_text().count("\n") == 5  # who only looks changes nothing
+        assert file.read_text().count("\n") == 5  # reading changes nothing
         r.begin()
         assert file.read_text() == ""
         r.log(1, {"loss": 1.0})
@@ -369,7 +369,7 @@ def test_lines_after_the_checkpoint_go(tmp_path):
 
 
 def test_implicit_transfers_are_caught(tmp_path, monkeypatch):
-    """A batch that stays on the host would be sent silently, every step, while the device waits."""
+    """A batch on the host would be sent implicitly at every step, while the device waits."""
     monkeypatch.setattr(loop, "_place", lambda batch, mesh: batch)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         loop.train(model(), Batches(), options(tmp_path))
@@ -377,7 +377,7 @@ def test_implicit_transfers_are_caught(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_preferences_with_lora(tmp_path):
-    """The policy starts as the reference, so the first loss is log 2; the base stays bit for bit what it was."""
+    """The policy starts as the reference, so the first loss is log 2; the base weights do not change."""
     chosen = dict(task="dpo", segments=2, lora_rank=2, lora_alpha=4.0, lora_dropout=0.1, freeze=(), accumulate=2)
     result = loop.train(model(), Batches(segments=2), options(tmp_path, **chosen))
     lines = exactly(tmp_path)
@@ -386,7 +386,7 @@ def test_preferences_with_lora(tmp_path):
     assert lines[-1]["loss"] < 0.5 and lines[-1]["accuracy"] > lines[0]["accuracy"]
     assert equal(lora.strip(result.params), tiny_params(CONFIG))
     assert not equal(lora.split(result.params)[1], lora.split(_fresh(chosen))[1])
-    again = loop.train(model(), Batches(segments=2), options(tmp_path, **chosen))  # nothing is left to do
+    again = loop.train(model(), Batches(segments=2), options(tmp_path, **chosen))  # already finished
     assert equal(again.params, result.params)
 
 
@@ -395,7 +395,7 @@ def _fresh(chosen):
 
 
 def child(output, steps, pause, data, fsdp, port, rank) -> None:
-    """What the processes below run: prints how it ended, and a digest of the final weights."""
+    """The program of the processes below: prints the result, and a digest of the final weights."""
     if int(port):
         jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
     wait = {i: lambda _: time.sleep(float(pause)) for i in range(int(steps))}
@@ -408,7 +408,7 @@ def child(output, steps, pause, data, fsdp, port, rank) -> None:
 
 def start(output, steps, pause=0.0, mesh=(1, 1), port=0, rank=0) -> subprocess.Popen:
     env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
-    # Without tensorboardX, which is not needed, and quicker.
+    # Without tensorboardX the processes start faster.
     code = "import sys; sys.modules['tensorboardX'] = None; sys.path.insert(0, sys.argv.pop(1))"
     code += "; import test_loop; test_loop.child(*sys.argv[1:])"
     argv = [sys.executable, "-c", code, str(Path(__file__).parent)]
@@ -424,7 +424,7 @@ def finish(process) -> str:
 
 @pytest.mark.slow
 def test_killed_ten_times(tmp_path):
-    """Whatever kill -9 hits, the run ends with the losses and the weights of one that was never touched."""
+    """A run killed at random moments ends with the losses and weights of an uninterrupted one."""
     steps = 120
     expected = finish(start(tmp_path / "straight", steps))
     dice, output, kills = random.Random(0), tmp_path / "killed", 0
@@ -449,7 +449,7 @@ def test_killed_ten_times(tmp_path):
 
 @pytest.mark.slow
 def test_on_a_mesh(tmp_path):
-    """Four devices, data × fsdp, give one device's losses, and go on from one device's checkpoint."""
+    """Four devices, data × fsdp, give the losses of one device, and resume its checkpoint."""
 
     def losses(name, **mesh):
         chosen = options(tmp_path / name, steps=6, save_every=2, **mesh)
@@ -467,7 +467,7 @@ def test_on_a_mesh(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    """A SIGTERM to one of them stops both after the same step; they go on, and lose nothing."""
+    """SIGTERM to one process stops both after the same step; resumed, they lose nothing."""
     steps, output = 40, tmp_path / "two"
 
     def both(pause):
@@ -491,7 +491,7 @@ def test_two_processes(tmp_path):
 
 
 def test_flops_follow_the_parameters():
-    """Six per weight and token, PaLM's rule; two for a frozen tower; four where only adapters learn."""
+    """Six FLOPs per weight and token, as in PaLM; two for a frozen tower; four with LoRA."""
     matrices = {p: math.prod(w.shape) for p, w in flatten(abstract_params(CONFIG)).items() if p.endswith("kernel")}
     decoder = sum(n for p, n in matrices.items() if p.startswith("decoder/"))
     merger = sum(n for p, n in matrices.items() if p.startswith("vision/merger/"))

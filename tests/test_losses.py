@@ -32,7 +32,7 @@ def assert_close(ours, theirs, limit=LIMIT):
 
 
 def small_config(family, **text):
-    """Two blocks of each kind: what is compiled for both directions here should be quick to compile."""
+    """Two blocks of each kind compile fast in both directions."""
     full = (1,) if family == "qwen2_5_vl" else ()
     return tiny_config(family, text=dict(num_hidden_layers=2) | text, vision=dict(depth=2, fullatt_block_indexes=full))
 
@@ -59,7 +59,7 @@ def params_of(config):
 
 
 def head_params(config, tied, seed=0):
-    """Only what comes after the decoder's layers."""
+    """The parameters after the decoder's layers."""
     rng, D, V = np.random.default_rng(seed), config.text.hidden_size, config.text.vocab_size
     head = {"embed_tokens": {"embedding": (V, D)}} if tied else {"lm_head": {"kernel": (D, V)}}
     draw = lambda shape: jnp.asarray(rng.normal(0, 0.2, shape), config.dtype)  # noqa: E731
@@ -82,7 +82,7 @@ def test_chunked_equals_plain(tied):
         return jax.jit(jax.value_and_grad(partial(loss, logprobs), (0, 1), has_aux=True))(params, x)
 
     (_, want), want_grad = both(plain_logprobs)
-    for chunk in (1, 14, 1000):  # one position, a length that does not divide T, more than there is
+    for chunk in (1, 14, 1000):  # one position, a length that does not divide T, more than T
         (_, ours), ours_grad = both(partial(token_logprobs, chunk=chunk))
         assert ours.dtype == jnp.float32
         assert_close(ours, want)
@@ -90,14 +90,14 @@ def test_chunked_equals_plain(tied):
 
 
 def learnt(config, params, x, targets, chunk=CHUNK):
-    """The same sum as of `token_logprobs`, by `cross_entropy`, whose gradient is made in the forward pass."""
+    """The same sum by `cross_entropy`, which computes its gradient in the forward pass."""
     batch = TrainBatch(None, targets, jnp.ones(targets.shape, jnp.float32))
     return -cross_entropy(config, params, x, batch, chunk)[0]
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_cross_entropy_equals_plain(tied):
-    """With any weights and any cotangent, and with respect to the weights too."""
+    """For any weights and cotangent, and with respect to the weights too."""
     config = with_text(tiny_config("qwen2_5_vl"), tie_word_embeddings=tied)
     params, rng = head_params(config, tied), np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((3, 37, 48)), jnp.float32)
@@ -117,7 +117,7 @@ def test_cross_entropy_equals_plain(tied):
 
 @pytest.mark.parametrize("logprobs", [token_logprobs, learnt])
 def test_the_heads_gradient_is_summed_in_float32(logprobs):
-    """4096 tokens of one kind, one a chunk: a bfloat16 sum would stop growing at 256 of them."""
+    """4096 equal tokens, one per chunk: a bfloat16 sum would stop growing after 256."""
     config = tiny_config("qwen2_5_vl", dtype="bfloat16")
     params = head_params(config, False)
     x = jnp.broadcast_to(jnp.asarray(np.random.default_rng(0).standard_normal(48), jnp.bfloat16), (1, 4096, 48))
@@ -134,7 +134,7 @@ def test_the_heads_gradient_is_summed_in_float32(logprobs):
 @pytest.mark.parametrize("form", [token_logprobs, learnt])
 @pytest.mark.parametrize("tied", [True, False])
 def test_memory_of_a_large_vocabulary(tied, form):
-    """Forward and backward at T = 8192, V = 152064, from the compiler's own count."""
+    """Compiled memory of forward and backward at T = 8192, V = 152064."""
     T, V, D = 8192, 152064, 64
     text = dict(vocab_size=V, hidden_size=D, head_dim=16, mrope_section=(2, 3, 3), tie_word_embeddings=tied)
     config = tiny_config("qwen2_5_vl", text=text)
@@ -147,10 +147,10 @@ def test_memory_of_a_large_vocabulary(tied, form):
 
     chunked, plain = compiled(form, (0, 1)), compiled(plain_logprobs, (0, 1))
     memory = [c.memory_analysis().temp_size_in_bytes for c in (chunked, plain)]
-    assert memory[1] > 4 * T * V  # the plain one does hold all logits
+    assert memory[1] > 4 * T * V  # the plain form holds all logits
     assert memory[0] < memory[1] / 3
     assert memory[0] < 4 * (4 * CHUNK * V)
-    frozen = compiled(form, 1)  # a frozen head costs no product for its gradient
+    frozen = compiled(form, 1)  # a frozen head needs no matmul for its gradient
     assert frozen.cost_analysis()["flops"] < 0.8 * chunked.cost_analysis()["flops"]
 
 
@@ -199,8 +199,8 @@ def test_remat_keeps_less_and_changes_nothing(monkeypatch):
 
 
 def test_inference_computes_nothing_twice(monkeypatch):
-    """Training computes attention scores again in the backward pass; a forward program is as if it did not."""
-    config = small_config("qwen2_5_vl").replace(dtype="bfloat16")  # CPUs have a form of their own in float32
+    """Attention's recomputation in the backward pass leaves the forward program unchanged."""
+    config = small_config("qwen2_5_vl").replace(dtype="bfloat16")  # float32 on CPUs has another form
     batch = train_batch(config, [samples_of(config)]).inputs
     params = specs.abstract_params(config)
 
@@ -230,7 +230,7 @@ def test_sft_loss_counts_what_is_learnt():
 
 
 def dpo_batch(config):
-    """Three pairs in two rows; the fourth slot pair has a chosen answer only, which is not a pair."""
+    """Three pairs in two rows; the fourth has only a chosen answer, so it does not count."""
     rng = np.random.default_rng(1)
     pic = picture(rng, config, 4, 6)
     pairs = [[sample(rng, config, 2, pic, n), sample(rng, config, 2, pic, m)] for n, m in ((5, 7), (3, 4), (9, 6))]
@@ -241,7 +241,7 @@ def dpo_batch(config):
 
 @pytest.mark.slow
 def test_dpo_equals_the_papers_formula_in_float64():
-    """Loss and metrics from eq. 7, and the gradient as the paper writes it out below it, both from our logits."""
+    """Loss and metrics by eq. 7, and the gradient that the paper gives below it, both from our logits."""
     config, beta = small_config("qwen2_5_vl"), 0.3
     params = params_of(config)
     batch, pairs = dpo_batch(config)

@@ -1,7 +1,7 @@
-"""More than 32,768 rows at once, forward and backward, compiled as users have it, against float64.
+"""More than 32,768 rows at once, forward and backward, with XLA's default flags, against float64.
 
-jaxlib 0.10.2 miscompiles some fused reductions on CPUs: the rows from 32,768 on are those of other rows
-(https://github.com/jax-ml/jax/issues/39103). Nothing here may depend on such a fusion, on any jax.
+jaxlib 0.10.2 miscompiles some fused reductions on CPUs: rows from 32,768 on get values of other rows
+(https://github.com/jax-ml/jax/issues/39103). No computation here may use such a fusion, in any jaxlib.
 """
 
 from functools import partial
@@ -22,7 +22,7 @@ from qwenvl_jax.types import Batch, TrainBatch, VisionBatch
 
 ROWS = (32_768, 32_769, 65_537, 131_072)
 EPS = 1e-6
-# The tests' own flags (conftest.py) leave out most of XLA's optimizations.
+# The flags of conftest.py turn off most of XLA's optimizations.
 OPTIONS = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
@@ -31,7 +31,7 @@ def compiled(f):
 
 
 def with_gradients(f, cotangent, *args):
-    """f(*args) and its gradients in all of them, as one compiled program."""
+    """f(*args) and its gradients with respect to all arguments, as one compiled program."""
 
     def both(cotangent, *args):
         out, pull = jax.vjp(f, *args)
@@ -45,7 +45,7 @@ def random(*shape, seed: int = 0) -> np.ndarray:
 
 
 def check(got, want, limit: float = 3e-6, of=None) -> None:
-    """Each row by itself: its largest error over its largest number, or over that of a row of `of`."""
+    """Per row, the largest error is relative to the row's largest value, or to that of `of`."""
     got, want, of = (np.asarray(a, np.float64).reshape(len(want), -1) for a in (got, want, want if of is None else of))
     error = np.abs(got - want).max(1) / np.abs(of).max(1)
     wrong = np.flatnonzero(~(error <= limit))
@@ -53,13 +53,13 @@ def check(got, want, limit: float = 3e-6, of=None) -> None:
 
 
 def check_sum(got, want, limit: float = 2e-5) -> None:
-    """A sum over all rows, which float32 rounds at each: as a whole."""
+    """A sum over all rows, which float32 rounds at each row: the error is relative to all values."""
     got, want = (np.asarray(a, np.float64) for a in (got, want))
     assert np.linalg.norm(got - want) <= limit * np.linalg.norm(want)
 
 
 def test_the_fault_itself():
-    """Where jaxlib has it, `check` notices; elsewhere the same expression passes."""
+    """`check` detects XLA's fault if this jaxlib has it; otherwise the same expression passes."""
     x = random(32_769, 3)
     want = (x.astype(np.float64) ** 2).sum(1)[:, None]
     got = compiled(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(x)
@@ -71,7 +71,7 @@ def test_the_fault_itself():
 
 
 def width(kind, rows: int) -> int:
-    """The fault needs a narrow one. (LayerNorm takes the mean away, and of three numbers may leave only rounding.)"""
+    """XLA's fault needs narrow rows. (LayerNorm of three values subtracts the mean, which may leave only rounding.)"""
     return 3 if rows == 32_769 and kind is RMSNorm else 12
 
 
@@ -93,7 +93,7 @@ def test_norms(kind, rows):
     centred = centre(kind)
     inverse = (np.mean(centred(x) ** 2, 1, keepdims=True) + EPS) ** -0.5
     n, n_grad = centred(x) * inverse, g * scale
-    # What is left of three numbers may be small beside what is taken off.
+    # The difference from the mean of three values may be small compared with the mean.
     check(out, n * scale + (bias if kind is LayerNorm else 0), of=1 + np.abs(x) * inverse)
     x_wanted = inverse * (centred(n_grad) - n * np.mean(n_grad * n, 1, keepdims=True))
     check(x_grad, x_wanted, 1e-5, of=inverse * (1 + np.abs(x) * inverse) * np.abs(n_grad).max(1, keepdims=True))
@@ -105,7 +105,7 @@ def test_norms(kind, rows):
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
 def test_norm_of_a_product(kind, rows):
-    """As every block has them: what a linear layer gives is added, and the squares are summed, in one fusion."""
+    """As in every block: one fusion adds a linear layer's output and sums the squares."""
     D = width(kind, rows)
     x, kernel, bias, g = random(rows, D), random(D, D) / 4, random(D), random(rows, D, seed=1)
     weights = {"scale": jnp.ones(D)} | ({"bias": jnp.zeros(D)} if kind is LayerNorm else {})
@@ -133,7 +133,7 @@ def test_norm_of_a_product(kind, rows):
 
 
 def exact_attention(q, k, v, g, width: int):
-    """Of runs of `width` rows [n, H], each attending to itself: what is attended, and gradients of q, k and v."""
+    """Attention within runs of `width` rows [n, H]: the output, and the gradients of q, k and v."""
     rows, H = q.shape
     pad = -rows % width
     q, k, v, g = (np.pad(a.astype(np.float64), ((0, pad), (0, 0))).reshape(-1, width, H) for a in (q, k, v, g))
@@ -149,7 +149,7 @@ def exact_attention(q, k, v, g, width: int):
 
 @pytest.mark.parametrize("rows", [32_769, 131_072])
 def test_attention_in_one_long_row(rows):
-    """As CPUs compute it: pictures or conversations in one row, each its own segment."""
+    """The CPU's form: pictures or conversations in one row, each its own segment."""
     arrays = [random(rows, 8, seed=i) for i in range(4)]
     segments = (np.arange(rows, dtype=np.int32) // 24 + 1)[None]
     f = lambda *qkv: attention.attention(*qkv, segments, causal=False)  # noqa: E731
@@ -161,7 +161,7 @@ def test_attention_in_one_long_row(rows):
 
 @pytest.mark.parametrize(("form", "blocks"), [("cpu", 513), ("plain", 513), ("plain", 2048)])
 def test_attention_in_windows(form, blocks):
-    """32,832 and 131,072 rows of scores, by 64 keys; also by plain XLA, as on several devices."""
+    """32,832 and 131,072 rows of scores by 64 keys, also with plain XLA, as on several devices."""
     H = 8
     qkv = random(1, blocks * 64, 3 * H)
     cos, sin = np.ones((1, blocks * 64, H // 2), np.float32), np.zeros((1, blocks * 64, H // 2), np.float32)
@@ -195,7 +195,7 @@ def test_attention_of_a_token(rows):
 
 @pytest.mark.parametrize(("rows", "whole"), [*((n, True) for n in ROWS), (32_769, False), (131_072, False)])
 def test_cross_entropy(rows, whole):
-    """With the final norm before it; all tokens at once, and as many at a time as in training."""
+    """With the final norm; for all tokens at once, and for chunks as in training."""
     V, D, rng = 24, 12, np.random.default_rng(rows)
     config = tiny_config("qwen2_5_vl", dict(vocab_size=V, hidden_size=D), image_token_id=1, video_token_id=2)
     x, table, scale = random(rows, D), random(V, D) / 2, 1 + random(D) / 5
@@ -224,7 +224,7 @@ def test_cross_entropy(rows, whole):
     d = w[:, None] * (np.exp(logp) - hot)
     h = d @ table
     x_grad = inverse * (h * scale - n * np.mean(h * scale * n, 1, keepdims=True))
-    check(grads[0], x_grad, 1e-5, of=inverse * np.abs(table).max())  # a guess that is right leaves little of it
+    check(grads[0], x_grad, 1e-5, of=inverse * np.abs(table).max())  # a correct prediction has a small gradient
     assert not np.asarray(grads[0])[w == 0].any()
     check_sum(grads[1], d.T @ (n * scale))
     check_sum(grads[2], np.sum(h * n, 0))
@@ -232,7 +232,7 @@ def test_cross_entropy(rows, whole):
 
 @pytest.mark.parametrize("rows", [32_769, 131_072])
 def test_a_step_on_an_embedding(rows):
-    """The gradient's norm, clipping, and AdamW, of a leaf with so many rows."""
+    """Norm of the gradient, clipping and AdamW, for a leaf with that many rows."""
     wanted, params = random(rows, 4), {"table": {"embedding": random(rows, 4, seed=1)}}
     start = params["table"]["embedding"].astype(np.float64)
     declared = {"table/embedding": Spec((rows, 4), np.float32, ("V", "D"), "embedding", "llm", None)}

@@ -25,7 +25,7 @@ P = Preprocessing()
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    """Smooth colour with grain: a picture on which resampling, channels and orientation all matter."""
+    """Smooth colours with noise: resampling, channel order and orientation all change it."""
     rng = np.random.default_rng(seed)
     ramp = np.indices(shape[:2]).sum(0) * 255 // (shape[0] + shape[1])
     extra = rng.integers(-60, 60, shape)
@@ -46,7 +46,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def pictures() -> dict[str, bytes]:
-    """Every kind of file that people send, small."""
+    """A small file of every format and mode that users send."""
     rgb = Image.fromarray(noise(70, 95, 3))
     alpha = Image.fromarray(noise(70, 95, 4))
     frames = [Image.fromarray(noise(64, 48, 3, seed=i)) for i in range(3)]
@@ -112,8 +112,8 @@ PICTURES = pictures()
         ((27, 500), (3136, 12845056), (28, 504)),
         ((4000, 6000), (3136, 12845056), (2912, 4368)),
         ((600, 800), (50176, 50176), (168, 252)),
-        ((10, 2000), (3136, 12845056), (28, 1988)),  # an aspect of exactly 200 passes
-        ((20, 4000), (3136, 3136), (28, 784)),  # a side never falls under one factor
+        ((10, 2000), (3136, 12845056), (28, 1988)),  # an aspect of exactly 200 is allowed
+        ((20, 4000), (3136, 3136), (28, 784)),  # a side is at least one factor
         ((1, 1), (3136, 12845056), (56, 56)),
     ],
 )
@@ -167,7 +167,7 @@ def test_item_options_win():
 def test_bad_options_name_the_picture_and_the_option(options, message):
     with pytest.raises(InputError, match=message) as error:
         image_visual(PHOTO, P, MediaOptions(**options))
-    # A value that is wrong by itself is refused before there is a picture to name.
+    # MediaOptions refuses a bad value before it sees a picture.
     assert ("coffee.jpg" in str(error.value)) == any(words in message for words in ("together", "larger", "times"))
 
 
@@ -228,7 +228,7 @@ def test_orientations_agree():
         assert np.array_equal(view, expected)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, and worth passing on
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's; users see it too
 def test_damaged_exif_is_no_reason_to_refuse_a_picture():
     damaged = encode(Image.fromarray(noise(70, 95, 3)), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05garbage")
     assert np.array_equal(np.asarray(load_image(damaged)), np.asarray(load_image(PICTURES["jpeg"])))
@@ -255,7 +255,7 @@ def test_loads_quietly_as_rgb(name):
     again = Image.open(io.BytesIO(PICTURES[name]))  # a PIL image, not loaded yet
     info = dict(again.info)
     assert np.array_equal(np.asarray(load_image(again)), np.asarray(image))
-    assert again.info.keys() >= info.keys()  # the caller's image is left alone
+    assert again.info.keys() >= info.keys()  # the caller's image does not change
 
 
 def test_arrays():
@@ -287,7 +287,7 @@ def truncated(name: str) -> bytes:
         (png_header(0, 10), "empty|not a picture"),
         (png_header(50000, 50000), r"50000 × 50000 pixels; the limit is 134,217,728"),
         (png_header(2**31 - 1, 2**31 - 1), "the limit is"),
-        (png_header(10000, 10000), "cannot be decoded"),  # Pillow would warn of a bomb
+        (png_header(10000, 10000), "cannot be decoded"),  # Pillow warns of a decompression bomb
         (png_header(20100, 100), "at most 200 times the other"),
         (np.zeros((0, 5, 3), np.uint8), "empty"),
         (np.zeros((5, 1005, 3), np.uint8), "at most 200 times the other"),
@@ -365,17 +365,17 @@ def test_threads_change_nothing():
 
 
 def normalised(patches: np.ndarray, p: Preprocessing) -> np.ndarray:
-    """[n, C] uint8 → the float32 that the device computes, by table."""
+    """[n, C] uint8 → float32 values that equal the device's."""
     values = patches.reshape(len(patches), 3, -1)
     table = pixel_table(p)
     return np.stack([table[c][values[:, c]] for c in range(3)], axis=1).reshape(patches.shape)
 
 
 def reference(image: Image.Image, p: Preprocessing = P, resized: tuple[int, int] | None = None):
-    """qwen-vl-utils' reading of a picture, upright as transformers' load_image has it, then transformers' processor.
+    """A picture read by qwen-vl-utils, turned as by transformers' load_image, then processed by transformers.
 
-    The latter refuses a side under 28 pixels and rounds a long picture's short side down to nothing; such
-    pictures reach it resized, as from qwen-vl-utils.
+    transformers refuses a side under 28 pixels and rounds the short side of a long picture to 0; such pictures are
+    resized first, as by qwen-vl-utils.
     """
     transformers = pytest.importorskip("transformers")
     from PIL import ImageOps

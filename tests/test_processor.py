@@ -1,4 +1,4 @@
-"""From messages to ids and patches with the real tokenizer, against transformers where it is installed."""
+"""Messages to token ids and patches with the real tokenizer, against transformers if it is installed."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def test_first_ids_of_a_picture_turn(processor):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_comes_back(processor, text):
-    """No text gains a control id, and what is read back is what was typed (in NFC, as the tokenizer has it)."""
+    """No text becomes a control token, and decoding returns the typed text in NFC."""
     ids = processor.encode([{"role": "user", "content": text}], add_generation_prompt=False).tokens
     assert [i for i in ids if i in processor.control_tokens.values()] == [IM_START, IM_END, IM_START, IM_END]
     expected = processor.decode(PICTURE_TURN[:-2], False) + unicodedata.normalize("NFC", text) + "<|im_end|>\n"
@@ -100,7 +100,7 @@ def test_a_tokenizer_that_lets_typed_control_tokens_act_is_refused(processor):
     plain = tokenizers.Tokenizer(tokenizers.models.BPE())
     with pytest.raises(InputError, match="encode_special_tokens"):
         dataclasses.replace(processor, tokenizer=plain)
-    assert not plain.encode_special_tokens  # what is given stays as it is
+    assert not plain.encode_special_tokens  # the caller's tokenizer does not change
 
 
 def test_render_shows_the_prompt(processor):
@@ -118,7 +118,7 @@ def test_decode_skips_control_tokens(processor):
 
 def test_ids_beyond_the_vocabulary_are_refused(processor, tokenizer_dir):
     small = CONFIG.replace(text=CONFIG.text.__class__(vocab_size=1000), image_token_id=998, video_token_id=999)
-    with pytest.raises(InputError, match="the tokenizer gave id 151645, but the model's vocabulary has 1000"):
+    with pytest.raises(InputError, match=r"the tokenizer gave id 151645, but config\.json's vocab_size is 1000"):
         Processor.from_dir(tokenizer_dir, small).encode([{"role": "user", "content": "a"}])
 
 
@@ -166,7 +166,7 @@ def test_pictures_and_clips_keep_their_order(processor):
     ],
 )
 def test_options_that_reach_a_clip(processor, monkeypatch, source, item, used):
-    """Frames that are listed take no sampling defaults; fps and nframes of an item overrule each other's."""
+    """Sampling defaults skip lists of frames. An item's fps replaces a default of nframes, and vice versa."""
     seen = {}
 
     def load(source, preprocessing, options):
@@ -249,7 +249,7 @@ def test_preprocessing_nested_as_transformers_5_saves_it(processor, tokenizer_di
 
 
 def test_tokenizer_from_vocab_and_merges(processor, tokenizer_dir, tmp_path):
-    """Saves of the slow tokenizer have no tokenizer.json; the ids must not differ."""
+    """A saved slow tokenizer has no tokenizer.json; it must give the same ids."""
     path = copy(tokenizer_dir, tmp_path / "a", "tokenizer.json")
     model = json.loads((tokenizer_dir / "tokenizer.json").read_text("utf-8"))["model"]
     (path / "vocab.json").write_text(json.dumps(model["vocab"]), "utf-8")
@@ -293,7 +293,7 @@ def test_ids_with_allowed_control_tokens_equal_transformers(processor, reference
         allowed = processor.encode(messages, add_generation_prompt=prompt, allow_control_tokens=True).tokens
         assert allowed.tolist() == expected, messages
         different += processor.encode(messages, add_generation_prompt=prompt).tokens.tolist() != expected
-    assert different > 100  # else the texts test nothing
+    assert different > 100  # otherwise the texts test nothing
 
 
 @pytest.mark.parity
@@ -323,7 +323,7 @@ def test_tools_equal_transformers(processor, reference):
 @pytest.mark.parity
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_whole_processor_equals_transformers(processor, reference, family):
-    """Ids, grids and seconds of conversations that mix pictures and clips; the patches are test_media's."""
+    """Ids, grids and seconds of conversations with pictures and clips; test_media compares patches."""
     import transformers
 
     kind = transformers.Qwen2VLProcessor if family == "qwen2_vl" else transformers.Qwen2_5_VLProcessor

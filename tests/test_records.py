@@ -1,4 +1,4 @@
-"""Which record forms are read, what is learnt from each, and what is said about the bad ones."""
+"""Forms of records, the tokens that each trains on, and the errors of bad records."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs import layout
 from qwenvl_jax.inputs import processor as processor_module
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.train.records import BadRecord, Encoder, PackShape
+from qwenvl_jax.train.records import BadRecord, PackShape, RecordProcessor
 
 CONFIG = small_config("qwen2_5_vl")
 TEXTS = json.loads((Path(__file__).parent / "data" / "tokenizer" / "texts.json").read_text("utf-8"))
@@ -33,7 +33,7 @@ def processor(tokenizer_dir) -> Processor:
 @pytest.fixture(scope="module")
 def encode(processor):
     def call(record, preferences=False, shape=SHAPE, **more):
-        return Encoder(processor, shape, preferences=preferences, **more)(record)
+        return RecordProcessor(processor, shape, preferences=preferences, **more)(record)
 
     return call
 
@@ -60,14 +60,14 @@ def assistant(text, **more):
 
 
 def learnt(processor, segment) -> list[str]:
-    """The runs of tokens with a weight, as text."""
+    """The runs of tokens with a weight of 1, as text."""
     places = np.flatnonzero(segment.weights)
     runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
     return [processor.decode(segment.tokens[run], skip_special_tokens=False) for run in runs]
 
 
 def found_in_ids(ids) -> np.ndarray:
-    """The mask from the ids alone: after `<|im_start|>assistant` and a newline, through `<|im_end|>`."""
+    """The weights, from ids alone: 1 after `<|im_start|>assistant` and a newline, through `<|im_end|>`."""
     mask, on = np.zeros(len(ids), np.float32), False
     for i, token in enumerate(ids):
         if i >= 3 and ids[i - 3] == IM_START and ids[i - 2] == ASSISTANT:
@@ -77,7 +77,7 @@ def found_in_ids(ids) -> np.ndarray:
     return mask
 
 
-# ------------------------------------------------------------------------------------------ what is learnt
+# ------------------------------------------------------------------------------------------ weights
 
 
 def random_record(rng) -> dict:
@@ -123,7 +123,7 @@ def test_exactly_the_answer_and_its_end_are_learnt(processor, encode, text):
 
 
 def test_a_newline_that_joins_the_header_is_not_learnt(processor, encode):
-    """One token holds the header's newline and the answer's; after `assistant\\n` it cannot come."""
+    """One token holds the header's newline and the answer's; at inference it cannot follow `assistant\\n`."""
     messages = [user("q"), assistant("\n\nyes")]
     (segment,) = encode({"messages": messages})
     assert learnt(processor, segment) == ["yes<|im_end|>"]
@@ -207,7 +207,7 @@ FILM = {"type": "video", "video": ["a.png", "a.png", "a.png", "a.png"]}
     ],
 )  # fmt: skip
 def test_forms(processor, encode, folder, monkeypatch, record, messages):
-    """Every form gives what its messages, spelt out, give; and paths start from the folder."""
+    """Every form equals its plain messages, and relative paths start from the folder."""
     (segment,) = encode(record, folder=folder)
     monkeypatch.chdir(folder)
     sample = processor.encode(messages, add_generation_prompt=False)
@@ -253,7 +253,7 @@ PROMPT = [user({"type": "image", "image": "a.png"}, {"text": "Which?"})]
 def test_preferences(processor, encode, folder, record):
     segments = encode(record, preferences=True, folder=folder)
     assert [learnt(processor, s) for s in segments] == [["good<|im_end|>"], ["bad<|im_end|>"]]
-    assert len(segments[0].visuals) == 1 and segments[0].visuals is segments[1].visuals  # opened once, for both
+    assert len(segments[0].visuals) == 1 and segments[0].visuals is segments[1].visuals  # opened once for both
     for segment, text in zip(segments, ("good", "bad"), strict=True):
         messages = [user({"image": str(folder / "a.png")}, {"text": "Which?"}), assistant(text)]
         sample = processor.encode(messages, add_generation_prompt=False)
@@ -267,7 +267,7 @@ def test_of_a_preference_only_the_reply_is_learnt(processor, encode):
     assert learnt(processor, chosen) == ["d<|im_end|>"]
 
 
-# ------------------------------------------------------------------------------------------ bad ones
+# ------------------------------------------------------------------------------------------ bad records
 
 
 def turns(*values, **more):
@@ -293,11 +293,11 @@ def turns(*values, **more):
         ({"conversations": [{"from": "alien", "value": "x"}]}, "messages", "message 0 is from 'alien'"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "messages", "message 0 is from"),
         ({"messages": [user("x")], "chosen": "y", "rejected": "z"}, "messages", "is a preference"),
-        (turns("<image>?", "y"), "placeholders", "1 places for images and the record has 0"),
-        (turns("?", "y", image="a.png"), "placeholders", "0 places for images and the record has 1"),
-        (turns("<image>?", "y", image=["a.png", "b.png"]), "placeholders", "1 places for images and the record has 2"),
-        (turns("<video>?", "y", image="a.png"), "placeholders", "for images"),
-        ({"messages": [user({"type": "image"}), assistant("y")]}, "placeholders", "1 places for images"),
+        (turns("<image>?", "y"), "placeholders", "refer to 1 images; the record has 0"),
+        (turns("?", "y", image="a.png"), "placeholders", "refer to 0 images; the record has 1"),
+        (turns("<image>?", "y", image=["a.png", "b.png"]), "placeholders", "refer to 1 images; the record has 2"),
+        (turns("<video>?", "y", image="a.png"), "placeholders", "refer to 0 images"),
+        ({"messages": [user({"type": "image"}), assistant("y")]}, "placeholders", "refer to 1 images"),
         (turns("<image>?", "y", image="gone.png"), "media", "gone.png: No such file"),
         (turns("<image>?", "y", image="broken.png"), "media", "broken.png"),
         (turns("<image>?", "y", image=7), "media", "int"),
@@ -350,7 +350,7 @@ def test_a_pickled_processor_still_shields(processor):
 
 @pytest.fixture
 def searches(monkeypatch) -> list:
-    """One entry for every time that placeholders are looked for."""
+    """A list with one entry per search for placeholders."""
     calls = []
 
     def counted(*args):
@@ -365,7 +365,7 @@ def searches(monkeypatch) -> list:
 
 @pytest.mark.parametrize("door", ["processor", "make_sample", "record"])
 def test_placeholders_are_looked_for_once(processor, encode, searches, door):
-    """Whatever brings them; and one sentence says what is wrong with them."""
+    """Placeholders are searched for once per sample, and all searches raise the same error."""
     allowed = {"allow_control_tokens": True}
 
     def enter(typed: str):
@@ -387,5 +387,5 @@ def test_placeholders_are_looked_for_once(processor, encode, searches, door):
     assert len(searches) == 2
     assert str(e.value) == (
         "the prompt has 2 image and 0 video placeholders for 1 images and 0 videos, or has them in another order; "
-        "a placeholder may be typed in the text, or the chat template does not support pictures"
+        "the text may contain a placeholder, or the chat template may not support pictures"
     )

@@ -1,4 +1,4 @@
-"""The step: what may change, in which layout, by how much, and what a bad batch leaves untouched."""
+"""The step: what changes, its layout and size, and that a bad batch changes nothing."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.step import GROUPS, decays, init_state, make_optimizer, make_schedule, make_step
 from qwenvl_jax.types import TrainBatch
 
-# One leaf of every group, and of every role that is treated differently.
+# One leaf of every group, and of every role with rules of its own.
 SPECS = {
     "vision/blocks/qkv/kernel": Spec((2, 3, 4), np.float32, ("L", "E", "."), "linear", "vision", None),
     "vision/merger/fc1/bias": Spec((4,), np.float32, (".",), "bias", "merger", None),
@@ -36,7 +36,7 @@ def toy_params(dtype=jnp.float32, seed=0):
 
 
 def toy_loss(params, batch):
-    """Σ weights · (target − Σ of all squares)² / 2: a gradient for every leaf, and every micro-batch another."""
+    """Σ weights · (target − Σ of all squares)² / 2: each leaf and each micro-batch has another gradient."""
     size = sum(jnp.sum(w.astype(jnp.float32) ** 2) for w in jax.tree.leaves(params))
     return jnp.sum(batch.weights * (batch.targets - size) ** 2) / 2, jnp.sum(batch.weights), {"size": size}
 
@@ -77,7 +77,7 @@ def test_cooldown():
 
 
 def test_muon_turns_kernels_evenly():
-    """Every direction of a kernel by 0.2 · √(longest side), as its scale is; vectors and the head as AdamW does."""
+    """Kernels move by 0.2 · √(longest side) in every direction; vectors and the head as with AdamW."""
     rng = np.random.default_rng(0)
     shapes = {
         "decoder/layers/q_proj/kernel": (2, 24, 16),
@@ -95,7 +95,7 @@ def test_muon_turns_kernels_evenly():
     moved["adamw"].pop("decoder/layers/q_proj/kernel")
     assert_close(moved["muon"], moved["adamw"])
     sizes = np.linalg.svd(turned, compute_uv=False) / (0.2 * 24**0.5)
-    assert sizes.shape == (2, 16) and 0.6 < sizes.min() and sizes.max() < 1.3  # five steps of Newton and Schulz
+    assert sizes.shape == (2, 16) and 0.6 < sizes.min() and sizes.max() < 1.3  # five Newton-Schulz steps
     for layer, gradient in zip(turned, grads["decoder/layers/q_proj/kernel"], strict=True):
         assert np.sum(layer * gradient) < 0
 
@@ -113,7 +113,7 @@ def test_what_cannot_be(call, names):
 
 
 def test_adamw_by_hand():
-    """Three updates with everything on, against the equations in float64 numpy."""
+    """Three updates with every option, against the equations in float64."""
     scales, rate = {"vision": 0.5, "merger": 0.0}, make_schedule(0.1, "linear", warmup=1, total=8)
     optimizer = make_optimizer(SPECS, rate, scales=scales, weight_decay=0.2, clip=3.0, b1=0.8, b2=0.95, eps=1e-3)
     state, step = (
@@ -152,7 +152,7 @@ def test_adamw_by_hand():
 def test_a_bad_batch_changes_nothing(bad):
     def loss(params, batch):
         total, weight, metrics = toy_loss(params, batch)
-        # √0 has no gradient; its value is fine
+        # √0 has a finite value but no finite gradient
         root = jnp.sqrt(jnp.where(batch.targets[0, 0] < 0, 0.0, 1.0) * jnp.sum(params["decoder"]["norm"]["scale"] ** 2))
         return total + (root if bad == "gradient" else 0), weight, metrics
 
@@ -169,7 +169,7 @@ def test_a_bad_batch_changes_nothing(bad):
     assert not metrics["finite"]
     assert np.isfinite(metrics["loss"]) == (bad == "gradient")
     assert_equal(state, before)
-    state, metrics = step(state, good)  # and training goes on
+    state, metrics = step(state, good)  # training continues
     assert metrics["finite"] and state.step == 2
     assert step._cache_size() == 1
 
@@ -213,7 +213,7 @@ def test_any_optax_transformation():
 
 
 def test_noise_has_another_key_every_time():
-    """A loss that reports the noise: the same in a second run, never the same twice in one."""
+    """The noise is the same in a second run and differs at every micro-batch of one."""
 
     def noise(params, key):
         return params | {"draw": jax.random.uniform(key)}
@@ -254,13 +254,13 @@ def stack(batches):
 
 @pytest.mark.slow
 def test_accumulation_equals_one_batch_and_a_frozen_tower_costs_nothing():
-    """Four micro-batches of one row, whose shares of trained tokens differ, against one batch of the four rows."""
+    """Four micro-batches of one row with different numbers of trained tokens, against one batch of four rows."""
     config = small_config("qwen2_5_vl")
     samples, declared = samples_of(config), specs(config)
     one = train_batch(config, [[s] for s in samples], T=64)
     shares = one.weights.sum(1)
     assert len({*shares}) > 2
-    # Every micro-batch has all lanes: the place of a visual token in them is then the same.
+    # Every micro-batch has all lanes, so visual tokens have the same indices.
     four = [one._replace(inputs=one.inputs._replace(**{
         k: getattr(one.inputs, k)[..., i : i + 1, :] for k in ("tokens", "positions", "segments", "visual_index")
     }), targets=one.targets[i : i + 1], weights=one.weights[i : i + 1]) for i in range(4)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Training equals torch's: every tensor's gradient, and twenty AdamW steps, in float32 (transformers 4.51.3)."""
+"""Every tensor's gradient and twenty AdamW steps equal torch's in float32 (transformers 4.51.3)."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ STEPS = 20
 
 
 def conversations(config):
-    """Pictures, a clip and text; alone, and together."""
+    """Pictures, a clip and text, alone and together."""
     rng = np.random.default_rng(11)
     pic, vid = (lambda *a: picture(rng, config, *a)), (lambda *a: clip(rng, config, *a))
     return [
@@ -33,12 +33,12 @@ def conversations(config):
 
 
 def torch_loss(model, inputs, labels):
-    model.rope_deltas = None  # the reference remembers them across calls
+    model.rope_deltas = None  # the reference keeps them across calls
     return model(**inputs, labels=labels, use_cache=False).loss
 
 
 def torch_labels(samples, batch):
-    """-100 but where our weights are 1: transformers shifts labels by one, ours are shifted already."""
+    """-100 except at weights of 1. transformers shifts labels by one; our targets are shifted."""
     import torch
 
     labels = torch.full((len(samples), max(len(s.tokens) for s in samples)), -100)
@@ -64,7 +64,7 @@ def as_ours(config, tensors):
 
 
 def assert_gradients(declared, ours, theirs):
-    """Every tensor of theirs on its own: a stack of layers is as many."""
+    """Compares tensor by tensor: a stack of layers is one tensor per layer."""
     assert ours.keys() == theirs.keys()
     errors = {}
     for path, want in theirs.items():
@@ -86,7 +86,7 @@ def test_every_gradient_and_twenty_steps(family, tied, tmp_path):
     samples = conversations(config)
     inputs = reference_inputs(samples, config)
     labels = torch_labels(samples, train_batch(config, [[s] for s in samples]))
-    batch = train_batch(config, [samples[:2], samples[2:]])  # packed here, one conversation a row there
+    batch = train_batch(config, [samples[:2], samples[2:]])  # packed here, one conversation per row there
 
     declared = specs(config)
     rate, decay, clip_norm = make_schedule(2e-3, "cosine", warmup=3, total=STEPS), 0.1, 1.0

@@ -1,4 +1,4 @@
-"""Clips: the sampling rules, frames picked from real files of several containers, frame lists, bad files."""
+"""Clips: sampling rules, frames of real files in several containers, lists of frames, bad files."""
 
 import base64
 import io
@@ -22,13 +22,13 @@ from qwenvl_jax.types import Grid
 
 av = pytest.importorskip("av")
 
-CLIP = Path(__file__).parent / "data" / "media" / "bunny.mp4"  # 100 frames, 25 a second, 640 × 360
+CLIP = Path(__file__).parent / "data" / "media" / "bunny.mp4"  # 100 frames at 25 per second, 640 × 360
 P = Preprocessing()
 SMALL = dict(resized_height=56, resized_width=84)
 
 
 def frame(i: int, width: int = 84, height: int = 56) -> np.ndarray:
-    """A gray frame that tells its number to whoever decodes it: value 4·i + 10, safe from lossy codecs."""
+    """A gray frame of value 4·i + 10: its number survives lossy codecs."""
     return np.full((height, width, 3), 4 * i + 10, np.uint8)
 
 
@@ -52,7 +52,7 @@ def clip(path: Path, n: int, *, codec: str = "mpeg4", rate: int = 10, times=None
 
 
 def numbers(visual, p: Preprocessing = P) -> list[float]:
-    """The frame numbers that `frame` wrote, as read back from the patches."""
+    """The frame numbers of `frame`, read from the patches."""
     per_frame = visual.patches.reshape(visual.grid.t, -1, 3, p.temporal_patch_size, p.patch_size**2)
     return ((per_frame.mean(axis=(1, 2, 4)).ravel() - 10) / 4).tolist()
 
@@ -98,7 +98,7 @@ def test_frame_size_bounds():
     assert frame_size(1080, 1920, 20, P, MediaOptions(max_pixels=10**9)) == (
         560,
         1008,
-    )  # whatever is asked
+    )  # max_pixels cannot raise it
     assert frame_size(1080, 1920, 20, P, MediaOptions(max_pixels=50176)) == (
         168,
         280,
@@ -110,7 +110,7 @@ def test_frame_size_of_a_checkpoint_with_small_frames():
     small = Preprocessing(min_pixels=784, max_pixels=64 * 784, video_max_pixels=9 * 784)
     assert frame_size(84, 84, 20, small) == (84, 84)
     assert frame_size(480, 640, 20, small) == (56, 84)
-    assert frame_size(480, 640, 20, small, MediaOptions(max_pixels=40 * 784)) == (140, 196)  # an option wins
+    assert frame_size(480, 640, 20, small, MediaOptions(max_pixels=40 * 784)) == (140, 196)  # an option overrides it
     assert frame_size(480, 640, 20, small, MediaOptions(min_pixels=16 * 784)) == (84, 112)  # this one too
 
 
@@ -214,7 +214,7 @@ def test_frames_that_do_not_decode_are_not_counted(tmp_path, monkeypatch):
 
 
 def test_rotation_is_applied(tmp_path):
-    """A phone's portrait clip: stored lying, with a matrix in the track header saying how to turn it."""
+    """A phone's portrait clip: stored in landscape, with a rotation matrix in the track header."""
     upright = clip(tmp_path / "a.mp4", 4)
     data = bytearray(upright.read_bytes())
     at = data.index(b"tkhd") + 4 + 40  # version 0: the matrix follows 40 bytes of other fields
@@ -246,7 +246,7 @@ def test_only_sampled_frames_are_converted(monkeypatch):
 
 @pytest.mark.parametrize(("n", "rows"), [(1, 4900), (2, 4900), (3, 9800), (4, 9800), (5, 14700), (6, 14700)])
 def test_frame_lists(n, rows):
-    """Seven such clips give 34300, 34300, 68600, … rows."""
+    """Expected rows of patches per number of frames."""
     frames = [frame(i, 980, 980) for i in range(n)]
     visual = video_visual(frames, P)
     assert visual.patches.shape == (rows, 1176)
@@ -280,11 +280,11 @@ def test_one_frame_is_its_picture():
         ([frame(0), frame(1, 112, 56)], {}, r"frame 1 \(ndarray object\) would be resized to 112 × 56"),
         ([frame(0), "no/such.png"], {}, r"frame 1: no/such\.png: No such file"),
         ([frame(0), b"text"], {}, "frame 1: 4 bytes: not a picture"),
-        ([frame(0)], {"nframes": 4}, "nframes chooses frames of a video file"),
-        ([frame(0)], {"video_start": 0.0}, "video_start chooses"),
-        ([frame(0)], {"video_end": 1}, "video_end chooses"),
+        ([frame(0)], {"nframes": 4}, "nframes samples frames of a video file"),
+        ([frame(0)], {"video_start": 0.0}, "video_start samples"),
+        ([frame(0)], {"video_end": 1}, "video_end samples"),
         ([frame(0)], {"fps": 0}, "fps is 0"),
-        ([frame(0)] * 4, {"fps": 1e-9}, r"the clip would last 4e\+09 seconds; it may last 1,000,000 at most"),
+        ([frame(0)] * 4, {"fps": 1e-9}, r"the clip would last 4e\+09 seconds; the limit is 1,000,000"),
         ([frame(0)], {"fps": 1e-300}, "would last 2e\\+300 seconds"),
         ([frame(0)], {"fps": 5e-324}, "would last inf seconds"),
         ([frame(0)], {"min_pixels": "5"}, "min_pixels is '5'"),
@@ -340,7 +340,7 @@ def sound() -> bytes:
 
 
 def with_garbage(data: bytes) -> bytes:
-    """Intact boxes, all coded pictures overwritten."""
+    """A file with intact boxes, whose coded frames are overwritten."""
     at = data.index(b"mdat") + 4
     size = struct.unpack(">I", data[at - 8 : at - 4])[0] - 8
     return data[:at] + b"\xff" * size + data[at + size :]
@@ -349,13 +349,13 @@ def with_garbage(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not a video file that can be decoded"),
-        (b"hello, this is text", "not a video file that can be decoded"),
+        (b"", "cannot be decoded as a video"),
+        (b"hello, this is text", "cannot be decoded as a video"),
         (CLIP.read_bytes()[:100], "no video stream"),
-        (CLIP.read_bytes()[:-2000], "cut off: of 100 frames only 9[0-9] are there"),
-        (CLIP.read_bytes().replace(b"avc1", b"nope"), "codec is unknown"),
+        (CLIP.read_bytes()[:-2000], "cut off: it has 9[0-9] of 100 frames"),
+        (CLIP.read_bytes().replace(b"avc1", b"nope"), "an unknown video codec"),
         (with_garbage(CLIP.read_bytes()), "decoded"),
-        (sound(), "not a video file that can be decoded|no video stream"),
+        (sound(), "cannot be decoded as a video|no video stream"),
     ],
 )
 def test_bad_files(tmp_path, data, message):
@@ -376,7 +376,7 @@ def test_sound_in_a_video_container(tmp_path):
         samples.sample_rate = 8000
         for packet in [*stream.encode(samples), *stream.encode()]:
             container.mux(packet)
-    with pytest.raises(InputError, match=r"sound\.mkv: it has no video stream"):
+    with pytest.raises(InputError, match=r"sound\.mkv: has no video stream"):
         video_visual(path, P)
 
 
@@ -392,14 +392,14 @@ def test_playlists_cannot_reach_other_files(tmp_path, playlist, name):
     path = tmp_path / name
     path.write_text(playlist.format(clip=CLIP))
     for given in (path, path.read_bytes()):
-        with pytest.raises(InputError, match="not a video file that can be decoded"):
+        with pytest.raises(InputError, match="cannot be decoded as a video"):
             video_visual(given, P)
 
 
 def test_limits_come_before_memory(monkeypatch):
     monkeypatch.setattr(video, "MAX_CLIP_PIXELS", 100_000)
     for given in (CLIP, [CLIP.parent / "coffee.jpg"]):
-        with pytest.raises(InputError, match="over the limit of 100,000 pixels a clip"):
+        with pytest.raises(InputError, match="exceed the limit of 100,000 pixels per clip"):
             video_visual(given, P)
     monkeypatch.setattr(video, "MAX_PIXELS", 100_000)
     monkeypatch.setattr(video, "_decode", lambda open_clip: pytest.fail("decoded"))
@@ -418,7 +418,7 @@ def test_without_pyav(monkeypatch):
 
 
 def reference(frames: list[Image.Image]):
-    """transformers' image processor on a clip that qwen-vl-utils has sized."""
+    """The patches of transformers' image processor for a clip that qwen-vl-utils has resized."""
     transformers = pytest.importorskip("transformers")
     processor = transformers.Qwen2VLImageProcessor(min_pixels=P.min_pixels, max_pixels=P.max_pixels)
     out = processor(images=None, videos=[frames], return_tensors="np")

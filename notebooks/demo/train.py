@@ -32,7 +32,7 @@ from qwenvl_jax.train.data import Packer
 from qwenvl_jax.train.loop import train
 from qwenvl_jax.train.losses import cross_entropy
 from qwenvl_jax.train.options import TrainOptions
-from qwenvl_jax.train.records import BadRecord, Encoder, PackShape
+from qwenvl_jax.train.records import BadRecord, PackShape, RecordProcessor
 from qwenvl_jax.train.step import GROUPS
 from qwenvl_jax.types import Batch, Model
 
@@ -93,7 +93,7 @@ class Lessons:
 
     def __init__(self, scenes: Scenes, processor: Processor, shape: PackShape):
         self.scenes, self.shape, self.config = scenes, shape, processor.config
-        self.encoder = Encoder(processor, shape)
+        self.process = RecordProcessor(processor, shape)
         self.position, self.waiting = 0, None
         words = vocabulary()
         spellings = {name: (name, plural(name), f"Ġ{name}", f"Ġ{plural(name)}") for name in NAMES}
@@ -111,7 +111,7 @@ class Lessons:
             if self.waiting is None:
                 record = self.scenes[self.position]
                 try:
-                    self.waiting = self.encoder(record), record["facts"]
+                    self.waiting = self.process(record), record["facts"]
                 except BadRecord:
                     self.position += 1
                     continue

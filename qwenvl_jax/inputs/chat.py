@@ -1,7 +1,7 @@
-"""Messages to prompt, rendered by the checkpoint's own template.
+"""Messages to prompt, rendered by the checkpoint's own chat template.
 
-What a user types can never become a control token: `prompt_parts` shields typed text while the template
-renders, so every control token in its result was written by the template.
+Text that a user types never becomes a control token. `prompt_parts` replaces its special characters while the template
+renders, so only the template can write a control token.
 """
 
 import json
@@ -25,7 +25,7 @@ from qwenvl_jax.inputs.messages import strings
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`, which marks the assistant's words, renders as its body."""
+    """`{% generation %}…{% endgeneration %}` marks the assistant's text in some templates; it renders as its body."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's interface
 
@@ -35,7 +35,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    # As transformers has it: jinja2's own filter escapes for HTML.
+    # As in transformers. The filter of jinja2 would escape HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -45,7 +45,7 @@ def _raise(message):
 
 @lru_cache(maxsize=16)
 def _compile(source: str) -> tuple[jinja2.Template, frozenset[str]]:
-    """The template and the variables it reads. A checkpoint's template is untrusted code: hence the sandbox."""
+    """The template and the names of the variables it reads. Templates are untrusted code, so they run in a sandbox."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -60,9 +60,10 @@ def _compile(source: str) -> tuple[jinja2.Template, frozenset[str]]:
 class ChatTemplate:
     """A checkpoint's jinja chat template.
 
-    sources: by name; "default" is required, "tool_use" (if any) is taken when there are tools.
-    origin: the file, for errors.
+    sources: templates by name. "default" is required; "tool_use", if present, is used when there are tools.
+    origin: the file, for error messages.
     variables: the tokenizer's special tokens (`bos_token`, …), which templates may print.
+    Raises CheckpointError for an invalid template.
     """
 
     sources: Mapping[str, str]
@@ -110,28 +111,28 @@ class ChatTemplate:
 
     @cached_property
     def default_system(self) -> str:
-        """The system prompt that the template adds by itself, "" if none."""
+        """The system prompt that the template adds to messages without one; "" if it adds none."""
         text = self.render([{"role": "user", "content": ""}], add_generation_prompt=False)
         found = re.search(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", text, re.DOTALL)
         return found[1] if found else ""
 
     def render(self, messages: list[dict], tools: list[dict] | None = None, **flags) -> str:
-        """Text of normalised messages, tools folded in if the template has no place for them.
+        """The prompt of normalised messages. Tools are written into messages if the template does not support them.
 
-        flags: add_generation_prompt, add_vision_id.
+        flags: add_generation_prompt, add_vision_id. Raises CheckpointError if the template fails.
         """
         if not self.handles_tools:
             messages, tools = _fold_tools(messages, tools, lambda: self.default_system), None
         source = self.sources.get("tool_use" if tools else "default", self.sources["default"])
         try:
-            # The flags last: a file must not set add_generation_prompt for us.
+            # Flags come last, so that a file's variables cannot override them.
             values = {**self.variables, "messages": messages, "tools": tools, "documents": None, **flags}
             return _compile(source)[0].render(values)
-        except Exception as e:  # whatever the template's author did wrong, or asked to raise
+        except Exception as e:  # a template can raise anything
             raise CheckpointError(f"{self.origin}: the chat template failed: {e}") from e
 
 
-# Qwen2.5's tool format, as Qwen2.5-Instruct's published template writes it.
+# The tool format of Qwen2.5-Instruct's published template.
 _TOOLS_HEAD = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
@@ -144,7 +145,7 @@ _TOOLS_TAIL = (
 
 
 def _fold_tools(messages: list[dict], tools: list[dict] | None, default_system) -> list[dict]:
-    """Says tools, calls and results in plain system, assistant and user messages, in Qwen2.5's format."""
+    """Writes tools, calls and results as plain system, assistant and user messages, in Qwen2.5's format."""
     out: list[dict] = []
     if tools:
         section = _TOOLS_HEAD + "".join("\n" + _tojson(t) for t in tools) + _TOOLS_TAIL
@@ -157,17 +158,15 @@ def _fold_tools(messages: list[dict], tools: list[dict] | None, default_system) 
         role, content = message["role"], message["content"]
         if role == "tool":
             result = ("<tool_response>\n", content, "\n</tool_response>")
-            if previous == "tool":  # results that follow each other share one user turn
+            if previous == "tool":  # consecutive results share one user turn
                 out[-1] = _turn("user", out[-1]["content"], "\n", *result)
             else:
                 out.append(_turn("user", *result))
         elif message.get("tool_calls"):
+            form = '<tool_call>\n{{"name": "{}", "arguments": {}}}\n</tool_call>'
             functions = [call["function"] for call in message["tool_calls"]]
-            calls = [
-                f'<tool_call>\n{{"name": "{f["name"]}", "arguments": {_tojson(f["arguments"])}}}\n</tool_call>'
-                for f in functions
-            ]
-            out.append(_turn(role, content, "\n" if content else "", "\n".join(calls)))
+            calls = "\n".join(form.format(f["name"], _tojson(f["arguments"])) for f in functions)
+            out.append(_turn(role, content, "\n" if content else "", calls))
         else:
             out.append(message)
         previous = role
@@ -175,7 +174,7 @@ def _fold_tools(messages: list[dict], tools: list[dict] | None, default_system) 
 
 
 def _turn(role: str, *contents: str | list[dict]) -> dict:
-    """A message of several contents; a string where all is text, for text-only templates know no lists."""
+    """A message of several contents. Text alone becomes a string, since text-only templates do not accept lists."""
     items = [i for c in contents for i in ([{"type": "text", "text": c}] if isinstance(c, str) else c)]
     if all(item["type"] == "text" for item in items):
         return {"role": role, "content": "".join(item["text"] for item in items)}
@@ -191,14 +190,14 @@ def prompt_parts(
     allow_control_tokens: bool = False,
     **flags,
 ) -> list[str]:
-    """The rendered prompt, split: plain text at even places, control tokens at odd ones.
+    """The rendered prompt, split: plain text at even indices, control tokens at odd ones.
 
-    Every control token contains a pivot character, `|` in all of Qwen's. While the template renders, pivots
-    in typed text are private-use characters that occur nowhere in the input; so whatever joins or nests,
-    a token needs a pivot that only the template can have written. The pivots return before the text is
-    encoded. With `allow_control_tokens` nothing is shielded, which is what transformers does.
+    Every control token contains a pivot character (`|` in Qwen's). While the template renders, each pivot in typed text
+    is replaced by a private-use character that the input does not contain. A control token in the result then needs a
+    pivot that the template wrote. Afterwards the pivots are put back. With `allow_control_tokens` nothing is replaced,
+    as in transformers.
     """
-    control = sorted(control_tokens, key=len, reverse=True)  # the longest match wins, as in tokenizers
+    control = sorted(control_tokens, key=len, reverse=True)  # the longest match wins, as in `tokenizers`
     restore = {}
     if not allow_control_tokens:
         pivots = sorted({_pivot(token) for token in control})
@@ -221,22 +220,22 @@ def _pivot(token: str) -> str:
     return next((c for c in token if not c.isalnum()), token[0])
 
 
-def _shielded(message: dict, table: dict) -> dict:
-    """Roles and item types are ours, and templates compare them: they stay."""
-    out = {**_translate(message, table), "role": message["role"]}
+def _shielded(message: dict, shield: dict) -> dict:
+    """Translates the text of a message. Roles and item types stay: `normalize` wrote them, templates compare them."""
+    out = {**_translate(message, shield), "role": message["role"]}
     if isinstance(message["content"], list):
         out["content"] = [
-            {"type": "text", "text": item["text"].translate(table)} if item["type"] == "text" else item
+            {"type": "text", "text": item["text"].translate(shield)} if item["type"] == "text" else item
             for item in message["content"]
         ]
     return out
 
 
-def _translate(value, table: dict):
+def _translate(value, shield: dict):
     if isinstance(value, str):
-        return value.translate(table)
+        return value.translate(shield)
     if isinstance(value, Mapping):
-        return {_translate(k, table): _translate(v, table) for k, v in value.items()}
+        return {_translate(k, shield): _translate(v, shield) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_translate(v, table) for v in value]
+        return [_translate(v, shield) for v in value]
     return value

@@ -1,4 +1,4 @@
-"""Finds the bytes a user points at, by path, URL or buffer, without trusting what is there."""
+"""Reads untrusted paths, URLs and buffers: sizes, times and kinds of file are limited."""
 
 import base64
 import binascii
@@ -16,11 +16,11 @@ from pathlib import Path
 
 from qwenvl_jax.errors import InputError, MediaError
 
-FETCH_SECONDS = 30.0  # for a whole download
+FETCH_SECONDS = 30.0  # time limit of one download
 
 
 def name_of(source) -> str:
-    """What to call a source in a message: short, whatever was given."""
+    """A short name of a source, for error messages."""
     if isinstance(source, bytes | bytearray | memoryview):
         return f"{len(source)} bytes"
     if isinstance(source, str | Path):
@@ -32,9 +32,10 @@ def name_of(source) -> str:
 
 
 def locate(source, max_bytes: int) -> bytes | Path:
-    """The bytes of a URL or buffer, or the path of a regular file that exists; else InputError.
+    """The bytes of a URL or buffer, or the path of an existing regular file.
 
-    `max_bytes` holds for what must be in memory (downloads, data URLs), not for files.
+    max_bytes: limit of downloads and data URLs, which are held in memory; files may be larger.
+    Raises MediaError that names the source.
     """
     name = name_of(source)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -66,13 +67,13 @@ def locate(source, max_bytes: int) -> bytes | Path:
 def _from_data_url(url: str, name: str, max_bytes: int) -> bytes:
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise MediaError(f"{name}: not of the form data:image/png;base64,…")
+        raise MediaError(f"{name}: a data URL must have the form data:image/png;base64,…")
     if len(body) > max_bytes * 4 // 3 + 4:
         raise MediaError(f"{name}: larger than {max_bytes >> 20} MiB")
     try:
         return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError) as e:
-        raise MediaError(f"{name}: the base64 is damaged ({e})") from e
+        raise MediaError(f"{name}: the base64 text is damaged ({e})") from e
 
 
 def _fetch(url: str, max_bytes: int) -> bytes:
@@ -80,7 +81,7 @@ def _fetch(url: str, max_bytes: int) -> bytes:
     name, sockets, late = name_of(url), [], threading.Event()
 
     def hang_up():
-        # The socket's own time limit is for each read; a server that sends a byte at a time would keep within it.
+        # The socket's timeout restarts with every read, so a server that sends single bytes never reaches it.
         late.set()
         for connection in sockets:
             with contextlib.suppress(OSError):
@@ -106,7 +107,7 @@ def _fetch(url: str, max_bytes: int) -> bytes:
 
 
 def _opener(on_connect: Callable[[socket.socket], None]) -> urllib.request.OpenerDirector:
-    """Opens http(s) addresses and nothing else: it knows no other scheme to be redirected to."""
+    """Opens http(s) URLs only. It has no handler of another scheme, so a redirect to file: or ftp: fails."""
 
     def watched(kind):
         class Connection(kind):
@@ -116,19 +117,19 @@ def _opener(on_connect: Callable[[socket.socket], None]) -> urllib.request.Opene
 
         return Connection
 
-    class HTTP(urllib.request.HTTPHandler):
+    class Handler(urllib.request.HTTPHandler):
+        https_request = urllib.request.HTTPHandler.http_request
+
         def http_open(self, request):
             return self.do_open(watched(http.client.HTTPConnection), request)
 
-    class HTTPS(urllib.request.HTTPSHandler):
         def https_open(self, request):
             return self.do_open(watched(http.client.HTTPSConnection), request)
 
     opener = urllib.request.OpenerDirector()
     for handler in (
+        Handler,
         urllib.request.ProxyHandler,
-        HTTP,
-        HTTPS,
         urllib.request.HTTPRedirectHandler,
         urllib.request.HTTPDefaultErrorHandler,
         urllib.request.HTTPErrorProcessor,
@@ -139,7 +140,7 @@ def _opener(on_connect: Callable[[socket.socket], None]) -> urllib.request.Opene
 
 
 def _body(response, name: str, max_bytes: int, late: threading.Event) -> bytes:
-    """What a response holds; InputError if that is too large or incomplete, TimeoutError once `late` is set."""
+    """The body of a response. Raises MediaError if it is too large or incomplete, TimeoutError once `late` is set."""
     too_large = MediaError(f"{name}: larger than {max_bytes >> 20} MiB")
     if (response.length or 0) > max_bytes:
         raise too_large
@@ -150,6 +151,6 @@ def _body(response, name: str, max_bytes: int, late: threading.Event) -> bytes:
             raise too_large
     if late.is_set():
         raise TimeoutError
-    if response.length:  # bytes that Content-Length promised and read1 did not get
+    if response.length:  # bytes that Content-Length announced and that did not arrive
         raise MediaError(f"{name}: the download broke off after {len(body)} bytes")
     return bytes(body)

@@ -1,7 +1,6 @@
-"""Opens untrusted pictures safely and cuts them into patches, so that nothing past this file sees a decoder.
+"""Decodes untrusted pictures and cuts them into patches.
 
 Patches stay uint8 until the device normalises them: a quarter of the bytes to move, and no arithmetic on the host.
-Sizes and pixel values are in `preprocessing.py`, clips in `video.py`.
 """
 
 import io
@@ -19,10 +18,10 @@ from qwenvl_jax.types import Grid, Visual
 
 MAX_IMAGE_BYTES = 128 << 20
 
-# Pillow's own readers of common formats. Others are left out on purpose: some start programs (EPS runs
-# Ghostscript), ICO is decoded when it is opened, and few are fuzzed. MPO comes with JPEG.
+# Pillow's readers of common formats. Other readers are risky: EPS runs Ghostscript, ICO is decoded on opening, and few
+# are fuzzed. MPO comes with JPEG.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
-_UPRIGHT = {  # EXIF orientation → what makes the picture upright
+_UPRIGHT = {  # EXIF orientation → the transpose that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -34,27 +33,27 @@ _UPRIGHT = {  # EXIF orientation → what makes the picture upright
 
 
 def image_visual(source, preprocessing: Preprocessing, options: MediaOptions = DEFAULT) -> Visual:
-    """One still picture as patches [h·w, C] uint8, its one frame standing for all frames of a grid step.
+    """One picture as patches [h·w, C] uint8; all frames of its grid step are the same.
 
-    source: anything `load_image` takes. Raises InputError naming it.
+    source: as in `load_image`. Raises MediaError or OptionsError that names it.
     """
-    image, p = load_image(source), preprocessing
+    image = load_image(source)
     try:
-        height, width = target_size(image.height, image.width, p, options)
+        height, width = target_size(image.height, image.width, preprocessing, options)
     except InputError as e:
         raise e.at(name_of(source)) from e
-    patches = empty_patches(1, height, width, p)
-    fill(patches[0], resize(image, height, width), range(p.temporal_patch_size))
+    patches = empty_patches(1, height, width, preprocessing)
+    fill(patches[0], resize(image, height, width), range(preprocessing.temporal_patch_size))
     return as_visual(patches, "image")
 
 
 def load_image(source) -> Image.Image:
-    """The picture as an upright RGB PIL image: EXIF orientation applied, RGBA put on white.
+    """The picture as an RGB PIL image, with its EXIF orientation applied and RGBA composed onto white.
 
-    source: path, file:// or http(s) URL, base64 data: URL, bytes, PIL image, or uint8 array [H, W],
-    [H, W, 3] or [H, W, 4]. A PIL image that needs no change is returned as it is. An animation gives its
-    first frame. Modes other than RGBA go through `convert("RGB")`, which drops a gray or palette picture's
-    transparency, as in the reference. Sizes are checked on the header, before anything is decoded.
+    source: path, file:// or http(s) URL, base64 data: URL, bytes, PIL image, or uint8 array [H, W], [H, W, 3] or
+        [H, W, 4]. Of an animation, the first frame is taken.
+    As in the reference, `convert("RGB")` drops the transparency of gray and palette pictures. The size is checked
+    before the pixels are decoded. Raises MediaError that names the source.
     """
     name = name_of(source)
     if isinstance(source, Image.Image):
@@ -80,20 +79,20 @@ def load_image(source) -> Image.Image:
 
 
 def _identify(file, name: str) -> Image.Image:
-    """Reads the header only. Image.open would do, but for its warning about sizes of its own choosing."""
+    """Reads the header only. Image.open would do the same, but warns about sizes by its own limit."""
     Image.init()
     prefix = file.read(16)
     if not prefix:
         raise MediaError(f"{name}: is empty")
-    prefix = prefix.ljust(16, b"\0")  # Pillow unpacks numbers from it without a look at its length
+    prefix = prefix.ljust(16, b"\0")  # Pillow unpacks numbers from it without checking its length
     for format_name in _FORMATS:
         opener, accepts = Image.OPEN[format_name]
         if accepts and accepts(prefix) is not True:
-            continue  # False, or a str saying that this Pillow was built without the format
+            continue  # False, or a str: this Pillow was built without the format
         file.seek(0)
         try:
             return opener(file, None)
-        except Exception:  # a hostile header makes Pillow raise anything, struct.error included
+        except Exception:  # on a damaged header Pillow raises anything, struct.error included
             continue
     raise MediaError(f"{name}: not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF, …), or damaged")
 
@@ -104,7 +103,7 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
         image.load()
         try:
             orientation = image.getexif().get(0x0112)
-        except Exception:  # a damaged EXIF block says nothing; the pixels are still good
+        except Exception:  # the EXIF block is damaged, the pixels may still be good
             orientation = None
         if isinstance(orientation, int) and orientation in _UPRIGHT:
             image = image.transpose(_UPRIGHT[orientation])
@@ -116,9 +115,9 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
             return canvas
         if isinstance(image.info.get("transparency"), bytes):
             image = image.copy()
-            del image.info["transparency"]  # else convert warns that it drops it
+            del image.info["transparency"]  # otherwise `convert` warns
         return image.convert("RGB")
-    except Exception as e:  # whatever a decoder says about hostile bytes
+    except Exception as e:  # decoders raise anything on damaged data
         raise MediaError(f"{name}: cannot be decoded ({e})") from e
 
 
@@ -132,7 +131,7 @@ def _check_size(name: str, width: int, height: int) -> None:
 
 
 def resize(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Pillow's bicubic with antialiasing, which the reference uses."""
+    """Resizes with Pillow's antialiased bicubic filter, as the reference does."""
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -145,8 +144,7 @@ def empty_patches(t: int, height: int, width: int, p: Preprocessing) -> np.ndarr
 def fill(step: np.ndarray, image: Image.Image, frames: Sequence[int]) -> None:
     """Writes one resized RGB image into the given frames of one grid step of `empty_patches`.
 
-    Row of blocks by row of blocks: what is read and written then stays in the cache. The transpose is
-    paid once; further frames are copied from the first.
+    Goes by rows of blocks, which fit the CPU's cache. The pixels are transposed once, then copied to the other frames.
     """
     rows, _, m, _, _, _, s, _ = step.shape
     pixels = np.asarray(image).reshape(rows, m, s, -1, m, s, 3)
@@ -158,6 +156,6 @@ def fill(step: np.ndarray, image: Image.Image, frames: Sequence[int]) -> None:
 
 
 def as_visual(patches: np.ndarray, kind: str, seconds_per_grid: float = 0.0) -> Visual:
-    """Names what `empty_patches` and `fill` made; no copy."""
+    """The Visual of filled `empty_patches`, without a copy."""
     t, rows, columns, m, _, *values = patches.shape
     return Visual(patches.reshape(-1, math.prod(values)), Grid(t, rows * m, columns * m), kind, seconds_per_grid)

@@ -1,5 +1,6 @@
-"""Every style of message in one normal form, so that nothing after this file knows OpenAI's from Qwen's."""
+"""Turns OpenAI- and Qwen-style messages into one form, which all later code reads."""
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -30,16 +31,16 @@ class Media(NamedTuple):
 
     kind: str  # "image" or "video"
     source: Any
-    options: dict  # the MediaOptions that the item itself sets
+    options: dict  # the MediaOptions that the item sets
     where: str  # "message 0 item 1", for errors
 
 
 def normalize(messages: Sequence[Mapping]) -> tuple[list[dict], list[Media]]:
-    """OpenAI- and Qwen-style messages in the form that the templates read, and their media in reading order.
+    """OpenAI- and Qwen-style messages in the form that chat templates read, and their media in reading order.
 
     Content stays a string, or becomes a list of `{"type": "text", "text": …}`, `{"type": "image", …}` and
-    `{"type": "video", …}`. Keys that are None or an empty list count as absent (dataset rows and dumped
-    SDK objects carry them). Raises InputError that names the message and the item.
+    `{"type": "video", …}`. Keys that are None or [] count as absent: dataset rows and dumped SDK objects have them.
+    Raises InputError that names the message and the item.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise InputError("messages must be a list of at least one {'role': …, 'content': …}")
@@ -118,7 +119,7 @@ def _item(item, where: str) -> tuple[dict, Media | None]:
         return {"type": "text", "text": source}, None
     if key == "base64":
         source = f"data:image;base64,{source}"
-    # Templates look for the key, and never need the data.
+    # Templates read the key, not the data.
     return {"type": kind, kind: kind}, Media(kind, source, given, where)
 
 
@@ -143,12 +144,9 @@ def _tool_calls(calls, where: str) -> list[dict]:
             raise InputError(f"{where}: tool_calls[{i}] needs {{'function': {{'name': …, 'arguments': …}}}}")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            # OpenAI sends a string of JSON, Qwen's format holds the object. What does not parse (a model may
-            # have written it) stays a string, which is what Qwen's own template makes of it.
-            try:
+            # OpenAI sends JSON text, Qwen's format has the object. As in Qwen's template, text that is not JSON stays.
+            with contextlib.suppress(ValueError, RecursionError):
                 arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError):
-                pass
         call_id = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         named = {"name": function["name"], "arguments": {} if arguments is None else arguments}
         out.append(call_id | {"type": "function", "function": named})
@@ -174,7 +172,7 @@ def _name(value) -> str:
 
 
 def strings(value, depth: int = 0) -> Iterator[str]:
-    """Every string in a JSON-like value, keys included; RecursionError beyond a hundred levels."""
+    """Every string in a JSON-like value, keys included. Raises RecursionError beyond a hundred levels."""
     if depth > 100:
         raise RecursionError
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Ragged samples to rectangles: samples are laid side by side into rows, and their patches into lanes."""
+"""Packs ragged samples into rectangles: tokens into rows, patches into lanes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Segment(NamedTuple):
     start: int  # of its tokens in the row
     number: int  # its segment id: 1, 2, … along the row
     sample: Sample
-    places: Sequence[np.ndarray]  # by visual: the rows of the joined [X, D] vision output that its tokens take
+    visual_index: Sequence[np.ndarray]  # per visual: the rows of the [X, D] vision output that its tokens take
 
     @property
     def stop(self) -> int:
@@ -27,21 +27,21 @@ class Segment(NamedTuple):
 
 
 def pack_rows(segments: Sequence[Segment], shape: tuple[int, int], vision: tuple[VisionBatch, ...]) -> Batch:
-    """The batch of `shape` [B, T] that holds these segments. The other slots are padding."""
+    """The batch of `shape` [B, T] that holds these segments; all other slots are padding."""
     tokens, ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     positions, visual_index = np.zeros((3, *shape), np.int32), np.full(shape, -1, np.int32)
     for s in segments:
         here = s.row, slice(s.start, s.stop)
         tokens[here], ids[here], positions[:, *here] = s.sample.tokens, s.number, s.sample.positions
-        for (first, last), places in zip(s.sample.spans, s.places, strict=True):
-            visual_index[s.row, s.start + first : s.start + last] = places
+        for (first, last), index in zip(s.sample.spans, s.visual_index, strict=True):
+            visual_index[s.row, s.start + first : s.start + last] = index
     return Batch(tokens, positions, ids, visual_index, vision)
 
 
 def make_batch(samples: Sequence[Sample], config: Config, ladder: Ladder | None = None) -> Batch:
-    """Packs conversations into one batch of numpy arrays, one row each, padded on the right to the ladder.
+    """Packs conversations into one batch of numpy arrays: one row each, padded on the right to the ladder's sizes.
 
-    Rows beyond the samples are all padding. Raises InputError for a size that exceeds the ladder.
+    Raises InputError if there is no sample or an empty one, ContextError for a size beyond the ladder.
     """
     ladder = ladder or Ladder()
     if not samples:
@@ -50,8 +50,8 @@ def make_batch(samples: Sequence[Sample], config: Config, ladder: Ladder | None 
     if min(len(s.tokens) for s in samples) == 0:
         raise InputError("a conversation has no tokens")
     shape = round_up(len(samples), ladder.rows, "rows"), round_up(longest, ladder.tokens, "tokens in a row")
-    vision, places = pack_vision([v for s in samples for v in s.visuals], config, ladder)
-    rest = iter(places)
+    vision, index = pack_vision([v for s in samples for v in s.visuals], config, ladder)
+    rest = iter(index)
     segments = [Segment(b, 0, 1, s, [next(rest) for _ in s.visuals]) for b, s in enumerate(samples)]
     return pack_rows(segments, shape, vision)
 
@@ -59,9 +59,9 @@ def make_batch(samples: Sequence[Sample], config: Config, ladder: Ladder | None 
 def pack_vision(
     visuals: Sequence[Visual], config: Config, ladder: Ladder
 ) -> tuple[tuple[VisionBatch, ...], list[np.ndarray]]:
-    """The calls of the tower, and for every visual the places of its tokens in the joined [X, D] vision output.
+    """The calls of the vision tower, and per visual the rows of the [X, D] vision output that its tokens take.
 
-    The largest frame that is left decides on the next call; smaller ones fill its gaps.
+    Raises InputError if the patches of a visual do not fit its grid.
     """
     v = config.vision
     for i, visual in enumerate(visuals):
@@ -71,17 +71,17 @@ def pack_vision(
                 f"its grid {tuple(visual.grid)} needs {(visual.grid.patches, v.patch_values)}"
             )
     frames = split_frames(visuals)
-    calls, places, start = [], [None] * len(frames), 0
+    calls, index, start = [], [None] * len(frames), 0
     for (R, P), placed in cover([frame.grid for frame in frames], v, ladder):
         calls.append(fill_lanes([frames[i] for i in placed], placed.values(), R, P, v))
         for i, placement in placed.items():
-            places[i] = start + placement.cells
+            index[i] = start + placement.cells
         start += R * P // v.merge_unit
-    return tuple(calls), places_by_visual(visuals, places)
+    return tuple(calls), index_by_visual(visuals, index)
 
 
 def split_frames(visuals: Iterable[Visual]) -> list[Visual]:
-    """Every t step of every visual as a visual of its own, the unit that is placed."""
+    """Every t step of every visual, as a visual of its own: lanes hold frames."""
     return [
         visual._replace(patches=patches, grid=grid)
         for visual in visuals
@@ -89,16 +89,19 @@ def split_frames(visuals: Iterable[Visual]) -> list[Visual]:
     ]
 
 
-def places_by_visual(visuals: Iterable[Visual], places: Iterable[np.ndarray]) -> list[np.ndarray]:
-    """For every visual the places of its tokens, from those of the frames that `split_frames` gives."""
-    rest = iter(places)
+def index_by_visual(visuals: Iterable[Visual], index: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """Concatenates an index per frame (of `split_frames`) to one per visual."""
+    rest = iter(index)
     return [np.concatenate([next(rest) for _ in visual.grid.frames]) for visual in visuals]
 
 
 def cover(
     grids: Sequence[Grid], v: VisionConfig, ladder: Ladder
 ) -> Iterator[tuple[tuple[int, int], dict[int, Placement]]]:
-    """The calls that take in frames of these grids: (R, P), and where its frames are, by their number."""
+    """The calls that hold frames of these grids: (R, P), and the placement of its frames by their number.
+
+    The largest frame left decides the shape of the next call; smaller ones fill its gaps.
+    """
     sizes = {grid: slots_needed(grid, v) for grid in set(grids)}
     left = sorted(range(len(grids)), key=lambda i: -sizes[grids[i]])
     while left:
@@ -118,12 +121,12 @@ def cover(
 def fill_lanes(
     frames: Iterable[Visual], placements: Iterable[Placement], lanes: int, capacity: int, v: VisionConfig
 ) -> VisionBatch:
-    """`lanes` lanes of `capacity` patch slots, with every frame where it was placed."""
+    """The lanes [R, P] that hold each frame at its placement."""
     unit, side, slots = v.merge_unit, v.spatial_merge_size, lanes * capacity
     patches = np.zeros((slots, v.patch_values), np.uint8)
     positions = np.zeros((slots, 2), np.int32)
     ids, windows = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
-    in_unit = np.stack(np.divmod(np.arange(unit), side), -1)  # row and column within a merged cell
+    in_unit = np.stack(np.divmod(np.arange(unit), side), -1)  # row and column in a merged cell
     for frame, p in zip(frames, placements, strict=True):
         cells = np.stack(np.divmod(np.arange(len(p.cells)), frame.grid.w // side), -1)
         here = (p.cells[:, None] * unit + np.arange(unit)).reshape(-1)

@@ -1,7 +1,4 @@
-"""To which size a picture is resized, and how its pixels are normalised: the checkpoint's `preprocessor_config.json`.
-
-Imports no image library.
-"""
+"""The size that a picture is resized to, and how its pixels are normalised. Imports no image library."""
 
 import math
 from dataclasses import dataclass
@@ -9,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from qwenvl_jax.config import Config, read_json
+from qwenvl_jax.config import Config, read_json, typed
 from qwenvl_jax.errors import CheckpointError, InputError, MediaError, OptionsError, shown
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 MAX_ASPECT = 200  # the reference's limit
-MAX_PIXELS = 1 << 27  # of a picture, declared or resized: 134 megapixels, half a gigabyte once decoded
+MAX_PIXELS = 1 << 27  # of a picture before and after resizing: 134 megapixels, 512 MB in Pillow's memory
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How pictures become patches: a checkpoint's `preprocessor_config.json`; defaults are the official files'."""
+    """A checkpoint's `preprocessor_config.json`; the defaults are those of the official files."""
 
     min_pixels: int = 56 * 56
     max_pixels: int = 12845056  # 16384 visual tokens
@@ -29,40 +26,35 @@ class Preprocessing:
     merge_size: int = 2
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    video_max_pixels: int | None = None  # of a frame of a file, by default; the official files leave it to video.py
+    video_max_pixels: int | None = None  # default limit of one frame of a video file; None: that of video.py
 
     def __post_init__(self):
         for name in ("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"):
-            _check_whole(name, getattr(self, name))
+            typed(name, getattr(self, name), int)
         if self.video_max_pixels is not None:
-            _check_whole("video_max_pixels", self.video_max_pixels)
+            typed("video_max_pixels", self.video_max_pixels, int)
         if self.min_pixels > self.max_pixels:
             raise CheckpointError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            if not isinstance(values, tuple) or len(values) != 3 or not all(map(_is_number, values)):
-                raise CheckpointError(f"{name} is {values!r}; it must be three numbers")
+            numbers = isinstance(values, tuple) and all(type(v) in (int, float) and abs(v) < 1e300 for v in values)
+            if not numbers or len(values) != 3:
+                raise CheckpointError(f"{name} is {shown(values)}; it must be three numbers")
         if 0 in self.image_std:
             raise CheckpointError("image_std has a zero")
 
     @property
     def factor(self) -> int:
-        """Pixels along one side of a visual token; both sides of a resized picture are multiples of it."""
+        """Side of a visual token in pixels; the sides of a resized picture are multiples of it."""
         return self.patch_size * self.merge_size
 
     @classmethod
     def from_dict(cls, data: dict) -> "Preprocessing":
-        """Reads `preprocessor_config.json`, older (`min_pixels`) or newer (`size.shortest_edge`) layout."""
+        """Reads `preprocessor_config.json` in its older (`min_pixels`) or newer (`size.shortest_edge`) layout."""
         if not isinstance(data, dict):
             raise CheckpointError("preprocessor_config.json is not a JSON object")
-        for key, value in (
-            ("do_resize", True),
-            ("do_rescale", True),
-            ("do_normalize", True),
-            ("do_convert_rgb", True),
-            ("resample", 3),
-            ("rescale_factor", 1 / 255),
-        ):
+        steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+        for key, value in (steps | {"resample": 3, "rescale_factor": 1 / 255}).items():
             if data.get(key, value) not in (value, None):
                 raise CheckpointError(
                     f"preprocessor_config.json says {key} = {data[key]!r}; only {value!r} is supported"
@@ -82,7 +74,7 @@ class Preprocessing:
 
 
 def read_preprocessing(path: Path, config: Config) -> Preprocessing | None:
-    """How a checkpoint directory says pictures are cut and normalised, checked against its config; None: not at all."""
+    """The preprocessing of a checkpoint directory, or None. Raises CheckpointError if it contradicts `config`."""
     file = path / PREPROCESSOR_FILE
     if file.exists():
         data = read_json(file)
@@ -103,9 +95,9 @@ def read_preprocessing(path: Path, config: Config) -> Preprocessing | None:
 
 
 def pixel_table(p: Preprocessing) -> np.ndarray:
-    """[3, 256] float32: what the reference makes of each uint8 value of each channel, bit for bit.
+    """[3, 256] float32: each channel's normalised value of each uint8, equal to transformers 4.51.3 bit for bit.
 
-    transformers 4.51.3 rescales in float64, rounds to float32, then subtracts and divides in float32.
+    transformers rescales in float64, rounds to float32, then subtracts and divides in float32.
     """
     unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean, std = np.float32(p.image_mean)[:, None], np.float32(p.image_std)[:, None]
@@ -115,11 +107,10 @@ def pixel_table(p: Preprocessing) -> np.ndarray:
 def smart_resize(
     height: int, width: int, factor: int = 28, min_pixels: float = 56 * 56, max_pixels: float = 12845056
 ) -> tuple[int, int]:
-    """The (height, width) to resize to: multiples of `factor`, area within bounds, aspect nearly kept.
+    """The (height, width) to resize to: multiples of `factor`, with nearly the same aspect, and an area within bounds.
 
-    As in today's reference: sides round half to even, none is under `factor`, and an aspect of exactly 200
-    passes. (transformers 4.51.3 refused sides under `factor`; qwen-vl-utils scaled them up before it saw
-    them.) Raises InputError for an empty picture or a larger aspect.
+    As in the current transformers: sides round half to even, and none is under `factor`. (transformers 4.51.3 refused
+    sides under `factor`.) Raises MediaError for an empty picture, or an aspect over MAX_ASPECT.
     """
     if height <= 0 or width <= 0:
         raise MediaError(f"the picture is empty ({width} × {height} pixels)")
@@ -141,10 +132,9 @@ def smart_resize(
 
 
 def target_size(height: int, width: int, p: Preprocessing, o: MediaOptions = DEFAULT) -> tuple[int, int]:
-    """The (height, width) of the resized picture under one item's options, which win over `p`.
+    """The (height, width) of the resized picture. Options override `p`; one bound alone may move the other.
 
-    `resized_*` go through smart_resize themselves, with its default bounds, as in qwen-vl-utils. One bound
-    given alone moves the other if it must.
+    As in qwen-vl-utils, `resized_*` pass through smart_resize with its default bounds.
     """
     if o.resized_height is not None and o.resized_width is not None:
         area = p.factor**2
@@ -156,17 +146,3 @@ def target_size(height: int, width: int, p: Preprocessing, o: MediaOptions = DEF
     if low > high:
         raise OptionsError(f"min_pixels {low} is larger than max_pixels {high}")
     return smart_resize(height, width, p.factor, low, high)
-
-
-def _check_whole(name: str, value) -> None:
-    """CheckpointError unless a setting is a positive whole number, of a size that arithmetic can take."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise CheckpointError(f"{name} is {shown(value)}; it must be a positive whole number, at most {2**31 - 1}")
-
-
-def _is_number(value) -> bool:
-    """Whether a value is an int or float that fits a finite float; JSON has longer integers, and Infinity."""
-    try:
-        return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False

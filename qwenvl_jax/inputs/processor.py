@@ -1,4 +1,4 @@
-"""The one door to the model's inputs: conversations in, a Batch of numpy arrays out."""
+"""Turns conversations into token ids and patches with a checkpoint's tokenizer, template and preprocessing."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ from qwenvl_jax.inputs.video import video_visual
 from qwenvl_jax.options import build
 from qwenvl_jax.types import Batch, Sample, Visual
 
-_TURN_START, _TURN_END, _ASSISTANT = "<|im_start|>", "<|im_end|>", "assistant\n"  # ChatML, of all the family
+_TURN_START, _TURN_END, _ASSISTANT = "<|im_start|>", "<|im_end|>", "assistant\n"  # ChatML, as in every family
 _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
 
 
@@ -33,16 +33,16 @@ class Prompt(NamedTuple):
     """A conversation before its media are opened."""
 
     tokens: np.ndarray  # [t] int32, one placeholder per picture or clip
-    turns: np.ndarray  # [t] int32: k for the words of the k-th assistant message and the <|im_end|> after, else 0
-    places: np.ndarray  # [n] int: where the placeholders are
+    turns: np.ndarray  # [t] int32: k for the text of the k-th assistant message and its <|im_end|>, else 0
+    placeholders: np.ndarray  # [n] int: their indices in `tokens`
     media: list[Media]  # [n], in reading order
 
 
 @dataclass(frozen=True, eq=False)
 class Processor:
-    """Turns messages into ids and patches as one checkpoint wants them. Holds no state; share it freely.
+    """Turns messages into token ids and patches for one checkpoint. It is immutable and thread-safe.
 
-    tokenizer: with `encode_special_tokens` switched on, so that control tokens in a text become plain ids.
+    tokenizer: must have `encode_special_tokens` set: typed control tokens then become ids of plain text.
     """
 
     tokenizer: Tokenizer
@@ -52,17 +52,17 @@ class Processor:
 
     def __post_init__(self):
         if not self.tokenizer.encode_special_tokens:
-            raise InputError("set the tokenizer's encode_special_tokens, or typed control tokens would act")
+            raise InputError("set the tokenizer's encode_special_tokens; otherwise users can type control tokens")
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self.tokenizer.encode_special_tokens = True  # a pickled tokenizer forgets the setting
+        self.tokenizer.encode_special_tokens = True  # pickling a tokenizer drops the setting
 
     @classmethod
     def from_dir(cls, path, config: Config) -> "Processor":
-        """Reads a checkpoint directory: tokenizer, chat template and preprocessor config.
+        """Reads the tokenizer, chat template and preprocessor config of a checkpoint directory.
 
-        Raises InputError that names the missing or unreadable file, or what in it contradicts `config`.
+        Raises CheckpointError that names a file that is missing, unreadable or contradicts `config`.
         """
         path = Path(path)
         preprocessing = read_preprocessing(path, config)
@@ -74,29 +74,14 @@ class Processor:
 
     @cached_property
     def control_tokens(self) -> dict[str, int]:
-        """The tokens that steer the model, with their ids; typed in a message they are plain characters."""
+        """Ids of the special tokens, by their text. Typed in a message they are plain characters."""
         added = self.tokenizer.get_added_tokens_decoder()
         return {token.content: i for i, token in added.items() if token.special}
 
-    def render(
-        self,
-        messages: Sequence[Mapping],
-        *,
-        tools: Sequence[Mapping] | None = None,
-        add_generation_prompt: bool = True,
-        add_vision_id: bool = False,
-    ) -> str:
-        """The prompt as text, for inspection: one placeholder a picture, media unopened."""
-        return "".join(
-            prompt_parts(
-                self.template,
-                normalize(messages)[0],
-                check_tools(tools),
-                self.control_tokens,
-                add_generation_prompt=add_generation_prompt,
-                add_vision_id=add_vision_id,
-            )
-        )
+    def render(self, messages, *, tools=None, add_generation_prompt=True, add_vision_id=False) -> str:
+        """The prompt as text, for inspection: one placeholder per picture or clip, which are not opened."""
+        flags = dict(add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id)
+        return "".join(self._parts(normalize(messages)[0], tools, **flags))
 
     def encode(
         self,
@@ -108,58 +93,40 @@ class Processor:
         allow_control_tokens: bool = False,
         **media,
     ) -> Sample:
-        """One conversation as ids and patches.
+        """One conversation as a Sample: token ids, positions and patches.
 
         tools: JSON descriptions in OpenAI's form.
         add_vision_id: number the pictures and clips ("Picture 1: ").
-        allow_control_tokens: let control tokens typed in messages act, as transformers does.
-        media: MediaOptions, by name. They hold for every picture and clip; an item of a message overrides them.
-        Raises InputError that names the message and item at fault.
+        allow_control_tokens: control tokens typed in messages become control tokens, as in transformers.
+        media: MediaOptions by name, for all pictures and clips; an item of a message overrides them.
+        Raises InputError that names the message and item.
         """
         options = build(MediaOptions, media)
-        prompt = self.prompt(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            add_vision_id=add_vision_id,
-            allow_control_tokens=allow_control_tokens,
-        )
-        return make_sample(prompt.tokens, self.open(prompt.media, options), self.config, places=prompt.places)
+        flags = dict(add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id)
+        prompt = self.prompt(messages, tools=tools, allow_control_tokens=allow_control_tokens, **flags)
+        visuals = self.open(prompt.media, options)
+        return make_sample(prompt.tokens, visuals, self.config, placeholders=prompt.placeholders)
 
-    def prompt(
-        self,
-        messages: Sequence[Mapping],
-        *,
-        tools: Sequence[Mapping] | None = None,
-        allow_control_tokens: bool = False,
-        add_generation_prompt: bool = False,
-        add_vision_id: bool = False,
-    ) -> Prompt:
-        """The first half of `encode`: everything but opening the media."""
+    def prompt(self, messages, *, tools=None, add_generation_prompt=False, **flags) -> Prompt:
+        """The first half of `encode`, with its options: everything except opening the media."""
         normal, media = normalize(messages)
-        parts = prompt_parts(
-            self.template,
-            normal,
-            check_tools(tools),
-            self.control_tokens,
-            allow_control_tokens=allow_control_tokens,
-            add_generation_prompt=add_generation_prompt,
-            add_vision_id=add_vision_id,
-        )
-        tokens, turns = self._ids(parts)
-        places = find_placeholders(tokens, [m.kind for m in media], self.config)  # before anything is decoded
-        return Prompt(tokens, turns, places, media)
+        tokens, turns = self._ids(self._parts(normal, tools, add_generation_prompt=add_generation_prompt, **flags))
+        placeholders = find_placeholders(tokens, [m.kind for m in media], self.config)
+        return Prompt(tokens, turns, placeholders, media)
+
+    def _parts(self, normal: list[dict], tools, **flags) -> list[str]:
+        return prompt_parts(self.template, normal, check_tools(tools), self.control_tokens, **flags)
 
     def __call__(self, conversations: Sequence[Sequence[Mapping]], **options) -> Batch:
         """A batch of conversations, one row each; options as in `encode`."""
         return make_batch([self.encode(c, **options) for c in conversations], self.config)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids; bytes that are not yet a whole character come out as U+FFFD."""
+        """The text of token ids; the bytes of an incomplete character become U+FFFD."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def _ids(self, parts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of the parts, and the `turns` of `Prompt`. Only the template can have opened or closed a turn."""
+        """Token ids of the parts, and the `turns` of `Prompt`. Only the template can open or close a turn."""
         ids: list[int] = []
         turns: list[int] = []
         turn = count = 0
@@ -174,21 +141,21 @@ class Processor:
                 head = 0
                 if i and parts[i - 1] == _TURN_START and part.startswith(_ASSISTANT):
                     turn = count = count + 1
-                    # A token that joins the header's newline to the words cannot follow the header: not learnt.
+                    # One token may span the header's newline and the first text; it is not trained on.
                     head = sum(start < len(_ASSISTANT) for start, _ in encoding.offsets)
                 ids += encoding.ids
                 turns += [0] * head + [turn] * (len(encoding.ids) - head)
         tokens = np.array(ids, np.int32)
         if len(tokens) and tokens.max() >= self.config.text.vocab_size:
             raise CheckpointError(
-                f"the tokenizer gave id {tokens.max()}, but the model's vocabulary has "
-                f"{self.config.text.vocab_size}; tokenizer and config.json do not belong together"
+                f"the tokenizer gave id {tokens.max()}, but config.json's vocab_size is "
+                f"{self.config.text.vocab_size}; they are of different checkpoints"
             )
         return tokens, np.array(turns, np.int32)
 
     def open(self, media: Sequence[Media], options: MediaOptions = DEFAULT) -> tuple[Visual, ...]:
         """The second half of `encode`: pictures and clips as patches."""
-        if len(media) < 2:
+        if len(media) < 2:  # without a thread
             return tuple(self._visual(m, options) for m in media)
         with ThreadPoolExecutor(min(_LOADERS, len(media))) as pool:
             return tuple(pool.map(lambda m: self._visual(m, options), media))
@@ -198,7 +165,7 @@ class Processor:
         if media.kind == "video" and isinstance(media.source, list | tuple | np.ndarray):
             names = FRAMES
         chosen = {name: getattr(options, name) for name in names} | media.options
-        # A clip takes fps or nframes: an item's choice of one overrules a default of the other.
+        # fps and nframes exclude each other: an item's choice of one replaces a default of the other.
         for mine, other in (("fps", "nframes"), ("nframes", "fps")):
             if mine in media.options and other not in media.options:
                 chosen.pop(other, None)
@@ -218,7 +185,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise CheckpointError(f"{file}: not a readable tokenizer ({e})") from e
 
 
-# Qwen2's split into words, which vocab.json and merges.txt do not record.
+# Qwen2's split into words; vocab.json and merges.txt do not contain it.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -226,25 +193,22 @@ _WORDS = (
 
 
 def _build_tokenizer(path: Path) -> Tokenizer:
-    """The same tokenizer from the files of older saves: vocab.json, merges.txt, tokenizer_config.json."""
+    """The same tokenizer from the older files: vocab.json, merges.txt, tokenizer_config.json."""
     vocab, merges = path / "vocab.json", path / "merges.txt"
     if not (vocab.exists() and merges.exists()):
-        raise CheckpointError(f"{path} has no tokenizer.json (nor vocab.json with merges.txt)")
+        raise CheckpointError(f"{path} has no tokenizer.json, nor vocab.json with merges.txt")
     try:
         tokenizer = Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
     except Exception as e:  # the library raises bare Exception
         raise CheckpointError(f"{vocab}, {merges}: not a readable vocabulary ({e})") from e
     bytes_only = dict(add_prefix_space=False, use_regex=False)
     tokenizer.normalizer = tokenizers.normalizers.NFC()
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(**bytes_only),
-        ]
-    )
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated")
+    to_bytes = tokenizers.pre_tokenizers.ByteLevel(**bytes_only)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = tokenizers.decoders.ByteLevel(**bytes_only)
     added = read_json(path / "tokenizer_config.json").get("added_tokens_decoder", {})
-    for i in sorted(added, key=int):  # ids follow from the order
+    for i in sorted(added, key=int):  # the order decides the ids
         tokenizer.add_tokens([tokenizers.AddedToken(**added[i])])
         if tokenizer.token_to_id(added[i]["content"]) != int(i):
             raise CheckpointError(f"{path}: added token {json.dumps(added[i]['content'])} cannot have id {i}")

@@ -1,12 +1,12 @@
-"""Reads JSONL files, and turns every form of a dataset's record into messages. Code after this sees messages only.
+"""Reads JSONL files, and turns each form of record into messages.
 
-    {"messages": [{"role": "user", "content": …}, …]}                  OpenAI's and Qwen's
+    {"messages": [{"role": "user", "content": …}, …]}                                     OpenAI's and Qwen's
     {"conversations": [{"from": "human", "value": "<image>\\n…"}, …], "image": path}    LLaVA's and Qwen's
-    {"messages": prompt, "chosen": reply, "rejected": reply}           a preference; `prompt` (TRL's) for `messages`
+    {"messages": prompt, "chosen": reply, "rejected": reply}     a preference; TRL writes `prompt` for `messages`
 
-Media are in the items of a message, or beside the messages under image, images, video, videos (one, or a list). Those
-beside the messages take the places of `<image>`, `<video>` and of items without a source. A message with `"weight": 0`
-is read but not learnt. Other keys are ignored.
+Media are items of a message, or stand beside the messages under image, images, video or videos (one, or a list). Media
+beside the messages replace `<image>`, `<video>` and items without a source, in order. A message with `"weight": 0` is
+not trained on. Other keys are ignored.
 """
 
 import json
@@ -14,6 +14,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,14 @@ from qwenvl_jax.errors import InputError
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
           "observation": "tool", "tool": "tool"}  # fmt: skip
 _SOURCES = ("image", "image_url", "video", "video_url", "url", "path")
-_CHUNK = 1 << 20  # stays in the cache
+_CHUNK = 1 << 20  # bytes; fits the CPU's cache
 
 
 class BadRecord(InputError):
     """A record that cannot be used.
 
-    reason: one of "unreadable", "messages", "placeholders", "media", "too long", "too large",
-        "nothing to learn". Skipped records are counted by it.
+    reason: "unreadable", "messages", "placeholders", "media", "too long", "too large" or "nothing to learn". Skipped
+        records are counted by reason.
     """
 
     code = "record"
@@ -42,9 +43,10 @@ class BadRecord(InputError):
 
 
 class JsonLines:
-    """The records of a JSONL file by number. Byte offsets find them, at sixteen bytes of memory a line.
+    """The records of a JSONL file by number: a sequence that stores byte offsets, 16 bytes of memory per line.
 
     Opening reads the file once, for the offsets and a checksum (`identity`). The file must not change while it is open.
+    Raises InputError if the file cannot be read; an item raises BadRecord if its line is not JSON.
     """
 
     def __init__(self, path):
@@ -53,16 +55,16 @@ class JsonLines:
             self._file = os.open(self.path, os.O_RDONLY)
             ends, checksum, size = [], 0, 0
             while chunk := os.pread(self._file, _CHUNK, size):
-                if size == 0 and chunk.lstrip()[:1] == b"[":
-                    raise InputError(f"{path} is a JSON array; write one record a line, as jq -c '.[]' {path} does")
+                if size == 0:
+                    _check_start(chunk, path)
                 ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (size + 1))
                 checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
         except OSError as e:
             raise InputError(f"{path}: cannot be read ({e.strerror})") from e
         starts = np.concatenate([[0], *ends])
-        self._starts = starts if starts[-1] == size else np.append(starts, size)  # the last line may have no end
+        self._starts = starts if starts[-1] == size else np.append(starts, size)  # the file may end without a line feed
         lengths = np.diff(self._starts)
-        short = np.flatnonzero(lengths < 80)  # a longer line is taken for a record
+        short = np.flatnonzero(lengths < 80)  # only short lines are checked for being blank
         blank = [line for line in short if not self._line(line).strip()]
         self._lines = np.delete(np.arange(len(lengths)), blank)
         self.identity = {"bytes": size, "crc32": checksum}
@@ -71,12 +73,7 @@ class JsonLines:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Any:
-        try:
-            return json.loads(self._line(self._lines[index]).decode("utf-8-sig"))
-        except UnicodeDecodeError as e:
-            raise BadRecord("unreadable", f"not UTF-8 text ({e.reason} at byte {e.start} of the line)") from e
-        except (ValueError, RecursionError) as e:
-            raise BadRecord("unreadable", f"not readable as JSON ({e})") from e
+        return _parse(self._line(self._lines[index]))
 
     def where(self, index: int) -> str:
         return f"{self.path}:{self._lines[index] + 1}"
@@ -98,49 +95,68 @@ class JsonLines:
 
 
 def read_lines(path) -> Iterator[tuple[str, Any, Path]]:
-    """("FILE:LINE", record, the file's folder) for every record of a JSONL file. An error names the line."""
-    lines = JsonLines(path)
-    for i in range(len(lines)):
-        try:
-            record = lines[i]
-        except BadRecord as e:
-            raise InputError(f"{lines.where(i)}: {e}") from e
-        yield lines.where(i), record, lines.path.parent
+    """("FILE:LINE", record, the file's folder) for every record of a JSONL file or pipe, which is read once.
+
+    Raises InputError that names the line.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    _check_start(line, path)
+                if line.strip():
+                    try:
+                        record = _parse(line)
+                    except BadRecord as e:
+                        raise InputError(f"{path}:{number}: {e}") from e
+                    yield f"{path}:{number}", record, Path(path).parent
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+
+
+def _check_start(text: bytes, path) -> None:
+    if text.lstrip()[:1] == b"[":
+        raise InputError(f"{path} is a JSON array; write one record per line, as jq -c '.[]' {path} does")
+
+
+def _parse(line: bytes):
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise BadRecord("unreadable", f"not UTF-8 text ({e.reason} at byte {e.start} of the line)") from e
+    except (ValueError, RecursionError) as e:
+        raise BadRecord("unreadable", f"not readable as JSON ({e})") from e
 
 
 def conversation(record: Mapping, folder: Path | None) -> list[tuple[list, list[int]]]:
     """The record's messages, and the weight (0 or 1) of each assistant message."""
     if record.get("chosen") is not None or record.get("rejected") is not None:
-        raise BadRecord("messages", "the record is a preference ('chosen', 'rejected'), and none is expected")
-    return [_weighed(_filled(*_turns(record), record, folder))]
+        raise BadRecord("messages", "the record is a preference ('chosen', 'rejected'); a conversation is expected")
+    return [_split_weights(_with_media(*_messages(record), record, folder))]
 
 
 def preference(record: Mapping, folder: Path | None) -> list[tuple[list, list[int]]]:
-    """The same for the preferred conversation and its rival. Their prompt is not learnt."""
+    """What `conversation` returns, for the chosen and the rejected conversation. Their prompt is not trained on."""
     replies = [_reply(record, key) for key in ("chosen", "rejected")]
     if any(record.get(key) is not None for key in ("messages", "conversations", "prompt")):
-        prompt, marked = _turns(record)
-    else:  # TRL's form without a prompt: the prompt is what both conversations begin with
-        common = 0
-        while common < min(map(len, replies)) and replies[0][common] == replies[1][common]:
-            common += 1
-        prompt, marked = replies[0][:common], False
+        prompt, has_markers = _messages(record)
+    else:  # TRL's form without a prompt: the messages with which both conversations begin are the prompt
+        pairs = zip(*replies, strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        prompt, has_markers = replies[0][:common], False
         replies = [reply[common:] for reply in replies]
         if not prompt:
             raise BadRecord("messages", "a preference without a prompt: 'chosen' and 'rejected' begin differently")
-    prompt, unlearnt = _weighed(_filled(prompt, marked, record, folder))
-    out = []
-    for reply in replies:
-        reply, weights = _weighed(reply)
-        out.append((prompt + reply, [0] * len(unlearnt) + weights))
-    return out
+    prompt, prompt_weights = _split_weights(_with_media(prompt, has_markers, record, folder))
+    split = [_split_weights(reply) for reply in replies]
+    return [(prompt + reply, [0] * len(prompt_weights) + weights) for reply, weights in split]
 
 
-def _turns(record: Mapping) -> tuple[list, bool]:
-    """The messages with roles and contents named as in OpenAI's form, and whether texts hold `<image>` markers."""
+def _messages(record: Mapping) -> tuple[list, bool]:
+    """The messages in OpenAI's form, and whether their texts may hold `<image>` markers."""
     keys = [k for k in ("messages", "conversations", "prompt") if record.get(k) is not None]
     if len(keys) != 1:
-        raise BadRecord("messages", f"a record has one of 'messages', 'conversations'; this has {len(keys)}")
+        raise BadRecord("messages", f"a record must have one of 'messages', 'conversations'; this has {len(keys)}")
     turns = record[keys[0]]
     turns = [{"role": "user", "content": turns}] if isinstance(turns, str) and keys[0] == "prompt" else turns
     if not isinstance(turns, list | tuple) or not turns:
@@ -167,31 +183,29 @@ def _message(turn, where: str):
     return rest | {"role": _ROLES[turn["from"]], "content": turn.get("value")}
 
 
-def _weighed(messages: list) -> tuple[list, list[int]]:
+def _split_weights(messages: list) -> tuple[list, list[int]]:
     """The messages without their 'weight', and the weights of the assistant's."""
     weights, out = [], []
     for i, message in enumerate(messages):
-        if isinstance(message, Mapping) and "weight" in message:
+        if isinstance(message, Mapping):
             message = dict(message)
-            weight = message.pop("weight")
+            weight = message.pop("weight", None)
             if weight not in (0, 1, None):
                 raise BadRecord("messages", f"message {i} has weight {weight!r}; it must be 0 or 1")
-        else:
-            weight = None
-        if isinstance(message, Mapping) and message.get("role") == "assistant":
-            weights.append(0 if weight == 0 else 1)
+            if message.get("role") == "assistant":
+                weights.append(0 if weight == 0 else 1)
         out.append(message)
     return out, weights
 
 
-def _filled(messages: list, marked: bool, record: Mapping, folder: Path | None) -> list:
-    """The messages with the media beside them put in their places, and relative paths starting from `folder`.
+def _with_media(messages: list, has_markers: bool, record: Mapping, folder: Path | None) -> list:
+    """The messages with the record's media in place of markers, and relative paths starting from `folder`.
 
-    Markers count in user and tool messages. One line break before and one after a marker belong to the marker: datasets
-    write them, but questions at inference time have none.
+    Only user and tool messages hold markers. The line break before and after a marker is removed with it: datasets
+    write them, prompts do not.
     """
-    beside = {kind: [*_listed(record.get(kind)), *_listed(record.get(kind + "s"))] for kind in ("image", "video")}
-    marked = marked or any(beside.values())
+    beside = {kind: [*_as_list(record.get(kind)), *_as_list(record.get(kind + "s"))] for kind in ("image", "video")}
+    has_markers = has_markers or any(beside.values())
     wanted: dict[str, int] = {"image": 0, "video": 0}
 
     def take(kind: str):
@@ -211,7 +225,7 @@ def _filled(messages: list, marked: bool, record: Mapping, folder: Path | None) 
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, list | tuple):
             message = {**message, "content": [item(i) for i in content]}
-        elif isinstance(content, str) and marked and message.get("role") in ("user", "tool"):
+        elif isinstance(content, str) and has_markers and message.get("role") in ("user", "tool"):
             parts = re.split(r"\n?<(image|video)>\n?", content)
             if len(parts) > 1:
                 items = [{"type": kind, kind: _resolved(take(kind), folder)} for kind in parts[1::2]]
@@ -221,13 +235,11 @@ def _filled(messages: list, marked: bool, record: Mapping, folder: Path | None) 
         out.append(message)
     for kind, count in wanted.items():
         if count != len(beside[kind]):
-            raise BadRecord(
-                "placeholders", f"the messages have {count} places for {kind}s and the record has {len(beside[kind])}"
-            )
+            raise BadRecord("placeholders", f"messages refer to {count} {kind}s; the record has {len(beside[kind])}")
     return out
 
 
-def _listed(value) -> Sequence[Any]:
+def _as_list(value) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [] if value is None else [value]
 
 

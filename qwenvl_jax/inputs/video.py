@@ -1,7 +1,7 @@
-"""Samples frames of a clip as qwen-vl-utils does, keeping only the chosen ones, already resized.
+"""Samples frames of a clip as qwen-vl-utils did for Qwen2.5-VL.
 
-The rules are those of its Qwen2.5-VL days. Its defaults moved since, and so did its handling of frame lists:
-0.0.14 resizes listed frames twice, on a 56-pixel grid first; here they take the image rules, once.
+Its later versions have other defaults, and 0.0.14 resizes a list of frames twice, first to a grid of 56 pixels. Here a
+list of frames is resized once, by the rules for images.
 """
 
 import io
@@ -24,14 +24,13 @@ from qwenvl_jax.types import Visual
 
 DEFAULT_FPS = 2.0
 MIN_FRAMES, MAX_FRAMES = 4, 768
-FRAME_MIN_TOKENS, FRAME_MAX_TOKENS = 128, 768  # visual tokens of one frame (before frames are paired)
-TOTAL_TOKENS = 128000 * 0.9  # of the whole clip
-MAX_VIDEO_BYTES = 512 << 20  # of a download; files are read as they are decoded
+FRAME_MIN_TOKENS, FRAME_MAX_TOKENS = 128, 768  # visual tokens per frame, before frames are paired
+TOTAL_TOKENS = 128000 * 0.9  # visual tokens per clip
+MAX_VIDEO_BYTES = 512 << 20  # of a download; files are read while they are decoded
 MAX_CLIP_PIXELS = 1 << 28  # of all sampled frames, resized: 0.8 GB of patches
-MAX_CLIP_SECONDS = 10**6  # eleven days. Positions count half seconds, in float32 and int32: both hold these exactly.
+MAX_CLIP_SECONDS = 10**6  # eleven days; float32 and int32 hold the positions, half seconds, exactly
 
-# What FFmpeg may take a file for. Playlists and the like (HLS, concat, DASH) are left out on purpose: they
-# make it open other files and addresses.
+# The formats that FFmpeg may detect. Playlists (HLS, concat, DASH) would make FFmpeg open other files and URLs.
 _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,apng,ivf,h264,hevc,m4v,mxf,nut,yuv4mpegpipe"
 _ROTATIONS = {
     90: Image.Transpose.ROTATE_90,
@@ -41,46 +40,36 @@ _ROTATIONS = {
 
 
 def video_visual(source, preprocessing: Preprocessing, options: MediaOptions = DEFAULT) -> Visual:
-    """One clip as patches [t·h·w, C] uint8, a grid step being two frames.
+    """One clip as patches [t·h·w, C] uint8; a grid step is two frames.
 
-    source: a video file (path, file:// or http(s) URL, base64 data: URL, bytes), or a list of frames, each
-        anything `load_image` takes.
-    options: fps and nframes exclude each other. For a frame list, fps says at what rate the frames were taken; the
-        list may span MAX_CLIP_SECONDS at most. It takes the image rules, frame by frame, and its last frame is
-        repeated if their number is odd; total_pixels and min/max_frames do not apply to it.
+    source: a video file (path, file:// or http(s) URL, base64 data: URL, bytes), or a list of frames, each a source of
+        `load_image`.
+    options: fps or nframes, not both. For a list of frames, fps is the rate at which they were taken. The list is
+        resized as images are, and its last frame is repeated if their number is odd; total_pixels, min_frames and
+        max_frames do not apply.
 
-    Frames are counted, not timed: a clip of variable rate is sampled evenly by number, as in the reference.
-    A rotation that the file asks players to apply is applied. Raises InputError naming the source.
+    As in the reference, frames are sampled evenly by number, even if the frame rate varies. The file's rotation is
+    applied. Raises MediaError or OptionsError that names the source.
     """
     p, o = preprocessing, options
     if isinstance(source, list | tuple) or (isinstance(source, np.ndarray) and source.ndim == 4):
         for name in ("nframes", "video_start", "video_end"):
             if getattr(o, name) is not None:
-                raise OptionsError(f"{name} chooses frames of a video file; a list of frames is used whole, drop it")
-        return _listed(source, p, o)
-
+                raise OptionsError(f"{name} samples frames of a video file; a list of frames is used complete, drop it")
+        return _from_frames(source, p, o)
     if o.fps is not None and o.nframes is not None:
         raise OptionsError("give fps or nframes, not both")
     if o.min_frames and o.max_frames and o.min_frames > o.max_frames:
         raise OptionsError(f"min_frames {o.min_frames} is larger than max_frames {o.max_frames}")
-
-    def plan(total: int, rate: float) -> tuple[list[int], float]:
-        first, last = frame_range(total, rate, o.video_start, o.video_end)
-        n = frame_count(last - first + 1, rate, o, p.temporal_patch_size)
-        return frame_indices(first, last, n), n / (last - first + 1) * rate
-
-    def size(height: int, width: int, n: int) -> tuple[int, int]:
-        return frame_size(height, width, n, p, o)
-
-    name, data = name_of(source), locate(source, MAX_VIDEO_BYTES)
+    data = locate(source, MAX_VIDEO_BYTES)
     try:
-        return _sampled(_opener(data), plan, size, p)
+        return _from_file(_opener(data), p, o)
     except InputError as e:
-        raise e.at(name) from e
+        raise e.at(name_of(source)) from e
 
 
 def frame_range(total: int, rate: float, start: float | None, end: float | None) -> tuple[int, int]:
-    """First and last frame (inclusive) between two times; times past the end mean the end."""
+    """First and last frame (inclusive) between two times in seconds; a time past the end is the end."""
     if start is None and end is None:
         return 0, total - 1
     seconds = total / rate
@@ -94,7 +83,7 @@ def frame_range(total: int, rate: float, start: float | None, end: float | None)
 
 
 def frame_count(total: int, rate: float, o: MediaOptions = DEFAULT, factor: int = 2) -> int:
-    """How many of `total` frames, shot at `rate` a second, to sample: a multiple of `factor`."""
+    """How many of `total` frames at `rate` frames per second to sample: a multiple of `factor`."""
     if o.nframes is not None:
         n = round(o.nframes / factor) * factor
     else:
@@ -111,9 +100,9 @@ def frame_count(total: int, rate: float, o: MediaOptions = DEFAULT, factor: int 
 
 
 def frame_indices(first: int, last: int, n: int) -> list[int]:
-    """`n` frame numbers spread evenly over first … last, both included; `n` is even, so none is a tie.
+    """`n` frame numbers spread evenly over first … last, both included.
 
-    The reference does this in float32, and may be one off, depending on its machine, in clips of many thousand frames.
+    The reference computes them in float32; in clips of many thousand frames its numbers may differ by one.
     """
     return np.linspace(first, last, n).round().astype(int).tolist()
 
@@ -121,9 +110,8 @@ def frame_indices(first: int, last: int, n: int) -> list[int]:
 def frame_size(height: int, width: int, n: int, p: Preprocessing, o: MediaOptions = DEFAULT) -> tuple[int, int]:
     """The (height, width) that each of `n` sampled frames is resized to.
 
-    The budget of the whole clip lowers the bound of a frame, but not under 1.05 · min_pixels; a larger
-    max_pixels has no effect. A max_pixels under the default min_pixels lowers that. The default of a checkpoint for
-    max_pixels, `p.video_max_pixels`, gives way to a larger min_pixels.
+    total_pixels lowers the limit of a frame, but not below 1.05 · min_pixels; max_pixels cannot raise it. A small
+    max_pixels lowers the default of min_pixels, and a large min_pixels raises the checkpoint's `video_max_pixels`.
     """
     area = p.factor**2
     default = p.video_max_pixels or math.inf
@@ -134,7 +122,7 @@ def frame_size(height: int, width: int, n: int, p: Preprocessing, o: MediaOption
     return target_size(height, width, p, replace(o, min_pixels=low, max_pixels=high))
 
 
-def _listed(frames: Sequence, p: Preprocessing, o: MediaOptions) -> Visual:
+def _from_frames(frames: Sequence, p: Preprocessing, o: MediaOptions) -> Visual:
     if len(frames) == 0:
         raise MediaError("the list of frames is empty")
     per_step = p.temporal_patch_size
@@ -149,41 +137,41 @@ def _listed(frames: Sequence, p: Preprocessing, o: MediaOptions) -> Visual:
             first, patches = (height, width), _allocate(len(frames), height, width, p)
         elif (height, width) != first:
             raise MediaError(
-                f"frame {i} ({name_of(frame)}) would be resized to {width} × {height} pixels, but the first frame to "
-                f"{first[1]} × {first[0]}; frames of one clip need one size, or resized_height and resized_width"
+                f"frame {i} ({name_of(frame)}) would be resized to {width} × {height} pixels, the first frame to "
+                f"{first[1]} × {first[0]}; give frames of one size, or resized_height and resized_width"
             )
         spare = len(patches) * per_step - len(frames) if i == len(frames) - 1 else 0
         slot = i % per_step
         fill(patches[i // per_step], resize(image, height, width), range(slot, slot + 1 + spare))
-    return _clip(patches, per_step / (o.fps or DEFAULT_FPS))
+    return _as_clip(patches, per_step / (o.fps or DEFAULT_FPS))
 
 
-def _clip(patches: np.ndarray, seconds_per_grid: float) -> Visual:
-    if len(patches) * seconds_per_grid > MAX_CLIP_SECONDS:
-        raise MediaError(
-            f"at its fps the clip would last {len(patches) * seconds_per_grid:.3g} seconds; "
-            f"it may last {MAX_CLIP_SECONDS:,} at most"
-        )
+def _as_clip(patches: np.ndarray, seconds_per_grid: float) -> Visual:
+    seconds = len(patches) * seconds_per_grid
+    if seconds > MAX_CLIP_SECONDS:
+        raise MediaError(f"at its fps the clip would last {seconds:.3g} seconds; the limit is {MAX_CLIP_SECONDS:,}")
     return as_visual(patches, "video", seconds_per_grid)
 
 
 def _allocate(n: int, height: int, width: int, p: Preprocessing) -> np.ndarray:
     if n * height * width > MAX_CLIP_PIXELS:
         raise MediaError(
-            f"{n} frames of {width} × {height} pixels are over the limit of {MAX_CLIP_PIXELS:,} pixels a clip; "
-            "take fewer or smaller ones"
+            f"{n} frames of {width} × {height} pixels exceed the limit of {MAX_CLIP_PIXELS:,} pixels per clip; "
+            "sample fewer or smaller frames"
         )
     return empty_patches(math.ceil(n / p.temporal_patch_size), height, width, p)
 
 
-def _sampled(open_clip: Callable, plan: Callable, size: Callable, p: Preprocessing) -> Visual:
-    """Two passes: count frames (without decoding), then decode up to the last chosen one.
+def _from_file(open_clip: Callable, p: Preprocessing, o: MediaOptions) -> Visual:
+    """Two passes: the first counts the frames without decoding, the second decodes up to the last sampled one.
 
-    If fewer frames decode than were counted, their number is known then, and a third pass is sure to end.
+    If fewer frames decode than were counted, a third pass samples from that number.
     """
     total, rate = _count(open_clip)
     while total:
-        indices, sampled_fps = plan(total, rate)
+        first, last = frame_range(total, rate, o.video_start, o.video_end)
+        n = frame_count(last - first + 1, rate, o, p.temporal_patch_size)
+        indices = frame_indices(first, last, n)
         patches, found, seen = None, 0, 0
         for index, frame in _decode(open_clip):
             seen = index + 1
@@ -191,18 +179,19 @@ def _sampled(open_clip: Callable, plan: Callable, size: Callable, p: Preprocessi
                 continue
             image = _upright(frame)
             if patches is None:
-                height, width = size(image.height, image.width, len(indices))
-                patches = _allocate(len(indices), height, width, p)
+                height, width = frame_size(image.height, image.width, n, p, o)
+                patches = _allocate(n, height, width, p)
             fill(patches[found // p.temporal_patch_size], resize(image, height, width), [found % p.temporal_patch_size])
             found += 1
-            if found == len(indices):
-                return _clip(patches, p.temporal_patch_size / sampled_fps)
+            if found == n:
+                sampled_fps = n / (last - first + 1) * rate
+                return _as_clip(patches, p.temporal_patch_size / sampled_fps)
         total = seen
-    raise MediaError("no frame of it can be decoded")
+    raise MediaError("no frame can be decoded")
 
 
 def _count(open_clip: Callable) -> tuple[int, float]:
-    """Number of frames and their mean rate, from the packets: headers leave both out, or lie."""
+    """Number of frames and their mean rate, from the packets, since headers may lack both or be wrong."""
     with open_clip() as (container, stream):
         n, packets, times = 0, 0, []
         for packet in container.demux(stream):
@@ -211,18 +200,18 @@ def _count(open_clip: Callable) -> tuple[int, float]:
                 n += 1
                 if packet.pts is not None:
                     times.append(packet.pts)
-        # MP4 and MOV index every frame at their start or end, so a missing one means a broken-off copy.
+        # MP4 and MOV have an index of all frames, so a missing frame means that the file was cut off.
         if "mp4" in container.format.name and packets < stream.frames:
-            raise MediaError(f"the file is cut off: of {stream.frames} frames only {packets} are there")
+            raise MediaError(f"the file is cut off: it has {packets} of {stream.frames} frames")
         declared = stream.average_rate or stream.guessed_rate
         span = (max(times) - min(times)) * stream.time_base if times else 0
     timed = Fraction(len(times) - 1) / span if span > 0 else None
-    # The header's figure is exact where it is right, and what the reference goes by; where the timestamps
-    # contradict it (variable rate in Matroska, say), they win.
+    # The header's rate, which the reference uses, is exact. If timestamps contradict it (as with a variable rate in
+    # Matroska), they decide.
     if declared and (timed is None or abs(timed / declared - 1) < 0.02):
         return n, float(declared)
     if n and timed is None:
-        raise MediaError("the clip tells neither its frame rate nor its frames' times")
+        raise MediaError("the clip has neither a frame rate nor timestamps")
     return n, float(timed or 0)
 
 
@@ -233,43 +222,48 @@ def _decode(open_clip: Callable) -> Iterator[tuple[int, object]]:
 
 
 def _upright(frame) -> Image.Image:
-    if frame.width * frame.height > MAX_PIXELS:
-        raise MediaError(f"frames of {frame.width} × {frame.height} pixels; the limit is {MAX_PIXELS:,} pixels")
+    _check_frame(frame.width, frame.height)
     return _turned(Image.fromarray(frame.to_ndarray(format="rgb24")), frame.rotation)
 
 
 def _turned(image: Image.Image, degrees: int) -> Image.Image:
-    """Counter-clockwise, by right angles only; the few clips with another are left as they are."""
+    """Turns counter-clockwise by a multiple of 90°; other angles, which are rare, are ignored."""
     turn = _ROTATIONS.get(degrees % 360)
     return image if turn is None else image.transpose(turn)
 
 
+def _check_frame(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise MediaError(f"frames of {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels")
+
+
 def _opener(data: bytes | Path) -> Callable:
-    """A function that opens the clip afresh: `with open_clip() as (container, video stream)`."""
+    """Returns a context manager that opens the clip anew: `with open_clip() as (container, video stream)`."""
     try:
         import av
     except ImportError as e:
-        raise MediaError("reading a video file needs PyAV; install it with: pip install 'qwenvl-jax[video]'") from e
+        raise MediaError("reading a video file needs PyAV: pip install 'qwenvl-jax[video]'") from e
 
     @contextmanager
     def open_clip():
-        # An absolute path, so that FFmpeg cannot read a protocol into a file's name.
+        # An absolute path, since FFmpeg could take the start of a relative one for a protocol.
         file = io.BytesIO(data) if isinstance(data, bytes) else str(data.absolute())
         options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
         try:
             with av.open(file, "r", options=options) as container:
                 if not container.streams.video:
-                    raise MediaError("it has no video stream")
+                    raise MediaError("has no video stream")
                 stream = container.streams.video[0]
                 if stream.codec_context is None:
-                    raise MediaError("its video codec is unknown")
-                width, height = stream.codec_context.width, stream.codec_context.height
-                if width * height > MAX_PIXELS:
-                    raise MediaError(f"frames of {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels")
-                stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # of a frame larger than it said before
+                    raise MediaError("has an unknown video codec")
+                _check_frame(stream.codec_context.width, stream.codec_context.height)
+                stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # later frames may be larger
                 yield container, stream
-        except (av.error.FFmpegError, UnicodeDecodeError) as e:  # the latter: PyAV < 19 on tags that are not UTF-8
+        except (
+            av.error.FFmpegError,
+            UnicodeDecodeError,
+        ) as e:  # the latter: PyAV < 19, tags not in UTF-8
             why = getattr(e, "strerror", None) or e
-            raise MediaError(f"it is not a video file that can be decoded ({why})") from e
+            raise MediaError(f"cannot be decoded as a video ({why})") from e
 
     return open_clip

@@ -1,7 +1,7 @@
-"""Records to packed batches, shuffled and sharded, and resumable at the exact record.
+"""Packs records into batches: shuffled, sharded, and resumable at the exact record.
 
-The stream of a run's records is a pure function of (seed, shard, position). Its state is one position, so a run that
-resumes with another number of threads or worker processes still gets the same batches.
+The stream of records is a pure function of (seed, shard, position), and its state is the position. So a resumed run
+gets the same batches, with any number of threads or worker processes.
 """
 
 import logging
@@ -13,19 +13,19 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.inputs.layout import Lanes
-from qwenvl_jax.inputs.pack import Segment, fill_lanes, pack_rows, places_by_visual, split_frames
+from qwenvl_jax.inputs.pack import Segment, fill_lanes, index_by_visual, pack_rows, split_frames
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.inputs.records import BadRecord, JsonLines
-from qwenvl_jax.train.records import Encoder, PackShape
+from qwenvl_jax.train.records import PackShape, RecordProcessor
 from qwenvl_jax.types import Batch, Sample, TrainBatch
 
 _LOG = logging.getLogger(__name__)
 
 
 class _Bad(NamedTuple):
-    """What the pipeline carries in place of a bad record."""
+    """A bad record in the stream."""
 
     where: str
     reason: str
@@ -33,10 +33,10 @@ class _Bad(NamedTuple):
 
 
 class _Load:
-    """Reads and encodes one record by number. It is a class so that worker processes can unpickle it."""
+    """Reads and processes one record by number. It is a class so that worker processes can unpickle it."""
 
-    def __init__(self, source, encoder: Encoder):
-        self.source, self.encoder = source, encoder
+    def __init__(self, source, process: RecordProcessor):
+        self.source, self.process = source, process
 
     def __call__(self, index: int) -> tuple[Sample, ...] | _Bad:
         try:
@@ -44,31 +44,31 @@ class _Load:
                 record = self.source[int(index)]
             except OSError as e:
                 raise BadRecord("unreadable", str(e)) from e
-            return self.encoder(record)
-        except (InputError, RecursionError) as e:  # the latter where lists are nested by the hundred
+            return self.process(record)
+        except (InputError, RecursionError) as e:  # the latter: lists nested a hundred deep
             where = self.source.where(index) if hasattr(self.source, "where") else f"record {index}"
             return _Bad(where, getattr(e, "reason", "unreadable"), str(e))
 
 
 class Dataset:
-    """An endless or finite iterator of TrainBatch, numpy arrays of one shape.
+    """An endless or finite iterator of TrainBatch: numpy arrays of one shape.
 
-    records: a JSONL file, or any object with `len()` and `[i]` that returns the same record i every time. Several
-        threads may call it at once; with workers it must be picklable.
-    shape: the shape of every batch, on this host.
-    seed: decides the order, which differs between epochs. shuffle=False keeps the order of the records.
-    epochs: how often each record is read; None for no end. Hosts may get different numbers of batches, so with
-        several hosts give the steps, not the epochs.
-    shard: (index, count) of this host, for a loop that joins its hosts' batches; every record is in one shard.
-        `train` needs all records in every process.
-    on_error: what to do about a bad record. "stop" raises InputError with its file and line; "skip" logs a warning
-        and counts it in `skipped`.
-    preferences: records are preferences. Each becomes two neighbouring segments of a row, the chosen one first.
-    media_root: the folder that relative paths start from; by default the JSONL file's.
+    records: a JSONL file, or an object with `len()` and `[i]` that returns the same record i every time. It must be
+        thread-safe, and picklable if there are workers.
+    shape: the shape of every batch on this host.
+    seed: decides the order, which differs between epochs. With shuffle=False it is the order of the records.
+    epochs: how often each record is read; None for no end. Hosts may get different numbers of batches, so limit the
+        steps, not the epochs, if there are several.
+    shard: (index, count) of this host, for a loop that concatenates its hosts' batches. `train` takes (0, 1): it needs
+        all records in every process.
+    on_error: a bad record raises InputError with its file and line ("stop"), or is logged and counted ("skip").
+    preferences: each record becomes two neighbouring segments of a row, the chosen one first.
+    media_root: the folder that relative paths start from; by default that of the JSONL file.
     options: options of `Processor.encode` for every record (max_pixels, fps, allow_control_tokens, …).
-    threads: how many read and encode; 0 reads in the caller's thread.
-    workers: how many processes read and encode, each with `threads` threads; 0 for none. As everywhere in Python, a
-        script that starts processes needs `if __name__ == "__main__":`.
+    threads: how many threads process records; 0 for the caller's.
+    workers: how many processes do, each with `threads` threads; 0 for none. A script that starts processes needs
+        `if __name__ == "__main__":`.
+    Raises InputError or OptionsError for a bad argument.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class Dataset:
             records = JsonLines(records)
         _check_shape(shape, processor.config, preferences)
         if on_error not in ("stop", "skip"):
-            raise InputError(f"on_error is {on_error!r}; it must be 'stop' or 'skip'")
+            raise OptionsError(f"on_error is {on_error!r}; it must be 'stop' or 'skip'")
         if not 0 <= seed < 2**32:
-            raise InputError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
+            raise OptionsError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
         if epochs is not None and epochs < 1:
-            raise InputError(f"epochs is {epochs}; it must be 1 or more, or None for no end")
+            raise OptionsError(f"epochs is {epochs}; it must be 1 or more, or None for no end")
         index, count = shard
         if not 0 <= index < count:
-            raise InputError(f"shard is {shard}; it must be (index, count) with 0 ≤ index < count")
+            raise OptionsError(f"shard is {shard}; it must be (index, count) with 0 ≤ index < count")
         self._epoch = len(range(index, len(records), count))
         if len(records) < count:
             name = getattr(records, "path", "the source")
@@ -108,42 +108,41 @@ class Dataset:
         self._config, self._shape, self._on_error = processor.config, shape, on_error
         self._order = dict(seed=seed, shuffle=shuffle, shard=[index, count], records=len(records))
         self._order |= getattr(records, "identity", {})
-        encoder = Encoder(processor, shape, preferences=preferences, folder=media_root, options=options)
-        self._load = _Load(records, encoder)
+        process = RecordProcessor(processor, shape, preferences=preferences, folder=media_root, options=options)
+        self._load = _Load(records, process)
         self._epochs, self._threads, self._workers = epochs, threads, workers
         self._stream: Iterator | None = None
         self.set_state({"position": 0, "skipped": {}, "order": self._order})
 
     @property
     def skipped(self) -> dict[str, int]:
-        """How many bad records were skipped up to the last batch, by `BadRecord.reason`."""
+        """The number of bad records up to the last batch, by `BadRecord.reason`."""
         return dict(self._skipped)
 
     @property
     def epoch(self) -> float:
-        """How many times this shard's records were read, up to the last batch."""
+        """How often this shard's records were read, up to the last batch."""
         return self._position / self._epoch
 
     def get_state(self) -> dict:
-        """The position of the stream after the last batch, as JSON can hold it."""
+        """The position after the last batch, as JSON can hold it."""
         return {"position": self._position, "skipped": self.skipped, "order": dict(self._order)}
 
     def set_state(self, state: dict) -> None:
-        """Continues where the state was taken. InputError if the records or their order differ."""
+        """Continues from `get_state()`. Raises InputError if the records or their order differ."""
         for key, mine in self._order.items():
             if (theirs := state["order"].get(key)) != mine:
                 raise InputError(
-                    f"the saved run read other records, or in another order: its {key} is {theirs}, now it is {mine}; "
-                    "give it the same, or start a new run"
+                    f"the saved run read other records, or in another order: its {key} is {theirs}, not {mine}; "
+                    "give the same ones, or start a new run"
                 )
         self.close()
         self._position, self._skipped = state["position"], Counter(state["skipped"])
-        # A record that is read, but is for the next batch. The position does not count it yet.
-        self._waiting: tuple[Sample, ...] | None = None
+        self._waiting: tuple[Sample, ...] | None = None  # of the next batch, not yet counted in the position
         self._bad_in_a_row = 0
 
     def close(self) -> None:
-        """Ends threads and worker processes; the next batch starts new ones."""
+        """Stops threads and worker processes; the next batch starts new ones."""
         if self._stream is not None:
             self._stream.close()
         self._stream, self._waiting = None, None
@@ -154,7 +153,7 @@ class Dataset:
     def __next__(self) -> TrainBatch:
         try:
             batch = self._next()
-        except BaseException:  # the records of the unfinished batch are read again
+        except BaseException:  # the next call reads the records of the unfinished batch again
             self.close()
             raise
         if batch is None:
@@ -172,7 +171,7 @@ class Dataset:
             if item is None:
                 break
             if isinstance(item, _Bad):
-                self._bad(item, position)
+                self._skip(item, position)
                 skipped[item.reason] += 1
             elif packer.add(item):
                 self._bad_in_a_row = 0
@@ -187,7 +186,7 @@ class Dataset:
         try:
             import grain
         except ImportError as e:
-            raise InputError("reading training data needs grain: pip install 'qwenvl-jax[train]'") from e
+            raise InputError("reading training data needs Grain: pip install 'qwenvl-jax[train]'") from e
         index, count = self._order["shard"]
         ds = grain.MapDataset.range(self._order["records"])
         if self._order["shuffle"]:
@@ -197,16 +196,16 @@ class Dataset:
         if self._workers:
             from absl import flags
 
-            if not flags.FLAGS.is_parsed():  # grain reads flags, which only absl's own programs parse
+            if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which only absl.app parses
                 flags.FLAGS.mark_as_parsed()
             ds = ds.mp_prefetch(grain.MultiprocessingOptions(self._workers, 8))
         return iter(ds)
 
-    def _bad(self, bad: _Bad, position: int) -> None:
+    def _skip(self, bad: _Bad, position: int) -> None:
         if self._on_error == "stop":
             raise InputError(f"{bad.where}: {bad.message}")
         self._bad_in_a_row += 1
-        if self._bad_in_a_row == 2 * self._epoch - 1:  # one good record may be first in an epoch and last in the next
+        if self._bad_in_a_row == 2 * self._epoch - 1:  # a good record may be first in one epoch and last in the next
             raise InputError(f"none of {self._epoch} records can be used; the last is {bad.where}: {bad.message}")
         if position < self._epoch:  # later epochs would repeat the warning
             _LOG.warning("%s: %s; skipped", bad.where, bad.message)
@@ -214,46 +213,46 @@ class Dataset:
 
 def _check_shape(shape: PackShape, config: Config, preferences: bool) -> None:
     if min(shape[:4]) < 1:
-        raise InputError(f"{shape}: rows, tokens, lanes and patches must be 1 or more")
+        raise OptionsError(f"{shape}: rows, tokens, lanes and patches must be 1 or more")
     if shape.patches % config.vision.block_slots:
-        raise InputError(f"patches is {shape.patches}; it must be a multiple of {config.vision.block_slots}")
+        raise OptionsError(f"patches is {shape.patches}; it must be a multiple of {config.vision.block_slots}")
     if preferences and (shape.segments is None or shape.segments < 2 or shape.segments % 2):
-        raise InputError(f"segments is {shape.segments}; preferences need an even number, 2 or more")
+        raise OptionsError(f"segments is {shape.segments}; preferences need an even number, 2 or more")
 
 
 class Packer:
-    """One batch being filled. A record's samples go into the first row with room, their visuals into the lanes.
+    """One batch being filled. A record's samples go into the first row that holds them all.
 
-    segments: every sample's place, in the order they were added.
+    segments: the samples and their positions in the batch, in the order in which they were added.
     """
 
     def __init__(self, shape: PackShape, config: Config):
         self.shape, self.vision = shape, config.vision
-        self.used, self.count = np.zeros(shape.rows, int), np.zeros(shape.rows, int)  # tokens, segments of each row
+        self.used, self.count = np.zeros(shape.rows, int), np.zeros(shape.rows, int)  # tokens, segments per row
         self.lanes = Lanes(shape.patches, config.vision, shape.lanes)
         self.visuals, self.placements = [], []
         self.segments: list[Segment] = []
 
     def add(self, samples: tuple[Sample, ...]) -> bool:
-        """Adds what the Encoder made of a record; False, and nothing changes, if it does not fit.
+        """Adds the samples of one record. If they do not fit, returns False and changes nothing.
 
-        Into an empty batch, everything fits that the Encoder lets pass.
+        RecordProcessor refuses records that do not fit into an empty batch.
         """
         length, most = sum(len(s.tokens) for s in samples), self.shape.segments or self.shape.tokens
-        room = (self.used + length <= self.shape.tokens) & (self.count + len(samples) <= most)
-        if not room.any():
+        fits = (self.used + length <= self.shape.tokens) & (self.count + len(samples) <= most)
+        if not fits.any():
             return False
         visuals = samples[0].visuals
         placements = self.lanes.place([grid for v in visuals for grid in v.grid.frames])
         if placements is None:
             return False
-        row = int(np.argmax(room))
+        row = int(np.argmax(fits))
         self.visuals += visuals
         self.placements += placements
-        places = places_by_visual(visuals, [p.cells for p in placements])
+        index = index_by_visual(visuals, [p.cells for p in placements])
         for sample in samples:
             self.count[row] += 1
-            self.segments.append(Segment(row, int(self.used[row]), int(self.count[row]), sample, places))
+            self.segments.append(Segment(row, int(self.used[row]), int(self.count[row]), sample, index))
             self.used[row] += len(sample.tokens)
         return True
 
@@ -264,10 +263,9 @@ class Packer:
 
 
 def with_targets(inputs: Batch, segments: Sequence[Segment]) -> TrainBatch:
-    """The batch with the next token of every token, and its weight."""
+    """The batch with targets and weights: position i predicts token i + 1 of its segment."""
     targets, weights = np.zeros(inputs.tokens.shape, np.int32), np.zeros(inputs.tokens.shape, np.float32)
     for s in segments:
-        # Position i learns token i + 1 of its own segment.
-        here, learnt = (s.row, slice(s.start, s.stop - 1)), s.sample.weights[1:]
-        weights[here], targets[here] = learnt, s.sample.tokens[1:] * (learnt > 0)
+        here, next_weights = (s.row, slice(s.start, s.stop - 1)), s.sample.weights[1:]
+        weights[here], targets[here] = next_weights, s.sample.tokens[1:] * (next_weights > 0)
     return TrainBatch(inputs, targets, weights)

@@ -1,4 +1,4 @@
-"""A whole fine-tuning from its options: a checkpoint and records in, a checkpoint that `load` opens out."""
+"""Fine-tuning from TrainOptions: reads a checkpoint and records, writes a checkpoint that `load` opens."""
 
 import contextlib
 from collections.abc import Callable
@@ -23,39 +23,39 @@ FINAL, ADAPTER = "final", "adapter"
 
 
 def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Callable] | None = None) -> int | None:
-    """Trains as `options` say and writes the result; if a signal ends the run early, returns its number.
+    """Trains and writes the result to `options.output`. Returns the number of the signal that stopped the run, or None.
 
     evaluator: (model, eval_data, options of Processor.encode) → params → metrics by name.
-    The result is the directory `final` in the output, which `load` opens; with LoRA, adapters are merged into it,
-    and beside it is `adapter`, which PEFT opens too. Where they are there already, nothing is left to do.
-    Raises InputError for everything that the options, the checkpoint or the records have wrong.
+    The result is the directory `final`, which `load` opens. With LoRA, it holds merged adapters, and PEFT opens the
+    directory `adapter` beside it. A finished run returns at once.
+    Raises InputError for bad options, checkpoints and records.
     """
     for name in ("model", "data", "output"):
         if not getattr(options, name):
-            raise OptionsError(f"{name} is not given; give --{name} or put it into the TOML file")
+            raise OptionsError(f"{name} is missing; give --{name} or set it in the TOML file")
     final, adapter = (Path(options.output).expanduser() / name for name in (FINAL, ADAPTER))
     if options.distributed:
         distributed.initialize()
     step = last_step(options.output)
     for done in (final, adapter):
         if done.is_dir() and step < options.steps:
-            raise InputError(f"{done} is there, after {step} steps; move it away to go on to {options.steps}")
+            raise InputError(f"{done} exists, after {step} steps; move it away to train to step {options.steps}")
     with Run(options):  # refuses another run's directory before any weights are read
         if final.is_dir():
-            _say(f"finished before: {final}")
+            _say(f"already finished: {final}")
             return None
     source = checkpoint.find(options.model)
     model = _load(options, source)
-    encoding = given(options, MediaOptions) | {"allow_control_tokens": options.allow_control_tokens}
-    with contextlib.closing(_dataset(options, model, encoding)) as data:
+    encode_options = given(options, MediaOptions) | {"allow_control_tokens": options.allow_control_tokens}
+    with contextlib.closing(_dataset(options, model, encode_options)) as data:
         evaluate = None
         if options.eval_data:
             if evaluator is None:
-                raise OptionsError("eval_data is given, but there is nothing to evaluate with")
-            evaluate = evaluator(model, options.eval_data, encoding)
+                raise OptionsError("eval_data needs an evaluator")
+            evaluate = evaluator(model, options.eval_data, encode_options)
         result = train(model, data, options, evaluate=evaluate, donate=True)
     if result.signal is not None:
-        _say(f"stopped after step {result.step}; the same command goes on from there")
+        _say(f"stopped after step {result.step}; the same command resumes the run")
         return result.signal
     if data.skipped:
         _say("records skipped: " + ", ".join(f"{reason}: {n}" for reason, n in sorted(data.skipped.items())))
@@ -68,8 +68,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
             save_adapter(model.config, params, adapter, base_name=options.model)
             _say(f"adapter for PEFT: {adapter}")
         params = lora.merge(params)
-    # Trained in whatever precision, it is stored in the one it came in.
-    stored = checkpoint.read_config(source)
+    stored = checkpoint.read_config(source)  # the result has the dtype of the checkpoint
     params = jax.tree.map(lambda w: w.astype(stored.dtype), params)
     checkpoint.save(model._replace(config=stored, params=params), final, files_from=source)
     _say(f"model of step {result.step}: {final}")
@@ -77,18 +76,18 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
 
 
 def _load(options: TrainOptions, source: Path) -> Model:
-    """The model to train, on the run's mesh, its weights and its arithmetic in the dtypes of the options."""
+    """The model to train, on the mesh and in the dtypes of the options."""
     mesh = make_run_mesh(options)
     dtype = options.dtype or checkpoint.precision_of(checkpoint.read_config(source), mesh).compute
     if dtype == "float16":
-        raise OptionsError("the checkpoint is float16, whose gradients vanish; set dtype to bfloat16 or float32")
-    # Small updates are lost in bfloat16 weights. Adapters are float32 anyway.
+        raise OptionsError("the checkpoint is float16, where gradients vanish; set dtype to bfloat16 or float32")
+    # bfloat16 weights round small updates away. Adapters are always float32.
     param_dtype = options.param_dtype or (None if options.lora_rank else "float32")
     model = checkpoint.load(source, mesh=mesh, dtype=param_dtype)
     return model._replace(config=model.config.replace(dtype=dtype))
 
 
-def _dataset(options: TrainOptions, model: Model, encoding: dict) -> Dataset:
+def _dataset(options: TrainOptions, model: Model, encode_options: dict) -> Dataset:
     return Dataset(
         options.data,
         model.processor,
@@ -96,7 +95,7 @@ def _dataset(options: TrainOptions, model: Model, encoding: dict) -> Dataset:
         seed=options.seed,
         on_error=options.on_bad_record,
         preferences=options.task == "dpo",
-        options=encoding,
+        options=encode_options,
         threads=options.threads,
         workers=options.workers,
     )

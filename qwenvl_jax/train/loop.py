@@ -1,7 +1,7 @@
-"""The training loop: batches in, steps, metrics, evaluations and checkpoints out, and exactly on from where it stopped.
+"""The training loop: steps, metrics, evaluations and checkpoints. A resumed run continues exactly.
 
-The device never waits for the host: a step is dispatched, then the next batch is read and sent, then the metrics of
-the step before are fetched. Nothing moves between them but what is moved by name (`jax.transfer_guard`).
+The device does not wait for the host: a step is dispatched, then the next batch is read and sent, then the metrics of
+the step before are fetched. `jax.transfer_guard` forbids implicit transfers.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.specs import flatten, param_shardings, specs_of, unflatten
 from qwenvl_jax.sharding import make_mesh
@@ -27,49 +27,38 @@ from qwenvl_jax.train.flops import peak_flops, train_flops
 from qwenvl_jax.train.losses import dpo_loss, segment_logprobs, sft_loss
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.run import CHECKPOINTS, Run
-from qwenvl_jax.train.step import (
-    TrainState,
-    batch_shardings,
-    init_state,
-    make_optimizer,
-    make_schedule,
-    make_step,
-)
+from qwenvl_jax.train.step import TrainState, batch_shardings, init_state, make_optimizer, make_schedule, make_step
 from qwenvl_jax.types import Model, PreferenceBatch, TrainBatch
 
 
 class Result(NamedTuple):
-    """What `train` returns: the parameters at the end, or of the best checkpoint if `best` names a metric."""
+    """What `train` returns: the parameters of the last step, or of the best checkpoint if `best` names a metric."""
 
     params: dict
-    step: int  # whose parameters they are
-    signal: int | None = None  # SIGTERM or SIGINT if that ended the run early; the same call goes on from there
+    step: int  # the step of these parameters
+    signal: int | None = None  # SIGTERM or SIGINT if it stopped the run early; the same call resumes
 
 
 def train(
-    model: Model,
-    data,
-    options: TrainOptions,
-    *,
-    evaluate: Callable[[dict], dict[str, float]] | None = None,
-    loss: Callable = sft_loss,
-    donate: bool = False,
+    model: Model, data, options: TrainOptions, *, evaluate: Callable | None = None, loss=sft_loss, donate=False
 ) -> Result:
-    """Trains a model, or goes on training if `options.output` holds a run with the same options.
+    """Trains a model, or resumes the run in `options.output` if it has the same options.
 
-    data: an iterator of TrainBatch (numpy, without the leading axis A) with `get_state()` and `set_state(state)`, whose
-        state JSON can hold. It must not end before `options.steps · options.accumulate` batches. Several processes
-        must all be given the same batches, whole; each keeps what its devices need.
+    data: an iterator of TrainBatch (numpy, without the leading axis A) with `get_state()` and `set_state(state)`; JSON
+        must hold the state. It must yield at least `options.steps · options.accumulate` batches, and the same complete
+        batches in every process.
     evaluate: params → metrics by name, called every `options.eval_every` steps and after the last one.
-    loss: of task "sft", if not cross-entropy alone: (config, params, TrainBatch, remat=…) → what `sft_loss` returns.
-    donate: use up `model.params`, which saves a copy of them.
-    SIGTERM or Ctrl-C ends the run after the step at hand, with a checkpoint; a second Ctrl-C ends it at once. (SIGTERM
-    to one of several processes does so to all, Ctrl-C ends them at once.) A bad record that stops the run, too, leaves
-    a checkpoint.
-    Raises InputError for options that do not fit, bad records, and too many steps that are not finite.
+    loss: replaces `sft_loss` in task "sft": (config, params, TrainBatch, remat=…) → what `sft_loss` returns.
+    donate: donate `model.params`, which saves a copy.
+
+    SIGTERM or Ctrl-C stops the run after the current step, with a checkpoint; a second Ctrl-C stops it at once. With
+    several processes, SIGTERM to one stops all with a checkpoint; Ctrl-C stops them at once. A bad record stops the run
+    with a checkpoint too.
+    Raises OptionsError for options that contradict each other, InputError for bad records and for too many steps in a
+    row that are not finite.
     """
     if options.best and evaluate is None:
-        raise InputError(f"best is {options.best!r}, a metric of the evaluation, but there is nothing to evaluate on")
+        raise OptionsError(f"best is {options.best!r}, a metric of the evaluation; give eval_data")
     with Run(options) as run, _Signals() as signals:
         run.begin()
         return _Loop(model, data, options, evaluate, loss, donate, run, signals).run_to_end()
@@ -83,7 +72,7 @@ class _Loop:
         self.config = model.config.replace(dtype=options.dtype or model.config.dtype)
         self.mesh = make_run_mesh(options)
         params = model.params if donate else jax.tree.map(jnp.copy, model.params)
-        # Laid out as a checkpoint is restored; a run that goes on then needs no other program.
+        # The same layout as a restored checkpoint, so that a resumed run compiles the same program.
         layout = _layout(specs_of(self.config, params), self.mesh)
         params = jax.device_put(params, layout)
         noise = None
@@ -98,7 +87,7 @@ class _Loop:
 
         self.reference = None
         if options.task == "dpo":
-            # With LoRA, the reference model is the base, which is there anyway.
+            # With LoRA, the base weights are the reference model.
             base = None
             if not options.lora_rank:
                 base = jax.tree.map(jnp.copy, params) if donate else jax.device_put(model.params, layout)
@@ -113,7 +102,7 @@ class _Loop:
         self.learning_rates = np.asarray(jax.vmap(schedule)(jnp.arange(options.steps)), np.float64)
         with self.on_mesh():
             self.state = init_state(specs, params, optimizer, self.trainable)
-        if self.mesh is None:  # as a step returns it; otherwise the second step would compile again
+        if self.mesh is None:  # the layout that a step returns; otherwise the second step recompiles
             self.state = jax.device_put(self.state, layout)
         trains = {spec.group for path, spec in specs.items() if self.trainable(path)}
         self.flops = partial(train_flops, self.config, trains=trains, weights=not options.lora_rank)
@@ -127,55 +116,61 @@ class _Loop:
             self.resume()
 
     def resume(self) -> None:
-        saved, progress = self.run.restore(jax.tree.map(_like, _kept(self.state, self.trainable)))
-        self.state = _with(self.state, saved)
+        self.state, progress = self.restored(self.run.step)
         self.step, self.skipped = self.run.step, progress["skipped"]
         self.skipped_in_row = progress["skipped_in_row"]
         self.data.set_state(progress["data"])
+
+    def restored(self, step: int) -> tuple[TrainState, dict]:
+        """The state and the progress in a checkpoint."""
+        saved, progress = self.run.restore(jax.tree.map(_abstract, _saved_part(self.state, self.trainable)), step)
+        params = unflatten(flatten(self.state.params) | flatten(saved["params"]))
+        moments = [leaf for _, leaf in sorted(saved["opt_state"].items())]
+        opt_state = jax.tree.unflatten(jax.tree.structure(self.state.opt_state), moments)
+        return TrainState(saved["step"], params, opt_state), progress
 
     def on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def run_to_end(self) -> Result:
-        o, trouble, late = self.options, None, None
+        o, data_error, final_metrics = self.options, None, None
         self.bar = tqdm(desc="training", total=o.steps, initial=self.step, unit="step", disable=None)
         with self.bar:
-            if self.evaluate and self.step == o.steps and self.run.evaluated(self.step) is None:
-                late = self.evaluated(self.evaluate)  # the last one failed, or was broken off
-                self.run.amend(self.step, {f"eval/{name}": value for name, value in late.items()})
+            if self.evaluate and self.step == o.steps and self.run.evaluation(self.step) is None:
+                final_metrics = self.run_evaluation(self.evaluate)  # the final evaluation failed or was interrupted
+                self.run.amend(self.step, {f"eval/{name}": value for name, value in final_metrics.items()})
             batch = self.load() if self.step < o.steps else None
             while self.step < o.steps:
-                position = self.data.get_state()  # of a checkpoint after this step: the next batch is read ahead
+                position = self.data.get_state()  # for the checkpoint of this step: the next batch is read ahead
                 self.dispatch(*batch)
                 if self.step < o.steps:
                     try:
                         batch = self.load()
-                    except InputError as e:  # a bad record must not cost the steps before it
-                        trouble = e
-                self.read(keep=1)
-                last = self.step == o.steps or trouble is not None
+                    except InputError as e:  # raised below, after a checkpoint of the steps before it
+                        data_error = e
+                self.fetch_metrics(leave=1)
+                last = self.step == o.steps or data_error is not None
                 evaluating = self.evaluate and (self.step % o.eval_every == 0 or self.step == o.steps)
                 stopping = self.signals.reached(self.step)
                 if evaluating or last or stopping or self.step % o.save_every == 0:
-                    # Who wants it to end does not wait for an evaluation, but for the last, which the result may be of.
+                    # A stop request skips the evaluation, except the final one: it decides what is returned.
                     due = evaluating and (not stopping or self.step == o.steps)
                     self.checkpoint(position, self.evaluate if due else None)
-                if trouble is not None:
+                if data_error is not None:
                     self.run.wait()
-                    raise trouble
+                    raise data_error
                 if stopping:
                     break
         self.run.wait()
         if self.step == o.steps and o.best and self.run.best_step not in (None, self.step):
             best = self.run.best_step
-            if late is not None and self.run.better(late, best):
+            if final_metrics is not None and self.run.better(final_metrics, best):
                 return Result(self.state.params, self.step)
-            saved, _ = self.run.restore(jax.tree.map(_like, _kept(self.state, self.trainable)), best)
-            return Result(_with(self.state, saved).params, best)
+            return Result(self.restored(best)[0].params, best)
         return Result(self.state.params, self.step, self.signals.caught if self.step < o.steps else None)
 
     def load(self) -> tuple[TrainBatch, dict]:
-        """The next batch on the device, with its leading axis A, and what is known of it."""
+        """The next batch on the device, with its leading axis A, and its FLOPs, tokens and epoch."""
         try:
             micros = [next(self.data) for _ in range(self.options.accumulate)]
         except StopIteration:
@@ -193,7 +188,7 @@ class _Loop:
         return _place(batch, self.mesh), facts
 
     def dispatch(self, batch: TrainBatch, facts: dict) -> None:
-        """Starts a step; the device works on when this returns."""
+        """Starts a step, without waiting for the device."""
         with jax.transfer_guard("disallow"), self.on_mesh():
             if self.reference is not None:
                 batch = PreferenceBatch(*batch, self.reference(self.state.params, batch))
@@ -201,21 +196,21 @@ class _Loop:
         self.step += 1
         self.pending.append((self.step, metrics, facts))
 
-    def read(self, keep: int, extra: dict | None = None) -> None:
-        """Fetches and writes down the metrics of all steps but the last `keep`; `extra` goes with the last one."""
-        while len(self.pending) > keep:
+    def fetch_metrics(self, leave: int, extra: dict | None = None) -> None:
+        """Fetches and logs the metrics of all steps except the last `leave`; `extra` is logged with the last step."""
+        while len(self.pending) > leave:
             step, metrics, facts = self.pending.pop(0)
             with jax.transfer_guard("disallow"):
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            line = self.judge(step, values) | self.rates(**facts)
+            line = self.check_finite(step, values) | self.rates(**facts)
             self.bar.update()
             self.bar.set_postfix_str(_postfix(line))
-            extra_here = extra if extra and not self.pending else {}
-            if step % self.options.log_every == 0 or extra_here or step == self.options.steps:
-                self.run.log(step, line | extra_here)
+            more = extra if extra and not self.pending else {}
+            if step % self.options.log_every == 0 or more or step == self.options.steps:
+                self.run.log(step, line | more)
 
-    def judge(self, step: int, values: dict) -> dict:
-        """The line of a step; too many in a row that are not finite end the run."""
+    def check_finite(self, step: int, values: dict) -> dict:
+        """The metrics to log. Raises InputError after too many steps in a row that are not finite."""
         finite = bool(values["finite"])
         rate = float(self.learning_rates[step - 1 - self.skipped])
         self.skipped += not finite
@@ -232,58 +227,58 @@ class _Loop:
     def rates(self, flops: int, tokens: int, **facts) -> dict:
         facts["tokens"] = tokens
         before, self.clock = self.clock, time.perf_counter()
-        if before is None:  # the first step compiles; after a pause there is nothing to compare with
+        if before is None:  # no time is known: the first step compiles, and a checkpoint interrupts
             return facts
         seconds = self.clock - before
         speed = flops / seconds
-        use = {"mfu": speed / self.peak} if self.peak else {"flops_per_second": speed}
-        return facts | {"tokens_per_second": tokens / seconds} | use
+        utilisation = {"mfu": speed / self.peak} if self.peak else {"flops_per_second": speed}
+        return facts | {"tokens_per_second": tokens / seconds} | utilisation
 
-    def evaluated(self, evaluate) -> dict[str, float]:
-        """The metrics of the parameters as they are."""
+    def run_evaluation(self, evaluate) -> dict[str, float]:
+        """The metrics of the current parameters."""
         metrics = evaluate(self.state.params)
         metrics = {name.removeprefix("eval/"): float(value) for name, value in metrics.items()}
         if self.options.best and self.options.best not in metrics:
-            raise InputError(f"best is {self.options.best!r}; the evaluation gives {', '.join(metrics)}")
+            raise OptionsError(f"best is {self.options.best!r}; the evaluation returns {', '.join(metrics)}")
         self.bar.write(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         return metrics
 
     def checkpoint(self, position, evaluate) -> None:
-        """Settles everything up to this step, evaluates if asked to, and begins to save."""
+        """Logs all steps, evaluates unless `evaluate` is None, and starts to save."""
         metrics = None
         if evaluate is None:
-            self.read(keep=0)
+            self.fetch_metrics(leave=0)
         else:
-            self.read(keep=1)
+            self.fetch_metrics(leave=1)
             jax.block_until_ready(self.state)
             try:
-                metrics = self.evaluated(evaluate)
-            except Exception:  # an evaluation that fails must not cost the steps before it
+                metrics = self.run_evaluation(evaluate)
+            except Exception:  # saves the steps before the failed evaluation
                 self.checkpoint(position, None)
                 self.run.wait()
                 raise
-            self.read(keep=0, extra={f"eval/{name}": value for name, value in metrics.items()})
+            self.fetch_metrics(leave=0, extra={f"eval/{name}": value for name, value in metrics.items()})
         if self.step > self.run.step:
             progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "data": position}
-            self.run.save(self.step, _kept(self.state, self.trainable), progress, metrics)
+            self.run.save(self.step, _saved_part(self.state, self.trainable), progress, metrics)
         self.clock = None
 
 
 def make_run_mesh(options: TrainOptions):
-    """The mesh that the options ask for; None for a single device."""
+    """The mesh of the options; None for a single device. Raises OptionsError if it does not fit."""
     sizes = options.mesh_data, options.mesh_fsdp, options.mesh_tensor
     if jax.process_count() > 1 and math.prod(sizes) != jax.device_count():
-        raise InputError(
-            f"the {jax.process_count()} processes have {jax.device_count()} devices; mesh_data · mesh_fsdp · "
-            f"mesh_tensor is {math.prod(sizes)}, and must be that"
+        raise OptionsError(
+            f"mesh_data · mesh_fsdp · mesh_tensor is {math.prod(sizes)}; it must be the number of devices of the "
+            f"{jax.process_count()} processes, {jax.device_count()}"
         )
     if math.prod(sizes) == 1:
         return None
     share = options.mesh_data * options.mesh_fsdp
     for name in ("rows", "lanes"):
         if getattr(options, name) % share:
-            raise InputError(
-                f"{name} is {getattr(options, name)}; mesh_data · mesh_fsdp = {share} devices cannot share that evenly"
+            raise OptionsError(
+                f"{name} is {getattr(options, name)}; it must be a multiple of mesh_data · mesh_fsdp, {share}"
             )
     return make_mesh(*sizes)
 
@@ -293,56 +288,42 @@ def _layout(specs: dict, mesh):
 
 
 def _place(batch: TrainBatch, mesh) -> TrainBatch:
-    """The batch on its devices. Every process of several reads the whole batch and keeps its devices' part."""
+    """The batch on its devices. Each of several processes has the complete batch and sends its devices their part."""
     if mesh is None:
         return jax.device_put(batch)
-    places = batch_shardings(batch, mesh)
+    layout = batch_shardings(batch, mesh)
     if jax.process_count() == 1:
-        return jax.device_put(batch, places)
-    return jax.tree.map(lambda a, s: jax.make_array_from_callback(a.shape, s, lambda i: a[i]), batch, places)
+        return jax.device_put(batch, layout)
+    return jax.tree.map(lambda a, s: jax.make_array_from_callback(a.shape, s, lambda i: a[i]), batch, layout)
 
 
 def _optimizer(specs: dict, options: TrainOptions, schedule):
     rates = {"vision": options.vision_learning_rate, "merger": options.merger_learning_rate}
-    return make_optimizer(
-        specs,
-        schedule,
-        options.optimizer,
-        scales={name: rate / options.learning_rate for name, rate in rates.items() if rate is not None},
-        weight_decay=options.weight_decay,
-        clip=options.clip or None,
-        b1=options.betas[0],
-        b2=options.betas[1],
-        mu_dtype=options.moment_dtype,
-    )
+    scales = {name: rate / options.learning_rate for name, rate in rates.items() if rate is not None}
+    (b1, b2), clip = options.betas, options.clip or None
+    rule = dict(weight_decay=options.weight_decay, clip=clip, b1=b1, b2=b2, mu_dtype=options.moment_dtype)
+    return make_optimizer(specs, schedule, options.optimizer, scales=scales, **rule)
 
 
 def _reference(config, options: TrainOptions, base: dict | None):
-    """(params, batch [A, …]) → [A, B, n]; what the reference model makes of every segment."""
+    """(params, batch [A, …]) → [A, B, n]: `segment_logprobs` of the reference model."""
     logprobs = partial(segment_logprobs, config, n=options.segments, remat=options.remat)
 
     @jax.jit
     def reference(params, batch):
-        return jax.lax.map(lambda micro: logprobs(params, micro), batch)
+        return jax.lax.map(partial(logprobs, params), batch)
 
     return lambda params, batch: reference(lora.strip(params) if base is None else base, batch)
 
 
-def _kept(state: TrainState, trainable) -> dict:
-    """What a checkpoint holds: frozen weights are in the checkpoint that training started from."""
+def _saved_part(state: TrainState, trainable) -> dict:
+    """What a checkpoint of a run holds. The model's own checkpoint has the frozen weights."""
     trained = {path: w for path, w in flatten(state.params).items() if trainable(path)}
     moments = {f"{i:05}": leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}
     return {"step": state.step, "params": unflatten(trained), "opt_state": moments}
 
 
-def _with(state: TrainState, kept: dict) -> TrainState:
-    """The state with what a checkpoint held in it."""
-    params = unflatten(flatten(state.params) | flatten(kept["params"]))
-    moments = [leaf for _, leaf in sorted(kept["opt_state"].items())]
-    return TrainState(kept["step"], params, jax.tree.unflatten(jax.tree.structure(state.opt_state), moments))
-
-
-def _like(leaf) -> jax.ShapeDtypeStruct:
+def _abstract(leaf) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
@@ -358,14 +339,14 @@ def _postfix(line: dict) -> str:
 
 
 class _Signals:
-    """Turns SIGTERM and Ctrl-C into a wish that the loop grants after its step. The second time they act as ever."""
+    """Records SIGTERM and Ctrl-C, so that the loop stops after its step. A second signal acts as usual."""
 
     def __enter__(self):
         self.caught, self._old = None, {}
         if threading.current_thread() is threading.main_thread():
-            # A SIGTERM to one of several, jax catches, and tells all at which step to stop; Ctrl-C acts as ever.
-            mine = () if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-            self._old = {s: signal.signal(s, self._catch) for s in mine}
+            # With several processes, JAX catches SIGTERM and agrees on a step to stop at; Ctrl-C acts as usual.
+            signals = () if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+            self._old = {s: signal.signal(s, self._catch) for s in signals}
         return self
 
     def _catch(self, number, _):
@@ -377,7 +358,7 @@ class _Signals:
             signal.signal(*self._old.popitem())
 
     def reached(self, step: int) -> bool:
-        """Is it time to stop? All processes get the same answer."""
+        """Whether to stop. All processes get the same answer."""
         if jax.process_count() == 1:
             return self.caught is not None
         from jax.experimental import multihost_utils

@@ -1,7 +1,7 @@
-"""What training minimises: cross-entropy on the trained tokens, and DPO on pairs, both from log-probabilities that
-are computed some tokens at a time, because the logits of a whole batch would outweigh everything else.
+"""Cross-entropy on the trained tokens, and DPO on pairs.
 
-A loss returns sums, (total, weight, metrics), so that micro-batches add up whatever their share of trained tokens.
+Log-probabilities are computed some tokens at a time, since the logits of a batch would need more memory than all else.
+A loss returns sums, (total, weight, metrics), so that micro-batches with different weights add up.
 """
 
 from functools import partial
@@ -10,43 +10,43 @@ import jax
 import jax.numpy as jnp
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import OptionsError
 from qwenvl_jax.model import decoder, qwenvl
 from qwenvl_jax.model.layers import precision
 from qwenvl_jax.sharding import constrain, divides, local_rows
 from qwenvl_jax.types import PreferenceBatch, TrainBatch
 
-CHUNK = 1024  # tokens, on one device, whose logits exist at once
+CHUNK = 1024  # tokens per device whose logits are in memory at once
 
 
 def sft_loss(config: Config, params: dict, batch: TrainBatch, *, remat: bool = False, chunk: int = CHUNK):
-    """Weighted sum of −log p(target), sum of the weights, and the weighted sum of correct first guesses.
+    """Weighted sum of −log p(target), sum of the weights, and the weighted number of correct top-1 predictions.
 
-    remat: keep only the blocks' inputs for the backward pass. chunk: see `token_logprobs`.
+    remat: recompute the blocks' activations in the backward pass. chunk: see `token_logprobs`.
     """
     return cross_entropy(config, params, qwenvl.hidden(config, params, batch.inputs, remat=remat), batch, chunk)
 
 
 @jax.named_scope("lm_head")
 def cross_entropy(config: Config, params: dict, x, batch: TrainBatch, chunk: int = CHUNK):
-    """What `sft_loss` returns, from the decoder's output x [B, T, D] before the final norm."""
+    """`sft_loss` of the decoder's output x [B, T, D] before the final norm."""
     split, arrays = _cut(config, params, x, chunk, batch.targets, batch.weights)
     total, hits = _cross_entropy(split, *arrays)
     return total, jnp.sum(batch.weights), {"accuracy": hits}
 
 
-def dpo_loss(
-    config: Config, params: dict, batch: PreferenceBatch, *, beta: float = 0.1, remat=False, chunk: int = CHUNK
-):
+def dpo_loss(config: Config, params: dict, batch: PreferenceBatch, *, beta=0.1, remat=False, chunk: int = CHUNK):
     """Direct preference optimisation (arXiv:2305.18290, eq. 7): sum over pairs, number of pairs, metrics.
 
-    `batch.reference` holds what `segment_logprobs` gives for the reference model. Pairs without trained tokens on
-    both sides do not count.
-    Metrics: `margin`, the chosen's reward less the rejected's; `accuracy`, how often it is positive.
+    `batch.reference` is `segment_logprobs` of the reference model. A pair counts if both of its conversations have
+    trained tokens. Metrics: `margin`, the reward of the chosen minus that of the rejected; `accuracy`, how often the
+    margin is positive. Raises OptionsError if the number of segments is odd.
     """
-    if batch.reference.shape[1] % 2:
-        raise InputError(f"`reference` is {list(batch.reference.shape)}; DPO needs an even number of segments in a row")
     n = batch.reference.shape[1]
+    if n % 2:
+        raise OptionsError(
+            f"`reference` is {list(batch.reference.shape)}; DPO needs an even number of segments per row"
+        )
     rewards = beta * (segment_logprobs(config, params, batch, n, remat=remat, chunk=chunk) - batch.reference)
     live = _by_segment(batch.weights, batch.inputs.segments, n) > 0
     live = live[:, 0::2] & live[:, 1::2]
@@ -56,7 +56,7 @@ def dpo_loss(
 
 
 def segment_logprobs(config: Config, params: dict, batch, n: int, *, remat=False, chunk: int = CHUNK):
-    """[B, n] float32: the weighted log-probability of the targets of segments 1 … n of every row; 0 where empty."""
+    """[B, n] float32: the weighted sum of log p(target) of segments 1 … n of every row; 0 for absent ones."""
     x = qwenvl.hidden(config, params, batch.inputs, remat=remat)
     logp = token_logprobs(config, params, x, batch.targets, chunk)
     return _by_segment(_weighted(logp, batch.weights), batch.inputs.segments, n)
@@ -64,10 +64,10 @@ def segment_logprobs(config: Config, params: dict, batch, n: int, *, remat=False
 
 @jax.named_scope("lm_head")
 def token_logprobs(config: Config, params: dict, x, targets, chunk: int = CHUNK):
-    """log p(targets) [B, T] float32 after hidden states x [B, T, D] (before the final norm), targets [B, T].
+    """log p(targets) [B, T] float32, from hidden states x [B, T, D] before the final norm and targets [B, T].
 
-    Logits exist for about `chunk` tokens a device at a time, in the backward pass too, which computes them again
-    and sums the head's gradient in float32.
+    The logits of about `chunk` tokens per device are in memory at a time. The backward pass recomputes them, and sums
+    the head's gradient in float32.
     """
     split, arrays = _cut(config, params, x, chunk, targets)
     logp = jnp.moveaxis(_logprobs(split, *arrays), 0, 1)
@@ -75,27 +75,29 @@ def token_logprobs(config: Config, params: dict, x, targets, chunk: int = CHUNK)
 
 
 def _weighted(logp, weights):
-    # Not a bare product: what the model makes of padding may be anything, and 0 · inf is not 0.
+    # Log-probabilities of padding may be infinite, and 0 · inf is not 0.
     return jnp.where(weights != 0, logp * weights, 0)
 
 
 def _by_segment(values, segments, n: int):
-    """Sums of values [B, T] by segment: [B, n]."""
+    """Sums of values [B, T] per segment: [B, n]."""
     here = segments[:, None, :] == jnp.arange(1, n + 1)[:, None]
     return jnp.sum(jnp.where(here, values[:, None, :], 0), -1)
 
 
 def _cut(config: Config, params: dict, x, chunk: int, *arrays):
-    """How a chunk is laid out (see `_logits`), and (x, head, *arrays) with x and each of the arrays [B, T, …] as chunks
-    [n, B, t, …], filled up with zeros."""
+    """(split, (x, head, *arrays)): x and arrays [B, T, …] cut into chunks [n, B, t, …], padded with zeros.
+
+    split: the dimension letters of a chunk's rows, vocabulary and head.
+    """
     B, T = x.shape[:2]
     x = decoder.final_norm(config, params, x)
     head, dims = decoder.head(config, params)
-    # Where weights are split over fsdp, so is the vocabulary here, and tokens are gathered, a chunk at a time: less
-    # than the head and its gradient, which would be exchanged with every chunk.
+    # If fsdp splits the weights, the vocabulary is split too and the tokens of a chunk are gathered. That moves fewer
+    # bytes than the head and its gradient.
     rows, vocabulary = "bv" if divides("v", config.text.vocab_size) else "BV"
     head = constrain(head.astype(x.dtype), dims.replace("D", ".").replace("V", vocabulary))
-    # Chunks cut T, so that B stays split over the mesh.
+    # Chunks cut T, since the mesh splits B.
     chunks = -(-T // max(1, chunk // local_rows(B)))
     width = -(-T // chunks)
     pad = -T % width
@@ -109,15 +111,12 @@ def _cut(config: Config, params: dict, x, chunk: int, *arrays):
 
 
 def _logits(split, x, head, targets):
-    """Of one chunk: logits [B, t, V], log p(target) and the logits' logsumexp [B, t]; and x and targets as laid out.
-
-    split: letters by which rows and the vocabulary are laid out meanwhile, and the head's dimensions.
-    """
+    """Logits [B, t, V] of a chunk, log p(target) and logsumexp [B, t], and x and targets in the chunk's layout."""
     rows, vocabulary, dims = split
     x, targets = (constrain(a, rows + "." * (a.ndim - 1)) for a in (x, targets))
     logits = constrain(decoder.logits(x, head, dims), f"{rows}.{vocabulary}")
     total = jax.nn.logsumexp(logits, -1)
-    # A sum, not a gather, which would collect a vocabulary that is split over devices.
+    # A masked sum, since a gather would collect the vocabulary from all devices.
     picked = jnp.sum(jnp.where(_is_target(targets, logits), logits, 0), -1)
     return logits, picked - total, total, x, targets
 
@@ -127,7 +126,7 @@ def _is_target(targets, logits):
 
 
 def _gradients(split, x, head, targets, logits, total, g):
-    """Of the sum of g·log p(target): with respect to x, and to the head [D, V], which is summed in float32."""
+    """Gradients of Σ g·log p(target) with respect to x, and to the head, [D, V] float32."""
     rows, _, dims = split
     d = constrain(g, f"{rows}.")[..., None] * (_is_target(targets, logits) - jnp.exp(logits - total[..., None]))
     d = d.astype(x.dtype)
@@ -137,8 +136,7 @@ def _gradients(split, x, head, targets, logits, total, g):
 
 
 def _sum_gradients(split, head, one, *parts):
-    """Over the chunks in `parts`, of each of which `one` gives (gradient of the head [D, V], anything): the sum as laid
-    out as the head, and the stack of the rest."""
+    """Scans `one`, which returns (gradient of the head [D, V], rest), over chunks: the sum of gradients, and rests."""
     _, vocabulary, dims = split
     start = constrain(jnp.zeros(head.shape if dims == "DV" else head.shape[::-1], jnp.float32), f".{vocabulary}")
 
@@ -176,7 +174,7 @@ _logprobs.defvjp(_logprobs_forward, _logprobs_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(split, x, head, targets, weights):
-    """As above, with weights [n, B, t]: −Σ weight·log p(target), and the weight of the tokens guessed right."""
+    """As `_logprobs`, with weights [n, B, t]: −Σ weight·log p(target), and Σ weight of correct predictions."""
 
     def one(part):
         logits, logp, total, *_ = _logits(split, part[0], head, part[1])
@@ -191,7 +189,7 @@ def _sums(logits, logp, total, weights):
 
 
 def _cross_entropy_forward(split, x, head, targets, weights):
-    """The gradient for a cotangent of 1 as well, while the logits are there; another cotangent is a factor on it."""
+    """Computes the gradient too, while the logits are in memory; the backward pass multiplies it by its cotangent."""
 
     def one(x, targets, weights):
         logits, logp, total, x, targets = _logits(split, x, head, targets)

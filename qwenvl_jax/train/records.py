@@ -1,6 +1,6 @@
-"""What is learnt from a training record (`inputs/records.py` reads its forms): one conversation, or a pair of them.
+"""Turns a training record into samples with loss weights: one conversation, or a pair of them.
 
-A record's `tools` go into the prompt. Pictures, and messages with `"weight": 0`, are read but not learnt.
+The assistant's text is trained on, except messages with `"weight": 0`. `inputs/records.py` reads the forms of records.
 """
 
 from collections.abc import Mapping
@@ -20,23 +20,23 @@ from qwenvl_jax.types import Sample, Visual
 
 
 class PackShape(NamedTuple):
-    """The shape of all batches of a run, on this host.
+    """The shape of all batches of a run on one host.
 
-    segments: the largest number of conversations in a row. Preferences need it, and it must be even.
+    segments: the largest number of conversations in a row. Preferences need an even number.
     """
 
     rows: int  # B
     tokens: int  # T
     lanes: int  # R
-    patches: int  # P: whole window blocks, and at least the largest frame
+    patches: int  # P: a multiple of the window block; the largest frame must fit
     segments: int | None = None
 
 
-class Encoder:
-    """Turns records into samples with weights.
+class RecordProcessor:
+    """Turns records into samples with loss weights.
 
-    folder: where relative paths of pictures and clips start; None for the working directory.
-    options: options of `Processor.encode`: pixel and frame limits, add_vision_id, allow_control_tokens.
+    folder: the folder that relative paths start from; None for the working directory.
+    options: options of `Processor.encode`: MediaOptions, add_vision_id, allow_control_tokens.
     """
 
     def __init__(self, processor: Processor, shape: PackShape, *, preferences=False, folder=None, options=None):
@@ -49,22 +49,19 @@ class Encoder:
         self.options = MediaOptions(**options)
 
     def __call__(self, record) -> tuple[Sample, ...]:
-        """One conversation, or a preferred one and its rival over the same visuals.
-
-        Raises BadRecord, which says what is wrong.
-        """
+        """One conversation, or the chosen and the rejected one with the same visuals. Raises BadRecord."""
         if not isinstance(record, Mapping):
             raise BadRecord("unreadable", f"a record is a JSON object, not a {type(record).__name__}")
         read = preference if self.preferences else conversation
-        taught = [(self._prompt(messages, record), weights) for messages, weights in read(record, self.folder)]
-        media = taught[0][0].media
-        for prompt, _ in taught[1:]:
+        prompts = [(self._prompt(messages, record), weights) for messages, weights in read(record, self.folder)]
+        media = prompts[0][0].media
+        for prompt, _ in prompts[1:]:
             if [m.source for m in prompt.media] != [m.source for m in media]:
-                raise BadRecord("messages", "'chosen' and 'rejected' must be text: pictures belong into the prompt")
-        self._check_length(sum(len(prompt.tokens) for prompt, _ in taught))  # before anything is decoded
+                raise BadRecord("messages", "'chosen' and 'rejected' must be text; put pictures into the prompt")
+        self._check_length(sum(len(prompt.tokens) for prompt, _ in prompts))  # before anything is decoded
         with _reason("media"):
             visuals = self.processor.open(media, self.options)
-        samples = tuple(self._sample(p, w, visuals) for p, w in taught)
+        samples = tuple(self._sample(prompt, weights, visuals) for prompt, weights in prompts)
         self._check_length(sum(len(s.tokens) for s in samples))
         self._check_lanes(visuals)
         return samples
@@ -76,14 +73,12 @@ class Encoder:
     def _sample(self, prompt: Prompt, weights: list[int], visuals: tuple[Visual, ...]) -> Sample:
         config = self.processor.config
         if prompt.turns.max(initial=0) != len(weights):
-            raise BadRecord(
-                "messages",
-                f"{len(weights)} assistant messages became {prompt.turns.max(initial=0)} turns of the chat template",
-            )
-        # Pictures are never learnt, not even an assistant's.
-        learnt = np.array([0, *weights], np.float32)[prompt.turns]
-        learnt[(prompt.tokens == config.vision_start_token_id) | (prompt.tokens == config.vision_end_token_id)] = 0
-        sample = make_sample(prompt.tokens, visuals, config, places=prompt.places, weights=learnt)
+            turns = f"{len(weights)} assistant messages became {prompt.turns.max(initial=0)} turns"
+            raise BadRecord("messages", f"{turns} of the chat template")
+        token_weights = np.array([0, *weights], np.float32)[prompt.turns]
+        # The marks around pictures are not trained on, not even in an assistant message.
+        token_weights[np.isin(prompt.tokens, (config.vision_start_token_id, config.vision_end_token_id))] = 0
+        sample = make_sample(prompt.tokens, visuals, config, placeholders=prompt.placeholders, weights=token_weights)
         if not sample.weights[1:].any():
             raise BadRecord("nothing to learn", "no assistant message to learn from")
         return sample
@@ -96,19 +91,13 @@ class Encoder:
         vision, frames = self.processor.config.vision, [grid for v in visuals for grid in v.grid.frames]
         for visual in visuals:
             if (slots := slots_needed(visual.grid, vision)) > self.shape.patches:
-                h, w = visual.grid.h * vision.patch_size, visual.grid.w * vision.patch_size
-                raise BadRecord(
-                    "too large",
-                    f"a frame of {w} × {h} pixels needs {slots} patch slots; a lane has {self.shape.patches} "
-                    "(set max_pixels, or larger patches)",
-                )
+                size = f"{visual.grid.w * vision.patch_size} × {visual.grid.h * vision.patch_size} pixels"
+                lane = f"a lane has {self.shape.patches} (lower max_pixels or raise patches)"
+                raise BadRecord("too large", f"a frame of {size} needs {slots} patch slots; {lane}")
         if Lanes(self.shape.patches, vision, self.shape.lanes).place(frames) is None:
             patches = sum(grid.patches for grid in frames)
-            raise BadRecord(
-                "too large",
-                f"its pictures and frames have {patches} patches and do not fit into "
-                f"{self.shape.lanes} lanes of {self.shape.patches}",
-            )
+            lanes = f"{self.shape.lanes} lanes of {self.shape.patches}"
+            raise BadRecord("too large", f"{patches} patches of pictures and frames do not fit into {lanes}")
 
 
 @contextmanager

@@ -1,11 +1,12 @@
-"""The directory of a run: its options, checkpoints and metrics, whole at every moment, whenever it is killed.
+"""The directory of a run. It is consistent at any moment, so a killed process can be resumed.
 
-train.toml      the options; a run only goes on with the same ones
-checkpoints/    what training changes, and how far it got, by step
-metrics.jsonl   one line a step
+train.toml      the options; a run is resumed with the same ones
+checkpoints/    trained weights, optimizer state and progress, by step
+metrics.jsonl   one line per step
 tensorboard/    the same for TensorBoard, if tensorboardX is installed
 """
 
+import contextlib
 import fcntl
 import json
 import math
@@ -18,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError, InputError, OptionsError
 from qwenvl_jax.params.checkpoint import is_full
 from qwenvl_jax.train.options import TrainOptions
 
@@ -27,14 +28,14 @@ _DELETED = "deleted"
 
 
 class Run:
-    """One run's directory, opened for training; a context manager that lets go of it.
+    """The directory of a run, opened for training: a context manager.
 
     Raises InputError if another process has it open, or if it holds a run with other options.
     """
 
     def __init__(self, options: TrainOptions):
         if not options.output:
-            raise InputError("output is not given; it names the directory of the run")
+            raise OptionsError("output is missing; it names the directory of the run")
         self.path = Path(options.output).expanduser().absolute()
         self._metrics = self._board = None
         self._options = options
@@ -43,7 +44,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as e:
-            raise InputError(f"{self.path}: cannot be the directory of a run ({e.strerror})") from e
+            raise InputError(f"{self.path}: not usable as the directory of a run ({e.strerror})") from e
         try:
             self._open(options)
         except BaseException:
@@ -56,7 +57,7 @@ class Run:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
                 raise InputError(f"{self.path}: another process is training there") from e
-            self._sweep()
+            self._delete_old()
         keep, best_fn = [checkpoint_managers.LatestN(options.keep)], None
         if options.best:
             best_fn = partial(_score, options)
@@ -76,67 +77,69 @@ class Run:
         if self.step:
             if not file.is_file():
                 raise InputError(f"{self.path}: holds checkpoints but no {OPTIONS}; give another output")
-            differences = options.differences(TrainOptions.read(file))
-            if differences:
-                raise InputError(
-                    f"{self.path}: holds a run with other options ({'; '.join(differences)}); give it the same ones, "
-                    "or give another output"
+            if differences := "; ".join(options.differences(TrainOptions.read(file))):
+                raise OptionsError(
+                    f"{self.path}: holds a run with other options ({differences}); give those, or another output"
                 )
 
     def begin(self) -> None:
-        """What there is of options and metrics becomes this run's, from its last checkpoint on."""
+        """Writes the options, and drops metrics after the last checkpoint."""
         if self._writes:
             _replace(self.path / OPTIONS, [self._options.to_toml()])
             _replace(self.path / METRICS, _lines_up_to(self.path / METRICS, self.step))
 
-    def evaluated(self, step: int) -> dict | None:
-        """The metrics of a checkpoint's evaluation, if there was one."""
+    def evaluation(self, step: int) -> dict | None:
+        """The metrics of a checkpoint's evaluation, None if there was none."""
         return self._manager.metrics(step)
 
     def amend(self, step: int, values: dict) -> None:
-        """Adds to the last line, that of `step`."""
+        """Adds values to the last line of the metrics, which is that of `step`."""
         if self._writes and (lines := _lines_up_to(self.path / METRICS, step)):
             lines[-1] = json.dumps(json.loads(lines[-1]) | values) + "\n"
             _replace(self.path / METRICS, lines)
 
     def better(self, metrics: dict, step: int) -> bool:
-        """Are metrics at least as good as those of a checkpoint?"""
-        return _score(self._options, metrics) >= _score(self._options, self.evaluated(step) or {})
+        """Whether metrics are at least as good as those of the checkpoint of `step`."""
+        return _score(self._options, metrics) >= _score(self._options, self.evaluation(step) or {})
 
-    def _sweep(self) -> None:
-        """Checkpoints to remove are renamed first, so that what is half removed does not look like one."""
+    def _delete_old(self) -> None:
+        """Deletes the checkpoints that Orbax renamed. Without the renaming, a half-deleted one would look complete."""
         shutil.rmtree(self.path / CHECKPOINTS / _DELETED, ignore_errors=True)
 
     @property
     def best_step(self) -> int | None:
-        """The step of the checkpoint with the best metric; the latest, if no metric was named."""
+        """The step of the checkpoint with the best metric; of the latest one if no metric is named."""
         return self._manager.best_step()
 
     def save(self, step: int, state: dict, progress: dict, metrics: dict | None) -> None:
-        """Begins to write a checkpoint, in the background; `metrics` are an evaluation's, if there was one.
+        """Starts to write a checkpoint in the background.
 
-        state: arrays by name. progress: anything JSON can hold.
+        state: arrays by name. progress: any JSON value. metrics: those of an evaluation, if there was one.
         """
         self.wait()
         if self._writes:
-            self._sweep()
+            self._delete_old()
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         self._manager.save(step, args=args, metrics=metrics, force=True)
         self.step = step
 
     def restore(self, like: dict, step: int | None = None) -> tuple[dict, dict]:
-        """(state, progress) of a checkpoint, the latest by default, laid out as `like` (jax.ShapeDtypeStruct)."""
+        """(state, progress) of a checkpoint, by default the latest. `like`: jax.ShapeDtypeStructs with shardings.
+
+        Raises CheckpointError if it cannot be read.
+        """
         step = self.step if step is None else step
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore())
         try:
             stored = self._manager.restore(step, args=args)
         except (ValueError, KeyError, OSError) as e:
             reason = " ".join(str(e).split())[:300]
-            raise InputError(f"{self.path / CHECKPOINTS / str(step)}: cannot be read as this run's ({reason})") from e
+            where = self.path / CHECKPOINTS / str(step)
+            raise CheckpointError(f"{where}: not readable as a checkpoint of this run ({reason})") from e
         return stored["state"], stored["progress"]
 
     def log(self, step: int, values: dict) -> None:
-        """Writes one line, which survives the process, and the same to TensorBoard; null is what is not finite."""
+        """Appends one line to the metrics and to TensorBoard. In the line, null is a value that is not finite."""
         if not self._writes:
             return
         if self._metrics is None:
@@ -150,12 +153,14 @@ class Run:
                 self._board.add_scalar(name, value, step)
 
     def wait(self) -> None:
-        """Until what `save` began is written. What went wrong in the background is raised here."""
+        """Waits until the checkpoint of `save` is written, and raises its errors."""
         try:
             self._manager.wait_until_finished()
         except Exception as e:
             if is_full(e):
-                raise InputError(f"{self.path}: no room on the disk for a checkpoint; free some and go on") from e
+                raise InputError(
+                    f"{self.path}: the disk is full; free space for a checkpoint and resume the run"
+                ) from e
             raise
 
     def __enter__(self):
@@ -163,47 +168,43 @@ class Run:
 
     def __exit__(self, kind, *exception):
         try:
-            if kind is not KeyboardInterrupt:  # who presses Ctrl-C again does not want to wait
+            if kind is not KeyboardInterrupt:  # a second Ctrl-C does not wait for the background write
                 self._manager.close()
                 if self._writes:
-                    self._sweep()
-            for file in (self._metrics, self._board):
-                if file is not None:
-                    file.close()
+                    self._delete_old()
+            for file in filter(None, (self._metrics, self._board)):
+                file.close()
         finally:
             os.close(self._lock)
 
 
 def last_step(output) -> int:
-    """The step of a run's latest checkpoint, 0 if there is none; for who does not want to open it."""
+    """The step of a run's latest checkpoint, 0 if there is none, without opening the run."""
     steps = (Path(output).expanduser() / CHECKPOINTS).glob("*")
     return max((int(s.name) for s in steps if s.name.isdecimal()), default=0)
 
 
 def read_metrics(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl, by its directory or the file itself."""
+    """The lines of metrics.jsonl. run: the directory of a run, or the file. Raises InputError if there is none."""
     file = Path(run).expanduser()
     file = file / METRICS if file.is_dir() else file
     if not file.is_file():
-        raise InputError(f"{run}: no run, there is no {METRICS}")
+        raise InputError(f"{run}: not the directory of a run; it has no {METRICS}")
     return [json.loads(line) for line in _lines_up_to(file, math.inf)]
 
 
 def _lines_up_to(file: Path, step: float) -> list[str]:
-    """The lines up to a step: later ones were computed, but no checkpoint knows of them. A torn line is none."""
+    """The complete lines up to a step. A resumed run computes later ones again."""
     lines = []
     for line in file.read_text("utf-8", errors="replace").splitlines(True) if file.exists() else ():
-        try:
-            keep = line.endswith("\n") and json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            continue
-        if keep:
-            lines.append(line)
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                lines.append(line)
     return lines
 
 
 def _replace(file: Path, lines: list[str]) -> None:
-    """Writes a file in one stroke."""
+    """Writes a file atomically."""
     work = file.with_name(file.name + ".partial")
     work.write_text("".join(lines), "utf-8")
     os.replace(work, file)
@@ -219,4 +220,4 @@ def _board(directory: Path, step: int):
         from tensorboardX import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(directory), purge_step=step + 1)  # what was written after the checkpoint goes
+    return SummaryWriter(str(directory), purge_step=step + 1)  # drops values after the checkpoint

@@ -1,7 +1,7 @@
-"""One optimizer step as one compiled program: gradients of the trainable leaves only, summed over micro-batches.
+"""One optimizer step as one compiled program: gradients of the trainable leaves, summed over micro-batches.
 
-Frozen leaves have no gradient, no optimizer state, and no place in what the optimizer sees: a flat dict from
-parameter path to array. Every optax transformation that works leaf by leaf works on it.
+The optimizer gets a flat dict from path to array that holds the trainable leaves only. Any optax transformation that
+works leaf by leaf can be used.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.params.specs import MATMULS, Spec, flatten, param_shardings, unflatten
 from qwenvl_jax.sharding import activation_sharding
 from qwenvl_jax.train.options import GROUPS, OPTIMIZERS, SCHEDULES
@@ -21,36 +21,29 @@ from qwenvl_jax.types import Batch, TrainBatch, VisionBatch
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes. Moments are float32 (the first as `mu_dtype` says), whatever the parameters are."""
+    """The values that a step changes. Moments are float32 for parameters of any dtype; `mu_dtype` changes the first."""
 
     step: Any  # [] int32: updates made
-    params: dict  # the whole tree, trainable or not
+    params: dict  # all parameters, trainable or not
     opt_state: Any  # of the trainable leaves only
 
 
 def make_schedule(
-    learning_rate: float,
-    schedule: str = "constant",
-    *,
-    warmup: int = 0,
-    total: int | None = None,
-    cooldown: int = 0,
-    end: float = 0.0,
+    learning_rate: float, schedule="constant", *, warmup=0, total: int | None = None, cooldown=0, end=0.0
 ) -> optax.Schedule:
-    """Learning rate by update: from 0 up in `warmup` updates, then constant, or down to `end`·learning_rate at `total`.
+    """Learning rate per update: it rises from 0 over `warmup` updates, then falls to `end`·learning_rate at `total`.
 
-    cooldown: a constant one falls after all, to 0, in so many updates up to `total`.
-    Raises InputError for a name that is not in SCHEDULES, and for a decay without a `total` beyond `warmup`.
+    schedule: how it falls; "constant" does not, except to 0 over the last `cooldown` updates.
+    Raises OptionsError for an unknown schedule, and if `total` is not more than `warmup`.
     """
     if schedule not in SCHEDULES:
-        raise InputError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
+        raise OptionsError(f"schedule {schedule!r} is not one of {', '.join(SCHEDULES)}")
     if schedule == "constant":
         after = optax.constant_schedule(learning_rate)
         if cooldown:
-            fall = optax.linear_schedule(learning_rate, 0.0, cooldown)
-            after = optax.join_schedules([after, fall], [total - cooldown - warmup])
+            after = optax.linear_schedule(learning_rate, 0.0, cooldown, total - cooldown - warmup)
     elif total is None or total <= warmup:
-        raise InputError(f"a {schedule} schedule ends after {total} steps, which must be more than warmup, {warmup}")
+        raise OptionsError(f"a {schedule} schedule ends after {total} steps, which must be more than warmup, {warmup}")
     elif schedule == "cosine":
         after = optax.cosine_decay_schedule(learning_rate, total - warmup, end)
     else:
@@ -73,20 +66,20 @@ def make_optimizer(
     eps: float = 1e-8,
     mu_dtype=None,
 ) -> optax.GradientTransformation:
-    """An optimizer on a flat dict of parameters, some of those of `specs`, by a name of OPTIMIZERS.
+    """An optimizer of a flat dict of parameters that are in `specs`.
 
-    "adamw": arXiv:1711.05101. "muon": kernels of hidden layers are moved by their orthogonalised momentum, as far as
-    AdamW would (arXiv:2502.16982, section 2.2), so that one learning rate suits both; the rest by AdamW.
-    learning_rate: a number, or what `make_schedule` gives. scales: factors on it by group, such as {"vision": 0.1}.
+    name: "adamw" is arXiv:1711.05101. "muon" updates the kernels of hidden layers by their orthogonalised momentum,
+        scaled as in arXiv:2502.16982, section 2.2, so that AdamW's learning rate suits it; all else uses AdamW.
+    learning_rate: a number or a schedule. scales: factors of it per group, such as {"vision": 0.1}.
     weight_decay: not for biases and the scales of norms. clip: largest global gradient norm, None for no limit.
-    mu_dtype: of the first moment, such as "bfloat16"; None is float32.
-    Raises InputError for a group that is not in GROUPS, or a name that is not in OPTIMIZERS.
+    mu_dtype: dtype of the first moment, such as "bfloat16"; None is float32.
+    Raises OptionsError for a name that is not in OPTIMIZERS, and a group that is not in GROUPS.
     """
     if name not in OPTIMIZERS:
-        raise InputError(f"optimizer {name!r} is not one of {', '.join(OPTIMIZERS)}")
+        raise OptionsError(f"optimizer {name!r} is not one of {', '.join(OPTIMIZERS)}")
     for part in scales or {}:
         if part not in GROUPS:
-            raise InputError(f"{part!r} is not one of the groups {', '.join(GROUPS)}")
+            raise OptionsError(f"{part!r} is not one of the groups {', '.join(GROUPS)}")
     rule = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
     if name == "muon":
         axes = partial(jax.tree.map, lambda w: optax.contrib.MuonDimensionNumbers(w.ndim - 2, w.ndim - 1))
@@ -107,63 +100,54 @@ def make_optimizer(
 
 
 def _rule(spec: Spec) -> str:
-    """Which rule Muon has for a parameter: embeddings and the head are not hidden layers."""
+    """The rule for a parameter under "muon". Embeddings and the head are not hidden layers."""
     return "muon" if spec.role in MATMULS and spec.role != "head" else "adamw"
 
 
 def _as_large(updates, _):
-    """Orthogonal updates, as large as AdamW's usually are."""
+    """Scales orthogonal updates to the usual size of AdamW's."""
     return jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates)
 
 
 def decays(specs: dict[str, Spec], params: dict) -> dict[str, bool]:
-    """Weight-decay mask of a flat dict: everything but biases and scales."""
+    """Weight-decay mask of a flat dict: all parameters except biases and scales."""
     return {path: specs[path].role not in ("bias", "scale", "lora_scale") for path in params}
 
 
-def init_state(
-    specs: dict[str, Spec], params: dict, optimizer: optax.GradientTransformation, trainable: Callable[[str], bool]
-) -> TrainState:
-    """The state before the first step. It holds `params` themselves, which the first step therefore uses up.
+def init_state(specs: dict[str, Spec], params: dict, optimizer, trainable: Callable[[str], bool]) -> TrainState:
+    """The state before the first step. It holds `params` without a copy, and the first step donates them.
 
-    On a mesh, call it (like the step) within `jax.set_mesh(mesh)`.
-    Raises InputError if nothing is trainable.
+    On a mesh, call it and the step within `jax.set_mesh(mesh)`. Raises InputError if nothing is trainable.
     """
 
     def start(train):
         opt_state = optimizer.init({path: w.astype(jnp.float32) for path, w in train.items()})
-        return _settled(TrainState(jnp.zeros((), jnp.int32), {}, opt_state), specs)
+        return _constrained(TrainState(jnp.zeros((), jnp.int32), {}, opt_state), specs)
 
     params = jax.tree.map(jnp.asarray, params)
     return jax.jit(start)(_split(params, trainable)[0])._replace(params=params)
 
 
 def make_step(
-    specs: dict[str, Spec],
-    loss: Callable,
-    optimizer: optax.GradientTransformation,
-    trainable: Callable[[str], bool],
-    *,
-    noise=None,
-    seed=0,
-):
-    """Compiles `step(state, batch) → (state, metrics)`; the state that goes in is donated.
+    specs: dict[str, Spec], loss: Callable, optimizer, trainable: Callable[[str], bool], *, noise=None, seed=0
+) -> Callable:
+    """Compiles `step(state, batch) → (state, metrics)`; the first argument is donated.
 
-    specs: of all leaves of the parameters (`specs_of`).
+    specs: of all parameters (`specs_of`).
     loss: (params, TrainBatch) → (total, weight, metrics), all sums, such as `partial(sft_loss, config)`.
-    batch: a TrainBatch whose every leaf has a leading axis A of micro-batches, which are read one after the other.
-    The gradient is the sum of theirs over the sum of their weights, so that A only trades memory for time.
-    noise: (params, key) → params, applied before the loss with another key every micro-batch (LoRA's dropout);
-    keys follow from `seed`, the step and the micro-batch.
+    noise: (params, key) → params, applied before the loss of each micro-batch, such as LoRA's dropout. The key follows
+        from `seed`, the step and the micro-batch.
 
-    metrics, all scalars on the device: `loss`, `weight` (what the loss is averaged over: trained tokens or pairs),
-    `grad_norm` before clipping, `finite`, and the loss's own, averaged. Where loss or gradient are not finite,
-    `finite` is False and the state comes back as it was.
+    batch: a TrainBatch whose leaves have a leading axis A of micro-batches, which are computed one after the other.
+        The gradient is the sum of theirs divided by the sum of their weights, so A only trades memory for time.
+    metrics: scalars on the device. `loss`; `weight`, the trained tokens or pairs that it is averaged over; `grad_norm`
+        before clipping; `finite`; and the averaged metrics of the loss. If the loss or the gradient is not finite,
+        `finite` is False and the state does not change.
     """
 
     def step(state: TrainState, batch: TrainBatch):
         train, frozen = _split(state.params, trainable)
-        settled = partial(_settled, specs=specs)
+        constrained = partial(_constrained, specs=specs)
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def total_of(train, micro, index):
@@ -173,7 +157,7 @@ def make_step(
             total, weight, metrics = loss(params, micro)
             return total, {"loss": total, "weight": weight} | metrics
 
-        grads, sums = _summed(jax.grad(total_of, has_aux=True), train, batch, settled)
+        grads, sums = _summed(jax.grad(total_of, has_aux=True), train, batch, constrained)
         weight = sums.pop("weight")
         share = 1 / jnp.where(weight > 0, weight, 1)
         grads = jax.tree.map(lambda g: g * share, grads)
@@ -187,45 +171,46 @@ def make_step(
         new, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (new, opt_state), (train, state.opt_state)
         )
-        state = settled(TrainState(state.step + finite, unflatten(new | frozen), opt_state))
+        state = constrained(TrainState(state.step + finite, unflatten(new | frozen), opt_state))
         return state, metrics | {"weight": weight, "grad_norm": norm, "finite": finite}
 
     return jax.jit(step, donate_argnums=0)
 
 
-def _summed(gradient: Callable, train: dict, batch: TrainBatch, settled: Callable) -> tuple[dict, dict]:
+def _summed(gradient: Callable, train: dict, batch: TrainBatch, constrained: Callable) -> tuple[dict, dict]:
     """Gradients and metrics, summed over the micro-batches in float32."""
     micros = len(batch.targets)
     first = jax.tree.map(lambda a: a[0], batch), jnp.zeros((), jnp.int32)
-    if micros == 1:  # without a pass over all gradients to add them to zeros
+    if micros == 1:  # saves a pass over all gradients, which would add them to zeros
         grads, sums = gradient(train, *first)
-        return settled(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums
+        return constrained(jax.tree.map(lambda g: g.astype(jnp.float32), grads)), sums
 
     def accumulate(carry, part):
         grads, sums = gradient(train, *part)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (settled(grads), sums)), None
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (constrained(grads), sums)), None
 
     _, sums = jax.eval_shape(gradient, train, *first)
     grads, sums = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (train, sums))
-    return jax.lax.scan(accumulate, (settled(grads), sums), (batch, jnp.arange(micros)))[0]
+    return jax.lax.scan(accumulate, (constrained(grads), sums), (batch, jnp.arange(micros)))[0]
 
 
 def shardings(tree, specs: dict[str, Spec], mesh):
-    """A tree of NamedSharding for a TrainState, or for anything else with likenesses of the parameters in it (moments,
-    gradients), nested or flat: each lies as its parameter does, all else is on every device. Arrays or shapes."""
-    where, whole = flatten(param_shardings(specs, mesh)), NamedSharding(mesh, PartitionSpec())
+    """A tree of NamedSharding for a TrainState or gradients, whose leaves are arrays or shapes.
+
+    A leaf with the path and shape of a parameter is split as that parameter; all others are replicated.
+    """
+    split, replicated = flatten(param_shardings(specs, mesh)), NamedSharding(mesh, PartitionSpec())
 
     def sharding(path, leaf):
         keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
         name = keys[-1] if keys and "/" in keys[-1] else "/".join(keys)
-        return where[name] if name in specs and specs[name].shape == leaf.shape else whole
+        return split[name] if name in specs and specs[name].shape == leaf.shape else replicated
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def batch_shardings(batch, mesh):
-    """A tree of NamedSharding for a TrainBatch, or one with more fields, with a leading axis A (arrays or shapes): rows
-    and lanes are split."""
+    """A tree of NamedSharding for a TrainBatch or a subtype with a leading axis A: rows and lanes are split."""
     lanes = VisionBatch("RPC", "RP.", "RP", "RP")
     inputs = Batch("BT", ".BT", "BT", "BT", (lanes,) * len(batch.inputs.vision))
     dims = jax.tree.map(lambda a: "B" + "." * (len(a.shape) - 2), batch)._replace(inputs=inputs)
@@ -237,11 +222,11 @@ def _split(params: dict, trainable: Callable[[str], bool]) -> tuple[dict, dict]:
     flat = flatten(params)
     train = {path: w for path, w in flat.items() if trainable(path)}
     if not train:
-        raise InputError("nothing is trainable: every group is frozen, or no parameter's name fits the pattern")
+        raise InputError("nothing is trainable: every group is frozen, or no parameter matches the pattern")
     return train, {path: w for path, w in flat.items() if path not in train}
 
 
-def _settled(tree, specs: dict[str, Spec]):
-    """One layout for what a step hands to the next; otherwise XLA would choose, and compile again for its choice."""
+def _constrained(tree, specs: dict[str, Spec]):
+    """Fixes the layout that one step hands to the next. Otherwise XLA chooses another, and the next step recompiles."""
     mesh = jax.sharding.get_abstract_mesh()
     return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(tree, specs, mesh))
