@@ -275,7 +275,7 @@ def test_what_a_record_may_be(tmp_path):
         ({"messages": [ask("?")], "answer": "x", "task": 3}, "task is 3"),
         ({"messages": [ask("?")], "answer": {}}, "must be a text or a number"),
         ({"messages": [ask("?")], "answer": []}, "must be a text or a number"),
-        ({"messages": [ask("?")], "answer": "soon", "metric": "seconds"}, "must name a time"),
+        ({"messages": [ask("?")], "answer": "soon", "metric": "seconds"}, "must contain a time"),
         ({"messages": [ask("?")], "answer": "[", "metric": "iou"}, "not readable as JSON"),
         ({"messages": [ask("?")], "answer": '[{"bbox_2d": [1, 2]}]', "metric": "iou"}, "must be a list of"),
         ({"messages": [ask("?")], "answer": BOX, "metric": "iou"}, "must be a list of"),

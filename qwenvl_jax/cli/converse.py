@@ -2,10 +2,10 @@
 
 import math
 
-from qwenvl_jax.cli.errors import keep_programs
+from qwenvl_jax.cli.errors import enable_compile_cache
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.infer.options import GenerateOptions, room
+from qwenvl_jax.infer.options import GenerateOptions, tokens_left
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import add_flags, build, given, names
 
@@ -46,7 +46,7 @@ def encoder(args, request: dict | None = None):
 
     def encode(messages):
         sample = processor.encode(messages, **options)
-        room(sample, config.text.context)
+        tokens_left(sample, config.text.context)
         return sample
 
     return path, encode
@@ -73,7 +73,7 @@ def engine(path, args, mesh):
     """The engine on the checkpoint's weights."""
     from qwenvl_jax import Engine, load
 
-    keep_programs()
+    enable_compile_cache()
     return Engine(load(path, mesh=mesh, dtype=args.dtype))
 
 

@@ -50,10 +50,10 @@ def explain(error: Exception) -> tuple[int, str]:
     return FAILED, f"unexpected {type(error).__name__}: {text[:300]} (--debug shows where; please report it)"
 
 
-def keep_programs() -> None:
+def enable_compile_cache() -> None:
     """Keeps compiled programs for the next command, or says why not; the command works without."""
     try:
-        compile_cache.keep()
+        compile_cache.enable()
     except InputError as e:
         print(f"qwenvl: {e}", file=sys.stderr, flush=True)
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from qwenvl_jax.cli.errors import OK, keep_programs
+from qwenvl_jax.cli.errors import OK, enable_compile_cache
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.evaluator import evaluate
 from qwenvl_jax.eval.metrics import BOXES, METRICS
@@ -30,7 +30,7 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     from qwenvl_jax.params import checkpoint
 
-    keep_programs()
+    enable_compile_cache()
     output = None if args.output is None else Path(args.output)
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise InputError(f"--output {output}: is a directory, or there is no directory {output.parent}")

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from qwenvl_jax.cli.errors import INTERRUPTED, NOT_DONE, OK, keep_programs
+from qwenvl_jax.cli.errors import INTERRUPTED, NOT_DONE, OK, enable_compile_cache
 from qwenvl_jax.eval.evaluator import Evaluator
 from qwenvl_jax.options import add_flags, given
 from qwenvl_jax.train.options import TrainOptions
@@ -21,7 +21,7 @@ def run(args) -> int:
     options = TrainOptions.read(args.config, given(args, TrainOptions))
     from qwenvl_jax.train.finetune import finetune
 
-    keep_programs()
+    enable_compile_cache()
 
     def evaluator(model, data, encoding):
         return Evaluator(model, data, encoding=encoding)

@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from qwenvl_jax.cli.errors import FAILED, OK, keep_programs
+from qwenvl_jax.cli.errors import FAILED, OK, enable_compile_cache
 from qwenvl_jax.errors import InputError
 
 HELP = "Compare this model with the PyTorch one, stage by stage, on your weights."
@@ -22,7 +22,7 @@ def run(args) -> int:
         )
     from qwenvl_convert import parity
 
-    keep_programs()
+    enable_compile_cache()
     rows = parity.verify(args.checkpoint, args.image)
     print(f"{'stage':<22} {'shape':<18} {'max rel. error':>14} {'limit':>8}")
     for row in rows:

@@ -251,7 +251,7 @@ def _lower_decode(job: Job, mesh: Mesh):
     config, B, V = job.config, job.batch, job.config.text.vocab_size
     params, cache = _weights(config, mesh), _cache(config, mesh, B, job.context)
     whole = partial(_shaped, mesh)
-    knobs = jax.tree.map(lambda a: whole(".", a.shape, a.dtype), sampling.make_knobs([], B))
+    sampling_params = jax.tree.map(lambda a: whole(".", a.shape, a.dtype), sampling.stack_params([], B))
     state = sampling.State(
         whole("", (), jnp.int32),
         whole("..", (B, 2), jnp.uint32),
@@ -260,7 +260,7 @@ def _lower_decode(job: Job, mesh: Mesh):
     )
     programs = Programs(config, (job.context,), mesh)
     tokens = whole(".", (B,), jnp.int32)
-    lowered = programs.step.lower(params, tokens, state, cache, knobs, sample=False, logprobs=None)
+    lowered = programs.step.lower(params, tokens, state, cache, sampling_params, sample=False, logprobs=None)
     return lowered, {"weights": params, "cache": cache, "read": (_decoder_read(params), cache)}, B, 1
 
 
@@ -286,7 +286,7 @@ def _lower_vision(job: Job, mesh: Mesh):
     calls = [call for call, _ in cover([grid] * job.images, config.vision, ladder)]
     # The images being equal, so are the calls, but perhaps the last.
     params, lanes = _weights(config, mesh), _lanes(config, mesh, *calls[0])
-    lowered = Programs(config, (job.context,), mesh).encode.lower(params, lanes)
+    lowered = Programs(config, (job.context,), mesh).vision.lower(params, lanes)
     tokens = job.images * grid.patches // config.vision.merge_unit
     return lowered, {"weights": params, "read": (params["vision"], lanes)}, tokens, len(calls)
 
