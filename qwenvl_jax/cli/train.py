@@ -1,4 +1,4 @@
-"""`qwenvl train`: a fine-tuning from a TOML file and flags."""
+"""`qwenvl train`: fine-tunes as a TOML file and flags say."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ from qwenvl_jax.eval.evaluator import Evaluator
 from qwenvl_jax.options import add_flags, given
 from qwenvl_jax.train.options import TrainOptions
 
-HELP = "Fine-tune a model. The same command goes on with a run that was stopped."
+HELP = "Fine-tune a model. Run the same command again to resume."
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("config", nargs="?", metavar="FILE.toml", help="the keys below, with _ for -; flags win")
+    parser.add_argument("config", nargs="?", metavar="FILE.toml", help="options as below, with _ for -; flags win")
     add_flags(parser, TrainOptions)
 
 
@@ -28,7 +28,7 @@ def run(args) -> int:
 
     try:
         ended = finetune(options, evaluator)
-    except KeyboardInterrupt:  # the second one: at once, without waiting for a checkpoint that is being written
+    except KeyboardInterrupt:  # the second Ctrl-C: does not wait for a checkpoint
         print(file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
     codes: dict[int | None, int] = {None: OK, signal.SIGTERM: NOT_DONE, signal.SIGINT: INTERRUPTED}

@@ -32,13 +32,12 @@ def anls(prediction: str, golds: Sequence[str], *, threshold: float = 0.5) -> fl
     are ignored, as in DocVQA's evaluation (arXiv:2007.00398).
     """
 
-    def one(a, b):
-        longer = max(len(a), len(b))
-        ratio = _levenshtein(a, b) / longer if longer else 0.0
+    def one(gold):
+        a, b = (unicodedata.normalize("NFC", text).strip().lower() for text in (prediction, gold))
+        ratio = _levenshtein(a, b) / max(len(a), len(b), 1)
         return 1 - ratio if ratio < threshold else 0.0
 
-    normal = unicodedata.normalize("NFC", prediction).strip().lower()
-    return max(one(normal, unicodedata.normalize("NFC", gold).strip().lower()) for gold in golds)
+    return max(map(one, golds))
 
 
 def relaxed(prediction: str, golds: Sequence[str], *, tolerance: float = 0.05) -> float:
@@ -215,10 +214,5 @@ def bootstrap(
     return float(low), float(high)
 
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "exact": exact,
-    "anls": anls,
-    "relaxed": relaxed,
-    "seconds": seconds,
-}
+METRICS: dict[str, Callable[..., float]] = {f.__name__: f for f in (exact, anls, relaxed, seconds)}
 BOXES = "iou"  # F1 over the boxes of a task; other metrics are means over items

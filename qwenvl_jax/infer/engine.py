@@ -59,10 +59,10 @@ class Engine:
         self.config, self.processor, self.generation = model.config, model.processor, model.generation
         self.max_batch, self.max_length, self.lag = max_batch, max_length, lag
         self.params = jax.tree.map(jnp.asarray, model.params)
-        layouts = [leaf.sharding for leaf in jax.tree.leaves(self.params)]
-        mesh = next((s.mesh for s in layouts if isinstance(s, NamedSharding)), None)
+        shardings = [leaf.sharding for leaf in jax.tree.leaves(self.params)]
+        mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
         # Inputs are copied to every device of the mesh; the model's sharding constraints split them.
-        self._layout = layouts[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self._sharding = shardings[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
 
         ladder = ladder or Ladder()
         ladder.check()
@@ -125,12 +125,7 @@ class Engine:
         return [request.result() for request in requests]
 
     def stream(
-        self,
-        conversation,
-        options: GenerateOptions | None = None,
-        *,
-        tools: list | None = None,
-        **changes,
+        self, conversation, options: GenerateOptions | None = None, *, tools: list | None = None, **changes
     ) -> Stream:
         """Answers one conversation in pieces of text; joined, they are the text of `generate`.
 
@@ -216,10 +211,10 @@ class Engine:
         return logits, prompt, cache
 
     def _put(self, tree):
-        if self._layout.is_fully_addressable:
-            return jax.device_put(tree, self._layout)
+        if self._sharding.is_fully_addressable:
+            return jax.device_put(tree, self._sharding)
         # All processes hold the same values; device_put would first compare them.
-        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, self._layout, lambda i: a[i]), tree)
+        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, self._sharding, lambda i: a[i]), tree)
 
     def warmup(
         self,

@@ -71,15 +71,11 @@ class Programs:
         if self.mesh is None:
             return jitted
 
-        def on_mesh(f):
-            def call(*args, **kwargs):
-                with jax.set_mesh(self.mesh):
-                    return f(*args, **kwargs)
+        def call(*args, **kwargs):
+            with jax.set_mesh(self.mesh):
+                return jitted(*args, **kwargs)
 
-            return call
-
-        call = on_mesh(jitted)
-        call.lower = on_mesh(jitted.lower)
+        call.lower = jitted.lower  # for `plan`, which sets the mesh itself
         return call
 
     def _vision(self, params, vision):
@@ -111,7 +107,8 @@ class Programs:
         return constrain(logits, "BV"), constrain(prompt, "BV"), _constrain_cache(cache)
 
     def _first(self, logits, prompt, keys, sampling_params, *, sample, logprobs):
-        draw, state = sampling.start(logits, prompt, keys, sampling_params, sample=sample, logprobs=logprobs)
+        state = sampling.State(jnp.zeros((), jnp.int32), keys, prompt, jnp.zeros(prompt.shape, jnp.int32))
+        draw, state = sampling.draw(logits, state, sampling_params, sample=sample, logprobs=logprobs)
         return jax.tree.map(_replicated, draw), _constrain_state(state)
 
     def _step(self, params, tokens, state, cache, sampling_params, *, sample, logprobs):

@@ -36,7 +36,7 @@ class Result:
         return (self, *self.others)
 
 
-class Stream:
+class Stream(Iterator[str]):
     """Iterates over an answer in pieces. `result` is None before the last one; `close` stops early."""
 
     def __init__(self, request: "Request", steps: Iterator[None]):
@@ -48,9 +48,6 @@ class Stream:
         for _ in steps:
             if row.pieces[-1]:
                 yield row.pieces[-1]
-
-    def __iter__(self):
-        return self
 
     def __next__(self) -> str:
         return next(self._pieces)

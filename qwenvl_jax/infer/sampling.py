@@ -135,12 +135,6 @@ def draw(logits, state: State, sampling_params: SamplingParams, *, sample: bool,
     return Draw(tokens, raw[rows, tokens], ids, best), state
 
 
-def start(logits, prompt, keys, sampling_params: SamplingParams, *, sample: bool, logprobs: int | None = None):
-    """`draw` of the first token: logits [B, V] after the prompts; prompt as `prompt_ids` gives it."""
-    state = State(jnp.zeros((), jnp.int32), keys, prompt, jnp.zeros(prompt.shape, jnp.int32))
-    return draw(logits, state, sampling_params, sample=sample, logprobs=logprobs)
-
-
 def _ordered_bits(x):
     """float32 → uint32 in the same order; both zeros map to one value."""
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x).astype(jnp.float32), jnp.uint32)
