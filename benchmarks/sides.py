@@ -208,7 +208,7 @@ class Here(Model):
         """A function that runs the tower over the sample's picture, which is on the device beforehand."""
         calls, _ = pack_vision(sample.visuals, self.config, Ladder())
         calls, engine = jax.device_put(calls), self.engine
-        encode, params = engine._programs.encode, engine._scan_params  # the tower as the engine has it
+        encode, params = engine._programs.vision, engine._scan_params  # the tower as the engine has it
         return lambda: jax.block_until_ready([encode(params, lanes) for lanes in calls])
 
     def look(self, picture) -> list[int]:

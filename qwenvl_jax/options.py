@@ -1,7 +1,7 @@
-"""Options are declared once, as fields of a frozen dataclass; each field carries its help, type and bounds.
+"""Options are fields of a frozen dataclass; each has its type, help and bounds.
 
-`MediaOptions`, `GenerateOptions` and `TrainOptions` are declared this way. Their flags, TOML keys, request fields and
-keyword arguments are read off the fields. This file imports neither jax nor numpy, so `--help` answers at once.
+`MediaOptions`, `GenerateOptions` and `TrainOptions` are declared this way; flags, TOML keys, request fields and keyword
+arguments are generated from the fields. This file imports neither jax nor numpy, so `--help` takes no time.
 """
 
 import argparse
@@ -25,19 +25,19 @@ _BOUNDS = {
     "most": (operator.le, "at most"),
     "below": (operator.lt, "less than"),
 }
-Number = int | float  # whole or not, kept as it was written
+Number = int | float  # keeps its type
 _WORDS = {int: "a whole number", float: "a number", Number: "a number", bool: "true or false", str: "a string"}
 
 
 def number(text: str) -> Number:
-    """Reads a flag's `Number`."""
+    """Parses the `Number` of a flag."""
     try:
         return int(text)
     except ValueError:
         return float(text)
 
 
-_FLAGS: dict = {int: (int, "N"), float: (float, "X"), Number: (number, "X"), str: (str, "NAME")}
+_FLAGS: dict = {int: (int, "N"), float: (float, "X"), Number: (number, "X"), str: (str, "VALUE")}
 
 
 def option(
@@ -45,21 +45,21 @@ def option(
 ) -> Any:
     """A field of an options class.
 
-    doc: its help. least, above, most, below, choices: which values it takes; of a list, which items.
-    title: starts a group of flags with this title. flag: whether it is a flag and a request field.
-    free: whether a training run may go on with another value.
+    doc: its help. least, above, most, below, choices: bounds of a value, or of each item of a list.
+    title: starts a group of flags. flag: False if it is neither a flag nor a request field.
+    free: whether a training run may resume with another value.
     """
     bounds = dict(least=least, above=above, most=most, below=below, choices=choices)
     return dataclasses.field(default=default, metadata=dict(doc=doc, title=title, flag=flag, free=free, **bounds))
 
 
 def names(cls) -> tuple[str, ...]:
-    """The names of a class's options."""
+    """The names of the options of a class or object."""
     return tuple(f.name for f in dataclasses.fields(cls))
 
 
 def check_names(given: Iterable, known: Iterable[str], where: str = "") -> None:
-    """Raises OptionsError for the first name that is not known."""
+    """Raises OptionsError for the first unknown name, with the closest known one. where: a prefix, as in "file: "."""
     known = tuple(known)
     for name in given:
         if name not in known:
@@ -69,31 +69,31 @@ def check_names(given: Iterable, known: Iterable[str], where: str = "") -> None:
 
 
 def build(cls: type[T], values: Mapping) -> T:
-    """The options by name; raises OptionsError for an unknown name or a bad value."""
+    """`cls(**values)`. Raises OptionsError for an unknown name or a bad value."""
     check_names(values, names(cls))
     return cls(**values)
 
 
 def replace(options: T, changes: Mapping) -> T:
-    """The same options but for some."""
+    """`dataclasses.replace`. Raises OptionsError for an unknown name or a bad value."""
     check_names(changes, names(options))
     return dataclasses.replace(options, **changes)  # type: ignore[type-var]
 
 
 def given(source, cls) -> dict:
-    """The options of a class that a namespace of flags, or another options object, holds and that are not None."""
+    """The options of `cls` that a namespace of flags or another object has and that are not None."""
     values = {name: getattr(source, name, None) for name in names(cls)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def check(options) -> None:
-    """For `__post_init__`: replaces each value by `checked` of it."""
+    """For `__post_init__`: checks each value and converts it to its field's type."""
     for name in names(options):
         object.__setattr__(options, name, checked(type(options), name, getattr(options, name)))
 
 
 def checked(cls, name: str, value, where: str = ""):
-    """The value in its field's type. Raises OptionsError that names the option, the value and what is allowed."""
+    """The value in its field's type. Raises OptionsError that names the option, the value and the bounds."""
     _, many, optional = _kind(cls, name)
     if not many:
         return None if value is None and optional else _item(cls, name, value, where)
@@ -108,9 +108,9 @@ def checked(cls, name: str, value, where: str = ""):
 
 
 def add_flags(parser, cls, about: str | None = None) -> None:
-    """A flag for every option of a class, inherited ones last; a flag that is not given is absent from the namespace.
+    """Adds a flag for every option, inherited ones last. Flags that are not given are absent from the namespace.
 
-    about: a sentence that goes with the titles of the groups.
+    about: a sentence below each group's title.
     """
     own, group = inspect.get_annotations(cls), parser
     for field in sorted(dataclasses.fields(cls), key=lambda f: f.name not in own):
@@ -132,7 +132,7 @@ def add_flags(parser, cls, about: str | None = None) -> None:
 
 
 def as_text(value) -> str:
-    """A value as help and messages show it."""
+    """A value as help and messages print it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
@@ -147,7 +147,7 @@ def _help(field) -> str:
 
 @cache
 def _kind(cls, name: str) -> tuple[Any, Any, bool]:
-    """The type of a value or its items; how many items (0: no list, ...: any number); whether None is allowed."""
+    """(type of the value or its items, number of items (0: no list, ...: any), whether None is allowed)."""
     hint = get_type_hints(cls)[name]
     args = get_args(hint)
     if get_origin(hint) is tuple:
@@ -157,7 +157,7 @@ def _kind(cls, name: str) -> tuple[Any, Any, bool]:
 
 
 def _item(cls, name: str, value, where: str):
-    """One value, checked; a float's whole numbers become floats, a `Number` stays as it is."""
+    """One checked value. For float, whole numbers become floats; a `Number` keeps its type."""
     meta, kind = cls.__dataclass_fields__[name].metadata, _kind(cls, name)[0]
     if _fits(kind, value) and _within(meta, value):
         return kind(value) if kind in (int, float) else value
@@ -177,7 +177,7 @@ def _fits(kind, value) -> bool:
         return False
     try:
         return kind is int or math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # an int larger than any float
         return False
 
 

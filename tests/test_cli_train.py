@@ -179,7 +179,7 @@ def test_plot_says_what_is_missing(tmp_path, capsys, monkeypatch):
     assert "no metrics.jsonl" in capsys.readouterr().err
     empty = written(tmp_path / "empty", 0)
     assert cli.main(["plot", empty]) == 2
-    assert "nothing to draw yet" in capsys.readouterr().err
+    assert "has no steps yet" in capsys.readouterr().err
     with pytest.raises(InputError, match="cannot be written"):
         plot.draw({"a": [{"step": 1, "loss": 1.0}]}, tmp_path / "no" / "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

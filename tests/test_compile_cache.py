@@ -60,7 +60,7 @@ def made(path: Path, bits: int) -> Path:
 
 
 def refused() -> str:
-    with pytest.raises(InputError, match=f"^compiled programs are not kept, because .*{ELSEWHERE}$") as e:
+    with pytest.raises(InputError, match=f"^compiled programs are not cached, because .*{ELSEWHERE}$") as e:
         compile_cache.directory()
     return str(e.value)
 
@@ -91,7 +91,7 @@ def test_xdg_cache_home(home, monkeypatch):
 @pytest.mark.parametrize("bits", [0o755, 0o750, 0o770, 0o701, 0o720, 0o702, 0o740, 0o777, 0o1777])
 def test_a_directory_that_is_open_to_others_is_refused(home, bits):
     path = made(home / ".cache" / "qwenvl_jax", bits)
-    assert f"others can open {path} (chmod 700 mends it" in refused()
+    assert f"others can open {path} (chmod 700 fixes this" in refused()
     path.chmod(0o700)
     assert compile_cache.directory() == path
 
@@ -99,7 +99,7 @@ def test_a_directory_that_is_open_to_others_is_refused(home, bits):
 @pytest.mark.parametrize("bits", [0o777, 0o775, 0o757])
 def test_a_parent_that_others_can_write_to_is_refused(home, bits):
     parent = made(home / ".cache", bits)
-    assert f"others can write to {parent} (chmod go-w mends it)" in refused()
+    assert f"others can write to {parent} (chmod go-w fixes this)" in refused()
     parent.chmod(0o1777)  # as /tmp: nobody else can rename what is ours
     assert compile_cache.directory() == parent / "qwenvl_jax"
     parent.chmod(bits)
@@ -149,11 +149,11 @@ def test_links_are_followed_first(home, monkeypatch):
 
 def test_no_place_to_keep_anything(home, monkeypatch):
     (home / ".cache").write_text("a file")
-    assert f"{home / '.cache' / 'qwenvl_jax'} cannot be had" in refused()
+    assert f"{home / '.cache' / 'qwenvl_jax'} cannot be used" in refused()
     monkeypatch.setenv("HOME", "/proc/nobody")
-    assert "/proc/nobody/.cache/qwenvl_jax cannot be had (No such file or directory)" in refused()
+    assert "/proc/nobody/.cache/qwenvl_jax cannot be used (No such file or directory)" in refused()
     monkeypatch.setenv("HOME", "here")
-    assert "the user's cache directory cannot be had (HOME is" in refused()
+    assert "the user's cache directory cannot be used (HOME is" in refused()
 
 
 def test_what_was_used_least_recently_is_removed(home, monkeypatch):
@@ -176,7 +176,7 @@ def test_what_was_used_least_recently_is_removed(home, monkeypatch):
 
 
 def test_a_command_keeps_everything(undecided, capsys):
-    errors.keep_programs()
+    errors.enable_compile_cache()
     assert jax.config.jax_compilation_cache_dir == str(undecided / ".cache" / "qwenvl_jax")
     assert getattr(jax.config, SECONDS) == 0
     assert capsys.readouterr() == ("", "")
@@ -184,10 +184,10 @@ def test_a_command_keeps_everything(undecided, capsys):
 
 def test_a_command_goes_on_without(undecided, capsys):
     made(undecided / ".cache" / "qwenvl_jax", 0o755)
-    errors.keep_programs()
+    errors.enable_compile_cache()
     assert jax.config.jax_compilation_cache_dir is None
     out, err = capsys.readouterr()
-    assert not out and err.startswith("qwenvl: compiled programs are not kept, because others can open ")
+    assert not out and err.startswith("qwenvl: compiled programs are not cached, because others can open ")
     assert err.count("\n") == 1
 
 
@@ -195,19 +195,19 @@ def test_the_environment_wins(undecided, monkeypatch, tmp_path):
     made(undecided / ".cache", 0o777)
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))  # as jax does at import where the variable is set
     monkeypatch.setenv(SECONDS.upper(), "1.0")
-    compile_cache.keep()
+    compile_cache.enable()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path) and getattr(jax.config, SECONDS) == 1.0
     assert not list((undecided / ".cache").iterdir())
 
 
 def test_the_switch(undecided):
     jax.config.update("jax_enable_compilation_cache", False)  # as JAX_ENABLE_COMPILATION_CACHE=0 does
-    compile_cache.keep()
+    compile_cache.enable()
     assert jax.config.jax_compilation_cache_dir is None and not (undecided / ".cache").exists()
 
 
 def test_a_warm_up_keeps_everything_meanwhile(undecided):
-    with compile_cache.kept():
+    with compile_cache.enabled():
         assert jax.config.jax_compilation_cache_dir == str(undecided / ".cache" / "qwenvl_jax")
         assert getattr(jax.config, SECONDS) == 0
     assert getattr(jax.config, SECONDS) == 1.0
@@ -215,8 +215,8 @@ def test_a_warm_up_keeps_everything_meanwhile(undecided):
 
 def test_a_warm_up_warns(undecided):
     made(undecided / ".cache" / "qwenvl_jax", 0o755)
-    with pytest.warns(UserWarning, match="^compiled programs are not kept, because others can open"):
-        with compile_cache.kept():
+    with pytest.warns(UserWarning, match="^compiled programs are not cached, because others can open"):
+        with compile_cache.enabled():
             assert getattr(jax.config, SECONDS) == 1.0
     assert jax.config.jax_compilation_cache_dir is None
 
@@ -273,7 +273,7 @@ def test_runs_that_keep_nothing(home, tmp_path):
     path = made(home / ".cache" / "qwenvl_jax", 0o755)
     answer, (_, found, written), err = ask(home)
     assert (answer, found, written) == ("3", 0, 0) and not list(path.iterdir())
-    assert err.startswith(f"qwenvl: compiled programs are not kept, because others can open {path} (")
+    assert err.startswith(f"qwenvl: compiled programs are not cached, because others can open {path} (")
     assert err.endswith(f"{ELSEWHERE}\n") and err.count("\n") == 1
     answer, (programs, _, written), err = ask(home, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "named"))
     assert (answer, written, err) == ("3", programs, "") and len(list((tmp_path / "named").iterdir())) == programs

@@ -140,19 +140,19 @@ def test_samples_of_one_conversation_read_it_once(monkeypatch):
     config, engine, rng = model().config, shared(), np.random.default_rng(4)
     shown = sample(rng, config, 3, picture(rng, config, 8, 12), 5)
     rows = []
-    prefill, encode = engine._programs.prefill, engine._programs.encode
+    prefill, vision = engine._programs.prefill, engine._programs.vision
     monkeypatch.setattr(engine._programs, "prefill", lambda p, x, *a: rows.append(len(x)) or prefill(p, x, *a))
-    monkeypatch.setattr(engine._programs, "encode", lambda *a: rows.append("encode") or encode(*a))
+    monkeypatch.setattr(engine._programs, "vision", lambda *a: rows.append("vision") or vision(*a))
     options = dict(temperature=1.0, top_k=0, max_new_tokens=8, ignore_eos=True)
     (result,) = engine.generate([shown], n=4, seed=10, **options)
-    assert rows == ["encode", 1]
+    assert rows == ["vision", 1]
     alone = [engine.generate([shown], seed=10 + j, **options)[0] for j in range(4)]
     assert [s.token_ids for s in result.samples] == [s.token_ids for s in alone]
     assert len({tuple(s.token_ids) for s in result.samples}) > 1 and len(result.others) == 3
 
     rows.clear()
     results = engine.generate([*texts(rng, 6), shown], [GenerateOptions(n=n, seed=10, **options) for n in (1, 3)])
-    assert rows == ["encode", 2] and [len(r.samples) for r in results] == [1, 3]
+    assert rows == ["vision", 2] and [len(r.samples) for r in results] == [1, 3]
     assert [s.token_ids for s in results[1].samples] == [s.token_ids for s in alone[:3]]
 
 
@@ -409,7 +409,7 @@ def test_programs_are_a_sum_of_ladders():
     """Rows 1, 2; prompts 64, 128; caches 128, 192; lanes of 64 or 256 patches; greedy or not."""
     rows, tokens, caches, lanes, kinds = 2, 2, 2, 2, 2
     assert warm().traces == {
-        "encode": lanes, "embed": rows * tokens, "place": rows * tokens, "prefill": rows * tokens,
+        "vision": lanes, "embed": rows * tokens, "place": rows * tokens, "prefill": rows * tokens,
         "fork": caches, "first": rows * kinds, "step": rows * caches * kinds, "pad": rows * (caches - 1),
     }  # fmt: skip
 
@@ -476,7 +476,7 @@ def test_two_hundred_requests_compile_nothing_after_warmup(compilations):
     assert compilations  # the listener hears compilation
     engine.warmup(max_tokens=5120, max_pixels=100_352, sample=(False,), progress=False)
     traces = engine.traces
-    assert traces["encode"] == 11
+    assert traces["vision"] == 11
     compilations.clear()
     patches = slots = 0
     for i, grids in enumerate(random_requests(rng, 100_352)):
@@ -568,7 +568,7 @@ def test_a_prompt_beyond_the_context_is_refused():
     [
         (lambda e, s: e.generate(s), "list of conversations"),
         (lambda e, s: e.generate([{"role": "user", "content": "hi"}]), "list of conversations"),
-        (lambda e, s: e.generate([s, s], [GenerateOptions()]), "1 options were given for 2"),
+        (lambda e, s: e.generate([s, s], [GenerateOptions()]), "there are 1 options for 2"),
         (lambda e, s: e.generate([s], temperature=-1), "temperature"),
         (lambda e, s: e.generate([s], tempratur=1), "tempratur"),
         (lambda e, s: e.stream(s, n=2), "n is 2"),

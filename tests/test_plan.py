@@ -15,7 +15,7 @@ from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.plan.hardware import CHIPS, Target, devices, parse_target
 from qwenvl_jax.plan.hlo import Collective
-from qwenvl_jax.plan.plan import Job, _exchanges, default_mesh, meshes, plan, resolve_model, search, table
+from qwenvl_jax.plan.plan import Job, _collective_lines, default_mesh, meshes, plan, resolve_model, search, table
 from qwenvl_jax.sharding import make_mesh, parse_mesh
 
 compiled = pytest.mark.compiled
@@ -85,9 +85,9 @@ def test_meshes_that_are_none(name):
         ({"pixels": 10**9}, None, "pixels"),
         ({"lora": -1}, None, "lora"),
         ({}, (1, 1, 3), "has 3 chips; v5e-4 has 4"),
-        ({"batch": 3}, (4, 1, 1), "batch is 3, which 4 groups"),
-        ({"task": "train"}, None, "batch is 1, which 4 groups"),
-        ({"task": "train", "batch": 4}, None, "images is 1, which 4 groups"),
+        ({"batch": 3}, (4, 1, 1), "batch is 3; it must be a multiple of .* 4"),
+        ({"task": "train"}, None, "batch is 1; it must be a multiple of .* 4"),
+        ({"task": "train", "batch": 4}, None, "images is 1; it must be a multiple of .* 4"),
         ({}, (1, 1, 4), "dimension F, 11006, cannot be shared by 4"),
     ],
 )
@@ -103,14 +103,14 @@ def test_jobs_that_cannot_be(changes, mesh, said):
     ("arguments", "said"),
     [
         ("--model qwen2.5-vl-3b --target v5e-3", "no such slice; there are v5e-1"),
-        ("--model qwen2.5-vl-9b --target v5e-1", "nor is it one of qwen2-vl-2b"),
+        ("--model qwen2.5-vl-9b --target v5e-1", "presets are qwen2-vl-2b"),
         ("--model qwen2.5-vl-3b --target v5e-8 --mesh 1x1x3", "has 3 chips"),
         ("--model qwen2.5-vl-3b --target v5e-8 --mesh eight", "mesh 'eight'"),
         ("--model qwen2.5-vl-3b --target h100x8 --context 999999", "context is 999999"),
         ("--model qwen2.5-vl-3b --target nothing --search", "target 'nothing'"),
         ("--model qwen2.5-vl-3b --target v5e --search --mesh 1x1x8", "leave out --mesh"),
-        ("--model qwen2.5-vl-3b --target v5e-1 --lora", "--lora means nothing to --task decode"),
-        ("--model qwen2.5-vl-3b --target v5e-1 --task vision --batch 8", "--batch means nothing to --task vision"),
+        ("--model qwen2.5-vl-3b --target v5e-1 --lora", "--lora is not an option of --task decode"),
+        ("--model qwen2.5-vl-3b --target v5e-1 --task vision --batch 8", "--batch is not an option of --task vision"),
     ],
 )
 def test_bad_input_is_a_sentence_and_exit_code_2(arguments, said, capsys):
@@ -140,7 +140,7 @@ def test_the_recipes_of_the_readme_can_be(recipe):
     assert math.prod(shape) == target.chips and shape in meshes(job, target.chips)
 
 
-def test_exchanges_are_listed_by_part_of_the_model():
+def test_collectives_are_listed_by_part_of_the_model():
     path = "jit(step)/while/body/closed_call/"
     found = [
         ("all-gather", 4, path + "jvp()/while/body/closed_call/DecoderBlock/up_proj/dot_general"),
@@ -156,7 +156,7 @@ def test_exchanges_are_listed_by_part_of_the_model():
         ("all-reduce", 1, ""),
     ]
     listed = [Collective(kind, size * 10**6, 2, 2, source)._asdict() for kind, size, source in found]
-    assert _exchanges(listed, most=5) == [
+    assert _collective_lines(listed, most=5) == [
         "0.02 GB all-gather, DecoderBlock",
         "0.01 GB reduce-scatter, DecoderBlock, backward",
         "6.00 MB all-gather, a layer's weights",
@@ -164,7 +164,7 @@ def test_exchanges_are_listed_by_part_of_the_model():
         "2.00 MB all-gather, Merger",
         "2.00 MB in 1 smaller ones",
     ]
-    assert _exchanges(listed[-1:]) == ["2.00 MB all-reduce, not named"]
+    assert _collective_lines(listed[-1:]) == ["2.00 MB all-reduce, unnamed"]
 
 
 def test_there_are_recipes():

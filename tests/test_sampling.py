@@ -6,10 +6,10 @@ import pytest
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer import sampling
-from qwenvl_jax.infer.options import OFF, GenerateOptions, Knobs
+from qwenvl_jax.infer.options import OFF, GenerateOptions, SamplingParams
 
 V = 97
-keep = jax.jit(sampling.keep)
+allowed_ids = jax.jit(sampling.allowed_ids)
 penalise = jax.jit(sampling.penalise)
 draw = jax.jit(sampling.draw, static_argnames=("sample", "logprobs"))
 
@@ -20,7 +20,7 @@ def logits(rows, seed=0, vocab=V, scale=3.0):
 
 def kept(x, top_k=0, top_p=1.0, min_p=0.0):
     rows = [np.full(len(x), a, d) for a, d in ((top_k, np.int32), (top_p, np.float32), (min_p, np.float32))]
-    return np.asarray(keep(x, *rows))
+    return np.asarray(allowed_ids(x, *rows))
 
 
 def reference(row, top_k=0, top_p=1.0, min_p=0.0):
@@ -50,8 +50,8 @@ def test_kept_ids_equal_a_sort(top_k, top_p, min_p):
 def test_kept_ids_of_a_real_vocabulary():
     x = logits(3, vocab=151936)
     settings = (50, 0.8, 0.0), (0, 0.8, 0.0), (20, 1.0, 0.05)
-    knobs = sampling.make_knobs([OFF._replace(top_k=k, top_p=p, min_p=m) for k, p, m in settings], 3)
-    got = np.asarray(keep(x, knobs.top_k, knobs.top_p, knobs.min_p))
+    sampling_params = sampling.stack_params([OFF._replace(top_k=k, top_p=p, min_p=m) for k, p, m in settings], 3)
+    got = np.asarray(allowed_ids(x, sampling_params.top_k, sampling_params.top_p, sampling_params.min_p))
     for row, row_kept, (top_k, top_p, min_p) in zip(x, got, settings, strict=True):
         np.testing.assert_array_equal(row_kept, reference(row, top_k, top_p, min_p))
 
@@ -71,10 +71,10 @@ def test_zeros_of_both_signs_are_one_value():
 def test_minus_infinity_is_never_drawn():
     x = logits(1)
     x[0, ::2] = -np.inf
-    knobs = sampling.make_knobs([OFF._replace(temperature=5.0)], 1)
+    sampling_params = sampling.stack_params([OFF._replace(temperature=5.0)], 1)
     state = fresh_state([0])
     for _ in range(200):
-        out, state = draw(x, state, knobs, sample=True)
+        out, state = draw(x, state, sampling_params, sample=True)
         assert int(out.tokens[0]) % 2
 
 
@@ -107,8 +107,8 @@ def test_repetition_penalty_equals_transformers(penalty):
     )
     segments = np.ones(prompt.shape, np.int32)
     seen = sampling.prompt_ids(prompt, segments, V)
-    knobs = sampling.make_knobs([OFF._replace(repetition_penalty=penalty)] * 5, 5)
-    got = np.asarray(penalise(x, seen, counts(generated), knobs))
+    sampling_params = sampling.stack_params([OFF._replace(repetition_penalty=penalty)] * 5, 5)
+    got = np.asarray(penalise(x, seen, counts(generated), sampling_params))
     np.testing.assert_allclose(got, expected.numpy(), rtol=2e-7, atol=0)
 
 
@@ -120,9 +120,11 @@ def test_penalties_by_hand():
     x = np.array([[2.0, -2.0, 1.0, 1.0, 4.0]], np.float32)
     seen = np.array([[True, True, False, False, False]])
     generated = np.array([[0, 0, 3, 1, 0]], np.int32)
-    knobs = sampling.make_knobs([OFF._replace(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)], 1)
+    sampling_params = sampling.stack_params(
+        [OFF._replace(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)], 1
+    )
     # prompt ids: repetition only; id 2 thrice, id 3 once generated: 1/2 − 3·0.25 − 0.5, 1/2 − 0.25 − 0.5
-    assert np.asarray(penalise(x, seen, generated, knobs))[0].tolist() == [1.0, -4.0, -0.75, -0.25, 4.0]
+    assert np.asarray(penalise(x, seen, generated, sampling_params))[0].tolist() == [1.0, -4.0, -0.75, -0.25, 4.0]
 
 
 def test_prompt_ids_leave_padding_out():
@@ -139,7 +141,7 @@ def fresh_state(seeds, vocab=V):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "sampling_params",
     [
         OFF._replace(temperature=1.0),
         OFF._replace(temperature=0.6),
@@ -149,14 +151,16 @@ def fresh_state(seeds, vocab=V):
     ],
     ids=str,
 )
-def test_frequencies_follow_the_probabilities(knobs):
+def test_frequencies_follow_the_probabilities(sampling_params):
     draws, vocab = 40_000, 12
     row = logits(1, seed=5, vocab=vocab, scale=1.0)[0]
-    scaled = row.astype(np.float64) / knobs.temperature
-    p = np.where(reference(scaled, knobs.top_k, knobs.top_p, knobs.min_p), np.exp(scaled), 0)
+    scaled = row.astype(np.float64) / sampling_params.temperature
+    p = np.where(
+        reference(scaled, sampling_params.top_k, sampling_params.top_p, sampling_params.min_p), np.exp(scaled), 0
+    )
     p /= p.sum()
     rows, state = np.tile(row, (draws, 1)), fresh_state(range(draws), vocab)
-    out, _ = draw(rows, state, sampling.make_knobs([knobs] * draws, draws), sample=True)
+    out, _ = draw(rows, state, sampling.stack_params([sampling_params] * draws, draws), sample=True)
     seen = np.bincount(out.tokens, minlength=vocab)
     assert not seen[p == 0].any()
     live = p > 0
@@ -168,10 +172,10 @@ def test_frequencies_follow_the_probabilities(knobs):
 def test_successive_tokens_are_independent():
     """One row's tokens over time follow the same law as many rows at once."""
     row = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32))
-    state, knobs = fresh_state([7], 4), sampling.make_knobs([OFF._replace(temperature=1.0)], 1)
+    state, sampling_params = fresh_state([7], 4), sampling.stack_params([OFF._replace(temperature=1.0)], 1)
     tokens = []
     for _ in range(2000):
-        out, state = draw(row, state, knobs, sample=True)
+        out, state = draw(row, state, sampling_params, sample=True)
         tokens.append(int(out.tokens[0]))
     pairs = np.bincount(np.array(tokens[:-1]) * 4 + tokens[1:], minlength=16)
     p = np.outer([0.5, 0.25, 0.125, 0.125], [0.5, 0.25, 0.125, 0.125]).ravel() * 1999
@@ -182,18 +186,20 @@ def test_successive_tokens_are_independent():
 def test_a_row_draws_the_same_in_any_batch():
     x = logits(6)
     settings = [OFF._replace(temperature=0.5 + 0.3 * i, top_k=3 * i, top_p=1 - 0.1 * i) for i in range(6)]
-    together, _ = draw(x, fresh_state(range(6)), sampling.make_knobs(settings, 6), sample=True)
+    together, _ = draw(x, fresh_state(range(6)), sampling.stack_params(settings, 6), sample=True)
     for order in ([3], [5, 0, 3], [2, 3, 2, 1, 0, 5, 4]):
         chosen = [settings[i] for i in order]
-        out, _ = draw(x[order], fresh_state(order), sampling.make_knobs(chosen, len(order)), sample=True)
+        out, _ = draw(x[order], fresh_state(order), sampling.stack_params(chosen, len(order)), sample=True)
         assert out.tokens.tolist() == together.tokens[np.array(order)].tolist()
 
 
 def test_the_users_default_generator_changes_nothing():
-    x, knobs = logits(4), sampling.make_knobs([OFF._replace(temperature=1.0)] * 4, 4)
-    before, _ = draw(x, fresh_state(range(4)), knobs, sample=True)
+    x, sampling_params = logits(4), sampling.stack_params([OFF._replace(temperature=1.0)] * 4, 4)
+    before, _ = draw(x, fresh_state(range(4)), sampling_params, sample=True)
     with jax.default_prng_impl("rbg"):
-        after, _ = jax.jit(sampling.draw, static_argnames="sample")(x, fresh_state(range(4)), knobs, sample=True)
+        after, _ = jax.jit(sampling.draw, static_argnames="sample")(
+            x, fresh_state(range(4)), sampling_params, sample=True
+        )
     assert before.tokens.tolist() == after.tokens.tolist()
 
 
@@ -206,8 +212,8 @@ def test_seeds_are_taken_modulo_2_to_the_64():
 def test_greedy_rows_among_sampling_rows_are_the_argmax():
     x = logits(8, scale=0.01)
     settings = [OFF if i % 2 else OFF._replace(temperature=2.0) for i in range(8)]
-    out, _ = draw(x, fresh_state(range(8)), sampling.make_knobs(settings, 8), sample=True)
-    alone, _ = draw(x, fresh_state(range(8)), sampling.make_knobs([], 8), sample=False)
+    out, _ = draw(x, fresh_state(range(8)), sampling.stack_params(settings, 8), sample=True)
+    alone, _ = draw(x, fresh_state(range(8)), sampling.stack_params([], 8), sample=False)
     assert out.tokens[1::2].tolist() == alone.tokens[1::2].tolist() == x.argmax(-1)[1::2].tolist()
     assert out.tokens[::2].tolist() != x.argmax(-1)[::2].tolist()
 
@@ -215,15 +221,15 @@ def test_greedy_rows_among_sampling_rows_are_the_argmax():
 @pytest.mark.parametrize("temperature", [1e-6, 1e-30])
 def test_a_temperature_near_zero_is_the_argmax(temperature):
     x = logits(8, scale=30)
-    knobs = sampling.make_knobs([OFF._replace(temperature=temperature, top_k=50)] * 8, 8)
-    out, _ = draw(x, fresh_state(range(8)), knobs, sample=True)
+    sampling_params = sampling.stack_params([OFF._replace(temperature=temperature, top_k=50)] * 8, 8)
+    out, _ = draw(x, fresh_state(range(8)), sampling_params, sample=True)
     assert out.tokens.tolist() == x.argmax(-1).tolist()
 
 
 def test_logprobs_are_those_of_the_raw_logits():
     x = logits(3)
-    knobs = sampling.make_knobs([OFF._replace(temperature=1.7, top_k=4, repetition_penalty=1.5)] * 3, 3)
-    out, _ = draw(x, fresh_state(range(3)), knobs, sample=True, logprobs=5)
+    sampling_params = sampling.stack_params([OFF._replace(temperature=1.7, top_k=4, repetition_penalty=1.5)] * 3, 3)
+    out, _ = draw(x, fresh_state(range(3)), sampling_params, sample=True, logprobs=5)
     p = x.astype(np.float64) - np.log(np.exp(x.astype(np.float64)).sum(-1, keepdims=True))
     np.testing.assert_allclose(out.logprobs, p[np.arange(3), out.tokens], rtol=1e-5)
     assert out.top_ids.tolist() == np.argsort(-p)[:, :5].tolist()
@@ -234,14 +240,14 @@ def test_values_never_recompile():
     traces = []
 
     @jax.jit
-    def step(x, state, knobs):
+    def step(x, state, sampling_params):
         traces.append(1)
-        return sampling.draw(x, state, knobs, sample=True)
+        return sampling.draw(x, state, sampling_params, sample=True)
 
     state = fresh_state([1, 2])
     for i in range(5):
-        rows = [Knobs(0.3 * i, i, 1 - 0.1 * i, 0.1 * i, 1 + 0.1 * i, 0.2 * i, 0.1 * i), OFF]
-        _, state = step(logits(2, i), state, sampling.make_knobs(rows, 2))
+        rows = [SamplingParams(0.3 * i, i, 1 - 0.1 * i, 0.1 * i, 1 + 0.1 * i, 0.2 * i, 0.1 * i), OFF]
+        _, state = step(logits(2, i), state, sampling.stack_params(rows, 2))
     assert len(traces) == 1
 
 
@@ -310,13 +316,13 @@ def test_bad_options_are_named(options):
 def test_the_widest_options_allowed_give_a_token_that_can_be(base, options):
     """One id has all the probability, and the penalties move every id alike."""
     o = GenerateOptions(**{"temperature": base, **options}).resolve({}, EOS)
-    knobs = sampling.make_knobs([o.knobs], 1)
+    sampling_params = sampling.stack_params([o.sampling_params], 1)
     x = np.full((1, V), -1e4, np.float32)
     x[0, 13] = 1e4
     state = fresh_state([o.seed])._replace(counts=np.full((1, V), 30_000, np.int32))
-    assert np.isfinite(penalise(x, state.prompt, state.counts, knobs)).all()
+    assert np.isfinite(penalise(x, state.prompt, state.counts, sampling_params)).all()
     if o.temperature < 2 and abs(o.frequency_penalty) < 2 and o.repetition_penalty == 1:
-        assert draw(x, state, knobs, sample=not o.greedy)[0].tokens.tolist() == [13]
+        assert draw(x, state, sampling_params, sample=not o.greedy)[0].tokens.tolist() == [13]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Finds the fonts, emoji and tables that the demo's data is drawn from; they are large, so the package has none."""
+"""Finds the fonts, emoji and tables for the demo's data. They are too large for the package."""
 
 import importlib.util
 import os
@@ -24,21 +24,20 @@ and give DIR, or set {VARIABLE} to it"""
 class Assets(NamedTuple):
     """Folders and files to draw from.
 
-    Sources and licences: fonts, those of trdg's that are under OFL 1.1 or Apache-2.0, and Fontsource's
-    packages of such (listed in `fonts.py`). words, trdg's copy of the dwyl/english-words list (Unlicense).
-    emoji, Google's Noto Emoji (Apache-2.0) as packed by emoji-datasource. tables, those of vega-datasets that
-    are in the public domain (listed in `tables.py`).
+    Sources and licences. Fonts: from trdg and Fontsource, under OFL 1.1 or Apache-2.0 (listed in `fonts.py`).
+    Words: trdg's copy of the dwyl/english-words list (Unlicense). Emoji: Google's Noto Emoji (Apache-2.0), as packed by
+    emoji-datasource. Tables: public-domain ones of vega-datasets (listed in `tables.py`).
     """
 
     fonts: Path  # trdg's *.ttf
-    webfonts: Path  # Fontsource's packages, one a family
-    words: Path  # one a line
+    webfonts: Path  # Fontsource's packages, one per family
+    words: Path  # one per line
     emoji: Path  # 64-pixel PNG files named by code point
     tables: Path  # *.csv and *.json
 
 
 def assets_of(parser, directory: str | None) -> Assets:
-    """As `find_assets`, for a script: where they are not, its argparse parser says how to get them, and it ends."""
+    """`find_assets` for a script: if they are missing, the parser prints how to get them and exits."""
     try:
         return find_assets(directory)
     except InputError as error:
@@ -46,10 +45,10 @@ def assets_of(parser, directory: str | None) -> Assets:
 
 
 def find_assets(directory: str | Path | None = None) -> Assets:
-    """The assets under `directory`, else under $QWENVL_DEMO_ASSETS.
+    """The assets under `directory`, or else under $QWENVL_DEMO_ASSETS.
 
-    Without either, the Python packages may be installed ones, and `node_modules` is looked for in the working
-    directory. Raises InputError that names what is missing, with the two commands that fetch everything.
+    Without either, it uses installed Python packages and `node_modules` in the working directory. Raises InputError
+    that names the missing part and the two commands that fetch everything.
     """
     given = directory or os.environ.get(VARIABLE)
     root = Path(given) if given else None
@@ -69,6 +68,6 @@ def find_assets(directory: str | Path | None = None) -> Assets:
 
 
 def _package(name: str, root: Path | None) -> Path:
-    """A package's folder; it is only located, as importing it would want what it depends on."""
+    """A package's folder, without importing it: its dependencies may be missing."""
     spec = None if root else importlib.util.find_spec(name)
     return Path(spec.origin).parent if spec and spec.origin else (root or Path()) / name

@@ -1,11 +1,11 @@
-"""Backgrounds, ink and noise that the drawn pictures share."""
+"""Backgrounds, ink colours and noise of all drawn pictures."""
 
 import numpy as np
 from PIL import Image
 
 
 def background(rng: np.random.Generator, width: int, height: int) -> tuple[Image.Image, np.ndarray]:
-    """A plain, shaded or blotched RGB picture, and its mean colour [3]; half of them are near white."""
+    """A plain, shaded or blotched RGB picture and its mean colour [3]. Half are near white."""
     kind, tint = rng.random(2)
     colour = rng.integers(215, 256, 3) if tint < 0.5 else rng.integers(0, 256, 3)
     if kind < 0.4:
@@ -23,7 +23,7 @@ def contrast(rng: np.random.Generator, ground: np.ndarray, least: float = 110) -
     target = rng.uniform(0, luma - least) if luma > 127 else rng.uniform(luma + least, 255)
     colour = rng.integers(0, 256, 3)
     own = float(weights @ colour)
-    # Scaled towards black or white until its luma is the target.
+    # Scale towards black or white until the luma is the target.
     mixed = colour * (target / own) if own > target else 255 - (255 - colour) * ((255 - target) / (255 - own))
     return tuple(int(c) for c in np.clip(mixed, 0, 255))
 

@@ -1,7 +1,7 @@
-"""What each visual token of a drawn picture or clip shows: facts that the demo's decoder is taught along with answers.
+"""Facts about each visual token of a drawn picture or clip: training targets of the demo, besides the answers.
 
-A visual token is a cell of 28 × 28 pixels, in a clip for two frames. Words are told facts too: the kind of an object,
-wherever it is named, those about the first object of that kind.
+A visual token is a cell of 28 × 28 pixels; in a clip, of two frames. Words have facts too: the name of an object has
+the facts about the first object of that kind.
 """
 
 from typing import NamedTuple
@@ -9,15 +9,15 @@ from typing import NamedTuple
 import numpy as np
 
 CELL = 28  # pixels to a visual token's side
-COVERED = 0.25  # of a cell, or of an object, for the cell to be said to show it
-# The edges of the object's box in cells from the picture's corner; which of its kind it is, in reading order, from 1;
-# in which grid step of a clip it turns up; the place in the text of a cell's first character, or of an object listed;
-# whether the object's centre is in this cell, 1 or 0.
+COVERED = 0.25  # a cell shows an object that covers this share of the cell, or has this share of itself in it
+# left … bottom: edges of the object's box, in cells from the picture's corner. nth: its number among its kind, in
+# reading order, from 1. start: the temporal step in which it appears. index: the position of the cell's first character
+# in the text, or of the object in the list. core: 1 if the object's centre is in this cell, else 0.
 FACTS = ("left", "top", "right", "bottom", "nth", "start", "index", "core")
 
 
 class Thing(NamedTuple):
-    """An object, what is known of it, and where it is: boxes [1 or frames, 4] in pixels, (x1, y1, x2, y2)."""
+    """An object with its facts; boxes: [1 or frames, 4], (x1, y1, x2, y2) in pixels."""
 
     kind: str
     boxes: np.ndarray
@@ -27,15 +27,15 @@ class Thing(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What there is to tell about a picture or clip; NaN where there is nothing."""
+    """The facts about a picture or clip; NaN for unknown ones."""
 
     cells: np.ndarray  # [cells, len(FACTS)] float32, in reading order
-    # {kind: [len(FACTS)] float32}: the box of the first one, when it turns up if that is late, and for "nth" how many
+    # {kind: [len(FACTS)] float32}: box and start of the first object of a kind; "nth" is their number
     kinds: dict[str, np.ndarray]
 
 
 def of_things(things: list[Thing], width: int, height: int, frames: int = 2) -> Facts:
-    """About a picture, or a clip of so many frames; each cell tells of the object that covers it most."""
+    """Facts about a picture or a clip; a cell has the facts of the object that covers most of it."""
     corners = cell_corners(width, height)
     facts = np.full((frames // 2, len(corners), len(FACTS)), np.nan, np.float32)
     for step, rows in enumerate(facts):
@@ -66,7 +66,7 @@ def _of_kinds(things: list[Thing]) -> dict[str, np.ndarray]:
 
 
 def of_text(text: str, centres: np.ndarray, width: int, height: int) -> Facts:
-    """About a picture of characters with those centres [n, 2]; both rows tell where a single line is two cells high."""
+    """Facts about a picture of characters with these centres [n, 2]. A single line counts for all rows of cells."""
     columns, rows = width // CELL, height // CELL
     facts = np.full((rows, columns, len(FACTS)), np.nan, np.float32)
     across, down = np.clip(centres // CELL, 0, [columns - 1, rows - 1]).astype(int).T
@@ -87,7 +87,7 @@ def cell_of(box) -> np.ndarray:
 
 
 def overlap(corners: np.ndarray, box) -> np.ndarray:
-    """Pixels [cells] of a box in each of the cells with those corners [cells, 2]."""
+    """How many pixels of a box lie in each cell [cells]; corners: [cells, 2]."""
     return np.prod(np.clip(np.minimum(corners + CELL, box[2:]) - np.maximum(corners, box[:2]), 0, None), axis=1)
 
 

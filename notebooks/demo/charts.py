@@ -1,4 +1,4 @@
-"""Bar and line charts of real tables, and what one asks of them."""
+"""Bar and line charts of real tables, and questions about them."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -9,16 +9,16 @@ from demo.questions import HIGHEST, LOWEST, VALUE, ask
 from demo.tables import Series, tables
 
 SIZES = ((196, 168), (224, 168), (196, 196), (224, 196))
-MOST = 7  # points of a chart
-_CLEAR = 0.06  # by what share of the highest value the highest or lowest must stand out to be asked for
+MOST = 7  # points in a chart
+_CLEAR = 0.06  # the highest or lowest is asked for if it leads by this share of the highest value
 _INKS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 140, 150), (90, 90, 90))
 
 
 def chart(rng: np.random.Generator, assets: Assets, evaluation: bool):
     """A chart of 3 to 7 points: (picture, [(question, answer), …], metric of the first answer).
 
-    About half have their values printed on them, and answers are as printed. Values too low to be read off an
-    axis are asked for only where they are printed.
+    About half the charts show their values as text, and answers repeat that text. Values that are too low to read off
+    an axis are asked for only if they are shown.
     """
     image, series, texts, labelled, _ = _chart(rng, assets, evaluation)
     high, order = max(series.values), np.argsort(series.values)
@@ -36,13 +36,13 @@ def chart(rng: np.random.Generator, assets: Assets, evaluation: bool):
 
 
 def glyphs(rng: np.random.Generator, assets: Assets):
-    """A chart of the training part: (picture, all its text, the characters' centres [n, 2], x and y in pixels)."""
+    """A chart of the training part: (picture, all its text, centres (x, y) of the characters [n, 2] in pixels)."""
     image, *_, written = _chart(rng, assets, evaluation=False)
     return image, "".join(text for text, _ in written), np.concatenate([centres for _, centres in written])
 
 
 def _chart(rng: np.random.Generator, assets: Assets, evaluation: bool):
-    """(picture, series, its values as text, whether these are printed on it, [(text, centres), …] on it)."""
+    """(picture, series, its values as text, whether the picture shows them, [(text, centres), …] in the picture)."""
     groups = tables(assets, evaluation)
     group = groups[rng.integers(len(groups))]
     series = group[rng.integers(len(group))]
@@ -51,7 +51,7 @@ def _chart(rng: np.random.Generator, assets: Assets, evaluation: bool):
     room = (width - 45) // (max(map(face.getlength, series.labels)) + 5)
     series = _slice(rng, series, int(np.clip(room, 3, MOST)))
     labelled = bool(rng.random() < 0.5)
-    # What is printed has to be short; what is read off an axis must not be off by the rounding.
+    # Shown values must be short; values to be read off an axis must not be rounded much.
     whole = max(series.values) >= (20 if labelled else 100) or all(v == int(v) for v in series.values)
     texts = [f"{value:.{0 if whole else 1}f}" for value in series.values]
     image, written = _draw(rng, width, height, face, heading, series, texts if labelled else None)
@@ -59,7 +59,7 @@ def _chart(rng: np.random.Generator, assets: Assets, evaluation: bool):
 
 
 def _slice(rng: np.random.Generator, series: Series, most: int) -> Series:
-    """Three to `most` points of it, not all zero."""
+    """Three to `most` points of a series, not all zero."""
     while True:
         n = int(rng.integers(3, min(most, len(series.labels)) + 1))
         start = int(rng.integers(0, len(series.labels) - n + 1))
@@ -70,14 +70,14 @@ def _slice(rng: np.random.Generator, series: Series, most: int) -> Series:
 
 
 def _ticks(high: float) -> list[float]:
-    """Round numbers from 0 up to the first that is not under `high`, four to six of them."""
+    """Four to six round numbers from 0 to the first that is at least `high`."""
     power = 10.0 ** np.floor(np.log10(high))
     step = next(s * power for s in (0.2, 0.25, 0.5, 1, 2) if high <= 5 * s * power)
     return [step * i for i in range(int(np.ceil(high / step - 1e-9)) + 1)]
 
 
 def _draw(rng: np.random.Generator, width: int, height: int, face, heading, series: Series, texts):
-    """The chart, with `texts` over the points if there are any, and what is written on it: [(text, centres), …]."""
+    """(the chart, [(text, centres), …] written in it); texts: labels above the points, or None."""
     dark = rng.random() < 0.12
     ground = tuple(rng.integers(15, 50, 3).tolist() if dark else rng.integers(238, 256, 3).tolist())
     text_ink, rule = ((235, 235, 235), (80, 80, 80)) if dark else ((20, 20, 20), (208, 208, 208))

@@ -1,4 +1,4 @@
-"""Short clips in which one emoji turns up late, for "when does it appear"."""
+"""Short clips in which an emoji appears late, for "when does it appear"."""
 
 import numpy as np
 
@@ -12,10 +12,10 @@ FPS = 2.0
 
 
 def clip(rng: np.random.Generator, assets: Assets):
-    """Six to ten seconds: (frames [n, h, w, 3] uint8, [(question, "3.5 seconds"), …], facts), then of the others.
+    """Six to ten seconds: (frames [n, h, w, 3] uint8, [(question, "3.5 seconds"), …], facts of `demo.cells`).
 
-    n is even, and facts are what `demo.cells` tells of the clip. The one asked for is absent from the first frame, and
-    stays once it is there. Others are there from the start or turn up at another time; they rest or drift.
+    n is even. The object of the first question is absent from the first frame and stays once it has appeared. Other
+    objects are there from the start or appear at another time. Objects rest or drift.
     """
     side = 56 if rng.random() < 0.4 else 84
     frames = int(rng.integers(6, 11)) * 2
@@ -41,7 +41,7 @@ def clip(rng: np.random.Generator, assets: Assets):
 
 
 def _path(rng: np.random.Generator, frames: int, side: int, wide: int, tall: int, taken: list) -> np.ndarray | None:
-    """Boxes [frames, 4] of something at rest or drifting straight, never over another's path at the same time."""
+    """Boxes [frames, 4] of an object that rests or drifts in a line, without overlap; None after twenty tries."""
     room = np.array([side - wide, side - tall])
     for _ in range(20):
         first = rng.integers(0, room + 1)

@@ -1,4 +1,4 @@
-"""Draws the samples that come with the package: pictures and a clip that training never saw.
+"""Draws the samples in the package: pictures and a clip that were not used in training.
 
 python notebooks/demo draw_samples [--assets DIR]
 """
@@ -15,7 +15,7 @@ from demo.clips import FPS
 from demo.render import Scenes
 from qwenvl_jax.demo import SAMPLES
 
-# {file: (task, index)} in the evaluation split, chosen because the demo answers right about them.
+# {file: (task, index)} in the evaluation split, chosen because the demo answers them correctly.
 CHOSEN = {
     "scene.png": ("locate", 2919),
     "line.png": ("ocr", 1005),
@@ -25,7 +25,7 @@ CHOSEN = {
 
 
 def draw(folder: Path, assets: Assets, chosen: Mapping[str, tuple[str, int]] = CHOSEN) -> None:
-    """Writes the chosen records' pictures (PNG) and clips (H.264, which needs PyAV); existing files are replaced."""
+    """Writes pictures (PNG) and clips (H.264, needs PyAV) of the chosen records. Replaces existing files."""
     for name, (task, index) in chosen.items():
         media, _ = Scenes(assets, "evaluation").record(task, index)["messages"][0]["content"]
         if "image" in media:
@@ -35,7 +35,7 @@ def draw(folder: Path, assets: Assets, chosen: Mapping[str, tuple[str, int]] = C
 
 
 def _write_clip(file: Path, frames: np.ndarray) -> None:
-    """frames: [n, h, w, 3] uint8. Players want 4:2:0, so single pixels lose colour; all else is nearly kept."""
+    """frames: [n, h, w, 3] uint8. Players need 4:2:0, so single pixels lose their colour."""
     import av
 
     with av.open(str(file), "w") as container:

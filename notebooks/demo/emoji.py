@@ -1,4 +1,4 @@
-"""The hundred-odd emoji that the demo knows by name, as sprites of any size."""
+"""The emoji that the demo knows by name, as sprites of any size."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-# Well known, of one plain name, and unlike each other at 28 pixels. File names are code points.
+# Well known, with one plain name, and distinct at 28 pixels. File names are code points.
 EMOJI = {
     "dog": "1f436", "cat": "1f431", "mouse": "1f42d", "rabbit": "1f430", "fox": "1f98a", "bear": "1f43b",
     "panda": "1f43c", "koala": "1f428", "tiger": "1f42f", "lion": "1f981", "cow": "1f42e", "pig": "1f437",
@@ -59,7 +59,7 @@ class Sprite(NamedTuple):
 
 @lru_cache(8192)
 def sprite(folder: Path, name: str, size: int, mirrored: bool = False) -> Sprite:
-    """The emoji, its longer visible side `size` pixels long, or one less where its tips are thin."""
+    """The emoji. Its longer visible side has `size` pixels, or one less if its tips are thin."""
     image = _original(folder, name)
     scale = size / max(image.size)
     image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
@@ -76,5 +76,5 @@ def _original(folder: Path, name: str) -> Image.Image:
 
 
 def _visible(image: Image.Image) -> Image.Image:
-    """Without the margins that are transparent, or nearly so."""
+    """Crops margins that are transparent or nearly so."""
     return image.crop(image.getchannel("A").point(lambda a: 255 * (a > 64)).getbbox())

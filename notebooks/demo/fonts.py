@@ -1,4 +1,4 @@
-"""The fonts of the drawn text: which are trained on, which are kept unseen, and their glyphs at a size."""
+"""Fonts of the drawn text: for training, and unseen ones for evaluation only."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -20,9 +20,9 @@ def _web(family: str, faces: tuple[str, ...] = _FOUR) -> tuple[str, ...]:
     return tuple(f"{family}/files/{family}-latin-{face}.woff" for face in faces)
 
 
-# {family: files}. Of trdg's hundred fonts these are the ones whose own name table says OFL 1.1 or Apache-2.0,
-# but for the hairline and thin ones, which fade away at the sizes used here. All of them are sans or
-# handwritten, hence the serif and typewriter families of Fontsource (OFL 1.1; Roboto Slab is Apache-2.0).
+# {family: files}. From trdg: fonts whose name table says OFL 1.1 or Apache-2.0, except thin ones, which cannot be read
+# at these sizes. They are sans or handwritten, so Fontsource adds serif and typewriter families (OFL 1.1; Roboto Slab:
+# Apache-2.0).
 FONTS = {
     "Lato": _trdg("Lato", "Regular Black Bold Heavy Light Medium Semibold"),
     "OpenSans": _trdg("OpenSans", "Regular Bold ExtraBold Light Semibold"),
@@ -43,7 +43,7 @@ FONTS = {
     "Inconsolata": _web("inconsolata", ("400-normal", "700-normal")),
     "Caveat": _web("caveat", ("400-normal", "700-normal")),
 }
-# Whole families that training never draws: two sans, a serif, a typewriter, a handwritten one.
+# Families that training never draws: two sans, a serif, a typewriter, a handwritten one.
 UNSEEN_FONTS = {
     "Sansation": _trdg("Sansation", "Regular Bold Light"),
     "DroidSans": ("DroidSans.ttf", "DroidSans-Bold.ttf"),
@@ -56,7 +56,7 @@ PLAIN = ("Roboto-Regular.ttf", "Roboto-Medium.ttf", "OpenSans-Regular.ttf", "Ope
 
 
 def pick(rng: np.random.Generator, unseen: bool = False) -> tuple[str, str]:
-    """A random (family, file), each family as often as another."""
+    """A random (family, file); every family is equally likely."""
     fonts = UNSEEN_FONTS if unseen else FONTS
     family = list(fonts)[rng.integers(len(fonts))]
     return family, fonts[family][rng.integers(len(fonts[family]))]
@@ -68,7 +68,7 @@ def font(assets: Assets, name: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def middles(face: ImageFont.FreeTypeFont, text: str) -> np.ndarray:
-    """How far right of the text's left edge the middle of each of its characters is, in pixels [n]."""
+    """The x of the middle of each character, in pixels from the text's left edge [n]."""
     ends = np.array([face.getlength(text[:i]) for i in range(len(text) + 1)])
     return (ends[:-1] + ends[1:]) / 2
 

@@ -20,21 +20,21 @@ from demo.tables import MONTHS
 MAX_WIDTH = 280
 MAX_CHARS = 16
 _CHARACTERS = string.ascii_letters + string.digits * 2 + "$€£%.,:/-#"
-_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # of codes: without I and O, which many fonts draw like l and 0
+_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"  # for codes; I and O look like l and 0 in many fonts
 
 
 def line(rng: np.random.Generator, assets: Assets, evaluation: bool, unseen_fonts: bool = False, easy: bool = False):
-    """One line of text: (picture, [(question, answer)], facts); evaluation has texts that training never has.
+    """One line of text: (picture, [(question, answer)], facts). Evaluation uses texts that training never has.
 
-    easy: rows of characters, one to a visual token; else one to three characters, or letters set apart, up to a
-    visual token each, most in black and white.
+    easy: either rows of characters, one per visual token; or one to three characters, or letters spaced up to a visual
+    token apart, mostly in black and white.
     """
     image, text, centres = glyphs(rng, assets, evaluation, unseen_fonts, easy)
     return image, [(ask(rng, READ), text)], of_text(text, centres, image.width, image.height)
 
 
 def glyphs(rng: np.random.Generator, assets: Assets, evaluation=False, unseen_fonts=False, easy=False):
-    """The line that `line` asks about: (picture, text, the characters' centres [n, 2], x and y in pixels)."""
+    """The line that `line` asks about: (picture, text, centres (x, y) of the characters [n, 2] in pixels)."""
     family, file = pick(rng, unseen_fonts)
     if easy and rng.random() < 0.5:
         return _block(rng, assets, file, family in CAPITALS)
@@ -47,13 +47,13 @@ def glyphs(rng: np.random.Generator, assets: Assets, evaluation=False, unseen_fo
 
 
 def held_out(text: str) -> bool:
-    """Whether a word, or a place, number, date, price or code as a whole, is kept from training: one in ten."""
+    """Whether a word, place, number, date, price or code is for evaluation only: one in ten."""
     return zlib.crc32(text.lower().encode()) % 10 == 0
 
 
 @lru_cache(2)
 def _pools(assets: Assets, evaluation: bool) -> tuple[list[str], list[str], list[str]]:
-    """(words of 3 to 12 small letters, places, the words that the tokenizer has whole)."""
+    """(words of 3 to 12 small letters, places, words that are one token)."""
     words = [w for w in assets.words.read_text("utf-8").splitlines() if re.fullmatch("[a-z]{3,12}", w)]
     with (assets.tables / "airports.csv").open(encoding="utf-8", newline="") as file:
         cities = {row["city"] for row in csv.DictReader(file)}
@@ -83,7 +83,7 @@ def _characters(rng: np.random.Generator) -> str:
 
 
 def _block(rng: np.random.Generator, assets: Assets, file: str, capitals: bool):
-    """Characters in rows and columns, one to a visual token, to be read row by row."""
+    """Characters in rows and columns, one per visual token, read row by row."""
     rows = int(rng.integers(1, 4))
     columns = int(rng.integers(2, 11 if rows < 3 else 9))
     text = "".join(_CHARACTERS[i] for i in rng.integers(len(_CHARACTERS), size=rows * columns))
@@ -139,7 +139,7 @@ def _picture(
     pitch = 0.0
     if spaced and len(text) <= MAX_WIDTH // 28:
         pitch = 28.0 if rng.random() < 0.5 else rng.uniform(min(wide / len(text), 28), 28)
-        wide = int(pitch * len(text)) - (pitch == 28) * 6  # of whole tokens, it fills them
+        wide = int(pitch * len(text)) - (pitch == 28) * 6  # a pitch of whole tokens fills them
     width = min(MAX_WIDTH, -(-(wide + 6 + int(rng.integers(0, 20))) // 28) * 28)
     x = 0 if pitch == 28 else int(rng.integers(2, max(3, width - wide - 1)))
     y = int(rng.integers(2, max(3, height - tall - 1)))
@@ -159,7 +159,7 @@ def _picture(
         draw.text((x - left, y - top), text, fill=255, font=face)
     across = x + pitch * (np.arange(len(text)) + 0.5) if pitch else x - left + middles(face, text)
     centres = np.stack([across, np.full(len(text), y + tall / 2)], axis=1)
-    slack = min(y, height - tall - y) / max(wide, 1)  # a rotation that keeps the text inside
+    slack = min(y, height - tall - y) / max(wide, 1)  # the largest rotation that keeps the text inside
     if slack > 0.01 and rng.random() < 0.4 and not plain:
         angle = float(np.degrees(np.clip(rng.normal(0, 0.03), -slack, slack)))
         mask = mask.rotate(angle, Image.Resampling.BICUBIC, center=(x + wide / 2, y + tall / 2))

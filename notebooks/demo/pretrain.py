@@ -1,13 +1,12 @@
-"""Teaches the demo's vision tower what is where, before the decoder learns to talk about it.
+"""Trains the demo's vision tower to locate and name things, before the decoder is trained.
 
     python notebooks/demo pretrain RUN --assets DIR [--steps N] [--dtype bfloat16]
 
-From answers alone a model this small takes very long to find out that letters have shapes: a picture is many
-visual tokens, and a wrong guess does not say which of them was misread. Here every visual token is asked for
-what its own 28 × 28 pixels show: the characters whose centres lie in it, from left to right, or the emoji that
-covers it and where that one's edges are. What answers is the embedding table that the decoder shares, through a
-few matrices that are thrown away. RUN/final, in Orbax form, is what `train --start` begins from.
-A run that is stopped leaves nothing to go on from.
+A model this small learns the shapes of letters very slowly from answers alone: a picture has many visual tokens, and
+a wrong answer does not say which of them was misread. Here, the target of every visual token is what its own 28 × 28
+pixels show: the characters whose centres lie in it, from left to right, or the emoji that covers it, with its edges.
+The outputs are the decoder's embedding table, behind a few matrices that are discarded. `train --start` begins from
+RUN/final, in Orbax form. A run that is stopped cannot be resumed.
 """
 
 import argparse
@@ -37,19 +36,19 @@ from qwenvl_jax.params.specs import Spec, init, specs
 from qwenvl_jax.train.step import init_state, make_optimizer, make_schedule, make_step
 from qwenvl_jax.types import Batch, Model, VisionBatch
 
-SLOTS = 5  # characters of one cell
+SLOTS = 5  # characters per cell
 LANES, PATCHES = 64, 128
-_SHARES = (0.1, 0.2)  # of pictures, up to which emoji and charts go; the others are lines
-_EMPTY = 0.2  # what a cell that shows nothing counts, beside one that shows something
+_SHARES = (0.1, 0.2)  # cumulative shares of emoji and charts; the rest are lines of text
+_EMPTY = 0.2  # loss weight of a cell that shows nothing; others have 1
 
 
 class CellBatch(NamedTuple):
-    """Pictures, and what each of their cells shows."""
+    """Pictures, and the targets of their cells."""
 
-    inputs: Batch  # its vision only
-    targets: Any  # [R·M, S] int32: token ids, `nothing` where a cell shows fewer
+    inputs: Batch  # only its vision
+    targets: Any  # [R·M, S] int32: token ids, padded with `nothing`
     weights: Any  # [R·M, S] float32
-    edges: Any  # [R·M, 4] float32: the emoji's left, top, right and bottom from the cell's centre, in cells, or NaN
+    edges: Any  # [R·M, 4] float32: the emoji's left, top, right, bottom in cells from the cell's centre, or NaN
 
 
 class Cells:
@@ -59,7 +58,7 @@ class Cells:
         self.assets, self.processor, self.seed, self.easy = assets, processor, seed, easy
         words, letters = vocabulary(), byte_letters()
         self.words = {name: words[name] for name in scenes.NAMES}
-        # A character beyond ASCII is known by its first byte.
+        # The target of a non-ASCII character is its first byte.
         self.byte = lambda character: words[letters[character.encode()[0]]]
         self.nothing = special_ids()["<|endoftext|>"]
 
@@ -87,11 +86,11 @@ class Cells:
 
     def _line(self, rng: np.random.Generator):
         image, text, centres = lines.glyphs(rng, self.assets, easy=rng.random() < self.easy)
-        # Where a single line is two cells high, both say what spans them.
+        # If a single line is two cells high, both cells have its characters as targets.
         return image, *self._spelled(image, text, centres, spanned=np.ptp(centres[:, 1]) == 0)
 
     def _chart(self, rng: np.random.Generator):
-        """A piece of a chart, with text smaller than that of lines."""
+        """A crop of a chart, whose text is smaller than that of lines."""
         image, text, centres = charts.glyphs(rng, self.assets)
         corner = rng.integers(0, np.array(image.size) - 5 * CELL + 1)
         image, centres = image.crop((*corner, *(corner + 5 * CELL))), centres - corner
@@ -106,11 +105,11 @@ class Cells:
             if text[i] != " ":
                 for row in range(rows) if spanned else (down[i],):
                     cell = row * columns + across[i]
-                    n = int(np.sum(weights[cell] == 1))  # so far
+                    n = int(np.sum(weights[cell] == 1))
                     ids[cell, n : n + 1], weights[cell, n : n + 1] = self.byte(text[i]), 1
         shown = np.sum(weights == 1, axis=1)
         more = (shown > 0) & (shown < SLOTS)
-        weights[more, shown[more]] = 1  # one more, to say that there is no more
+        weights[more, shown[more]] = 1  # one more slot, whose target is `nothing`
         return ids, weights, np.full((columns * rows, 4), np.nan)
 
     def _emoji(self, rng: np.random.Generator):
@@ -123,7 +122,7 @@ class Cells:
         for name, (box,) in ((n, b) for n, b in boxes.items() if b):
             box = np.array(box)
             area = overlap(corners, box)
-            # A small one, over the corners of four cells, is each one's.
+            # A small emoji over the corners of four cells counts for all of them.
             shown = (area >= most) | (area >= COVERED * np.prod(box[2:] - box[:2])) & (ids[:, 0] == self.nothing)
             most[shown] = np.maximum(area, COVERED * CELL * CELL)[shown]
             ids[shown, 0], weights[shown, :2] = self.words[name], 1.0
@@ -139,12 +138,12 @@ class Cells:
 
 HEADS = {
     "slots/kernel": Spec((), np.float32, (), "linear", "vision", None),
-    "edges/table": Spec((), np.float32, (), "embedding", "vision", None),  # Muon leaves it to AdamW
+    "edges/table": Spec((), np.float32, (), "embedding", "vision", None),  # AdamW trains it, not Muon
 }
 
 
 def init_heads(width: int, key) -> dict:
-    """What reads the slots and the edges off a visual token [D]; the first slot starts as the token itself."""
+    """Matrices from a visual token [D] to its slots and edges. The first slot starts as the identity."""
     slots = jax.random.normal(key, (SLOTS, width, width)) / width**0.5
     return {"slots": {"kernel": slots.at[0].set(jnp.eye(width))}, "edges": {"table": jnp.zeros((width, 4))}}
 
@@ -169,9 +168,9 @@ def cells_loss(config: Config, params: dict, batch: CellBatch):
 
 
 def levelled(config: Config, params: dict, lanes: VisionBatch) -> dict:
-    """The parameters with visual tokens, whose length the loss above does not see, as long as words' embeddings.
+    """Scales the merger so that visual tokens have the RMS of word embeddings; `cells_loss` does not fix their scale.
 
-    Were they ten times as long, what the decoder's blocks add to them would hardly be noticed.
+    If they were ten times as large, the decoder's residual updates would hardly change them.
     """
 
     def rms(x):
@@ -188,11 +187,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="directory of the run")
     parser.add_argument("--assets", help="where fonts, emoji and tables are; see notebooks/demo/assets.py")
-    parser.add_argument("--start", help="RUN/final of an earlier run to start from, instead of from nothing")
+    parser.add_argument("--start", help="RUN/final of an earlier run to start from (default: random weights)")
     parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawn pictures")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to compute in")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="dtype to compute in")
     args = parser.parse_args()
 
     if (args.run / "final").exists():

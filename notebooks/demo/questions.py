@@ -1,4 +1,4 @@
-"""How the demo's questions are worded, in a few ways each, so that a user's own wording works too."""
+"""The wordings of the demo's questions, a few for each, so that a user's wording works too."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ LIST = ("List everything.", "List all objects.", "What is there?", "Name everyth
 COUNT = ("How many {} are there?", "How many {} do you see?", "How many {}?", "Count the {}.")
 LOCATE = ("Locate every {}.", "Find every {}.", "Give the box of every {}.")
 LOCATE_ONE = ("Locate the {}.", "Find the {}.", "Where is the {}?")
-LOCATE_ALL = ("Locate all {}.", "Find all {}.", "Where are the {}?")  # of the plural
+LOCATE_ALL = ("Locate all {}.", "Find all {}.", "Where are the {}?")  # with the plural
 VALUE = ("What is the value of {}?", "How much is {}?", "What does the chart show for {}?")
 HIGHEST = ("Which is the highest?", "Which has the highest value?", "What has the largest value?")
 LOWEST = ("Which is the lowest?", "Which has the lowest value?", "What has the smallest value?")
@@ -17,7 +17,7 @@ ALL = (*READ, *NAME, *LIST, *COUNT, *LOCATE, *LOCATE_ONE, *LOCATE_ALL, *VALUE, *
 
 
 def ask(rng: np.random.Generator, forms: tuple[str, ...], what: str = "") -> str:
-    """One of the forms with `what` in it; now and then typed without a capital or a final mark."""
+    """One of the forms with `what` in it; sometimes without its capital or its final mark."""
     question = forms[rng.integers(len(forms))]
     hasty = rng.random(2) < 0.1
     if hasty[0]:

@@ -1,4 +1,4 @@
-"""The demo's source of records: a fixed mixture of drawn questions, each made from its number alone."""
+"""The demo's records: a fixed mixture of tasks; each record is drawn from its index alone."""
 
 from collections.abc import Mapping
 
@@ -9,27 +9,27 @@ from demo.assets import Assets
 from demo.cells import of_nothing
 from qwenvl_jax.errors import InputError
 
-# How often each task comes in the default mixture, and how its answers are marked.
+# The share of each task in the default mixture, and the metric of its answers.
 WEIGHTS = {"ocr": 0.34, "name": 0.12, "count": 0.1, "locate": 0.12, "chart": 0.12, "clip": 0.08, "list": 0.12}
 METRICS = {"ocr": "exact", "name": "exact", "count": "exact", "locate": "iou", "clip": "seconds", "list": "exact"}
 EVALUATION_ONLY = ("ocr_unseen_fonts",)
-TASKS = (*WEIGHTS, *EVALUATION_ONLY)  # in a fixed order: a task's place is part of its seeds
+TASKS = (*WEIGHTS, *EVALUATION_ONLY)  # keep the order: a task's index is part of its seeds
 _SPLITS = ("train", "evaluation")
 _STEP = 0.6180339887498949  # the golden ratio spreads tasks evenly over any run of indices
 
 
 class Scenes:
-    """`length` records, record i depending on (seed, split, task, i) only; cheap to make, pickle and fork.
+    """`length` records; record i depends on (seed, split, task, i) only. Cheap to make, pickle and fork.
 
-    split: "train" or "evaluation"; the latter has other scenes, words, numbers and parts of the tables.
-    turns: questions asked about one picture, at most, as a conversation; the first is of the record's task,
-        unless `shuffled`.
-    shuffled: in any order. The first one is about the thing that the picture was made for, such as what turns up late
-        in a clip; a model that may rely on that need not mind what a question names.
-    easy: share of lines and names whose pictures are easy to tell, for a model that has yet to learn to see.
+    split: "train" or "evaluation", which has other scenes, words, numbers and parts of the tables.
+    turns: most questions about one picture, as one conversation. Unless `shuffled`, the first is of the record's task.
+    shuffled: random order of the questions. The first one is always about the object that the picture was made for,
+        such as the one that appears late in a clip; in a fixed order, a model could ignore what a question names.
+    easy: share of easy pictures among lines and names, for a model that has not learnt to see.
     weights: {task: relative frequency}; by default the training mixture.
-    A record is {"messages": [user, assistant, …], "answer", "task", "metric", "facts"}, pictures being PIL images,
-    clips uint8 arrays [frames, height, width, 3], and facts what `demo.cells` tells of their visual tokens.
+    A record is {"messages": [user, assistant, …], "answer", "task", "metric", "facts"}. Pictures are PIL images, clips
+    uint8 arrays [frames, height, width, 3]; facts are those of `demo.cells`.
+    Raises InputError for a split or task that does not exist.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Scenes:
         return self.record(self.tasks[min(int(place), len(self.tasks) - 1)], index)
 
     def record(self, task: str, index: int) -> dict:
-        """The record that `index` would be if it were of that task."""
+        """The record of this task with this index."""
         evaluation = self.split == "evaluation"
         rng = np.random.default_rng((self.seed, _SPLITS.index(self.split), TASKS.index(task), int(index)))
         metric = METRICS.get(task, "exact")
@@ -85,7 +85,7 @@ class Scenes:
             media, turns, facts = scenes.name(rng, self.assets, easy)
         else:
             media, turns, facts = getattr(scenes, task)(rng, self.assets)
-        if self.shuffled and task != "chart":  # whose metric is that of its first question
+        if self.shuffled and task != "chart":  # a chart's metric is that of its first question
             turns = [turns[i] for i in rng.permutation(len(turns))]
         kind, options = ("video", {"fps": clips.FPS}) if task == "clip" else ("image", {})
         item = {"type": kind, kind: media} | options

@@ -1,6 +1,6 @@
 """Scenes of emoji: what is it, how many are there, where is each one.
 
-The last thing that a question's function returns is what `demo.cells` tells of the picture.
+The last result of each task's function is the facts of `demo.cells`.
 """
 
 import json
@@ -13,15 +13,15 @@ from demo.cells import Facts, Thing, cell_of, of_things
 from demo.emoji import NAMES, plural, sprite
 from demo.questions import COUNT, LIST, LOCATE, LOCATE_ALL, LOCATE_ONE, NAME, ask
 
-MOST = 6  # of one kind in a scene to count
-_LOCATED = 3  # of one kind to locate
+MOST = 6  # objects of the kind to count
+_LOCATED = 3  # objects of the kind to locate
 _GAP = 2  # pixels between any two
 
 
 def name(rng: np.random.Generator, assets: Assets, easy: bool = False):
-    """One emoji anywhere in a picture: (picture, [(question, its name), …], facts), then where it is.
+    """One emoji in a picture: (picture, [(question, its name), (question, its box)], facts).
 
-    easy: a picture of little else.
+    easy: it fills the picture.
     """
     if easy:
         side = int(rng.integers(1, 4)) * 28
@@ -32,7 +32,7 @@ def name(rng: np.random.Generator, assets: Assets, easy: bool = False):
 
 
 def listing(rng: np.random.Generator, assets: Assets):
-    """Rows of emoji, one in most cells: (picture, [(question, their names in reading order)], facts)."""
+    """Rows of emoji, with gaps: (picture, [(question, their names in reading order)], facts)."""
     cell = int(rng.integers(7, 12)) * 4
     columns, rows = (int(n) for n in rng.integers(1, 168 // cell + 1, 2))
     width, height = (max(2, -(-cell * n // 28)) * 28 for n in (columns, rows))
@@ -55,8 +55,10 @@ def listing(rng: np.random.Generator, assets: Assets):
 
 
 def count(rng: np.random.Generator, assets: Assets):
-    """One to six of a kind among up to five others: (picture, [(question, number), …], facts), then of the
-    others."""
+    """One to six of a kind and up to five others: (picture, [(question, number), …], facts).
+
+    The first question is about that kind, the next ones about the others.
+    """
     wanted = int(rng.integers(1, MOST + 1))
     while True:
         image, kinds, boxes = scene(rng, assets, [wanted, *_others(rng, 5)], sizes=(24, 48), side=(112, 168))
@@ -65,8 +67,10 @@ def count(rng: np.random.Generator, assets: Assets):
 
 
 def locate(rng: np.random.Generator, assets: Assets):
-    """One to three of a kind among up to four others: (picture, [(question, Qwen2.5's JSON list of boxes), …],
-    facts), then of the others."""
+    """One to three of a kind and up to four others: (picture, [(question, Qwen2.5's JSON list of boxes), …], facts).
+
+    The first question is about that kind, the next ones about the others.
+    """
     numbers = [int(rng.integers(1, _LOCATED + 1)), *_others(rng, 4)]
     image, kinds, boxes = scene(rng, assets, numbers, sizes=(28, 72), side=(112, 168))
     return image, [_locate(rng, kinds[0], boxes[kinds[0]]), *_more(rng, kinds[1:], boxes)], _facts(image, boxes)
@@ -84,7 +88,7 @@ def _locate(rng: np.random.Generator, kind: str, boxes: list) -> tuple[str, str]
 
 
 def _in_order(boxes: list) -> list:
-    """In the order in which a reader of visual tokens comes upon their centres."""
+    """Boxes in the order of the visual tokens that hold their centres."""
     return sorted(boxes, key=lambda box: (*cell_of(box), box))
 
 
@@ -94,7 +98,7 @@ def _facts(image, boxes: dict[str, list]) -> Facts:
 
 
 def _more(rng: np.random.Generator, kinds: list[str], boxes: dict[str, list]) -> list[tuple[str, str]]:
-    """A question about each further kind that found room."""
+    """A question about each further kind that was placed."""
     there = [kind for kind in kinds if boxes[kind]]
     return [
         (_locate if len(boxes[kind]) <= _LOCATED and rng.random() < 0.5 else _count)(rng, kind, boxes[kind])
@@ -103,7 +107,7 @@ def _more(rng: np.random.Generator, kinds: list[str], boxes: dict[str, list]) ->
 
 
 def _others(rng: np.random.Generator, most: int) -> list[int]:
-    """How many there are of each further kind, up to `most` in all."""
+    """Numbers of objects of the further kinds, up to `most` in all."""
     numbers, left = [], int(rng.integers(0, most + 1))
     while left:
         numbers.append(int(rng.integers(1, left + 1)))
@@ -112,11 +116,10 @@ def _others(rng: np.random.Generator, most: int) -> list[int]:
 
 
 def scene(rng: np.random.Generator, assets: Assets, numbers: list[int], sizes: tuple[int, int], side: tuple[int, int]):
-    """Draws so many of each of as many random kinds, none overlapping another or cut off.
+    """Draws numbers[i] objects of a random kind i, without overlap or cropping: (picture, kinds, {kind: boxes}).
 
-    sizes: of the longer side, in pixels, both included; side: of the picture, likewise, in steps of 28.
-    Returns (picture, kinds, {kind: boxes (x1, y1, x2, y2)}), x2 and y2 being just past the last pixel. Of a
-    kind after its first, those that find no room are left out.
+    sizes: range of an object's longer side, in pixels. side: range of the picture's sides, in steps of 28.
+    Boxes are (x1, y1, x2, y2); x2 and y2 are just past the last pixel. Objects that cannot be placed are left out.
     """
     width, height = (int(rng.integers(side[0] // 28, side[1] // 28 + 1)) * 28 for _ in "wh")
     kinds = [NAMES[i] for i in rng.choice(len(NAMES), len(numbers), replace=False)]
@@ -136,7 +139,7 @@ def scene(rng: np.random.Generator, assets: Assets, numbers: list[int], sizes: t
 
 
 def place(rng: np.random.Generator, width: int, height: int, wide: int, tall: int, taken: list) -> tuple | None:
-    """A box of that size clear of the taken ones, or None after twenty tries."""
+    """A box of that size that overlaps no taken one, or None after twenty tries."""
     spots = rng.integers(0, [width - wide + 1, height - tall + 1], (20, 2)).tolist()
     for x, y in spots:
         if all(x >= r + _GAP or x + wide + _GAP <= l or y >= b + _GAP or y + tall + _GAP <= t for l, t, r, b in taken):

@@ -1,4 +1,4 @@
-"""Asks a checkpoint the demo's questions, none of which was in training, and prints how it did.
+"""Asks a checkpoint the demo's evaluation questions and prints the scores.
 
 python notebooks/demo score [MODEL] --assets DIR [--questions N] [--second] [--output FILE]
 """
@@ -11,16 +11,16 @@ from demo.render import METRICS, TASKS, Scenes
 from qwenvl_jax.eval.evaluator import evaluate
 from qwenvl_jax.params.checkpoint import load
 
-LONGEST = 96  # tokens of an answer; three boxes are about 80
+LONGEST = 96  # tokens of an answer; three boxes take about 80
 
 
 def questions(assets: Assets, each: int) -> list[dict]:
-    """`each` questions of every task; the first ones of a task are the same whatever their number."""
+    """`each` questions per task; a larger number only adds questions."""
     return [r for task in TASKS for r in Scenes(assets, "evaluation", length=each, weights={task: 1})]
 
 
 def second_questions(assets: Assets, each: int) -> list[dict]:
-    """`each` questions of some tasks about the second thing there, by itself: right only for who minds its name."""
+    """`each` questions per task about the second object only: a model must read which object it names."""
 
     def found(task):
         for record in Scenes(assets, "evaluation", turns=2, weights={task: 1}):
@@ -37,8 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--assets", help="where fonts, emoji and tables are; see notebooks/demo/assets.py")
-    parser.add_argument("--questions", type=int, default=500, help="of every task")
-    parser.add_argument("--second", action="store_true", help="ask about the second thing in clips and scenes instead")
+    parser.add_argument("--questions", type=int, default=500, help="questions per task")
+    parser.add_argument("--second", action="store_true", help="ask about the second object of clips and scenes instead")
     parser.add_argument("--output", help="JSONL file for every question, answer and score")
     args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Draws a contact sheet per task, a PNG file, to see what the demo is asked.
+"""Draws a contact sheet per task, as a PNG file, to look at the demo's questions.
 
 python notebooks/demo sheet FOLDER [--assets DIR]
 """
@@ -14,11 +14,11 @@ from demo.assets import assets_of
 from demo.render import TASKS, Scenes
 
 _WIDE = 300
-_FRAMES = 5  # to a row
+_FRAMES = 5  # per row
 
 
 def contact_sheet(records: Sequence[dict], columns: int = 4) -> Image.Image:
-    """The records' pictures, question and answer under each; every frame of a clip."""
+    """The pictures of the records, with question and answer below; clips with every frame."""
     cards = [_card(record) for record in records]
     rows = [cards[i : i + columns] for i in range(0, len(cards), columns)]
     heights = [max(card.height for card in row) for row in rows]

@@ -1,4 +1,4 @@
-"""Real tables for the charts, cut in time (airports: by state) into a part to train on and one to be asked about.
+"""Real tables for the charts, split by time (airports: by state) into a training and an evaluation part.
 
 All are in the public domain: airports (ourairports.com), temperatures and weather (NOAA), power (Energy
 Information Administration), jobs (Bureau of Labor Statistics), wheat and wages (Playfair 1822, released by
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from demo.assets import Assets
 
-TRAINED = 0.75  # the share of every table that training draws from: the earlier part
+TRAINED = 0.75  # the share of every table for training: the earlier part
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _DAYS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat")
 _HOURS = {"00:00": "0am", "04:00": "4am", "08:00": "8am", "12:00": "noon", "16:00": "4pm", "20:00": "8pm"}
@@ -26,7 +26,7 @@ _SECTORS = {
 
 
 class Series(NamedTuple):
-    """A row of a table: `labels` and `values` in step; `ordered` says that only neighbours make a chart."""
+    """A row of a table: `labels` with their `values`. ordered: a chart must take neighbours."""
 
     title: str
     labels: tuple[str, ...]
@@ -36,13 +36,13 @@ class Series(NamedTuple):
 
 @lru_cache(2)
 def tables(assets: Assets, evaluation: bool) -> list[list[Series]]:
-    """The tables' parts for training or for evaluation, each a list of series."""
+    """The training or evaluation part of each table, as lists of series."""
     makers = (_airports, _temperatures, _days, _jobs, _long)
     return [part for maker in makers if (part := _part(maker(assets.tables), evaluation))]
 
 
 def _part(table: list[Series], evaluation: bool) -> list[Series]:
-    """A table of many short series is cut between them, one of few long ones within each."""
+    """A table with many series is split between series; otherwise each series is split."""
 
     def side(n: int) -> slice:
         cut = round(TRAINED * n)
@@ -65,7 +65,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _airports(folder: Path) -> list[Series]:
-    """How many each state has; the states shuffled, so that neither part has the first letters only."""
+    """Airports per state; states are shuffled, so that the parts do not split by first letter."""
     number = Counter(row["state"] for row in _rows(folder / "airports.csv"))
     states = [s for s in number if len(s) == 2 and s.isupper() and s != "NA"]
     states.sort(key=lambda s: ((ord(s[0]) * 37 + ord(s[1]) * 101) % 89, s))

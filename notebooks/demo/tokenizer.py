@@ -1,8 +1,7 @@
-"""The demo's tokenizer: whole words for what every prompt says, single bytes for everything else.
+"""The demo's tokenizer: one token for each word of the prompts, single bytes for everything else.
 
-A vocabulary of less than 900 keeps the embedding of a small model small. It has no merges: a piece of text that
-is in the vocabulary is one token, any other falls into its bytes, so that words read off a picture are
-spelled the same way wherever they stand.
+A vocabulary below 900 keeps the embedding table small. There are no merges: a piece of text in the vocabulary is one
+token, any other is its bytes. So words in a picture are always spelled in the same way.
 """
 
 import json
@@ -14,17 +13,17 @@ from pathlib import Path
 from demo.emoji import NAMES, plural
 from demo.questions import ALL
 
-# In the order of Qwen2.5-VL, which has them from id 151643 on; here they follow the words.
+# In the order of Qwen2.5-VL, whose ids start at 151643; here they follow the words.
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-# Around the numbers and labels of an answer that locates; nothing else in it is longer than a byte or a word.
+# The JSON around the numbers and labels of an answer with boxes.
 JSON_PIECES = ('[{"bbox_2d": [', '], "label": "', '"}, {"bbox_2d": [', '"}]', ", ")
-SYSTEM = "You are a helpful assistant."  # what the template says where nobody else does
+SYSTEM = "You are a helpful assistant."  # the template's default
 
-# Qwen2's split into words (see `inputs/processor.py`), with the pieces of JSON before it.
+# Qwen2's split into words (see `inputs/processor.py`), with the JSON pieces in front.
 _WORDS = (
     "|".join(re.escape(piece).replace(r"\ ", " ") for piece in JSON_PIECES)
     + r"|(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,7 +49,7 @@ CHAT_TEMPLATE = (
 PREPROCESSOR = {
     "min_pixels": 28 * 28,
     "max_pixels": 64 * 28 * 28,
-    "video_max_pixels": 9 * 28 * 28,  # this package's own key
+    "video_max_pixels": 9 * 28 * 28,  # a key of this package only
     "patch_size": 14,
     "temporal_patch_size": 2,
     "merge_size": 2,
@@ -63,7 +62,7 @@ CONTEXT = 2048
 
 
 def vocabulary() -> dict[str, int]:
-    """{token in byte-level letters: id}: the 256 bytes, then whole pieces; special tokens follow."""
+    """{token in byte-level letters: id}: the 256 bytes, then the pieces; special tokens follow."""
     letters = byte_letters()
     words = dict.fromkeys("".join(letters[b] for b in piece.encode()) for piece in _pieces() if len(piece) > 1)
     return {token: i for i, token in enumerate((*letters, *words))}
@@ -75,7 +74,7 @@ def special_ids() -> dict[str, int]:
 
 
 def _pieces() -> list[str]:
-    """Everything worth one token, as the split above cuts it."""
+    """All texts that are one token, cut as `_WORDS` cuts them."""
     kinds = [word for name in NAMES for word in (name, plural(name))]
     texts = ["system\n", "user\n", "assistant\n", SYSTEM, *ALL, *(q[0].lower() + q[1:] for q in ALL), " seconds"]
     # Split into " word", "word" and punctuation, as the regular expression does for plain English.
@@ -91,9 +90,9 @@ def byte_letters() -> list[str]:
 
 
 def write_processor(directory: str | Path) -> Path:
-    """Writes tokenizer, chat template, picture and generation settings; the same bytes each time.
+    """Writes tokenizer, chat template, preprocessor and generation settings; the same bytes each time.
 
-    All that a checkpoint directory holds besides config.json and the weights. Existing files are replaced.
+    These are all files of a checkpoint except config.json and the weights. Replaces existing files.
     """
     directory, special = Path(directory), special_ids()
     directory.mkdir(parents=True, exist_ok=True)
@@ -118,7 +117,7 @@ def write_processor(directory: str | Path) -> Path:
     return directory
 
 
-# How both of the tokenizer's files describe a special token.
+# A special token, in both of the tokenizer's files.
 _PLAIN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 
 
@@ -142,7 +141,7 @@ def _tokenizer(special: dict[str, int]) -> dict:
             "end_of_word_suffix": "",
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # look a whole piece up before anything else
+            "ignore_merges": True,  # look up the whole piece first
             "vocab": vocabulary(),
             "merges": [],
         },

@@ -1,9 +1,9 @@
-"""Trains the demo on records drawn as they are needed, with the trainer that everyone uses.
+"""Trains the demo with the package's trainer, on records drawn on demand.
 
     python notebooks/demo train RUN --assets DIR [--steps N] [--rows N] [--dtype bfloat16]
 
-Stopped and started again with the same arguments, it goes on; with more steps, it goes further. The result is
-RUN/final, which `qwenvl convert RUN/final DIR --to hf` writes as the Hugging Face checkpoint in this package.
+Run it again with the same arguments to resume, or with more steps to continue. The result is RUN/final;
+`qwenvl convert RUN/final DIR --to hf` turns it into the Hugging Face checkpoint in this package.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from qwenvl_jax.train.records import BadRecord, PackShape, RecordProcessor
 from qwenvl_jax.train.step import GROUPS
 from qwenvl_jax.types import Batch, Model
 
-_PLACED, _TOLD = 2, 4  # layers of the decoder after which visual tokens are to know their place, and the facts
-_ASIDE = 0.1  # what all that counts
-TURNS = 4  # questions about a picture; reading the picture costs as much as answering them
+_PLACE_LAYER, _FACTS_LAYER = 2, 4  # decoder layers after which place and facts are predicted
+_AUXILIARY = 0.1  # weight of these losses
+TURNS = 4  # questions about a picture; encoding the picture costs as much as answering them
 
 
 def demo_config() -> Config:
-    """Qwen2.5-VL's architecture, small: four million parameters. Windows and full attention take turns."""
+    """Qwen2.5-VL's architecture, small: four million parameters. Windowed and full attention alternate."""
     ids = special_ids()
     return Config(
         family="qwen2_5_vl",
@@ -55,9 +55,9 @@ def demo_config() -> Config:
             num_key_value_heads=2,
             head_dim=48,
             max_position_embeddings=4096,
-            # Time, height and width share one sweep of frequencies, in this order. Rows and columns need some that a
-            # step turns noticeably, to read in order; to find what a question names, however far off, takes some that
-            # hardly turn at all. In Qwen's own proportions, (6, 9, 9), no θ gives both.
+            # Time, height and width share one range of frequencies, in this order. Reading order needs high ones for
+            # rows and columns. Finding an object at any distance needs low ones. In Qwen's own proportions,
+            # (6, 9, 9), no θ gives both.
             rope_theta=200.0,
             mrope_section=(3, 4, 17),
             tie_word_embeddings=True,
@@ -80,16 +80,16 @@ def demo_config() -> Config:
 
 
 class LessonBatch(NamedTuple):
-    """A TrainBatch, and the facts that its tokens are told."""
+    """A TrainBatch, and the facts of its tokens."""
 
     inputs: Batch
     targets: Any
     weights: Any
-    facts: Any  # [B, T, len(FACTS)] float32, NaN where nothing is told
+    facts: Any  # [B, T, len(FACTS)] float32, NaN for none
 
 
 class Lessons:
-    """Batches of the records of Scenes, in order, without end. Records too long for a row are left out."""
+    """Endless batches of the records of Scenes, in order. Records that are too long for a row are skipped."""
 
     def __init__(self, scenes: Scenes, processor: Processor, shape: PackShape):
         self.scenes, self.shape, self.config = scenes, shape, processor.config
@@ -106,7 +106,7 @@ class Lessons:
         self.position, self.waiting = state["position"], None
 
     def __next__(self) -> LessonBatch:
-        packer, told = Packer(self.shape, self.config), []
+        packer, added = Packer(self.shape, self.config), []
         while True:
             if self.waiting is None:
                 record = self.scenes[self.position]
@@ -117,11 +117,11 @@ class Lessons:
                     continue
             if not packer.add(self.waiting[0]):
                 break
-            told.append(self.waiting[1])
+            added.append(self.waiting[1])
             self.position, self.waiting = self.position + 1, None
         batch = packer.batch()
         facts = np.full((*batch.inputs.tokens.shape, len(FACTS)), np.nan, np.float32)
-        for s, known in zip(packer.segments, told, strict=True):
+        for s, known in zip(packer.segments, added, strict=True):
             here = facts[s.row, s.start : s.stop]
             here[batch.inputs.visual_index[s.row, s.start : s.stop] >= 0] = known.cells
             for t, token in enumerate(s.sample.tokens.tolist()):
@@ -131,18 +131,18 @@ class Lessons:
 
 
 def demo_loss(config: Config, params: dict, batch: LessonBatch, *, remat: bool = False):
-    """Cross-entropy, and what visual tokens are to say of themselves early in the decoder; as `sft_loss`.
+    """Cross-entropy, plus auxiliary losses on hidden states early in the decoder. Returns what `sft_loss` does.
 
-    M-RoPE tells a token how far off others are, but answers name pixels counted from the picture's corner, seconds
-    from a clip's start, and how many there are. From answers alone, the decoder takes long to find out how to count.
-    So the hidden states of visual tokens are asked for their place after _PLACED layers, and they and words for the
-    facts in `demo.cells` after _TOLD (the last of them already then, and again), through fixed random matrices.
+    M-RoPE gives relative positions, but answers need pixels from the picture's corner, seconds from the clip's start,
+    and counts. From answers alone, the decoder learns slowly to count. So fixed random matrices predict the place of
+    visual tokens after _PLACE_LAYER layers, and the facts of `demo.cells`, of visual tokens and words, after
+    _FACTS_LAYER; the fact "core" after both.
     """
     inputs = batch.inputs
     seen = [encode_vision(config, params, v, remat=remat) for v in inputs.vision]
     x = embed(config, params, inputs.tokens, inputs.visual_index, jnp.concatenate(seen))
     states = []
-    for part in (slice(_PLACED), slice(_PLACED, _TOLD), slice(_TOLD, None)):
+    for part in (slice(_PLACE_LAYER), slice(_PLACE_LAYER, _FACTS_LAYER), slice(_FACTS_LAYER, None)):
         layers = jax.tree.map(lambda w, part=part: w[part], params["decoder"]["layers"])
         stack = params | {"decoder": params["decoder"] | {"layers": layers}}
         x, _ = run_layers(config, stack, x, inputs.positions, inputs.segments, lambda k, v: None, remat=remat)
@@ -155,26 +155,28 @@ def demo_loss(config: Config, params: dict, batch: LessonBatch, *, remat: bool =
     visual = (inputs.visual_index >= 0)[..., None]
     places = jnp.where(visual, jnp.moveaxis(inputs.positions - corner - 1, 0, -1), jnp.nan)
     facts = batch.facts
-    # Where things are, to a tenth of a cell. A count of one is by far the likeliest; from absolute errors alone, it is
-    # all that would be learnt.
+    # Widths of the Huber loss. Counts need a wide quadratic part: with absolute errors, the model would only learn the
+    # most common count, one.
     width = jnp.array([1.0 if name in ("nth", "start", "core") else 0.1 for name in FACTS])
-    told = (
-        _told(states[0], places, 0.1, seed=0),
-        _told(states[1], jnp.where(visual, facts, jnp.nan)[..., :-1], width[:-1], seed=0),
-        _told(states[0], facts[..., -1:], width[-1], seed=1),
-        _told(states[1], jnp.where(visual, jnp.nan, facts)[..., :-1], width[:-1], seed=0),
-        _told(states[1], facts[..., -1:], width[-1], seed=1),
+    results = (
+        _facts_loss(states[0], places, 0.1, seed=0),
+        _facts_loss(states[1], jnp.where(visual, facts, jnp.nan)[..., :-1], width[:-1], seed=0),
+        _facts_loss(states[0], facts[..., -1:], width[-1], seed=1),
+        _facts_loss(states[1], jnp.where(visual, jnp.nan, facts)[..., :-1], width[:-1], seed=0),
+        _facts_loss(states[1], facts[..., -1:], width[-1], seed=1),
     )
-    losses, errors = zip(*told, strict=True)
+    losses, errors = zip(*results, strict=True)
     names = ("t", "h", "w", *FACTS, *(f"named_{name}" for name in FACTS[:-1]), "later_core")
     errors = dict(zip(names, jnp.concatenate(errors), strict=True))
     metrics |= {"cross_entropy": entropy} | {name: error * weight for name, error in errors.items()}
-    return entropy + _ASIDE * sum(losses), weight, metrics
+    return entropy + _AUXILIARY * sum(losses), weight, metrics
 
 
-def _told(x, facts, width, seed: int):
-    """Huber loss (quadratic up to `width`) of the facts [B, T, n] as read off hidden states [B, T, D] through a matrix
-    made from `seed`, and each one's mean error; not of NaN."""
+def _facts_loss(x, facts, width, seed: int):
+    """(Huber loss, mean error of each fact [n]) of facts [B, T, n], predicted from x [B, T, D]; NaN facts do not count.
+
+    A fixed random matrix, made from `seed`, predicts. The loss is quadratic up to an error of `width`.
+    """
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
     reading = jax.random.normal(jax.random.key(seed), (x.shape[-1], facts.shape[-1]))
@@ -186,7 +188,7 @@ def _told(x, facts, width, seed: int):
 
 
 def demo_options(output, **changes) -> TrainOptions:
-    """How it was trained; the model card says for how many steps."""
+    """The options of the demo's training; the model card gives the numbers of steps."""
     return TrainOptions(
         output=str(output),
         tokens=192,
@@ -208,25 +210,29 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="directory of the run")
     parser.add_argument("--assets", help="where fonts, emoji and tables are; see notebooks/demo/assets.py")
     parser.add_argument("--start", help="RUN/final of an earlier run to start from, or of `pretrain`")
-    parser.add_argument("--rows", type=int, default=20, help="of a batch; each is about two conversations")
+    parser.add_argument("--rows", type=int, default=20, help="rows of a batch; each holds about two conversations")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--cooldown", type=int, default=0)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="to compute in")
-    parser.add_argument("--weights", type=json.loads, help='of the tasks, as JSON: {"ocr": 2, "name": 1}')
-    parser.add_argument("--easy", type=float, default=0.0, help="share of easy pictures, for a start")
-    parser.add_argument("--freeze", nargs="*", default=[], choices=GROUPS, help="what stays as it is")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="dtype to compute in")
+    parser.add_argument(
+        "--weights", type=json.loads, help='relative frequency of the tasks, as JSON: {"ocr": 2, "name": 1}'
+    )
+    parser.add_argument("--easy", type=float, default=0.0, help="share of easy pictures, for the first steps")
+    parser.add_argument("--freeze", nargs="*", default=[], choices=GROUPS, help="parts that are not trained")
     parser.add_argument("--warmup", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn; a run from a START needs another")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawn records; use another with --start")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--vision-learning-rate", type=float, help="if not that of the rest")
-    parser.add_argument("--devices", type=int, default=1, help="that share a batch")
-    parser.add_argument("--questions", type=int, default=64, help="of every task, in each evaluation on the way")
+    parser.add_argument(
+        "--vision-learning-rate", type=float, help="learning rate of the vision tower (default: that of the rest)"
+    )
+    parser.add_argument("--devices", type=int, default=1, help="devices that share a batch")
+    parser.add_argument("--questions", type=int, default=64, help="questions per task, in each evaluation")
     args = parser.parse_args()
 
     assets = assets_of(parser, args.assets)
     final = args.run / "final"
     if final.exists():
-        parser.error(f"{final} is there already; move it away to go further")
+        parser.error(f"{final} exists; move it away to continue")
     config = demo_config()
     args.run.mkdir(parents=True, exist_ok=True)
     files = write_processor(args.run / "processor")
@@ -253,7 +259,7 @@ def main() -> None:
     evaluate = Evaluator(model, questions(assets, args.questions), batch=64, max_new_tokens=LONGEST)
     result = train(model, data, options, evaluate=evaluate, loss=demo_loss, donate=True)
     if result.signal is not None:
-        print(f"stopped after step {result.step}; the same command goes on from there")
+        print(f"stopped after step {result.step}; run the same command to resume")
         return
     save(model._replace(params=result.params), final, files_from=files)
     print(f"model of step {result.step}: {final}")

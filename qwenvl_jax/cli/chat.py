@@ -1,4 +1,4 @@
-"""`qwenvl chat`: a conversation at the keyboard, its answers as they come."""
+"""`qwenvl chat`: a conversation at the keyboard; the answers stream."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     options = converse.sampling(args)
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
-    mesh = converse.mesh(args)  # before the model: a wrong mesh is found at once
+    mesh = converse.mesh(args)  # before the model is read: a wrong mesh is an error at once
     path, encode = converse.encoder(args)
     engine = converse.engine(path, args, mesh)
     terminal = sys.stdin.isatty()
@@ -35,7 +35,7 @@ def run(args) -> int:
         except EOFError:
             return OK
         except KeyboardInterrupt:
-            print("\n/quit leaves")
+            print("\n/quit ends the chat")
             continue
         word, _, rest = line.partition(" ")
         if not line:
@@ -59,25 +59,20 @@ def run(args) -> int:
 def _attach(kind: str, where: str) -> list[tuple[str, str]]:
     try:
         if not where:
-            raise InputError(f"/{kind} needs a file")
+            raise InputError(f"/{kind} needs a file: /{kind} FILE")
         where = converse.media_path(where)
-        if "://" not in where:
-            _check_file(where)
+        if "://" not in where and not os.path.exists(where):
+            raise InputError(f"{where}: no such file")
+        if os.path.isdir(where):
+            raise InputError(f"{where}: is a directory, not a file")
     except InputError as e:
         print(f"qwenvl: {e}", file=sys.stderr)
         return []
     return [(kind, where)]
 
 
-def _check_file(where: str) -> None:
-    if not os.path.exists(where):
-        raise InputError(f"{where}: no such file")
-    if os.path.isdir(where):
-        raise InputError(f"{where}: is a directory, not a file")
-
-
 def _answer(engine, encode, messages: list[dict], options) -> str | None:
-    """Streams one answer and returns it, cut short by Ctrl-C; None if the turn could not be used."""
+    """Streams one answer and returns it, up to a Ctrl-C. None: the turn failed and is forgotten."""
     pieces = []
     try:
         with contextlib.closing(engine.stream(encode(messages), options)) as stream:

@@ -1,11 +1,11 @@
-"""What `qwenvl generate` and `qwenvl chat` share: their flags, and the way from flags to a processor and an engine."""
+"""Shared by `qwenvl generate` and `qwenvl chat`: flags, and a processor and an engine made from them."""
 
 import math
 
-from qwenvl_jax.cli.errors import keep_programs
+from qwenvl_jax.cli.errors import enable_compile_cache
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.infer.options import GenerateOptions, room
+from qwenvl_jax.infer.options import GenerateOptions, tokens_left
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import add_flags, build, given, names
 
@@ -15,24 +15,28 @@ _PROMPT = ("add_vision_id", "allow_control_tokens")
 def add_arguments(parser) -> None:
     parser.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="directory or hub id (default: demo)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="default: the checkpoint's")
-    parser.add_argument("--mesh", metavar="DxFxT", help="devices along data, fsdp and tensor, as 1x1x8 (default: one)")
+    parser.add_argument(
+        "--mesh", metavar="DxFxT", help="devices along data, fsdp and tensor, such as 1x1x8 (default: one)"
+    )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     add_flags(parser, GenerateOptions, "Defaults come from the checkpoint's generation_config.json.")
-    add_flags(parser, MediaOptions, "For all of them; an item of --messages overrides them.")
+    add_flags(parser, MediaOptions, "For all images and videos; an item in --messages can override them.")
     group = parser.add_argument_group("prompt")
     flag = dict(action="store_true", default=None)
-    group.add_argument("--add-vision-id", **flag, help="number the images and videos")
-    group.add_argument("--allow-control-tokens", **flag, help="let tokens such as <|im_end|> typed in a text act")
+    group.add_argument("--add-vision-id", **flag, help="number the images and videos in the prompt")
+    group.add_argument(
+        "--allow-control-tokens", **flag, help="control tokens such as <|im_end|> typed in a text take effect"
+    )
 
 
 def sampling(args, request: dict | None = None) -> GenerateOptions:
-    """The sampling options of the flags and of a request, which flags override; checked before anything is loaded."""
+    """GenerateOptions from a request and from flags; flags win. Raises OptionsError for a bad value."""
     asked = {name: value for name, value in (request or {}).items() if name in names(GenerateOptions)}
     return build(GenerateOptions, asked | given(args, GenerateOptions))
 
 
 def encoder(args, request: dict | None = None):
-    """The checkpoint's directory, and messages → Sample. Needs no weights, so bad input is told at once."""
+    """(checkpoint directory, messages → Sample). It reads no weights, so bad input is an error at once."""
     from qwenvl_jax import Processor
     from qwenvl_jax.params import directory
 
@@ -46,14 +50,14 @@ def encoder(args, request: dict | None = None):
 
     def encode(messages):
         sample = processor.encode(messages, **options)
-        room(sample, config.text.context)
+        tokens_left(sample, config.text.context)
         return sample
 
     return path, encode
 
 
 def mesh(args):
-    """The mesh that was asked for; None for one device. Several processes share one."""
+    """The mesh of --mesh, over all processes with --distributed; None for one device."""
     if not (args.mesh or args.distributed):
         return None
     import jax
@@ -65,26 +69,26 @@ def mesh(args):
         distributed.initialize()
     shape = parse_mesh(args.mesh) if args.mesh else (1, 1, jax.device_count())
     if args.distributed and math.prod(shape) != jax.device_count():
-        raise InputError(f"mesh {args.mesh} is not all {jax.device_count()} devices of the processes, as it must be")
+        raise InputError(f"mesh {args.mesh} must have all {jax.device_count()} devices of the processes")
     return make_mesh(*shape)
 
 
 def engine(path, args, mesh):
-    """The engine on the checkpoint's weights."""
+    """Loads the checkpoint into an engine."""
     from qwenvl_jax import Engine, load
 
-    keep_programs()
+    enable_compile_cache()
     return Engine(load(path, mesh=mesh, dtype=args.dtype))
 
 
 def user_turn(media: list[tuple[str, str]], text: str) -> dict:
-    """A user's message: pictures and clips, then the text."""
+    """A user's message: images and videos, then the text."""
     items = [{"type": kind, kind: media_path(where)} for kind, where in media]
     return {"role": "user", "content": [*items, {"type": "text", "text": text}]}
 
 
 def media_path(where: str) -> str:
-    """What was typed; "demo:scene.png" is the sample of that name that comes with the package."""
+    """The path or URL itself; "demo:scene.png" is a sample in the package. Raises InputError for an unknown one."""
     if not where.startswith("demo:"):
         return where
     samples = {f"demo:{f.name}": str(f) for f in sorted(SAMPLES.iterdir()) if f.suffix != ".md"}

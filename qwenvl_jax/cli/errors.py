@@ -1,4 +1,4 @@
-"""Exit codes, errors as sentences, and libraries that keep quiet meanwhile."""
+"""Exit codes, errors as sentences, and silence from libraries."""
 
 import contextlib
 import logging
@@ -11,7 +11,7 @@ from qwenvl_jax.infer import compile_cache
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 NOT_DONE = 75  # sysexits.h: "temporary failure, the user is invited to try again"
-_EXCHANGES = ("Gloo", "NCCL", "Coordination", "heartbeat")  # in errors of jax where another process is gone
+_LOST = ("Gloo", "NCCL", "Coordination", "heartbeat")  # in jax's errors after another process has died
 
 
 def one_of_several() -> bool:
@@ -19,7 +19,7 @@ def one_of_several() -> bool:
 
 
 def _no_devices() -> bool:
-    """Was jax asked for a platform that is not there? Its errors do not always say so."""
+    """Whether jax has no device on the requested platform; its errors do not always name the reason."""
     try:
         return "jax" in sys.modules and not sys.modules["jax"].devices()
     except (RuntimeError, AssertionError):
@@ -27,16 +27,16 @@ def _no_devices() -> bool:
 
 
 def explain(error: Exception) -> tuple[int, str]:
-    """The exit code and the sentence for an error; anything not foreseen is called a bug."""
+    """The exit code and the sentence for an error. An unexpected error is reported as a bug."""
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return BAD_INPUT, text
-    if one_of_several() and any(word in text for word in _EXCHANGES):
-        return FAILED, f"another process has ended or cannot be reached; start all of them again ({text[:200]})"
+    if one_of_several() and any(word in text for word in _LOST):
+        return FAILED, f"another process has ended or cannot be reached; start all processes again ({text[:200]})"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         return BAD_INPUT, (
             "out of memory. Try --dtype bfloat16, a smaller --max-pixels, --nframes or --max-new-tokens, "
-            "or a smaller model; in training fewer --rows or --tokens with more --accumulate, or --lora-rank."
+            "or a smaller model; in training, fewer --rows or --tokens with more --accumulate, or --lora-rank."
         )
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
@@ -44,28 +44,28 @@ def explain(error: Exception) -> tuple[int, str]:
     if _no_devices():
         wanted = os.environ.get("JAX_PLATFORMS") or "usable"
         return BAD_INPUT, (
-            f"there are no {wanted} devices here; pip install 'qwenvl-jax[tpu]' or 'qwenvl-jax[cuda]' where there are, "
-            "or set JAX_PLATFORMS=cpu"
+            f"there are no {wanted} devices here. Set JAX_PLATFORMS=cpu, or on a machine that has them "
+            "pip install 'qwenvl-jax[tpu]' or 'qwenvl-jax[cuda]'"
         )
     return FAILED, f"unexpected {type(error).__name__}: {text[:300]} (--debug shows where; please report it)"
 
 
-def keep_programs() -> None:
-    """Keeps compiled programs for the next command, or says why not; the command works without."""
+def enable_compile_cache() -> None:
+    """Caches compiled programs for the next command. If the directory is refused, says why and goes on."""
     try:
-        compile_cache.keep()
+        compile_cache.enable()
     except InputError as e:
         print(f"qwenvl: {e}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def quiet(debug: bool):
-    """Keeps the chatter of jax, absl and friends off stderr; this package's own messages are shown there."""
+    """Silences jax, absl and other libraries on stderr; warnings of this package are printed."""
     if debug:
         yield
         return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # read by XLA when it starts
-    for name in ("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):  # by libtpu, where it is installed without a TPU
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA reads it at start
+    for name in ("TPU_MIN_LOG_LEVEL", "TPU_STDERR_LOG_LEVEL"):  # libtpu reads these
         os.environ.setdefault(name, "3")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     levels = {"": logging.CRITICAL, "absl": logging.CRITICAL, "jax": logging.CRITICAL, "qwenvl_jax": logging.WARNING}
@@ -86,7 +86,7 @@ def quiet(debug: bool):
 
 @contextlib.contextmanager
 def mute_libraries():
-    """Keeps compilers in C++ from saying on stderr that there is no such chip here; Python still writes there."""
+    """Discards what C++ code writes to stderr, such as that there is no TPU; Python's stderr still works."""
     there, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         with open(os.dup(there), "w", encoding="utf-8") as ours:

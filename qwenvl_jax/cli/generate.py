@@ -1,4 +1,4 @@
-"""`qwenvl generate`: one conversation from flags or a file, its answer as a stream or as JSON."""
+"""`qwenvl generate`: answers one conversation, from flags or a file, as a stream or as JSON."""
 
 import argparse
 import json
@@ -12,13 +12,13 @@ from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import check_names, names
 
-HELP = "Answer one conversation; the text streams to stdout."
-_IGNORED = ("messages", "model", "stream")  # keys of a request body that change nothing here
+HELP = "Answer one conversation; the answer streams to stdout."
+_IGNORED = ("messages", "model", "stream")  # keys of a request body that are not options
 _SYNONYMS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 
 
 class _Media(argparse.Action):
-    """Collects --image and --video into one list, in the order of the command line."""
+    """Collects --image and --video in one list, in command-line order."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         kind = option_string.lstrip("-")
@@ -28,18 +28,18 @@ class _Media(argparse.Action):
 def add_arguments(parser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the question")
-    source.add_argument("--messages", metavar="FILE", help="messages or an OpenAI request as JSON; - reads stdin")
-    parser.add_argument("--tools", metavar="FILE", help="descriptions of tools as JSON, in OpenAI's form")
+    source.add_argument("--messages", metavar="FILE", help="messages or an OpenAI request body, as JSON; - is stdin")
+    parser.add_argument("--tools", metavar="FILE", help="tools (functions) as JSON, in OpenAI's form")
     for kind in ("image", "video"):
         parser.add_argument(
             f"--{kind}",
             action=_Media,
             dest="media",
             metavar="F",
-            help="file, URL, or demo:NAME for a sample that comes with the package; repeatable, order is kept",
+            help="file, URL, or demo:NAME for a sample in the package; repeatable, in order",
         )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
-    parser.add_argument("--distributed", action="store_true", help="one of several processes, as on a pod's hosts")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a stream")
+    parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
     converse.add_arguments(parser)
 
 
@@ -48,18 +48,18 @@ def run(args) -> int:
     tools = None if args.tools is None else _read_json("--tools", args.tools)
     if args.messages is None:
         if not (args.media or args.prompt.strip()):
-            raise InputError("--prompt is blank; ask something")
+            raise InputError("--prompt is blank; give a question")
         messages = [converse.user_turn(args.media or [], args.prompt)]
     else:
         messages, request = _read_messages(args)
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})
     options = converse.sampling(args, request)
-    mesh = converse.mesh(args)  # before the model: a wrong mesh is found at once
+    mesh = converse.mesh(args)  # before the model is read: a wrong mesh is an error at once
     path, encode = converse.encoder(args, request | ({} if tools is None else {"tools": tools}))
     sample = encode(messages)
     engine = converse.engine(path, args, mesh)
-    if one_of_several() and sys.modules["jax"].process_index():  # every process computes, the first one prints
+    if one_of_several() and sys.modules["jax"].process_index():  # every process computes; process 0 prints
         engine.generate([sample], options)
         return OK
     if not args.json:
@@ -86,12 +86,12 @@ def _as_json(result) -> dict:
 
 
 def _read_messages(args) -> tuple[list[dict], dict]:
-    """The messages, and what else a request body sets."""
+    """(messages, options of the request body)."""
     if args.media:
-        raise InputError("--image and --video go with --prompt; with --messages, put them in the messages")
+        raise InputError("--image and --video go with --prompt; with --messages, put them into the messages")
     name = "stdin" if args.messages == "-" else args.messages
     messages = _read_json("--messages", args.messages)
-    request = messages if isinstance(messages, dict) else {}  # an OpenAI request body works as it is
+    request = messages if isinstance(messages, dict) else {}  # an OpenAI request body
     if request:
         messages = request.get("messages")
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
@@ -102,7 +102,7 @@ def _read_messages(args) -> tuple[list[dict], dict]:
 
 
 def read_request(body: dict, name: str) -> dict:
-    """The options of an OpenAI-style request body, by their names here. None counts as absent."""
+    """The options in an OpenAI request body, under our names; None counts as absent. Raises InputError."""
     flags = tuple(n for n in names(GenerateOptions) if GenerateOptions.__dataclass_fields__[n].metadata["flag"])
     body = {key: value for key, value in body.items() if value is not None and key not in _IGNORED}
     check_names(body, (*flags, *names(MediaOptions), "tools", *_SYNONYMS), f"{name}: ")
@@ -110,16 +110,16 @@ def read_request(body: dict, name: str) -> dict:
     for key, value in body.items():
         option = _SYNONYMS.get(key, key)
         if option in asked:
-            raise InputError(f"{name}: {key!r} is given twice, under two names")
+            raise InputError(f"{name}: {key!r} is given twice, under two names; keep one")
         asked[option] = value
     return asked
 
 
 def _read_json(option: str, where: str):
-    """What a JSON file holds, or stdin for "-"."""
+    """The value in a JSON file; "-" is stdin. Raises InputError."""
     if not where:
-        raise InputError(f"{option} is empty; it must name a file, or be - for stdin")
+        raise InputError(f"{option} is empty; it must be a file, or - for stdin")
     try:
         return json.loads(sys.stdin.read() if where == "-" else Path(where).read_text("utf-8"))
-    except (ValueError, RecursionError) as e:  # a ValueError too: not UTF-8, or a number of thousands of digits
+    except (ValueError, RecursionError) as e:  # also ValueErrors: not UTF-8, a number too long
         raise InputError(f"{'stdin' if where == '-' else where}: not readable as JSON ({e})") from e

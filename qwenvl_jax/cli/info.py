@@ -1,4 +1,4 @@
-"""`qwenvl info`: what a checkpoint is, from its config and the headers of its weight files; no weight is read.
+"""`qwenvl info`: describes a checkpoint from its config and the headers of its weight files.
 
 Importing this file does not import numpy, and `describe` does not import jax.
 """
@@ -14,8 +14,8 @@ from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.precision import on_cpu
 
-HELP = "Say what a checkpoint is, reading only its headers."
-# Parameters of the presets, which are counted with jax: `count_params` of params/specs.py.
+HELP = "Describe a checkpoint, reading only its headers."
+# `count_params` of params/specs.py needs jax; a test compares.
 PARAMETERS = {
     "qwen2-vl-2b": 2_208_985_600,
     "qwen2-vl-7b": 8_291_375_616,
@@ -30,7 +30,7 @@ PARAMETERS = {
 def add_arguments(parser) -> None:
     text = "checkpoint directory, or a preset such as qwen2.5-vl-7b (default: demo)"
     parser.add_argument("checkpoint", nargs="?", default="demo", metavar="CKPT", help=text)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args) -> int:
@@ -40,15 +40,14 @@ def run(args) -> int:
 
 
 def describe(path_or_preset) -> dict:
-    """Facts of a checkpoint directory, either format, "demo", or one of `PRESETS`; all of it can be written as JSON.
+    """Facts about a checkpoint directory of either format, "demo", or one of `PRESETS`, as JSON values.
 
-    family, boxes ("absolute" pixels of the resized picture, or "relative" 0..1000),
-    preset (the official size it has, or None), format ("hf", "orbax" or "preset"), parameters,
-    dtypes {name: parameters}, files {name: bytes} of the weights, bytes, config,
-    on_cpu (what `load` does with 16-bit weights on a CPU, by the memory that is free now).
-    Raises InputError if there is no such directory or its headers are damaged.
+    Keys: family; boxes ("absolute": pixels of the resized image, "relative": 0..1000); preset (with the same sizes, or
+    None); format ("hf", "orbax", "preset"); parameters; dtypes {name: parameters}; files {name: bytes}; bytes; context;
+    config; on_cpu (what `load` does with 16-bit weights on a CPU with the memory that is free now).
+    Raises InputError if there is no such directory or a header is damaged.
     """
-    # `--help` imports this file, and must not import numpy with these.
+    # Not at the top: `--help` imports this file, and these import numpy.
     from qwenvl_convert.safetensors import DTYPES, Reader
 
     from qwenvl_jax.families import PRESETS
@@ -59,7 +58,7 @@ def describe(path_or_preset) -> dict:
         return _facts(config, "preset", {config.dtype: PARAMETERS[str(path_or_preset)]}, {})
     path = directory.find(path_or_preset) if path_or_preset == directory.DEMO else Path(path_or_preset)
     if not path.is_dir():
-        raise InputError(f"{path}: no such directory, nor one of the presets {', '.join(PRESETS)}")
+        raise InputError(f"{path}: no such directory or preset; presets are {', '.join(PRESETS)}")
     config, dtypes = directory.read_config(path, quantised=True), collections.Counter[str]()
     if (path / directory.MARKER).is_file():
         form, files = "orbax", sorted(f for f in (path / directory.PARAMS).rglob("*") if f.is_file())
@@ -96,10 +95,10 @@ def _facts(config: Config, form: str, dtypes: dict, files: dict) -> dict:
 
 
 def table(facts: dict) -> str:
-    """The facts for people, a line each."""
+    """The facts as a text table."""
     t, v = facts["config"]["text"], facts["config"]["vision"]
     rows = {
-        "family": facts["family"] + (f", the sizes of {facts['preset']}" if facts["preset"] else ""),
+        "family": facts["family"] + (f", sizes of {facts['preset']}" if facts["preset"] else ""),
         "format": facts["format"],
         "parameters": f"{facts['parameters']:,}",
         "dtype": ", ".join(facts["dtypes"]),
@@ -108,7 +107,7 @@ def table(facts: dict) -> str:
         f"MLP {t['intermediate_size']}, vocabulary {t['vocab_size']}",
         "vision": f"{v['depth']} blocks of width {v['hidden_size']}, {v['num_heads']} heads",
         "context": f"{facts['context']:,} tokens",
-        "boxes": {"absolute": "pixels of the resized picture", "relative": "0 … 1000 of each side"}[facts["boxes"]],
+        "boxes": {"absolute": "pixels of the resized image", "relative": "0 … 1000 of each side"}[facts["boxes"]],
     }
     if t["tie_word_embeddings"]:
         rows["decoder"] += ", tied embeddings"

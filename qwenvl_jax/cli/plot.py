@@ -1,4 +1,4 @@
-"""`qwenvl plot`: curves of one run or several, as a PNG: the loss first, then whatever else was measured."""
+"""`qwenvl plot`: the metrics of one or more training runs as curves in a PNG file."""
 
 import math
 from pathlib import Path
@@ -6,15 +6,17 @@ from pathlib import Path
 from qwenvl_jax.cli.errors import OK
 from qwenvl_jax.errors import InputError
 
-HELP = "Draw the metrics of training runs."
+HELP = "Plot the metrics of training runs."
 _COLUMNS = 3
-# What a line says besides things worth a curve.
+# Keys of a line that get no panel.
 _BOOKKEEPING = ("step", "weight", "tokens", "epoch", "skipped_steps")
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
-    parser.add_argument("-o", "--output", default="loss.png", metavar="FILE.png", help="default: loss.png")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a training run")
+    parser.add_argument(
+        "-o", "--output", default="loss.png", metavar="FILE.png", help="PNG file to write (default: loss.png)"
+    )
 
 
 def run(args) -> int:
@@ -26,7 +28,10 @@ def run(args) -> int:
 
 
 def draw(runs: dict[str, list[dict]], output) -> None:
-    """Draws runs, name → lines of metrics.jsonl, into `output`, one panel a metric. Raises InputError."""
+    """Plots runs {name: lines of metrics.jsonl} into a PNG file, one panel per metric, the loss first.
+
+    Raises InputError if matplotlib is missing, there are no metrics, or the file cannot be written.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
@@ -34,7 +39,7 @@ def draw(runs: dict[str, list[dict]], output) -> None:
     keys = [k for lines in runs.values() for line in lines for k in line if k not in _BOOKKEEPING]
     panels = sorted(dict.fromkeys(keys), key=lambda k: (k != "loss", not k.startswith("eval/")))
     if not panels:
-        raise InputError(f"{', '.join(runs)}: nothing to draw yet, metrics.jsonl has no steps")
+        raise InputError(f"{', '.join(runs)}: metrics.jsonl has no steps yet; there is nothing to plot")
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5 * columns, 3.4 * rows), layout="constrained")
@@ -58,7 +63,7 @@ def draw(runs: dict[str, list[dict]], output) -> None:
 
 
 def _curve(axis, points: list[tuple[int, float]], name: str, colour: str) -> None:
-    """Few points as they are; many faintly, under their running mean."""
+    """Draws few points as they are; 100 and more faintly, under their running mean."""
     if not points:
         return
     steps, values = zip(*points, strict=True)

@@ -1,19 +1,19 @@
-"""`qwenvl train`: a fine-tuning from a TOML file and flags."""
+"""`qwenvl train`: fine-tunes as a TOML file and flags say."""
 
 import os
 import signal
 import sys
 
-from qwenvl_jax.cli.errors import INTERRUPTED, NOT_DONE, OK, keep_programs
+from qwenvl_jax.cli.errors import INTERRUPTED, NOT_DONE, OK, enable_compile_cache
 from qwenvl_jax.eval.evaluator import Evaluator
 from qwenvl_jax.options import add_flags, given
 from qwenvl_jax.train.options import TrainOptions
 
-HELP = "Fine-tune a model. The same command goes on with a run that was stopped."
+HELP = "Fine-tune a model. Run the same command again to resume."
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("config", nargs="?", metavar="FILE.toml", help="the keys below, with _ for -; flags win")
+    parser.add_argument("config", nargs="?", metavar="FILE.toml", help="options as below, with _ for -; flags win")
     add_flags(parser, TrainOptions)
 
 
@@ -21,14 +21,14 @@ def run(args) -> int:
     options = TrainOptions.read(args.config, given(args, TrainOptions))
     from qwenvl_jax.train.finetune import finetune
 
-    keep_programs()
+    enable_compile_cache()
 
     def evaluator(model, data, encoding):
         return Evaluator(model, data, encoding=encoding)
 
     try:
         ended = finetune(options, evaluator)
-    except KeyboardInterrupt:  # the second one: at once, without waiting for a checkpoint that is being written
+    except KeyboardInterrupt:  # the second Ctrl-C: does not wait for a checkpoint
         print(file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
     codes: dict[int | None, int] = {None: OK, signal.SIGTERM: NOT_DONE, signal.SIGINT: INTERRUPTED}

@@ -1,16 +1,16 @@
-"""`qwenvl verify`: this model against the PyTorch one, stage by stage."""
+"""`qwenvl verify`: compares this package with PyTorch, stage by stage."""
 
 import importlib.util
 
-from qwenvl_jax.cli.errors import FAILED, OK, keep_programs
+from qwenvl_jax.cli.errors import FAILED, OK, enable_compile_cache
 from qwenvl_jax.errors import InputError
 
-HELP = "Compare this model with the PyTorch one, stage by stage, on your weights."
+HELP = "Compare this package with PyTorch, stage by stage, on your weights."
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="Hugging Face checkpoint directory")
-    parser.add_argument("--image", metavar="F", required=True, help="picture to compare on")
+    parser.add_argument("--image", metavar="F", required=True, help="image to compare on")
 
 
 def run(args) -> int:
@@ -22,7 +22,7 @@ def run(args) -> int:
         )
     from qwenvl_convert import parity
 
-    keep_programs()
+    enable_compile_cache()
     rows = parity.verify(args.checkpoint, args.image)
     print(f"{'stage':<22} {'shape':<18} {'max rel. error':>14} {'limit':>8}")
     for row in rows:

@@ -1,7 +1,4 @@
-"""Puts questions whose answers are known to a model and scores what it says.
-
-jax and the engine are imported when first needed, so that `Evaluator` can be named without them.
-"""
+"""Asks a model questions with known answers and scores its answers. jax is imported on first use."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,24 +10,24 @@ from qwenvl_jax.eval.questions import Question, read_questions
 from qwenvl_jax.eval.report import Answer, Report, report, score
 from qwenvl_jax.types import Model
 
-_LOADERS = 8  # threads that prepare questions while others are answered
-_AHEAD = 4  # batches prepared at a time, so that their pictures are all that is in memory
+_LOADERS = 8  # threads that encode the next questions meanwhile
+_AHEAD = 4  # batches encoded at a time; only their images are in memory
 
 
 def evaluate(model, records, **options) -> Report:
     """Answers every question of `records` greedily and scores the answers.
 
-    model: a `Model` or an `Engine`. records and options: as in `Evaluator`.
-    Raises InputError that names the record (file and line) whose picture or prompt cannot be used.
+    model: a `Model` or an `Engine`. records, options: as for `Evaluator`.
+    Raises InputError that names the record (file and line) whose image, video or prompt cannot be used.
     """
     return Evaluator(model, records, **options).report(model.params)
 
 
 class Evaluator:
-    """Scores one set of questions again and again as the parameters change: `Evaluator(model, records)(params)`.
+    """Scores one set of questions repeatedly, as parameters change: `Evaluator(model, records)(params)`.
 
-    Programs are compiled in the first call; later ones must bring parameters of the same shapes and dtypes. Of
-    parameters, nothing is kept between calls.
+    The first call compiles; later ones must have parameters of the same shapes and dtypes. Between calls it holds no
+    reference to parameters.
     """
 
     def __init__(
@@ -45,15 +42,15 @@ class Evaluator:
         progress: bool = False,
         **options,
     ):
-        """model: a `Model`, whose own parameters are not kept, or an `Engine`, which has a batch of its own.
+        """model: a `Model`, whose own parameters are dropped, or an `Engine`, whose max_batch is used.
 
-        records: a JSONL file, a list of them, or a list of records. A record is one that can be trained on, plus
-            `answer` (a string or number, several of them, or boxes; by default the last assistant message),
-            `task` (a name to group by, by default "default") and `metric` (by default `metric`).
+        records: a JSONL file, a list of them, or a list of records. A record is a training record plus `answer` (a text
+            or number, a list of them, or boxes; by default the last assistant message), `task` (the group of its score;
+            by default "default") and `metric` (by default `metric`).
         batch: questions answered together.
         encoding: options of `Processor.encode` for all questions.
-        options: more of GenerateOptions; the temperature is 0 unless given.
-        Raises InputError that names the record at fault; pictures and clips are opened when it is their turn.
+        options: other `GenerateOptions`; the default temperature is 0.
+        Raises InputError that names the bad record. Images and videos are not opened here.
         """
         if batch < 1:
             raise OptionsError(f"batch is {batch}; it must be at least 1")
@@ -66,7 +63,7 @@ class Evaluator:
         self._options = {"temperature": 0.0, "max_new_tokens": max_new_tokens, **options}
 
     def __call__(self, params) -> dict[str, float]:
-        """The metrics under these parameters, by name: see `Report.metrics`."""
+        """The scores under these parameters, by name: see `Report.metrics`."""
         return self.report(params).metrics()
 
     def report(self, params) -> Report:
@@ -84,7 +81,7 @@ class Evaluator:
         from qwenvl_jax.infer.engine import Engine
         from qwenvl_jax.inputs.ladder import Ladder
 
-        # One rung of rows: to fill up a last batch with padding is cheaper than to compile for it.
+        # A single bucket of rows: padding the last batch is cheaper than compiling for its size.
         ladder = Ladder(rows=(self._batch,))
         self._engine = Engine(self._model._replace(params=params), max_batch=self._batch, ladder=ladder)
         return self._engine
@@ -92,40 +89,41 @@ class Evaluator:
     def _answers(self, engine) -> list[Answer]:
         from tqdm import tqdm
 
-        from qwenvl_jax.infer.options import room
+        from qwenvl_jax.infer.options import tokens_left
 
-        def encode(q: Question):
+        def encode(i: int):
+            q = self.questions[i]
             try:
                 sample = engine.processor.encode(q.messages, tools=q.tools, **self._encoding)
-                room(sample, engine.max_length)
+                tokens_left(sample, engine.max_length)
                 return sample
             except InputError as e:
                 raise e.at(q.where) from e
 
-        # Questions of a task are of like size, so that few buckets are met, and lots of neighbours share them.
+        # Questions of one task have similar sizes, so their batches need few buckets.
         order = sorted(range(len(self.questions)), key=lambda i: self.questions[i].task)
-        lots = [order[i : i + self._batch * _AHEAD] for i in range(0, len(order), self._batch * _AHEAD)]
+        windows = [order[i : i + self._batch * _AHEAD] for i in range(0, len(order), self._batch * _AHEAD)]
         answers: list = [None] * len(order)
         with (
             ThreadPoolExecutor(_LOADERS) as pool,
             tqdm(total=len(order), desc="evaluating", disable=not self._progress) as bar,
         ):
-            coming = [pool.submit(encode, self.questions[i]) for i in lots[0]]
-            for lot, following in zip(lots, [*lots[1:], []], strict=True):
-                samples = {i: future.result() for i, future in zip(lot, coming, strict=True)}
-                coming = [pool.submit(encode, self.questions[i]) for i in following]
-                lot = sorted(lot, key=lambda i: len(samples[i].tokens))
-                for at in range(0, len(lot), self._batch):
-                    some = lot[at : at + self._batch]
-                    results = engine.generate([samples.pop(i) for i in some], **self._options)
-                    for i, result in zip(some, results, strict=True):
+            encoded = pool.map(encode, windows[0])
+            for window, following in zip(windows, [*windows[1:], []], strict=True):
+                samples = dict(zip(window, encoded, strict=True))
+                encoded = pool.map(encode, following)  # starts now, while this window is answered
+                by_length = sorted(window, key=lambda i: len(samples[i].tokens))
+                for at in range(0, len(by_length), self._batch):
+                    batch = by_length[at : at + self._batch]
+                    results = engine.generate([samples.pop(i) for i in batch], **self._options)
+                    for i, result in zip(batch, results, strict=True):
                         answers[i] = score(self.questions[i], result.text, result.finish_reason)
-                    bar.update(len(some))
+                    bar.update(len(batch))
         return answers
 
 
 def _check(questions: Sequence[Question], processor) -> None:
-    """Finds what can be found at once, without opening a picture: hours may pass before its turn comes."""
+    """Raises InputError for a bad prompt or a missing file now; the evaluation may reach it hours later."""
     from qwenvl_jax.inputs.fetch import locate
 
     for q in questions:

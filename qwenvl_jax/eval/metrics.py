@@ -1,7 +1,7 @@
-"""How right an answer is, and how sure that is: the metrics of the literature as pure functions of strings.
+"""Metrics from the literature, as pure functions of strings, and confidence intervals.
 
-Every metric takes a prediction and the right answers and gives a score from 0 to 1, but for boxes, which are
-counted (`match_boxes`), since their score belongs to a whole task.
+A metric takes a prediction and the right answers ("golds") and returns a score from 0 to 1. Boxes are the exception:
+`match_boxes` counts them, because their score is computed over a task.
 """
 
 import json
@@ -11,15 +11,12 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-_Z = 1.959963984540054  # the normal distribution's 97.5% point: two-sided 95%
+_Z = 1.959963984540054  # 97.5% quantile of the normal distribution: two-sided 95%
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 
 
 def exact(prediction: str, golds: Sequence[str], *, case_sensitive: bool = True) -> float:
-    """1 if the prediction is one of the answers, else 0.
-
-    Both sides are in Unicode's composed form (NFC) and without white space at their ends; nothing else is changed.
-    """
+    """1 if the prediction is one of the answers, else 0; compared in NFC, without white space at the ends."""
 
     def normal(text):
         text = unicodedata.normalize("NFC", text).strip()
@@ -29,48 +26,47 @@ def exact(prediction: str, golds: Sequence[str], *, case_sensitive: bool = True)
 
 
 def anls(prediction: str, golds: Sequence[str], *, threshold: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity of one item: ST-VQA (arXiv:1905.13648), the best of the golds.
+    """Normalised Levenshtein similarity of one item, the best over the golds: ST-VQA (arXiv:1905.13648).
 
-    1 − distance / length of the longer, and 0 where distance / length reaches the threshold. Case and white
-    space at the ends do not count, as in DocVQA's evaluation (arXiv:2007.00398).
+    1 − distance / length of the longer text, or 0 if that ratio reaches the threshold. Case and white space at the ends
+    are ignored, as in DocVQA's evaluation (arXiv:2007.00398).
     """
 
-    def one(a, b):
-        longer = max(len(a), len(b))
-        far = _levenshtein(a, b) / longer if longer else 0.0
-        return 1 - far if far < threshold else 0.0
+    def one(gold):
+        a, b = (unicodedata.normalize("NFC", text).strip().lower() for text in (prediction, gold))
+        ratio = _levenshtein(a, b) / max(len(a), len(b), 1)
+        return 1 - ratio if ratio < threshold else 0.0
 
-    normal = unicodedata.normalize("NFC", prediction).strip().lower()
-    return max(one(normal, unicodedata.normalize("NFC", gold).strip().lower()) for gold in golds)
+    return max(map(one, golds))
 
 
 def relaxed(prediction: str, golds: Sequence[str], *, tolerance: float = 0.05) -> float:
     """Relaxed accuracy of ChartQA (arXiv:2203.10244): 1 for a number within 5% of the answer, else 0.
 
-    Where one side is no number, both must be equal but for case and white space at the ends. "12%" is 0.12, as in
-    the evaluation that Pix2Struct published. Only 0 is within 5% of 0 (that evaluation compares "0" as a string).
+    If either side is not a number, the texts must be equal, up to case and outer white space. "12%" is 0.12, as in
+    Pix2Struct's evaluation. Only 0 is within 5% of 0 (that evaluation compares "0" as a string).
     """
 
     def one(gold):
         p, g = _number(prediction), _number(gold)
         if p is None or g is None:
             return prediction.strip().lower() == gold.strip().lower()
-        return abs(p - g) <= tolerance * abs(g) * (1 + 1e-9)  # 1.05 is within 5% of 1 in decimals, not in binary
+        return abs(p - g) <= tolerance * abs(g) * (1 + 1e-9)  # binary rounding: 1.05 - 1 > 0.05
 
     return float(any(map(one, golds)))
 
 
 def seconds(prediction: str, golds: Sequence[str], *, tolerance: float = 0.5) -> float:
-    """1 if the first time that the prediction names is within `tolerance` seconds of an answer, else 0.
+    """1 if the first time in the prediction is within `tolerance` seconds of an answer's first time, else 0.
 
-    A time is a number of seconds or m:ss or h:mm:ss, the ways of Qwen2.5-VL (arXiv:2502.13923).
+    A time is a number of seconds, m:ss or h:mm:ss, as Qwen2.5-VL writes it (arXiv:2502.13923).
     """
     p, times = first_time(prediction), map(first_time, golds)
     return float(p is not None and any(t is not None and abs(p - t) <= tolerance + 1e-9 for t in times))
 
 
 def first_time(text: str) -> float | None:
-    """The first time in a text, in seconds; None if there is none."""
+    """The first time in a text, in seconds, or None."""
     found = re.search(rf"(?:(?:([0-9]+):)?([0-9]+):)?({_NUMBER})", text)
     if not found:
         return None
@@ -89,7 +85,7 @@ def _number(text: str) -> float | None:
 
 
 def _levenshtein(a: str, b: str) -> int:
-    """Insertions, deletions and substitutions of one character that turn a into b."""
+    """The least number of inserted, deleted and replaced characters that turns a into b."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -102,7 +98,7 @@ def _levenshtein(a: str, b: str) -> int:
 
 
 class Box(NamedTuple):
-    """A labelled rectangle, in pixels of the picture as the model sees it (after its resizing)."""
+    """A labelled rectangle, in pixels of the resized image that the model sees."""
 
     label: str
     x1: float
@@ -112,7 +108,7 @@ class Box(NamedTuple):
 
 
 class Matched(NamedTuple):
-    """Counts of one picture."""
+    """Counts for one image."""
 
     right: int  # pairs of a predicted and a gold box
     predicted: int
@@ -124,10 +120,10 @@ class Matched(NamedTuple):
 
 
 def parse_boxes(text: str) -> list[Box]:
-    """The boxes of Qwen2.5-VL's answer, `[{"bbox_2d": [x1, y1, x2, y2], "label": "…"}]`, in a ```json fence or not.
+    """The boxes in an answer of Qwen2.5-VL, `[{"bbox_2d": [x1, y1, x2, y2], "label": "…"}]`, in a ```json fence or not.
 
-    What is no JSON, being cut off at its end or lacking a comma, is read object by object; what has not four
-    numbers or no label is left out. A single object need not be in a list.
+    Broken JSON, cut off or without a comma, is read object by object. Objects without four numbers and a label are
+    skipped. A single object needs no list around it.
     """
     fenced = re.search(r"```(?:json)?\s*(.*?)\s*(?:```|\Z)", text, re.S)
     try:
@@ -143,7 +139,7 @@ def parse_boxes(text: str) -> list[Box]:
 
 
 def _broken(piece: str) -> dict:
-    """What can be made out of one object, from behind its brace on."""
+    """Box and label of one object, from the text after its brace; {} if either is missing."""
     numbers = r"\s*,\s*".join([f"({_NUMBER})"] * 4)
     box = re.search(rf"""["']bbox_2d["']\s*:\s*\[\s*{numbers}""", piece)
     label = re.search(r"""["']label["']\s*:\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')""", piece)
@@ -157,7 +153,7 @@ def _is_finite(x) -> bool:
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two rectangles, labels aside; 0 where one is empty or inside out."""
+    """Intersection over union of two rectangles; labels are ignored. 0 if one is empty or inverted."""
     width, height = min(a.x2, b.x2) - max(a.x1, b.x1), min(a.y2, b.y2) - max(a.y1, b.y1)
     if width <= 0 or height <= 0:
         return 0.0
@@ -166,24 +162,24 @@ def iou(a: Box, b: Box) -> float:
 
 
 def match_boxes(predicted: Sequence[Box], gold: Sequence[Box], *, threshold: float = 0.5) -> Matched:
-    """The most boxes that can be paired off one to one, with the same label (but for case) and an IoU of `threshold`.
+    """Pairs boxes one to one, as many as possible: the same label (up to case) and an IoU of at least `threshold`.
 
-    A second box on an object that has one already is an extra one, and counts against the prediction.
+    A second box on the same object has no partner and lowers precision.
     """
 
     def label(box):
         return unicodedata.normalize("NFC", box.label).strip().casefold()
 
     fits = [[label(p) == label(g) and iou(p, g) >= threshold for g in gold] for p in predicted]
-    taker: dict[int, int] = {}  # gold → predicted
+    partner: dict[int, int] = {}  # gold → predicted
 
     def place(p, tried):
-        """Finds p a gold box, if need be by moving the one that has it (augmenting paths)."""
+        """Pairs p with a gold box, re-pairing others if needed (augmenting paths); False if impossible."""
         for g, fit in enumerate(fits[p]):
             if fit and g not in tried:
                 tried.add(g)
-                if g not in taker or place(taker[g], tried):
-                    taker[g] = p
+                if g not in partner or place(partner[g], tried):
+                    partner[g] = p
                     return True
         return False
 
@@ -204,12 +200,11 @@ def wilson(right: float, n: int) -> tuple[float, float]:
 def bootstrap(
     numerators: Sequence[float], denominators: Sequence[float], *, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """The 95% percentile interval of sum(numerators) / sum(denominators), items drawn with replacement.
+    """The 95% percentile interval of sum(numerators) / sum(denominators); items are drawn with replacement.
 
-    With ones below it is that of a mean. Whole items are drawn, since the boxes of one picture go together. Where
-    all items score the same it has no width, however few they are.
+    Denominators of 1 give the interval of a mean. If all items score the same, the interval has no width.
     """
-    import numpy as np  # here, so that the command line's parser does without
+    import numpy as np  # not at the top: `--help` imports this file
 
     pairs = np.stack([np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)], 1)
     rng = np.random.default_rng(seed)
@@ -219,10 +214,5 @@ def bootstrap(
     return float(low), float(high)
 
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "exact": exact,
-    "anls": anls,
-    "relaxed": relaxed,
-    "seconds": seconds,
-}
-BOXES = "iou"  # counted over a task; every other metric is the mean of its items
+METRICS: dict[str, Callable[..., float]] = {f.__name__: f for f in (exact, anls, relaxed, seconds)}
+BOXES = "iou"  # F1 over the boxes of a task; other metrics are means over items

@@ -1,7 +1,4 @@
-"""Questions whose answers are known: JSONL files and records, checked before a model is asked.
-
-Importing this file does not import numpy.
-"""
+"""Questions with known answers, from JSONL files or records. This file does not import numpy."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +13,7 @@ from qwenvl_jax.eval.metrics import BOXES, METRICS
 class Question(NamedTuple):
     """One item to answer."""
 
-    messages: list[dict]  # up to the answer
+    messages: list[dict]  # without the answer
     answers: tuple[str, ...]  # the right ones
     task: str
     metric: str
@@ -25,16 +22,16 @@ class Question(NamedTuple):
 
 
 def read_questions(records, metric: str = "exact") -> list[Question]:
-    """The questions of a JSONL file, a list of them, or a list of records (see `Evaluator`) or of questions.
+    """The questions of a JSONL file, a list of files, or a list of records (see `Evaluator`) or questions.
 
-    Paths of pictures and clips in a file start from its folder. Raises InputError that names the record at fault.
+    Paths in a file are relative to its folder. Raises InputError that names the bad record.
     """
-    from qwenvl_jax.inputs.records import read_lines  # it brings numpy
+    from qwenvl_jax.inputs.records import read_lines  # imports numpy
 
     if isinstance(records, str | Path):
         records = [records]
     questions = []
-    for i in range(len(records)):  # what only has len() and [i] is a list too
+    for i in range(len(records)):  # any object with len() and [i] will do
         one = records[i]
         if isinstance(one, Question):
             questions.append(one)
@@ -45,7 +42,7 @@ def read_questions(records, metric: str = "exact") -> list[Question]:
                 questions.append(_question(value, folder, metric, where))
             except InputError as e:
                 raise e.at(where) from e
-            except RecursionError as e:  # lists nested by the hundred
+            except RecursionError as e:  # deeply nested lists
                 raise InputError(f"{where}: {e}") from e
     if not questions:
         raise InputError(f"{', '.join(map(str, records)) or 'the list of records'}: no record to evaluate on")
@@ -64,9 +61,9 @@ def _question(record, folder: Path | None, metric: str, where: str) -> Question:
         messages = messages[:-1]
         answer = text_of(last) if answer is None else answer
     if answer is None:
-        raise InputError("has no 'answer', and does not end with one of the assistant's")
+        raise InputError("has no 'answer' and does not end with an assistant message; add one of them")
     if not messages:
-        raise InputError("has no question before the answer")
+        raise InputError("has no question before the answer; add a user message")
     task, metric = record.get("task", "default"), record.get("metric", metric)
     if not isinstance(task, str) or not task:
         raise InputError(f"task is {task!r}; it must be a name")
@@ -76,7 +73,7 @@ def _question(record, folder: Path | None, metric: str, where: str) -> Question:
 
 
 def _answers(answer, metric: str) -> tuple[str, ...]:
-    """The right answers as texts, checked to be what the metric can compare with."""
+    """The right answers as texts. Raises InputError if the metric cannot read one."""
     if metric == BOXES:
         try:
             objects = json.loads(answer) if isinstance(answer, str) else answer
@@ -93,7 +90,7 @@ def _answers(answer, metric: str) -> tuple[str, ...]:
     if metric == "seconds":
         for text in texts:
             if metrics.first_time(text) is None:
-                raise InputError(f"answer is {text[:80]!r}; with the metric seconds it must name a time")
+                raise InputError(f"answer is {text[:80]!r}; for the metric seconds it must contain a time")
     return texts
 
 

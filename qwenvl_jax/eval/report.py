@@ -1,4 +1,4 @@
-"""Answers scored one by one, and the scores of all of them with their 95% intervals."""
+"""Scores of single answers, and of all answers with 95% intervals."""
 
 import json
 import os
@@ -15,7 +15,7 @@ _PROPORTIONS = ("exact", "relaxed", "seconds")
 
 
 class Answer(NamedTuple):
-    """One item answered. score is from 0 to 1; matched holds the counts that a box metric's score is made of."""
+    """One answered question. score: from 0 to 1; matched: the counts behind a box score."""
 
     question: Question
     prediction: str
@@ -39,7 +39,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task, from 0 to 1, with its 95% interval; n items. details: precision and recall of boxes."""
+    """One metric of one task, from 0 to 1, with its 95% interval; n answers. details: precision and recall of boxes."""
 
     task: str
     metric: str
@@ -52,14 +52,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Report:
-    """Scores by task, `overall` (the mean of all items' scores), and every answer in the order of the records."""
+    """Scores by task, `overall` (the mean over all answers), and the answers in the order of the records."""
 
     scores: tuple[Score, ...]
     overall: Score
     answers: tuple[Answer, ...]
 
     def metrics(self) -> dict[str, float]:
-        """{"eval/TASK/METRIC": value, …, "eval/overall": value}, for a training run's log."""
+        """{"eval/TASK/METRIC": value, …, "eval/overall": value}, for the metrics of a training run."""
         named: dict[str, float] = {}
         for s in self.scores:
             named |= {f"eval/{s.task}/{name}": value for name, value in {s.metric: s.value, **s.details}.items()}
@@ -70,7 +70,7 @@ class Report:
         return {"tasks": [vars(s) for s in self.scores], "overall": vars(self.overall)}
 
     def table(self) -> str:
-        """The scores for people, in percent."""
+        """The scores as a text table, in percent."""
         rows = [("task", "metric", "n", "score", "95% interval", "")]
         for s in (*self.scores, self.overall):
             metric = "F1 at IoU 0.5" if s.metric == BOXES else s.metric
@@ -83,7 +83,7 @@ class Report:
         return "\n".join("  ".join(row).rstrip() for row in cells)
 
     def write(self, path) -> None:
-        """Writes the answers as JSONL, under another name until the file is complete."""
+        """Writes the answers as JSONL. The file gets its name when it is complete."""
         path = Path(path)
         work = path.with_name(f"{path.name}.partial-{os.getpid()}")
         try:
@@ -95,7 +95,7 @@ class Report:
 
 
 def score(question: Question, prediction: str, finish_reason: str = "stop") -> Answer:
-    """Compares one prediction with the right answers of its question."""
+    """Scores one prediction."""
     if question.metric == BOXES:
         gold = metrics.parse_boxes(question.answers[0])
         matched = metrics.match_boxes(metrics.parse_boxes(prediction), gold)
@@ -105,7 +105,7 @@ def score(question: Question, prediction: str, finish_reason: str = "stop") -> A
 
 
 def report(answers: Sequence[Answer]) -> Report:
-    """The scores of at least one answer; tasks in the order of their first."""
+    """The scores of at least one answer; tasks keep their order."""
     groups: dict[tuple[str, str], list[Answer]] = {}
     for a in answers:
         groups.setdefault((a.question.task, a.question.metric), []).append(a)
@@ -119,7 +119,7 @@ def _score(task: str, metric: str, answers: Sequence[Answer]) -> Score:
         matched = [a.matched for a in answers if a.matched is not None]
         right, predicted, gold = (sum(column) for column in zip(*matched, strict=True))
         pairs = [(2 * m.right, m.predicted + m.gold) for m in matched]
-        # Of no boxes none is wrong; but where there was something to find, silence is not precise either.
+        # Without predicted boxes, precision is 1 only if there was nothing to find; recall likewise.
         precision = right / predicted if predicted else float(not gold)
         recall = right / gold if gold else float(not predicted)
         details = {"precision": precision, "recall": recall}

@@ -1,9 +1,8 @@
-"""jax's persistent compilation cache, in a directory that only the user can write to.
+"""Turns on jax's persistent compilation cache, in a directory that only the user can write to.
 
-jax runs the programs that it finds in its cache, so whoever can write there can run code as the user. A directory that
-JAX_COMPILATION_CACHE_DIR names is the user's own choice and is left alone. The default one,
-`$XDG_CACHE_HOME/qwenvl_jax` or `~/.cache/qwenvl_jax`, is made with mode 0700, and refused if anyone else could have
-written to it. Importing this file does not import jax.
+jax runs the programs in its cache, so anyone who can write there can run code as the user. The default directory is
+`$XDG_CACHE_HOME/qwenvl_jax` or `~/.cache/qwenvl_jax`. It is made with mode 0700, and refused if another user could
+have written to it. A directory from JAX_COMPILATION_CACHE_DIR is not checked. This file does not import jax.
 """
 
 import contextlib
@@ -14,12 +13,12 @@ from pathlib import Path
 
 from qwenvl_jax.errors import InputError
 
-LIMIT = 2 << 30  # bytes; beyond it, the files that were used least recently are removed
-_QUICKEST = "jax_persistent_cache_min_compile_time_secs"
+LIMIT = 2 << 30  # bytes; above this, the least recently used files are removed
+_MIN_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 
-def keep() -> None:
-    """From now on, jax keeps what this process compiles, even what compiles in no time.
+def enable() -> None:
+    """Caches every program that this process compiles from now on, however short the compilation.
 
     jax's own environment variables win. Raises InputError if the default directory is refused.
     """
@@ -29,24 +28,24 @@ def keep() -> None:
         return
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(directory()))
-    if _QUICKEST.upper() not in os.environ:
-        jax.config.update(_QUICKEST, 0)
+    if _MIN_SECONDS.upper() not in os.environ:
+        jax.config.update(_MIN_SECONDS, 0)
 
 
 @contextlib.contextmanager
-def kept():
-    """`keep` for a library: it warns if the directory is refused, and quick programs are kept only meanwhile."""
+def enabled():
+    """`enable` for a library: warns if the directory is refused; on exit, jax's time threshold applies again."""
     import jax
 
-    quickest = getattr(jax.config, _QUICKEST)
+    min_seconds = getattr(jax.config, _MIN_SECONDS)
     try:
-        keep()
+        enable()
     except InputError as e:
         warnings.warn(str(e), stacklevel=4)
     try:
         yield
     finally:
-        jax.config.update(_QUICKEST, quickest)
+        jax.config.update(_MIN_SECONDS, min_seconds)
 
 
 def directory() -> Path:
@@ -57,18 +56,18 @@ def directory() -> Path:
         for place in (*reversed(path.parents), path):
             place.mkdir(mode=0o700, exist_ok=True)
         problem = _exposed(path) or _prune(path)
-    except (OSError, RuntimeError) as e:  # RuntimeError: no home directory, or a circle of symbolic links
-        problem = f"{path} cannot be had ({getattr(e, 'strerror', None) or e})"
+    except (OSError, RuntimeError) as e:  # RuntimeError: no home directory, or a loop of symbolic links
+        problem = f"{path} cannot be used ({getattr(e, 'strerror', None) or e})"
     if problem:
         raise InputError(
-            f"compiled programs are not kept, because {problem}. Set JAX_COMPILATION_CACHE_DIR to a directory that "
+            f"compiled programs are not cached, because {problem}. Set JAX_COMPILATION_CACHE_DIR to a directory that "
             "only you can write to, or JAX_ENABLE_COMPILATION_CACHE=0"
         )
     return path
 
 
 def _default() -> Path:
-    """Without symbolic links, which somebody could turn elsewhere after the check."""
+    """The default directory with symbolic links resolved: a link could be redirected after the check."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not base.is_absolute():  # the XDG standard ignores a relative one
         base = Path.home() / ".cache"
@@ -78,25 +77,27 @@ def _default() -> Path:
 
 
 def _exposed(path: Path) -> str | None:
-    """Why someone else could write to `path`, or put something in its place; None if nobody could."""
+    """Why another user could write to `path` or replace it; None if nobody could."""
     me, closed = os.geteuid(), False
     for parent in reversed(path.parents):
         status = parent.stat()
         if status.st_uid not in (0, me):
             return f"{parent} belongs to another user"
         if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX and not closed:
-            return f"others can write to {parent} (chmod go-w mends it)"
-        closed = closed or (status.st_uid == me and not status.st_mode & 0o077)  # nobody else gets further
+            return f"others can write to {parent} (chmod go-w fixes this)"
+        closed = closed or (
+            status.st_uid == me and not status.st_mode & 0o077
+        )  # nobody else can go below this directory
     status = path.lstat()
     if status.st_uid != me:
         return f"{path} belongs to another user"
     if status.st_mode & 0o077:
-        return f"others can open {path} (chmod 700 mends it; empty it first if they could write to it)"
+        return f"others can open {path} (chmod 700 fixes this; empty it first if they could write to it)"
     return None
 
 
 def _prune(path: Path) -> str | None:
-    """Removes what is beyond LIMIT. Returns why the directory is refused, if a file in it is someone else's."""
+    """Removes the least recently used files above LIMIT. If a file belongs to another user, says so instead."""
     files = []
     for folder, _, names in os.walk(path):
         for file in (os.path.join(folder, name) for name in names):

@@ -1,4 +1,4 @@
-"""Token ids to text one id at a time: a delta is released only when nothing that follows can change it."""
+"""Token ids to text, one id at a time. Text is released once no later id can change it."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,14 +8,13 @@ _LONGEST = 4
 
 
 class Detokenizer:
-    """Turns a stream of ids into a stream of text that ends before the first stop string.
+    """Turns a stream of ids into pieces of text. The text ends before the first stop string.
 
-    decode: ids → text, where the text of a list is that of the joined bytes of its ids (byte-level BPE);
-    bytes that are no UTF-8 become U+FFFD.
-    stop: the text ends before the stop string that is complete first, wherever token borders fall.
+    decode: ids → text. It joins the bytes of the ids (byte-level BPE); bytes that are not UTF-8 become U+FFFD.
+    stop: stop strings. The one that is complete first ends the text, even inside a token.
 
-    The deltas of `push` and the final `finish`, joined, are the whole text. Held back meanwhile are the bytes
-    of an unfinished character and any ending that may grow into a stop string.
+    The results of `push` and the final `finish`, joined, are the text. Until they can no longer change, bytes of an
+    unfinished character and the beginning of a stop string are held back.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()):
@@ -23,30 +22,30 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._ids: list[int] = []  # not yet text
         self._held = ""  # text, not yet released
-        self.stopped = False  # a stop string was found
+        self.stopped = False
 
     def push(self, token: int) -> str:
-        """Takes one id and returns the text that it releases; nothing once `stopped`."""
+        """Adds one id and returns the text that it releases: "" after a stop string."""
         self._ids.append(token)
         text = self._decode(self._ids)
         if not text.endswith(_UNFINISHED):
             self._ids = []
-        elif len(self._ids) > 2 * _LONGEST:  # not one unfinished character, but bytes that never become one
-            text = self._settled(text)
+        elif len(self._ids) > 2 * _LONGEST:  # invalid bytes, not an unfinished character
+            text = self._stable_prefix(text)
         else:
             text = ""
         return self._release(text)
 
     def finish(self) -> str:
-        """Returns what was still held back; an unfinished character becomes U+FFFD."""
+        """Returns the text that was held back; an unfinished character becomes U+FFFD."""
         text = self._release(self._decode(self._ids) if self._ids else "")
         if not self.stopped:
             text, self._held = text + self._held, ""
         self._ids = []
         return text
 
-    def _settled(self, text: str) -> str:
-        """Splits the ids where the following four settle what the ones before them decode to."""
+    def _stable_prefix(self, text: str) -> str:
+        """Removes the leading ids whose text the last four ids cannot change, and returns that text."""
         for cut in range(len(self._ids) - _LONGEST, 0, -1):
             head = self._decode(self._ids[:cut])
             if head + self._decode(self._ids[cut:]) == text:

@@ -1,8 +1,8 @@
 """Conversations in, answers out: batches, buckets and the decode loop around the pure model.
 
-The loop never waits for a token. Each step is dispatched as soon as the one before is, the drawn token goes
-from step to step on the device, and the host reads it `lag` steps later; what was dispatched past a row's
-end is thrown away. (A loop on the device would keep a second copy of the cache.)
+The loop never waits for a token. It dispatches each step right after the previous one; drawn tokens stay on the device,
+and the host reads them `lag` steps later. Steps dispatched past a row's end are discarded. (A loop on the device would
+hold a second copy of the cache.)
 """
 
 import functools
@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.infer import sampling
-from qwenvl_jax.infer.compile_cache import kept
-from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, room
+from qwenvl_jax.infer.compile_cache import enabled
+from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, tokens_left
 from qwenvl_jax.infer.programs import CHUNK, Programs, cpu_layouts
 from qwenvl_jax.infer.requests import Request, Result, Row, Stream, batches
 from qwenvl_jax.inputs.ladder import Ladder, round_up
@@ -32,12 +32,13 @@ from qwenvl_jax.types import Batch, Model, Sample, VisionBatch
 
 
 class Engine:
-    """Generates with one model. Programs are compiled when first needed, or ahead by `warmup`.
+    """Generates with one model. Programs are compiled on first use, or ahead of time by `warmup`.
 
-    max_batch: rows decoded together; longer lists are split.
-    max_length: tokens of a prompt and its answer together, at most (and by default) the model's context.
-    ladder: the sizes to compile for; `tokens` serves prompts and caches.
-    lag: how many steps the host reads behind the device.
+    max_batch: most rows decoded together; longer lists are split.
+    max_length: most tokens of a prompt and its answer together; the default is the model's context.
+    ladder: the buckets to compile for; `tokens` serves prompts and caches.
+    lag: the host reads a token this many steps after the device drew it.
+    Raises OptionsError for a value out of range.
     """
 
     def __init__(
@@ -58,10 +59,10 @@ class Engine:
         self.config, self.processor, self.generation = model.config, model.processor, model.generation
         self.max_batch, self.max_length, self.lag = max_batch, max_length, lag
         self.params = jax.tree.map(jnp.asarray, model.params)
-        layouts = [leaf.sharding for leaf in jax.tree.leaves(self.params)]
-        mesh = next((s.mesh for s in layouts if isinstance(s, NamedSharding)), None)
-        # Inputs go to every device of the mesh; the model's own constraints split them.
-        self._layout = layouts[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
+        shardings = [leaf.sharding for leaf in jax.tree.leaves(self.params)]
+        mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
+        # Inputs are copied to every device of the mesh; the model's sharding constraints split them.
+        self._sharding = shardings[0] if mesh is None else NamedSharding(mesh, PartitionSpec())
 
         ladder = ladder or Ladder()
         ladder.check()
@@ -69,11 +70,11 @@ class Engine:
         lanes = ladder.lanes * (1 if mesh is None else math.prod(mesh.shape[axis] for axis in ACTIVATION_AXES["R"]))
         self.ladder = ladder._replace(rows=rows, tokens=tokens, lanes=lanes)
         self._programs = Programs(self.config, tokens, mesh)
-        self._real, self._slots = Counter(), Counter()  # of what was computed, by "text" and "vision"
+        self._real, self._slots = Counter(), Counter()  # computed without and with padding, for "text" and "vision"
 
     @property
     def params(self) -> dict | None:
-        """The model's parameters; others of the same shapes and dtypes may take their place."""
+        """The model's parameters. They can be replaced by others of the same shapes and dtypes."""
         return self._params
 
     @params.setter
@@ -85,12 +86,12 @@ class Engine:
 
     @property
     def traces(self) -> dict[str, int]:
-        """How often each program was traced, which is how often XLA compiled."""
+        """How often each program was traced, that is, compiled."""
         return dict(self._programs.traces)
 
     @property
     def padding(self) -> dict[str, float]:
-        """The share of all that prompts ("text") and the vision tower ("vision") have computed that was padding."""
+        """The share of padding in everything computed so far, for prompts ("text") and the vision tower ("vision")."""
         return {name: float(1 - self._real[name] / slots) for name, slots in self._slots.items()}
 
     def generate(
@@ -101,20 +102,22 @@ class Engine:
         tools: list | None = None,
         **changes,
     ) -> list[Result]:
-        """Answers every conversation; the results are in their order.
+        """Answers every conversation, in order.
 
-        conversations: each a list of messages, or a `Sample` that the processor has made of one.
-        options: for all, or one for each; `changes` are single options for all (`temperature=0.7`) and win.
-        Everything is encoded before the first token is generated, so bad input anywhere costs nothing, and
-        all pictures are in host memory at once. Raises InputError for bad input, bad options, or a prompt
-        that leaves no room in the context.
+        conversations: lists of messages, or `Sample`s from the processor.
+        options: one for all, or one for each. `changes` are single options for all (`temperature=0.7`); they win.
+        tools: functions that the model may call, in OpenAI's form.
+        Everything is encoded before the first token is generated: bad input costs no computation, but all images are in
+        host memory at once. Raises InputError, or a subclass, for bad input, options, or a prompt that is too long.
         """
         if isinstance(conversations, Sample) or any(isinstance(c, dict) for c in conversations):
-            raise InputError("generate takes a list of conversations; put the one you have into a list")
+            raise InputError("generate takes a list of conversations; put a single one into a list")
         if options is None or isinstance(options, GenerateOptions):
             options = [options or GenerateOptions()] * len(conversations)
         if len(options) != len(conversations):
-            raise InputError(f"{len(options)} options were given for {len(conversations)} conversations")
+            raise InputError(
+                f"there are {len(options)} options for {len(conversations)} conversations; give one for each"
+            )
         requests = [self._request(c, o, tools, changes) for c, o in zip(conversations, options, strict=True)]
         for rows in batches(requests, self.max_batch):
             for _ in self._run(rows):
@@ -122,53 +125,50 @@ class Engine:
         return [request.result() for request in requests]
 
     def stream(
-        self,
-        conversation,
-        options: GenerateOptions | None = None,
-        *,
-        tools: list | None = None,
-        **changes,
+        self, conversation, options: GenerateOptions | None = None, *, tools: list | None = None, **changes
     ) -> Stream:
-        """Answers one conversation piece by piece; the pieces joined are the text `generate` gives.
+        """Answers one conversation in pieces of text; joined, they are the text of `generate`.
 
-        No piece holds part of a character or of a stop string. Raises as `generate` does, before any piece.
+        No piece holds part of a character or of a stop string. Raises as `generate` does, before the first piece.
         """
         request = self._request(conversation, options or GenerateOptions(), tools, changes)
         if len(request.rows) > 1:
-            raise OptionsError(f"n is {len(request.rows)}; only one sample can be streamed, generate gives several")
+            raise OptionsError(f"n is {len(request.rows)}; stream gives one answer, use generate for several")
         return Stream(request, self._run(request.rows))
 
     def _request(self, conversation, options: GenerateOptions, tools, changes: dict) -> Request:
         options = options.replace(**changes)
-        if options.seed is None and jax.process_count() > 1:  # the same one for all, or each would draw its own tokens
+        if options.seed is None and jax.process_count() > 1:  # one seed for all processes
             seed = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
             options = options.replace(seed=int(seed))
         options = options.resolve(self.generation, self.config.eos_token_id)
         sample = conversation
         if not isinstance(sample, Sample):
             sample = self.processor.encode(conversation, tools=tools)
-        limit = min(options.max_new_tokens, room(sample, self.max_length))
+        limit = min(options.max_new_tokens, tokens_left(sample, self.max_length))
         for visual in sample.visuals:
             self.ladder.capacity(slots_needed(visual.grid, self.config.vision), self.config.vision)
         decode = functools.partial(self.processor.decode, skip_special_tokens=options.skip_special_tokens)
         return Request(sample, options, limit, decode)
 
     def _run(self, rows: list[Row]) -> Iterator[None]:
-        """Generates one batch to its end; the rows take in one token each between two yields."""
+        """Generates one batch to its end. Between two yields, each row gets one token."""
         programs = self._programs
         variant = {
             "sample": not all(row.options.greedy for row in rows),
             "logprobs": MAX_LOGPROBS if any(row.options.logprobs is not None for row in rows) else None,
         }
-        draw, state, cache, knobs = self._start(rows, variant)
+        draw, state, cache, sampling_params = self._start(rows, variant)
         unread, dispatched = deque([_fetch(draw)]), 1
         while live := [row for row in rows if row.finish_reason is None]:
             while len(unread) <= self.lag and dispatched < max(row.limit for row in live):
-                # This step writes slot prompt + dispatched − 1 of a row, if it still needs it.
+                # For a row that still needs it, this step writes slot prompt + dispatched − 1.
                 slots = max(row.prompt_tokens + min(dispatched, row.limit - 1) for row in live)
                 while cache.k[0].shape[2] < slots:
                     cache = programs.grow(cache)
-                draw, state, cache = programs.step(self._step_params, draw.tokens, state, cache, knobs, **variant)
+                draw, state, cache = programs.step(
+                    self._step_params, draw.tokens, state, cache, sampling_params, **variant
+                )
                 unread.append(_fetch(draw))
                 dispatched += 1
             values = jax.device_get(unread.popleft())
@@ -177,7 +177,7 @@ class Engine:
             yield
 
     def _start(self, rows: list[Row], variant: dict):
-        """From the prompts to the first drawn token. A prompt is read once, however many rows have it."""
+        """From the prompts to the first drawn token. Rows with the same prompt share one prefill."""
         requests = list(dict.fromkeys(row.request for row in rows))
         batch = make_batch([r.sample for r in requests], self.config, self.ladder)
         for name, ids in ("text", batch.segments), *(("vision", lanes.frames) for lanes in batch.vision):
@@ -191,18 +191,18 @@ class Engine:
             prefilled = self._programs.fork(self._put(source), *prefilled)
         logits, prompt, cache = prefilled
         keys = self._put(sampling.seed_keys([row.seed for row in rows], size))
-        knobs = self._put(sampling.make_knobs([row.options.knobs for row in rows], size))
-        draw, state = self._programs.first(logits, prompt, keys, knobs, **variant)
-        return draw, state, cache, knobs
+        sampling_params = self._put(sampling.stack_params([row.options.sampling_params for row in rows], size))
+        draw, state = self._programs.first(logits, prompt, keys, sampling_params, **variant)
+        return draw, state, cache, sampling_params
 
     def _prompt(self, batch: Batch):
-        """Reads the prompts: (logits [B, V] after each, ids that each holds [B, V], the cache)."""
+        """Prefill: (logits [B, V] after the prompts, the ids in them [B, V], the cache)."""
         batch = self._put(batch)
         x, prompt = self._programs.embed(self._scan_params, batch.tokens, batch.segments)
         start = 0
         for lanes in batch.vision:
             end = start + lanes.frames.size // self.config.vision.merge_unit
-            for chunk in self._programs.encode(self._scan_params, lanes):
+            for chunk in self._programs.vision(self._scan_params, lanes):
                 stop = min(start + CHUNK, end)
                 rows = self._put((np.int32(start), np.int32(stop)))
                 x = self._programs.place(x, batch.visual_index, chunk, *rows)
@@ -211,10 +211,10 @@ class Engine:
         return logits, prompt, cache
 
     def _put(self, tree):
-        if self._layout.is_fully_addressable:
-            return jax.device_put(tree, self._layout)
-        # Every process has the same; device_put would first compare them all.
-        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, self._layout, lambda i: a[i]), tree)
+        if self._sharding.is_fully_addressable:
+            return jax.device_put(tree, self._sharding)
+        # All processes hold the same values; device_put would first compare them.
+        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, self._sharding, lambda i: a[i]), tree)
 
     def warmup(
         self,
@@ -228,15 +228,13 @@ class Engine:
     ) -> None:
         """Compiles every program that requests within these limits can need, by running each once.
 
-        max_tokens: of a prompt and its answer together; by default the engine's max_length.
-        max_pixels: the largest that pictures and video frames are prepared with, however many; by default the
-            checkpoint's limit, 0 for text only.
-        n: samples of every conversation.
-        sample, logprobs: the kinds of batches to prepare for: any row not greedy, any row with logprobs.
-        They are kept for the next process in jax's persistent compilation cache: where JAX_COMPILATION_CACHE_DIR
-        says, else in ~/.cache/qwenvl_jax, which must be closed to others (otherwise a warning, and nothing is kept).
-        What this process compiles later is kept there too, if it takes a second or more.
-        Raises InputError for limits that cannot be.
+        max_tokens: of a prompt and its answer together; the default is the engine's max_length.
+        max_pixels: of each image or video frame; the default is the checkpoint's limit; 0 is for text only.
+        n: answers per conversation.
+        sample: whether any row of a batch samples; logprobs: whether any row returns logprobs.
+        The programs go to jax's persistent compilation cache: JAX_COMPILATION_CACHE_DIR, or ~/.cache/qwenvl_jax, which
+        must be closed to other users (otherwise a warning, and no cache). Later compilations that take a second or more
+        go there too. Raises OptionsError for a limit out of range.
         """
         for name, value, least in (("max_tokens", max_tokens, 1), ("max_pixels", max_pixels, 0), ("n", n, 1)):
             if value is not None and (not isinstance(value, int) or value < least):
@@ -253,7 +251,7 @@ class Engine:
         for B in self.ladder.rows:
             jobs += [functools.partial(self._warm_prompt, B, T, forks, min(calls, default=None)) for T in tokens]
             jobs.append(functools.partial(self._warm_steps, B, tokens, variants))
-        with kept():
+        with enabled():
             for job in tqdm(jobs, desc="compiling", disable=not progress):
                 jax.block_until_ready(job())
 
@@ -261,7 +259,7 @@ class Engine:
         ids = np.zeros((R, P), np.int32)
         patches = np.zeros((*ids.shape, self.config.vision.patch_values), np.uint8)
         vision = VisionBatch(patches, np.zeros((*ids.shape, 2), np.int32), ids, ids)
-        return self._programs.encode(self._scan_params, self._put(vision))
+        return self._programs.vision(self._scan_params, self._put(vision))
 
     def _warm_prompt(self, B: int, T: int, forks: set[tuple[int, int]], call: tuple[int, int] | None):
         empty = np.zeros((B, T), np.int32)
@@ -278,31 +276,32 @@ class Engine:
 
     def _warm_steps(self, B: int, tokens: Sequence[int], variants: list[dict]):
         logits, prompt, cache = self._warm_prompt(B, tokens[0], set(), None)
-        keys, knobs = self._put((sampling.seed_keys([], B), sampling.make_knobs([], B)))
+        keys, sampling_params = self._put((sampling.seed_keys([], B), sampling.stack_params([], B)))
         while True:
             for variant in variants:
-                draw, state = self._programs.first(logits, jnp.copy(prompt), keys, knobs, **variant)
-                draw, state, cache = self._programs.step(self._step_params, draw.tokens, state, cache, knobs, **variant)
-            # A prompt in the last bucket has a cache of the rung after it.
+                draw, state = self._programs.first(logits, jnp.copy(prompt), keys, sampling_params, **variant)
+                draw, state, cache = self._programs.step(
+                    self._step_params, draw.tokens, state, cache, sampling_params, **variant
+                )
             if cache.k[0].shape[2] >= self._programs.slots(tokens[-1]):
                 return cache
             cache = self._programs.grow(cache)
 
 
 def _capped(rungs: Sequence[int], most: int) -> tuple[int, ...]:
-    """The rungs below `most`, and `most`."""
+    """The buckets below `most`, and `most`."""
     return (*(r for r in rungs if r < most), most)
 
 
 def _forks(n: int, max_batch: int, rungs: Sequence[int]) -> set[tuple[int, int]]:
-    """The (prompts, rows) buckets that conversations with n samples each lead to."""
+    """The (prompts, rows) buckets of batches whose conversations have n answers each."""
     counts = {(u, u * n) for u in range(1, max_batch // n + 1)} | {(1, max_batch), (1, n % max_batch)}
     counts = {(u, rows) for u, rows in counts if u < rows and (n <= max_batch or u == 1)} if n > 1 else set()
     return {(round_up(u, rungs, "rows"), round_up(rows, rungs, "rows")) for u, rows in counts}
 
 
 def _fetch(draw: sampling.Draw) -> sampling.Draw:
-    """Starts the copy to the host, to be read later without waiting."""
+    """Starts an asynchronous copy to the host."""
     for leaf in jax.tree.leaves(draw):
         leaf.copy_to_host_async()
     return draw

@@ -1,4 +1,4 @@
-"""What the engine keeps of each request while it answers: its rows, and the result that they become."""
+"""The host's state of each request: its rows while they generate, and the result."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ class Result:
     """One answer.
 
     text: the answer without eos, stop ids or stop strings.
-    token_ids: everything generated, with the eos or stop id that ended it (as in transformers and vLLM);
-        after a stop string, up to the token that completed it.
+    token_ids: all generated ids, including the eos or stop id (as in transformers and vLLM) or the token that completed
+        the stop string.
     finish_reason: "stop" (eos, a stop id or string) or "length" (max_new_tokens, or the context is full).
-    logprobs: one for each of token_ids, under the raw logits; None unless asked for.
-    top_logprobs: for each of token_ids the best (id, logprob) pairs; None unless asked for.
-    others: the other n − 1 samples of the same conversation.
+    logprobs: of each of token_ids, under the raw logits; None unless requested.
+    top_logprobs: the best (id, logprob) pairs for each of token_ids; None unless requested.
+    others: the other n − 1 answers to the same conversation.
     """
 
     text: str
@@ -32,12 +32,12 @@ class Result:
 
     @property
     def samples(self) -> tuple["Result", ...]:
-        """All n samples, this one first."""
+        """All n answers, this one first."""
         return (self, *self.others)
 
 
-class Stream:
-    """An answer in pieces. `result` is None until they have run out; `close` gives up before that."""
+class Stream(Iterator[str]):
+    """Iterates over an answer in pieces. `result` is None before the last one; `close` stops early."""
 
     def __init__(self, request: "Request", steps: Iterator[None]):
         self._request = request
@@ -48,9 +48,6 @@ class Stream:
         for _ in steps:
             if row.pieces[-1]:
                 yield row.pieces[-1]
-
-    def __iter__(self):
-        return self
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -64,7 +61,7 @@ class Stream:
 
 
 class Request:
-    """One conversation and the rows, one a sample, that answer it."""
+    """One conversation, and a row for each of its n answers."""
 
     def __init__(self, sample: Sample, options: GenerateOptions, limit: int, decode):
         self.sample = sample
@@ -78,20 +75,20 @@ class Request:
 
 
 class Row:
-    """One row of a batch: what it may still do, and what it has so far."""
+    """One row of a batch: its limits, and what was generated so far. limit: most new tokens."""
 
     def __init__(self, request: Request, options: GenerateOptions, seed: int, limit: int, text: Detokenizer):
         self.request, self.options, self.seed, self.limit, self._text = request, options, seed, limit, text
         self.prompt_tokens = len(request.sample.tokens)
         self._stop_ids = frozenset(options.stop_token_ids)
         self.finish_reason: str | None = None
-        self.pieces: list[str] = []  # of text, one a token
+        self.pieces: list[str] = []  # of text, one per token
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._top: list[list[tuple[int, float]]] = []
 
     def push(self, b: int, draw: sampling.Draw) -> None:
-        """Takes row b of a draw that is on the host; one that comes after the end is dropped."""
+        """Adds row b of a draw that is on the host, unless the row has ended."""
         if self.finish_reason:
             return
         token, asked = int(draw.tokens[b]), self.options.logprobs
@@ -123,9 +120,9 @@ class Row:
 
 
 def batches(requests: list[Request], max_batch: int) -> Iterator[list[Row]]:
-    """Rows of similar prompt length together, the longest first, so that memory runs out early or not at all.
+    """Batches of rows with similar prompt lengths. The longest come first, so that a lack of memory shows at once.
 
-    The samples of one conversation stay together where they fit, so that it is read once.
+    The rows of one conversation share a batch if they fit, so that its prompt is prefilled once.
     """
     batch = []
     for request in sorted(requests, key=lambda r: -len(r.sample.tokens)):

@@ -1,4 +1,4 @@
-"""The chips that `plan` knows, their slices by Cloud TPU's names, and stand-ins for them to compile for."""
+"""TPUs and GPUs by their data sheets, TPU slices by Cloud TPU's names, and abstract devices to compile for."""
 
 import importlib.util
 import os
@@ -14,13 +14,13 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """A chip by its maker's data sheet. TPU memory is what the compiler says there is for programs."""
+    """A chip by its maker's data sheet. TPU memory is what the TPU compiler gives to programs."""
 
     memory: float  # bytes
-    flops: float  # bfloat16 operations a second
-    bandwidth: float  # bytes a second to and from memory
-    link: float  # bytes a second that it sends to other chips, all its links together
-    slices: dict[int, str] = {}  # noqa: RUF012 - read only: chips of a slice → its topology; GPUs: any number
+    flops: float  # bfloat16 operations per second
+    bandwidth: float  # bytes per second to and from memory
+    link: float  # bytes per second that it sends to other chips, over all links
+    slices: dict[int, str] = {}  # noqa: RUF012 - read only: {chips: topology}; empty for GPUs
 
 
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -32,9 +32,9 @@ CHIPS = {
     "h100": Chip(79.1 * GIB, peak_flops("H100"), 3.35e12, 450e9),
     "h200": Chip(140.4 * GIB, peak_flops("H200"), 4.8e12, 450e9),
 }
-_HOST = 8  # GPUs of a host
-_NETWORK = 50e9  # bytes a second that a GPU sends to other hosts (400 Gb/s each)
-_GPU_SHARE = 0.92  # of a GPU's memory; CUDA, cuBLAS and NCCL take the rest
+_HOST = 8  # GPUs per host
+_NETWORK = 50e9  # bytes per second that a GPU sends to other hosts (400 Gb/s)
+_GPU_SHARE = 0.92  # of a GPU's memory; CUDA, cuBLAS and NCCL use the rest
 
 _GPU = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -48,12 +48,11 @@ dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 device_description_str: "NVIDIA {name}"
 """
 
-
-# So that neither compiler looks for the device it would run on, nor complains that there is none.
+# With these, neither compiler looks for a device or complains that there is none.
 _NO_DEVICE = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run on one, so several processes may compile side by side
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs on it, so processes may share it
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_MIN_LOG_LEVEL": "3",
@@ -62,7 +61,7 @@ _NO_DEVICE = {
 
 
 class Target(NamedTuple):
-    """So many chips of one kind, as in "v6e-4" or "h100x8"."""
+    """Chips of one kind, as in "v6e-4" or "h100x8"."""
 
     kind: str
     chips: int
@@ -86,27 +85,31 @@ class Target(NamedTuple):
 
 
 def parse_target(name: str) -> Target:
-    """A slice by Cloud TPU's accelerator type ("v5litepod-8" or "v5e-8", "v6e-4", "v5p-128"), or GPUs ("h200",
-    "h100x8", "h100x16" being two hosts). Raises InputError for what does not exist."""
+    """A TPU slice ("v5litepod-8" or "v5e-8", "v6e-4", "v5p-128") or GPUs ("h200", "h100x8", "h100x16" on two hosts).
+
+    Raises InputError if there is no such target.
+    """
     match = re.fullmatch(r"(v5litepod|v5e|v6e|v5p)-(\d+)|(h100|h200)(?:x(\d+))?", name)
     if not match:
-        raise InputError(f"target {name!r} is neither a TPU slice such as v5e-8, v6e-4, v5p-128 nor h100x8 or h200")
+        raise InputError(
+            f"target {name!r}: it must be a TPU slice such as v5e-8, v6e-4 or v5p-128, or GPUs such as h200 or h100x8"
+        )
     if match[3]:
         chips = int(match[4] or 1)
         if chips < 1 or (chips > _HOST and chips % _HOST):
-            raise InputError(f"target {name}: 1 to {_HOST} GPUs, or whole hosts of {_HOST}")
+            raise InputError(f"target {name}: it must have 1 to {_HOST} GPUs, or a multiple of {_HOST}")
         return Target(match[3], chips)
     kind, number = match[1].replace("v5litepod", "v5e"), int(match[2])
     chips = number // 2 if kind == "v5p" else number
     if chips not in CHIPS[kind].slices or (kind == "v5p" and number % 2):
-        there = ", ".join(str(Target(kind, n)) for n in CHIPS[kind].slices)
-        raise InputError(f"target {name}: there is no such slice; there are {there}")
+        slices = ", ".join(str(Target(kind, n)) for n in CHIPS[kind].slices)
+        raise InputError(f"target {name}: no such slice; there are {slices}")
     return Target(kind, chips)
 
 
 def devices(target: Target):
-    """Stand-ins for the target's chips, to compile for. Raises InputError where its compiler is not installed."""
-    for name, value in _NO_DEVICE.items():  # all at once: jax reads some when it first looks for devices
+    """Abstract devices of the target, to compile for. Raises InputError if its compiler is not installed."""
+    for name, value in _NO_DEVICE.items():  # before jax first looks for devices
         os.environ.setdefault(name, value)
     if target.chip.slices:
         if importlib.util.find_spec("libtpu") is None:

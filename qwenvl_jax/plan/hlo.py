@@ -1,8 +1,7 @@
-"""Reads off a compiled program what limits its speed: operations, bytes to and from memory, and to other devices.
+"""Costs of a compiled program, from its HLO text: operations, memory traffic, traffic between devices.
 
-XLA's own `cost_analysis` counts a loop's body once, takes what a TPU keeps in its vector memory for traffic, and says
-nothing at all of a GPU's programs. So the text of the program is read here, instruction by instruction, and what a
-loop does is multiplied by how often it does it.
+XLA's `cost_analysis` counts a loop's body once, counts a TPU's vector memory as traffic, and returns nothing for GPUs.
+So this file reads the text instruction by instruction and multiplies a loop's body by its trip count.
 """
 
 import math
@@ -15,7 +14,7 @@ _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16, "c64": 64, "c128": 
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _HEAD = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-# Nothing moves for these.
+# Instructions without memory traffic.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
     "iota", "opt-barrier", "copy-done", "slice-done", "async-done", "async-update", "add-dependency",
@@ -26,8 +25,11 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 
 class Array(NamedTuple):
-    """An array of a program. order: its dimensions from the one that changes fastest; tile: of the fastest dimensions,
-    the last being the fastest, to whose multiples memory is padded; fast: in a TPU's vector memory, not in HBM."""
+    """An array in a program.
+
+    order: dimensions, the fastest-changing first. tile: memory is padded to multiples of it in the fastest dimensions;
+    its last entry is for the fastest. fast: in a TPU's vector memory, not in HBM.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -37,7 +39,7 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """What it takes in memory, padding included."""
+        """Size in memory, with padding."""
         sizes = [self.shape[d] for d in self.order[::-1]] if self.order else list(self.shape)
         for i, step in enumerate(reversed(self.tile[-len(sizes) :] if sizes else ()), 1):
             sizes[-i] = -(-sizes[-i] // step) * step
@@ -47,20 +49,20 @@ class Array(NamedTuple):
 class Instruction(NamedTuple):
     name: str
     opcode: str
-    results: tuple[Array, ...]  # of a tuple, its leaves
+    results: tuple[Array, ...]  # the leaves of a tuple
     operands: tuple[str, ...]
     attributes: str
     root: bool
 
 
 class Collective(NamedTuple):
-    """One exchange between devices: `bytes` that each of `group` devices sends, `times` in a run of the program."""
+    """A collective: each of `group` devices sends `bytes`, `times` per run of the program."""
 
     kind: str
     bytes: int
     group: int
     times: int
-    source: str  # the operation of the model that it comes from
+    source: str  # op_name: the path of the operation in the model
 
 
 class Program:
@@ -77,12 +79,12 @@ class Program:
             elif match := _HEAD.match(line):
                 here, last = self.computations.setdefault(match[1], {}), None
                 self.entry = match[1] if line.startswith("ENTRY") else self.entry
-            elif last:  # a kernel's metadata may take several lines
+            elif last:  # a kernel's metadata may span lines
                 last = here[last.name] = last._replace(attributes=f"{last.attributes}\n{line}")
 
     @cached_property
     def runs(self) -> list[tuple[str, int]]:
-        """Computations that run instruction by instruction, and how often: the entry, and what loops and calls run."""
+        """(computation, how often it runs): the entry, and the bodies of loops, calls and branches."""
         found, queue = [], [(self.entry, 1)]
         while queue:
             name, times = queue.pop()
@@ -92,35 +94,32 @@ class Program:
                     queue.append((_called(i, "body"), times * self.trips(i)))
                 elif i.opcode == "call":
                     queue.append((_called(i, "to_apply"), times))
-                elif i.opcode == "conditional":  # any of them; all are counted, none being the likelier one
+                elif i.opcode == "conditional":  # all branches are counted
                     queue += [(branch, times) for branch in _branches(i)]
         return found
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop runs; ValueError where the program does not tell."""
+        """A loop's trip count. Raises ValueError if the text does not state it."""
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(match[1])
         condition = self.computations[_called(loop, "condition")].values()
         bounds = [i for i in condition if i.opcode == "constant" and i.results[0].dtype in ("s32", "u32", "s64")]
         if len(bounds) != 1:
-            raise ValueError(f"the loop {loop.name} does not say how often it runs")
+            raise ValueError(f"the loop {loop.name} states no trip count")
         return int(bounds[0].attributes.partition(")")[0].lstrip("("))
 
     @cached_property
     def flops(self) -> int:
-        """Arithmetic on floating-point numbers: two for each element of a product's sums, and one for each element that
-        is added, subtracted, multiplied, divided or summed up. (A product with one vector may be either.)"""
+        """Floating-point operations: two per multiply-add of a matmul; one per element of +, −, ×, ÷ and reductions."""
         return sum(times * self._flops(name) for name, times in self.runs)
 
     def _flops(self, name: str) -> int:
         body, total = self.computations[name], 0
         for i in body.values():
-            if i.opcode in ("dot", "convolution"):
-                sides = [body[o].results[0] for o in i.operands[:2]]
-                total += (_dot if i.opcode == "dot" else _convolution)(i, *sides)
-            elif i.opcode == "custom-call" and "gemm" in i.attributes:
-                sides = [body[o].results[0] for o in i.operands[:2]]
-                total += _dot(i, *sides)
+            if i.opcode == "dot" or (i.opcode == "custom-call" and "gemm" in i.attributes):
+                total += _dot(i, body[i.operands[0]].results[0])
+            elif i.opcode == "convolution":
+                total += _convolution(i, *(body[o].results[0] for o in i.operands[:2]))
             elif i.opcode == "custom-call" and (kernel := _KERNEL.search(f"{i.name} {_source(i)}")):
                 total += _attention(i, kernel[1], [body[o].results[0] for o in i.operands])
             elif i.opcode == "custom-call" and "window_attention" in i.name:
@@ -137,11 +136,11 @@ class Program:
 
     @cached_property
     def bytes(self) -> int:
-        """Read from and written to the device's memory (HBM): what every instruction takes and gives."""
+        """Traffic to and from the device's memory (HBM): operands and results of all instructions."""
         return sum(times * self.traffic(name, i) for name, times in self.runs for i in self.computations[name].values())
 
     def traffic(self, computation: str, i: Instruction) -> int:
-        """Bytes of one instruction that runs; of a slice, only what it picks."""
+        """Bytes that one instruction reads and writes; a slice reads only what it picks."""
         body = self.computations[computation]
         operands = [body[o].results for o in i.operands]
         written = _size(i.results)
@@ -149,7 +148,7 @@ class Program:
             return 0
         if i.opcode == "fusion":
             return self._fusion(_called(i, "calls"), i, operands)
-        if i.opcode in ("copy-start", "slice-start"):  # (what arrives, what is read, …), a slice's the other way round
+        if i.opcode in ("copy-start", "slice-start"):  # results: (destination, source, …); a slice swaps them
             arrived = i.results[i.opcode == "slice-start"]
             return _size([arrived]) + (0 if operands[0][0].fast else arrived.bytes)
         if i.opcode in ("dynamic-slice", "slice", "gather"):
@@ -163,7 +162,7 @@ class Program:
         return sum(map(_size, operands)) + written
 
     def _fusion(self, name: str, i: Instruction, operands) -> int:
-        """Reads of each operand, as far as the fused instructions use it, and what is written at the end."""
+        """Bytes of a fusion: the parts of its operands that it reads, and its results."""
         reads, aliased = self._uses(name)
         total = sum(
             0 if array.fast else min(array.bytes, reads[n]) if n in reads else array.bytes
@@ -172,16 +171,16 @@ class Program:
         )
         return total + sum(0 if a.fast else aliased.get(n, a.bytes) for n, a in enumerate(i.results))
 
-    @cache  # noqa: B019 - as long-lived as the program
+    @cache  # noqa: B019 - lives as long as the program
     def _uses(self, name: str) -> tuple[dict[int, int], dict[int, int]]:
-        """({operand: bytes read} where slices only are, {result: bytes written} where it is updated in place)."""
+        """({operand: bytes read} if only slices are read, {result: bytes written} if it is updated in place)."""
         body = self.computations[name]
         users = defaultdict(list)
         for i in body.values():
             for n, operand in enumerate(i.operands):
                 users[operand].append((i, n))
 
-        def read(value: str) -> int | None:  # None: all of it
+        def read(value: str) -> int | None:  # None: the whole array
             total = 0
             for user, n in users[value]:
                 if user.opcode in ("bitcast", "copy", "reshape", "transpose") and not user.root:
@@ -218,7 +217,7 @@ class Program:
 
     @cached_property
     def collectives(self) -> list[Collective]:
-        """Every exchange between devices; the largest first."""
+        """All collectives, the one with most bytes first."""
         found: Counter = Counter()
         for name, times in self.runs:
             body = self.computations[name]
@@ -250,7 +249,7 @@ def _instruction(match: re.Match) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` is closed."""
+    """The index of the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[i], 0)
@@ -295,14 +294,14 @@ def _source(i: Instruction) -> str:
     return match[1] if match else ""
 
 
-def _dot(i: Instruction, left: Array, right: Array) -> int:
+def _dot(i: Instruction, left: Array) -> int:
     match = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', i.attributes)
     dims = [int(d) for d in match[1].replace('"', "").split(",") if d]
     return 2 * math.prod(i.results[0].shape) * math.prod(left.shape[d] for d in dims)
 
 
 def _convolution(i: Instruction, left: Array, right: Array) -> int:
-    """Products of a kernel with what it lies on; zeros that padding or dilation puts there are not multiplied."""
+    """Operations of a convolution. Zeros from padding or dilation do not count."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
     window = re.search(r"window=\{([^}]*)\}", i.attributes)
     fields = dict(field.split("=") for field in window[1].split()) if window else {}
@@ -329,51 +328,47 @@ def _convolution(i: Instruction, left: Array, right: Array) -> int:
 
 
 def _attention(i: Instruction, kernel: str, operands: list[Array]) -> int:
-    """jax's attention kernels, which the text does not look into.
+    """Operations of jax's attention kernels, whose insides the text does not show.
 
-    Forward, they multiply q by k and the scores by v. Backward, the one for TPUs makes four such products in one call
-    and three in another, the one for GPUs all seven in one. Of a causal one, half counts.
+    Forward: two matmuls, q·k and scores·v. Backward: on TPUs four matmuls in one call and three in another; on GPUs
+    seven in one. A causal kernel counts half.
     """
     q, k = [a.shape for a in operands if a.shape[1:] and a.dtype.startswith(("f", "bf"))][:2]
     keys, products = k[-2], {"fwd": 2, "dkv": 4, "dq": 3}.get(kernel)
-    if products is None:  # the GPU's, whose heads come after the tokens
+    if products is None:  # on GPUs, heads come after tokens
         keys, products = k[-3], {"forward": 2, "backward": 7}[kernel]
     return 2 * products * math.prod(q) * keys // (2 if "/causal/" in _source(i) else 1)
 
 
 def _stated(i: Instruction, cost: str) -> int | None:
-    """What a kernel for TPUs, which the text does not look into, says of its own cost, if it does.
-
-    It updates arrays in place, so that they are not its traffic: `decode_kernel` states the bytes of a full cache.
-    """
+    """The cost that a TPU kernel states about itself, or None. `decode_kernel` states the bytes of a full cache."""
     match = re.search(rf'"cost_estimate":\{{[^}}]*"{cost}":"(\d+)"', i.attributes)
     return int(match[1]) if match else None
 
 
 def _windows(i: Instruction, windows: Array) -> int:
-    """The vision tower's kernel (model/window_kernel.py): two products in blocks, of windows [blocks, 1, slots], and
-    the rotation of two of its three inputs."""
+    """Operations of model/window_kernel.py: two matmuls per block of windows [blocks, 1, slots], and the rotation."""
     return math.prod(i.results[0].shape) * (4 * windows.shape[-1] + 2 * 3)
 
 
 def _group(i: Instruction) -> int:
-    """How many devices take part in one exchange."""
+    """How many devices take part in a collective."""
     if i.opcode.startswith("collective-permute"):
         return 2
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", i.attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        # An axis may take part with a factor of it only: 'name':(before)factor.
+        # Only a factor of an axis may take part: 'name':(before)factor.
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])
         return math.prod(int(factor or sizes[name]) for name, factor in axes)
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", i.attributes):
         return int(match[2])
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", i.attributes):
         return len(match[1].split(","))
-    raise ValueError(f"{i.name} does not say between which devices it exchanges")
+    raise ValueError(f"{i.name} states no replica groups")
 
 
 def _sent(kind: str, group: int, taken: int, given: int) -> int:
-    """What each device sends, at least: a ring's way of doing it."""
+    """The least bytes that each device sends: those of a ring."""
     share = (group - 1) / group
     sent = {"all-reduce": 2 * taken * share, "all-gather": given * share, "collective-permute": taken}
     return round(sent.get(kind, taken * share))

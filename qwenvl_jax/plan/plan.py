@@ -1,7 +1,7 @@
-"""Will it fit, on which slice, how fast at best: compiles for a TPU slice or GPUs that are not there.
+"""Does a job fit on a TPU slice or GPUs, and how fast can it be at best? No such device is needed.
 
-The compilers of both run on any machine (`libtpu` and jax's CUDA plugin bring them along), so what is planned is the
-very program that would run. What limits it is read off its text (`hlo.py`); nothing is measured.
+The compilers come with `libtpu` and jax's CUDA plugin and run on any machine. They compile the program that would run;
+`hlo.py` reads its costs from the text. Nothing runs and nothing is measured.
 """
 
 import math
@@ -38,13 +38,13 @@ from qwenvl_jax.types import Batch, Cache, Grid, TrainBatch, VisionBatch
 
 
 class Job(NamedTuple):
-    """What is to run.
+    """The work to plan.
 
-    task: "decode" (a token for every row), "prefill" (a prompt of `context` tokens a row), "vision" (the tower over
-        `images`, in as many calls as an engine makes of them) or "train" (a step on rows of `context` tokens with
-        `images` in all, each in a lane of its own).
-    context: of decode, the cache's slots. pixels: of every image.
-    lora: rank of the adapters that are trained, 0 for all weights.
+    task: "decode" (one token for each of `batch` rows), "prefill" (a prompt of `context` tokens per row), "vision" (the
+        vision tower over `images`, in the engine's calls) or "train" (a step on `batch` rows of `context` tokens, with
+        `images` in all, one per lane).
+    context: for decode, the slots of the KV cache. pixels: of each image.
+    lora: rank of the trained adapters; 0 trains all weights.
     """
 
     config: Config
@@ -56,7 +56,7 @@ class Job(NamedTuple):
     lora: int = 0
 
     def check(self) -> None:
-        """Raises InputError for what cannot be."""
+        """Raises InputError for a value out of range."""
         if self.task not in _LOWER:
             raise InputError(f"task {self.task!r} is not one of {', '.join(_LOWER)}")
         limits = (
@@ -69,23 +69,25 @@ class Job(NamedTuple):
             if not least <= getattr(self, name) <= most:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from {least} to {most}")
         if self.task == "vision" and not self.images:
-            raise InputError("images is 0; the vision tower needs one at least")
+            raise InputError("images is 0; the task vision needs at least 1")
         self.grid()
 
     def grid(self) -> Grid:
-        """Of an image, as square as it can be."""
+        """The patches of an image that is as square as possible."""
         v = self.config.vision
         side = v.patch_size * v.spatial_merge_size
-        if not side**2 <= self.pixels <= Ladder().patches[-1] * v.patch_size**2:
-            most = Ladder().patches[-1] * v.patch_size**2
-            raise InputError(f"pixels is {self.pixels}; an image has from {side**2} to {most}, which fill a lane")
+        most = Ladder().patches[-1] * v.patch_size**2  # they fill a lane
+        if not side**2 <= self.pixels <= most:
+            raise InputError(f"pixels is {self.pixels}; it must be from {side**2} to {most}")
         h = math.isqrt(self.pixels // side**2)
         return Grid(1, h * v.spatial_merge_size, self.pixels // side**2 // h * v.spatial_merge_size)
 
 
 def default_mesh(job: Job, chips: int) -> tuple[int, int, int]:
-    """(data, fsdp, tensor): training and vision share batches; generation shares kv heads as far as they go, and what
-    is left shares rows, or where there are too few, the copies of kv heads."""
+    """(data, fsdp, tensor). Training splits over fsdp, vision over data, generation over KV heads (tensor).
+
+    For chips beyond the KV heads, generation splits the rows (data), or else replicates KV heads (tensor).
+    """
     if job.task == "train":
         return 1, chips, 1
     if job.task == "vision":
@@ -95,19 +97,18 @@ def default_mesh(job: Job, chips: int) -> tuple[int, int, int]:
 
 
 def meshes(job: Job, chips: int) -> list[tuple[int, int, int]]:
-    """All that divide the job: tensor divides the MLP, data and fsdp the rows."""
+    """All meshes that divide the job: tensor the MLP, data or fsdp the rows."""
     found = []
     for tensor in (n for n in range(1, chips + 1) if chips % n == 0):
         rest = chips // tensor
-        if job.config.text.intermediate_size % tensor or _unshared(job, rest):
+        if job.config.text.intermediate_size % tensor or _indivisible(job, rest):
             continue
         found.append((1, rest, tensor) if job.task == "train" else (rest, 1, tensor))
     return found
 
 
-def _unshared(job: Job, groups: int) -> str | None:
-    """What so many groups of chips cannot share evenly. (A single row to generate from is each one's; the trainer
-    refuses that.)"""
+def _indivisible(job: Job, groups: int) -> str | None:
+    """The option that so many groups of chips do not divide, or None. Generation replicates a single row."""
     for name in {"vision": ("images",), "train": ("batch", "images")}.get(job.task, ("batch",)):
         number = getattr(job, name)
         if number % groups and (number > 1 or job.task == "train"):
@@ -116,13 +117,13 @@ def _unshared(job: Job, groups: int) -> str | None:
 
 
 def plan(job: Job, target: Target, mesh: tuple[int, int, int] | None = None) -> dict:
-    """Compiles the job for the target and says what it takes, per chip.
+    """Compiles the job for the target and returns its costs, for one step on one chip.
 
-    mesh: (data, fsdp, tensor), whose product is the number of chips; by default `default_mesh`.
-    The result has `fits`, `chips`, `mesh`, `hbm_per_chip` (bytes), `flops`, `bytes_accessed`, `min_bytes` (what it
-    reads, once), `collective_bytes` (sent), `roofline_seconds`, `compile_seconds`, all of one step on one chip, and
-    `tokens_per_second` of all chips; None for what was not found out because it does not fit.
-    Raises InputError for what does not exist or does not divide.
+    mesh: (data, fsdp, tensor); the product is the number of chips. The default is `default_mesh`.
+    Keys: `fits`, `chips`, `mesh`, `hbm_per_chip` (bytes), `flops`, `bytes_accessed`, `min_bytes` (inputs, read once),
+    `collective_bytes` (sent), `roofline_seconds`, `compile_seconds`, and `tokens_per_second` of all chips. If the job
+    does not fit, unknown values are None.
+    Raises InputError for a bad job, or a mesh that does not fit the target or does not divide the job.
     """
     job.check()
     shape = mesh or default_mesh(job, target.chips)
@@ -130,8 +131,8 @@ def plan(job: Job, target: Target, mesh: tuple[int, int, int] | None = None) -> 
     chips = make_mesh(*shape, devices=devices(target))
     with jax.set_mesh(chips):
         lowered, parts, tokens, calls = _LOWER[job.task](job, chips)
-    held = {name: _local_bytes(parts.get(name, ())) for name in ("weights", "cache", "optimizer")}
-    memory = held | {"temp": None, "total": sum(held.values()), "limit": target.limit}
+    arrays = {name: _local_bytes(parts.get(name, ())) for name in ("weights", "cache", "optimizer")}
+    memory = arrays | {"temp": None, "total": sum(arrays.values()), "limit": target.limit}
     answer = {
         "fits": False,
         "task": job.task,
@@ -155,7 +156,7 @@ def plan(job: Job, target: Target, mesh: tuple[int, int, int] | None = None) -> 
     answer["compile_seconds"] = time.perf_counter() - start
     used = compiled.memory_analysis()
     memory["temp"] = used.temp_size_in_bytes
-    # What the program does not take, such as the vision tower's weights in decoding, is in memory all the same.
+    # Weights that this program does not use, such as the vision tower in decode, are in memory too.
     arguments = max(used.argument_size_in_bytes, memory["total"]) - used.alias_size_in_bytes
     memory["total"] = arguments + used.output_size_in_bytes + used.temp_size_in_bytes
     costs = _costs(Program(compiled.as_text()), target, calls)
@@ -167,15 +168,13 @@ def _check_shape(job: Job, target: Target, shape: tuple[int, int, int]) -> None:
     if math.prod(shape) != target.chips or min(shape) < 1:
         raise InputError(f"mesh {'×'.join(map(str, shape))} has {math.prod(shape)} chips; {target} has {target.chips}")
     share = shape[0] * shape[1]
-    if name := _unshared(job, share):
-        raise InputError(
-            f"{name} is {getattr(job, name)}, which {share} groups of chips (data × fsdp) cannot share evenly"
-        )
+    if name := _indivisible(job, share):
+        raise InputError(f"{name} is {getattr(job, name)}; it must be a multiple of data × fsdp, {share}")
     check_mesh(job.config, dict(zip(AXES, shape, strict=True)))
 
 
 def _costs(program: Program, target: Target, calls: int) -> dict:
-    """Operations and bytes of so many runs of a program, and the time that they take at best."""
+    """Operations, traffic and roofline time of so many runs of a program."""
     flops, moved = calls * program.flops, calls * program.bytes
     sent = calls * sum(c.bytes * c.times for c in program.collectives)
     chip = target.chip
@@ -192,7 +191,7 @@ def _costs(program: Program, target: Target, calls: int) -> dict:
 
 
 def search(job: Job, kind: str, *, progress: bool = True) -> dict:
-    """The plan of the smallest slice of a kind that the job fits, on its fastest mesh. Raises InputError if none."""
+    """The plan for the smallest slice that the job fits, on its fastest mesh. Raises InputError if none fits."""
     chips = CHIPS[kind].slices or (1, 2, 4, 8, 16, 32, 64)
     with tqdm(disable=not progress, unit=" program", leave=False) as bar:
         for n in chips:
@@ -204,16 +203,16 @@ def search(job: Job, kind: str, *, progress: bool = True) -> dict:
             fitting = [p for p in plans if p["fits"]]
             if fitting:
                 return min(fitting, key=lambda p: p["roofline_seconds"])
-    raise InputError(f"nothing of {kind} holds this: the largest, {target}, is too small or cannot share the work")
+    raise InputError(f"no {kind} slice fits this job: the largest, {target}, is too small or does not divide it")
 
 
 def resolve_model(name: str) -> Config:
-    """The configuration of a preset ("qwen2.5-vl-7b") or of a checkpoint's directory. Nothing is fetched."""
+    """The configuration of a preset ("qwen2.5-vl-7b") or a checkpoint directory. Nothing is downloaded."""
     if name in PRESETS:
         return PRESETS[name]
     path = find(name) if name == DEMO else Path(name)
     if not path.is_dir():
-        raise InputError(f"{name}: no such directory; nor is it one of {', '.join(PRESETS)}")
+        raise InputError(f"{name}: no such directory or preset; presets are {', '.join(PRESETS)}")
     return read_config(path)
 
 
@@ -226,7 +225,7 @@ def _placed(tree, where):
 
 
 def _local_bytes(tree) -> int:
-    """What one chip holds of a tree of shapes."""
+    """Bytes per chip of a tree of sharded shapes."""
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
@@ -235,7 +234,7 @@ def _weights(config: Config, mesh: Mesh) -> dict:
 
 
 def _decoder_read(params: dict) -> dict:
-    """What a pass of the decoder reads: all but an embedding table that is not the head too, of which it reads rows."""
+    """The weights that a pass of the decoder reads in full: not an untied embedding table, where it reads rows."""
     decoder = params["decoder"]
     return {k: v for k, v in decoder.items() if k != "embed_tokens" or "lm_head" not in decoder}
 
@@ -250,17 +249,17 @@ def _cache(config: Config, mesh: Mesh, B: int, S: int) -> Cache:
 def _lower_decode(job: Job, mesh: Mesh):
     config, B, V = job.config, job.batch, job.config.text.vocab_size
     params, cache = _weights(config, mesh), _cache(config, mesh, B, job.context)
-    whole = partial(_shaped, mesh)
-    knobs = jax.tree.map(lambda a: whole(".", a.shape, a.dtype), sampling.make_knobs([], B))
+    shaped = partial(_shaped, mesh)
+    sampling_params = jax.tree.map(lambda a: shaped(".", a.shape, a.dtype), sampling.stack_params([], B))
     state = sampling.State(
-        whole("", (), jnp.int32),
-        whole("..", (B, 2), jnp.uint32),
-        whole("BV", (B, V), bool),
-        whole("BV", (B, V), jnp.int32),
+        shaped("", (), jnp.int32),
+        shaped("..", (B, 2), jnp.uint32),
+        shaped("BV", (B, V), bool),
+        shaped("BV", (B, V), jnp.int32),
     )
     programs = Programs(config, (job.context,), mesh)
-    tokens = whole(".", (B,), jnp.int32)
-    lowered = programs.step.lower(params, tokens, state, cache, knobs, sample=False, logprobs=None)
+    tokens = shaped(".", (B,), jnp.int32)
+    lowered = programs.step.lower(params, tokens, state, cache, sampling_params, sample=False, logprobs=None)
     return lowered, {"weights": params, "cache": cache, "read": (_decoder_read(params), cache)}, B, 1
 
 
@@ -284,15 +283,11 @@ def _lower_vision(job: Job, mesh: Mesh):
     config, grid = job.config, job.grid()
     ladder = Ladder(lanes=mesh.shape["data"] * mesh.shape["fsdp"])
     calls = [call for call, _ in cover([grid] * job.images, config.vision, ladder)]
-    # The images being equal, so are the calls, but perhaps the last.
+    # The images are equal, so all calls are equal, except perhaps the last.
     params, lanes = _weights(config, mesh), _lanes(config, mesh, *calls[0])
-    lowered = Programs(config, (job.context,), mesh).encode.lower(params, lanes)
+    lowered = Programs(config, (job.context,), mesh).vision.lower(params, lanes)
     tokens = job.images * grid.patches // config.vision.merge_unit
     return lowered, {"weights": params, "read": (params["vision"], lanes)}, tokens, len(calls)
-
-
-def _everything(path: str) -> bool:
-    return True
 
 
 def _lower_train(job: Job, mesh: Mesh):
@@ -300,13 +295,12 @@ def _lower_train(job: Job, mesh: Mesh):
     options = TrainOptions()
     params = abstract_params(config)
     if job.lora:
-        # Adapters are float32; the base stays as it is.
+        # Adapters are float32; base weights keep their dtype.
         adapted = partial(lora.add, config, rank=job.lora, alpha=16.0, targets=options.lora_targets)
         params = jax.eval_shape(lambda p, key: adapted(p, key), params, jax.ShapeDtypeStruct((2,), jnp.uint32))
-        trainable = lora.is_trainable
     else:
         params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), params)
-        trainable = _everything
+    trainable = lora.is_trainable if job.lora else lambda path: True
     declared = specs_of(config, params)
     params = _placed(params, param_shardings(declared, mesh))
     optimizer = make_optimizer(
@@ -329,36 +323,36 @@ _LOWER = {"decode": _lower_decode, "prefill": _lower_prefill, "vision": _lower_v
 
 
 def _used(message: str, least: int) -> int:
-    """How much memory the compiler said that it needs."""
+    """The memory that the compiler's error message asks for, in bytes."""
     match = re.search(r"(?:Used|required[^(]*\() ?([\d.]+)([KMG]?)", message)
     return max(least, int(float(match[1]) * {"": 1, "K": 2**10, "M": 2**20, "G": GIB}[match[2]])) if match else least
 
 
 def table(answer: dict) -> str:
-    """The plan as lines to read."""
+    """The plan as a text table."""
     hbm = answer["hbm_per_chip"]
     shape = " × ".join(f"{name} {n}" for name, n in answer["mesh"].items() if n > 1)
     chips = "one chip" if answer["chips"] == 1 else f"{answer['chips']} chips: {shape}"
     lines = [(answer["task"], f"{answer['target']} ({chips})")]
     lines += [(name, _gb(hbm[name])) for name in ("weights", "cache", "optimizer", "temp") if hbm[name]]
     verdict = "fits" if answer["fits"] else "does not fit"
-    lines.append(("memory a chip", f"{_gb(hbm['total'])} of {_gb(hbm['limit'])}: {verdict}"))
+    lines.append(("memory per chip", f"{_gb(hbm['total'])} of {_gb(hbm['limit'])}: {verdict}"))
     if answer["flops"] is not None:
         ratio = answer["bytes_accessed"] / answer["min_bytes"]
         lines += [
-            ("operations", f"{answer['flops'] / 1e12:,.3f} TFLOP a chip"),
-            ("memory traffic", f"{_gb(answer['bytes_accessed'])} a chip, {ratio:,.3f} × the least it must read"),
-            ("network traffic", f"{_gb(answer['collective_bytes'])} a chip"),
-            *(("", line) for line in _exchanges(answer["collectives"])),
-            ("at best", f"{answer['roofline_seconds'] * 1e3:,.2f} ms a step, limited by {answer['limited_by']}"),
+            ("operations", f"{answer['flops'] / 1e12:,.3f} TFLOP per chip"),
+            ("memory traffic", f"{_gb(answer['bytes_accessed'])} per chip, {ratio:,.3f} × the least possible"),
+            ("network traffic", f"{_gb(answer['collective_bytes'])} per chip"),
+            *(("", line) for line in _collective_lines(answer["collectives"])),
+            ("at best", f"{answer['roofline_seconds'] * 1e3:,.2f} ms per step, limited by {answer['limited_by']}"),
             ("", f"{answer['tokens_per_second']:,.0f} tokens/s"),
         ]
     lines.append(("compiled in", f"{answer['compile_seconds']:.1f} s"))
     return "\n".join(f"{name:<16}{text}" for name, text in lines)
 
 
-def _exchanges(collectives: list[dict], most: int = 8) -> list[str]:
-    """What is sent, how, and for which part of the model; the largest first."""
+def _collective_lines(collectives: list[dict], most: int = 8) -> list[str]:
+    """Bytes, kind and part of the model of the collectives, the largest first."""
     sent: Counter = Counter()
     for c in collectives:
         sent[c["kind"], _part(c["source"])] += c["bytes"] * c["times"]
@@ -368,12 +362,12 @@ def _exchanges(collectives: list[dict], most: int = 8) -> list[str]:
 
 
 def _part(source: str) -> str:
-    """Which part of the model an operation is of, by the path that jax gives it, and in which pass."""
+    """The part of the model that an operation belongs to, from its op_name, and "backward" in that pass."""
     part = re.search(r"\w+Block|Merger|embed_tokens|lm_head", source)
     if part:
         part = part[0]
-    else:  # a layer is taken out of a stack for `lax.scan`
-        part = "a layer's weights" if "dynamic_index_in_dim" in source else source.rpartition("/")[2] or "not named"
+    else:  # `lax.scan` takes a layer out of a stack
+        part = "a layer's weights" if "dynamic_index_in_dim" in source else source.rpartition("/")[2] or "unnamed"
     return f"{part}, backward" if "transpose(" in source else part
 
 
