@@ -33,7 +33,8 @@ from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.inputs.media import image_visual
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.preprocessing import Preprocessing
-from qwenvl_jax.model import attention, decoder, qwenvl, window_kernel
+from qwenvl_jax.model import attention, decoder, qwenvl
+from qwenvl_jax.model.kernels import window as window_kernel
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.specs import flatten, unflatten
 from qwenvl_jax.train.losses import sft_loss

@@ -16,7 +16,7 @@ from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.preprocessing import Preprocessing, pixel_table
 from qwenvl_jax.model import decoder, qwenvl
-from qwenvl_jax.model.layers import RMSNorm
+from qwenvl_jax.model.norms import RMSNorm
 from qwenvl_jax.types import Batch, Sample
 
 

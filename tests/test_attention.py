@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenvl_jax.model import attention, window_kernel
+from qwenvl_jax.model import attention
+from qwenvl_jax.model.kernels import window as window_kernel
 
 
 def problem(seed: int, B: int, T: int, K: int, G: int, H: int):

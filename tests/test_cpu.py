@@ -13,7 +13,7 @@ from qwenvl_jax.infer import programs
 from qwenvl_jax.infer.engine import Engine
 from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.model import qwenvl
-from qwenvl_jax.model.layers import narrow_product
+from qwenvl_jax.model.linear import narrow_product
 from qwenvl_jax.params import checkpoint, precision, specs
 from qwenvl_jax.types import Model
 

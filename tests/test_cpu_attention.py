@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwenvl_jax.model import attention, cpu_attention
+from qwenvl_jax.model import attention
+from qwenvl_jax.model.kernels import cpu as cpu_attention
 
 
 def case(T, N, K, H):

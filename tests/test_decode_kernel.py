@@ -11,8 +11,8 @@ import pytest
 
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.inputs.ladder import Ladder
-from qwenvl_jax.model import decode_kernel
 from qwenvl_jax.model.decoder import step, write_and_attend
+from qwenvl_jax.model.kernels import decode as decode_kernel
 from qwenvl_jax.params.specs import abstract_params
 from qwenvl_jax.sharding import activation_sharding, make_mesh
 from qwenvl_jax.types import Cache

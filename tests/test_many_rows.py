@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from tiny import tiny_config, tiny_params
 
-from qwenvl_jax.model import attention, window_kernel
-from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm
+from qwenvl_jax.model import attention
+from qwenvl_jax.model.kernels import window as window_kernel
+from qwenvl_jax.model.linear import Linear
+from qwenvl_jax.model.norms import LayerNorm, RMSNorm
 from qwenvl_jax.params.specs import Spec
 from qwenvl_jax.train.losses import cross_entropy, sft_loss
 from qwenvl_jax.train.step import init_state, make_optimizer, make_step

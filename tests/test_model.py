@@ -26,8 +26,8 @@ from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.model import attention as attention_module
 from qwenvl_jax.model import vision
 from qwenvl_jax.model.decoder import DecoderBlock
-from qwenvl_jax.model.layers import rope_frequencies, text_rope
 from qwenvl_jax.model.qwenvl import decode, embed, encode_vision, forward, prefill
+from qwenvl_jax.model.rope import rope_frequencies, text_rope
 
 LIMIT = 1e-5  # float32, relative to the largest logit
 

@@ -16,7 +16,7 @@ from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import FAMILIES as MODULES
 from qwenvl_jax.families import PRESETS, shared
 from qwenvl_jax.model import decoder, qwenvl
-from qwenvl_jax.model.layers import NORMAL, ONES, declare
+from qwenvl_jax.model.linear import NORMAL, ONES, declare
 from qwenvl_jax.params import specs as specs_module
 from qwenvl_jax.params.checkpoint import save
 from qwenvl_jax.params.specs import (

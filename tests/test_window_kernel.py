@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenvl_jax.families import PRESETS
-from qwenvl_jax.model import window_kernel
+from qwenvl_jax.model.kernels import window as window_kernel
 from qwenvl_jax.plan.hlo import Program
 from qwenvl_jax.sharding import make_mesh
 

@@ -12,8 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as tpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from qwenvl_jax.model.cpu_attention import cpu_attention
-from qwenvl_jax.model.layers import ATTENDED, precision
+from qwenvl_jax.model.kernels.cpu import cpu_attention
+from qwenvl_jax.model.linear import precision
+from qwenvl_jax.model.scan import ATTENDED
 from qwenvl_jax.sharding import divides, on_shards
 
 # Imported here, not in `flash`: an import during tracing makes jax 0.12 trace other functions again.

@@ -12,20 +12,11 @@ import jax.numpy as jnp
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention, decode_attention
-from qwenvl_jax.model.decode_kernel import decode_kernel
-from qwenvl_jax.model.layers import (
-    NORMAL,
-    Linear,
-    RMSNorm,
-    checkpointed,
-    declare,
-    is_narrow,
-    narrow_product,
-    precision,
-    rotate,
-    text_rope,
-    unpack_bfloat16,
-)
+from qwenvl_jax.model.kernels.decode import decode_kernel
+from qwenvl_jax.model.linear import NORMAL, Linear, declare, is_narrow, narrow_product, precision
+from qwenvl_jax.model.norms import RMSNorm
+from qwenvl_jax.model.rope import rotate, text_rope
+from qwenvl_jax.model.scan import checkpointed, unpack_bfloat16
 from qwenvl_jax.sharding import constrain, divides, restore_heads, spread_heads
 from qwenvl_jax.types import Cache
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from qwenvl_jax.config import Config
 from qwenvl_jax.model import decoder, vision
 from qwenvl_jax.model.decoder import embed
-from qwenvl_jax.model.layers import RMSNorm
+from qwenvl_jax.model.norms import RMSNorm
 from qwenvl_jax.model.vision import encode_vision
 from qwenvl_jax.types import Batch, Cache
 

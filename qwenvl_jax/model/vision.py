@@ -14,8 +14,11 @@ import numpy as np
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention
-from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm, checkpointed, rotate, unpack_bfloat16, vision_rope
-from qwenvl_jax.model.window_kernel import window_attention
+from qwenvl_jax.model.kernels.window import window_attention
+from qwenvl_jax.model.linear import Linear
+from qwenvl_jax.model.norms import LayerNorm, RMSNorm
+from qwenvl_jax.model.rope import rotate, vision_rope
+from qwenvl_jax.model.scan import checkpointed, unpack_bfloat16
 from qwenvl_jax.sharding import constrain
 from qwenvl_jax.types import VisionBatch
 

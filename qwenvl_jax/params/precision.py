@@ -21,7 +21,7 @@ def on_cpu(dtype: str, parameters: int) -> Precision:
     """What `load` does on a CPU with so many weights of a dtype, where the user names none: it computes in float32.
 
     16-bit weights are cast to float32 if that takes at most MEMORY_SHARE of the free memory. Otherwise they stay in 16
-    bits. bfloat16 then still multiplies float32 exactly and without a cast (`narrow_product` of model/layers.py);
+    bits. bfloat16 then still multiplies float32 exactly and without a cast (`narrow_product` of model/linear.py);
     XLA:CPU has no such matmul for float16, and casts each matrix for every token.
     """
     if dtype == "float32":

@@ -1,7 +1,7 @@
 """What every parameter is: read off the Flax modules that declare it, for everyone who must know.
 
 Initial values, layouts over a mesh, LoRA's targets, the optimizer's groups, FLOPs, `plan` and conversion all read
-`specs(config)`. A parameter is declared once, in its module (`declare` in model/layers.py).
+`specs(config)`. A parameter is declared once, in its module (`declare` in model/linear.py).
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.model.layers import Declared
+from qwenvl_jax.model.linear import Declared
 from qwenvl_jax.model.qwenvl import parts
 from qwenvl_jax.sharding import AXES, check_letters, weight_spec
 
@@ -72,7 +72,7 @@ def _specs(config: Config) -> dict[str, Spec]:
         tree = jax.eval_shape(declared, jax.ShapeDtypeStruct((2,), np.uint32), *part.arrays)
         for path, box in flatten(tree, f"{place}/").items():
             if not isinstance(box, Declared):
-                raise InputError(f"{path}: its module does not `declare` it (model/layers.py)")
+                raise InputError(f"{path}: its module does not `declare` it (model/linear.py)")
             lead = ((part.layers,), ("L",)) if part.layers else ((), ())
             shape, dims = lead[0] + box.value.shape, lead[1] + tuple(box.dims.split())
             check_letters(path, dims, shape)

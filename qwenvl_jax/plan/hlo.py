@@ -347,7 +347,7 @@ def _stated(i: Instruction, cost: str) -> int | None:
 
 
 def _windows(i: Instruction, windows: Array) -> int:
-    """Operations of model/window_kernel.py: two matmuls per block of windows [blocks, 1, slots], and the rotation."""
+    """Operations of model/kernels/window.py: two matmuls per block of windows [blocks, 1, slots], and the rotation."""
     return math.prod(i.results[0].shape) * (4 * windows.shape[-1] + 2 * 3)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import OptionsError
 from qwenvl_jax.model import decoder, qwenvl
-from qwenvl_jax.model.layers import precision
+from qwenvl_jax.model.linear import precision
 from qwenvl_jax.sharding import constrain, divides, local_rows
 from qwenvl_jax.types import PreferenceBatch, TrainBatch
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwenvl_jax.model.layers import precision
+from qwenvl_jax.model.linear import precision
 from qwenvl_jax.sharding import divides, on_shards
 
 BLOCK = 2**17  # elements of k (and of v) per grid step; with fewer, the step's overhead exceeds its reading

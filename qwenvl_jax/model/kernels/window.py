@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from qwenvl_jax.model.attention import attention
-from qwenvl_jax.model.layers import precision, rotate
+from qwenvl_jax.model.linear import precision
+from qwenvl_jax.model.rope import rotate
 from qwenvl_jax.sharding import on_shards
 
 BLOCKS_PER_STEP = 4  # they fit a TPU's vector memory in float32 too

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from qwenvl_jax.model.layers import ATTENDED
+from qwenvl_jax.model.scan import ATTENDED
 
 BLOCK_SCORES = 2**17  # scores in a block: half a megabyte
 MIN_BLOCK = 64  # least slots in a block

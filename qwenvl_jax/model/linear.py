@@ -1,0 +1,140 @@
+"""How parameters are declared, and the one linear layer. Kernels are [in, out]."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+NARROW_ROWS = 32  # with more rows, a CPU converts the kernel to float32 faster than it multiplies three times
+
+
+@flax.struct.dataclass
+class Declared(nn.meta.AxisMetadata):
+    """A parameter with its declaration. It exists under `init` only; `apply` sees plain arrays.
+
+    dims: letters of types.py, separated by spaces; "." is never split over devices.
+    role: see `Spec` in params/specs.py.
+    init: (key, shape, dtype) → initial value.
+    """
+
+    value: Any
+    dims: str = flax.struct.field(pytree_node=False)
+    role: str = flax.struct.field(pytree_node=False)
+    init: Callable = flax.struct.field(pytree_node=False)
+
+    def unbox(self):
+        return self.value
+
+    def replace_boxed(self, value):
+        return self.replace(value=value)
+
+    def add_axis(self, index, params):
+        return self
+
+    def remove_axis(self, index, params):
+        return self
+
+
+def declare(init: Callable, dims: str, role: str) -> Callable:
+    """An initializer for `self.param` that also holds the declaration, for `specs` of params/specs.py."""
+    return lambda key, shape, dtype: Declared(init(key, shape, dtype), dims, role, init)
+
+
+NORMAL, ONES, ZEROS = nn.initializers.normal(0.02), nn.initializers.ones, nn.initializers.zeros
+
+
+def precision(dtype) -> jax.lax.Precision | None:
+    """Full precision for float32 matmuls: accelerators would otherwise compute them in bfloat16 or tf32."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+class Linear(nn.Module):
+    """[..., in] → [..., features] in the input's dtype, with a low-rank adapter if the parameters hold one.
+
+    dims: the kernel's, such as "D F". Adapter (params/lora.py): lora_a [in, r], lora_b [r, features], lora_scale [].
+    """
+
+    features: int
+    dims: str
+    use_bias: bool = True
+    role: str = "linear"
+    param_dtype: str = "bfloat16"
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", declare(NORMAL, self.dims, self.role), shape, self.param_dtype)
+        # A 2-D matmul: XLA:CPU takes three times as long for the gradients of a 3-D one.
+        lead, x = x.shape[:-1], x.reshape(-1, shape[0])
+        y = _product(x, kernel)
+        if self.use_bias:
+            bias = self.param("bias", declare(ZEROS, self.dims.split()[1], "bias"), shape[1:], self.param_dtype)
+            y = y + bias.astype(x.dtype)
+        if self.has_variable("params", "lora_a"):
+            a, b, scale = (self.get_variable("params", f"lora_{leaf}") for leaf in ("a", "b", "scale"))
+            # The scale is applied in float32 at width r, where it costs nothing.
+            low = jnp.dot(x, a.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32)
+            y = y + jnp.dot((low * scale).astype(x.dtype), b.astype(x.dtype), precision=precision(x.dtype))
+        return y.reshape(*lead, self.features)
+
+
+def _product(x, kernel):
+    """x [rows, in] times kernel [in, features]."""
+    dot = partial(jnp.dot, precision=precision(x.dtype))
+
+    def wide(x, kernel):
+        return dot(x, kernel.astype(x.dtype))
+
+    forms = {"cpu": partial(narrow_product, dims="DF")} if is_narrow(x, kernel) else {}
+    if len(x) == 1:
+
+        def two_rows(x, kernel):
+            """For one row, XLA:GPU lowers the matmul to a kernel-sized elementwise product plus a reduction."""
+            return wide(jnp.broadcast_to(x, (2, x.shape[1])), kernel)[:1]
+
+        forms["cuda"] = two_rows
+    return jax.lax.platform_dependent(x, kernel, **forms, default=wide) if forms else wide(x, kernel)
+
+
+def is_narrow(x, kernel) -> bool:
+    """Has x [rows, in] so few rows that `narrow_product` is faster on a CPU?"""
+    return kernel.dtype == jnp.bfloat16 and x.dtype != jnp.float16 and len(x) <= NARROW_ROWS
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def narrow_product(x, kernel, dims: str):
+    """x [rows, D] times a bfloat16 kernel with dims "DF" or "FD": [rows, F], for CPUs.
+
+    XLA:CPU has a bfloat16 matmul with float32 sums. If x is float32 or has one row, XLA converts the whole kernel
+    instead. A float32 number is the exact sum of three bfloat16 numbers, so each float32 row becomes three rows. The
+    result is as exact as with a float32 kernel, in half the memory.
+    """
+    if x.dtype == jnp.float32:
+        # Not by casts to bfloat16 and back, which XLA removes.
+        rounded = partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
+        high = rounded(x)
+        middle = rounded(x - high)
+        parts = [high, middle, x - high - middle]
+    elif len(x) == 1:
+        parts = [x, jnp.zeros_like(x)]
+    else:
+        parts = [x]
+    rows = jnp.concatenate(parts).astype(kernel.dtype)
+    y = jnp.einsum(f"BD,{dims}->BF", rows, kernel, preferred_element_type=jnp.float32)
+    return y.reshape(len(parts), len(x), -1).sum(0).astype(x.dtype)
+
+
+def _narrow_forward(x, kernel, dims):
+    return narrow_product(x, kernel, dims), (x, kernel)
+
+
+def _narrow_backward(dims, saved, g):
+    _, pull = jax.vjp(lambda x, w: jnp.einsum(f"BD,{dims}->BF", x, w.astype(x.dtype)), *saved)
+    return pull(g)
+
+
+narrow_product.defvjp(_narrow_forward, _narrow_backward)
