@@ -204,17 +204,19 @@ def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
         f'output = "{output}"\nrows = 1\ntokens = 64\nlanes = 1\npatches = 64\nlora_rank = 4\nlearning_rate = 0.02\n'
         'schedule = "linear"\nlora_targets = ["llm", "merger"]\n'
     )
-    argv = ["train", str(file), "--steps", "50", "--on-bad-record", "skip", "--best", "overall", "--eval-every", "50"]
+    argv = ["train", str(file), "--steps", "30", "--on-bad-record", "skip", "--best", "overall", "--eval-every", "30"]
     assert cli.main(argv) == 0
     out, err = capsys.readouterr()
-    assert f"model of step 50: {output / 'final'}" in out and f"adapter for PEFT: {output / 'adapter'}" in out
+    assert f"model of step 30: {output / 'final'}" in out and f"adapter for PEFT: {output / 'adapter'}" in out
     assert "records skipped: media: " in out and "colour/exact 1" in out
     cast, skipped = err.splitlines()
     assert "bfloat16 weights are cast to float32" in cast
     assert skipped.endswith("no.png: No such file or directory; skipped")
     lines = run.read_metrics(output)
-    assert len(lines) == 50 and lines[-1]["eval/colour/exact"] == 1
-    assert (lines[0]["accuracy"], lines[-1]["accuracy"]) == (0, 1) and lines[-1]["loss"] < lines[0]["loss"] / 2
+    assert len(lines) == 30 and lines[-1]["eval/colour/exact"] == 1
+    assert (lines[0]["accuracy"], lines[-1]["accuracy"]) == (0, 1)
+    # The head is frozen, its rows have length 1, and its input has length √48: no logit exceeds 7.
+    assert lines[-1]["loss"] < lines[0]["loss"] - 5
 
     ask = ["--image", str(tmp_path / "red.png"), "--prompt", "Colour?", "--temperature", "0"]
     assert cli.main(["generate", "--model", str(output / "final"), *ask]) == 0
@@ -236,7 +238,7 @@ def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
         shutil.rmtree(output / folder)
         assert cli.main(argv) == 2
         assert f"{output / left} exists, after 0 steps" in capsys.readouterr().err
-    assert len(run.read_metrics(output)) == 50
+    assert len(run.read_metrics(output)) == 30
 
 
 @pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
