@@ -129,7 +129,7 @@ def test_a_leaf_that_nothing_declares():
         specs_of(config, unflatten({"decoder/norm/lora_a": np.zeros((3, 2))}))
 
 
-@pytest.mark.parametrize(("mesh", "named"), [((1, 5, 1), "D, 48, .* 5 devices .fsdp."), ((1, 1, 7), "F, 80, .* 7 dev")])
+@pytest.mark.parametrize(("mesh", "named"), [((1, 5, 1), "D, 48, .* fsdp, 5"), ((1, 1, 7), "F, 80, .* tensor, 7")])
 def test_a_dimension_that_the_mesh_does_not_divide(mesh, named):
     config = tiny_config("qwen2_vl")
     with pytest.raises(InputError, match=f"decoder/.*: its dimension {named}"):
