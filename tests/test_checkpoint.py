@@ -496,7 +496,7 @@ def test_staged_keeps_two_writers_apart(tmp_path):
 
 def test_staged_needs_room_and_a_parent(tmp_path):
     with (
-        pytest.raises(InputError, match=r"no room.*1000000\.\d\d GB are needed"),
+        pytest.raises(InputError, match=r"no space.*1000000\.\d\d GB are needed"),
         checkpoint.staged(tmp_path / "o", 10**15),
     ):
         pass

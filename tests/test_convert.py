@@ -236,7 +236,7 @@ def test_no_room_is_seen_before_the_work(orbax, src, monkeypatch, tmp_path):
     usage = type("usage", (), {"free": 10 << 20})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     for job, source in ((conversion.to_orbax, src), (conversion.to_hf, orbax)):
-        with pytest.raises(InputError, match=r"no room on the disk; 0\.07 GB are needed and 0\.01 GB are free"):
+        with pytest.raises(InputError, match=r"no space on the disk; 0\.07 GB are needed and 0\.01 GB are free"):
             job(source, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
@@ -247,7 +247,7 @@ def test_a_disk_that_fills_up_on_the_way(job, orbax, src, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"no room on the disk; 0\.07 GB are needed"):
+        with pytest.raises(InputError, match=r"no space on the disk; 0\.07 GB are needed"):
             getattr(conversion, job)(src if job == "to_orbax" else orbax, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -265,7 +265,7 @@ def test_a_disk_that_fills_up_while_tensors_are_written(orbax, monkeypatch, tmp_
         return pwrite(*args)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(InputError, match="no room on the disk"):
+    with pytest.raises(InputError, match="no space on the disk"):
         conversion.to_hf(orbax, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
