@@ -19,18 +19,8 @@ from qwenvl_convert.names import tensor_names, tensor_shape
 from qwenvl_convert.safetensors import Writer
 
 from qwenvl_jax.errors import CheckpointError
-from qwenvl_jax.params.checkpoint import (
-    CHUNK_BYTES,
-    FORMAT,
-    MARKER,
-    PARAMS,
-    PIECE_BYTES,
-    OrbaxSource,
-    copy_side_files,
-    read_config,
-    staged,
-    write_json,
-)
+from qwenvl_jax.params.checkpoint import CHUNK_BYTES, PIECE_BYTES, OrbaxSource, copy_side_files, staged, write_json
+from qwenvl_jax.params.directory import FORMAT, MARKER, PARAMS, read_config
 from qwenvl_jax.params.place import Leaf, progress_bar
 from qwenvl_jax.params.specs import Spec, unflatten
 

@@ -146,9 +146,7 @@ def _pairs(reader: Reader, config: Config) -> dict:
         raise CheckpointError(f"{reader.directory / WEIGHTS}: holds no tensors")
     for module, sides in pairs.items():
         if len(sides) < 2:
-            raise CheckpointError(
-                f"{reader.directory / WEIGHTS}: {module} has lora_{min(sides)} but not the other half"
-            )
+            raise CheckpointError(f"{reader.directory / WEIGHTS}: {module} has only one of lora_A and lora_B")
     return pairs
 
 

@@ -157,9 +157,8 @@ def weight_spec(path: str, dims: tuple[str, ...], shape: tuple[int, ...], sizes:
     for letter, size in zip(dims, shape, strict=True):
         axis = axes_of.get(letter)
         if axis and letter not in REPLICATED_IF_UNEVEN and size % sizes[axis]:
-            raise InputError(
-                f"{path}: its dimension {letter}, {size}, is not a multiple of the mesh's {axis}, {sizes[axis]}"
-            )
+            devices = f"the mesh's {axis}, {sizes[axis]}"
+            raise InputError(f"{path}: its dimension {letter}, {size}, is not a multiple of {devices}")
     return _spec(dims, shape, axes_of, sizes)
 
 

@@ -202,7 +202,7 @@ def test_wrong_sources_and_options(orbax, src, tmp_path):
     fails("must be positive", conversion.to_hf, orbax, max_shard_bytes=0)
     for file in (orbax / "params" / "ocdbt.process_0" / "d").iterdir():
         file.write_bytes(file.read_bytes()[:100])
-    fails("looks damaged", conversion.to_hf, orbax)
+    fails("is damaged", conversion.to_hf, orbax)
     weights = src / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     fails("cut short", conversion.to_orbax, src)

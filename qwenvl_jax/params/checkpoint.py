@@ -22,18 +22,8 @@ from qwenvl_jax.config import DTYPES, Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
-from qwenvl_jax.params.directory import (
-    FORMAT,
-    INDEX,
-    MARKER,
-    PARAMS,
-    SIDE_FILES,
-    find,
-    first_line,
-    kvstore,
-    read_config,
-    stored_arrays,
-)
+from qwenvl_jax.params import directory
+from qwenvl_jax.params.directory import MARKER, PARAMS, find, first_line, kvstore, read_config
 from qwenvl_jax.params.place import Leaf, Source, to_devices
 from qwenvl_jax.params.precision import Precision, on_cpu
 from qwenvl_jax.params.specs import count_params, flatten, param_shardings, specs, unflatten
@@ -117,7 +107,7 @@ def save(model: Model, path, *, files_from=None) -> None:
         stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # not the compute dtype, on CPUs
         write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
         write_json(work / "generation_config.json", dict(model.generation))
-        write_json(work / MARKER, {"format": FORMAT})
+        write_json(work / MARKER, {"format": directory.FORMAT})
 
 
 def restore(path: Path, config: Config, shardings=None, dtype=None, progress: bool = True) -> dict:
@@ -164,7 +154,7 @@ class OrbaxSource(Source):
 
 def stored_params(path: Path, config: Config) -> dict[str, Leaf]:
     """The parameters in one of our directories, by path. Raises CheckpointError if they do not match the config."""
-    stored, needed = stored_arrays(path), specs(config)
+    stored, needed = directory.stored_arrays(path), specs(config)
     for name in sorted(needed.keys() ^ stored.keys()):
         raise CheckpointError(f"{path / PARAMS}: {name} is {'missing' if name in needed else 'unexpected'}")
     for name, (shape, _) in stored.items():
@@ -180,8 +170,8 @@ def write_json(file: Path, data: dict) -> None:
 
 def copy_side_files(source: Path, target: Path) -> None:
     """Copies a checkpoint's files, except the weights, byte for byte."""
-    for file in {file for pattern in SIDE_FILES for file in source.glob(pattern)}:
-        if file.is_file() and file.name not in (INDEX, MARKER):
+    for file in {file for pattern in directory.SIDE_FILES for file in source.glob(pattern)}:
+        if file.is_file() and file.name not in (directory.INDEX, MARKER):
             shutil.copyfile(file, target / file.name)
 
 
