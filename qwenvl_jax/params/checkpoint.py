@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.config import DTYPES, Config, read_json
@@ -257,10 +256,7 @@ def _sync(path: Path, deep: bool = True) -> None:
 
 
 def _known_dtype(dtype) -> str:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
+    name = getattr(dtype, "__name__", str(dtype))  # jnp.bfloat16, or "bfloat16"
     if name not in DTYPES:
         raise CheckpointError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     return name
