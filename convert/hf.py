@@ -1,8 +1,9 @@
-"""Hugging Face checkpoints opened as parameters, without ever holding two copies.
+"""Hugging Face checkpoints opened as parameters, with one copy in memory.
 
-Every tensor of the files is used once and every parameter is made once, or an `InputError` names it.
+Every tensor is used exactly once and every parameter is made exactly once; otherwise an `InputError` names it.
 """
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,12 +13,12 @@ from qwenvl_convert.safetensors import DTYPES, Reader, Tensor
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import CheckpointError
-from qwenvl_jax.params.place import Leaf, aligned_empty, to_devices
+from qwenvl_jax.params.place import Leaf, Source, to_devices
 from qwenvl_jax.params.specs import specs
 
 
-class HfSource:
-    """A Hugging Face checkpoint opened as parameters. `leaves`: path → Leaf, all checked against the config."""
+class HfSource(Source, contextlib.AbstractContextManager):
+    """A Hugging Face checkpoint opened as parameters, checked against the config. Use it as a context manager."""
 
     def __init__(self, directory, config: Config):
         self._reader = Reader(directory)
@@ -28,32 +29,17 @@ class HfSource:
             raise
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         self._pool.shutdown(cancel_futures=True)
         self._reader.close()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all parameters."""
-        return sum(leaf.nbytes for leaf in self.leaves.values())
-
     def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
-        """The part `index` (contiguous slices, one a dimension) of a parameter, in a new array; `bar` counts bytes.
-
-        The work is cut into pieces of a few tens of megabytes that a pool of threads reads, transposes and casts.
-        """
-        index = [slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape, strict=True)]
-        dtype = leaf.dtype if dtype is None else dtype
-        out = aligned_empty([i.stop - i.start for i in index], dtype)
+        """See `Source.read`. A pool of threads reads, transposes and casts pieces of a few tens of megabytes."""
+        index, out = self.empty(leaf, index, dtype)
         stacked, transpose = leaf.spec.stacked, leaf.spec.transposed
         layers = range(index[0].start, index[0].stop) if stacked else [0]
         inner = index[1:] if stacked else index
-        columns, rows = (inner[0], inner[1]) if transpose else (slice(0, 1), inner[0])
-        if not transpose and len(inner) == 2:
-            columns = inner[1]
+        rows, columns = inner[::-1] if transpose else (*inner, slice(0, 1))[:2]
         jobs = []
         for layer, part in zip(layers, out if stacked else [out], strict=True):
             tensor = leaf.tensors[layer]
@@ -78,8 +64,8 @@ def read_params(directory, config: Config, shardings=None, dtype=None, progress:
     dtype: cast to it; None keeps each tensor's own.
     progress: show a bar on stderr, if that is a terminal.
 
-    Each process reads what its own devices hold, and host memory beside the devices' stays within one
-    parameter's shard on one device plus some megabytes.
+    Each process reads only what its devices hold. On the host it needs memory for one parameter's shard on one device,
+    and some megabytes.
     Raises InputError for damaged files and for any tensor that is missing, unexpected or of another shape or dtype.
     """
     with HfSource(directory, config) as source:
@@ -87,65 +73,49 @@ def read_params(directory, config: Config, shardings=None, dtype=None, progress:
 
 
 def _match(reader: Reader, config: Config) -> dict[str, Leaf]:
-    held = {}
+    stored = {}
     for name, tensor in reader.tensors.items():
         hub = hub_name(name)
-        if hub in held:
+        if hub in stored:
             raise CheckpointError(f"{reader.directory}: tensor {hub} is stored twice, under two spellings")
-        held[hub] = (name, tensor)
+        stored[hub] = (name, tensor)
     declared, names = specs(config), tensor_names(config)
-    needed = {name for group in names.values() for name in group}
-    _check_names(reader, config, held, needed)
+    _check_names(reader, config, stored, {name for group in names.values() for name in group})
     leaves = {}
     for path, group in names.items():
-        want = tensor_shape(config, declared[path])
-        dtypes = {}
-        for hub in group:
-            name, tensor = held[hub]
-            if tensor.dtype not in DTYPES:
-                raise CheckpointError(
-                    f"{tensor.file}: tensor {name} is {tensor.dtype}; only {', '.join(DTYPES)} are supported"
-                )
-            if tensor.shape != want:
-                raise CheckpointError(
-                    f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}; config.json calls for {list(want)}"
-                )
-            dtypes.setdefault(tensor.dtype, name)
-        if len(dtypes) > 1:
-            (a, first), (b, second), *_ = dtypes.items()
-            raise CheckpointError(
-                f"{reader.directory}: {first} is {a} but {second} is {b}; layers must share one dtype"
-            )
-        tensors = tuple(held[hub][1] for hub in group)
-        leaves[path] = Leaf(path, declared[path]._replace(dtype=DTYPES[tensors[0].dtype]), tensors)
+        tensors = dict(stored[hub] for hub in group)
+        for name, tensor in tensors.items():
+            tensor.check(name, tensor_shape(config, declared[path]), "config.json")
+        first, *_ = tensors
+        dtype = tensors[first].dtype
+        for name, tensor in tensors.items():
+            if tensor.dtype != dtype:
+                differ = f"{first} is {dtype} but {name} is {tensor.dtype}"
+                raise CheckpointError(f"{reader.directory}: {differ}; layers must share one dtype")
+        leaves[path] = Leaf(path, declared[path]._replace(dtype=DTYPES[dtype]), tuple(tensors.values()))
     return leaves
 
 
-def _check_names(reader: Reader, config: Config, held: dict, needed: set[str]) -> None:
+def _check_names(reader: Reader, config: Config, stored: dict, needed: set[str]) -> None:
     where = reader.directory
-    if any(name.endswith((".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv")) for name in held):
-        raise CheckpointError(
-            f"{where}: the weights are quantised (AWQ, GPTQ or FP8), which is not supported; use the original model"
-        )
-    missing = sorted(needed - held.keys())
+    if any(name.endswith((".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv")) for name in stored):
+        raise CheckpointError(f"{where}: quantised weights (AWQ, GPTQ, FP8) are not supported; use the original model")
+    missing = sorted(needed - stored.keys())
     if missing:
         hint = "; should config.json say tie_word_embeddings?" if missing == ["lm_head.weight"] else ""
         raise CheckpointError(f"{where}: tensor {missing[0]} is missing{_and_more(missing)}{hint}")
-    # Buffers that old versions of transformers stored; they follow from the config.
-    extra = sorted(
-        n for n in held.keys() - needed if not n.endswith(("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq"))
-    )
+    # Old versions of transformers stored these buffers; they follow from the config.
+    buffers = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+    extra = sorted(name for name in stored.keys() - needed if not name.endswith(buffers))
     if extra == ["lm_head.weight"]:
-        if not _same(reader, held["lm_head.weight"][1], held["model.embed_tokens.weight"][1]):
+        if not _same(reader, stored["lm_head.weight"][1], stored["model.embed_tokens.weight"][1]):
             raise CheckpointError(
-                f"{where}: config.json ties lm_head to the embedding, but lm_head.weight differs from it; "
-                "set tie_word_embeddings to false if the head is its own"
+                f"{where}: config.json ties lm_head to the embedding, but lm_head.weight differs; set "
+                "tie_word_embeddings to false if the head is its own"
             )
     elif extra:
-        raise CheckpointError(
-            f"{where}: tensor {held[extra[0]][0]} has no place in a {config.family} model of this config"
-            f"{_and_more(extra)}"
-        )
+        name = stored[extra[0]][0]
+        raise CheckpointError(f"{where}: tensor {name} has no place in this {config.family} model{_and_more(extra)}")
 
 
 def _and_more(names: list) -> str:

@@ -1,7 +1,7 @@
-"""Tensor names: which tensors of a Hugging Face checkpoint each parameter is made of.
+"""Names and shapes of the Hugging Face tensors that make up each parameter.
 
-A parameter that multiplies (`Spec.transposed`) is a torch weight transposed to [in, out]; the patch convolution is
-flattened to a matrix first; everything else keeps its shape. A stacked parameter is one tensor a layer.
+A matmul's kernel (`Spec.transposed`) is the torch weight transposed to [in, out]; the patch convolution is first
+flattened to a matrix. Other parameters keep their shape. A stacked parameter is one tensor per layer.
 """
 
 from qwenvl_jax.config import Config
@@ -9,14 +9,14 @@ from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.families import family_of
 from qwenvl_jax.params.specs import Spec, specs
 
-# Prefixes of the decoder and the vision tower: the hub's files, and newer saves of transformers (4.52 on).
+# Prefixes of the decoder and the vision tower: in the hub's files, and as transformers 4.52 and newer saves them.
 LAYOUTS = {"hub": ("model.", "visual."), "nested": ("model.language_model.", "model.visual.")}
 
 
 def tensor_names(config: Config, layout: str = "hub") -> dict[str, tuple[str, ...]]:
-    """Parameter path → its tensors' names, one a layer for a stacked parameter, in the order files are written.
+    """Parameter path → its tensors' names (one per layer if stacked), in the order that files are written.
 
-    The family has the names. Raises CheckpointError for a parameter without a name, or a name without a parameter.
+    Raises CheckpointError if the family's `tensor_names` and the modules do not list the same parameters.
     """
     if layout not in LAYOUTS:
         raise CheckpointError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
@@ -26,17 +26,13 @@ def tensor_names(config: Config, layout: str = "hub") -> dict[str, tuple[str, ..
         raise CheckpointError(f"{path}: the family {config.family!r} {which} (tensor_names)")
     out = {}
     for path, name in names.items():
-        for hub, prefix in zip(LAYOUTS["hub"], LAYOUTS[layout], strict=True):
-            if name.startswith(hub):
-                name = prefix + name.removeprefix(hub)
-                break
         layers = declared[path].shape[0] if declared[path].stacked else 1
-        out[path] = tuple(name.format(l=l) for l in range(layers))
+        out[path] = tuple(_respell(name, "hub", layout).format(l=l) for l in range(layers))
     return out
 
 
 def tensor_shape(config: Config, spec: Spec) -> tuple[int, ...]:
-    """The shape, in the files, of (one layer of) a parameter."""
+    """The shape in the files of a parameter, or of one layer of it."""
     if spec.role == "conv":
         v = config.vision
         return (spec.shape[-1], v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
@@ -45,9 +41,12 @@ def tensor_shape(config: Config, spec: Spec) -> tuple[int, ...]:
 
 
 def hub_name(name: str) -> str:
-    """A name of either layout, as the hub's files spell it."""
-    decoder, visual = LAYOUTS["nested"]
-    for old, new in ((visual, "visual."), (decoder, "model.")):
+    """The hub's spelling of a tensor's name in either layout."""
+    return _respell(name, "nested", "hub")
+
+
+def _respell(name: str, source: str, target: str) -> str:
+    for old, new in zip(LAYOUTS[source], LAYOUTS[target], strict=True):
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name

@@ -1,8 +1,7 @@
-"""Conversion between Hugging Face and Orbax checkpoints, bit for bit, one layer in memory at a time.
+"""Converts between Hugging Face and Orbax checkpoints, bit for bit, with one layer in memory at a time.
 
-Stock Orbax saves a tree that is in memory. Here the leaves of the tree are parameters still in their files
-(`Leaf` of params/place.py), and a type handler for them reads and writes one layer after the other. The result is an
-ordinary Orbax checkpoint of numpy arrays, which stock Orbax restores.
+Stock Orbax saves a tree of arrays in memory. Here the tree's leaves are parameters on disk (`Leaf` of
+params/place.py), and a type handler copies one layer after the other. Stock Orbax can restore the result.
 """
 
 import contextlib
@@ -20,18 +19,8 @@ from qwenvl_convert.names import tensor_names, tensor_shape
 from qwenvl_convert.safetensors import Writer
 
 from qwenvl_jax.errors import CheckpointError
-from qwenvl_jax.params.checkpoint import (
-    CHUNK_BYTES,
-    FORMAT,
-    MARKER,
-    PARAMS,
-    PIECE_BYTES,
-    OrbaxSource,
-    copy_side_files,
-    read_config,
-    staged,
-    write_json,
-)
+from qwenvl_jax.params.checkpoint import CHUNK_BYTES, PIECE_BYTES, OrbaxSource, copy_side_files, staged, write_json
+from qwenvl_jax.params.directory import FORMAT, MARKER, PARAMS, read_config
 from qwenvl_jax.params.place import Leaf, progress_bar
 from qwenvl_jax.params.specs import Spec, unflatten
 
@@ -39,13 +28,13 @@ from qwenvl_jax.params.specs import Spec, unflatten
 def to_orbax(src, dst, *, progress: bool = True) -> None:
     """Writes the Hugging Face checkpoint directory `src` as a new directory `dst` that `qwenvl_jax.load` reads.
 
-    Host memory stays within a few layers, whatever the size of the model. Raises InputError if `dst` exists,
-    if the disk is full, or for any fault of `src` that `read_params` would find; then nothing named `dst` is left.
+    Needs host memory for a few layers. Raises InputError if `dst` exists, if the disk is full, or if `read_params`
+    would refuse `src`; then there is no `dst`.
     """
     src = Path(src)
     config = read_config(src)
     if (src / MARKER).is_file():
-        raise CheckpointError(f"{src}: is an Orbax checkpoint already; --to hf turns it into a Hugging Face one")
+        raise CheckpointError(f"{src}: is an Orbax checkpoint already; --to hf makes a Hugging Face one of it")
     with (
         HfSource(src, config) as source,
         staged(dst, source.nbytes, src) as work,
@@ -54,7 +43,7 @@ def to_orbax(src, dst, *, progress: bool = True) -> None:
     ):
         registry = ocp.type_handlers.create_type_handler_registry(
             (Leaf, _LeafHandler(source, bar, raise_if_interrupted)),
-            (jax.Array, ocp.type_handlers.ArrayHandler()),  # unused; Orbax warns when it is not there
+            (jax.Array, ocp.type_handlers.ArrayHandler()),  # unused, but Orbax warns if it is absent
         )
         handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
         with ocp.Checkpointer(handler) as checkpointer:
@@ -64,19 +53,19 @@ def to_orbax(src, dst, *, progress: bool = True) -> None:
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Saves leaves that are still in a HfSource's files; what it writes reads back as numpy arrays."""
+    """Saves a HfSource's leaves; Orbax restores them as numpy arrays."""
 
     def __init__(self, source: HfSource, bar, raise_if_interrupted):
         super().__init__()
         self._source, self._bar, self._raise_if_interrupted = source, bar, raise_if_interrupted
 
     async def serialize(self, values, infos, args=None):
-        # A flush after every piece would cost half as much time again; `staged` flushes all of it before the rename.
+        # No flush after every piece, which takes half as much time again: `staged` flushes before the rename.
         context = ts.Context({"file_io_sync": False, "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
         for leaf, info in zip(values, infos, strict=True):
             store = None
             for piece, part in _read_ahead(self._source, leaf, self._bar):
-                if store is None:  # chunks fit in the first piece, so no later one shares a chunk with another
+                if store is None:  # chunks divide the first piece, so no chunk spans two pieces
                     spec = ocp.type_handlers.get_json_tspec_write(
                         info,
                         use_ocdbt=True,
@@ -93,13 +82,13 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
 
 
 def _pieces(spec: Spec) -> list[tuple[slice, ...]]:
-    """Cuts a parameter into what is in memory at once: layers, or runs of a tensor's rows where that is less."""
+    """Cuts a parameter into pieces to hold in memory: layers, or ranges of rows of a parameter without layers."""
     lead, shape = int(spec.stacked), spec.shape
     axis = len(shape) - 1 if spec.transposed else lead
     one = math.prod(shape[lead:]) * spec.dtype.itemsize
     step = shape[axis] if lead else max(1, min(shape[axis], shape[axis] * PIECE_BYTES // one))
     if 256 < step < shape[axis]:
-        step -= step % 256  # Orbax cuts chunks at divisors; a prime has none
+        step -= step % 256  # a chunk's size divides the piece's, so that must have divisors
     cuts = [slice(i, min(i + step, shape[axis])) for i in range(0, shape[axis], step)]
     layers = [(slice(l, l + 1),) for l in range(shape[0])] if lead else [()]
     inner = [slice(0, n) for n in shape[lead:]]
@@ -110,10 +99,10 @@ def _pieces(spec: Spec) -> list[tuple[slice, ...]]:
 def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000, progress: bool = True) -> None:
     """Writes one of our checkpoint directories `src` as a new Hugging Face directory `dst`.
 
-    layout: "hub" names tensors as the hub's files do (`visual.*`, `model.*`), which every version of transformers
-    reads; "nested" as newer saves do (`model.visual.*`, `model.language_model.*`).
-    max_shard_bytes: more weights than this are split over several files, with an index.
-    Memory, errors and leftovers as for `to_orbax`.
+    layout: "hub" (`visual.*`, `model.*`), which every version of transformers reads, or "nested" (`model.visual.*`,
+        `model.language_model.*`), as transformers 4.52 and newer saves.
+    max_shard_bytes: larger weights are split over several files, with an index.
+    Memory and errors as for `to_orbax`.
     """
     src = Path(src)
     config = read_config(src)
@@ -121,13 +110,11 @@ def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000
         raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
     if not (src / MARKER).is_file():
         if any(src.glob("*.safetensors")):
-            raise CheckpointError(f"{src}: is a Hugging Face checkpoint already; --to orbax turns it into an Orbax one")
+            raise CheckpointError(f"{src}: is a Hugging Face checkpoint already; --to orbax makes an Orbax one of it")
         raise CheckpointError(f"{src}: not an Orbax checkpoint of ours, there is no {MARKER} in it")
     source, names = OrbaxSource(src, config), tensor_names(config, layout)
-    shapes = {
-        name: (source.leaves[path].dtype, tensor_shape(config, source.leaves[path].spec))
-        for path, name in _file_order(names)
-    }
+    kinds = {path: (leaf.dtype, tensor_shape(config, leaf.spec)) for path, leaf in source.leaves.items()}
+    shapes = {name: kinds[path] for path, name in _file_order(names)}
     with (
         staged(dst, source.nbytes, src) as work,
         progress_bar("converting", source.nbytes, progress) as bar,
@@ -138,10 +125,11 @@ def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000
             leaf = source.leaves[path]
             transpose = leaf.spec.transposed
             for piece, part in _read_ahead(source, leaf, bar):
-                name, rows = group[0], piece[-1 if transpose else 0]
+                name = group[0]
                 if leaf.spec.stacked:
-                    name, part, rows = group[piece[0].start], part[0], piece[-1 if transpose else 1]
-                writer.write_rows(name, rows.start, part if part.ndim > 1 else part[:, None], transpose)
+                    name, part, piece = group[piece[0].start], part[0], piece[1:]
+                row = piece[-1 if transpose else 0].start
+                writer.write_rows(name, row, part if part.ndim > 1 else part[:, None], transpose)
                 raise_if_interrupted()
         writer.finish()
         copy_side_files(src, work)
@@ -149,23 +137,23 @@ def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000
 
 @contextlib.contextmanager
 def _orderly_interrupt():
-    """Holds Ctrl-C back until `raise_if_interrupted`, which this yields, is called, or the block ends.
+    """Defers Ctrl-C until the yielded `raise_if_interrupted` is called or the block ends; a second one is immediate.
 
-    Orbax's writers work on in their threads after an exception from nowhere: they would create files in a directory
-    that is being removed, and print tracebacks. A second Ctrl-C is not held back.
+    After an exception at an arbitrary point, Orbax's threads continue: they create files in the directory that is
+    being removed, and print tracebacks.
     """
     previous = signal.getsignal(signal.SIGINT)
     if previous is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
-        yield lambda: None  # the program has its own way of stopping
+        yield lambda: None  # the program handles interrupts itself
         return
-    asked = []
+    interrupted = threading.Event()
 
     def note(*_):
-        asked.append(True)
+        interrupted.set()
         signal.signal(signal.SIGINT, previous)
 
     def raise_if_interrupted():
-        if asked:
+        if interrupted.is_set():
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, note)
@@ -177,21 +165,20 @@ def _orderly_interrupt():
 
 
 def _read_ahead(source, leaf: Leaf, bar):
-    """(index, array) of a parameter's pieces, the next one being read while this one is used."""
+    """(index, array) of each piece of a parameter; a thread reads the next piece meanwhile."""
     pieces = _pieces(leaf.spec)
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(source.read, leaf, pieces[0], None, bar)
-        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-            part = coming.result()
-            if following:
-                coming = ahead.submit(source.read, leaf, following, None, bar)
+    with ThreadPoolExecutor(1) as pool:
+        next_part = pool.submit(source.read, leaf, pieces[0], None, bar)
+        for piece, next_piece in zip(pieces, [*pieces[1:], None], strict=True):
+            part = next_part.result()
+            if next_piece:
+                next_part = pool.submit(source.read, leaf, next_piece, None, bar)
             yield piece, part
 
 
 def _file_order(names: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
-    """(parameter path, tensor name) layer by layer, so that a layer's tensors share a file as far as they can."""
-    towers = {}
-    entries = []
+    """(parameter path, tensor name) layer by layer, so that most layers' tensors share a file."""
+    towers, entries = {}, []
     for path, group in names.items():
         tower = towers.setdefault("/".join(path.split("/")[:2]), len(towers))
         entries += [(tower, layer, path, name) for layer, name in enumerate(group)]

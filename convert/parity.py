@@ -1,12 +1,13 @@
-"""This model against the reference (transformers 4.51.3 on torch), stage by stage, on the same inputs.
+"""Compares this model with the reference (transformers 4.51.3 on torch) on the same inputs.
 
-Where two implementations part says more than how far their logits are apart, so every stage is compared:
-patches, positions, vision output, merged embeddings, every decoder layer, logits, greedy tokens.
+Compares patches, positions, vision output, merged embeddings, every decoder layer, logits and greedy tokens, so that a
+difference is found at the stage that causes it.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +17,9 @@ from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.preprocessing import Preprocessing, pixel_table
 from qwenvl_jax.model import decoder, qwenvl
-from qwenvl_jax.model.norms import RMSNorm
 from qwenvl_jax.types import Batch, Sample
+
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # the reference's arguments by kind of visual
 
 
 class Stage(NamedTuple):
@@ -34,12 +36,11 @@ class Stage(NamedTuple):
 
 
 def compare(ours: dict, reference: dict, limit: float = 1e-4) -> list[Stage]:
-    """Pairs two dicts of arrays by name; integer stages and patches must be equal."""
+    """Pairs two dicts of arrays by name; integer stages and patches must be bit-equal."""
     rows = []
     for name, theirs in reference.items():
         mine = np.asarray(ours[name])
-        if mine.shape != theirs.shape:
-            raise AssertionError(f"{name}: shape {mine.shape}, the reference has {theirs.shape}")
+        chex.assert_equal_shape((mine, theirs))
         exact = name == "patches" or np.issubdtype(theirs.dtype, np.integer)
         gap = np.abs(mine.astype(np.float64) - theirs.astype(np.float64)).max(initial=0)
         error = float(gap / max(np.abs(theirs.astype(np.float64)).max(initial=0), 1e-30)) if gap else 0.0
@@ -48,10 +49,10 @@ def compare(ours: dict, reference: dict, limit: float = 1e-4) -> list[Stage]:
 
 
 def our_stages(config: Config, params: dict, batch: Batch) -> dict:
-    """Every stage of one batch, at its live tokens only: arrays [live tokens, …] in row order."""
+    """Every stage of one batch at its live tokens: arrays [live tokens, …] in row order."""
     live = np.asarray(batch.segments) != 0
     out = {"positions": np.moveaxis(np.asarray(batch.positions), 0, -1)[live]}
-    visual = _encode(config, params, batch)
+    visual = _visual_tokens(config, params, batch)
     if visual is not None:
         index = np.asarray(batch.visual_index)
         for kind, token in (("image", config.image_token_id), ("video", config.video_token_id)):
@@ -63,27 +64,26 @@ def our_stages(config: Config, params: dict, batch: Batch) -> dict:
     layer = jax.jit(decoder.run_layers, static_argnums=(0, 5))
     for l in range(config.text.num_hidden_layers):
         one = {"decoder": {"layers": jax.tree.map(lambda w, l=l: w[l : l + 1], params["decoder"]["layers"])}}
-        x, _ = layer(config, one, x, batch.positions, batch.segments, _keep_nothing)
-        if l + 1 == config.text.num_hidden_layers:  # the reference hands out the last one only after its norm
-            norm = RMSNorm(config.text.rms_norm_eps, config.dtype)
-            x = norm.apply({"params": params["decoder"]["norm"]}, x)
+        x, _ = layer(config, one, x, batch.positions, batch.segments, _no_kv)
+        if l + 1 == config.text.num_hidden_layers:  # the reference returns the last layer's output after the norm
+            x = decoder.final_norm(config, params, x)
         out[f"decoder layer {l}"] = np.asarray(x)[live]
     logits = jax.jit(qwenvl.forward, static_argnums=0)(config, params, batch)
     out["logits"] = np.asarray(logits)[live]
     return out
 
 
-def _encode(config: Config, params: dict, batch: Batch):
+def _visual_tokens(config: Config, params: dict, batch: Batch):
     encode = jax.jit(qwenvl.encode_vision, static_argnums=0)
     return jnp.concatenate([encode(config, params, v) for v in batch.vision]) if batch.vision else None
 
 
-def _keep_nothing(k, v):
+def _no_kv(k, v):
     return None
 
 
 def reference_inputs(samples: list[Sample], config: Config, side: str = "right") -> dict:
-    """What the reference's forward takes for these samples: padded ids and mask, pixel values, grids, seconds."""
+    """The arguments of the reference's forward: padded ids and mask, pixel values, grids, seconds per grid step."""
     import torch
 
     longest = max(len(s.tokens) for s in samples)
@@ -92,22 +92,19 @@ def reference_inputs(samples: list[Sample], config: Config, side: str = "right")
         where = slice(0, len(s.tokens)) if side == "right" else slice(longest - len(s.tokens), None)
         ids[row, where], mask[row, where] = s.tokens, 1
     out = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    for kind, values, grid in (
-        ("image", "pixel_values", "image_grid_thw"),
-        ("video", "pixel_values_videos", "video_grid_thw"),
-    ):
+    for kind, values in _PIXELS.items():
         visuals = [v for s in samples for v in s.visuals if v.kind == kind]
         if visuals:
             patches = np.concatenate([v.patches for v in visuals])
             out[values] = torch.tensor(reference_pixels(patches, config))
-            out[grid] = torch.tensor([list(v.grid) for v in visuals])
+            out[f"{kind}_grid_thw"] = torch.tensor([list(v.grid) for v in visuals])
             if kind == "video" and config.family == "qwen2_5_vl":
                 out["second_per_grid_ts"] = torch.tensor([v.seconds_per_grid for v in visuals])
     return out
 
 
 def reference_pixels(patches, config: Config) -> np.ndarray:
-    """uint8 patches [n, C] → float32, in the reference image processor's arithmetic."""
+    """uint8 patches [n, C] → float32, computed as in the reference's image processor."""
     mean, std = config.vision.image_mean, config.vision.image_std
     table = pixel_table(Preprocessing(image_mean=mean, image_std=std))
     values = patches.reshape(len(patches), len(mean), -1)
@@ -115,25 +112,24 @@ def reference_pixels(patches, config: Config) -> np.ndarray:
 
 
 def reference_stages(model, inputs: dict) -> dict:
-    """The stages of `our_stages`, out of a torch model of transformers 4.51.3."""
+    """The stages of `our_stages`, from a torch model of transformers 4.51.3."""
     import torch
 
-    keep = inputs["attention_mask"].bool()
-    model.rope_deltas = None  # the reference remembers them across calls
-    grids = {k: inputs.get(k) for k in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if k in inputs}
+    live = inputs["attention_mask"].bool()
+    model.rope_deltas = None  # the reference keeps them across calls
+    grids = {k: inputs[k] for k in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if k in inputs}
     out = {}
     with torch.no_grad():
         positions, _ = model.get_rope_index(inputs["input_ids"], attention_mask=inputs["attention_mask"], **grids)
-        out["positions"] = positions.permute(1, 2, 0)[keep].numpy().astype(np.int32)
-        for kind, values in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        out["positions"] = positions.permute(1, 2, 0)[live].numpy().astype(np.int32)
+        for kind, values in _PIXELS.items():
             if values in inputs:
-                seen = model.visual(inputs[values], grid_thw=inputs[f"{kind}_grid_thw"])
-                out[f"{kind} vision output"] = seen.numpy()
+                out[f"{kind} vision output"] = model.visual(inputs[values], grid_thw=inputs[f"{kind}_grid_thw"]).numpy()
         result = model(**inputs, output_hidden_states=True, use_cache=False)
-    hidden = [h[keep].numpy() for h in result.hidden_states]
+    hidden = [h[live].numpy() for h in result.hidden_states]
     out["merged embeddings"] = hidden[0]
     out |= {f"decoder layer {l}": h for l, h in enumerate(hidden[1:])}
-    out["logits"] = result.logits[keep].float().numpy()
+    out["logits"] = result.logits[live].float().numpy()
     return out
 
 
@@ -143,7 +139,7 @@ def load_reference(path):
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it would draw on stderr even where that is a file
+    logging.disable_progress_bar()  # it writes to stderr even if that is a file
     with torch.no_grad():
         return AutoModelForImageTextToText.from_pretrained(
             path, torch_dtype=torch.float32, attn_implementation="eager"
@@ -151,9 +147,10 @@ def load_reference(path):
 
 
 def verify(path, image, prompt: str = "Describe this picture.", max_new_tokens: int = 16) -> list[Stage]:
-    """Compares this library with the reference on the user's own checkpoint directory and one picture.
+    """Compares this library with the reference on a checkpoint directory and one picture.
 
-    Everything runs in float32 on the default devices of both frameworks. Needs `pip install qwenvl-jax[parity]`.
+    Both run in float32 on their framework's default device. Needs `pip install qwenvl-jax[parity]`. Raises InputError
+    without it, for an Orbax checkpoint, and for a picture that the reference refuses.
     """
     try:
         import torch
@@ -162,10 +159,8 @@ def verify(path, image, prompt: str = "Describe this picture.", max_new_tokens: 
     except ImportError as e:
         raise InputError(f"verify compares with torch, which is missing ({e}); pip install 'qwenvl-jax[parity]'") from e
     if not transformers.__version__.startswith("4.51."):
-        raise InputError(
-            f"verify needs transformers 4.51.3, the reference whose positions are right; "
-            f"{transformers.__version__} is installed: pip install 'qwenvl-jax[parity]'"
-        )
+        version = transformers.__version__
+        raise InputError(f"verify needs transformers 4.51.3, not {version}: pip install 'qwenvl-jax[parity]'")
     from qwenvl_jax.inputs.media import load_image
     from qwenvl_jax.inputs.processor import Processor
     from qwenvl_jax.params.checkpoint import MARKER, load, read_config
@@ -175,14 +170,12 @@ def verify(path, image, prompt: str = "Describe this picture.", max_new_tokens: 
         raise InputError(f"{path}: an Orbax checkpoint; verify needs the Hugging Face directory, which torch can read")
     if not (path / "config.json").is_file():
         raise InputError(f"{path}: verify needs a Hugging Face checkpoint directory with a config.json")
-    # What can be wrong with the picture is told before either side reads the weights.
+    # Errors of the picture come before either side reads the weights.
     processor = Processor.from_dir(path, read_config(path))
     picture, smallest = load_image(image), processor.preprocessing.factor
     if min(picture.size) < smallest:
-        raise InputError(
-            f"{image}: {picture.width} × {picture.height} pixels; verify needs sides of at least {smallest}, "
-            "since transformers 4.51.3 refuses smaller ones"
-        )
+        size = f"{picture.width} × {picture.height} pixels"
+        raise InputError(f"{image}: {size}; verify needs sides of at least {smallest}, as transformers 4.51.3 does")
     messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
     sample = processor.encode(messages)
     config, params, *_ = load(path, dtype="float32")
@@ -194,24 +187,17 @@ def verify(path, image, prompt: str = "Describe this picture.", max_new_tokens: 
     ours = {"patches": reference_pixels(sample.visuals[0].patches, config)} | our_stages(config, params, batch)
     rows = compare(ours, {"patches": theirs} | reference_stages(model, inputs))
 
+    settings = dict(do_sample=False, repetition_penalty=1.0, temperature=None, top_k=None, top_p=None)
     with torch.no_grad():
         model.rope_deltas = None
-        answer = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            repetition_penalty=1.0,
-            temperature=None,
-            top_k=None,
-            top_p=None,
-        )[0, len(sample.tokens) :].numpy()
+        answer = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)[0, len(sample.tokens) :].numpy()
     mine = greedy(config, params, batch, len(answer))[0]
     return rows + compare({"greedy tokens": mine}, {"greedy tokens": answer})
 
 
 def greedy(config: Config, params: dict, batch: Batch, steps: int) -> np.ndarray:
     """Greedy token ids [B, steps] by prefill and decode, without stopping at eos."""
-    visual = _encode(config, params, batch)
+    visual = _visual_tokens(config, params, batch)
     x = decoder.embed(config, params, batch.tokens, batch.visual_index, visual)
     prefill = jax.jit(qwenvl.prefill, static_argnums=(0, 5))
     decode = jax.jit(qwenvl.decode, static_argnums=0, donate_argnums=3)

@@ -1,4 +1,4 @@
-"""PEFT's files of low-rank adapters, read and written."""
+"""Reads and writes low-rank adapters in PEFT's format."""
 
 import re
 import sys
@@ -8,28 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from qwenvl_convert.names import hub_name, tensor_names
-from qwenvl_convert.safetensors import DTYPES, Reader, Writer
+from qwenvl_convert.safetensors import Reader, Writer
 
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.params.checkpoint import staged, write_json
 from qwenvl_jax.params.directory import find
-from qwenvl_jax.params.lora import attach, is_number, is_rank, linears, split
+from qwenvl_jax.params.lora import attach, is_alpha, is_rank, linears, split
 from qwenvl_jax.params.specs import ADAPTER, flatten, specs
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Settings of PEFT's that change more than the low-rank update of a Linear.
+# PEFT's settings that change more than the low-rank update of a Linear.
 _UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "arrow_config",
+    *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication"),
+    *("target_parameters", "alora_invocation_tokens", "use_qalora", "arrow_config"),
 )
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # values of init_lora_weights
 
@@ -37,9 +30,9 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # values of init_lora_weig
 def save_adapter(config: Config, params: dict, path, *, base_name: str, layout: str = "hub") -> None:
     """Writes the adapter in `params` as a new directory that PEFT loads: its settings and its weights.
 
-    base_name: the model it belongs to, a hub id or a directory.
-    layout: whose names of modules: "hub", as in transformers before 4.52, or "nested", as from there on.
-    The scale that the adapter has goes into lora_alpha (alpha = scale · r), whichever way it was derived.
+    base_name: the base model, a hub id or a directory.
+    layout: module names of transformers before 4.52 ("hub") or from 4.52 on ("nested").
+    lora_alpha is the adapter's scale · r, however the scale was derived.
     Raises InputError if there is no adapter, if `path` exists, or if the disk is full.
     """
     if jax.process_count() > 1:
@@ -90,12 +83,12 @@ def save_adapter(config: Config, params: dict, path, *, base_name: str, layout: 
 
 
 def load_adapter(config: Config, params: dict, path) -> dict:
-    """The parameters with the adapter that PEFT, or save_adapter, wrote to a directory (or a hub id) `path`.
+    """The parameters with the adapter in `path`, a directory by PEFT or `save_adapter`, or a hub id.
 
-    Which Linears have one, in which layers, is read from the tensors; r, lora_alpha, their patterns and use_rslora
-    from the settings. Weights become float32.
-    Raises InputError for damaged files, for a tensor that has no place or another shape than the settings say, and
-    for what is not plain LoRA: DoRA, trained biases, whole trained modules, adapters of embeddings or convolutions.
+    The tensors say which Linears and layers have an adapter; the settings give r, lora_alpha, their patterns and
+    use_rslora. Weights become float32.
+    Raises InputError for damaged files, for a tensor without a place or of a shape that the settings contradict, and
+    for more than plain LoRA: DoRA, trained biases, whole trained modules, adapters of embeddings or convolutions.
     """
     path = find(path)
     settings = _read_settings(path / SETTINGS)
@@ -105,54 +98,45 @@ def load_adapter(config: Config, params: dict, path) -> dict:
     with Reader(path, WEIGHTS) as reader:
         pairs = _pairs(reader, config)
         for linear, modules in _modules(config).items():
-            held = {l: pairs[name] for l, name in enumerate(modules) if name in pairs}
-            if not held:
+            adapted = {l: pairs[name] for l, name in enumerate(modules) if name in pairs}
+            if not adapted:
                 continue
             kernel = declared[f"{linear}/kernel"]
-            (n_in, n_out), stacked = kernel.shape[-2:], kernel.stacked
-            factors = {l: _factors(path / SETTINGS, settings, side["A"][0]) for l, side in held.items()}
-            for l, side in held.items():
-                r = factors[l][0]
-                for which, want in (("A", (r, n_in)), ("B", (n_out, r))):
-                    _, key, tensor = side[which]
-                    if tensor.dtype not in DTYPES:
-                        raise CheckpointError(
-                            f"{tensor.file}: tensor {key} is {tensor.dtype}; only {', '.join(DTYPES)} are supported"
-                        )
-                    if tensor.shape != want:
-                        raise CheckpointError(
-                            f"{tensor.file}: tensor {key} has shape {list(tensor.shape)}; {SETTINGS} and the model "
-                            f"call for {list(want)}"
-                        )
+            n_in, n_out = kernel.shape[-2:]
+            factors = {l: _factors(path / SETTINGS, settings, pair["A"][0]) for l, pair in adapted.items()}
+            for l, (r, _) in factors.items():  # before arrays of these sizes are allocated
+                for side, shape in (("A", (r, n_in)), ("B", (n_out, r))):
+                    _, key, tensor = adapted[l][side]
+                    tensor.check(key, shape, SETTINGS)
             rank = max(r for r, _ in factors.values())
             a, b = np.zeros((len(modules), n_in, rank), np.float32), np.zeros((len(modules), rank, n_out), np.float32)
             scale = np.zeros(len(modules), np.float32)
-            for l, side in held.items():
+            for l, pair in adapted.items():
                 r, scale[l] = factors[l]
-                reader.read_part(side["A"][2], slice(0, r), slice(0, n_in), True, a[l, :, :r])
-                reader.read_part(side["B"][2], slice(0, n_out), slice(0, r), True, b[l, :r])
+                reader.read_part(pair["A"][2], slice(0, r), slice(0, n_in), True, a[l, :, :r])
+                reader.read_part(pair["B"][2], slice(0, n_out), slice(0, r), True, b[l, :r])
             for leaf, value in zip(ADAPTER, (a, b, scale), strict=True):
-                out[f"{linear}/{leaf}"] = jnp.asarray(value if stacked else value[0])
+                out[f"{linear}/{leaf}"] = jnp.asarray(value if kernel.stacked else value[0])
     return attach(config, params, out)
 
 
 def _modules(config: Config, layout: str = "hub") -> dict[str, list[str]]:
-    """Path of every Linear that can be adapted → its modules' names in transformers, one a layer if it is stacked."""
+    """Path of each Linear → its modules' names in transformers, one per layer if it is stacked."""
     names = tensor_names(config, layout)
     return {path: [name.removesuffix(".weight") for name in names[f"{path}/kernel"]] for path in linears(config)}
 
 
 def _pairs(reader: Reader, config: Config) -> dict:
-    """Module, in the hub's spelling → {"A" and "B": (module as the file spells it, key, Tensor)}."""
+    """Module in the hub's spelling → {"A" and "B": (module in the file's spelling, key, Tensor)}."""
     known = {name for names in _modules(config).values() for name in names}
     pairs = {}
     for key, tensor in reader.tensors.items():
-        # Files written from a raw state dict have the adapter's name ("default") before ".weight".
+        # In files written from a raw state dict, the adapter's name ("default") precedes ".weight".
         match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", key)
         if not match or hub_name(match[1]) not in known:
             raise CheckpointError(
-                f"{tensor.file}: tensor {key} has no place in a {config.family} model of this config; adapters go on "
-                "the linear layers of decoder blocks, vision blocks and merger"
+                f"{tensor.file}: tensor {key} has no place in this {config.family} model; only linear layers of the "
+                "decoder's blocks, the vision blocks and the merger can have adapters"
             )
         sides = pairs.setdefault(hub_name(match[1]), {})
         if match[2] in sides:
@@ -162,9 +146,7 @@ def _pairs(reader: Reader, config: Config) -> dict:
         raise CheckpointError(f"{reader.directory / WEIGHTS}: holds no tensors")
     for module, sides in pairs.items():
         if len(sides) < 2:
-            raise CheckpointError(
-                f"{reader.directory / WEIGHTS}: {module} has lora_{''.join(sides)} but not the other half"
-            )
+            raise CheckpointError(f"{reader.directory / WEIGHTS}: {module} has only one of lora_A and lora_B")
     return pairs
 
 
@@ -174,23 +156,21 @@ def _read_settings(file) -> dict:
         raise CheckpointError(f"{file}: peft_type is {settings.get('peft_type')!r}; only LORA adapters can be read")
     for key in _UNSUPPORTED:
         if settings.get(key):
-            raise CheckpointError(
-                f"{file}: {key} is {settings[key]!r}, more than plain LoRA; merge it with PEFT (merge_and_unload) and "
-                "load the merged model"
-            )
+            more = f"{key} is {settings[key]!r}, more than plain LoRA"
+            raise CheckpointError(f"{file}: {more}; load the model that PEFT's merge_and_unload gives")
     if settings.get("bias", "none") != "none":
         raise CheckpointError(f"{file}: bias is {settings['bias']!r}; adapters with trained biases cannot be read")
     init = settings.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGES_BASE):
         raise CheckpointError(
-            f"{file}: init_lora_weights is {init!r}, which starts from changed base weights; convert the adapter with "
-            "PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+            f"{file}: init_lora_weights {init!r} changed the base weights; convert the adapter with PEFT "
+            "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
     return settings
 
 
 def _factors(file, settings: dict, module: str) -> tuple[int, float]:
-    """Rank and scale of a module; a pattern must match its name's end, and the first that does counts, as in PEFT."""
+    """Rank and scale of a module. As in PEFT, the first pattern that matches the end of its name counts."""
 
     def setting(key, patterns):
         patterns = settings.get(patterns) or {}
@@ -200,16 +180,16 @@ def _factors(file, settings: dict, module: str) -> tuple[int, float]:
                     return value
         except (AttributeError, re.error) as e:
             raise CheckpointError(f"{file}: patterns for {key} are not readable ({e})") from e
-        return settings.get(key, 8)  # PEFT's default of both
+        return settings.get(key, 8)  # PEFT's default for both
 
     r, alpha = setting("r", "rank_pattern"), setting("lora_alpha", "alpha_pattern")
     if not is_rank(r):
-        raise CheckpointError(f"{file}: r is {r!r} for {module}; it must be a whole number from 1")
-    if not is_number(alpha):
+        raise CheckpointError(f"{file}: r is {r!r} for {module}; it must be an integer of at least 1")
+    if not is_alpha(alpha):
         raise CheckpointError(f"{file}: lora_alpha is {alpha!r} for {module}; it must be a number")
     return r, alpha / (r**0.5 if settings.get("use_rslora") else r)
 
 
 def _tidy(alpha: float) -> float | int:
-    """16 for the 16.000001 that a float32 scale gives."""
+    """Removes float32's rounding error: 16.000001 → 16."""
     return round(alpha) if abs(alpha - round(alpha)) < 1e-6 * abs(alpha) else alpha

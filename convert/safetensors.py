@@ -1,8 +1,8 @@
-"""Safetensors files, read and written in place: a tensor is a dtype, a shape and a byte range of a file.
+"""Safetensors files: a tensor is a dtype, a shape and a byte range of a file.
 
-The format is a length, a JSON header and the bytes, so nothing more than `pread` and `pwrite` is needed to move
-any part of any tensor, in any order and from several threads, without a copy of the file in memory. Headers come
-from strangers: every number is checked against the file's size before it is used.
+The format is a length, a JSON header and the bytes. So `pread` and `pwrite` move any part of any tensor, in any order
+and from several threads, without a copy of the file in memory; the safetensors library cannot do that. Headers are
+untrusted: every number is checked against the file's size before it is used.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ SINGLE = "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the reference reader's limit
-_ROWS = 256  # rows transposed at once: a multiple of a cache line on both sides, and few enough for the cache
+_ROWS = 256  # rows transposed at once: whole cache lines on both sides, and few enough for the cache
 
 
 class Tensor(NamedTuple):
-    """Where one tensor lies. dtype is the file's name for it ("BF16"), which need not be one we can read."""
+    """Where one tensor is. dtype: the file's name for it ("BF16"), possibly one that we cannot read."""
 
     file: Path
     dtype: str
@@ -41,17 +41,22 @@ class Tensor(NamedTuple):
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """The shape with everything behind the first dimension flattened."""
+        """The shape with all dimensions but the first flattened."""
         return (self.shape[0], math.prod(self.shape[1:])) if self.shape else (1, 1)
 
+    def check(self, name: str, shape: tuple[int, ...], source: str) -> None:
+        """Raises CheckpointError if the dtype is not in DTYPES, or the shape is not the one that `source` gives."""
+        if self.dtype not in DTYPES:
+            raise CheckpointError(f"{self.file}: tensor {name} is {self.dtype}; only {', '.join(DTYPES)} are supported")
+        if self.shape != shape:
+            have, want = list(self.shape), list(shape)
+            raise CheckpointError(f"{self.file}: tensor {name} has shape {have}; {source} calls for {want}")
 
-# Reading
 
-
-class Reader:
+class Reader(contextlib.AbstractContextManager):
     """The open files of a checkpoint directory, and `tensors`: name → Tensor. Use it as a context manager.
 
-    single: the file's name where there is only one.
+    single: the file's name if there is only one.
     """
 
     def __init__(self, directory, single: str = SINGLE):
@@ -63,9 +68,6 @@ class Reader:
             self.close()
             raise
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         self.close()
 
@@ -75,26 +77,24 @@ class Reader:
         self._open = {}
 
     def _read_all(self) -> dict[str, Tensor]:
-        names = self._files()
         tensors = {}
-        for file, claimed in names.items():
-            held = self._read_header(file)
-            if claimed is not None and claimed != held.keys():
-                name = sorted(claimed ^ held.keys())[0]
-                where = f"{file.name} does not hold it" if name in claimed else f"{file.name} holds it"
-                raise CheckpointError(f"{self.directory / INDEX}: does not match the files on tensor {name}: {where}")
-            tensors |= held
+        for file, listed in self._files().items():
+            stored = self._read_header(file)
+            if listed is not None and listed != stored.keys():
+                name = min(listed ^ stored.keys())
+                has = "does not hold it" if name in listed else "holds it"
+                raise CheckpointError(f"{self.directory / INDEX}: wrong about tensor {name}: {file.name} {has}")
+            tensors |= stored
         return tensors
 
     def _files(self) -> dict[Path, set[str] | None]:
-        """The weight files, each with the tensors that an index says are in it (None: there is no index)."""
+        """The weight files, each with the tensors that the index lists for it (None: there is no index)."""
         if (self.directory / self._single).is_file():
             return {self.directory / self._single: None}
         index = self.directory / INDEX
         if not index.is_file():
-            raise CheckpointError(
-                f"{self.directory}: no {self._single} and no {INDEX}; weights are read from safetensors files only"
-            )
+            either = f"{self._single} and no {INDEX}"
+            raise CheckpointError(f"{self.directory}: no {either}; weights are read from safetensors files only")
         try:
             weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
             pairs = [(name, Path(file)) for name, file in weight_map.items()]
@@ -118,15 +118,14 @@ class Reader:
             size = os.fstat(fd).st_size
             length = int.from_bytes(os.pread(fd, 8, 0), "little")
             if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise CheckpointError(
-                    f"{file}: not a safetensors file, or cut short ({size} bytes, its header claims {length})"
-                )
+                claim = f"{size} bytes, its header claims {length}"
+                raise CheckpointError(f"{file}: not a safetensors file, or cut short ({claim})")
             header = json.loads(os.pread(fd, length, 8).decode("utf-8"), object_pairs_hook=_no_duplicates)
         except OSError as e:
             raise CheckpointError(f"{file}: cannot be read ({e.strerror})") from e
+        except InputError:
+            raise
         except (ValueError, RecursionError) as e:
-            if isinstance(e, InputError):
-                raise
             raise CheckpointError(f"{file}: its safetensors header is not valid JSON ({e})") from e
         if not isinstance(header, dict):
             raise CheckpointError(f"{file}: its safetensors header is not a JSON object")
@@ -139,13 +138,11 @@ class Reader:
                 raise CheckpointError(f"{file}: tensor {name} overlaps its neighbour or leaves a hole")
             at = t.stop
         if at != size:
-            raise CheckpointError(
-                f"{file}: {size} bytes long, its header describes {at}; it is cut short or damaged, download it again"
-            )
+            raise CheckpointError(f"{file}: cut short or damaged ({size} bytes, not {at}); download it again")
         return tensors
 
     def read(self, tensor: Tensor, row: int, out: np.ndarray) -> None:
-        """Fills `out` (contiguous, the tensor's own dtype, whole rows) from the tensor's row `row` on."""
+        """Fills `out` (contiguous, of the tensor's dtype) with rows of the tensor, from row `row` on."""
         view = out.reshape(-1).view(np.uint8)
         at = tensor.start + row * (tensor.nbytes // max(tensor.matrix[0], 1))
         done = 0
@@ -155,18 +152,17 @@ class Reader:
             except OSError as e:
                 raise CheckpointError(f"{tensor.file}: reading failed ({e.strerror})") from e
             if n == 0:
-                raise CheckpointError(f"{tensor.file}: became shorter while it was read")
+                raise CheckpointError(f"{tensor.file}: was cut short while it was read")
             done += n
 
     def read_part(self, tensor: Tensor, rows: slice, columns: slice, transpose: bool, out: np.ndarray) -> None:
-        """Fills `out` with [rows, columns] of the tensor as a matrix; transposed, [columns, rows].
+        """Fills `out` with [rows, columns] of the tensor as a matrix, or [columns, rows] if transposed.
 
-        Casts to out's dtype. Only the wanted rows are read, a few at a time, so only a few megabytes are
-        used beside `out`.
+        Casts to out's dtype. Reads a few of the wanted rows at a time, so it needs only a few megabytes beside `out`.
         """
         dtype = DTYPES[tensor.dtype]
         width = tensor.matrix[1]
-        if out.dtype == dtype:  # numpy copies plain integers faster, and without holding the interpreter
+        if out.dtype == dtype:  # numpy copies integers faster, and without the interpreter's lock
             out, dtype = out.view(_bits(dtype)), _bits(dtype)
             if not transpose and columns == slice(0, width) and out.flags.c_contiguous:
                 return self.read(tensor, rows.start, out)
@@ -174,12 +170,9 @@ class Reader:
         for row in range(rows.start, rows.stop, _ROWS):
             n = min(_ROWS, rows.stop - row)
             self.read(tensor, row, scratch[:n])
-            part = scratch[:n, columns]
             at = row - rows.start
-            if transpose:
-                out[:, at : at + n] = part.T
-            else:
-                out[at : at + n] = part
+            target = out[:, at : at + n].T if transpose else out[at : at + n]
+            target[...] = scratch[:n, columns]
 
 
 def _entry(file: Path, name: str, entry, begin: int) -> Tensor:
@@ -191,9 +184,7 @@ def _entry(file: Path, name: str, entry, begin: int) -> Tensor:
     if not good or stop < start:
         raise CheckpointError(f"{file}: the header's entry for tensor {name} is malformed")
     if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
-        raise CheckpointError(
-            f"{file}: tensor {name} is {dtype} of shape {shape}, but {stop - start} bytes are set aside for it"
-        )
+        raise CheckpointError(f"{file}: tensor {name} is {dtype} {shape}, but {stop - start} bytes are set aside")
     return Tensor(file, dtype, tuple(shape), begin + start, begin + stop)
 
 
@@ -208,26 +199,23 @@ def _bits(dtype: np.dtype) -> np.dtype:
     return np.dtype(f"u{dtype.itemsize}")
 
 
-# Writing
-
-
-class Writer:
+class Writer(contextlib.AbstractContextManager):
     """Writes tensors of known shapes into `directory`, in any order, split into files of at most `max_bytes`.
 
-    shapes: name → (dtype, shape), in the order they are laid out; single: the file's name if there is one.
-    The files have their full size at once, so a full disk shows before the work is done; a header is written only
-    by `finish`, so that a file left behind by an interruption cannot be read as a checkpoint.
+    shapes: name → (dtype, shape), in file order. single: the file's name if there is only one.
+    Files get their full size at once, so a full disk is found before the work. `finish` writes the headers, so an
+    interrupted file cannot be read as a checkpoint.
     """
 
     def __init__(self, directory, shapes: dict, max_bytes: int, single: str = SINGLE):
-        groups, room = [{}], max_bytes
+        groups, bytes_left = [{}], max_bytes
         for name, (dtype, shape) in shapes.items():
             nbytes = math.prod(shape) * dtype.itemsize
-            if groups[-1] and nbytes > room:
+            if groups[-1] and nbytes > bytes_left:
                 groups.append({})
-                room = max_bytes
+                bytes_left = max_bytes
             groups[-1][name] = (dtype, shape, nbytes)
-            room -= nbytes
+            bytes_left -= nbytes
         directory = Path(directory)
         count = len(groups)
         names = [single] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
@@ -246,7 +234,7 @@ class Writer:
         for name, (dtype, shape, nbytes) in group.items():
             entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + nbytes]}
             at += nbytes
-        # transformers refuses a file that does not say which framework's layout it has.
+        # transformers refuses a file without a framework's name.
         header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         begin = 8 + len(header)
@@ -256,9 +244,6 @@ class Writer:
         self._headers[file] = len(header).to_bytes(8, "little") + header
         fd = self._open[file] = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         os.posix_fallocate(fd, 0, begin + at)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()
@@ -270,11 +255,10 @@ class Writer:
         self._open = {}
 
     def write_rows(self, name: str, row: int, part: np.ndarray, transpose: bool) -> None:
-        """Writes rows from `row` on: `part` is [rows, width], or [width, rows] to be transposed."""
+        """Writes rows from `row` on; `part` is [rows, width], or [width, rows] to be transposed."""
         t = self.tensors[name]
         part = part.view(_bits(part.dtype))
-        if transpose:
-            part = part.T
+        part = part.T if transpose else part
         rows, width = part.shape
         at = t.start + row * width * part.itemsize
         fd = self._open[t.file]
@@ -296,10 +280,8 @@ class Writer:
             _pwrite(self._open[file], np.frombuffer(header, np.uint8), 0)
         self.close()
         if self._index:
-            index = {
-                "metadata": {"total_size": self._total},
-                "weight_map": {name: t.file.name for name, t in sorted(self.tensors.items())},
-            }
+            files = {name: t.file.name for name, t in sorted(self.tensors.items())}
+            index = {"metadata": {"total_size": self._total}, "weight_map": files}
             self._index.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 

@@ -1,7 +1,7 @@
-"""What a model is: sizes and switches of its decoder and its vision tower, whichever family it belongs to.
+"""Config: the sizes and switches of a model's decoder and vision tower, the same for every family.
 
-Field names are those of the Hugging Face files, except that a vision tower's own width is always
-`hidden_size` and its output width always `out_hidden_size`. `families/` translates config.json.
+Field names are those of the Hugging Face files, except that a tower's own width is always `hidden_size` and its output
+width always `out_hidden_size`. `families/` translates config.json.
 """
 
 import dataclasses
@@ -47,15 +47,15 @@ class TextConfig:
     tie_word_embeddings: bool = False
     qkv_bias: bool = True
     qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotary embedding
-    rope: str = "sections"  # how t, h and w share the frequencies: in chunks ("sections"), or in turns ("interleaved")
+    rope: str = "sections"  # t, h and w share the frequencies in chunks ("sections") or in turn ("interleaved")
 
     @property
     def context(self) -> int:
-        """Tokens that a row may have. YaRN's stretch counts where the file still declares the original context,
-        as official files do once Qwen's documented `rope_scaling` is added to them.
+        """Tokens per row. With YaRN, the extended context counts even if the file declares only the original one:
+        that is so in official files after Qwen's documented `rope_scaling` is added.
         """
-        stretched = self.yarn.factor * self.yarn.original_max_position_embeddings if self.yarn else 0
-        return max(self.max_position_embeddings, int(stretched))
+        extended = self.yarn.factor * self.yarn.original_max_position_embeddings if self.yarn else 0
+        return max(self.max_position_embeddings, int(extended))
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ class VisionConfig:
     norm: str = "rms"  # "rms" or "layer"
     gated_mlp: bool = True
     hidden_act: str = "silu"
-    window_size: int | None = 112  # pixels; None: every block attends to the whole frame
+    window_size: int | None = 112  # pixels; None: every block attends to whole frames
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
-    tokens_per_second: float = 2  # t positions a second of video, in families that do not count grid steps
-    # Patches reach the device as uint8 and are normalised there. Not in config.json: params/directory.read_config
-    # takes them from preprocessor_config.json.
+    tokens_per_second: float = 2  # t positions per second of video; unused by families that count grid steps
+    # Patches reach the device as uint8 and are normalised there. `read_config` of params/directory.py reads these from
+    # preprocessor_config.json.
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     @property
     def patch_values(self) -> int:
-        """C: numbers in one patch."""
+        """C: values in one patch."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -93,12 +93,12 @@ class VisionConfig:
     @property
     def window_merged(self) -> int:
         """Side of a window, in merged tokens."""
-        assert self.window_size is not None, "a tower without windows"
+        assert self.window_size is not None, "this tower has no windows"
         return self.window_size // self.spatial_merge_size // self.patch_size
 
     @property
     def block_slots(self) -> int:
-        """W: patch slots in a window block, the size of a whole window (64 in every official model)."""
+        """W: patch slots in a window block, the size of a full window (64 in every official model)."""
         return self.window_merged**2 * self.merge_unit if self.window_size else self.merge_unit
 
     def is_full_attention(self, layer: int) -> bool:
@@ -107,7 +107,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One checkpoint. `dtype` is the dtype to compute in, and in a file also that of its weights."""
+    """One model. `dtype` is the compute dtype; in a file it is also the dtype of the weights."""
 
     family: str  # the model_type of config.json: a key of families.FAMILIES
     text: TextConfig = TextConfig()
@@ -127,7 +127,10 @@ class Config:
 
 
 def read_json(path: Path, missing: dict | None = None) -> dict:
-    """A JSON object from a checkpoint's file; `missing`, if given, when there is no such file."""
+    """A JSON object from a checkpoint's file; `missing`, if given, stands for an absent file.
+
+    Raises CheckpointError if the file is absent, unreadable or not a JSON object.
+    """
     if missing is not None and not path.exists():
         return missing
     try:
@@ -148,24 +151,26 @@ def read_text(path: Path) -> str:
         raise CheckpointError(f"{path}: not readable ({e})") from e
 
 
-def _is(value, kind) -> bool:
+def is_number(value, kind=int | float) -> bool:
+    """Is it a number of this kind? True and False are not."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
 _KINDS = {
-    int: ("a positive integer", lambda v: _is(v, int) and 0 < v < 2**31),
-    float: ("a positive, finite number", lambda v: _is(v, int | float) and 0 < v < 1e300),
+    int: ("a positive integer", lambda v: is_number(v, int) and 0 < v < 2**31),
+    float: ("a positive, finite number", lambda v: is_number(v) and 0 < v < 1e300),
     bool: ("true or false", lambda v: isinstance(v, bool)),
     str: ("a string", lambda v: isinstance(v, str)),
     dict: ("a JSON object", lambda v: isinstance(v, dict)),
     list: ("a list", lambda v: isinstance(v, list)),
-    list[int]: ("a list of integers", lambda v: isinstance(v, list) and all(_is(x, int) for x in v)),
-    "id": ("a token id", lambda v: _is(v, int) and 0 <= v < 2**31),
-    "ids": ("a token id or a list of them", lambda v: _is(v, int) or (isinstance(v, list | tuple) and v)),
+    list[int]: ("a list of integers", lambda v: isinstance(v, list) and all(is_number(x, int) for x in v)),
+    "id": ("a token id", lambda v: is_number(v, int) and 0 <= v < 2**31),
+    "ids": ("a token id or a list of them", lambda v: is_number(v, int) or (isinstance(v, list | tuple) and v)),
 }
 
 
 def typed(name: str, value, kind):
+    """The value, checked; kind: a key of _KINDS. Raises CheckpointError if the value is not of that kind."""
     what, fits = _KINDS[kind]
     if not fits(value):
         raise CheckpointError(f"{name} is {reprlib.repr(value)}; it must be {what}")
@@ -185,11 +190,6 @@ def _check(c: Config) -> None:
         typed(name, getattr(c, name), "id")
     for one in c.eos_token_id if isinstance(c.eos_token_id, tuple) else (c.eos_token_id,):
         typed("eos_token_id", one, "id")
-    for name in ("image_token_id", "video_token_id"):
-        if getattr(c, name) >= t.vocab_size:
-            raise CheckpointError(f"{name} {getattr(c, name)} is not below vocab_size {t.vocab_size}")
-    if c.image_token_id == c.video_token_id:
-        raise CheckpointError(f"image_token_id and video_token_id are both {c.image_token_id}; they must differ")
     for name, value, known in (
         ("dtype", c.dtype, DTYPES),
         ("rope", t.rope, ROPES),
@@ -198,26 +198,26 @@ def _check(c: Config) -> None:
     ):
         if value not in known:
             raise CheckpointError(f"{name} {value!r} is not one of {', '.join(known)}")
-    # Indexes beyond a shallow tower's depth mean nothing, in the reference too: small test models have them.
+    for name in ("image_token_id", "video_token_id"):
+        if getattr(c, name) >= t.vocab_size:
+            raise CheckpointError(f"{name} {getattr(c, name)} is not below vocab_size {t.vocab_size}")
+    if c.image_token_id == c.video_token_id:
+        raise CheckpointError(f"image_token_id and video_token_id are both {c.image_token_id}; they must differ")
+    # An index beyond the depth of a shallow tower is ignored, as in the reference; small test models have some.
     if any(i < 0 for i in v.fullatt_block_indexes):
         raise CheckpointError(f"fullatt_block_indexes {reprlib.repr(v.fullatt_block_indexes)} must not be negative")
-    if t.num_attention_heads % t.num_key_value_heads:
-        raise CheckpointError(
-            f"num_attention_heads {t.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads {t.num_key_value_heads}"
-        )
-    if len(t.mrope_section) != 3 or min(t.mrope_section) <= 0 or 2 * sum(t.mrope_section) != t.head_dim:
-        section = reprlib.repr(t.mrope_section)
-        raise CheckpointError(
-            f"mrope_section {section} must be three positive numbers that sum to half of head_dim {t.head_dim}"
-        )
-    if t.rope == "interleaved" and max(3 * t.mrope_section[1] - 1, 3 * t.mrope_section[2]) > t.head_dim // 2:
-        raise CheckpointError(f"mrope_section {t.mrope_section} does not interleave over {t.head_dim // 2} frequencies")
-    if v.hidden_size % v.num_heads or (v.hidden_size // v.num_heads) % 4:
+    heads, kv_heads = t.num_attention_heads, t.num_key_value_heads
+    if heads % kv_heads:
+        raise CheckpointError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    section, half = t.mrope_section, t.head_dim / 2
+    if len(section) != 3 or min(section) <= 0 or sum(section) != half:
+        raise CheckpointError(f"mrope_section {reprlib.repr(section)} is not three numbers above 0 with sum {half:g}")
+    if t.rope == "interleaved" and max(3 * section[1] - 1, 3 * section[2]) > half:
+        raise CheckpointError(f"mrope_section {section} does not interleave over {half:g} frequencies")
+    if v.hidden_size % (4 * v.num_heads):
         raise CheckpointError(f"vision width {v.hidden_size} over {v.num_heads} heads is not a multiple of 4")
     if v.out_hidden_size != t.hidden_size:
         raise CheckpointError(f"vision output width {v.out_hidden_size} is not the decoder's width {t.hidden_size}")
-    if v.window_size is not None and v.window_size % (v.patch_size * v.spatial_merge_size):
-        raise CheckpointError(
-            f"window_size {v.window_size} is not a multiple of {v.patch_size * v.spatial_merge_size} pixels"
-        )
+    merged = v.patch_size * v.spatial_merge_size
+    if v.window_size is not None and v.window_size % merged:
+        raise CheckpointError(f"window_size {v.window_size} is not a multiple of {merged} pixels")

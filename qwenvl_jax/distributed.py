@@ -1,4 +1,4 @@
-"""One program in several processes, each with its own devices."""
+"""Starts one of several processes that run the same program, each on its own devices."""
 
 import logging
 import os
@@ -8,15 +8,15 @@ import jax
 
 from qwenvl_jax.errors import InputError
 
-HEARTBEAT = 30  # seconds without a sign of a process until the others end
+HEARTBEAT = 30  # seconds of silence after which jax counts a process as dead
 
 
 def initialize() -> None:
-    """Makes this process one of several that run the same program, each with its own devices; call it before all else.
+    """Connects this process to the others; call it before any other use of jax.
 
-    A TPU pod and Slurm say which one it is; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
-    When a process dies, exchanges with it fail in the others; where they hang instead, jax ends the others after
-    HEARTBEAT seconds with a message that names it. Raises InputError where nothing says which process this is.
+    A TPU pod or Slurm gives the process's number. Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID do. If a process dies, the others' collectives fail; if they hang instead, jax ends the others after
+    HEARTBEAT seconds with a message that names the dead one. Raises InputError if nothing gives the process's number.
     """
     if jax.distributed.is_initialized():
         return
@@ -30,15 +30,15 @@ def initialize() -> None:
     if address is not None:
         if not re.fullmatch(r".+:\d+", address):
             raise InputError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be host:port of process 0")
-        logging.getLogger(__name__).warning("waiting for all processes to come to %s", address)
+        logging.getLogger(__name__).warning("waiting for all processes to connect to %s", address)
     try:
         jax.distributed.initialize(
             **numbers, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=2 * HEARTBEAT
         )
     except jax.errors.JaxRuntimeError as e:
-        raise InputError(f"the processes cannot come together at {address} ({e})") from e
+        raise InputError(f"the processes cannot connect to {address} ({e}); check that process 0 runs there") from e
     except ValueError as e:
         raise InputError(
-            f"nothing says which of several processes this is ({e}); a TPU pod or Slurm does, elsewhere set "
+            f"this process has no number ({e}); on a TPU pod or under Slurm it gets one, elsewhere set "
             "JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from e

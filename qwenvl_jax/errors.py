@@ -1,22 +1,18 @@
-"""The errors that this package raises on purpose, and how they quote a value.
+"""The errors that this package raises on purpose. A class's `code` is stable, so a server can turn it into a status."""
 
-Every class has a `code`, which stays the same when sentences change; a server can turn it into a status.
-"""
-
+import copy
 from typing import Self
 
 
 class InputError(ValueError):
-    """The user gave something that cannot be used; the message names it and says what to do."""
+    """Unusable input; the message names it and says what to do."""
 
     code = "input"
 
     def at(self, where: str) -> Self:
-        """The same error, with the place where it happened in front of its message."""
-        text = f"{where}: {self}"
-        error = type(self).__new__(type(self), text)
-        error.args = (text,)
-        error.__dict__.update(self.__dict__)
+        """The same error with its place before the message."""
+        error = copy.copy(self)
+        error.args = (f"{where}: {self}",)
         return error
 
 
@@ -39,15 +35,15 @@ class OptionsError(InputError):
 
 
 class ContextError(InputError):
-    """A prompt is longer than the context, or than a fixed size that was asked for."""
+    """A prompt is longer than the context, or than a requested size."""
 
     code = "context"
 
 
 def shown(value) -> str:
-    """A value as a message quotes it: `repr`, but short, and for whole numbers of any length."""
+    """A value for a message: `repr`, cut to 80 characters, also for integers of any length."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes out no more than 4300 digits
+    except ValueError:  # Python refuses to print more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}…"

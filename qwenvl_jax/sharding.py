@@ -1,7 +1,7 @@
-"""Where arrays live: one mesh, and two tables from dimensions to its axes, one for weights, one for activations.
+"""Where arrays live: a mesh, and which of its axes split each dimension of an activation or a weight.
 
-Model code only says `constrain(x, "BTD")`; without a mesh that does nothing. Parameters are declared with their letters
-where they are used, and laid out by `param_shardings` of params/specs.py.
+Model code calls `constrain(x, "BTD")`, which does nothing without a mesh. Modules declare the letters of their
+parameters; `param_shardings` of params/specs.py lays them out.
 """
 
 import math
@@ -17,7 +17,7 @@ from qwenvl_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 
-# What each letter of the legend (types.py) is split over. Absent letters are not split.
+# The mesh axes that split each letter of the legend (types.py). Other letters are not split.
 ACTIVATION_AXES = {
     "B": ("data", "fsdp"),
     "R": ("data", "fsdp"),
@@ -25,26 +25,15 @@ ACTIVATION_AXES = {
     "K": "tensor",
     "F": "tensor",
     "V": "tensor",
-    # Where the vocabulary or the width is split over fsdp, rows are not.
+    # If fsdp splits the vocabulary (v) or the width (d), it does not split the rows (b).
     "b": "data",
     "v": ("fsdp", "tensor"),
     "d": "fsdp",
 }
-# Letters of parameters, as their modules declare them. Of the vision tower, whose number of heads rarely divides, only
-# the width is split: the tower is shared out by lanes.
-WEIGHT_AXES = {
-    "D": "fsdp",
-    "E": "fsdp",
-    "U": "fsdp",
-    "NH": "tensor",
-    "KH": "tensor",
-    "F": "tensor",
-    "V": "tensor",
-    "L": None,
-    "C": None,
-    ".": None,
-}
-# Where the mesh does not divide one of these, every device holds all of it; of the others, that is an error.
+# The same for parameters. The vision tower is split by lanes and width only: its number of heads rarely divides.
+WEIGHT_AXES = dict.fromkeys(("D", "E", "U"), "fsdp") | dict.fromkeys(("NH", "KH", "F", "V"), "tensor")
+WEIGHT_AXES |= dict.fromkeys(("L", "C", "."))  # never split
+# A dimension that the mesh does not divide is replicated if it is one of these, and otherwise an error.
 REPLICATED_IF_UNEVEN = ("E", "U", "NH", "KH", "V")
 
 
@@ -57,43 +46,50 @@ def parse_mesh(name: str) -> tuple[int, int, int]:
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh `data × fsdp × tensor` over the first so many devices."""
+    """A mesh `data × fsdp × tensor` over the first devices.
+
+    Raises InputError if an axis is below 1, if there are too few devices, or if they are not neighbours.
+    """
     devices = jax.devices() if devices is None else devices
     size = data * fsdp * tensor
     if min(data, fsdp, tensor) < 1:
         raise InputError(f"a mesh of {data}×{fsdp}×{tensor} has an axis without devices")
     if size > len(devices):
         raise InputError(f"a mesh of {data}×{fsdp}×{tensor} needs {size} devices; there are {len(devices)}")
-    try:  # `jax.make_mesh` would neither split an axis of a TPU's torus over two of ours, nor join hosts of GPUs
+    try:  # `jax.make_mesh` cannot split an axis of a TPU's torus over two of ours, or span hosts with GPUs
         grid = create_device_mesh((data, fsdp, tensor), devices[:size], allow_split_physical_axes=True)
     except (AssertionError, NotImplementedError, ValueError) as e:
         raise InputError(
-            f"a mesh of {data}×{fsdp}×{tensor} cannot be laid over the first {size} of {len(devices)} devices, because "
-            "they are not a block of neighbours; take all of them, or as many as a row has"
+            f"the first {size} of {len(devices)} devices are not a block of neighbours for a mesh of "
+            f"{data}×{fsdp}×{tensor}; use all of them, or as many as a row has"
         ) from e
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def constrain(x, dims: str):
-    """Asks for x's dimensions, one letter each, to be laid out by the activation table on the current mesh."""
+def current_mesh():
+    """The mesh of `jax.set_mesh`; None without one, or if it has a single device."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, _spec(tuple(dims), x.shape, ACTIVATION_AXES, mesh.shape))
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def constrain(x, dims: str):
+    """Lays out x on the current mesh by ACTIVATION_AXES; one letter per dimension."""
+    mesh = current_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, _activation_spec(dims, x.shape, mesh))
 
 
 def kv_copies(K: int) -> int:
-    """In how many copies each of K kv heads is held, so that the tensor axis of the current mesh divides them all."""
-    mesh = jax.sharding.get_abstract_mesh()
-    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    """Copies of each of K KV heads, so that the current mesh's tensor axis divides K · copies."""
+    mesh = current_mesh()
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
     return tensor // math.gcd(K, tensor)
 
 
 def spread_heads(q, k, v):
-    """Heads that the tensor axis divides: every kv head in as many copies as that takes, its queries shared by them.
+    """Replicates KV heads until the tensor axis divides them; the copies share the head's queries.
 
-    q [B, T, N, H]; k, v [B, T, K, H] → q [B, T, N', H]; k, v [B, T, K', H]; where a kv head's queries cannot be shared
-    evenly, zeros fill up N'. Weights are not copied, they are split wherever that may be within a head.
+    q [B, T, N, H]; k, v [B, T, K, H] → q [B, T, N', H]; k, v [B, T, K', H]. If the copies cannot share a head's
+    queries evenly, zero queries are added. Weights are not copied; they may be split within a head.
     """
     (B, T, N, H), K = q.shape, k.shape[2]
     copies = kv_copies(K)
@@ -104,7 +100,7 @@ def spread_heads(q, k, v):
 
 
 def restore_heads(attended, N: int, K: int):
-    """What was attended by `spread_heads`' queries, [B, T, N', H] → [B, T, N, H]."""
+    """The attended values of the original queries of `spread_heads`: [B, T, N', H] → [B, T, N, H]."""
     B, T, spread, H = attended.shape
     if spread == N:
         return attended
@@ -112,34 +108,31 @@ def restore_heads(attended, N: int, K: int):
 
 
 def divides(dims: str, *shape: int) -> bool:
-    """Whether the current mesh splits each of these dimensions as the activation table says."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return False
-    spec = _spec(tuple(dims), shape, ACTIVATION_AXES, mesh.shape)
-    return all(axes is not None for axes in spec)
+    """Does the current mesh split each of these dimensions?"""
+    mesh = current_mesh()
+    return mesh is not None and None not in _activation_spec(dims, shape, mesh)
 
 
 def local_rows(B: int) -> int:
-    """Rows that one device holds of a dimension "B" of this size, on the current mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return B if mesh.empty else activation_sharding("B", (B,), mesh).shard_shape((B,))[0]
+    """Rows on one device of the current mesh, of a batch of B rows."""
+    mesh = current_mesh()
+    return B if mesh is None else activation_sharding("B", (B,), mesh).shard_shape((B,))[0]
 
 
 def activation_sharding(dims: str, shape: tuple[int, ...], mesh) -> NamedSharding:
-    """The activation table's layout for dimensions, one letter each ("." is never split), of these sizes."""
-    return NamedSharding(mesh, _spec(tuple(dims), shape, ACTIVATION_AXES, mesh.shape))
+    """The layout of an activation by ACTIVATION_AXES; one letter per dimension, "." is never split."""
+    return NamedSharding(mesh, _activation_spec(dims, shape, mesh))
 
 
 def on_shards(kernel, args: tuple, dims: tuple[str, ...], results: int | tuple[int, ...]):
-    """kernel(*args) with what each device holds of them, since XLA cannot split a kernel by itself.
+    """kernel(*args) on each device's shards, because XLA cannot split a kernel.
 
-    dims: of each argument, as in `activation_sharding`. results: which argument each result is laid out as.
+    dims: letters of each argument. results: for each result, the index of the argument with the same layout.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = current_mesh()
+    if mesh is None:
         return kernel(*args)
-    specs = tuple(activation_sharding(d, a.shape, mesh).spec for d, a in zip(dims, args, strict=True))
+    specs = tuple(_activation_spec(d, a.shape, mesh) for d, a in zip(dims, args, strict=True))
     out = specs[results] if isinstance(results, int) else tuple(specs[i] for i in results)
     return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)(*args)
 
@@ -154,27 +147,30 @@ def check_letters(path: str, dims: tuple[str, ...], shape: tuple[int, ...]) -> N
 
 
 def weight_spec(path: str, dims: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    """The layout of a parameter over a mesh of such sizes by axis (`mesh.shape`).
+    """The layout of a parameter over a mesh; sizes: `mesh.shape`.
 
-    fsdp splits matrices only: to gather a vector takes longer than it saves.
-    Raises InputError for a dimension that must be split and that the mesh does not divide.
+    fsdp splits matrices only: gathering a vector takes longer than it saves.
+    Raises InputError if the mesh does not divide a dimension that must be split.
     """
     matrix = sum(letter != "L" for letter in dims) > 1
-    table = {letter: axis for letter, axis in WEIGHT_AXES.items() if matrix or axis != "fsdp"}
+    axes_of = {letter: axis for letter, axis in WEIGHT_AXES.items() if matrix or axis != "fsdp"}
     for letter, size in zip(dims, shape, strict=True):
-        axis = table.get(letter)
+        axis = axes_of.get(letter)
         if axis and letter not in REPLICATED_IF_UNEVEN and size % sizes[axis]:
-            raise InputError(
-                f"{path}: its dimension {letter}, {size}, cannot be shared by {sizes[axis]} devices ({axis})"
-            )
-    return _spec(dims, shape, table, sizes)
+            devices = f"the mesh's {axis}, {sizes[axis]}"
+            raise InputError(f"{path}: its dimension {letter}, {size}, is not a multiple of {devices}")
+    return _spec(dims, shape, axes_of, sizes)
 
 
-def _spec(dims, shape, table, sizes: Mapping[str, int]) -> PartitionSpec:
-    """Splits each dimension over its axes, or not at all where they do not divide it."""
+def _activation_spec(dims: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
+    return _spec(tuple(dims), shape, ACTIVATION_AXES, mesh.shape)
+
+
+def _spec(dims, shape, axes_of, sizes: Mapping[str, int]) -> PartitionSpec:
+    """Splits each dimension over its axes, or replicates it if they do not divide it."""
 
     def axes(dim, size):
-        names = table.get(dim)
+        names = axes_of.get(dim)
         names = (names,) if isinstance(names, str) else names or ()
         split = math.prod(sizes[name] for name in names)
         return names if split > 1 and size % split == 0 else None

@@ -1,6 +1,6 @@
-"""The dimension legend and the containers that cross module borders.
+"""The letters of dimensions, and the containers that several rooms share.
 
-One alphabet for einsum letters, shapes in docstrings, sharding tables and the converter:
+One alphabet for einsums, shapes in docstrings, sharding and conversion:
 
     B  rows of a batch            L  layers
     T  query tokens in a row      R  lanes (rows of packed image patches)
@@ -13,16 +13,16 @@ One alphabet for einsum letters, shapes in docstrings, sharding tables and the c
     H  head width                 V  vocabulary
     F  MLP width                  3  the M-RoPE axes (time, height, width)
 
-Parameters have these besides: NH = N · H and KH = K · H, heads as one dimension; U = 4 · E, a merged cell of patches.
+Only parameters have NH = N · H and KH = K · H, heads as one dimension, and U = 4 · E, four merged patches.
 
-Arrays are `Any` here because the host fills the same containers with numpy that the device reads as jax.
+Arrays are typed `Any`: numpy arrays on the host, jax arrays on the device.
 """
 
 from typing import Any, NamedTuple
 
 
 class Grid(NamedTuple):
-    """Patches of one picture or clip along time, height and width; one t step is two frames."""
+    """Patches of a picture or clip along time, height and width; one t step is two frames."""
 
     t: int
     h: int
@@ -34,7 +34,7 @@ class Grid(NamedTuple):
 
     @property
     def frames(self) -> list["Grid"]:
-        """The grid of every t step; attention never crosses them."""
+        """One grid per t step; attention never crosses t steps."""
         return [self._replace(t=1)] * self.t
 
 
@@ -57,17 +57,17 @@ class Visual(NamedTuple):
 class Sample(NamedTuple):
     """One conversation, ragged; `inputs.layout.make_sample` makes it."""
 
-    tokens: Any  # [t] int32: the placeholder of a visual repeated, once per visual token
+    tokens: Any  # [t] int32: a visual's placeholder is repeated once per visual token
     positions: Any  # [3, t] int32: M-RoPE
-    spans: tuple[tuple[int, int], ...] = ()  # of each visual's tokens: the first, and one past the last
+    spans: tuple[tuple[int, int], ...] = ()  # each visual's (first token, last token + 1)
     visuals: tuple[Visual, ...] = ()  # in reading order
-    weights: Any = None  # in training, [t] float32: how much the token itself is learnt, 0 for visual tokens
+    weights: Any = None  # in training, [t] float32: the loss weight of each token, 0 for visual tokens
 
 
 class VisionBatch(NamedTuple):
-    """Patches packed into lanes, in window order (the host permutes, the device never does).
+    """Patches packed into lanes, permuted into window order by the host.
 
-    For a tower with windows, every run of W slots is one block and no window straddles a block.
+    In a tower with windows, every W slots are one block, and a window lies within one block.
     """
 
     patches: Any  # [R, P, C] uint8; 0 in empty slots
@@ -77,21 +77,21 @@ class VisionBatch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A rectangle of tokens, and the vision lanes it refers to, by size: one call of the tower each."""
+    """A rectangle of tokens and its vision lanes, grouped by size; the tower is called once per group."""
 
     tokens: Any  # [B, T] int32
     positions: Any  # [3, B, T] int32
     segments: Any  # [B, T] int32: 0 = padding, else the id of the sequence within the row
-    visual_index: Any  # [B, T] int32: row of the joined [Σ R·M, D] vision output, -1 = a text token
+    visual_index: Any  # [B, T] int32: row of the concatenated [Σ R·M, D] vision output, -1 = a text token
     vision: tuple[VisionBatch, ...] = ()
 
 
 class TrainBatch(NamedTuple):
-    """Packed rows to learn from: what follows each token, and how much it counts."""
+    """Packed rows for training."""
 
-    inputs: Batch  # one VisionBatch of fixed shape, empty lanes where there are no pictures
-    targets: Any  # [B, T] int32: the next token of the same segment; 0 where the weight is
-    weights: Any  # [B, T] float32: 1 where the target is learnt, else 0
+    inputs: Batch  # with one VisionBatch of fixed shape, possibly with empty lanes
+    targets: Any  # [B, T] int32: the next token of the same segment; 0 if the weight is 0
+    weights: Any  # [B, T] float32: the target's weight in the loss
 
 
 class PreferenceBatch(NamedTuple):
@@ -104,10 +104,9 @@ class PreferenceBatch(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer, one array a layer so that a decode step updates them in place.
+    """The KV cache: one array per layer, so that a decode step can update it in place.
 
-    A row's live slots are the first `lengths[b]`. The next token's M-RoPE position is `lengths + deltas`
-    on all three axes.
+    A row's live slots are the first `lengths[b]`. Its next token's M-RoPE position is `lengths + deltas` on all axes.
     """
 
     k: list  # L × [B, K, S, H]
@@ -117,7 +116,7 @@ class Cache(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What `qwenvl_jax.load` returns: everything needed to run one checkpoint."""
+    """A loaded checkpoint: the result of `qwenvl_jax.load`."""
 
     config: Any  # qwenvl_jax.config.Config
     params: dict

@@ -14,7 +14,7 @@ from qwenvl_jax.model.kernels import window as window_kernel
 
 
 def problem(seed: int, B: int, T: int, K: int, G: int, H: int):
-    """Random q, k, v, segment ids (0 at the end of some rows: padding) and weights for the sum of the outputs."""
+    """Random q, k, v, segment ids (some rows end in padding, 0) and weights for the sum of the outputs."""
     rng = np.random.default_rng(seed)
     q, k, v, w = (jnp.asarray(rng.standard_normal((B, T, heads, H)), jnp.float32) for heads in (K * G, K, K, K * G))
     segments = np.sort(rng.integers(1, rng.integers(2, 9), (B, T)), 1)
@@ -36,7 +36,7 @@ def value_and_grads(attend, q, k, v, segments, w):
     causal=st.booleans(),
 )
 def test_kernels_equal_plain_attention(kernel, seed, shape, width, causal):
-    """Forward and backward, interpreted."""
+    """Forward and backward; the kernels are interpreted."""
     args = problem(seed, *shape, width)
     got = value_and_grads(lambda *a: kernel(*a, causal=causal, interpret=True), *args)
     want = value_and_grads(lambda *a: attention.attention(*a, causal=causal), *args)
@@ -45,7 +45,7 @@ def test_kernels_equal_plain_attention(kernel, seed, shape, width, causal):
 
 
 def test_cpus_get_plain_attention_in_16_bits():
-    """In float32 they have a form of their own (test_cpu_attention.py)."""
+    """float32 has its own form on CPUs (test_cpu_attention.py)."""
     q, k, v, segments, _ = problem(0, 1, attention.MIN_TOKENS, 1, 2, 64)
     q, k, v = (a.astype(jnp.bfloat16) for a in (q, k, v))
     f = jax.jit(lambda *a: attention.attention(*a, segments, causal=True))
@@ -54,7 +54,7 @@ def test_cpus_get_plain_attention_in_16_bits():
 
 @pytest.mark.parametrize(("dtype", "kernels"), [("bfloat16", (1, 1)), ("float32", (0, 1)), ("float16", (0, 0))])
 def test_tpus_get_kernels_for_what_these_multiply_exactly(dtype, kernels):
-    """jax's knows no full float32, TPUs no float16."""
+    """jax's kernels do not compute in full float32, and TPUs have no float16."""
     q, segments = jax.ShapeDtypeStruct((1, 512, 4, 128), dtype), jax.ShapeDtypeStruct((1, 512), jnp.int32)
     qkv, angles = jax.ShapeDtypeStruct((1, 512, 3 * 128), dtype), jax.ShapeDtypeStruct((1, 512, 32), jnp.float32)
     calls = (

@@ -1,4 +1,4 @@
-"""Opening checkpoints: every value lands where it should, every fault is named, and nothing half-written stays."""
+"""Loading checkpoints: every value is in its place, every fault is named, nothing incomplete is left."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_table_names_every_parameter_of_the_official_models(name):
 
 
 def test_official_tensor_count_and_size():
-    """729 tensors in 16,584,333,312 bytes: Qwen2.5-VL-7B's own index file."""
+    """Qwen2.5-VL-7B's index file lists 729 tensors in 16,584,333,312 bytes."""
     shapes = torch_shapes(PRESETS["qwen2.5-vl-7b"])
     assert len(shapes) == 729
     assert 2 * sum(int(np.prod(s)) for s in shapes.values()) == 16584333312
@@ -94,7 +94,7 @@ def test_layouts_and_files_make_no_difference(family, files, layout, tmp_path):
 
 
 def test_wide_tensors_are_read_in_many_blocks(tmp_path):
-    """Row blocks and thread jobs with remainders: more rows than one block of either."""
+    """More rows than one row block and one thread's job, with remainders."""
     config = with_text(tiny_config("qwen2_vl"), vocab_size=70001, intermediate_size=777, num_hidden_layers=1)
     t = torch_tensors(config)
     params = read_params(write_hf(tmp_path, config, t), config)
@@ -430,7 +430,7 @@ def test_restore_of_damaged_checkpoints(ours, tmp_path):
 
 
 def test_sharded_loading_on_eight_devices(ours, tmp_path):
-    """From either format, to the layout of the mesh and without one: the same bits."""
+    """Both formats give the same bits with and without a mesh."""
     model, path = ours
     other = write_hf(tmp_path / "bf16", model.config, torch_tensors(model.config, "bfloat16"), files=2)
     for source, read in ((other, read_params), (path, checkpoint.restore)):
@@ -496,7 +496,7 @@ def test_staged_keeps_two_writers_apart(tmp_path):
 
 def test_staged_needs_room_and_a_parent(tmp_path):
     with (
-        pytest.raises(InputError, match=r"no room.*1000000\.\d\d GB are needed"),
+        pytest.raises(InputError, match=r"no space.*1000000\.\d\d GB are needed"),
         checkpoint.staged(tmp_path / "o", 10**15),
     ):
         pass
@@ -508,7 +508,7 @@ def test_staged_needs_room_and_a_parent(tmp_path):
 
 
 def test_nested_names():
-    """The helper these tests rest on, against names from a newer save."""
+    """These tests' helper against names that a newer transformers saved."""
     assert nested("model.layers.0.mlp.up_proj.weight") == "model.language_model.layers.0.mlp.up_proj.weight"
     assert nested("visual.blocks.0.norm1.weight") == "model.visual.blocks.0.norm1.weight"
     assert nested("lm_head.weight") == "lm_head.weight"

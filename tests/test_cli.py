@@ -301,10 +301,7 @@ def test_errors_become_sentences(engine, monkeypatch, capsys, error, code, says,
     [
         (["--mesh", "eight"], "mesh 'eight' is not chips along data, fsdp and tensor"),
         (["--mesh", "1x1x64"], "a mesh of 1×1×64 needs 64 devices; there are"),
-        (
-            ["--distributed"],
-            "nothing says which of several processes this is (no coordinator); a TPU pod or Slurm does",
-        ),
+        (["--distributed"], "this process has no number (no coordinator); on a TPU pod"),
     ],
 )
 def test_meshes_that_are_not_there(engine, monkeypatch, capsys, argv, says):
@@ -318,7 +315,7 @@ def test_meshes_that_are_not_there(engine, monkeypatch, capsys, argv, says):
 
 
 @pytest.mark.parametrize(
-    ("address", "says"), [("nonsense", "must be host:port"), ("localhost:9", "cannot come together at localhost:9 (no")]
+    ("address", "says"), [("nonsense", "must be host:port"), ("localhost:9", "cannot connect to localhost:9 (no")]
 )
 def test_processes_that_cannot_come_together(engine, monkeypatch, capsys, address, says):
     def initialize(**_):
@@ -334,7 +331,7 @@ def test_processes_that_cannot_come_together(engine, monkeypatch, capsys, addres
 def test_a_mesh_that_does_not_divide_the_model():
     config = checkpoint.read_config(checkpoint.find("demo"))
     check_mesh(config, {"data": 7, "fsdp": 3, "tensor": 8})
-    with pytest.raises(InputError, match=r"dimension D, 192, cannot be shared by 5 devices \(fsdp\)"):
+    with pytest.raises(InputError, match=r"dimension D, 192, is not a multiple of the mesh's fsdp, 5"):
         check_mesh(config, {"data": 1, "fsdp": 5, "tensor": 1})
 
 

@@ -1,4 +1,4 @@
-"""Presets, and every layout of config.json."""
+"""Presets and every layout of config.json."""
 
 import copy
 import json
@@ -189,7 +189,7 @@ def test_null_is_the_same_as_an_absent_key(name):
     required = (
         "model_type",
         "num_key_value_heads",
-    )  # a null of the latter means one for each head, as in the reference
+    )  # null means one KV head per head, as in the reference
     for part in (data, data["vision_config"], data["rope_scaling"]):
         for key in set(part) - set(required):
             without, null = copy.deepcopy(data), copy.deepcopy(data)

@@ -1,4 +1,4 @@
-"""Conversion loses no bit in either direction, streams, and leaves nothing that looks finished when it is not."""
+"""Conversion loses no bit in either direction, needs little memory, and leaves no incomplete directory."""
 
 import errno
 import importlib
@@ -32,7 +32,7 @@ from qwenvl_jax.params.specs import flatten
 
 
 def read_files(directory) -> dict:
-    """Every tensor of every safetensors file, read by the safetensors library."""
+    """Every tensor of every safetensors file, by the safetensors library."""
     out = {}
     for file in sorted(Path(directory).glob("*.safetensors")):
         out |= load_file(file)
@@ -141,7 +141,7 @@ def test_everything_but_the_weights_is_carried_verbatim(tokenizer_dir, tmp_path)
 
 
 def test_conversion_holds_a_few_layers_at_most(tmp_path):
-    """numpy's own account of what it allocates; the benchmark measures the whole process."""
+    """By numpy's record of its allocations; the benchmark measures the process."""
     text = dict(num_hidden_layers=12, intermediate_size=8192, hidden_size=192, num_attention_heads=16)
     config = tiny_config("qwen2_5_vl", text=text)
     src = write_hf(tmp_path / "src", config, torch_tensors(config, "bfloat16"))
@@ -202,7 +202,7 @@ def test_wrong_sources_and_options(orbax, src, tmp_path):
     fails("must be positive", conversion.to_hf, orbax, max_shard_bytes=0)
     for file in (orbax / "params" / "ocdbt.process_0" / "d").iterdir():
         file.write_bytes(file.read_bytes()[:100])
-    fails("looks damaged", conversion.to_hf, orbax)
+    fails("is damaged", conversion.to_hf, orbax)
     weights = src / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     fails("cut short", conversion.to_orbax, src)
@@ -236,18 +236,18 @@ def test_no_room_is_seen_before_the_work(orbax, src, monkeypatch, tmp_path):
     usage = type("usage", (), {"free": 10 << 20})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     for job, source in ((conversion.to_orbax, src), (conversion.to_hf, orbax)):
-        with pytest.raises(InputError, match=r"no room on the disk; 0\.07 GB are needed and 0\.01 GB are free"):
+        with pytest.raises(InputError, match=r"no space on the disk; 0\.07 GB are needed and 0\.01 GB are free"):
             job(source, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("job", ["to_orbax", "to_hf"])
 def test_a_disk_that_fills_up_on_the_way(job, orbax, src, tmp_path):
-    """A limit on the size of a file makes the kernel refuse the writes in the middle, as a full disk does."""
+    """A limit on the file size: the kernel refuses a write midway, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"no room on the disk; 0\.07 GB are needed"):
+        with pytest.raises(InputError, match=r"no space on the disk; 0\.07 GB are needed"):
             getattr(conversion, job)(src if job == "to_orbax" else orbax, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -255,7 +255,7 @@ def test_a_disk_that_fills_up_on_the_way(job, orbax, src, tmp_path):
 
 
 def test_a_disk_that_fills_up_while_tensors_are_written(orbax, monkeypatch, tmp_path):
-    """Some file systems promise room and do not have it."""
+    """Some file systems accept an allocation and then lack the space."""
     pwrite, calls = os.pwrite, []
 
     def full(*args):
@@ -265,7 +265,7 @@ def test_a_disk_that_fills_up_while_tensors_are_written(orbax, monkeypatch, tmp_
         return pwrite(*args)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(InputError, match="no room on the disk"):
+    with pytest.raises(InputError, match="no space on the disk"):
         conversion.to_hf(orbax, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
@@ -293,7 +293,7 @@ every_point = pytest.mark.parametrize(("job", "point"), [(job, point) for job in
 
 
 def hit(sent: int, module: str, owner: str, name: str, n: int, patch=setattr) -> None:
-    """This process sends itself a signal at the n-th call of a function."""
+    """The process sends itself a signal at the n-th call of a function."""
     target = importlib.import_module(module)
     target = getattr(target, owner) if owner else target
     original, calls = getattr(target, name), []
@@ -309,7 +309,7 @@ def hit(sent: int, module: str, owner: str, name: str, n: int, patch=setattr) ->
 
 @every_point
 def test_interrupted_on_the_way(job, point, orbax, src, monkeypatch, capsys, tmp_path):
-    """Ctrl-C leaves nothing, and says nothing."""
+    """Ctrl-C leaves no files and prints nothing."""
     hit(signal.SIGINT, *point, patch=monkeypatch.setattr)
     source = src if job == "to_orbax" else orbax
     assert cli.main(["convert", str(source), str(tmp_path / "out"), "--to", job.removeprefix("to_")]) == 130
@@ -318,7 +318,7 @@ def test_interrupted_on_the_way(job, point, orbax, src, monkeypatch, capsys, tmp
 
 
 def killed(source, point, job: str) -> None:
-    """Converts `source` to "out" beside it in a process of its own, which is killed at that point."""
+    """Converts `source` to "out" beside it, in a new process that is killed at that point."""
     code = "import sys, test_convert as t; *point, n, job, source, out = sys.argv[1:]; "
     code += "t.hit(t.signal.SIGKILL, *point, int(n)); getattr(t.conversion, job)(source, out)"
     paths = [str(Path(__file__).parent), str(Path(qwenvl_jax.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -353,7 +353,7 @@ def test_half_written_weights_do_not_load_under_the_partial_name(n, orbax, tmp_p
 
 @pytest.mark.slow
 def test_interrupted_while_orbax_writes(tmp_path):
-    """From outside, at moments that vary, with parameters so large that Orbax's threads are at work."""
+    """Signals from outside at varying moments; the parameters are large enough to keep Orbax's threads busy."""
     text = dict(num_hidden_layers=12, intermediate_size=8192, hidden_size=768, num_attention_heads=16)
     config = tiny_config("qwen2_5_vl", text=text)
     write_hf(tmp_path / "src", config, torch_tensors(config, "bfloat16"))

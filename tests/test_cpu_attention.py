@@ -1,4 +1,4 @@
-"""Attention as CPUs compute it, against the plain form, forward and backward."""
+"""The CPU form of attention against plain XLA, forward and backward."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from qwenvl_jax.model.kernels import cpu as cpu_attention
 
 
 def case(T, N, K, H):
-    """q, k, v, the gradient of the output, and segment ids of every kind."""
+    """q, k, v, the output's gradient, and segment ids in several layouts."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.standard_normal((2, T, n, H)), jnp.float32) for n in (N, K, K, N)]
     ids = {
@@ -23,7 +23,7 @@ def case(T, N, K, H):
 
 
 def with_gradients(attend):
-    """Compiled once for all segment ids: the output, and what its gradient g pulls back to q, k and v."""
+    """(the output, the gradients of q, k and v for its gradient g), compiled once for all segment ids."""
 
     def both(q, k, v, g, ids):
         out, pull = jax.vjp(lambda *qkv: attend(*qkv, ids), q, k, v)
@@ -37,7 +37,7 @@ def with_gradients(attend):
 @pytest.mark.parametrize(("T", "N", "K", "H"), [(1, 2, 1, 8), (64, 4, 4, 80), (97, 6, 2, 48), (300, 4, 1, 64)])
 def test_equals_the_plain_form(T, N, K, H, causal, at_once, monkeypatch):
     monkeypatch.setattr(cpu_attention, "DENSE_SCORES", 2**30 if at_once else 0)
-    monkeypatch.setattr(cpu_attention, "BLOCK_SCORES", 2**12)  # several blocks, and not of a size that divides T
+    monkeypatch.setattr(cpu_attention, "BLOCK_SCORES", 2**12)  # several blocks, of a size that does not divide T
     monkeypatch.setattr(cpu_attention, "MIN_BLOCK", 16)
     *arrays, segments = case(T, N, K, H)
     ours = with_gradients(lambda q, k, v, ids: cpu_attention.cpu_attention(q, k, v, ids, causal))

@@ -1,4 +1,4 @@
-"""The TPU's kernel for a decode step, interpreted, against plain XLA; and what it reads."""
+"""The TPU kernel of a decode step: interpreted, against plain XLA; and which blocks it reads."""
 
 import itertools
 from dataclasses import replace
@@ -19,7 +19,7 @@ from qwenvl_jax.types import Cache
 
 
 def problem(seed: int, B: int, K: int, G: int, S: int, H: int, dtype):
-    """Random q, k, v, caches and lengths, among them the least and the most."""
+    """Random q, k, v, caches and lengths, with the least and the greatest length."""
     rng = np.random.default_rng(seed)
     shapes = (B, 1, K * G, H), (B, 1, K, H), (B, 1, K, H), (B, K, S, H), (B, K, S, H)
     lengths = np.where(rng.random(B) < 0.5, rng.integers(0, S, B), rng.choice([0, S // 2, S - 1, S], B))
@@ -27,7 +27,7 @@ def problem(seed: int, B: int, K: int, G: int, S: int, H: int, dtype):
 
 
 def with_dead(caches, lengths, value: float):
-    """The caches with `value` in every slot that holds no token."""
+    """The caches with `value` in every dead slot."""
     live = jnp.arange(caches[0].shape[2]) < lengths[:, None]
     return [jnp.where(live[:, None, :, None], cache, jnp.asarray(value, cache.dtype)) for cache in caches]
 
@@ -37,7 +37,7 @@ def with_dead(caches, lengths, value: float):
     ("B", "K", "G", "S", "slots"), [(1, 4, 1, 64, 64), (4, 2, 3, 96, 32), (5, 1, 8, 192, 64), (3, 2, 2, 100, 16)]
 )
 def test_the_kernel_equals_plain_xla(monkeypatch, B, K, G, S, slots, dtype):
-    """For rows of any length; dead slots may hold anything."""
+    """For rows of any length and any values in dead slots."""
     H = 16
     monkeypatch.setattr(decode_kernel, "BLOCK", K * H * slots)
     assert decode_kernel.block_slots(K, S, H) == slots
@@ -52,14 +52,14 @@ def test_the_kernel_equals_plain_xla(monkeypatch, B, K, G, S, slots, dtype):
         got, want, *caches = (np.asarray(a, np.float32) for a in (got, want, *caches, *written))
         for a, b in zip(caches[:2], caches[2:], strict=True):
             np.testing.assert_array_equal(a, b)  # NaN is equal to NaN
-        # In bfloat16 the weights are rounded before they are divided by their sum, in plain XLA after.
+        # In bfloat16, the kernel rounds the weights before it divides them by their sum, and XLA after.
         tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else {"rtol": 2**-7, "atol": 2**-7}
         np.testing.assert_allclose(got, want, **tolerance)
 
 
 @pytest.mark.parametrize(("B", "K"), [(4, 4), (3, 2)])
 def test_on_a_mesh(B, K):
-    """Rows and heads that are split, and that are not."""
+    """Sizes that the mesh splits, and sizes that it does not."""
     args = problem(0, B, K, 2, 64, 16, "float32")
     want = jax.jit(write_and_attend)(*args)
     with jax.set_mesh(mesh := make_mesh(data=2, tensor=4)):
@@ -74,7 +74,7 @@ def test_on_a_mesh(B, K):
 
 @pytest.mark.parametrize(("K", "S"), [(1, 4096), (4, 4096), (4, 96), (8, 1536), (2, 131072), (4, 1000)])
 def test_what_is_fetched_follows_what_is_live(K, S):
-    """A block is fetched where it is another than in the step before: of every row, those that hold live slots."""
+    """Pallas fetches a block if it differs from the previous step's: here, each row's blocks with live slots."""
     slots = decode_kernel.block_slots(K, S, 128)
     blocks = -(-S // slots)
     lengths = np.random.default_rng(0).integers(0, S, 8)
@@ -85,7 +85,7 @@ def test_what_is_fetched_follows_what_is_live(K, S):
 
 @pytest.mark.parametrize("K", [1, 2, 4, 8])
 def test_blocks_are_large_and_divide_the_buckets(K):
-    """In each step k and v take half a megabyte, where the bucket has as much."""
+    """A step's block of k and v has half a megabyte, or the bucket's size if that is less."""
     for S in Ladder().tokens:
         slots = decode_kernel.block_slots(K, S, 128)
         assert S % slots == 0
@@ -93,7 +93,7 @@ def test_blocks_are_large_and_divide_the_buckets(K):
 
 
 def test_tpus_get_the_kernel():
-    """One a layer, if the heads fill the vector lanes."""
+    """One kernel per layer, if heads are a multiple of 128 wide."""
     config = PRESETS["qwen2.5-vl-3b"]
     t = replace(config.text, num_hidden_layers=2)
     narrow = replace(t, head_dim=64, mrope_section=(8, 12, 12))

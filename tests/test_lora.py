@@ -1,9 +1,10 @@
-"""Adapters: they start as nothing, leave the base alone, merge, and are the ones PEFT computes with."""
+"""Adapters: a new one changes nothing, training leaves the base unchanged, and PEFT gives the same logits."""
 
 import functools
 import json
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,7 @@ forward = jax.jit(qwenvl.forward, static_argnums=0)
 
 
 def samples(config):
-    """A picture and a clip in one conversation, and one of text: few shapes, so little to compile."""
+    """A conversation with a picture and a clip, and one of text; few shapes compile quickly."""
     rng = np.random.default_rng(0)
     both = sample(rng, config, 3, picture(rng, config, 6, 10), 4, clip(rng, config, 2, 4, 6), 5)
     return [both, sample(rng, config, 9)]
@@ -43,7 +44,7 @@ def base(family):
 
 
 def fill(params, seed=0):
-    """The adapter as if trained: lora_b, which starts as zeros, is random."""
+    """The adapter with a random lora_b, as if trained."""
     rng = np.random.default_rng(seed)
     return unflatten(
         {
@@ -61,11 +62,8 @@ def adapted(family):
 
 def assert_same(a, b):
     """Two trees of the same leaves, bit for bit."""
-    a, b = flatten(a), flatten(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert a[path].dtype == b[path].dtype and a[path].shape == b[path].shape, path
-        assert np.asarray(a[path]).tobytes() == np.asarray(b[path]).tobytes(), path
+    chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
+    chex.assert_trees_all_equal(*(jax.tree.map(lambda x: np.ravel(x).view(np.uint8), tree) for tree in (a, b)))
 
 
 def relative(got, want):
@@ -94,7 +92,7 @@ def test_rank_alpha_and_dtype():
     assert rooted["decoder"]["layers"]["q_proj"]["lora_scale"].tolist() == [3] * 3
     assert rooted["decoder"]["layers"]["q_proj"]["lora_a"].dtype == jnp.bfloat16
     assert not np.array_equal(q["lora_a"][0], q["lora_a"][1])
-    one = lora.add(config, params, jax.random.key(1), rank=4, alpha=6, targets="q_proj")  # whatever else is chosen
+    one = lora.add(config, params, jax.random.key(1), rank=4, alpha=6, targets="q_proj")
     assert np.array_equal(one["decoder"]["layers"]["q_proj"]["lora_a"], q["lora_a"])
 
 
@@ -172,7 +170,7 @@ def test_targets(targets, chosen):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"targets": "lm_head"}, r"'lm_head' matches nothing.*groups llm, vision, merger.*decoder/layers/q_proj"),
+        ({"targets": "lm_head"}, r"'lm_head' matches nothing.*groups are llm, vision, merger.*decoder/layers/q_proj"),
         ({"targets": ["q_proj", "qproj"]}, "'qproj' matches nothing"),
         ({"targets": "vision/*embed"}, "matches nothing"),
         ({"targets": ()}, "no adapter targets"),
@@ -214,7 +212,7 @@ def test_dropout_zeroes_rows_of_a():
 
 
 def test_a_stack_with_and_without(tmp_path):
-    """An adapter of layer 1 only, as PEFT's layers_to_transform leaves it: the others stay untouched by training."""
+    """An adapter of layer 1 only, as with PEFT's layers_to_transform: training does not change the other layers."""
     config, params, _ = base("qwen2_vl")
     rng = np.random.default_rng(0)
     batch = make_batch([sample(rng, config, 9)], config)
@@ -244,7 +242,7 @@ def test_a_stack_with_and_without(tmp_path):
 
 
 class Characters:
-    """A processor that is not asked to encode anything."""
+    """A processor that encodes nothing."""
 
     def decode(self, ids, skip_special_tokens=True):
         return "".join(map(chr, ids))
@@ -286,7 +284,7 @@ def test_on_a_mesh():
 
 
 def write(path, settings, tensors):
-    """An adapter directory, as PEFT would write it."""
+    """An adapter directory in PEFT's format."""
     path.mkdir()
     settings = {"peft_type": "LORA", "bias": "none", "target_modules": ["q_proj"]} | settings
     (path / peft.SETTINGS).write_text(json.dumps(settings), "utf-8")
@@ -356,14 +354,14 @@ A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{s}.weight" for 
         ({"use_dora": True}, {}, "use_dora is True.*merge_and_unload"),
         ({"modules_to_save": ["lm_head"]}, {}, r"modules_to_save is \['lm_head'\]"),
         ({"bias": "lora_only"}, {}, "bias is 'lora_only'"),
-        ({"init_lora_weights": "pissa_niter_4"}, {}, "'pissa_niter_4'.*changed base weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, {}, "'pissa_niter_4'.*changed the base weights"),
         ({"r": "2"}, {}, "r is '2' for model.layers.0.self_attn.q_proj"),
         ({"lora_alpha": None}, {}, "lora_alpha is None"),
         ({"rank_pattern": {"(": 2}}, {}, "patterns for r are not readable"),
         ({"rank_pattern": [2]}, {}, "patterns for r are not readable"),
-        ({"r": 3}, {}, r"q_proj.lora_A.weight has shape \[2, 48\].*call for \[3, 48\]"),
-        ({}, {B: np.zeros((2, 48))}, r"q_proj.lora_B.weight has shape \[2, 48\].*call for \[48, 2\]"),
-        ({}, {A: None}, "q_proj has lora_B but not the other half"),
+        ({"r": 3}, {}, r"q_proj.lora_A.weight has shape \[2, 48\].*calls for \[3, 48\]"),
+        ({}, {B: np.zeros((2, 48))}, r"q_proj.lora_B.weight has shape \[2, 48\].*calls for \[48, 2\]"),
+        ({}, {A: None}, "q_proj has only one of lora_A and lora_B"),
         ({}, {A: None, B: None}, "holds no tensors"),
         ({}, {A.replace("layers.0", "layers.3"): np.zeros((2, 48))}, "layers.3.self_attn.*no place"),
         ({}, {"base_model.model.lm_head.lora_A.weight": np.zeros((2, 48))}, "lm_head.*no place"),
@@ -402,7 +400,7 @@ def test_files_that_are_not_there(tmp_path):
 
 def test_a_checkpoint_holds_no_adapter(tmp_path):
     config = base("qwen2_vl")[0]
-    with pytest.raises(InputError, match=r"down_proj/lora_a.*an adapter is merged first"):
+    with pytest.raises(InputError, match=r"down_proj/lora_a.*merge an adapter first"):
         save(Model(config, adapted("qwen2_vl"), None), tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
@@ -411,7 +409,7 @@ def test_a_checkpoint_holds_no_adapter(tmp_path):
 
 
 def peft_logits(model, config):
-    """Logits of the samples' live tokens, through torch."""
+    """Logits of the samples' live tokens, by torch."""
     import torch
     from qwenvl_convert.parity import reference_inputs
 
@@ -434,7 +432,7 @@ def test_peft_loads_ours(family, tmp_path):
 
     config = tiny_config(family)
     model, params = reference(config, tmp_path / "base")
-    # All of the tower and the merger, some of the decoder, of different ranks.
+    # The whole tower and merger, and parts of the decoder, with different ranks.
     part = lora.add(config, params, jax.random.key(1), rank=4, alpha=6, targets=["vision", "merger", "o_proj"])
     rest = lora.add(config, params, jax.random.key(2), rank=3, alpha=5, targets=["decoder/layers/q_proj", "down_proj"])
     q = {path: leaf for path, leaf in flatten(lora.split(rest)[1]).items() if path.startswith("decoder")}

@@ -1,4 +1,4 @@
-"""What must not change the logits: buckets, lanes, neighbours, order, chunking, or decoding token by token."""
+"""Buckets, lanes, neighbours, order, chunks and token-by-token decoding do not change the logits."""
 
 import dataclasses
 
@@ -125,7 +125,7 @@ def test_packed_rows_equal_separate_rows(model):
 def test_prefill_and_decode_equal_one_forward(model):
     config, params = model
     samples = mixed_samples(config)
-    tail = 6  # every row ends in at least this many text tokens, or is fed them
+    tail = 6  # tokens per row that are decoded one by one
     rng = np.random.default_rng(1)
     extra = rng.integers(1, 150, (len(samples), tail)).astype(np.int32)
     longer = [followed(s, e) for s, e in zip(samples, extra, strict=True)]
@@ -221,7 +221,7 @@ def test_bfloat16_runs_and_stays_near_float32(family):
 
 
 def test_queries_are_normalised_then_turned_by_t_h_w_in_turns():
-    """Against numpy, as complex numbers: frequency i of [0 1 2 0 1 2 0 0] turns with t, h or w."""
+    """Against complex numbers in numpy: frequency i belongs to axis [0 1 2 0 1 2 0 0][i] of t, h, w."""
     text = dict(head_dim=16, mrope_section=(4, 2, 2), qkv_bias=False, qk_norm=True, rope="interleaved")
     config = tiny_config("qwen2_5_vl", text)
     rng, t = np.random.default_rng(0), config.text

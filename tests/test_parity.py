@@ -1,4 +1,4 @@
-"""Every stage equals transformers 4.51.3 in float32: positions exactly, the rest within 1e-4 of the largest value."""
+"""In float32, every stage equals transformers 4.51.3: positions exactly, the rest within 1e-4 of the largest value."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.parity
 
 
 def reference(config, directory, seed=0):
-    """A torch model whose every weight is random (norms and biases too), and the same weights read from its files."""
+    """A torch model with random weights, norms and biases included, and the same weights read from its files."""
     import torch
     import transformers
 
@@ -74,7 +74,7 @@ def test_video_with_fractional_seconds_a_grid(family, tmp_path):
     config = tiny_config(family)
     rng = np.random.default_rng(0)
     row = sample(rng, config, 4, clip(rng, config, 5, 10, 14, 1.37), 9)
-    assert_stages(config, [row], tmp_path, ladder=Ladder(patches=(256,)))  # its frames spread over lanes
+    assert_stages(config, [row], tmp_path, ladder=Ladder(patches=(256,)))  # its frames are in several lanes
 
 
 @pytest.mark.parametrize("shape", [(2, 300), (300, 2)])
@@ -105,7 +105,7 @@ def test_another_window_and_clock(window, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_yarn(family, tmp_path):
-    # The context is factor × original, where the declared factor and transformers' agree.
+    # With this context, the declared factor is the one that transformers computes.
     yarn = YarnConfig(factor=4.0, original_max_position_embeddings=64)
     config = with_text(tiny_config(family), yarn=yarn, max_position_embeddings=256)
     assert_stages(config, mixed_samples(config), tmp_path)
@@ -133,7 +133,7 @@ def test_greedy_tokens(family, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen2-vl-72b"])
 def test_one_layer_at_real_width(name, tmp_path):
-    """One decoder layer and one block of each kind of the vision tower, at the sizes of the official model."""
+    """One decoder layer and each kind of vision block, at the official model's sizes."""
     config = with_vision(PRESETS[name].replace(dtype="float32"), depth=2, fullatt_block_indexes=(1,))
     if not config.vision.window_size:
         config = with_vision(config, depth=1, fullatt_block_indexes=())

@@ -88,7 +88,7 @@ def test_meshes_that_are_none(name):
         ({"batch": 3}, (4, 1, 1), "batch is 3; it must be a multiple of .* 4"),
         ({"task": "train"}, None, "batch is 1; it must be a multiple of .* 4"),
         ({"task": "train", "batch": 4}, None, "images is 1; it must be a multiple of .* 4"),
-        ({}, (1, 1, 4), "dimension F, 11006, cannot be shared by 4"),
+        ({}, (1, 1, 4), "dimension F, 11006, is not a multiple of the mesh's tensor, 4"),
     ],
 )
 def test_jobs_that_cannot_be(changes, mesh, said):

@@ -1,4 +1,4 @@
-"""On eight virtual devices, whatever the mesh: the logits, tokens and training steps of one device."""
+"""Every mesh of eight virtual devices gives the logits, tokens and training steps of one device."""
 
 from functools import partial
 
@@ -22,33 +22,33 @@ MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 %
 
 
 def config_of(family):
-    """Heads that no mesh of eight shares without copies: six of queries, two of keys."""
+    """Six query heads and two KV heads: tensor axes above two need copies of KV heads."""
     windows = {"fullatt_block_indexes": ()} if family == "qwen2_5_vl" else {}
     text = dict(num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2)
     return tiny_config(family, text, {"depth": 1} | windows)
 
 
 def answers(model, compilations) -> tuple[dict, list]:
-    """Of eight conversations, some with pictures or clips: logits after the prompts, and tokens."""
+    """Logits after eight prompts, some with pictures or clips, and the generated tokens."""
     samples = samples_of(model.config) * 2
     engine = Engine(model, max_batch=8, ladder=Ladder(rows=(8,), tokens=(64, 128)))
     compilations.clear()
     with jax.transfer_guard("disallow"):
         logits = jax.device_get(engine._prompt(make_batch(samples, model.config, engine.ladder))[0])
         results = engine.generate(samples, max_new_tokens=8, temperature=0, ignore_eos=True)
-    # What programs hand on has one layout, for which the next one is compiled once.
+    # Each program's output has one layout, so the next program is compiled once.
     assert len(compilations) == sum(engine.traces.values()), (len(compilations), engine.traces)
     return {"logits": logits}, [r.token_ids for r in results]
 
 
 def steps(step, state, batch, compilations):
-    """Two steps: the state after them; the losses, gradient norms and parameters."""
+    """Two training steps: the state after them, and their metrics and parameters."""
     seen, counts = [], []
     for _ in range(2):
         state, metrics = step(state, batch)
         seen.append({"loss": metrics["loss"], "norm": metrics["grad_norm"]})
         counts.append(len(compilations))
-    assert counts[0] == counts[1]  # what comes out is laid out as what goes in
+    assert counts[0] == counts[1]  # the state's layout does not change
     return state, {"metrics": seen, "params": state.params}
 
 
@@ -57,7 +57,7 @@ def steps(step, state, batch, compilations):
     "family, meshes", [("qwen2_5_vl", MESHES[::2]), ("qwen2_5_vl", MESHES[1::2]), ("qwen2_vl", [(2, 2, 2)])]
 )
 def test_eight_devices_equal_one(family, meshes, compilations):
-    """On every mesh there is; of the other family, whose decoder is the same, on one."""
+    """One family on every mesh; the other, whose decoder is the same, on one."""
     config = config_of(family)
     params, samples = tiny_params(config), samples_of(config)
     rows = [[samples[i % 4], samples[(i + i // 4) % 4]] for i in range(8)]
@@ -65,7 +65,7 @@ def test_eight_devices_equal_one(family, meshes, compilations):
     assert batch.inputs.vision[0].frames.shape[1] % 8 == 0  # lanes are split too
     remat = family == "qwen2_vl"
     declared = specs(config)
-    # eps: or the sign of a zero gradient would count
+    # eps: without it, the sign of a gradient near zero would count
     optimizer = make_optimizer(declared, 1e-2, eps=1e-3, weight_decay=0.1)
     step = partial(make_step, declared, partial(sft_loss, config, remat=remat, chunk=32), optimizer, lambda path: True)
     start = partial(init_state, declared, optimizer=optimizer, trainable=lambda path: True)

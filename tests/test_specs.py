@@ -1,7 +1,8 @@
-"""A parameter is declared once, where it is used; everything else reads that."""
+"""A parameter is declared once, in its module; everything else reads the declaration."""
 
 from functools import partial
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from qwenvl_jax.types import Model
 
 
 class Mixed(nn.Module):
-    """RMSNorm of the decoder with a matrix after it: one more parameter, declared here and nowhere else."""
+    """The decoder's RMSNorm followed by a matrix: a new parameter, declared only here."""
 
     eps: float
     param_dtype: str
@@ -51,7 +52,7 @@ class Mixed(nn.Module):
 
 @pytest.fixture
 def declared_anew():
-    """Specs are kept by config; what a test declares must not stay."""
+    """Specs are cached by config; a test's declaration must not stay in the cache."""
     specs_module._specs.cache_clear()
     yield
     specs_module._specs.cache_clear()
@@ -59,14 +60,14 @@ def declared_anew():
 
 @pytest.fixture
 def mixed(monkeypatch, declared_anew):
-    """A config whose decoder has the matrix in each of its norms."""
+    """A config whose decoder has the matrix in every norm."""
     for module in (decoder, qwenvl):
         monkeypatch.setattr(module, "RMSNorm", Mixed)
     return tiny_config("qwen2_vl")
 
 
 def named(config):
-    """The names that its family would give."""
+    """tensor_names of a family that has the matrix."""
     names = shared.tensor_names(config)
     norms = {path: name for path, name in names.items() if path.startswith("decoder/") and path.endswith("norm/scale")}
     return names | {f"{p.removesuffix('scale')}mix": f"{n.removesuffix('weight')}mix" for p, n in norms.items()}
@@ -88,7 +89,7 @@ def test_a_new_parameter_is_declared_in_one_place(mixed, monkeypatch, tmp_path):
     monkeypatch.setattr(MODULES["qwen2_vl"], "tensor_names", named)
     save(Model(mixed, params, None, {}), tmp_path / "orbax")
     to_hf(tmp_path / "orbax", tmp_path / "hf")
-    jax.tree.map(np.testing.assert_array_equal, read_params(tmp_path / "hf", mixed), params)  # converted
+    chex.assert_trees_all_equal(read_params(tmp_path / "hf", mixed), params)  # converted
 
     batch = jax.tree.map(lambda a: a[None], train_batch(mixed, [[s] for s in mixed_samples(mixed)]))
     optimizer = make_optimizer(declared, 1e-2, weight_decay=0.1)
@@ -129,7 +130,7 @@ def test_a_leaf_that_nothing_declares():
         specs_of(config, unflatten({"decoder/norm/lora_a": np.zeros((3, 2))}))
 
 
-@pytest.mark.parametrize(("mesh", "named"), [((1, 5, 1), "D, 48, .* 5 devices .fsdp."), ((1, 1, 7), "F, 80, .* 7 dev")])
+@pytest.mark.parametrize(("mesh", "named"), [((1, 5, 1), "D, 48, .* fsdp, 5"), ((1, 1, 7), "F, 80, .* tensor, 7")])
 def test_a_dimension_that_the_mesh_does_not_divide(mesh, named):
     config = tiny_config("qwen2_vl")
     with pytest.raises(InputError, match=f"decoder/.*: its dimension {named}"):
@@ -155,7 +156,7 @@ def test_initial_values(family):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_matrix_is_split_over_sixteen_devices(name):
-    """The decoder's over both axes, the tower's over one."""
+    """The decoder's matrices are split over both axes, the tower's over one."""
     declared = specs(PRESETS[name])
     mesh = jax.sharding.AbstractMesh((1, 4, 4), ("data", "fsdp", "tensor"))
     for path, where in flatten(param_shardings(declared, mesh)).items():

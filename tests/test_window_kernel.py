@@ -1,4 +1,4 @@
-"""Window attention on TPUs: the kernel against plain XLA, and what compiled layers of the tower take."""
+"""Window attention on TPUs: the kernel against plain XLA, and the cost of compiled layers of the tower."""
 
 import dataclasses
 import importlib.util
@@ -21,7 +21,7 @@ WINDOWS, FAMILY_2 = PRESETS["qwen2.5-vl-7b"], PRESETS["qwen2-vl-7b"]
 
 
 def problem(seed: int, R: int, blocks: int, slots: int, heads: int, H: int):
-    """Random inputs, window ids (0 at the end of some blocks: padding), and weights for the sum of the outputs."""
+    """Random inputs, window ids (some blocks end in padding, 0) and weights for the sum of the outputs."""
     rng = np.random.default_rng(seed)
     P, E = blocks * slots, heads * H
     qkv, w = (jnp.asarray(rng.standard_normal((R, P, n * E)), jnp.float32) for n in (3, 1))
@@ -49,7 +49,7 @@ def assert_same(got, want):
     width=st.sampled_from([8, 64, 80, 128]),
 )
 def test_the_kernel_equals_plain_attention(seed, shape, width):
-    """Forward and backward, interpreted."""
+    """Forward and backward; the kernel is interpreted."""
     args, sizes = problem(seed, *shape, width), dict(heads=shape[3], slots=shape[2])
     kernel = lambda *a: window_kernel.kernel(*a, **sizes, interpret=True)  # noqa: E731
     plain = lambda *a: window_kernel.plain(*a, **sizes)  # noqa: E731
@@ -76,7 +76,7 @@ def compile_for_tpu(f, *args):
 
 
 def shallow(config):
-    """The tower two layers deep: one windowed, if any are, and one full."""
+    """A tower of two layers: one with windows, if the model has any, and one with full attention."""
     vision = dataclasses.replace(
         config.vision, depth=2, fullatt_block_indexes=(1,) if config.vision.window_size else ()
     )
@@ -84,7 +84,7 @@ def shallow(config):
 
 
 def tower(config, images: int, patches: int):
-    """Two layers of a tower compiled over so many images of so many patches, a lane each."""
+    """Two layers of a tower, compiled for `images` lanes with one image of `patches` each."""
     from qwenvl_jax.model.vision import encode_vision
     from qwenvl_jax.params.specs import abstract_params
     from qwenvl_jax.types import VisionBatch
@@ -97,7 +97,7 @@ def tower(config, images: int, patches: int):
 
 
 def products(config, images: int, patches: int) -> int:
-    """Operations of the tower's products and of its attention, each patch seeing its window or its image."""
+    """FLOPs of the tower's matmuls and attention; a patch attends to its window or its image."""
     from qwenvl_jax.params.specs import abstract_params
 
     v, rows, total = config.vision, images * patches, 0
@@ -128,8 +128,8 @@ def test_the_tower_costs_what_its_products_do(config, images):
 @compiles
 @pytest.mark.compiled
 def test_a_windowed_layer_moves_little_more_than_it_must():
-    """The fewest bytes: weights once, x read and written, and between products qkv, what is attended to, and the gated
-    values written and read once each. Norms, the rest of x and gate and up are taken to stay on the chip."""
+    """The least bytes: weights are read once, x is read and written; qkv, the attended and the gated values are written
+    and read once. Norms, other copies of x, gate and up stay on the chip."""
     from qwenvl_jax.model.vision import VisionBlock
 
     v, P = WINDOWS.vision, 2**14
@@ -142,7 +142,7 @@ def test_a_windowed_layer_moves_little_more_than_it_must():
     (kernel,) = [i for i in read.computations[read.entry].values() if "window_attention" in i.name]
     weights = 2 * sum(math.prod(w.shape) for w in jax.tree.leaves(params))
     fewest = weights + 2 * P * (2 * E + 2 * (3 * E + E + v.intermediate_size))
-    # Of the kernel's own: what is needed, and padding of cosines and window ids to whole tiles.
+    # The kernel's bytes: the least, and padding of cosines and window ids to full tiles.
     attended = 2 * P * 4 * E
     print(f"layer: {read.bytes / fewest:.2f} of {fewest / 1e6:.0f} MB")
     assert attended <= read.traffic(read.entry, kernel) <= 1.15 * attended

@@ -1,8 +1,8 @@
-"""The model families. A family is one file that translates between its published files and a Config's switches:
+"""The model families. Each is one file, which translates between its published files and a Config:
 
 from_dict(data), to_dict(config)   config.json → Config and back
 tensor_names(config)               parameter path → the hub's tensor name, with `{l}` for the layer
-time_steps(visual, config)         the M-RoPE t position of every grid step of a picture or clip
+time_steps(visual, config)         the M-RoPE t position of each grid step of a picture or clip
 BOXES                              boxes in answers: "absolute" pixels of the resized picture, or "relative" 0..1000
 PRESETS                            the official sizes by name
 """
@@ -21,8 +21,7 @@ def family_of(config: Config):
 
 
 def from_dict(data: dict) -> Config:
-    """Reads a Hugging Face `config.json`. For a directory, call `params.directory.read_config`: it reads the mean
-    and standard deviation of pixels too."""
+    """Reads a Hugging Face `config.json`; `params.directory.read_config` also reads the pixels' mean and std."""
     if not isinstance(data, dict):
         raise CheckpointError("config is not a JSON object")
     return _family(data.get("model_type")).from_dict(data)

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL (arXiv:2502.13923): an RMSNorm tower with a gated MLP and, at all but a few layers, windows."""
+"""Qwen2.5-VL (arXiv:2502.13923): an RMSNorm tower with a gated MLP, and windows in most layers."""
 
 import numpy as np
 
@@ -38,9 +38,9 @@ def to_dict(config: Config) -> dict:
 
 
 def time_steps(visual: Visual, config: Config) -> np.ndarray:
-    """The t position of every grid step, counted from the visual's first: by seconds in a clip, 0 in a picture.
+    """The t position of each grid step relative to the first: by seconds in a clip, 0 in a picture.
 
-    Multiplied in float32, then truncated, as the reference does.
+    As in the reference, it is computed in float32 and truncated.
     """
     seconds = np.float32(visual.seconds_per_grid if visual.kind == "video" else 0)
     steps = np.arange(visual.grid.t, dtype=np.float32)

@@ -6,7 +6,7 @@ from qwenvl_jax.config import Config, TextConfig, VisionConfig
 from qwenvl_jax.families import shared
 from qwenvl_jax.types import Visual
 
-BOXES = "relative"  # thousandths of the picture's sides
+BOXES = "relative"  # 0..1000 along each side of the picture
 _TOWER = dict(norm="layer", gated_mlp=False, window_size=None, fullatt_block_indexes=())
 
 tensor_names = shared.tensor_names
@@ -40,7 +40,7 @@ def to_dict(config: Config) -> dict:
 
 
 def time_steps(visual: Visual, config: Config) -> np.ndarray:
-    """The t position of every grid step, counted from the visual's first: one a step."""
+    """The t position of each grid step relative to the first: its index."""
     return np.arange(visual.grid.t)
 
 

@@ -1,4 +1,4 @@
-"""What the families' files have in common: typed reads, the decoder's part of config.json, tensor names."""
+"""Shared by the families' files: typed reads, the decoder's part of config.json, tensor names."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from qwenvl_jax.config import TOKEN_IDS, Config, TextConfig, YarnConfig, typed
 from qwenvl_jax.errors import CheckpointError
 
-# Switches are a family's own and stand in no file; preprocessor_config.json holds mean and std.
+# A family sets its switches itself; preprocessor_config.json has mean and std.
 _NOT_IN_FILES = ("qkv_bias", "qk_norm", "rope", "norm", "gated_mlp", "image_mean", "image_std")
 
 
 def reader(*objects: dict, where: str = "") -> Callable:
-    """`get(key, kind, default)`: a typed read from the first of `objects` that has the key; null counts as absent."""
+    """`get(key, kind, default)` reads a typed value from the first object that has the key; null counts as absent."""
 
     def get(key: str, kind, default=None):
         value = next((o[key] for o in objects if o.get(key) is not None), None)
@@ -23,21 +23,19 @@ def reader(*objects: dict, where: str = "") -> Callable:
 def from_dict(data: dict, read_vision: Callable, **switches) -> Config:
     """Reads a `config.json`: flat (as on the hub), or with `text_config` (newer saves).
 
-    read_vision: (typed reads of vision_config, the decoder's width) → VisionConfig.
-    switches: the fields of TextConfig that no file holds.
+    read_vision: (reader of vision_config, the decoder's width) → VisionConfig.
+    switches: the fields of TextConfig that are in no file.
     """
     top = reader(data)
     text, vision = top("text_config", dict, data), top("vision_config", dict, {})
-    # Newer files nest the decoder but may leave a key at the top level (tie_word_embeddings does both).
+    # Newer files nest the decoder's keys, but some stay at the top level (tie_word_embeddings may be at both).
     get = reader(text, data)
     if get("hidden_act", str, "silu") != "silu":
         raise CheckpointError(f"hidden_act {get('hidden_act', str)!r} of the decoder is not supported; only 'silu' is")
     windowed = any(kind != "full_attention" for kind in get("layer_types", list, []))
     if windowed or get("use_sliding_window", bool, False):
-        raise CheckpointError(
-            f"{'layer_types' if windowed else 'use_sliding_window'} asks for more than full attention; "
-            "sliding-window attention is not supported (no official file has it)"
-        )
+        key = "layer_types" if windowed else "use_sliding_window"
+        raise CheckpointError(f"{key}: sliding-window attention is not supported (no official file has it)")
     d = TextConfig()
     hidden, heads = get("hidden_size", int, 8192), get("num_attention_heads", int, 64)
     max_positions = get("max_position_embeddings", int, 32768)
@@ -78,8 +76,8 @@ def _yarn(get, max_positions: int) -> YarnConfig | None:
         raise CheckpointError(f"rope type {kind!r} is not supported; known are 'default', 'mrope' and 'yarn'")
     original = get("original_max_position_embeddings", int, max_positions)
     return YarnConfig(
-        # The declared factor, as the paper and the model cards have it. transformers 4.51.3 replaces it by
-        # max_position_embeddings / original, which differs where a file's numbers disagree (128000 / 32768).
+        # The declared factor, as in the paper and the model cards. transformers 4.51.3 uses max_position_embeddings /
+        # original instead, which differs if a file's numbers disagree (128000 / 32768).
         factor=float(get("factor", float, max_positions / original)),
         original_max_position_embeddings=original,
         beta_fast=float(get("beta_fast", float, 32)),
@@ -89,8 +87,8 @@ def _yarn(get, max_positions: int) -> YarnConfig | None:
 
 
 def tower_sizes(get) -> dict:
-    """The fields of `vision_config` that all families spell alike."""
-    # Quantised checkpoints leave keys out; the defaults are those of the reference's config classes.
+    """The fields of `vision_config` that all families share."""
+    # Defaults are those of the reference's config classes: quantised checkpoints omit keys.
     return dict(
         depth=get("depth", int, 32),
         num_heads=get("num_heads", int, 16),
@@ -102,12 +100,12 @@ def tower_sizes(get) -> dict:
 
 
 def fields(part) -> dict:
-    """The fields of a TextConfig or VisionConfig that a file holds."""
+    """The fields of a TextConfig or VisionConfig that are in a file."""
     return {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name not in _NOT_IN_FILES}
 
 
 def to_dict(c: Config, architecture: str, vision: dict) -> dict:
-    """The flat `config.json`, which every version of transformers reads; `vision` becomes its vision_config."""
+    """The flat `config.json`, which every version of transformers reads; vision: its vision_config."""
     t = c.text
     text = {k: v for k, v in fields(t).items() if k not in ("mrope_section", "yarn")}
     if t.head_dim * t.num_attention_heads == t.hidden_size:
@@ -130,7 +128,7 @@ def to_dict(c: Config, architecture: str, vision: dict) -> dict:
 
 
 def tensor_names(config: Config) -> dict[str, str]:
-    """Parameter path → the tensor's name in the hub's files, `{l}` for the layer, in the order files are written."""
+    """Parameter path → the tensor's name on the hub, with `{l}` for the layer, in the order that files are written."""
     t, v = config.text, config.vision
     qkv, mlp = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
     layer = {

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from qwenvl_jax.model.kernels.cpu import cpu_attention
 from qwenvl_jax.model.linear import precision
 from qwenvl_jax.model.scan import ATTENDED
-from qwenvl_jax.sharding import divides, on_shards
+from qwenvl_jax.sharding import current_mesh, divides, on_shards
 
 # Imported here, not in `flash`: an import during tracing makes jax 0.12 trace other functions again.
 with warnings.catch_warnings():  # jax 0.12 calls this module deprecated
@@ -39,8 +39,7 @@ def attention(q, k, v, segments, *, causal: bool):
     plain = partial(_plain, causal=causal)
     kernels = {}
     if q.dtype == jnp.float32:  # the kernels for accelerators would multiply it in bfloat16 or tf32
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1:
+        if current_mesh() is None:
             kernels["cpu"] = lambda *args: cpu_attention(*args, causal)
     elif q.shape[1] >= MIN_TOKENS and q.shape[1] % TOKEN_MULTIPLE == 0:
         if q.dtype == jnp.bfloat16:  # TPUs have no float16

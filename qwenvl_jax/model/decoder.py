@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from qwenvl_jax.config import Config
+from qwenvl_jax.model import layers
 from qwenvl_jax.model.attention import attention, decode_attention
 from qwenvl_jax.model.kernels.decode import decode_kernel
-from qwenvl_jax.model.linear import NORMAL, Linear, declare, is_narrow, narrow_product, precision
+from qwenvl_jax.model.linear import Linear, precision
 from qwenvl_jax.model.norms import RMSNorm
 from qwenvl_jax.model.rope import rotate, text_rope
 from qwenvl_jax.model.scan import checkpointed, unpack_bfloat16
@@ -61,7 +62,7 @@ class VocabMatrix(nn.Module):
 
     @nn.compact
     def __call__(self):
-        return self.param(self.leaf, declare(NORMAL, self.dims, self.role), self.shape, self.param_dtype)
+        return self.param(self.leaf, layers.declare(layers.NORMAL, self.dims, self.role), self.shape, self.param_dtype)
 
 
 @jax.named_scope("embed_tokens")
@@ -128,8 +129,8 @@ def step(config: Config, params: dict, tokens, cache: Cache):
 
 def layer_weights(params: dict, l: int) -> dict:
     """Weights of layer `l`: a slice of the stack, or an item of the list made by `cpu_layouts` (infer/programs.py)."""
-    layers = params["decoder"]["layers"]
-    return layers[l] if isinstance(layers, list) else jax.tree.map(lambda w: w[l], layers)
+    stack = params["decoder"]["layers"]
+    return stack[l] if isinstance(stack, list) else jax.tree.map(lambda w: w[l], stack)
 
 
 def write_and_attend(q, k, v, k_cache, v_cache, lengths):
@@ -178,11 +179,11 @@ def logits(x, head, dims: str):
         return dot(f"...D,{dims}->...V", x, head.astype(x.dtype))
 
     rows = x.reshape(-1, x.shape[-1])
-    if not is_narrow(rows, head):
+    if not layers.is_narrow(rows, head):
         return product(x, head)
 
     def narrow(x, head):
-        y = narrow_product(rows.astype(jnp.float32), head, dims.replace("V", "F"))
+        y = layers.narrow_product(rows.astype(jnp.float32), head, dims.replace("V", "F"))
         return y.reshape(*x.shape[:-1], -1)
 
     return jax.lax.platform_dependent(x, head, cpu=narrow, default=product)

@@ -35,8 +35,7 @@ class Declared(nn.meta.AxisMetadata):
     def add_axis(self, index, params):
         return self
 
-    def remove_axis(self, index, params):
-        return self
+    remove_axis = add_axis
 
 
 def declare(init: Callable, dims: str, role: str) -> Callable:

@@ -1,8 +1,7 @@
-"""Checkpoints on disk: opens a Hugging Face directory, one of ours, or a hub id; saves ours with Orbax.
+"""Checkpoints on disk: loads Hugging Face directories, ours and hub ids; saves ours with Orbax.
 
-Ours holds `params/` (an ordinary Orbax checkpoint of the parameter tree), the Hugging Face config, tokenizer,
-template and preprocessor files as they were, and `qwenvl_jax.json`, which says that it is one of ours.
-A directory being written has another name until it is complete, so what carries the final name is whole.
+Ours holds `params/` (an ordinary Orbax checkpoint), the unchanged Hugging Face config, tokenizer, template and
+preprocessor files, and `qwenvl_jax.json`, which marks it as ours. A directory gets its final name only when complete.
 """
 
 import contextlib
@@ -16,57 +15,41 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qwenvl_jax.config import Config, read_json
+from qwenvl_jax.config import DTYPES, Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
-from qwenvl_jax.params.directory import (
-    FORMAT,
-    INDEX,
-    MARKER,
-    PARAMS,
-    SIDE_FILES,
-    find,
-    first_line,
-    kvstore,
-    read_config,
-    stored_arrays,
-)
-from qwenvl_jax.params.place import Leaf, aligned_empty, to_devices
+from qwenvl_jax.params import directory
+from qwenvl_jax.params.directory import MARKER, PARAMS, find, first_line, kvstore, read_config
+from qwenvl_jax.params.place import Leaf, Source, to_devices
 from qwenvl_jax.params.precision import Precision, on_cpu
 from qwenvl_jax.params.specs import count_params, flatten, param_shardings, specs, unflatten
 from qwenvl_jax.types import Model
 
 _LOG = logging.getLogger(__name__)
 PARTIAL = ".partial-qwenvl_jax"
-# Small enough that a process that needs one shard reads little more than it, and a few are written at a time.
-CHUNK_BYTES = 16 << 20
-PIECE_BYTES = 64 << 20  # in memory at a time, where a single layer is not larger
+CHUNK_BYTES = 16 << 20  # small, so that a process reads little more than its own shard
+PIECE_BYTES = 64 << 20  # in memory at a time, unless one layer is larger
 
 
 def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
-    """Opens a checkpoint: a Hugging Face directory, one written by `save` or `qwenvl convert`, a hub id, or "demo".
+    """Loads a checkpoint: a Hugging Face directory, one written by `save` or `qwenvl convert`, a hub id, or "demo".
 
     mesh: lay the parameters out over it (sharding.make_mesh); None puts them on the first device.
-    dtype: cast the weights to it and compute in it ("bfloat16"). None keeps the checkpoint's; on CPUs, which multiply
-        16 bits slowly, 16-bit checkpoints are computed in float32 (`precision_of`), and `save` then writes float32.
-    Raises InputError for anything that is not a complete checkpoint of a supported model, or a mesh that does not
-    divide it.
+    dtype: cast the weights to it and compute in it ("bfloat16"). None keeps the checkpoint's. CPUs multiply 16 bits
+        slowly, so they compute 16-bit checkpoints in float32 (`precision_of`); `save` may then write float32.
+    Raises InputError if it is not a complete checkpoint of a supported model, or if the mesh does not divide it.
     """
     from qwenvl_jax.inputs.processor import Processor
 
     path = find(path_or_id)
     config = read_config(path)
     shardings = None if mesh is None else param_shardings(specs(config), mesh)
-    if dtype is None:
-        chosen = precision_of(config, mesh)
-    else:
-        chosen = Precision(_known_dtype(dtype), _known_dtype(dtype))
+    chosen = precision_of(config, mesh) if dtype is None else Precision(_known_dtype(dtype), _known_dtype(dtype))
     config = config.replace(dtype=chosen.compute)
-    processor = Processor.from_dir(path, config)  # before the weights: it is quick to fail
+    processor = Processor.from_dir(path, config)  # before the weights, because it fails quickly
     if (path / MARKER).is_file():
         params = restore(path, config, shardings, chosen.weights, progress)
     else:
@@ -79,44 +62,38 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
 
 
 def precision_of(config: Config, mesh=None) -> Precision:
-    """What `load` does where no dtype is given: as the checkpoint says, or on a CPU as `on_cpu` says."""
+    """The precision that `load` chooses without a dtype: the checkpoint's, or on a CPU that of `on_cpu`."""
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-    if device.platform != "cpu":
-        return Precision(config.dtype, None)
-    return on_cpu(config.dtype, count_params(config))
+    return on_cpu(config.dtype, count_params(config)) if device.platform == "cpu" else Precision(config.dtype, None)
 
 
 def save(model: Model, path, *, files_from=None) -> None:
     """Writes a model as a new directory `path`: its parameters, config and generation settings.
 
-    files_from: a checkpoint directory whose tokenizer, template and preprocessor files are carried along. Only with
-    them can `load` read the directory; without, it holds weights for `restore` and `qwenvl convert`.
-    Raises InputError if `path` exists, if the disk is full, if the parameters are not those of the config, or if the
-    model's pictures are not those of `files_from`.
+    files_from: a checkpoint directory whose tokenizer, template and preprocessor files are copied. Without them, `load`
+    cannot read the directory, but `restore` and `qwenvl convert` can.
+    Raises InputError if `path` exists, if the disk is full, if the parameters do not match the config, or if the
+    model and `files_from` normalise pictures differently.
     """
     import orbax.checkpoint as ocp
 
     if jax.process_count() > 1:
         raise InputError("save writes from a single process; this job has several")
     declared = specs(model.config)
-    odd = sorted(flatten(model.params).keys() ^ declared.keys())
-    if odd:
-        raise CheckpointError(
-            f"{path}: the parameters are not those of the config ({odd[0]}); an adapter is merged first"
-        )
+    for name in sorted(flatten(model.params).keys() ^ declared.keys()):
+        raise CheckpointError(f"{path}: the parameters do not match the config ({name}); merge an adapter first")
     if files_from is not None:
-        files_from, vision = Path(files_from), model.config.vision
+        files_from = Path(files_from)
         if not files_from.is_dir():
             raise CheckpointError(f"{files_from}: no such directory")
         theirs = read_preprocessing(files_from, model.config)
         for key in ("image_mean", "image_std") if theirs else ():
-            if getattr(theirs, key) != getattr(vision, key):
-                raise CheckpointError(
-                    f"{files_from}: its {key} is {getattr(theirs, key)}, the model's config says {getattr(vision, key)}"
-                )
+            here, there = getattr(model.config.vision, key), getattr(theirs, key)
+            if here != there:
+                raise CheckpointError(f"{files_from}: its {key} is {there}, the model's config says {here}")
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     with staged(path, nbytes) as work:
-        # Whole layers, so that converting and sharded loading can read one without its neighbours.
+        # No chunk spans two layers, so that conversion and sharded loading can read one layer alone.
         args = {
             path: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if spec.stacked else ())
             for path, spec in declared.items()
@@ -125,23 +102,22 @@ def save(model: Model, path, *, files_from=None) -> None:
             checkpointer.save(work / PARAMS, model.params, save_args=unflatten(args))
         if files_from is not None:
             copy_side_files(files_from, work)
-            (work / "README.md").unlink(missing_ok=True)  # tells of other weights
-        stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # a CPU computes in another one
+            (work / "README.md").unlink(missing_ok=True)  # it describes other weights
+        stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # not the compute dtype, on CPUs
         write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
         write_json(work / "generation_config.json", dict(model.generation))
-        write_json(work / MARKER, {"format": FORMAT})
+        write_json(work / MARKER, {"format": directory.FORMAT})
 
 
 def restore(path: Path, config: Config, shardings=None, dtype=None, progress: bool = True) -> dict:
-    """Reads the parameters of one of our directories straight onto their devices; as read_params of convert/hf.py."""
+    """Reads the parameters of one of our directories onto their devices; arguments as for `read_params`."""
     return to_devices(OrbaxSource(path, config), shardings, dtype, progress)
 
 
-class OrbaxSource:
-    """One of our directories opened as parameters: `leaves`, checked against the config, and `read`.
+class OrbaxSource(Source):
+    """One of our directories opened as parameters, checked against the config.
 
-    Orbax's own restore starts on all parameters at once and hides what went wrong; this reads a part of one
-    at a time from the same files.
+    Orbax's own restore reads all parameters at once and hides the cause of errors; this reads one part at a time.
     """
 
     def __init__(self, path: Path, config: Config):
@@ -149,20 +125,15 @@ class OrbaxSource:
 
         self.leaves = stored_params(path, config)
         self._params = path / PARAMS
-        # What is on its way from the disk is in memory: a few chunks, not the dozens that are the default.
+        # At most four chunks are read at once; tensorstore's default holds dozens in memory.
         self._context = ts.Context({"file_io_concurrency": {"limit": 4}, "cache_pool": {"total_bytes_limit": 1 << 20}})
 
-    @property
-    def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in self.leaves.values())
-
     def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
-        """As HfSource.read of convert/hf.py."""
+        """See `Source.read`."""
         import tensorstore as ts
 
         spec = {"driver": "zarr", "kvstore": kvstore(self._params) | {"path": leaf.path.replace("/", ".") + "/"}}
-        index = [slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape, strict=True)]
-        out = aligned_empty([i.stop - i.start for i in index], leaf.dtype if dtype is None else jnp.dtype(dtype))
+        index, out = self.empty(leaf, index, dtype)
         try:
             store = ts.open(spec, open=True, read=True, context=self._context).result()
             chunk = store.chunk_layout.read_chunk.shape[0]
@@ -175,24 +146,20 @@ class OrbaxSource:
                 ts.array(part).write(source[(cut, *index[1:])]).result()
                 if bar is not None:
                     bar.update(part.size * leaf.dtype.itemsize)
-        except (ValueError, OSError) as e:  # what the storage layer raises for missing or damaged data
-            raise CheckpointError(
-                f"{self._params}: {leaf.path} cannot be read, it looks damaged ({first_line(e)})"
-            ) from e
+        except (ValueError, OSError) as e:  # tensorstore's errors for missing or damaged data
+            raise CheckpointError(f"{self._params}: {leaf.path} cannot be read, it is damaged ({first_line(e)})") from e
         return out
 
 
 def stored_params(path: Path, config: Config) -> dict[str, Leaf]:
-    """What one of our directories holds, checked against its config: parameter path → shape and dtype."""
-    stored, needed = stored_arrays(path), specs(config)
+    """The parameters in one of our directories, by path. Raises CheckpointError if they do not match the config."""
+    stored, needed = directory.stored_arrays(path), specs(config)
     for name in sorted(needed.keys() ^ stored.keys()):
         raise CheckpointError(f"{path / PARAMS}: {name} is {'missing' if name in needed else 'unexpected'}")
-    for name, want in needed.items():
-        shape, _ = stored[name]
-        if shape != want.shape:
-            raise CheckpointError(
-                f"{path / PARAMS}: {name} has shape {list(shape)}; config.json calls for {list(want.shape)}"
-            )
+    for name, (shape, _) in stored.items():
+        have, want = list(shape), list(needed[name].shape)
+        if have != want:
+            raise CheckpointError(f"{path / PARAMS}: {name} has shape {have}; config.json calls for {want}")
     return {name: Leaf(name, needed[name]._replace(dtype=dtype)) for name, (_, dtype) in stored.items()}
 
 
@@ -201,18 +168,17 @@ def write_json(file: Path, data: dict) -> None:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copies everything that is not weights, byte for byte."""
-    files = {f for pattern in SIDE_FILES for f in source.glob(pattern) if f.is_file()}
-    for file in sorted(files):
-        if file.name not in (INDEX, MARKER):
+    """Copies a checkpoint's files, except the weights, byte for byte."""
+    for file in {file for pattern in directory.SIDE_FILES for file in source.glob(pattern)}:
+        if file.is_file() and file.name not in (directory.INDEX, MARKER):
             shutil.copyfile(file, target / file.name)
 
 
 @contextlib.contextmanager
 def staged(path, nbytes: int, outside: Path | None = None):
-    """Yields a directory to fill, which becomes `path` when the block ends well and is removed when it does not.
+    """Yields a directory to fill. It is renamed to `path` if the block succeeds, and removed if it raises.
 
-    nbytes: what will be written, checked against the free space first. What a killed run left behind is removed.
+    nbytes: the size to check against the free space first. Leftovers of a killed run are removed.
     outside: a directory that `path` must not be in.
     Raises InputError if `path` exists, if another process is writing it, or if the disk is full.
     """
@@ -225,47 +191,46 @@ def staged(path, nbytes: int, outside: Path | None = None):
         raise CheckpointError(f"{path}: is inside {outside}, the checkpoint that is read; choose a place outside of it")
     work = path.with_name(path.name + PARTIAL)
     need = nbytes + (64 << 20)
-    lock = None
-    try:
+    with contextlib.ExitStack() as cleanup:
         try:
             work.mkdir(exist_ok=True)
             lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+            cleanup.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise CheckpointError(f"{path}: another process is writing it") from e
         except OSError as e:
             raise CheckpointError(f"{path}: cannot be written ({e.strerror})") from e
+        cleanup.callback(_remove, work)
+        _empty(work)
+        free = shutil.disk_usage(work).free
+        if free < need:
+            raise _disk_full(path, need, free)
         try:
-            _empty(work)
-            free = shutil.disk_usage(work).free
-            if free < need:
-                raise _disk_full(path, need, free)
-            try:
-                yield work
-                _sync(work)
-                os.rename(work, path)
-                _sync(path.parent, deep=False)
-            except Exception as e:
-                if is_full(e):
-                    raise _disk_full(path, need, shutil.disk_usage(path.parent).free) from e
-                raise
-        finally:
-            for _ in range(50):  # Orbax's threads may still be writing
-                shutil.rmtree(work, ignore_errors=True)
-                if not work.exists():
-                    break
-                time.sleep(0.1)
-    finally:
-        if lock is not None:
-            os.close(lock)
+            yield work
+            _sync(work)
+            os.rename(work, path)
+            _sync(path.parent, deep=False)
+        except Exception as e:
+            if is_full(e):
+                raise _disk_full(path, need, shutil.disk_usage(path.parent).free) from e
+            raise
 
 
 def _disk_full(path: Path, need: int, free: int) -> InputError:
-    return InputError(f"{path}: no room on the disk; {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+    return InputError(f"{path}: no space on the disk; {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+
+
+def _remove(directory: Path) -> None:
+    for _ in range(50):  # Orbax's threads may still be writing
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            break
+        time.sleep(0.1)
 
 
 def is_full(e: BaseException | None) -> bool:
-    """Is this a full disk, a quota or a size limit? Orbax's storage layer says so only in the message."""
+    """Is this a full disk, a quota or a size limit? tensorstore gives no errno, only the message."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     while e is not None:
         if getattr(e, "errno", None) in codes or any(os.strerror(c) in str(e) for c in codes):
@@ -280,7 +245,7 @@ def _empty(directory: Path) -> None:
 
 
 def _sync(path: Path, deep: bool = True) -> None:
-    """Flushes a directory, and all in it, to the disk."""
+    """Flushes a directory and its contents to the disk."""
     for entry in path.iterdir() if deep else ():
         _sync(entry, deep=entry.is_dir())
     fd = os.open(path, os.O_RDONLY)
@@ -291,10 +256,7 @@ def _sync(path: Path, deep: bool = True) -> None:
 
 
 def _known_dtype(dtype) -> str:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in ("bfloat16", "float16", "float32"):
-        raise CheckpointError(f"dtype {name!r} is not one of 'bfloat16', 'float16', 'float32'")
+    name = getattr(dtype, "__name__", str(dtype))  # jnp.bfloat16, or "bfloat16"
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     return name

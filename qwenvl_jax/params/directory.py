@@ -1,7 +1,4 @@
-"""Checkpoint directories before anything of their weights is read: where they are, which form they have, their config.
-
-Importing this file does not import jax.
-"""
+"""Checkpoint directories without their weights: where they are, their format, their config. Imports no jax."""
 
 import dataclasses
 import json
@@ -20,16 +17,16 @@ PACKAGE = Path(__file__).parents[1]
 FORMAT = 1
 DEMO = "demo"
 MARKER, PARAMS = "qwenvl_jax.json", "params"
-INDEX = "model.safetensors.index.json"  # of a Hugging Face checkpoint in several files
-# Everything of a checkpoint that is not weights.
+INDEX = "model.safetensors.index.json"  # in a Hugging Face checkpoint with several weight files
+# A checkpoint's files, except the weights.
 SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
 _HUB_FILES = (*SIDE_FILES, "*.safetensors", f"{PARAMS}/**")
 
 
 def find(path_or_id) -> Path:
-    """The checkpoint's directory, downloaded first if the argument is a hub id such as "Qwen/Qwen2-VL-2B-Instruct".
+    """The checkpoint's directory; a hub id such as "Qwen/Qwen2-VL-2B-Instruct" is downloaded first.
 
-    "demo" is the small one that comes with the package, whatever the working directory holds; "./demo" is a directory.
+    "demo" is always the package's small checkpoint; "./demo" is a directory. Raises CheckpointError if it is not found.
     """
     if path_or_id == DEMO:
         path = PACKAGE / "demo" / "checkpoint"
@@ -47,17 +44,15 @@ def find(path_or_id) -> Path:
 
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=list(_HUB_FILES)))
-    except Exception as e:  # no network, no such repo, no access: the type depends on the version and its http library
-        raise CheckpointError(
-            f"{path_or_id}: no such directory, and it could not be had from the hub ({first_line(e)})"
-        ) from e
+    except Exception as e:  # the type depends on huggingface_hub's version and http library
+        raise CheckpointError(f"{path_or_id}: no such directory, and not on the hub ({first_line(e)})") from e
 
 
 def read_config(path: Path, *, quantised: bool = False) -> Config:
-    """The config of a checkpoint directory, with the normalisation of its preprocessor config if there is one.
+    """The config of a checkpoint directory, with the mean and std of its preprocessor config, if it has one.
 
-    quantised: read the config of quantised weights too, which cannot be loaded.
-    Raises CheckpointError for a model that is not supported.
+    quantised: accept the config of quantised weights, which cannot be loaded.
+    Raises CheckpointError if the model is not supported.
     """
     file = path / "config.json"
     if not file.is_file():
@@ -73,21 +68,19 @@ def read_config(path: Path, *, quantised: bool = False) -> Config:
     preprocessing = read_preprocessing(path, config)
     if preprocessing is None:
         return config
-    # Pictures are normalised on the device, so the model must know how.
+    # Part of the model's config, because pictures are normalised on the device.
     mean, std = preprocessing.image_mean, preprocessing.image_std
     return config.replace(vision=dataclasses.replace(config.vision, image_mean=mean, image_std=std))
 
 
 def stored_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """The arrays of one of our directories, from their headers: parameter path → shape and dtype."""
+    """The arrays in one of our directories, from their headers: parameter path → shape and dtype."""
     import tensorstore as ts
 
-    marker = read_json(path / MARKER)
-    if marker.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path / MARKER}: format {marker.get('format')!r} is not {FORMAT}; a newer qwenvl_jax wrote it"
-        )
-    try:  # not through Orbax, whose threads report a damaged file on stderr, each for itself
+    found = read_json(path / MARKER).get("format")
+    if found != FORMAT:
+        raise CheckpointError(f"{path / MARKER}: format {found!r} is not {FORMAT}; a newer qwenvl_jax wrote it")
+    try:  # without Orbax, each of whose threads would report a damaged file on stderr
         files = ts.KvStore.open(kvstore(path / PARAMS)).result()
         stored = {}
         for key in files.list().result():
@@ -98,7 +91,7 @@ def stored_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     except (ValueError, OSError, KeyError, TypeError) as e:
         raise CheckpointError(f"{path / PARAMS}: not a readable Orbax checkpoint ({first_line(e)})") from e
     if not stored:
-        raise CheckpointError(f"{path / PARAMS}: not a readable Orbax checkpoint, there are no parameters in it")
+        raise CheckpointError(f"{path / PARAMS}: not a readable Orbax checkpoint, it has no parameters")
     return stored
 
 

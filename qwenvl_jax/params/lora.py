@@ -1,10 +1,11 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) as transforms of the parameter tree. PEFT's files: convert/peft.py.
 
-An adapted Linear holds `lora_a` [L, in, r], `lora_b` [L, r, out] and `lora_scale` [L] beside its kernel (the merger's
-have no L), and adds ((x @ a) · scale) @ b to its output. So an adapted model is an ordinary tree that every function
-of the model takes, generation included, and the base's arrays are neither copied nor changed. A layer of a stack
-that has no adapter holds zeros, and an adapter of a lower rank than its stack's is filled up with zeros: their
-gradients are zero, so training leaves them so.
+An adapted Linear has `lora_a` [L, in, r], `lora_b` [L, r, out] and `lora_scale` [L] beside its kernel (no L in the
+merger), and adds ((x @ a) · scale) @ b to its output. Every function of the model, generation included, takes an
+adapted tree. The base's arrays are neither copied nor changed.
+
+Zeros stand for a layer of a stack without an adapter, and pad an adapter of lower rank than the stack's. Their
+gradients are zero, so they stay zero in training.
 """
 
 import math
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from qwenvl_jax.config import Config
+from qwenvl_jax.config import Config, is_number
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.specs import ADAPTER, flatten, param_shardings, specs, specs_of, unflatten
 
@@ -33,18 +34,18 @@ def add(
     rslora: bool = False,
     dtype=jnp.float32,
 ) -> dict:
-    """The parameters with a fresh adapter on the Linears that `targets` chooses; the model computes what it did.
+    """The parameters with a new adapter on the Linears of `targets`; the model's output does not change.
 
-    targets: one or more (a string is split at commas) of the groups "llm", "vision", "merger", and of glob patterns
-        for a Linear's path ("vision/blocks/*") or for the end of it ("q_proj", "merger/fc?"). As in PEFT, "gate_proj"
-        is in the decoder and in a vision tower with a gated MLP.
+    targets: a sequence, or a string split at commas. Each is a group ("llm", "vision", "merger") or a glob pattern for
+        a Linear's path ("vision/blocks/*") or its end ("q_proj", "merger/fc?"). As in PEFT, "gate_proj" matches the
+        decoder and a vision tower with a gated MLP.
     rslora: scale by alpha/√rank (arXiv:2312.03732) instead of alpha/rank.
-    The start is PEFT's: lora_a uniform within ±1/√in, lora_b zero.
-    Raises InputError for a pattern that matches nothing, and for parameters that are adapted already.
+    Initial values are PEFT's: lora_a uniform within ±1/√in, lora_b zero.
+    Raises InputError if a pattern matches nothing, or if the parameters have an adapter already.
     """
     if not is_rank(rank):
         raise InputError(f"an adapter's rank must be a whole number from 1, not {rank!r}")
-    if not is_number(alpha) or alpha <= 0:
+    if not is_alpha(alpha) or alpha <= 0:
         raise InputError(f"an adapter's alpha must be a positive number, not {alpha!r}")
     chosen, flat, out = _choose(config, targets), flatten(params), {}
     for i, path in enumerate(linears(config)):
@@ -59,7 +60,7 @@ def add(
 
 
 def linears(config: Config) -> list[str]:
-    """Path of every Linear that can be adapted."""
+    """Paths of the Linears, each of which can have an adapter."""
     return [path.removesuffix("/kernel") for path, spec in specs(config).items() if spec.role == "linear"]
 
 
@@ -69,19 +70,19 @@ def is_adapter(path: str) -> bool:
 
 
 def is_trainable(path: str) -> bool:
-    """Is it one that training an adapter changes, lora_a or lora_b?"""
+    """Does training an adapter change the leaf at this path?"""
     return path.endswith(("/lora_a", "/lora_b"))
 
 
 def split(params: dict) -> tuple[dict, dict]:
-    """(the base, the adapter alone), two trees of the same arrays; `combine` undoes it."""
+    """(base, adapter), two trees of the same arrays; `combine` is the inverse."""
     flat = flatten(params)
     adapter = {path: flat.pop(path) for path in list(flat) if is_adapter(path)}
     return unflatten(flat), unflatten(adapter)
 
 
 def strip(params: dict) -> dict:
-    """The base alone: the arrays that the adapter was added to."""
+    """The base's parameters, without the adapter."""
     return split(params)[0]
 
 
@@ -90,10 +91,7 @@ def combine(base: dict, adapter: dict) -> dict:
 
 
 def merge(params: dict) -> dict:
-    """Parameters without an adapter that compute the same: it is added to the kernels.
-
-    The sum is float32 and is then rounded to the kernel's dtype, one layer at a time.
-    """
+    """Adds the adapter to the kernels: in float32, one layer at a time, then rounded to the kernel's dtype."""
     base, adapter = (flatten(tree) for tree in split(params))
     for path in {p.rpartition("/")[0] for p in adapter}:
         kernel = base[f"{path}/kernel"]
@@ -103,22 +101,22 @@ def merge(params: dict) -> dict:
 
 
 def dropout(params: dict, key, rate: float) -> dict:
-    """The parameters with a random part of each adapter's inputs switched off, for one micro-batch of training.
+    """The parameters with dropout on each adapter's inputs, for one micro-batch of training; differentiable.
 
-    Rows of lora_a are zeroed with probability `rate`, and the others divided by 1 − rate: the same input features
-    for all tokens, another choice in every layer. PEFT draws for every token anew. The expected output is the same;
-    this is fewer random numbers, and the forward pass needs no key. Gradients are taken through it.
+    Zeroes rows of lora_a with probability `rate` and divides the others by 1 − rate. So all tokens lose the same input
+    features of a layer, while PEFT draws them per token. The expected output is the same, with fewer random numbers
+    and without a key in the forward pass. Raises InputError if the rate is not in [0, 1).
     """
     if not 0 <= rate < 1:
-        raise InputError(f"the adapter's dropout is {rate}; it must be from 0 to below 1")
+        raise InputError(f"the adapter's dropout is {rate}; it must be at least 0 and below 1")
     flat = flatten(params)
     rows = {path: flat[path].shape[:-1] for path in sorted(flat) if path.endswith("/lora_a")}
     if not rows or not rate:
         return params
-    # Drawn at once: a random number generator per layer is slow to compile.
-    keep = jax.random.bernoulli(key, 1 - rate, (sum(map(math.prod, rows.values())),))
+    # One draw for all layers: XLA compiles a random number generator per layer slowly.
+    drawn = jax.random.bernoulli(key, 1 - rate, (sum(map(math.prod, rows.values())),))
     for path, shape in rows.items():
-        mask, keep = keep[: math.prod(shape)], keep[math.prod(shape) :]
+        mask, drawn = drawn[: math.prod(shape)], drawn[math.prod(shape) :]
         flat[path] = jnp.where(mask.reshape(*shape, 1), flat[path] / (1 - rate), 0)
     return unflatten(flat)
 
@@ -132,10 +130,8 @@ def _choose(config: Config, targets: str | Sequence[str]) -> set[str]:
         else:
             found = {path for path in groups if fnmatchcase(path, pattern) or fnmatchcase(path, f"*/{pattern}")}
         if not found:
-            raise InputError(
-                f"adapter target {pattern!r} matches nothing; there are the groups {', '.join(GROUPS)}, and "
-                f"{', '.join(groups)}"
-            )
+            known = f"groups are {', '.join(GROUPS)}, Linears are {', '.join(groups)}"
+            raise InputError(f"adapter target {pattern!r} matches nothing; {known}")
         chosen |= found
     if not chosen:
         raise InputError(f"no adapter targets were given; name some of {', '.join(GROUPS)}, or Linears by pattern")
@@ -143,7 +139,7 @@ def _choose(config: Config, targets: str | Sequence[str]) -> set[str]:
 
 
 def attach(config: Config, params: dict, adapter: dict) -> dict:
-    """The parameters with an adapter's leaves, by path; laid out over the mesh that the parameters are on, if any."""
+    """The parameters with an adapter's leaves (by path), laid out over the parameters' mesh, if they have one."""
     if any(is_adapter(path) for path in flatten(params)):
         raise InputError("these parameters have an adapter already; merge it or strip it first")
     adapter = unflatten(adapter)
@@ -162,8 +158,8 @@ def _fold(leaves):
 
 
 def is_rank(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+    return is_number(value, int) and 0 < value < 2**31
 
 
-def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+def is_alpha(value) -> bool:
+    return is_number(value) and abs(value) < 1e30

@@ -1,4 +1,4 @@
-"""Parameters from where they are stored onto their devices, one after the other."""
+"""Moves parameters from disk onto their devices, one after the other."""
 
 import math
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from qwenvl_jax.params.specs import Spec, flatten, unflatten
 
 @dataclass(frozen=True)
 class Leaf:
-    """A parameter that is still on disk, with the dtype that it has there.
+    """A parameter that is still on disk; `spec` has the stored dtype.
 
-    tensors: where, one entry a layer, or one (convert/safetensors.py; none in an Orbax checkpoint).
+    tensors: one per layer, or one (convert/safetensors.py); none in an Orbax checkpoint.
     """
 
     path: str
@@ -36,8 +36,28 @@ class Leaf:
         return self.spec.size * self.dtype.itemsize
 
 
-def to_devices(source, shardings=None, dtype=None, progress: bool = True) -> dict:
-    """The parameters of a source (`leaves`, `read`, `nbytes`) as jax arrays; see read_params of convert/hf.py."""
+class Source:
+    """A checkpoint opened as parameters: path → Leaf."""
+
+    leaves: dict[str, Leaf]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in self.leaves.values())
+
+    def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
+        """The part `index` of a parameter in a new array: contiguous slices, one per dimension. `bar` counts bytes."""
+        raise NotImplementedError
+
+    def empty(self, leaf: Leaf, index: tuple[slice, ...], dtype=None) -> tuple[list[slice], np.ndarray]:
+        """For `read`: the slices with starts and stops, and the array to fill."""
+        dtype = leaf.dtype if dtype is None else jnp.dtype(dtype)
+        index = [slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape, strict=True)]
+        return index, _aligned_empty([i.stop - i.start for i in index], dtype)
+
+
+def to_devices(source: Source, shardings=None, dtype=None, progress: bool = True) -> dict:
+    """The parameters of a source as jax arrays; arguments as for `read_params` of convert/hf.py."""
     flat_shardings = None if shardings is None else flatten(shardings)
     default = SingleDeviceSharding(jax.local_devices()[0])
     out = {}
@@ -49,12 +69,12 @@ def to_devices(source, shardings=None, dtype=None, progress: bool = True) -> dic
 
 
 def progress_bar(what: str, nbytes: int, progress: bool = True) -> tqdm:
-    """A bar in bytes on stderr; none when stderr is not a terminal."""
+    """A bar in bytes on stderr; none if stderr is not a terminal."""
     return tqdm(desc=what, total=nbytes, unit="B", unit_scale=True, disable=None if progress else True)
 
 
 def _place(source, leaf: Leaf, sharding, dtype, bar) -> jax.Array:
-    devices = {}  # devices that hold the same part share one read
+    devices = {}  # devices with the same shard share one read
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         key = tuple(i.indices(n)[:2] for i, n in zip(index, leaf.shape, strict=True))
         devices.setdefault(key, []).append(device)
@@ -62,12 +82,12 @@ def _place(source, leaf: Leaf, sharding, dtype, bar) -> jax.Array:
     for key, holders in devices.items():
         host = source.read(leaf, tuple(slice(*k) for k in key), dtype, bar)
         arrays += [jax.device_put(host, SingleDeviceSharding(d, memory_kind=sharding.memory_kind)) for d in holders]
-        jax.block_until_ready(arrays)  # or the next part would be read while this one is still in host memory
+        jax.block_until_ready(arrays)  # otherwise two shards would be in host memory
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
-def aligned_empty(shape, dtype: np.dtype) -> np.ndarray:
-    """An empty array on a 64-byte border, which jax's CPU backend takes over without a copy."""
+def _aligned_empty(shape, dtype: np.dtype) -> np.ndarray:
+    """An empty array on a 64-byte boundary, which jax's CPU backend uses without a copy."""
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64

@@ -1,15 +1,16 @@
-"""What every parameter is: read off the Flax modules that declare it, for everyone who must know.
+"""`specs(config)`: shape, dtype, dimensions, role and group of every parameter, as its Flax module declares them.
 
-Initial values, layouts over a mesh, LoRA's targets, the optimizer's groups, FLOPs, `plan` and conversion all read
-`specs(config)`. A parameter is declared once, in its module (`declare` in model/linear.py).
+Initialisation, shardings, LoRA, the optimizer, FLOPs, `plan` and conversion read them here. A parameter is declared
+once, in its module (`declare` in model/linear.py).
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from qwenvl_jax.config import Config
@@ -19,15 +20,17 @@ from qwenvl_jax.model.qwenvl import parts
 from qwenvl_jax.sharding import AXES, check_letters, weight_spec
 
 MATMULS = ("linear", "conv", "head")
+flatten = partial(flatten_dict, sep="/")  # a nested dict → {"a/b/c": leaf}
+unflatten = partial(unflatten_dict, sep="/")
 
 
 class Spec(NamedTuple):
     """One parameter.
 
-    dims: a letter of types.py for each dimension ("L" in front where layers are stacked), "." where it is never split.
-    role: "linear" (the kernel of a Linear), "conv" (a convolution's kernel as a matrix), "head" (the output head),
-        "embedding", "scale" or "bias"; of an adapter "lora_a", "lora_b" or "lora_scale".
-    group: "llm", "vision" or "merger", which learning rates and freezing go by.
+    dims: one letter of types.py per dimension, "L" first if layers are stacked, "." for one that is never split.
+    role: "linear" (a Linear's kernel), "conv" (a convolution's kernel as a matrix), "head" (the output head),
+        "embedding", "scale", "bias"; in an adapter "lora_a", "lora_b", "lora_scale".
+    group: "llm", "vision" or "merger"; learning rates and freezing are per group.
     init: (key, shape, dtype) → initial value.
     """
 
@@ -40,7 +43,7 @@ class Spec(NamedTuple):
 
     @property
     def stacked(self) -> bool:
-        """Is the first dimension that of the layers?"""
+        """Is the first dimension the layers?"""
         return self.dims[:1] == ("L",)
 
     @property
@@ -54,9 +57,9 @@ class Spec(NamedTuple):
 
 
 def specs(config: Config) -> dict[str, Spec]:
-    """Path in the tree ("decoder/layers/q_proj/kernel") → Spec, of every parameter of a model without adapters.
+    """Path in the tree ("decoder/layers/q_proj/kernel") → Spec, for a model without adapters.
 
-    Raises InputError for a letter that types.py and sharding.py do not have.
+    Raises InputError if a module declares a letter that sharding.py does not have.
     """
     return dict(_specs(config))
 
@@ -70,20 +73,22 @@ def _specs(config: Config) -> dict[str, Spec]:
             return part.module.init(key, *arrays, *part.attend)["params"]
 
         tree = jax.eval_shape(declared, jax.ShapeDtypeStruct((2,), np.uint32), *part.arrays)
-        for path, box in flatten(tree, f"{place}/").items():
+        for name, box in flatten(tree).items():
+            path = f"{place}/{name}"
             if not isinstance(box, Declared):
                 raise InputError(f"{path}: its module does not `declare` it (model/linear.py)")
-            lead = ((part.layers,), ("L",)) if part.layers else ((), ())
-            shape, dims = lead[0] + box.value.shape, lead[1] + tuple(box.dims.split())
+            shape, dims = box.value.shape, tuple(box.dims.split())
+            if part.layers:
+                shape, dims = (part.layers, *shape), ("L", *dims)
             check_letters(path, dims, shape)
             out[path] = Spec(shape, np.dtype(box.value.dtype), dims, box.role, part.group, box.init)
     return out
 
 
 def specs_of(config: Config, params: dict) -> dict[str, Spec]:
-    """As `specs`, of the leaves that this tree of arrays or shapes holds: an adapter's too.
+    """As `specs`, for the leaves of this tree of arrays or shapes, adapters included.
 
-    Raises InputError for a leaf that no module declares.
+    Raises InputError if no module declares a leaf.
     """
     known, out = _specs(config), {}
     for path, leaf in flatten(params).items():
@@ -105,18 +110,18 @@ def _uniform(key, shape, dtype):
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-# The leaves of a low-rank adapter, and where they start: PEFT's lora_a is uniform within ±1/√in, its lora_b zero.
+# The leaves of a low-rank adapter and their initial values, as in PEFT.
 ADAPTER = {"lora_a": _uniform, "lora_b": jax.nn.initializers.zeros, "lora_scale": jax.nn.initializers.ones}
 
 
 def init(config: Config, key) -> dict:
-    """Random parameters, as their modules declare them: normal(0.02) matrices, unit scales, zero biases."""
+    """Random parameters: normal(0.02) matrices, unit scales, zero biases."""
     found = _specs(config).items()
     return unflatten({p: s.init(jax.random.fold_in(key, i), s.shape, s.dtype) for i, (p, s) in enumerate(found)})
 
 
 def abstract_params(config: Config) -> dict:
-    """Shapes and dtypes of the parameters (`jax.ShapeDtypeStruct`), without making them."""
+    """The parameters as `jax.ShapeDtypeStruct`."""
     return unflatten({path: jax.ShapeDtypeStruct(s.shape, s.dtype) for path, s in _specs(config).items()})
 
 
@@ -125,30 +130,11 @@ def count_params(config: Config) -> int:
 
 
 def param_shardings(specs: dict[str, Spec], mesh: Mesh) -> dict:
-    """A tree of NamedSharding, like the parameters. Raises InputError for a width that the mesh does not divide."""
+    """A tree of NamedSharding, like the parameters. Raises InputError if the mesh does not divide a width."""
     return unflatten({p: NamedSharding(mesh, weight_spec(p, s.dims, s.shape, mesh.shape)) for p, s in specs.items()})
 
 
 def check_mesh(config: Config, sizes: dict[str, int]) -> None:
-    """Raises InputError where a mesh of such sizes by axis (`mesh.shape`) does not divide the model's widths."""
+    """Raises InputError if a mesh does not divide the model's widths. sizes: `mesh.shape`; absent axes are 1."""
     for path, s in _specs(config).items():
         weight_spec(path, s.dims, s.shape, dict.fromkeys(AXES, 1) | dict(sizes))
-
-
-def flatten(tree: dict, prefix: str = "") -> dict:
-    """A nested dict → {"a/b/c": leaf}."""
-    out = {}
-    for key, value in tree.items():
-        out |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
-    return out
-
-
-def unflatten(flat: dict) -> dict:
-    tree = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
