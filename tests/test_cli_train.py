@@ -119,7 +119,7 @@ def test_bad_options_outside_a_file(tmp_path, capsys):
     with pytest.raises(InputError, match="did you mean steps"):
         TrainOptions().replace(step=3)
     for name in ("rows", "lanes"):
-        with pytest.raises(InputError, match=f"{name} is 3; .* 2 devices"):
+        with pytest.raises(InputError, match=f"{name} is 3; it must be a multiple of .*, 2"):
             finetune.make_run_mesh(TrainOptions(**dict(rows=4, lanes=4, mesh_fsdp=2) | {name: 3}))
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS
+from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.types import Grid, Visual
 
@@ -193,7 +194,7 @@ def test_an_unusable_picture_is_named(processor, tmp_path):
 
 def test_batch(processor):
     rows = [[{"role": "user", "content": "Hi"}], [user({"image": picture(56, 56)}, {"text": "What?"})]]
-    batch = processor(rows, add_generation_prompt=False)
+    batch = make_batch([processor.encode(row, add_generation_prompt=False) for row in rows], processor.config)
     for row, messages in enumerate(rows):
         ids = processor.encode(messages, add_generation_prompt=False).tokens
         assert batch.tokens[row, : len(ids)].tolist() == ids.tolist()

@@ -7,6 +7,7 @@ import sys
 import wave
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -227,10 +228,10 @@ def test_rotation_is_applied(tmp_path):
     assert (plain.grid.h, plain.grid.w) == (turned.grid.w, turned.grid.h)
 
     rng = np.random.default_rng(0).integers(0, 255, (4, 6, 3)).astype(np.uint8)
-    picture = Image.fromarray(rng).resize((84, 56), Image.Resampling.NEAREST)
-    assert np.array_equal(
-        np.asarray(video._turned(picture, -90)), np.asarray(picture.transpose(Image.Transpose.ROTATE_270))
-    )
+    stored = SimpleNamespace(width=6, height=4, to_ndarray=lambda format: rng)
+    for degrees, turns in ((-90, 3), (90, 1), (180, 2), (0, 0), (45, 0)):
+        stored.rotation = degrees
+        assert np.array_equal(np.asarray(video._upright(stored)), np.rot90(rng, turns))
 
 
 def test_only_sampled_frames_are_converted(monkeypatch):
@@ -315,7 +316,7 @@ def test_bad_frame_lists(frames, options, message):
         ({"video_start": -1}, "video_start is -1"),
         ({"video_end": "1s"}, "video_end is '1s'"),
         ({"video_start": 3, "video_end": 1}, r"bunny\.mp4: video_start 3 and video_end 1 leave fewer than two"),
-        ({"video_start": 100}, r"clip of 4\.00 seconds"),
+        ({"video_start": 100}, r"frames of 4\.00 seconds"),
         ({"nframes": 10**400}, "nframes is 1000"),
         ({"video_end": 10**5000}, "video_end is a number of thousands of digits"),
         ({"total_pixels": 0}, "total_pixels is 0"),

@@ -96,7 +96,7 @@ class ChatTemplate:
             origin, value = path / "tokenizer_config.json", tokenizer.get("chat_template")
         if value is None:
             raise CheckpointError(
-                f"{path} has no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
+                f"{path} has no chat template (chat_template.jinja or .json, or tokenizer_config.json)"
             )
         if isinstance(value, list) and all(isinstance(v, Mapping) for v in value):
             value = {v.get("name"): v.get("template") for v in value}
@@ -182,13 +182,7 @@ def _turn(role: str, *contents: str | list[dict]) -> dict:
 
 
 def prompt_parts(
-    template: ChatTemplate,
-    messages: list[dict],
-    tools: list[dict] | None,
-    control_tokens: Iterable[str],
-    *,
-    allow_control_tokens: bool = False,
-    **flags,
+    template: ChatTemplate, messages: list, tools, control_tokens: Iterable[str], *, allow_control_tokens=False, **flags
 ) -> list[str]:
     """The rendered prompt, split: plain text at even indices, control tokens at odd ones.
 

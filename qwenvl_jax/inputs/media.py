@@ -13,7 +13,7 @@ from PIL import Image
 from qwenvl_jax.errors import InputError, MediaError
 from qwenvl_jax.inputs.fetch import locate, name_of
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
-from qwenvl_jax.inputs.preprocessing import MAX_ASPECT, MAX_PIXELS, Preprocessing, target_size
+from qwenvl_jax.inputs.preprocessing import MAX_PIXELS, Preprocessing, check_aspect, target_size
 from qwenvl_jax.types import Grid, Visual
 
 MAX_IMAGE_BYTES = 128 << 20
@@ -60,10 +60,8 @@ def load_image(source) -> Image.Image:
         return _decoded(source, name)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
-            raise MediaError(
-                f"{name}: a picture given as an array must be uint8 [H, W], [H, W, 3] or [H, W, 4], "
-                f"not {source.dtype} {list(source.shape)}"
-            )
+            shape = f"{source.dtype} {list(source.shape)}"
+            raise MediaError(f"{name}: an array must be uint8 [H, W], [H, W, 3] or [H, W, 4], not {shape}")
         _check_size(name, source.shape[1], source.shape[0])
         return _decoded(Image.fromarray(np.ascontiguousarray(source)), name)
     data = locate(source, MAX_IMAGE_BYTES)
@@ -122,12 +120,9 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
 
 
 def _check_size(name: str, width: int, height: int) -> None:
-    if width <= 0 or height <= 0:
-        raise MediaError(f"{name}: the picture is empty ({width} × {height} pixels)")
     if width * height > MAX_PIXELS:
         raise MediaError(f"{name}: {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels in all")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise MediaError(f"{name}: {width} × {height} pixels; one side may be at most {MAX_ASPECT} times the other")
+    check_aspect(width, height, f"{name}: ")
 
 
 def resize(image: Image.Image, height: int, width: int) -> Image.Image:

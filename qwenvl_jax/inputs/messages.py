@@ -95,10 +95,8 @@ def _item(item, where: str) -> tuple[dict, Media | None]:
     given.pop("type", None)
     sources = [k for k in _SOURCES[kind] if k in given]
     if len(sources) != 1:
-        raise InputError(
-            f"{where} is of type {kind} and must have one of {', '.join(map(repr, _SOURCES[kind]))}; "
-            f"it has {len(sources)}"
-        )
+        known = ", ".join(map(repr, _SOURCES[kind]))
+        raise InputError(f"{where} is of type {kind} and must have one of {known}; it has {len(sources)}")
     key, source = sources[0], given.pop(sources[0])
     if key in ("image_url", "video_url") and isinstance(source, Mapping):
         inner = _present(source)

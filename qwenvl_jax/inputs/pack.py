@@ -56,19 +56,17 @@ def make_batch(samples: Sequence[Sample], config: Config, ladder: Ladder | None 
     return pack_rows(segments, shape, vision)
 
 
-def pack_vision(
-    visuals: Sequence[Visual], config: Config, ladder: Ladder
-) -> tuple[tuple[VisionBatch, ...], list[np.ndarray]]:
+def pack_vision(visuals: Sequence[Visual], config: Config, ladder: Ladder) -> tuple[tuple[VisionBatch, ...], list]:
     """The calls of the vision tower, and per visual the rows of the [X, D] vision output that its tokens take.
 
     Raises InputError if the patches of a visual do not fit its grid.
     """
     v = config.vision
     for i, visual in enumerate(visuals):
-        if visual.patches.shape != (visual.grid.patches, v.patch_values):
+        shape, expected = visual.patches.shape, (visual.grid.patches, v.patch_values)
+        if shape != expected:
             raise InputError(
-                f"visual {i + 1} has patches of shape {visual.patches.shape}, "
-                f"its grid {tuple(visual.grid)} needs {(visual.grid.patches, v.patch_values)}"
+                f"visual {i + 1} has patches of shape {shape}; its grid {tuple(visual.grid)} needs {expected}"
             )
     frames = split_frames(visuals)
     calls, index, start = [], [None] * len(frames), 0
@@ -95,9 +93,7 @@ def index_by_visual(visuals: Iterable[Visual], index: Iterable[np.ndarray]) -> l
     return [np.concatenate([next(rest) for _ in visual.grid.frames]) for visual in visuals]
 
 
-def cover(
-    grids: Sequence[Grid], v: VisionConfig, ladder: Ladder
-) -> Iterator[tuple[tuple[int, int], dict[int, Placement]]]:
+def cover(grids: Sequence[Grid], v: VisionConfig, ladder: Ladder) -> Iterator[tuple[tuple, dict[int, Placement]]]:
     """The calls that hold frames of these grids: (R, P), and the placement of its frames by their number.
 
     The largest frame left decides the shape of the next call; smaller ones fill its gaps.
@@ -118,10 +114,8 @@ def cover(
         left = [i for i in left if i not in placed]
 
 
-def fill_lanes(
-    frames: Iterable[Visual], placements: Iterable[Placement], lanes: int, capacity: int, v: VisionConfig
-) -> VisionBatch:
-    """The lanes [R, P] that hold each frame at its placement."""
+def fill_lanes(frames: Iterable[Visual], placements, lanes: int, capacity: int, v: VisionConfig) -> VisionBatch:
+    """The lanes [R, P] that hold each frame at its Placement."""
     unit, side, slots = v.merge_unit, v.spatial_merge_size, lanes * capacity
     patches = np.zeros((slots, v.patch_values), np.uint8)
     positions = np.zeros((slots, 2), np.int32)

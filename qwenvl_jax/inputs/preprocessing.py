@@ -52,18 +52,14 @@ class Preprocessing:
     def from_dict(cls, data: dict) -> "Preprocessing":
         """Reads `preprocessor_config.json` in its older (`min_pixels`) or newer (`size.shortest_edge`) layout."""
         if not isinstance(data, dict):
-            raise CheckpointError("preprocessor_config.json is not a JSON object")
+            raise CheckpointError(f"{PREPROCESSOR_FILE} is not a JSON object")
         steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
         for key, value in (steps | {"resample": 3, "rescale_factor": 1 / 255}).items():
             if data.get(key, value) not in (value, None):
-                raise CheckpointError(
-                    f"preprocessor_config.json says {key} = {data[key]!r}; only {value!r} is supported"
-                )
+                raise CheckpointError(f"{PREPROCESSOR_FILE} has {key} = {data[key]!r}; only {value!r} is supported")
         size = data.get("size") or {}
         if not isinstance(size, dict):
-            raise CheckpointError(
-                f"preprocessor_config.json says size = {size!r}; it must have shortest_edge and longest_edge"
-            )
+            raise CheckpointError(f"{PREPROCESSOR_FILE} has size = {size!r}; it must be a JSON object")
         values = {
             "min_pixels": data.get("min_pixels") or size.get("shortest_edge"),
             "max_pixels": data.get("max_pixels") or size.get("longest_edge"),
@@ -104,6 +100,15 @@ def pixel_table(p: Preprocessing) -> np.ndarray:
     return (unit - mean) / std
 
 
+def check_aspect(width: int, height: int, where: str = "") -> None:
+    """Raises MediaError for an empty picture, or an aspect over MAX_ASPECT."""
+    size = f"{width} × {height} pixels"
+    if min(width, height) <= 0:
+        raise MediaError(f"{where}the picture is empty ({size})")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise MediaError(f"{where}the picture is {size}; one side may be at most {MAX_ASPECT} times the other")
+
+
 def smart_resize(
     height: int, width: int, factor: int = 28, min_pixels: float = 56 * 56, max_pixels: float = 12845056
 ) -> tuple[int, int]:
@@ -112,12 +117,7 @@ def smart_resize(
     As in the current transformers: sides round half to even, and none is under `factor`. (transformers 4.51.3 refused
     sides under `factor`.) Raises MediaError for an empty picture, or an aspect over MAX_ASPECT.
     """
-    if height <= 0 or width <= 0:
-        raise MediaError(f"the picture is empty ({width} × {height} pixels)")
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise MediaError(
-            f"the picture is {width} × {height} pixels; one side may be at most {MAX_ASPECT} times the other"
-        )
+    check_aspect(width, height)
     h, w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
     if h * w > max_pixels:
         scale = math.sqrt(height * width / max_pixels)

@@ -19,11 +19,10 @@ from qwenvl_jax.inputs.layout import find_placeholders, make_sample
 from qwenvl_jax.inputs.media import image_visual
 from qwenvl_jax.inputs.messages import Media, check_tools, normalize
 from qwenvl_jax.inputs.options import DEFAULT, FRAMES, IMAGE, VIDEO, MediaOptions
-from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.preprocessing import PREPROCESSOR_FILE, Preprocessing, read_preprocessing
 from qwenvl_jax.inputs.video import video_visual
 from qwenvl_jax.options import build
-from qwenvl_jax.types import Batch, Sample, Visual
+from qwenvl_jax.types import Sample, Visual
 
 _TURN_START, _TURN_END, _ASSISTANT = "<|im_start|>", "<|im_end|>", "assistant\n"  # ChatML, as in every family
 _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
@@ -117,10 +116,6 @@ class Processor:
     def _parts(self, normal: list[dict], tools, **flags) -> list[str]:
         return prompt_parts(self.template, normal, check_tools(tools), self.control_tokens, **flags)
 
-    def __call__(self, conversations: Sequence[Sequence[Mapping]], **options) -> Batch:
-        """A batch of conversations, one row each; options as in `encode`."""
-        return make_batch([self.encode(c, **options) for c in conversations], self.config)
-
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; the bytes of an incomplete character become U+FFFD."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
@@ -147,10 +142,8 @@ class Processor:
                 turns += [0] * head + [turn] * (len(encoding.ids) - head)
         tokens = np.array(ids, np.int32)
         if len(tokens) and tokens.max() >= self.config.text.vocab_size:
-            raise CheckpointError(
-                f"the tokenizer gave id {tokens.max()}, but config.json's vocab_size is "
-                f"{self.config.text.vocab_size}; they are of different checkpoints"
-            )
+            size = self.config.text.vocab_size
+            raise CheckpointError(f"the tokenizer gave id {tokens.max()}, but config.json's vocab_size is {size}")
         return tokens, np.array(turns, np.int32)
 
     def open(self, media: Sequence[Media], options: MediaOptions = DEFAULT) -> tuple[Visual, ...]:

@@ -206,34 +206,32 @@ def _with_media(messages: list, has_markers: bool, record: Mapping, folder: Path
     """
     beside = {kind: [*_as_list(record.get(kind)), *_as_list(record.get(kind + "s"))] for kind in ("image", "video")}
     has_markers = has_markers or any(beside.values())
-    wanted: dict[str, int] = {"image": 0, "video": 0}
+    used: dict[str, int] = {"image": 0, "video": 0}
 
-    def take(kind: str):
-        wanted[kind] += 1
-        return beside[kind][wanted[kind] - 1] if wanted[kind] <= len(beside[kind]) else ""
+    def next_source(kind: str):
+        used[kind] += 1
+        return beside[kind][used[kind] - 1] if used[kind] <= len(beside[kind]) else ""
 
-    def item(item):
+    def with_source(item):
         if not isinstance(item, Mapping):
             return item
         sources = {k: item[k] for k in _SOURCES if item.get(k) is not None}
-        if not sources and item.get("type") in list(wanted) and item.get("base64") is None:
-            sources = {item["type"]: take(item["type"])}
+        if not sources and item.get("type") in list(used) and item.get("base64") is None:
+            sources = {item["type"]: next_source(item["type"])}
         return {**item, **{k: _resolved(source, folder) for k, source in sources.items()}}
 
     out = []
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, list | tuple):
-            message = {**message, "content": [item(i) for i in content]}
+            message = {**message, "content": [with_source(item) for item in content]}
         elif isinstance(content, str) and has_markers and message.get("role") in ("user", "tool"):
-            parts = re.split(r"\n?<(image|video)>\n?", content)
+            parts = re.split(r"\n?<(image|video)>\n?", content)  # text at even indices, kinds at odd ones
             if len(parts) > 1:
-                items = [{"type": kind, kind: _resolved(take(kind), folder)} for kind in parts[1::2]]
-                texts = [[{"type": "text", "text": text}] if text else [] for text in parts[::2]]
-                content = [*texts[0], *(i for pair in zip(items, texts[1:], strict=True) for i in (pair[0], *pair[1]))]
-                message = {**message, "content": content}
+                items = ({"type": p} if i % 2 else {"type": "text", "text": p} for i, p in enumerate(parts) if p)
+                message = {**message, "content": [with_source(item) for item in items]}
         out.append(message)
-    for kind, count in wanted.items():
+    for kind, count in used.items():
         if count != len(beside[kind]):
             raise BadRecord("placeholders", f"messages refer to {count} {kind}s; the record has {len(beside[kind])}")
     return out

@@ -32,11 +32,6 @@ MAX_CLIP_SECONDS = 10**6  # eleven days; float32 and int32 hold the positions, h
 
 # The formats that FFmpeg may detect. Playlists (HLS, concat, DASH) would make FFmpeg open other files and URLs.
 _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,apng,ivf,h264,hevc,m4v,mxf,nut,yuv4mpegpipe"
-_ROTATIONS = {
-    90: Image.Transpose.ROTATE_90,
-    180: Image.Transpose.ROTATE_180,
-    270: Image.Transpose.ROTATE_270,
-}
 
 
 def video_visual(source, preprocessing: Preprocessing, options: MediaOptions = DEFAULT) -> Visual:
@@ -77,7 +72,7 @@ def frame_range(total: int, rate: float, start: float | None, end: float | None)
     last = min(math.floor(min(seconds if end is None else end, seconds) * rate), total - 1)
     if first >= last:
         raise OptionsError(
-            f"video_start {start} and video_end {end} leave fewer than two frames of a clip of {seconds:.2f} seconds"
+            f"video_start {start} and video_end {end} leave fewer than two frames of {seconds:.2f} seconds"
         )
     return first, last
 
@@ -93,9 +88,7 @@ def frame_count(total: int, rate: float, o: MediaOptions = DEFAULT, factor: int 
         n = math.floor(n / factor) * factor
     if not factor <= n <= total:
         asked = f"nframes {o.nframes} rounds to {n}" if o.nframes is not None else f"{n} would be sampled"
-        raise OptionsError(
-            f"{asked} of the clip's {total} frames; it must be at least {factor} and at most all of them"
-        )
+        raise OptionsError(f"{asked} of the clip's {total} frames; it must be from {factor} to {total}")
     return n
 
 
@@ -136,10 +129,9 @@ def _from_frames(frames: Sequence, p: Preprocessing, o: MediaOptions) -> Visual:
         if patches is None:
             first, patches = (height, width), _allocate(len(frames), height, width, p)
         elif (height, width) != first:
-            raise MediaError(
-                f"frame {i} ({name_of(frame)}) would be resized to {width} × {height} pixels, the first frame to "
-                f"{first[1]} × {first[0]}; give frames of one size, or resized_height and resized_width"
-            )
+            sizes = f"{width} × {height} pixels, the first frame to {first[1]} × {first[0]}"
+            hint = "give frames of one size, or resized_height and resized_width"
+            raise MediaError(f"frame {i} ({name_of(frame)}) would be resized to {sizes}; {hint}")
         spare = len(patches) * per_step - len(frames) if i == len(frames) - 1 else 0
         slot = i % per_step
         fill(patches[i // per_step], resize(image, height, width), range(slot, slot + 1 + spare))
@@ -155,10 +147,8 @@ def _as_clip(patches: np.ndarray, seconds_per_grid: float) -> Visual:
 
 def _allocate(n: int, height: int, width: int, p: Preprocessing) -> np.ndarray:
     if n * height * width > MAX_CLIP_PIXELS:
-        raise MediaError(
-            f"{n} frames of {width} × {height} pixels exceed the limit of {MAX_CLIP_PIXELS:,} pixels per clip; "
-            "sample fewer or smaller frames"
-        )
+        size = f"{n} frames of {width} × {height} pixels exceed the limit of {MAX_CLIP_PIXELS:,} pixels per clip"
+        raise MediaError(f"{size}; sample fewer or smaller frames")
     return empty_patches(math.ceil(n / p.temporal_patch_size), height, width, p)
 
 
@@ -223,13 +213,9 @@ def _decode(open_clip: Callable) -> Iterator[tuple[int, object]]:
 
 def _upright(frame) -> Image.Image:
     _check_frame(frame.width, frame.height)
-    return _turned(Image.fromarray(frame.to_ndarray(format="rgb24")), frame.rotation)
-
-
-def _turned(image: Image.Image, degrees: int) -> Image.Image:
-    """Turns counter-clockwise by a multiple of 90°; other angles, which are rare, are ignored."""
-    turn = _ROTATIONS.get(degrees % 360)
-    return image if turn is None else image.transpose(turn)
+    image, degrees = Image.fromarray(frame.to_ndarray(format="rgb24")), frame.rotation % 360
+    # Counter-clockwise. Other angles than multiples of 90° are rare, and ignored.
+    return image.rotate(degrees, expand=True) if degrees in (90, 180, 270) else image
 
 
 def _check_frame(width: int, height: int) -> None:

@@ -132,10 +132,8 @@ class Dataset:
         """Continues from `get_state()`. Raises InputError if the records or their order differ."""
         for key, mine in self._order.items():
             if (theirs := state["order"].get(key)) != mine:
-                raise InputError(
-                    f"the saved run read other records, or in another order: its {key} is {theirs}, not {mine}; "
-                    "give the same ones, or start a new run"
-                )
+                change = f"its {key} is {theirs}, not {mine}"
+                raise InputError(f"the saved run read other records, or in another order: {change}; start a new run")
         self.close()
         self._position, self._skipped = state["position"], Counter(state["skipped"])
         self._waiting: tuple[Sample, ...] | None = None  # of the next batch, not yet counted in the position

@@ -123,7 +123,7 @@ class _Loop:
 
     def restored(self, step: int) -> tuple[TrainState, dict]:
         """The state and the progress in a checkpoint."""
-        saved, progress = self.run.restore(jax.tree.map(_abstract, _saved_part(self.state, self.trainable)), step)
+        saved, progress = self.run.restore(_saved_part(self.state, self.trainable), step)
         params = unflatten(flatten(self.state.params) | flatten(saved["params"]))
         moments = [leaf for _, leaf in sorted(saved["opt_state"].items())]
         opt_state = jax.tree.unflatten(jax.tree.structure(self.state.opt_state), moments)
@@ -174,9 +174,8 @@ class _Loop:
         try:
             micros = [next(self.data) for _ in range(self.options.accumulate)]
         except StopIteration:
-            raise InputError(
-                f"the data ended after {self.step} steps of {self.options.steps}; give more epochs or fewer steps"
-            ) from None
+            done = f"{self.step} steps of {self.options.steps}"
+            raise InputError(f"the data ended after {done}; give more epochs or fewer steps") from None
         batch = jax.tree.map(lambda *parts: np.stack(parts), *micros)
         inputs = batch.inputs
         lanes = sum(v.frames.shape[1] for v in inputs.vision)
@@ -268,18 +267,14 @@ def make_run_mesh(options: TrainOptions):
     """The mesh of the options; None for a single device. Raises OptionsError if it does not fit."""
     sizes = options.mesh_data, options.mesh_fsdp, options.mesh_tensor
     if jax.process_count() > 1 and math.prod(sizes) != jax.device_count():
-        raise OptionsError(
-            f"mesh_data · mesh_fsdp · mesh_tensor is {math.prod(sizes)}; it must be the number of devices of the "
-            f"{jax.process_count()} processes, {jax.device_count()}"
-        )
+        devices = f"the {jax.device_count()} devices of all processes"
+        raise OptionsError(f"mesh_data · mesh_fsdp · mesh_tensor is {math.prod(sizes)}; it must be {devices}")
     if math.prod(sizes) == 1:
         return None
     share = options.mesh_data * options.mesh_fsdp
     for name in ("rows", "lanes"):
-        if getattr(options, name) % share:
-            raise OptionsError(
-                f"{name} is {getattr(options, name)}; it must be a multiple of mesh_data · mesh_fsdp, {share}"
-            )
+        if (size := getattr(options, name)) % share:
+            raise OptionsError(f"{name} is {size}; it must be a multiple of mesh_data · mesh_fsdp, {share}")
     return make_mesh(*sizes)
 
 
@@ -321,10 +316,6 @@ def _saved_part(state: TrainState, trainable) -> dict:
     trained = {path: w for path, w in flatten(state.params).items() if trainable(path)}
     moments = {f"{i:05}": leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))}
     return {"step": state.step, "params": unflatten(trained), "opt_state": moments}
-
-
-def _abstract(leaf) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _postfix(line: dict) -> str:

@@ -44,9 +44,7 @@ def dpo_loss(config: Config, params: dict, batch: PreferenceBatch, *, beta=0.1, 
     """
     n = batch.reference.shape[1]
     if n % 2:
-        raise OptionsError(
-            f"`reference` is {list(batch.reference.shape)}; DPO needs an even number of segments per row"
-        )
+        raise OptionsError(f"`reference` has {n} segments per row; DPO needs an even number")
     rewards = beta * (segment_logprobs(config, params, batch, n, remat=remat, chunk=chunk) - batch.reference)
     live = _by_segment(batch.weights, batch.inputs.segments, n) > 0
     live = live[:, 0::2] & live[:, 1::2]

@@ -37,8 +37,7 @@ class Run:
         if not options.output:
             raise OptionsError("output is missing; it names the directory of the run")
         self.path = Path(options.output).expanduser().absolute()
-        self._metrics = self._board = None
-        self._options = options
+        self._options, self._metrics, self._board = options, None, None
         self._writes = jax.process_index() == 0
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -58,29 +57,24 @@ class Run:
             except OSError as e:
                 raise InputError(f"{self.path}: another process is training there") from e
             self._delete_old()
-        keep, best_fn = [checkpoint_managers.LatestN(options.keep)], None
+        policies, best_fn = [checkpoint_managers.LatestN(options.keep)], None
         if options.best:
             best_fn = partial(_score, options)
-            keep.append(checkpoint_managers.BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False))
-        self._manager = ocp.CheckpointManager(
-            self.path / CHECKPOINTS,
-            item_names=("state", "progress"),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
-                best_fn=best_fn,
-                todelete_subdir=_DELETED,
-                cleanup_tmp_directories=True,
-            ),
+            best = checkpoint_managers.BestN(get_metric_fn=best_fn, n=1, keep_checkpoints_without_metrics=False)
+            policies.append(best)
+        policy = checkpoint_managers.AnyPreservationPolicy(policies)
+        how = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, best_fn=best_fn, todelete_subdir=_DELETED, cleanup_tmp_directories=True
         )
+        items = ("state", "progress")
+        self._manager = ocp.CheckpointManager(self.path / CHECKPOINTS, item_names=items, options=how)
         self.step = self._manager.latest_step() or 0
         file = self.path / OPTIONS
         if self.step:
             if not file.is_file():
                 raise InputError(f"{self.path}: holds checkpoints but no {OPTIONS}; give another output")
-            if differences := "; ".join(options.differences(TrainOptions.read(file))):
-                raise OptionsError(
-                    f"{self.path}: holds a run with other options ({differences}); give those, or another output"
-                )
+            if changes := "; ".join(options.differences(TrainOptions.read(file))):
+                raise OptionsError(f"{self.path}: a run with other options ({changes}); give those, or another output")
 
     def begin(self) -> None:
         """Writes the options, and drops metrics after the last checkpoint."""
@@ -123,13 +117,10 @@ class Run:
         self._manager.save(step, args=args, metrics=metrics, force=True)
         self.step = step
 
-    def restore(self, like: dict, step: int | None = None) -> tuple[dict, dict]:
-        """(state, progress) of a checkpoint, by default the latest. `like`: jax.ShapeDtypeStructs with shardings.
-
-        Raises CheckpointError if it cannot be read.
-        """
-        step = self.step if step is None else step
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore())
+    def restore(self, like: dict, step: int) -> tuple[dict, dict]:
+        """(state, progress) of a checkpoint, with the shapes and layout of `like`. Raises CheckpointError."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
         try:
             stored = self._manager.restore(step, args=args)
         except (ValueError, KeyError, OSError) as e:
@@ -158,9 +149,7 @@ class Run:
             self._manager.wait_until_finished()
         except Exception as e:
             if is_full(e):
-                raise InputError(
-                    f"{self.path}: the disk is full; free space for a checkpoint and resume the run"
-                ) from e
+                raise InputError(f"{self.path}: the disk is full; free some space and resume the run") from e
             raise
 
     def __enter__(self):

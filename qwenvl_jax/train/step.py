@@ -54,17 +54,7 @@ def make_schedule(
 
 
 def make_optimizer(
-    specs: dict[str, Spec],
-    learning_rate: float | optax.Schedule,
-    name: str = "adamw",
-    *,
-    scales: dict[str, float] | None = None,
-    weight_decay: float = 0.0,
-    clip: float | None = 1.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    mu_dtype=None,
+    specs: dict[str, Spec], learning_rate, name="adamw", *, scales=None, weight_decay=0.0, clip=1.0, **adam
 ) -> optax.GradientTransformation:
     """An optimizer of a flat dict of parameters that are in `specs`.
 
@@ -72,7 +62,7 @@ def make_optimizer(
         scaled as in arXiv:2502.16982, section 2.2, so that AdamW's learning rate suits it; all else uses AdamW.
     learning_rate: a number or a schedule. scales: factors of it per group, such as {"vision": 0.1}.
     weight_decay: not for biases and the scales of norms. clip: largest global gradient norm, None for no limit.
-    mu_dtype: dtype of the first moment, such as "bfloat16"; None is float32.
+    adam: b1, b2, eps and mu_dtype (dtype of the first moment) of `optax.scale_by_adam`.
     Raises OptionsError for a name that is not in OPTIMIZERS, and a group that is not in GROUPS.
     """
     if name not in OPTIMIZERS:
@@ -80,10 +70,10 @@ def make_optimizer(
     for part in scales or {}:
         if part not in GROUPS:
             raise OptionsError(f"{part!r} is not one of the groups {', '.join(GROUPS)}")
-    rule = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+    rule = optax.scale_by_adam(**adam)
     if name == "muon":
         axes = partial(jax.tree.map, lambda w: optax.contrib.MuonDimensionNumbers(w.ndim - 2, w.ndim - 1))
-        muon = optax.contrib.scale_by_muon(mu_dtype=mu_dtype, weight_dimension_numbers=axes)
+        muon = optax.contrib.scale_by_muon(mu_dtype=adam.get("mu_dtype"), weight_dimension_numbers=axes)
         rules = {"muon": optax.chain(muon, optax.stateless(_as_large)), "adamw": rule}
         rule = optax.partition(rules, lambda params: {p: _rule(specs[p]) for p in params})
 
