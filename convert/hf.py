@@ -16,7 +16,7 @@ from qwenvl_jax.params.place import Leaf, aligned_empty, to_devices
 from qwenvl_jax.params.specs import specs
 
 
-class Source:
+class HfSource:
     """A Hugging Face checkpoint opened as parameters. `leaves`: path → Leaf, all checked against the config."""
 
     def __init__(self, directory, config: Config):
@@ -82,7 +82,7 @@ def read_params(directory, config: Config, shardings=None, dtype=None, progress:
     parameter's shard on one device plus some megabytes.
     Raises InputError for damaged files and for any tensor that is missing, unexpected or of another shape or dtype.
     """
-    with Source(directory, config) as source:
+    with HfSource(directory, config) as source:
         return to_devices(source, shardings, dtype, progress)
 
 

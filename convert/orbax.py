@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from qwenvl_convert.hf import Source
+from qwenvl_convert.hf import HfSource
 from qwenvl_convert.names import tensor_names, tensor_shape
 from qwenvl_convert.safetensors import Writer
 
@@ -26,8 +26,8 @@ from qwenvl_jax.params.checkpoint import (
     MARKER,
     PARAMS,
     PIECE_BYTES,
-    Stored,
-    carry,
+    OrbaxSource,
+    copy_side_files,
     read_config,
     staged,
     write_json,
@@ -47,28 +47,28 @@ def to_orbax(src, dst, *, progress: bool = True) -> None:
     if (src / MARKER).is_file():
         raise CheckpointError(f"{src}: is an Orbax checkpoint already; --to hf turns it into a Hugging Face one")
     with (
-        Source(src, config) as source,
+        HfSource(src, config) as source,
         staged(dst, source.nbytes, src) as work,
         progress_bar("converting", source.nbytes, progress) as bar,
-        _orderly_interrupt() as heed,
+        _orderly_interrupt() as raise_if_interrupted,
     ):
         registry = ocp.type_handlers.create_type_handler_registry(
-            (Leaf, _LeafHandler(source, bar, heed)),
+            (Leaf, _LeafHandler(source, bar, raise_if_interrupted)),
             (jax.Array, ocp.type_handlers.ArrayHandler()),  # unused; Orbax warns when it is not there
         )
         handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(work / PARAMS, unflatten(source.leaves))
-        carry(src, work)
+        copy_side_files(src, work)
         write_json(work / MARKER, {"format": FORMAT})
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Saves leaves that are still in a Source's files; what it writes reads back as numpy arrays."""
+    """Saves leaves that are still in a HfSource's files; what it writes reads back as numpy arrays."""
 
-    def __init__(self, source: Source, bar, heed):
+    def __init__(self, source: HfSource, bar, raise_if_interrupted):
         super().__init__()
-        self._source, self._bar, self._heed = source, bar, heed
+        self._source, self._bar, self._raise_if_interrupted = source, bar, raise_if_interrupted
 
     async def serialize(self, values, infos, args=None):
         # A flush after every piece would cost half as much time again; `staged` flushes all of it before the rename.
@@ -88,7 +88,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
                     )
                     store = await ts.open(ts.Spec(spec), create=True, open=True, context=context)
                 await store[piece].write(part, can_reference_source_data_indefinitely=True)
-                self._heed()
+                self._raise_if_interrupted()
         return []
 
 
@@ -123,7 +123,7 @@ def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000
         if any(src.glob("*.safetensors")):
             raise CheckpointError(f"{src}: is a Hugging Face checkpoint already; --to orbax turns it into an Orbax one")
         raise CheckpointError(f"{src}: not an Orbax checkpoint of ours, there is no {MARKER} in it")
-    source, names = Stored(src, config), tensor_names(config, layout)
+    source, names = OrbaxSource(src, config), tensor_names(config, layout)
     shapes = {
         name: (source.leaves[path].dtype, tensor_shape(config, source.leaves[path].spec))
         for path, name in _file_order(names)
@@ -131,7 +131,7 @@ def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000
     with (
         staged(dst, source.nbytes, src) as work,
         progress_bar("converting", source.nbytes, progress) as bar,
-        _orderly_interrupt() as heed,
+        _orderly_interrupt() as raise_if_interrupted,
         Writer(work, shapes, max_shard_bytes) as writer,
     ):
         for path, group in names.items():
@@ -142,14 +142,14 @@ def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000
                 if leaf.spec.stacked:
                     name, part, rows = group[piece[0].start], part[0], piece[-1 if transpose else 1]
                 writer.write_rows(name, rows.start, part if part.ndim > 1 else part[:, None], transpose)
-                heed()
+                raise_if_interrupted()
         writer.finish()
-        carry(src, work)
+        copy_side_files(src, work)
 
 
 @contextlib.contextmanager
 def _orderly_interrupt():
-    """Holds Ctrl-C back until `heed`, which this yields, is called, or the block ends.
+    """Holds Ctrl-C back until `raise_if_interrupted`, which this yields, is called, or the block ends.
 
     Orbax's writers work on in their threads after an exception from nowhere: they would create files in a directory
     that is being removed, and print tracebacks. A second Ctrl-C is not held back.
@@ -164,14 +164,14 @@ def _orderly_interrupt():
         asked.append(True)
         signal.signal(signal.SIGINT, previous)
 
-    def heed():
+    def raise_if_interrupted():
         if asked:
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, note)
     try:
-        yield heed
-        heed()
+        yield raise_if_interrupted
+        raise_if_interrupted()
     finally:
         signal.signal(signal.SIGINT, previous)
 

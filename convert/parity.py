@@ -60,7 +60,7 @@ def our_stages(config: Config, params: dict, batch: Batch) -> dict:
                 out[f"{kind} vision output"] = np.asarray(visual)[rows]
     x = decoder.embed(config, params, batch.tokens, batch.visual_index, visual)
     out["merged embeddings"] = np.asarray(x)[live]
-    layer = jax.jit(decoder.full, static_argnums=(0, 5))
+    layer = jax.jit(decoder.run_layers, static_argnums=(0, 5))
     for l in range(config.text.num_hidden_layers):
         one = {"decoder": {"layers": jax.tree.map(lambda w, l=l: w[l : l + 1], params["decoder"]["layers"])}}
         x, _ = layer(config, one, x, batch.positions, batch.segments, _keep_nothing)
@@ -74,7 +74,7 @@ def our_stages(config: Config, params: dict, batch: Batch) -> dict:
 
 
 def _encode(config: Config, params: dict, batch: Batch):
-    encode = jax.jit(qwenvl.encode, static_argnums=0)
+    encode = jax.jit(qwenvl.encode_vision, static_argnums=0)
     return jnp.concatenate([encode(config, params, v) for v in batch.vision]) if batch.vision else None
 
 

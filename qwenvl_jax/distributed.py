@@ -11,7 +11,7 @@ from qwenvl_jax.errors import InputError
 HEARTBEAT = 30  # seconds without a sign of a process until the others end
 
 
-def join() -> None:
+def initialize() -> None:
     """Makes this process one of several that run the same program, each with its own devices; call it before all else.
 
     A TPU pod and Slurm say which one it is; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID do.

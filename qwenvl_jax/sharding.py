@@ -18,7 +18,7 @@ from qwenvl_jax.errors import InputError
 AXES = ("data", "fsdp", "tensor")
 
 # What each letter of the legend (types.py) is split over. Absent letters are not split.
-ACTIVATIONS = {
+ACTIVATION_AXES = {
     "B": ("data", "fsdp"),
     "R": ("data", "fsdp"),
     "N": "tensor",
@@ -32,7 +32,7 @@ ACTIVATIONS = {
 }
 # Letters of parameters, as their modules declare them. Of the vision tower, whose number of heads rarely divides, only
 # the width is split: the tower is shared out by lanes.
-WEIGHTS = {
+WEIGHT_AXES = {
     "D": "fsdp",
     "E": "fsdp",
     "U": "fsdp",
@@ -45,7 +45,7 @@ WEIGHTS = {
     ".": None,
 }
 # Where the mesh does not divide one of these, every device holds all of it; of the others, that is an error.
-WHOLE_IF_UNEVEN = ("E", "U", "NH", "KH", "V")
+REPLICATED_IF_UNEVEN = ("E", "U", "NH", "KH", "V")
 
 
 def parse_mesh(name: str) -> tuple[int, int, int]:
@@ -79,7 +79,7 @@ def constrain(x, dims: str):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _spec(tuple(dims), x.shape, ACTIVATIONS, mesh.shape))
+    return jax.lax.with_sharding_constraint(x, _spec(tuple(dims), x.shape, ACTIVATION_AXES, mesh.shape))
 
 
 def kv_copies(K: int) -> int:
@@ -103,7 +103,7 @@ def spread_heads(q, k, v):
     return constrain(q, "BTNH"), constrain(k, "BTKH"), constrain(v, "BTKH")
 
 
-def join_heads(attended, N: int, K: int):
+def restore_heads(attended, N: int, K: int):
     """What was attended by `spread_heads`' queries, [B, T, N', H] → [B, T, N, H]."""
     B, T, spread, H = attended.shape
     if spread == N:
@@ -116,7 +116,7 @@ def divides(dims: str, *shape: int) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return False
-    spec = _spec(tuple(dims), shape, ACTIVATIONS, mesh.shape)
+    spec = _spec(tuple(dims), shape, ACTIVATION_AXES, mesh.shape)
     return all(axes is not None for axes in spec)
 
 
@@ -128,7 +128,7 @@ def local_rows(B: int) -> int:
 
 def activation_sharding(dims: str, shape: tuple[int, ...], mesh) -> NamedSharding:
     """The activation table's layout for dimensions, one letter each ("." is never split), of these sizes."""
-    return NamedSharding(mesh, _spec(tuple(dims), shape, ACTIVATIONS, mesh.shape))
+    return NamedSharding(mesh, _spec(tuple(dims), shape, ACTIVATION_AXES, mesh.shape))
 
 
 def on_shards(kernel, args: tuple, dims: tuple[str, ...], results: int | tuple[int, ...]):
@@ -145,10 +145,10 @@ def on_shards(kernel, args: tuple, dims: tuple[str, ...], results: int | tuple[i
 
 
 def check_letters(path: str, dims: tuple[str, ...], shape: tuple[int, ...]) -> None:
-    """Raises InputError for a parameter that is declared with a letter that is not in WEIGHTS, or too few of them."""
+    """Raises InputError if a parameter declares a letter that is not in WEIGHT_AXES, or too few letters."""
     for letter in dims:
-        if letter not in WEIGHTS:
-            raise InputError(f"{path}: its dimension {letter!r} is none of {', '.join(WEIGHTS)} (sharding.py)")
+        if letter not in WEIGHT_AXES:
+            raise InputError(f"{path}: its dimension {letter!r} is none of {', '.join(WEIGHT_AXES)} (sharding.py)")
     if len(dims) != len(shape):
         raise InputError(f"{path}: it has {len(shape)} dimensions, and is declared with {len(dims)}: {' '.join(dims)}")
 
@@ -160,10 +160,10 @@ def weight_spec(path: str, dims: tuple[str, ...], shape: tuple[int, ...], sizes:
     Raises InputError for a dimension that must be split and that the mesh does not divide.
     """
     matrix = sum(letter != "L" for letter in dims) > 1
-    table = {letter: axis for letter, axis in WEIGHTS.items() if matrix or axis != "fsdp"}
+    table = {letter: axis for letter, axis in WEIGHT_AXES.items() if matrix or axis != "fsdp"}
     for letter, size in zip(dims, shape, strict=True):
         axis = table.get(letter)
-        if axis and letter not in WHOLE_IF_UNEVEN and size % sizes[axis]:
+        if axis and letter not in REPLICATED_IF_UNEVEN and size % sizes[axis]:
             raise InputError(
                 f"{path}: its dimension {letter}, {size}, cannot be shared by {sizes[axis]} devices ({axis})"
             )

@@ -45,7 +45,7 @@ def test_kernels_equal_plain_attention(kernel, seed, shape, width, causal):
 
 def test_cpus_get_plain_attention_in_16_bits():
     """In float32 they have a form of their own (test_cpu_attention.py)."""
-    q, k, v, segments, _ = problem(0, 1, attention.FEWEST, 1, 2, 64)
+    q, k, v, segments, _ = problem(0, 1, attention.MIN_TOKENS, 1, 2, 64)
     q, k, v = (a.astype(jnp.bfloat16) for a in (q, k, v))
     f = jax.jit(lambda *a: attention.attention(*a, segments, causal=True))
     np.testing.assert_array_equal(f(q, k, v), jax.jit(lambda *a: attention._plain(*a, segments, causal=True))(q, k, v))

@@ -273,9 +273,9 @@ def test_a_disk_that_fills_up_while_tensors_are_written(orbax, monkeypatch, tmp_
 # Where a signal hits: a function, and at which of its calls.
 POINTS = {
     "to_orbax": [
-        ("qwenvl_convert.hf", "Source", "read", 1),
-        ("qwenvl_convert.hf", "Source", "read", 40),
-        ("qwenvl_convert.orbax", "", "carry", 1),
+        ("qwenvl_convert.hf", "HfSource", "read", 1),
+        ("qwenvl_convert.hf", "HfSource", "read", 40),
+        ("qwenvl_convert.orbax", "", "copy_side_files", 1),
         ("qwenvl_jax.params.checkpoint", "", "_sync", 1),
         ("os", "", "rename", 2),  # the first is Orbax's own, inside
     ],
@@ -283,7 +283,7 @@ POINTS = {
         ("qwenvl_convert.safetensors", "Writer", "write_rows", 1),
         ("qwenvl_convert.safetensors", "Writer", "write_rows", 40),
         ("qwenvl_convert.safetensors", "Writer", "finish", 1),
-        ("qwenvl_convert.orbax", "", "carry", 1),
+        ("qwenvl_convert.orbax", "", "copy_side_files", 1),
         ("os", "", "rename", 1),
     ],
 }

@@ -35,9 +35,9 @@ def with_gradients(attend):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("T", "N", "K", "H"), [(1, 2, 1, 8), (64, 4, 4, 80), (97, 6, 2, 48), (300, 4, 1, 64)])
 def test_equals_the_plain_form(T, N, K, H, causal, at_once, monkeypatch):
-    monkeypatch.setattr(cpu_attention, "AT_ONCE", 2**30 if at_once else 0)
-    monkeypatch.setattr(cpu_attention, "SCORES", 2**12)  # several blocks, and not of a size that divides T
-    monkeypatch.setattr(cpu_attention, "FEWEST", 16)
+    monkeypatch.setattr(cpu_attention, "DENSE_SCORES", 2**30 if at_once else 0)
+    monkeypatch.setattr(cpu_attention, "BLOCK_SCORES", 2**12)  # several blocks, and not of a size that divides T
+    monkeypatch.setattr(cpu_attention, "MIN_BLOCK", 16)
     *arrays, segments = case(T, N, K, H)
     ours = with_gradients(lambda q, k, v, ids: cpu_attention.cpu_attention(q, k, v, ids, causal))
     plain = with_gradients(lambda q, k, v, ids: attention._plain(q, k, v, ids, causal=causal))

@@ -78,7 +78,7 @@ def test_what_is_fetched_follows_what_is_live(K, S):
     slots = decode_kernel.block_slots(K, S, 128)
     blocks = -(-S // slots)
     lengths = np.random.default_rng(0).integers(0, S, 8)
-    steps = [decode_kernel.fetched(slots, b, j, lengths) for b in range(len(lengths)) for j in range(blocks)]
+    steps = [decode_kernel.cache_block(slots, b, j, lengths) for b in range(len(lengths)) for j in range(blocks)]
     fetched = [block for block, _ in itertools.groupby((b, int(block)) for b, _, block, _ in steps)]
     assert fetched == [(b, j) for b, length in enumerate(lengths) for j in range(length // slots + 1)]
 

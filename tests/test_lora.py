@@ -125,7 +125,7 @@ def test_training_an_adapter_leaves_the_base_alone():
     after = unflatten(flat | trained)
     assert_same(lora.strip(after), before)
     assert all(np.any(leaf != flat[path]) for path, leaf in trained.items())
-    assert_same(lora.join(*lora.split(after)), after)
+    assert_same(lora.combine(*lora.split(after)), after)
     assert {p for p in flatten(after) if lora.is_adapter(p)} == flatten(lora.split(after)[1]).keys()
 
 
@@ -141,7 +141,7 @@ def test_merged_equals_unmerged(family):
 
 def test_merging_is_float32_and_keeps_the_kernels_dtype():
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), lora.strip(adapted("qwen2_vl")))
-    merged = lora.merge(lora.join(half, lora.split(adapted("qwen2_vl"))[1]))
+    merged = lora.merge(lora.combine(half, lora.split(adapted("qwen2_vl"))[1]))
     q = {k: np.asarray(v, np.float64) for k, v in adapted("qwen2_vl")["decoder"]["layers"]["q_proj"].items()}
     kernel = np.asarray(half["decoder"]["layers"]["q_proj"]["kernel"], np.float64)
     want = kernel + q["lora_a"] @ q["lora_b"] * q["lora_scale"][:, None, None]

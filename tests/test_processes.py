@@ -52,14 +52,14 @@ def child(work: str, output: str, steps: str, count: str) -> None:
     With 0 steps it loads and answers forever instead."""
     data, fsdp, tensor = MESHES[int(count)]
     several = ["--distributed"] if int(count) > 1 else []
-    read, source = [], checkpoint.Stored.read
+    read, source = [], checkpoint.OrbaxSource.read
 
     def counted(self, leaf, *args):
         out = source(self, leaf, *args)
         read.append(out.size if leaf.path.startswith("decoder/") else 0)
         return out
 
-    checkpoint.Stored.read = counted
+    checkpoint.OrbaxSource.read = counted
     ask = ["--image", f"{work}/red.png", "--prompt", "Colour?", "--temperature", "0", "--max-new-tokens", "6"]
     shape = ["--mesh", f"{data}x{fsdp}x{tensor}"]
     generate = ["generate", "--model", f"{work}/model", "--dtype", "float32", "--json", *ask, *shape, *several]

@@ -85,7 +85,7 @@ def shallow(config):
 
 def tower(config, images: int, patches: int):
     """Two layers of a tower compiled over so many images of so many patches, a lane each."""
-    from qwenvl_jax.model.vision import encode
+    from qwenvl_jax.model.vision import encode_vision
     from qwenvl_jax.params.specs import abstract_params
     from qwenvl_jax.types import VisionBatch
 
@@ -93,7 +93,7 @@ def tower(config, images: int, patches: int):
     pixels = jax.ShapeDtypeStruct((*ids.shape, config.vision.patch_values), jnp.uint8)
     lanes = VisionBatch(pixels, jax.ShapeDtypeStruct((*ids.shape, 2), jnp.int32), ids, ids)
     params = {"vision": abstract_params(config)["vision"]}
-    return compile_for_tpu(lambda p, lanes: encode(config, p, lanes), params, lanes)
+    return compile_for_tpu(lambda p, lanes: encode_vision(config, p, lanes), params, lanes)
 
 
 def products(config, images: int, patches: int) -> int:

@@ -30,7 +30,7 @@ from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.media import image_visual
 from qwenvl_jax.inputs.pack import fill_lanes
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.vision import encode
+from qwenvl_jax.model.vision import encode_vision
 from qwenvl_jax.params.checkpoint import load, save
 from qwenvl_jax.params.specs import Spec, init, specs
 from qwenvl_jax.train.step import init_state, make_optimizer, make_schedule, make_step
@@ -150,7 +150,7 @@ def init_heads(width: int, key) -> dict:
 
 def cells_loss(config: Config, params: dict, batch: CellBatch):
     """Cross-entropy of the slots and Huber loss of the edges: (sum, weight, metrics), as the losses in `train`."""
-    x = encode(config, params, batch.inputs.vision[0]).astype(jnp.float32)
+    x = encode_vision(config, params, batch.inputs.vision[0]).astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
     dtype = config.dtype
     slots = jnp.einsum("xd,sde->xse", x.astype(dtype), params["slots"]["kernel"].astype(dtype))
@@ -177,7 +177,7 @@ def levelled(config: Config, params: dict, lanes: VisionBatch) -> dict:
         return jnp.sqrt(jnp.mean(jnp.square(x), -1))
 
     words = jnp.mean(rms(params["decoder"]["embed_tokens"]["embedding"]))
-    scale = words / jnp.median(rms(jax.jit(encode, static_argnums=0)(config, params, lanes)))
+    scale = words / jnp.median(rms(jax.jit(encode_vision, static_argnums=0)(config, params, lanes)))
     merger = params["vision"]["merger"]
     last = {name: w * scale for name, w in merger["fc2"].items()}
     return params | {"vision": params["vision"] | {"merger": merger | {"fc2": last}}}

@@ -24,8 +24,8 @@ from demo.tokenizer import special_ids, vocabulary, write_processor
 from qwenvl_jax.config import Config, TextConfig, VisionConfig, read_json
 from qwenvl_jax.eval.evaluator import Evaluator
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.decoder import full
-from qwenvl_jax.model.qwenvl import embed, encode
+from qwenvl_jax.model.decoder import run_layers
+from qwenvl_jax.model.qwenvl import embed, encode_vision
 from qwenvl_jax.params.checkpoint import load, save
 from qwenvl_jax.params.specs import init
 from qwenvl_jax.train.data import Packer
@@ -139,13 +139,13 @@ def demo_loss(config: Config, params: dict, batch: LessonBatch, *, remat: bool =
     _FACTS_LAYER; the fact "core" after both.
     """
     inputs = batch.inputs
-    seen = [encode(config, params, v, remat=remat) for v in inputs.vision]
+    seen = [encode_vision(config, params, v, remat=remat) for v in inputs.vision]
     x = embed(config, params, inputs.tokens, inputs.visual_index, jnp.concatenate(seen))
     states = []
     for part in (slice(_PLACE_LAYER), slice(_PLACE_LAYER, _FACTS_LAYER), slice(_FACTS_LAYER, None)):
         layers = jax.tree.map(lambda w, part=part: w[part], params["decoder"]["layers"])
         stack = params | {"decoder": params["decoder"] | {"layers": layers}}
-        x, _ = full(config, stack, x, inputs.positions, inputs.segments, lambda k, v: None, remat=remat)
+        x, _ = run_layers(config, stack, x, inputs.positions, inputs.segments, lambda k, v: None, remat=remat)
         states.append(x)
     entropy, weight, metrics = cross_entropy(config, params, x, batch)
 

@@ -62,11 +62,11 @@ def mesh(args):
         return None
     import jax
 
-    from qwenvl_jax.distributed import join
+    from qwenvl_jax import distributed
     from qwenvl_jax.sharding import make_mesh, parse_mesh
 
     if args.distributed:
-        join()
+        distributed.initialize()
     shape = parse_mesh(args.mesh) if args.mesh else (1, 1, jax.device_count())
     if args.distributed and math.prod(shape) != jax.device_count():
         raise InputError(f"mesh {args.mesh} must have all {jax.device_count()} devices of the processes")

@@ -27,7 +27,7 @@ from qwenvl_jax.infer.requests import Request, Result, Row, Stream, batches
 from qwenvl_jax.inputs.ladder import Ladder, round_up
 from qwenvl_jax.inputs.layout import slots_needed
 from qwenvl_jax.inputs.pack import make_batch
-from qwenvl_jax.sharding import ACTIVATIONS
+from qwenvl_jax.sharding import ACTIVATION_AXES
 from qwenvl_jax.types import Batch, Model, Sample, VisionBatch
 
 
@@ -67,7 +67,7 @@ class Engine:
         ladder = ladder or Ladder()
         ladder.check()
         rows, tokens = _capped(ladder.rows, max_batch), _capped(ladder.tokens, max_length)
-        lanes = ladder.lanes * (1 if mesh is None else math.prod(mesh.shape[axis] for axis in ACTIVATIONS["R"]))
+        lanes = ladder.lanes * (1 if mesh is None else math.prod(mesh.shape[axis] for axis in ACTIVATION_AXES["R"]))
         self.ladder = ladder._replace(rows=rows, tokens=tokens, lanes=lanes)
         self._programs = Programs(self.config, tokens, mesh)
         self._real, self._slots = Counter(), Counter()  # computed without and with padding, for "text" and "vision"

@@ -80,7 +80,7 @@ class Programs:
 
     def _vision(self, params, vision):
         """VisionBatch → chunks [CHUNK, D] of the output [R·M, D], padded with zeros."""
-        x = qwenvl.encode(self.config, params, vision)
+        x = qwenvl.encode_vision(self.config, params, vision)
         x = jnp.pad(x, ((0, -len(x) % CHUNK), (0, 0)))
         return [_replicated(x[i : i + CHUNK]) for i in range(0, len(x), CHUNK)]
 

@@ -27,7 +27,7 @@ with warnings.catch_warnings():  # as of jax 0.12 this one is called deprecated
 # Scores that exist at once, in elements: 256 MB of float32. Longer products go over the queries in chunks,
 # which changes nothing in the result, since every query still sees all its keys at once.
 MAX_SCORES = 2**26
-FEWEST, LANES = 512, 128  # the kernels are for so many queries and more, in multiples of a block
+MIN_TOKENS, TOKEN_MULTIPLE = 512, 128  # the kernels are for so many queries and more, in multiples of a block
 SPANS = 8  # of the queries of a long causal product, each against no more keys than its last query sees
 
 
@@ -42,7 +42,7 @@ def attention(q, k, v, segments, *, causal: bool):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             kernels["cpu"] = lambda *whole: cpu_attention(*whole, causal)
-    elif q.shape[1] >= FEWEST and q.shape[1] % LANES == 0:
+    elif q.shape[1] >= MIN_TOKENS and q.shape[1] % TOKEN_MULTIPLE == 0:
         if q.dtype == jnp.bfloat16:  # TPUs have no float16
             kernels["tpu"] = partial(splash, causal=causal)
         if gpu:
@@ -105,7 +105,7 @@ def _chunked(q, k, v, segments, chunk: int, first: int | None):
 
 
 def splash(q, k, v, segments, *, causal: bool, interpret: bool = False):
-    """As `attention`, by jax's Pallas kernel for TPUs, forward and backward; T is a multiple of LANES.
+    """As `attention`, by jax's Pallas kernel for TPUs, forward and backward; T is a multiple of TOKEN_MULTIPLE.
 
     interpret: on any machine, slowly, to compare.
     """

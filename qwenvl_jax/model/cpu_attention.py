@@ -15,12 +15,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwenvl_jax.model.layers import ATTENDED
 
-SCORES = 2**17  # of a block: half a megabyte
-FEWEST = 64  # slots of a block
-AT_ONCE = 2**22  # scores of all heads together: 16 MB
+BLOCK_SCORES = 2**17  # of a block: half a megabyte
+MIN_BLOCK = 64  # slots of a block
+DENSE_SCORES = 2**22  # scores of all heads together: 16 MB
 _NO_SEGMENT = int(jnp.iinfo(jnp.int32).min)
 _EMPTY = float(jnp.finfo(jnp.float32).min)
-_alone = (
+_unfused = (
     jax.lax.optimization_barrier
 )  # XLA:CPU would fuse slices and transposes into what reads them, element by element
 
@@ -28,18 +28,18 @@ _alone = (
 def cpu_attention(q, k, v, segments, causal: bool):
     """As `attention` of attention.py, all in float32."""
     B, T, N, _ = q.shape
-    return (_at_once if B * N * T * T <= AT_ONCE else _in_blocks)(q, k, v, segments, causal)
+    return (_dense if B * N * T * T <= DENSE_SCORES else _blocked)(q, k, v, segments, causal)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _at_once(q, k, v, segments, causal):
-    return _forward_at_once(q, k, v, segments, causal)[0]
+def _dense(q, k, v, segments, causal):
+    return _dense_forward(q, k, v, segments, causal)[0]
 
 
-def _forward_at_once(q, k, v, segments, causal):
+def _dense_forward(q, k, v, segments, causal):
     (B, T, _, H), K = q.shape, k.shape[2]
-    q, k, v = _alone((_heads(q * H**-0.5, K), _heads(k, K), _heads(v, K)))
-    scores = _scores_at_once(q, k, segments, causal)
+    q, k, v = _unfused((_heads(q * H**-0.5, K), _heads(k, K), _heads(v, K)))
+    scores = _dense_scores(q, k, segments, causal)
     top = jnp.max(scores, -1, keepdims=True)
     e = jnp.exp(scores - top)
     total = jnp.sum(e, -1, keepdims=True)
@@ -47,20 +47,20 @@ def _forward_at_once(q, k, v, segments, causal):
     return _unblocks(out[:, None], B, T, T), (q, k, v, segments, out, logsumexp)
 
 
-def _backward_at_once(causal, saved, g):
+def _dense_backward(causal, saved, g):
     q, k, v, segments, out, logsumexp = saved
     (B, T, _, H), K = g.shape, len(k) // len(g)
-    g = _alone(_heads(g, K))
-    p = jnp.exp(_scores_at_once(q, k, segments, causal) - logsumexp)
+    g = _unfused(_heads(g, K))
+    p = jnp.exp(_dense_scores(q, k, segments, causal) - logsumexp)
     ds = p * (_batched(g, v, 2, 2) - jnp.sum(out * g, -1, keepdims=True))
     dq = _batched(ds, k, 2, 1) * H**-0.5
     return *(_unblocks(a[:, None], B, T, T) for a in (dq, _batched(ds, q, 1, 1), _batched(p, g, 1, 1))), None
 
 
-_at_once.defvjp(_forward_at_once, _backward_at_once)
+_dense.defvjp(_dense_forward, _dense_backward)
 
 
-def _scores_at_once(q, k, segments, causal: bool):
+def _dense_scores(q, k, segments, causal: bool):
     B, T = segments.shape
     mask = segments[:, :, None] == segments[:, None]
     if causal:
@@ -80,8 +80,8 @@ def _heads(a, heads: int):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _in_blocks(q, k, v, segments, causal):
-    return _forward(q, k, v, segments, causal)[0]
+def _blocked(q, k, v, segments, causal):
+    return _blocked_forward(q, k, v, segments, causal)[0]
 
 
 def _dot(a, b, dims=(1, 0)):
@@ -106,7 +106,7 @@ def _plan(q, k, segments, causal: bool):
     """(n, c, what `_block_of` reads): n blocks of c slots; segments and slots of keys and of queries, and of each block
     of queries the first block of keys that it meets and the one after the last."""
     T, G = q.shape[1], q.shape[2] // k.shape[2]
-    n = -(-T // max(FEWEST, int((SCORES / G) ** 0.5)))
+    n = -(-T // max(MIN_BLOCK, int((BLOCK_SCORES / G) ** 0.5)))
     c = -(-T // n)
     segments = jnp.pad(segments, ((0, 0), (0, n * c - T)), constant_values=_NO_SEGMENT).reshape(-1, n, c)
     ordered = jnp.where(segments > 0, segments, jnp.iinfo(jnp.int32).max)  # padding comes last
@@ -128,7 +128,7 @@ def _masked(scores, q_segments, k_segments, q_slots, k_slots, causal: bool):
     return jnp.where(mask, scores, _EMPTY)
 
 
-def _forward(q, k, v, segments, causal):
+def _blocked_forward(q, k, v, segments, causal):
     (B, T, _, H), K = q.shape, k.shape[2]
     n, c, by_row, k_slots, q_slots = _plan(q, k, segments, causal)
 
@@ -137,10 +137,10 @@ def _forward(q, k, v, segments, causal):
         k_segments, q_segments, first, last = (a[row] for a in by_row)
 
         def queries(i):
-            mine = _alone((q[i], q_segments[i], q_slots[i]))
+            mine = _unfused((q[i], q_segments[i], q_slots[i]))
 
             def scores(j):
-                theirs, slots = _alone((k_segments[j], k_slots[j]))
+                theirs, slots = _unfused((k_segments[j], k_slots[j]))
                 return _masked(_dot(mine[0], k[j], (1, 1)), mine[1], theirs, mine[2], slots, causal)
 
             def start(j):
@@ -169,7 +169,7 @@ def _forward(q, k, v, segments, causal):
     return out, (q, k, v, segments, out, logsumexp)
 
 
-def _backward(causal, saved, g):
+def _blocked_backward(causal, saved, g):
     q, k, v, segments, out, logsumexp = saved
     (B, T, _, H), K = q.shape, k.shape[2]
     n, c, by_row, k_slots, q_slots = _plan(q, k, segments, causal)
@@ -179,15 +179,15 @@ def _backward(causal, saved, g):
         k_segments, q_segments, first, last = (a[row] for a in by_row)
 
         def queries(carry, i):
-            mine = _alone((q[i], g[i], logsumexp[i], delta[i], q_segments[i], q_slots[i]))
+            mine = _unfused((q[i], g[i], logsumexp[i], delta[i], q_segments[i], q_slots[i]))
             q_i, g_i, total, less, segments_i, slots_i = mine
 
             def gradients(j):
-                k_j, v_j, segments_j, slots_j = _alone((k[j], v[j], k_segments[j], k_slots[j]))
+                k_j, v_j, segments_j, slots_j = _unfused((k[j], v[j], k_segments[j], k_slots[j]))
                 s = _masked(_dot(q_i, k_j, (1, 1)), segments_i, segments_j, slots_i, slots_j, causal)
                 p = jnp.exp(s - total)
                 ds = p * (_dot(g_i, v_j, (1, 1)) - less)
-                return _dot(ds, k_j), _alone(_dot(q_i, ds, (0, 0))).T, _alone(_dot(g_i, p, (0, 0))).T
+                return _dot(ds, k_j), _unfused(_dot(q_i, ds, (0, 0))).T, _unfused(_dot(g_i, p, (0, 0))).T
 
             def more(j, carry):
                 dq, dk, dv = carry
@@ -212,4 +212,4 @@ def _backward(causal, saved, g):
     return _unblocks(dq, B, T, c) * H**-0.5, _unblocks(dk, B, T, c), _unblocks(dv, B, T, c), None
 
 
-_in_blocks.defvjp(_forward, _backward)
+_blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -36,7 +36,7 @@ def block_slots(K: int, S: int, H: int) -> int:
     return next((n for n in range(most, most // 2, -TILE) if S % n == 0), most)
 
 
-def fetched(slots: int, b, j, lengths):
+def cache_block(slots: int, b, j, lengths):
     """Which block of a cache [B, K, S, H] step (b, j) takes: after the row's last live one, that one again, so that
     nothing is fetched."""
     return b, 0, jnp.minimum(j, jax.lax.div(lengths[b], slots)), 0
@@ -51,7 +51,7 @@ def _one(q, k, v, k_cache, v_cache, lengths, *, interpret: bool):
     def row(rows):
         return pl.BlockSpec((1, K, rows, H), lambda b, j, lengths: (b, 0, 0, 0))
 
-    block = pl.BlockSpec((1, K, slots, H), partial(fetched, slots))
+    block = pl.BlockSpec((1, K, slots, H), partial(cache_block, slots))
     tile = pl.BlockSpec((1, K, TILE, H), lambda b, j, lengths: (b, 0, jax.lax.div(lengths[b], TILE), 0))
     out, k_cache, v_cache = pl.pallas_call(
         partial(_kernel, slots=slots),

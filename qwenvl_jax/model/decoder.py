@@ -19,14 +19,14 @@ from qwenvl_jax.model.layers import (
     RMSNorm,
     checkpointed,
     declare,
-    floats,
     is_narrow,
     narrow_product,
     precision,
     rotate,
     text_rope,
+    unpack_bfloat16,
 )
-from qwenvl_jax.sharding import constrain, divides, join_heads, spread_heads
+from qwenvl_jax.sharding import constrain, divides, restore_heads, spread_heads
 from qwenvl_jax.types import Cache
 
 
@@ -50,7 +50,7 @@ class DecoderBlock(nn.Module):
         if c.qk_norm:
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
         attended, state = attend(*spread_heads(rotate(q, cos, sin), rotate(k, cos, sin), v))
-        attended = join_heads(attended, c.num_attention_heads, c.num_key_value_heads)
+        attended = restore_heads(attended, c.num_attention_heads, c.num_key_value_heads)
         x = x + linear(c.hidden_size, "NH D", False, name="o_proj")(attended.reshape(*x.shape[:2], -1))
 
         h = norm(name="post_attention_layernorm")(x)
@@ -59,7 +59,7 @@ class DecoderBlock(nn.Module):
         return constrain(x + linear(c.hidden_size, "F D", False, name="down_proj")(h), "BTD"), state
 
 
-class Table(nn.Module):
+class VocabMatrix(nn.Module):
     """A matrix that is looked up or multiplied as it is: the token embedding and the output head."""
 
     shape: tuple[int, int]
@@ -94,17 +94,17 @@ def _rows(table, tokens):
     return table[tokens]
 
 
-def full(config: Config, params: dict, x, positions, segments, keep, *, remat: bool = False):
-    """All layers over x [B, T, D]: the last layer's output, before the final norm, and every layer's `keep(k, v)`
+def run_layers(config: Config, params: dict, x, positions, segments, collect_kv, *, remat: bool = False):
+    """All layers over x [B, T, D]: the last layer's output, before the final norm, and every layer's `collect_kv(k, v)`
     stacked (k, v [B, T, K, H]). With `remat`, a backward pass keeps only each layer's input."""
     cos, sin = text_rope(positions, config.text)
     block = DecoderBlock(config)
 
     def attend(q, k, v):
-        return attention(q, k, v, segments, causal=True), keep(k, v)
+        return attention(q, k, v, segments, causal=True), collect_kv(k, v)
 
     def layer(x, weights):
-        return block.apply({"params": floats(weights)}, x, cos, sin, attend)
+        return block.apply({"params": unpack_bfloat16(weights)}, x, cos, sin, attend)
 
     return jax.lax.scan(checkpointed(layer, remat), x, params["decoder"]["layers"])
 

@@ -59,7 +59,7 @@ def precision(dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def floats(weights):
+def unpack_bfloat16(weights):
     """A layer's weights from a stack that holds bfloat16 as its bits, uint16 (`cpu_layouts` in infer/programs.py)."""
     bfloat16 = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.bfloat16)
     return jax.tree.map(lambda w: bfloat16(w) if w.dtype == jnp.uint16 else w, weights)

@@ -11,10 +11,10 @@ from qwenvl_jax.config import Config
 from qwenvl_jax.model import decoder, vision
 from qwenvl_jax.model.decoder import embed
 from qwenvl_jax.model.layers import RMSNorm
-from qwenvl_jax.model.vision import encode
+from qwenvl_jax.model.vision import encode_vision
 from qwenvl_jax.types import Batch, Cache
 
-__all__ = ["decode", "embed", "encode", "forward", "hidden", "parts", "prefill"]
+__all__ = ["decode", "embed", "encode_vision", "forward", "hidden", "parts", "prefill"]
 
 
 class Part(NamedTuple):
@@ -31,7 +31,7 @@ def parts(config: Config) -> dict[str, Part]:
     """Everything that has parameters, by its place in the tree."""
     t, v, dtype = config.text, config.vision, config.dtype
     shape = jax.ShapeDtypeStruct
-    table = partial(decoder.Table, param_dtype=dtype)
+    table = partial(decoder.VocabMatrix, param_dtype=dtype)
     x, rope = shape((1, 1, t.hidden_size), dtype), shape((1, 1, t.head_dim // 2), jnp.float32)
     out = {
         "decoder/embed_tokens": Part(table((t.vocab_size, t.hidden_size), "V D", "embedding", "embedding"), "llm"),
@@ -58,9 +58,9 @@ def forward(config: Config, params: dict, batch: Batch):
 
 def hidden(config: Config, params: dict, batch: Batch, *, remat: bool = False):
     """The decoder's output [B, T, D] before the final norm; `remat`: a backward pass keeps only the blocks' inputs."""
-    seen = [encode(config, params, v, remat=remat) for v in batch.vision]
+    seen = [encode_vision(config, params, v, remat=remat) for v in batch.vision]
     x = embed(config, params, batch.tokens, batch.visual_index, jnp.concatenate(seen) if seen else None)
-    x, _ = decoder.full(config, params, x, batch.positions, batch.segments, lambda k, v: None, remat=remat)
+    x, _ = decoder.run_layers(config, params, x, batch.positions, batch.segments, lambda k, v: None, remat=remat)
     return x
 
 
@@ -71,10 +71,10 @@ def prefill(config: Config, params: dict, embeds, positions, segments, slots: in
     """
     T = segments.shape[1]
 
-    def keep(k, v):
+    def collect_kv(k, v):
         return tuple(jnp.pad(jnp.swapaxes(a, 1, 2), ((0, 0), (0, 0), (0, slots - T), (0, 0))) for a in (k, v))
 
-    x, (k, v) = decoder.full(config, params, embeds, positions, segments, keep)
+    x, (k, v) = decoder.run_layers(config, params, embeds, positions, segments, collect_kv)
     lengths = jnp.maximum(jnp.sum(segments != 0, 1, dtype=jnp.int32), 1)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], 1)
     deltas = jnp.max(jnp.where(segments != 0, positions, -1), (0, 2)).astype(jnp.int32) + 1 - lengths

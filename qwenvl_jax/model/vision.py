@@ -13,7 +13,7 @@ import numpy as np
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention
-from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm, checkpointed, floats, rotate, vision_rope
+from qwenvl_jax.model.layers import LayerNorm, Linear, RMSNorm, checkpointed, rotate, unpack_bfloat16, vision_rope
 from qwenvl_jax.model.window_kernel import window_attention
 from qwenvl_jax.sharding import constrain
 from qwenvl_jax.types import VisionBatch
@@ -102,7 +102,7 @@ def layer_groups(config: Config) -> tuple[int, list[bool]]:
     return v.depth // period, windowed[:period]
 
 
-def encode(config: Config, params: dict, vision: VisionBatch, *, remat: bool = False):
+def encode_vision(config: Config, params: dict, vision: VisionBatch, *, remat: bool = False):
     """Visual tokens [R·M, D] of the lanes; rows of empty slots are meaningless.
 
     `params` is the whole model's tree. The stack is scanned a pattern at a time, so that compile time does
@@ -120,7 +120,7 @@ def encode(config: Config, params: dict, vision: VisionBatch, *, remat: bool = F
         block = VisionBlock(config, windowed)
 
         def layer(x, weights):
-            return block.apply({"params": floats(weights)}, x, *rope, segments), None
+            return block.apply({"params": unpack_bfloat16(weights)}, x, *rope, segments), None
 
         return checkpointed(layer, remat)
 

@@ -1,7 +1,7 @@
 """Attention within windows from the product that makes q, k and v: in plain XLA, and on TPUs by a kernel.
 
 The kernel reads that product once and writes the result once. XLA's blocks are the reference and the backward pass;
-on TPUs they move ten times as much, because heads of 80 are padded and turned around in memory.
+on TPUs they move ten times as much, because heads of 80 are padded and rotated around in memory.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from qwenvl_jax.model.attention import attention
 from qwenvl_jax.model.layers import precision, rotate
 from qwenvl_jax.sharding import on_shards
 
-STEP = 4  # blocks at a time, which fit a TPU's vector memory in float32 too
+BLOCKS_PER_STEP = 4  # blocks at a time, which fit a TPU's vector memory in float32 too
 
 
 def window_attention(qkv, cos, sin, windows, *, heads: int, slots: int):
@@ -45,7 +45,7 @@ def kernel(qkv, cos, sin, windows, *, heads: int, slots: int, interpret: bool = 
 def _kernel(heads, slots, interpret, qkv, cos, sin, windows):
     R, P, width = qkv.shape
     blocks = R * P // slots
-    step = next(n for n in range(min(STEP, blocks), 0, -1) if blocks % n == 0)
+    step = next(n for n in range(min(BLOCKS_PER_STEP, blocks), 0, -1) if blocks % n == 0)
 
     def rows(columns):
         return pl.BlockSpec((step * slots, columns), lambda i: (i, 0))
@@ -90,13 +90,13 @@ def _blocks(qkv_ref, cos_ref, sin_ref, windows_ref, out_ref, *, heads: int):
     mask = jnp.swapaxes(windows, 1, 2) == windows
     dot = partial(jnp.einsum, precision=precision(out_ref.dtype), preferred_element_type=jnp.float32)
 
-    def turned(at):
+    def rotated(at):
         a, b = (qkv_ref[:, at + n : at + n + H // 2].astype(jnp.float32) for n in (0, H // 2))
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(out_ref.dtype)
 
     for at in range(0, E, H):
         q, k, v = (
-            a.reshape(blocks, slots, H) for a in (turned(at), turned(E + at), qkv_ref[:, 2 * E + at : 2 * E + at + H])
+            a.reshape(blocks, slots, H) for a in (rotated(at), rotated(E + at), qkv_ref[:, 2 * E + at : 2 * E + at + H])
         )
         scores = jnp.where(mask, dot("bqh,bkh->bqk", q, k) * H**-0.5, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, -1).astype(out_ref.dtype)

@@ -124,7 +124,7 @@ def save(model: Model, path, *, files_from=None) -> None:
         with ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
             checkpointer.save(work / PARAMS, model.params, save_args=unflatten(args))
         if files_from is not None:
-            carry(files_from, work)
+            copy_side_files(files_from, work)
             (work / "README.md").unlink(missing_ok=True)  # tells of other weights
         stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # a CPU computes in another one
         write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
@@ -134,10 +134,10 @@ def save(model: Model, path, *, files_from=None) -> None:
 
 def restore(path: Path, config: Config, shardings=None, dtype=None, progress: bool = True) -> dict:
     """Reads the parameters of one of our directories straight onto their devices; as read_params of convert/hf.py."""
-    return to_devices(Stored(path, config), shardings, dtype, progress)
+    return to_devices(OrbaxSource(path, config), shardings, dtype, progress)
 
 
-class Stored:
+class OrbaxSource:
     """One of our directories opened as parameters: `leaves`, checked against the config, and `read`.
 
     Orbax's own restore starts on all parameters at once and hides what went wrong; this reads a part of one
@@ -157,7 +157,7 @@ class Stored:
         return sum(leaf.nbytes for leaf in self.leaves.values())
 
     def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
-        """As Source.read of convert/hf.py."""
+        """As HfSource.read of convert/hf.py."""
         import tensorstore as ts
 
         spec = {"driver": "zarr", "kvstore": kvstore(self._params) | {"path": leaf.path.replace("/", ".") + "/"}}
@@ -200,7 +200,7 @@ def write_json(file: Path, data: dict) -> None:
     file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def carry(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path) -> None:
     """Copies everything that is not weights, byte for byte."""
     files = {f for pattern in SIDE_FILES for f in source.glob(pattern) if f.is_file()}
     for file in sorted(files):

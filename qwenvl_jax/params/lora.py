@@ -74,7 +74,7 @@ def is_trainable(path: str) -> bool:
 
 
 def split(params: dict) -> tuple[dict, dict]:
-    """(the base, the adapter alone), two trees of the same arrays; `join` undoes it."""
+    """(the base, the adapter alone), two trees of the same arrays; `combine` undoes it."""
     flat = flatten(params)
     adapter = {path: flat.pop(path) for path in list(flat) if is_adapter(path)}
     return unflatten(flat), unflatten(adapter)
@@ -85,7 +85,7 @@ def strip(params: dict) -> dict:
     return split(params)[0]
 
 
-def join(base: dict, adapter: dict) -> dict:
+def combine(base: dict, adapter: dict) -> dict:
     return unflatten(flatten(base) | flatten(adapter))
 
 
@@ -152,7 +152,7 @@ def attach(config: Config, params: dict, adapter: dict) -> dict:
         if isinstance(layout, NamedSharding) and isinstance(layout.mesh, Mesh):
             adapter = jax.device_put(adapter, param_shardings(specs_of(config, adapter), layout.mesh))
             break
-    return join(params, adapter)
+    return combine(params, adapter)
 
 
 def _fold(leaves):

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from qwenvl_convert.peft import save_adapter
 
-from qwenvl_jax.distributed import join
+from qwenvl_jax import distributed
 from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import given
@@ -35,7 +35,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
             raise OptionsError(f"{name} is not given; give --{name} or put it into the TOML file")
     final, adapter = (Path(options.output).expanduser() / name for name in (FINAL, ADAPTER))
     if options.distributed:
-        join()
+        distributed.initialize()
     step = last_step(options.output)
     for done in (final, adapter):
         if done.is_dir() and step < options.steps:
