@@ -145,7 +145,7 @@ def model_check(config: Config, params: dict, rows: int, tokens: int, side: int)
     def run(dtype, params, batch):
         cast = config.replace(dtype=dtype)
         params = jax.tree.map(lambda a: a.astype(dtype), params)
-        seen = jnp.concatenate([qwenvl.encode(cast, params, lanes) for lanes in batch.vision])
+        seen = jnp.concatenate([qwenvl.encode_vision(cast, params, lanes) for lanes in batch.vision])
         x = qwenvl.embed(cast, params, batch.tokens, batch.visual_index, seen)
         slots = batch.tokens.shape[1] + 64
         logits, cache = qwenvl.prefill(cast, params, x, batch.positions, batch.segments, slots)

@@ -184,7 +184,7 @@ def fits(config: Config, dtypes: list[str]) -> bool:
     return sum(each) + 3 * 2**30 < free
 
 
-def rungs(config: Config, args) -> list[int]:
+def buckets(config: Config, args) -> list[int]:
     """The buckets of tokens that the jobs need, rising; few buckets compile faster."""
     picture = args.picture // config.vision.merge_unit + 10
     needed = {picture, max(args.patches) // config.vision.merge_unit + 10, *args.tokens, PROMPT + 1 + args.new}
@@ -202,7 +202,7 @@ def measure(args, folder: str) -> list:
     # On a CPU, both sides read a checkpoint. For accelerators, that would take most of the time.
     directory = None if args.random else str(write_checkpoint(Path(folder) / "model", config))
     settings = dict(size=args.size, family=config.family, directory=directory)
-    ours = dict(settings, dtype=config.dtype, rungs=rungs(config, args), rows=max(args.rows))
+    ours = dict(settings, dtype=config.dtype, buckets=buckets(config, args), rows=max(args.rows))
     rehearsal = args.random and args.platform == "cpu"
     ceilings = dict(device=device, dtype=config.dtype, small=rehearsal)
     start = {"machine": lambda: Side("machine", args.platform, **ceilings)}

@@ -171,8 +171,8 @@ def picture(patches: int) -> Image.Image:
 class Here(Model):
     """This package, from a checkpoint directory or with random weights made on the device."""
 
-    def __init__(self, size: str, family: str, directory: str | None, dtype: str, rungs: list[int], rows: int):
-        """rungs: the buckets of tokens to compile for; a single one stands for the default ladder up to it."""
+    def __init__(self, size: str, family: str, directory: str | None, dtype: str, buckets: list[int], rows: int):
+        """buckets: the buckets of tokens to compile for; a single one stands for the default ladder up to it."""
         if directory:
             model = qwenvl_jax.load(directory, progress=False)
         else:
@@ -180,8 +180,8 @@ class Here(Model):
             params = jax.jit(init, static_argnums=0)(config, jax.random.key(0))
             model = qwenvl_jax.Model(config, params, NoText(), {})
         self.config, self.params = model.config, model.params
-        ladder = Ladder(tokens=tuple(rungs)) if rungs[1:] else None
-        self.engine = qwenvl_jax.Engine(model, max_batch=rows, max_length=rungs[-1], ladder=ladder)
+        ladder = Ladder(tokens=tuple(buckets)) if buckets[1:] else None
+        self.engine = qwenvl_jax.Engine(model, max_batch=rows, max_length=buckets[-1], ladder=ladder)
         self.held = self.params["decoder"]["embed_tokens"]["embedding"].dtype.name
         self.towers, self.steps = {}, {}
 

@@ -158,7 +158,7 @@ def jobs(name: str, layers: int | None = None) -> dict:
     config, args = sized(name)
     if layers:
         config = replace(config, text=replace(config.text, num_hidden_layers=layers))
-    slots = round_up(PROMPT + 1, model.rungs(config, args), "slots")
+    slots = round_up(PROMPT + 1, model.buckets(config, args), "slots")
     asked = {f"decode {n}": Job(config, batch=n, context=slots) for n in args.rows}
     asked |= {f"prefill {n}": Job(config, "prefill", context=n) for n in args.tokens}
     asked |= {f"vision {n}": Job(config, "vision", pixels=n * 14**2) for n in (*args.patches, args.picture)}

@@ -11,7 +11,7 @@ from demo.train import demo_config
 from test_demo_data import assets  # noqa: F401 - a fixture
 
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.model.vision import encode
+from qwenvl_jax.model.vision import encode_vision
 from qwenvl_jax.params.specs import init
 
 
@@ -123,7 +123,7 @@ def test_levelled_changes_the_length_of_visual_tokens_only(cells):
     params = init(config, jax.random.key(0))
     batch = jax.tree.map(lambda a: a[0], cells(0))
     level = levelled(config, params, batch.inputs.vision[0])
-    before, after = (np.asarray(encode(config, p, batch.inputs.vision[0])) for p in (params, level))
+    before, after = (np.asarray(encode_vision(config, p, batch.inputs.vision[0])) for p in (params, level))
     scale = np.median(after / before)
     np.testing.assert_allclose(after, scale * before, atol=1e-5 * np.abs(after).max())
     words = jnp.mean(_rms(params["decoder"]["embed_tokens"]["embedding"]))
