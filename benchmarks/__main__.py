@@ -1,10 +1,10 @@
-"""All of the benchmarks, one after the other, each in a process of its own.
+"""Runs all benchmarks, one after the other, each in its own process.
 
     python benchmarks [NAME …] [--output FILE] [--directory DIR]
     python benchmarks --platform gpu --size qwen2.5-vl-7b
 
-A name is that of a script: model, preprocessing, training, conversion. For their own options, run them by themselves.
-On a GPU without a network, `benchmarks/gpu.sh` does more in nine minutes.
+A NAME is a script: model, preprocessing, training, conversion. To set their own options, run the scripts directly. On a
+GPU without a network, use `benchmarks/gpu.sh`: it does more, in nine minutes.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def commands(args) -> list[str]:
     else:
         chosen = [f"model --platform {args.platform}", f"training --platform {args.platform}"]
     if args.platform == "tpu" or not (find_spec("torch") and find_spec("transformers")):
-        chosen = [c for c in chosen if c.startswith("model")]  # the others are of nothing but a comparison
+        chosen = [c for c in chosen if c.startswith("model")]  # the others only compare
     if args.output:
         chosen = [f"{command} --output {args.output}" for command in chosen]
     if args.directory:
@@ -44,11 +44,11 @@ def commands(args) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of the scripts to run; by default all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="scripts to run (default: all)")
     parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="cpu")
-    parser.add_argument("--size", choices=(*SMALL, *PRESETS), help="of the model, and nothing else is run")
+    parser.add_argument("--size", choices=(*SMALL, *PRESETS), help="run model.py only, at this size")
     parser.add_argument("--output", help="file to which results are appended as JSON lines")
-    parser.add_argument("--directory", help="where conversion.py may write 14 GB; without it, it is left out")
+    parser.add_argument("--directory", help="where conversion.py may write 14 GB; without it, conversion is skipped")
     args = parser.parse_args()
     failed = []
     for command in commands(args):

@@ -1,8 +1,8 @@
-"""Puts what the demo's data is drawn from beside `gpu.sh`, in benchmarks/carried/assets: a tenth of what is installed.
+"""Copies the assets of the demo's data into benchmarks/carried/assets, for `gpu.sh`: the tenth that is needed.
 
     python benchmarks/carry.py [--assets DIR]
 
-Wheels that the machine lacks, if any, go to benchmarks/carried/wheels. Neither folder is part of the repository.
+Put wheels that the machine lacks into benchmarks/carried/wheels. Neither folder is part of the repository.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from demo.fonts import FONTS, UNSEEN_FONTS
 
 
 def files(assets: Assets) -> list[Path]:
-    """Every file that a record may be drawn from."""
+    """Every file that records are drawn from."""
     fonts = chain(*FONTS.values(), *UNSEEN_FONTS.values())
     found = [(assets.webfonts if name.endswith(".woff") else assets.fonts) / name for name in fonts]
     return [*found, *(assets.emoji / f"{code}.png" for code in EMOJI.values()), assets.words, *assets.tables.iterdir()]
 
 
 def carry(assets: Assets, target: Path) -> None:
-    """Laid out as `find_assets` wants them."""
+    """Copies the files into `target`, in the layout of `find_assets`."""
     places = {
         assets.fonts: "trdg/fonts/latin",
         assets.words.parent: "trdg/dicts",

@@ -1,4 +1,4 @@
-"""What the benchmarks share: small models, checkpoints of random weights, the machine's own ceilings, and tables."""
+"""Shared by the benchmarks: small models, checkpoints of random weights, the machine's ceilings, and tables."""
 
 import datetime
 import json
@@ -31,7 +31,7 @@ SMALL = ("demo", "50M")
 
 
 def config_of(size: str, family: str = "qwen2_5_vl") -> Config:
-    """A model by name: "demo", "50M" (of either family) or a preset; all of them with the demo's special tokens."""
+    """A model by name: "demo", "50M" (of either family) or a preset, with the demo's special tokens."""
     demo = demo_config()
     if size == "demo":
         return demo
@@ -69,9 +69,9 @@ def _config_50m(family: str, ids: dict) -> Config:
 
 
 def write_checkpoint(directory: Path, config: Config) -> Path:
-    """A Hugging Face checkpoint of random weights in the config's dtype, with the demo's tokenizer.
+    """Writes a Hugging Face checkpoint of random weights in the config's dtype, with the demo's tokenizer.
 
-    The weights are parts of one block of random numbers, since drawing billions takes longer than writing them.
+    The weights are slices of one block of random numbers: drawing billions of them would take too long.
     """
     directory.mkdir()
     shapes = {}
@@ -95,12 +95,11 @@ def write_checkpoint(directory: Path, config: Config) -> Path:
     return write_processor(directory)
 
 
-# What the machine can do: functions that each measure once. The best of several forms is the ceiling, so that a share
-# of it flatters nobody.
+# Ceilings of the machine. Each function returns {form: function that measures once}; the best form is the ceiling.
 
 
 def read_rates(device: str, small: bool = False) -> dict:
-    """Forms of reading one large array that exists already, so that no new page is touched: bytes a second."""
+    """Ways of reading a large array that exists already, so no new page is touched: bytes per second."""
     n = 2**22 if small else 2**27 if device == "cpu" else 2**30
     a = jnp.ones((8192, n // 8192), jnp.float32)
     v = jnp.ones(8192, jnp.float32)
@@ -124,7 +123,7 @@ def read_rates(device: str, small: bool = False) -> dict:
 
 
 def copy_rates(device: str, small: bool = False) -> dict:
-    """Copies of a large array: bytes read and written a second. (On a CPU, mostly the making of new pages.)"""
+    """Copies of a large array: bytes read and written per second. (On a CPU, mostly page allocation.)"""
     a = jnp.ones(2**22 if small else 2**26 if device == "cpu" else 2**30, jnp.float32)
     copy = jax.jit(lambda a: a + 1)
     forms = {"jax": lambda: copy(a).block_until_ready()}
@@ -138,7 +137,7 @@ def copy_rates(device: str, small: bool = False) -> dict:
 
 
 def product_rates(device: str, dtype: str, small: bool = False) -> dict:
-    """One large matrix product of random numbers: FLOP a second."""
+    """One large matmul of random numbers: FLOP per second."""
     n = 512 if small else 2048 if device == "cpu" else 8192
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.float32).astype(dtype) for i in range(2))
     dot = jax.jit(partial(jnp.dot, precision="highest" if dtype == "float32" else None))
@@ -161,7 +160,7 @@ def _rate(work: float, run) -> float:
 
 
 def ceiling(forms: dict, times: int = 5) -> float:
-    """The best form's median, after a first time that counts for nothing."""
+    """The median of the best form, after one warm-up."""
     for measure in forms.values():
         measure()
     return max(statistics.median(measure() for _ in range(times)) for measure in forms.values())
@@ -174,7 +173,7 @@ def clock(run) -> float:
 
 
 def device_name() -> str:
-    """What jax computes on."""
+    """The name of jax's device."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
@@ -188,7 +187,7 @@ def versions() -> dict[str, str]:
 
 
 class Report:
-    """Rows of one table, printed as they come, and the same as JSON lines appended to a file if one is given."""
+    """Prints the rows of one table as they come, and appends them to `output`, if given, as JSON lines."""
 
     COLUMNS = ("here", "spread", "share", "peer", "ratio", "spread")
 
@@ -198,8 +197,10 @@ class Report:
         print(f"\n### {title}\n\n| | {' | '.join(self.COLUMNS)} |\n|{'---|' * (1 + len(self.COLUMNS))}", flush=True)
 
     def add(self, job: str, unit: str, work: float, here: list, peers: dict | None = None, share=None, **more) -> None:
-        """here: seconds by round, each for so much `work` (1: milliseconds are shown). peers: the same by name, of
-        which the best counts. share: of a ceiling, of the median round."""
+        """Adds a row. here: seconds of each round for `work` units. peers: {name: the same}; the best one counts.
+
+        unit "ms" shows milliseconds. share: the share of a ceiling in the median round.
+        """
 
         def speeds(seconds):
             each = sorted((1e3 * s if unit == "ms" else work / s) for s in seconds)

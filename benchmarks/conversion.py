@@ -1,15 +1,13 @@
-"""How fast weights are loaded and converted, and in how much memory, next to a plain copy of the same files.
+"""Time and memory of loading and converting weights, compared with a plain copy of the same files.
 
     python benchmarks/conversion.py DIR [--size qwen2-vl-2b] [--jobs copy load to_orbax load_orbax to_hf]
 
-Writes a checkpoint of random bf16 weights in the shape of an official model to DIR (which needs three times its
-size: 14 GB for 2B, 50 GB for 7B), runs each job in a process of its own, and removes what it wrote. Files are
-dropped from the page cache before each job and flushed to the disk at its end, the copy's too, so the times
-are the disk's as much as ours.
+Writes a checkpoint of random bf16 weights of an official size to DIR, runs each job in its own process, and removes
+the files. DIR needs three times the size of the weights: 14 GB for 2B, 50 GB for 7B. Before each job, files are
+dropped from the page cache; after it, they are flushed to the disk. So the times include the disk.
 
-"anonymous" is the peak of the process's own memory above what it was just before the job; "file" is the peak of
-mapped files, which the kernel can take back. On a CPU the loaded parameters are in host memory as well; the
-column has them subtracted.
+"anonymous" is the peak of the process's own memory, above its value just before the job, without loaded parameters.
+"file" is the peak of mapped files, which the kernel can evict.
 """
 
 import argparse
@@ -30,7 +28,7 @@ JOBS = ("copy", "load", "to_orbax", "load_orbax", "to_hf")
 
 
 def job(name: str, base: Path) -> None:
-    """Runs in a process of its own; says on stdout when it is about to start, and how long it took."""
+    """Runs one job in its own process; prints the memory before it and the seconds that it took."""
     import jax
     from qwenvl_convert import orbax
     from qwenvl_convert.hf import read_params

@@ -1,7 +1,7 @@
-"""What `gpu.sh` runs: stage after stage, the most valuable first, each in a process of its own, until the time is over.
+"""Runs the stages of `gpu.sh`, the most valuable first, each in its own process, until the time is over.
 
-A stage that hangs, crashes or takes too long costs only itself. Results come as JSON lines in FOLDER/results.jsonl,
-each as soon as there is one; what stages print is in FOLDER/log.txt.
+If a stage hangs, crashes or takes too long, the next one still runs. Each result is appended to FOLDER/results.jsonl at
+once; the output of the stages is in FOLDER/log.txt.
 """
 
 import argparse
@@ -22,7 +22,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "torch", "tran
 
 
 class Stage(NamedTuple):
-    """most: seconds after which it is ended. least: what must be left for it to begin."""
+    """most: seconds after which it is killed. least: seconds that must be left to start it."""
 
     name: str
     command: list[str]
@@ -31,7 +31,7 @@ class Stage(NamedTuple):
 
 
 def stages(args, results: Path, expected: Path) -> list[Stage]:
-    """In the order of their value. {seconds} is what a stage may take, put in when it begins."""
+    """The stages, the most valuable first. {seconds}, the time that a stage may take, is filled in at its start."""
     out = ["--output", str(results)]
     checks = ["gpu_checks.py", str(results), "--expected", str(expected)]
     train = ["gpu_train.py", str(args.folder), *out, "--seconds", "{seconds}"]
@@ -69,7 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def run(stage: Stage, seconds: float, log) -> tuple[str, str]:
-    """("ok", "failed" or "timed out", what it wrote). log: opened to be read and appended to."""
+    """("ok", "failed" or "timed out", its output). log: open for reading and appending."""
     numbers = {"seconds": f"{max(seconds - 5, 1):.0f}", "warm": f"{0.6 * seconds:.0f}"}
     script, *options = (part.format(**numbers) for part in stage.command)
     begin = os.fstat(log.fileno()).st_size
@@ -88,7 +88,7 @@ def run(stage: Stage, seconds: float, log) -> tuple[str, str]:
 
 
 def end(process) -> None:
-    """Of everything that the stage has started, too: a process that is left behind would hold the card's memory."""
+    """Kills the stage and all its child processes, which would hold the card's memory."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -99,15 +99,15 @@ def end(process) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", type=float, default=530, help="for everything")
-    parser.add_argument("--assets", type=Path, help="what the demo's data is drawn from; see notebooks/demo/assets.py")
+    parser.add_argument("--seconds", type=float, default=530, help="seconds for all stages")
+    parser.add_argument("--assets", type=Path, help="fonts, emoji and tables; see notebooks/demo/assets.py")
     parser.add_argument("--rehearse", action="store_true", help="the same stages at a small size, on a CPU")
     args = parser.parse_args()
     args.platform = "cpu" if args.rehearse else "gpu"
     begun = time.monotonic()
     args.folder.mkdir(parents=True, exist_ok=True)
     results, expected, printed = (args.folder / n for n in ("results.jsonl", "expected-tokens.json", "log.txt"))
-    for file in (results, expected, printed):  # of an earlier run
+    for file in (results, expected, printed):  # remove those of an earlier run
         file.unlink(missing_ok=True)
 
     def tell(**facts) -> None:
@@ -126,7 +126,7 @@ def main() -> None:
         for stage in stages(args, results, expected):
             left = args.seconds - (time.monotonic() - begun)
             if left < stage.least:
-                tell(stage=stage.name, status="left out", left=left)
+                tell(stage=stage.name, status="skipped", left=left)
                 continue
             start = time.monotonic()
             status, text = run(stage, min(stage.most, left), log)
@@ -136,11 +136,11 @@ def main() -> None:
             tell(stage=stage.name, status=status, took=round(time.monotonic() - start, 1), **error)
         end(tokens)
     if failed:
-        sys.exit(f"not well: {', '.join(failed)}")
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def card() -> str:
-    """The card's name, memory and driver; on a machine without one, what the processor is called."""
+    """The card's name, memory and driver; without a card, the name of the processor."""
     ask = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""What the card itself can do: copies and reads of its memory, a bfloat16 matrix product.
+"""The ceilings of the card: reading and copying its memory, and a bfloat16 matmul.
 
 python benchmarks/gpu_ceilings.py --output FILE
 """
@@ -13,7 +13,7 @@ from common import Report, ceiling, copy_rates, device_name, product_rates, read
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="gpu")
-    parser.add_argument("--small", action="store_true", help="arrays that the caches hold: a rehearsal")
+    parser.add_argument("--small", action="store_true", help="small arrays, for a rehearsal")
     parser.add_argument("--output", help="file to which results are appended as JSON lines")
     args = parser.parse_args()
     jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[args.platform])

@@ -1,11 +1,11 @@
-"""Every kernel and program on this card against plain XLA in float32, and small models' tokens against the CPU's.
+"""Compares every kernel and program on this card with plain XLA in float32, and tokens of small models with the CPU's.
 
-    JAX_PLATFORMS=cpu python benchmarks/gpu_checks.py tokens.json --tokens      what the CPU answers, to compare with
-    python benchmarks/gpu_checks.py results.jsonl --expected tokens.json        appends a line a check
+    JAX_PLATFORMS=cpu python benchmarks/gpu_checks.py tokens.json --tokens      writes the CPU's tokens
+    python benchmarks/gpu_checks.py results.jsonl --expected tokens.json        appends one line per check
     python benchmarks/gpu_checks.py results.jsonl --small                       small arrays, kernels interpreted
 
-An error is ‖a − b‖ / ‖b‖, of the array that is furthest off. bfloat16 keeps eight bits, so its products are off by up
-to a hundredth, those of plain XLA as well, whose error is told beside the kernel's.
+An error is ‖a − b‖ / ‖b‖, the largest over the arrays. bfloat16 has eight bits, so its matmuls are off by up to a
+hundredth. The error of plain XLA in bfloat16 is reported beside the kernel's.
 """
 
 import argparse
@@ -40,12 +40,12 @@ from qwenvl_jax.params.specs import flatten, unflatten
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.types import Batch, Sample, TrainBatch
 
-LIMIT = 0.02  # of bfloat16 against float32
-DEEP = 0.06  # the same after a dozen layers
+LIMIT = 0.02  # error of bfloat16 against float32
+DEEP = 0.06  # the same, after a dozen layers
 
 
 class Check(NamedTuple):
-    """`run(*args)` gives arrays, to be like those of `exact(*args)`, which computes in float32."""
+    """The arrays of `run(*args)` must be close to those of `exact(*args)`, which computes in float32."""
 
     name: str
     run: object
@@ -56,21 +56,21 @@ class Check(NamedTuple):
 
 
 def error(got, want) -> float:
-    """The largest of ‖a − b‖ / ‖b‖ by array; NaN if anything is NaN."""
+    """The largest ‖a − b‖ / ‖b‖ over the arrays; NaN if any value is NaN."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
     norms = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
     return float(np.max([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in norms]))
 
 
 def attention_check(causal: bool, T: int, N: int, K: int, H: int, interpret: bool) -> Check:
-    """The kernel for GPUs, forward and backward."""
+    """The attention kernel for GPUs, forward and backward."""
     rng = np.random.default_rng(T + H)
     q, k, v, w = (rng.standard_normal((1, T, n, H), np.float32) for n in (N, K, K, N))
     segments = np.sort(rng.integers(1, 5, (1, T)), 1).astype(np.int32)
     segments[:, -T // 8 :] = 0  # padding
 
     def grads(attend, dtype, q, k, v, segments, w):
-        live = (segments != 0)[..., None, None]  # what padding attends to means nothing
+        live = (segments != 0)[..., None, None]  # the output at padding has no meaning
 
         def total(q, k, v):
             out = attend(*(a.astype(dtype) for a in (q, k, v)), segments, causal=causal).astype(jnp.float32)
@@ -109,7 +109,7 @@ def window_check(blocks: int, heads: int, H: int) -> Check:
 
 
 def decode_check(B: int, N: int, K: int, S: int, H: int) -> Check:
-    """A token a row: written into the cache, and attended with."""
+    """One token per row is written into the cache and attends."""
     rng = np.random.default_rng(B)
     q, k, v = (rng.standard_normal((B, 1, n, H), np.float32) for n in (N, K, K))
     caches = [rng.standard_normal((B, K, S, H), np.float32) for _ in range(2)]
@@ -124,7 +124,7 @@ def decode_check(B: int, N: int, K: int, S: int, H: int) -> Check:
 
 
 def batch_of(config: Config, rows: int, tokens: int, side: int) -> Batch:
-    """Rows of text, each shorter than the one before; the first one begins with a picture of side × side patches."""
+    """Rows of text with falling lengths; the first one begins with a picture of side × side patches."""
     samples = [text_and_picture(config, tokens - 3 * row, 0 if row else side, row) for row in range(rows)]
     return make_batch(samples, config, Ladder(tokens=(tokens,), rows=(rows,)))
 
@@ -140,7 +140,7 @@ def text_and_picture(config: Config, tokens: int, side: int, seed: int = 0) -> S
 
 
 def model_check(config: Config, params: dict, rows: int, tokens: int, side: int) -> Check:
-    """Tower, prefill and a decode step: the logits after the prompt, and after one more token."""
+    """Vision tower, prefill and a decode step: logits after the prompt, and after one more token."""
     batch = batch_of(config, rows, tokens, side)
 
     def run(dtype, params, batch):
@@ -158,12 +158,12 @@ def model_check(config: Config, params: dict, rows: int, tokens: int, side: int)
 
 
 def lora_check(config: Config, params: dict, rows: int, tokens: int, side: int) -> Check:
-    """Loss and gradients of an adapter's step, blocks rematerialised."""
+    """Loss and gradients of a LoRA step with remat."""
     inputs = batch_of(config, rows, tokens, side)
     targets = np.roll(inputs.tokens, -1, 1)
     batch = TrainBatch(inputs, targets, (inputs.segments != 0).astype(np.float32))
     rng, flat = np.random.default_rng(0), flatten(lora.add(config, params, jax.random.key(0), rank=8, alpha=16.0))
-    # Where lora_b is zero, as at the start, lora_a has no gradient.
+    # At the start lora_b is zero, and then lora_a has no gradient.
     flat |= {p: 0.02 * rng.standard_normal(w.shape, np.float32) for p, w in flat.items() if p.endswith("lora_b")}
     params = unflatten(flat)
     return Check(
@@ -188,7 +188,7 @@ def lora_grads(config: Config, dtype: str, params: dict, batch: TrainBatch):
 
 
 def checks(small: bool, folder: Path):
-    """All of them. small: for a CPU."""
+    """All checks. small: for a CPU."""
     T = 128 if small else 1024
     shapes = [(True, T, 4, 2, 64)] if small else [(True, T, 16, 2, 128), (True, T, 8, 2, 64), (True, 2 * T, 28, 4, 128)]
     yield from (attention_check(*shape, small) for shape in shapes)
@@ -221,7 +221,7 @@ def run(check: Check) -> dict:
 
 
 def askers(folder: Path, small: bool) -> dict:
-    """Functions that answer greedily in float32: the demo about its samples, and random models of both families."""
+    """Functions that decode greedily in float32: the demo on its samples, and random models of both families."""
     samples = Path(qwenvl_jax.__file__).parent / "demo" / "samples"
 
     def demo(name: str, question: str):
@@ -244,7 +244,7 @@ def askers(folder: Path, small: bool) -> dict:
 
 
 def compared(name: str, ask, expected: Path) -> dict:
-    """The same tokens as the CPU's, which another process writes."""
+    """Compares tokens with the CPU's, which another process writes."""
     (answer,) = ask()
     while not expected.exists():
         time.sleep(0.2)
@@ -270,16 +270,16 @@ def main() -> None:
         jobs = [(check.name, partial(run, check)) for check in checks(args.small, Path(folder))]
         if args.expected:
             jobs = [(name, partial(compared, name, ask, args.expected)) for name, ask in asked.items()] + jobs
-        with ThreadPoolExecutor(2 if args.small else 8) as pool:  # mostly they wait for the compiler
+        with ThreadPoolExecutor(2 if args.small else 8) as pool:  # they mostly wait for the compiler
             lines = [line for line in pool.map(lambda job: attempt(*job, args.output), jobs) if not line["ok"]]
     if lines:
-        raise SystemExit(f"wrong: {', '.join(line['check'] for line in lines)}")
+        raise SystemExit(f"failed: {', '.join(line['check'] for line in lines)}")
 
 
 def attempt(name: str, job, output: Path) -> dict:
     try:
         line = job()
-    except Exception as e:  # the others may be right
+    except Exception as e:  # the other checks still run
         traceback.print_exc()
         line = {"check": name, "ok": False, "error": f"{type(e).__name__}: {e}"[:2000]}
     text = json.dumps(line)

@@ -1,10 +1,10 @@
-"""The demo's training, from the checkpoint in the package, for as long as there is time: scores before and after.
+"""Trains the demo from the checkpoint in the package for a given time, and scores it before and after.
 
     python benchmarks/gpu_train.py FOLDER --output FILE --seconds 150 [--assets DIR]
 
-Records are drawn in Python, by as many processes as there are cores to spare. How many steps there will be follows
-from a trial, so that the learning rate is down to zero when the time is over. The weights that result are
-FOLDER/demo.safetensors, laid out as the package's own, and FOLDER/demo-metrics.jsonl has a line a step.
+All cores but one draw records. A trial measures the speed and so sets the number of steps; the learning rate reaches
+zero when the time is over. The result is FOLDER/demo.safetensors, in the format of the package's checkpoint, and
+FOLDER/demo-metrics.jsonl, with one line per step.
 """
 
 import argparse
@@ -24,20 +24,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))  # fo
 from demo.assets import Assets, assets_of
 
 
-def draw(assets: Assets, files: Path, shape, seed: int, folder: Path, ready, room) -> None:
-    """A process: batches without end, each in a file, whose name it hands on; no more than there is room for."""
+def draw(assets: Assets, files: Path, shape, seed: int, folder: Path, ready, free) -> None:
+    """A process that writes endless batches to files and queues their names, as many as `free` allows."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     from demo.render import Scenes
     from demo.train import TURNS, Lessons, demo_config
 
     from qwenvl_jax.inputs.processor import Processor
 
-    # As in the run that made the checkpoint, which its model card tells of.
+    # As in the run that made the checkpoint (see its model card).
     weights = {"ocr": 0.3, "list": 0.02, "name": 0.02, "locate": 0.18, "count": 0.2, "chart": 0.12, "clip": 0.16}
     scenes = Scenes(assets, seed=seed, turns=TURNS, shuffled=True, easy=0.1, weights=weights)
     lessons, number = Lessons(scenes, Processor.from_dir(files, demo_config()), shape), 0
     while True:
-        room.acquire()
+        free.acquire()
         file = folder / f"{seed}-{number}"
         file.write_bytes(pickle.dumps(next(lessons), 5))
         ready.put(str(file))
@@ -45,14 +45,14 @@ def draw(assets: Assets, files: Path, shape, seed: int, folder: Path, ready, roo
 
 
 class Drawn:
-    """Batches in the order in which the processes are done with them: an iterator for `train`."""
+    """An iterator for `train`: batches in the order in which the processes finish them."""
 
     def __init__(self, assets: Assets, files: Path, shape, folder: Path, workers: int, most: int):
-        context = multiprocessing.get_context("spawn")  # a forked process would have half of jax's threads
-        self.ready, self.room = context.Queue(), context.Semaphore(most)
+        context = multiprocessing.get_context("spawn")  # a forked process would lack jax's threads
+        self.ready, self.free = context.Queue(), context.Semaphore(most)
         self.start, self.times = time.monotonic(), []
         each = (assets, files, shape)
-        rest = (folder, self.ready, self.room)
+        rest = (folder, self.ready, self.free)
         seeds = range(1000, 1000 + workers)
         self.workers = [context.Process(target=draw, args=(*each, seed, *rest), daemon=True) for seed in seeds]
         for worker in self.workers:
@@ -62,14 +62,14 @@ class Drawn:
         file = Path(self.ready.get(timeout=60))
         batch = pickle.loads(file.read_bytes())
         file.unlink()
-        self.room.release()
+        self.free.release()
         self.times.append(time.monotonic())
         return batch
 
     def steps(self, seconds: float) -> int:
-        """How many batches will be drawn, and trained on, in so many seconds more."""
+        """How many more batches can be drawn and trained on in this time."""
         drawn = len(self.times) + self.ready.qsize()
-        rate = drawn / (time.monotonic() - self.start)  # too low by the time that the processes took to start
+        rate = drawn / (time.monotonic() - self.start)  # a bit too low: includes the start of the processes
         late = self.times[len(self.times) // 2 :]
         pace = (len(late) - 1) / (late[-1] - late[0])
         return int(0.9 * min(self.ready.qsize() + rate * seconds, pace * seconds))
@@ -78,7 +78,7 @@ class Drawn:
         return {}
 
     def set_state(self, state: dict) -> None:
-        """What comes next is new in any case."""
+        """Nothing to restore: every batch is new."""
 
     def close(self) -> None:
         for worker in self.workers:
@@ -87,7 +87,7 @@ class Drawn:
 
 
 def train_for(args, model, data: Drawn, options, begun: float):
-    """What `train` returns after as many steps as fit; how many, a trial tells."""
+    """The result of `train` after as many steps as fit; a trial measures how many."""
     from demo.train import demo_loss
 
     from qwenvl_jax.train.loop import train
@@ -97,7 +97,7 @@ def train_for(args, model, data: Drawn, options, begun: float):
     steps = min(args.trial + data.steps(left), args.most)
     if steps < 2 * args.warmup or steps <= args.trial:
         return result
-    timer = threading.Timer(left, os.kill, (os.getpid(), signal.SIGTERM))  # ends the run after the step at hand
+    timer = threading.Timer(left, os.kill, (os.getpid(), signal.SIGTERM))  # ends the run after the current step
     timer.start()
     options = options.replace(steps=steps, cooldown=int(0.8 * (steps - args.warmup)))
     result = train(model, data, options, loss=demo_loss)
@@ -167,16 +167,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="file to which results are appended as JSON lines")
     parser.add_argument("--assets", help="where fonts, emoji and tables are; see notebooks/demo/assets.py")
     parser.add_argument("--seconds", type=float, default=150)
-    parser.add_argument("--rows", type=int, default=40, help="of a batch, each about two conversations")
-    parser.add_argument("--trial", type=int, default=20, help="steps after which it is known how many there will be")
-    parser.add_argument("--most", type=int, default=10**6, help="steps, however much time there is")
-    parser.add_argument("--warmup", type=int, default=40, help="steps")
-    parser.add_argument("--reserve", type=float, default=30, help="seconds to score and save in at the end")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that draw")
-    parser.add_argument("--questions", type=int, default=64, help="of every task")
+    parser.add_argument("--rows", type=int, default=40, help="rows of a batch, about two conversations each")
+    parser.add_argument("--trial", type=int, default=20, help="steps of the trial that measures the speed")
+    parser.add_argument("--most", type=int, default=10**6, help="most steps")
+    parser.add_argument("--warmup", type=int, default=40, help="steps of warmup")
+    parser.add_argument("--reserve", type=float, default=30, help="seconds for scoring and saving at the end")
+    parser.add_argument(
+        "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that draw records"
+    )
+    parser.add_argument("--questions", type=int, default=64, help="questions per task")
     parser.add_argument("--batch", type=int, default=64, help="questions answered together")
     args = parser.parse_args()
-    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # the processes' own
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")  # for each process
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as work:
         run(args, assets_of(parser, args.assets), Path(work))

@@ -1,18 +1,18 @@
-"""How fast the model generates, sees and learns, next to what the machine can do and, where installed, transformers.
+"""Speed of decode, prefill, the vision tower and a LoRA step, compared with the machine's limits and with transformers.
 
-The same random weights on both sides, from one checkpoint's directory on a CPU, in turns with transformers (4.51.3 or
-5, SDPA) on the same device, as users call them. Medians over rounds. A 16-bit checkpoint on a CPU is given to
-transformers in bfloat16 and in float32, of which the better one counts. Where a peer computes in float32 as we do, the
-first tokens must agree.
+Both sides have the same random weights, on a CPU from one checkpoint directory. transformers (4.51.3 or 5, SDPA) runs
+in turns with this package on the same device. Figures are medians over rounds. On a CPU, transformers runs a 16-bit
+checkpoint in bfloat16 and in float32, and the faster one counts. If both sides compute in float32, the first tokens
+must agree.
 
-- decode: tokens after the first of a short prompt, greedily, so many rows together. Its share is of the rate at which
-  the machine reads memory: weights and caches, as far as they are filled, have to be read for each token.
-- prefill: so many tokens to the first token. Its share is of a large matrix product's operations a second: products
-  with weights, and half of all attention, being causal.
-- vision: the tower over one picture of so many patches. Likewise; a window counts as its 64 slots.
-- picture: preprocessing and all, to the first token.
-- lora: a training step of rank 16 on a row of so many tokens, blocks rematerialised. Its share is of the operations of
-  `train_flops`, which has all of attention, as is the custom for MFU, and nothing twice. Here alone; see training.py.
+- decode: tokens after the first one of a short prompt, greedy, `--rows` together. Share: of the rate at which the
+  machine reads memory. Each token reads the weights and the filled slots of the caches.
+- prefill: `--tokens` tokens to the first token. Share: of the rate of a large matmul. Counted are the matmuls with
+  weights, and half of attention, since it is causal.
+- vision: the vision tower over one picture of `--patches` patches. Share: as in prefill; a window counts its 64 slots.
+- picture: from an image to the first token, with preprocessing.
+- lora: a training step of rank 16 on a row of `--lora` tokens, with remat. Share: MFU, by `train_flops`, which counts
+  all of attention and no recomputation. It has no peer; see training.py.
 
     python benchmarks/model.py
     python benchmarks/model.py --family qwen2_vl --jobs vision --patches 4096 16384
@@ -41,8 +41,8 @@ from qwenvl_jax.params.specs import abstract_params, count_params, flatten
 from qwenvl_jax.train.flops import train_flops
 
 JOBS = ("decode", "prefill", "vision", "picture", "lora")
-GRACE = 20  # seconds for a side to say that it was not ready in time
-ALONE = ("here", "machine")  # for the jobs that have no peer
+GRACE = 20  # seconds for a side to report that it was not ready in time
+ALONE = ("here", "machine")  # the sides of jobs without a peer
 CEILINGS = {"decode": "read", "prefill": "product", "vision": "product", "lora": "product"}
 UNITS = {"read": "B", "product": "FLOP"}
 
@@ -54,7 +54,7 @@ def sizes(config: Config, prefix: str, suffix: str = "") -> int:
 
 
 def decode_bytes(config: Config, held: str, rows: int, new: int) -> float:
-    """What has to be read for a token of every row, on average over the answer; weights are held in that dtype."""
+    """Bytes read per decode step, averaged over the answer. The weights have the dtype `held`."""
     t = config.text
     unread = 0 if t.tie_word_embeddings else t.vocab_size * t.hidden_size
     slots = rows * (PROMPT + new / 2) * 2 * t.num_hidden_layers * t.num_key_value_heads * t.head_dim
@@ -77,7 +77,7 @@ def vision_flops(config: Config, patches: int) -> float:
 
 
 class Work(NamedTuple):
-    """Of one job: how a table calls it, what is counted, how many of them, and what a ceiling is compared with."""
+    """A job: its name in a table, the unit, the amount of work, and the work that is compared with a ceiling."""
 
     name: str
     unit: str
@@ -86,7 +86,7 @@ class Work(NamedTuple):
 
 
 def work(config: Config, held: str, job: str, n: int, new: int = 0) -> Work:
-    """config: with the dtype that is computed in. held: the weights' own."""
+    """The work of a job. config: with the compute dtype. held: the dtype of the weights."""
     if job == "decode":
         least = new * decode_bytes(config, held, n, new)
         return Work(f"decode, {n} rows" if n > 1 else "decode", "tokens/s", n * new, least)
@@ -103,8 +103,8 @@ def work(config: Config, held: str, job: str, n: int, new: int = 0) -> Work:
 class Turns:
     """Runs jobs on all sides, round by round, until the time is over.
 
-    start: name → what starts that side. answers: by job and side, (seconds or a rate, first token) a round. errors: by
-    job and side. facts: what each side says of itself.
+    start: {name: function that starts the side}. answers: {(job, side): [(seconds or rate, first token), …]}, one per
+    round. errors: {(job, side): message}. facts: what each side reports about itself.
     """
 
     def __init__(self, start: dict, rounds: int, seconds: float | None):
@@ -122,16 +122,16 @@ class Turns:
         if call[0] is None or (job, side.name) in self.errors or (job[0] == "lora" and side.name not in ALONE):
             return
         try:
-            if again:  # the first time compiles, and whatever else it does
+            if again:  # warm up: the first call compiles
                 side(*call, seconds=self.left())
             self.answers[job, side.name].append(side(*call, seconds=self.left()))
         except Failed as e:
             self.errors[job, side.name] = str(e)
 
     def together(self, jobs: list[tuple], warm: float | None):
-        """All sides are there from the first job to the last; yields each job when it is done.
+        """All sides are in memory from the first job to the last; yields each finished job.
 
-        warm: so many seconds to prepare all jobs at once, all sides at the same time.
+        warm: seconds in which all sides prepare all jobs at the same time.
         """
         with ExitStack() as stack:
             sides = [stack.enter_context(begin()) for begin in self.start.values()]
@@ -159,7 +159,7 @@ class Turns:
             self.errors |= {(job, side.name): error for job, error in zip(own[side], told, strict=True) if error}
 
     def apart(self, jobs: list[tuple]):
-        """One side at a time, started anew in every round."""
+        """One side in memory at a time; each is started anew in every round."""
         for _ in range(self.rounds):
             for begin in self.start.values():
                 with begin() as side:
@@ -170,39 +170,39 @@ class Turns:
 
 
 def peers(config: Config, args) -> list[str]:
-    """The dtypes in which transformers is run."""
+    """The dtypes in which transformers runs."""
     if args.alone or args.platform == "tpu" or not (find_spec("torch") and find_spec("transformers")):
         return []
     return list(dict.fromkeys(["float32", config.dtype])) if args.platform == "cpu" else [config.dtype]
 
 
 def fits(config: Config, dtypes: list[str]) -> bool:
-    """Is there memory for all sides of a CPU together? Ours may compute in float32."""
+    """Whether a CPU has memory for all sides together. This package may compute in float32."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
     each = [count_params(config) * jnp.dtype(dtype).itemsize + 2**30 for dtype in ("float32", *dtypes)]
     return sum(each) + 3 * 2**30 < free
 
 
-def rungs(config: Config, args) -> list[int]:
-    """The numbers of tokens that the jobs need: to compile for few is quicker. The last one is the longest."""
+def buckets(config: Config, args) -> list[int]:
+    """The buckets of tokens that the jobs need, rising; few buckets compile faster."""
     picture = args.picture // config.vision.merge_unit + 10
     needed = {picture, max(args.patches) // config.vision.merge_unit + 10, *args.tokens, PROMPT + 1 + args.new}
-    if not args.random:  # as users do
+    if not args.random:  # the default ladder
         return [max(needed) + 1]
     needed = {-(-n // 128) * 128 for n in needed - {max(args.patches) // config.vision.merge_unit + 10}}
     return [PROMPT, *sorted(needed), max(needed) + 128]
 
 
 def measure(args, folder: str) -> list:
-    """Prints each job's line as soon as it is done. What went wrong, if anything."""
+    """Prints the line of each finished job; returns the error messages."""
     config = config_of(args.size, args.family)
     config = config.replace(dtype=args.dtype or (config.dtype if args.platform == "cpu" else "bfloat16"))
     device = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}[args.platform]
-    # On a CPU both sides read a checkpoint, as users do. On accelerators that would take most of the time.
+    # On a CPU, both sides read a checkpoint. For accelerators, that would take most of the time.
     directory = None if args.random else str(write_checkpoint(Path(folder) / "model", config))
     settings = dict(size=args.size, family=config.family, directory=directory)
-    ours = dict(settings, dtype=config.dtype, rungs=rungs(config, args), rows=max(args.rows))
+    ours = dict(settings, dtype=config.dtype, buckets=buckets(config, args), rows=max(args.rows))
     rehearsal = args.random and args.platform == "cpu"
     ceilings = dict(device=device, dtype=config.dtype, small=rehearsal)
     start = {"machine": lambda: Side("machine", args.platform, **ceilings)}
@@ -241,7 +241,7 @@ def measure(args, folder: str) -> list:
 
 
 def compare(job: tuple, turns: Turns) -> None:
-    """Of sides that compute the same in float32, the first tokens are the same."""
+    """Checks that sides that compute in float32 have the same first tokens; returns error messages."""
     exact = [name for name, fact in turns.facts.items() if fact.get("dtype") == "float32"]
     firsts = {name: turns.answers[job, name][0][1] for name in exact if turns.answers[job, name]}
     if len(set(firsts.values())) > 1:
@@ -249,7 +249,7 @@ def compare(job: tuple, turns: Turns) -> None:
 
 
 def told(report: Report, w: Work, job: tuple, turns: Turns, ceilings: dict) -> None:
-    """One job's line, and what went wrong."""
+    """Adds the line of one job; returns error messages."""
     for (failed, name), error in turns.errors.items():
         if failed == job:
             report.note(f"{w.name}, {name}: {error}", job=w.name, side=name, error=error)
@@ -268,24 +268,22 @@ def told(report: Report, w: Work, job: tuple, turns: Turns, ceilings: dict) -> N
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=(*SMALL, *PRESETS), default="50M")
-    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl", help="of 50M")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl", help="family of 50M")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
-    parser.add_argument("--rows", nargs="+", type=int, default=[1], help="that are decoded together")
-    parser.add_argument("--new", type=int, default=64, help="tokens that are decoded")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1024], help="of the prompt of prefill")
-    parser.add_argument("--patches", nargs="+", type=int, default=[4096], help="of the picture of vision")
-    parser.add_argument("--picture", type=int, default=1024, help="patches of the picture to first token")
-    parser.add_argument("--lora", type=int, help="tokens of the training step; by default, the prompt's")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1], help="rows decoded together")
+    parser.add_argument("--new", type=int, default=64, help="tokens to decode")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024], help="prompt lengths of prefill")
+    parser.add_argument("--patches", nargs="+", type=int, default=[4096], help="patches of the picture of vision")
+    parser.add_argument("--picture", type=int, default=1024, help="patches of the picture of the job picture")
+    parser.add_argument("--lora", type=int, help="tokens of the training step (default: those of the prompt)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; by default the model's own")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: the model's)")
     parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="cpu")
-    parser.add_argument(
-        "--random", action="store_true", help="weights made on the device, which accelerators always do"
-    )
+    parser.add_argument("--random", action="store_true", help="make the weights on the device (always on accelerators)")
     parser.add_argument("--alone", action="store_true", help="without transformers")
-    parser.add_argument("--apart", action="store_true", help="one side in memory at a time, whatever the memory")
-    parser.add_argument("--seconds", type=float, help="for everything; what takes longer is left out")
-    parser.add_argument("--warm", type=float, default=600, help="seconds to compile in, of random weights")
+    parser.add_argument("--apart", action="store_true", help="one side in memory at a time")
+    parser.add_argument("--seconds", type=float, help="seconds for all jobs; jobs beyond that are skipped")
+    parser.add_argument("--warm", type=float, default=600, help="seconds to compile in, with random weights")
     parser.add_argument("--output", help="file to which results are appended as JSON lines")
     args = parser.parse_args(arguments)
     args.random |= args.platform != "cpu"

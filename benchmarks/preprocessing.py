@@ -1,12 +1,11 @@
-"""Images a second from JPEG bytes to patches, this package next to transformers 4.51.3; one thread each.
+"""Images per second from JPEG bytes to patches, this package and transformers 4.51.3, one thread each.
 
-Both sides start from the same bytes and run in turns, so that whatever else the machine does hits both. The
-reference's side is what its users run: Pillow decode, EXIF, convert, `Qwen2VLImageProcessor`, to a numpy array.
-No larger free photograph is at hand, so the two photos are the test suite's, scaled up with sensor-like grain added
-(which keeps the JPEG, and so its decoding, as heavy as a camera's).
+Both sides start from the same bytes and run in turns, so that other load on the machine affects both. The reference
+does what its users do: Pillow decode, EXIF, convert, `Qwen2VLImageProcessor`, a numpy array. The photos are the test
+suite's photo, scaled up, with added grain, so that decoding costs as much as for a photo from a camera.
 
-This package hands over uint8 patches, which the device normalises to bit-equal values (checked here, outside the
-timing); the reference's time includes the normalisation.
+This package returns uint8 patches, which the device normalises to bit-equal values (checked here, untimed). The
+reference's time includes the normalisation.
 
     python benchmarks/preprocessing.py --rounds 15
 """

@@ -1,7 +1,7 @@
-"""The sides of a comparison, each in a process of its own: this package, transformers, and the machine by itself.
+"""The sides of a comparison, each in its own process: this package, transformers, and the machine's ceilings.
 
-A process takes one job a line and answers with seconds (or rates), so that the sides run in turns, need not be in
-memory together, and each one's memory is its own. Neither side's threads wait within the other's process.
+A process reads one job per line and answers with seconds or rates. So the sides can run in turns, need not be in memory
+together, have their own memory peaks, and do not disturb each other with idle threads.
 """
 
 import contextlib
@@ -38,23 +38,23 @@ from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.step import init_state, make_optimizer, make_step
 from qwenvl_jax.types import Batch, TrainBatch
 
-PROMPT = 64  # tokens before what is decoded
+PROMPT = 64  # tokens of the prompt in decode
 RANK = 16
 OPTIMIZER = make_optimizer({}, TrainOptions().learning_rate)
 
 
 class Failed(Exception):
-    """A side could not do a job, or took too long; the message says what it said."""
+    """A side failed at a job or took too long; the message is the side's."""
 
 
 class Side:
-    """The other end of such a process. Calling it with a job's name and arguments waits for the answer."""
+    """The client of such a process. Call it with a job's name and arguments; it waits for the answer."""
 
     def __init__(self, name: str, platform: str, **settings):
         self.name = name
         environment = os.environ | {"JAX_PLATFORMS": {"gpu": "cuda"}.get(platform, platform)}
         if platform == "gpu":
-            environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other sides need some of the memory
+            environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the other sides need memory too
         command = [sys.executable, __file__, name, json.dumps(settings)]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._process = subprocess.Popen(command, env=environment, **pipes)
@@ -70,7 +70,7 @@ class Side:
             raise Failed(f"{self.name} has ended") from e
 
     def receive(self, seconds: float | None = None):
-        """The answer to what was sent. A side that takes longer than `seconds` is ended."""
+        """The answer to the last job. Kills a side that takes longer than `seconds`."""
         ready, _, _ = select.select([self._process.stdout], [], [], seconds if seconds is None else max(seconds, 0))
         if not ready:
             self._process.kill()
@@ -97,21 +97,21 @@ class Side:
 
 
 class Worker:
-    """What all sides can do."""
+    """The jobs that all sides have."""
 
     def facts(self) -> dict:
-        """The most memory that this process ever had, in bytes, mapped files included."""
+        """The peak memory of this process in bytes, with mapped files."""
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = next(line for line in lines if line.startswith("VmHWM"))
         return {"peak": int(peak.split()[1]) * 1024}
 
     def warm(self, jobs: list, until: float) -> list:
-        """Prepares every job, until a time of `time.time`: for each what went wrong, or None."""
+        """Prepares every job until a time of `time.time`; returns an error message or None for each."""
         return [attempt(self, *job)[1] for job in jobs]
 
 
 class Machine(Worker):
-    """Its ceilings."""
+    """The machine's ceilings."""
 
     def __init__(self, device: str, dtype: str, small: bool):
         product = common.product_rates(device, dtype, small)
@@ -125,7 +125,7 @@ class Machine(Worker):
 
 
 class Model(Worker):
-    """A side that computes. A job's first call prepares it. Each answers with (seconds, the first token if any)."""
+    """A side that computes. The first call of a job prepares it. Each returns (seconds, the first token or None)."""
 
     def decode(self, rows: int, new: int):
         samples = [self.text(PROMPT)] * rows
@@ -155,7 +155,7 @@ class Model(Worker):
         return make_sample(np.random.default_rng(tokens).integers(0, 100, tokens), (), self.config)
 
     def ask(self, picture: Image.Image):
-        """A picture between its tokens, then a few of text, prepared as this package does."""
+        """A prompt with a picture and a few tokens of text, prepared by this package."""
         c, v = self.config, self.config.vision
         shown = image_visual(picture, Preprocessing(image_mean=v.image_mean, image_std=v.image_std))
         tokens = [c.vision_start_token_id, c.image_token_id, c.vision_end_token_id, *range(8)]
@@ -169,10 +169,10 @@ def picture(patches: int) -> Image.Image:
 
 
 class Here(Model):
-    """This package: from a checkpoint's directory as users load it, or of random weights made on the device."""
+    """This package, from a checkpoint directory or with random weights made on the device."""
 
-    def __init__(self, size: str, family: str, directory: str | None, dtype: str, rungs: list[int], rows: int):
-        """rungs: the numbers of tokens to compile for; the last one alone stands for the ladder up to it."""
+    def __init__(self, size: str, family: str, directory: str | None, dtype: str, buckets: list[int], rows: int):
+        """buckets: the buckets of tokens to compile for; a single one stands for the default ladder up to it."""
         if directory:
             model = qwenvl_jax.load(directory, progress=False)
         else:
@@ -180,8 +180,8 @@ class Here(Model):
             params = jax.jit(init, static_argnums=0)(config, jax.random.key(0))
             model = qwenvl_jax.Model(config, params, NoText(), {})
         self.config, self.params = model.config, model.params
-        ladder = Ladder(tokens=tuple(rungs)) if rungs[1:] else None
-        self.engine = qwenvl_jax.Engine(model, max_batch=rows, max_length=rungs[-1], ladder=ladder)
+        ladder = Ladder(tokens=tuple(buckets)) if buckets[1:] else None
+        self.engine = qwenvl_jax.Engine(model, max_batch=rows, max_length=buckets[-1], ladder=ladder)
         self.held = self.params["decoder"]["embed_tokens"]["embedding"].dtype.name
         self.towers, self.steps = {}, {}
 
@@ -190,7 +190,7 @@ class Here(Model):
         return super().facts() | {"device": device, "dtype": dtype, "weights": self.held}
 
     def warm(self, jobs: list, until: float) -> list:
-        """Compiles them side by side."""
+        """Compiles all jobs in parallel."""
         pool = ThreadPoolExecutor(len(jobs))
         coming = [pool.submit(attempt, self, *(["compile_" + j[0], *j[1:]] if j[0] == "lora" else j)) for j in jobs]
         wait(coming, max(until - time.time(), 1))
@@ -199,23 +199,23 @@ class Here(Model):
         return [each.result()[1] if each.done() else late for each in coming]
 
     def generate(self, samples, new: int) -> list[list[int]]:
-        """All rows have the first one's prompt, which is therefore read once."""
+        """All rows have the same prompt, so it is prefilled once."""
         options = dict(max_new_tokens=new, temperature=0, ignore_eos=True, n=len(samples))
         (answer,) = self.engine.generate(samples[:1], **options)
         return [row.token_ids for row in answer.samples]
 
     def see(self, sample):
-        """A function that runs the tower over the sample's picture, which is on the device beforehand."""
+        """A function that runs the vision tower over the sample's picture, which is already on the device."""
         calls, _ = pack_vision(sample.visuals, self.config, Ladder())
         calls, engine = jax.device_put(calls), self.engine
-        encode, params = engine._programs.vision, engine._scan_params  # the tower as the engine has it
-        return lambda: jax.block_until_ready([encode(params, lanes) for lanes in calls])
+        vision, params = engine._programs.vision, engine._scan_params
+        return lambda: jax.block_until_ready([vision(params, lanes) for lanes in calls])
 
     def look(self, picture) -> list[int]:
         return self.generate([self.ask(picture)], 1)[0]
 
     def compile_lora(self, tokens: int) -> None:
-        """Without the memory that the state takes."""
+        """Compiles without allocating the state."""
         shapes = jax.eval_shape(self.adapted, self.params)
         declared = specs_of(self.config, shapes)
         start = partial(init_state, declared, optimizer=OPTIMIZER, trainable=lora.is_trainable)
@@ -251,14 +251,14 @@ class Here(Model):
 
 
 class NoText:
-    """In place of a tokenizer where there is no checkpoint: the benchmark is of ids."""
+    """Replaces the tokenizer if there is no checkpoint; the benchmark only needs ids."""
 
     def decode(self, ids, **_) -> str:
         return ""
 
 
 class There(Model):
-    """transformers 4.51.3 or 5: from a checkpoint's directory, or of random weights made on the device; SDPA."""
+    """transformers 4.51.3 or 5 with SDPA, from a checkpoint directory or with random weights made on the device."""
 
     def __init__(self, size: str, family: str, directory: str | None, dtype: str, device: str):
         import torch
@@ -274,7 +274,7 @@ class There(Model):
             self.model = kind.from_pretrained(directory, **options).to(device).eval()
         else:
             hf_config = kind.config_class(**settings)
-            with torch.device(device):  # its random numbers, too, are then made there
+            with torch.device(device):  # random weights are made there too
                 self.model = kind._from_config(hf_config, **options).eval()
         self.model.generation_config.eos_token_id = None
         self.processor = transformers.Qwen2VLImageProcessor()
@@ -289,7 +289,7 @@ class There(Model):
         return self.put(reference_inputs(samples, self.config))
 
     def put(self, inputs: dict) -> dict:
-        if self.newer and "image_grid_thw" in inputs:  # without it, 5.x takes pictures for text
+        if self.newer and "image_grid_thw" in inputs:  # 5.x needs it to find the pictures
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.config.image_token_id).int()
         return {k: v.to(self.device) for k, v in inputs.items()}
 
@@ -332,10 +332,10 @@ class There(Model):
 
 
 def attempt(side: Worker, job: str, *args) -> tuple:
-    """(what it gave, None), or (None, what went wrong)."""
+    """(the result, None) or (None, the error message)."""
     try:
         return getattr(side, job)(*args), None
-    except Exception as e:  # the next job may do
+    except Exception as e:  # the next job may succeed
         traceback.print_exc()
         return None, f"{type(e).__name__}: {e}"[:2000]
 
@@ -343,7 +343,7 @@ def attempt(side: Worker, job: str, *args) -> tuple:
 def main() -> None:
     name, settings = sys.argv[1], json.loads(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not be taken for an answer
+    os.dup2(2, 1)  # library output must not mix with the answers
     side = {"machine": Machine, "here": Here}.get(name, There)(**settings)
     for line in sys.stdin:
         print(json.dumps(attempt(side, *json.loads(line))), file=answers, flush=True)

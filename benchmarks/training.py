@@ -1,17 +1,16 @@
-"""Training speed next to a plain torch loop over transformers 4.51.3: the same weights, batches, AdamW and machine.
+"""Training speed, compared with a torch loop over transformers 4.51.3: the same weights, batches, AdamW and machine.
 
-Qwen2.5-VL at two sizes from random weights, on pictures with short and long answers, drawn in the same way each time.
-Both sides clip gradients, keep activations (no remat) and run in turns, so that whatever else
-the machine does hits both; torch attends by SDPA and updates by its fused AdamW. Data is read and on the device
-beforehand. Before anything is timed, the losses of the same weights on the same batch must agree within 1e-4, in
-float32.
+Qwen2.5-VL at two sizes with random weights, on pictures with short and long answers, drawn from fixed seeds. Both
+sides clip gradients, keep activations (no remat) and run in turns, so that other load on the machine affects both.
+torch uses SDPA and its fused AdamW. Data is on the device beforehand. Before the timing, the losses of the same
+weights on the same batch must agree within 1e-4, in float32.
 
-- the same padded batches: every record has a row of its own on both sides.
-- packed: useful tokens a second, several records in a row here, padded to the longest of a batch there.
-- the demo's step: the step of `python notebooks/demo train`, its loss, Muon and all, which has no peer.
+- the same padded batches: each record has its own row on both sides.
+- packed: useful tokens per second. Here, records share rows; in torch, they are padded to the longest of a batch.
+- the demo's step: the step of `python notebooks/demo train`, with its loss and Muon. It has no peer.
 
-A share is MFU: the model's floating-point operations (products with weights and attention, padding of rows included)
-a second, over what the better of both libraries makes of one large matrix product, measured again in every round.
+A share is MFU: the model's floating-point operations per second (matmuls and attention, padding included), over the
+rate of one large matmul, the better of both libraries', measured in every round.
 
     python benchmarks/training.py
     python benchmarks/training.py --platform gpu --dtype bfloat16 --rows 32 --tokens 1024 --jobs 50M
@@ -50,12 +49,12 @@ from qwenvl_jax.train.records import PackShape
 from qwenvl_jax.train.step import init_state, make_optimizer, make_step
 
 JOBS = ("demo", "50M", "demo-step")
-PATCHES = 192  # of a lane: the largest picture and its partial windows
+PATCHES = 192  # per lane: the largest picture with its partial windows
 RATE, DECAY, CLIP = 1e-4, 0.01, 1.0
 
 
 class Records:
-    """Pictures of 56 to 168 pixels a side, and answers of 8 to `longest` letters, short ones being likelier."""
+    """Pictures with sides of 56 to 168 pixels, and answers of 8 to `longest` letters; short ones are likelier."""
 
     def __init__(self, count: int, longest: int):
         self.count, self.longest = count, longest
@@ -74,19 +73,19 @@ class Records:
 
 
 class Data(NamedTuple):
-    """The same records three times: a row each, for us and for torch, and packed."""
+    """The same records three times: padded for this package, padded for torch, and packed."""
 
-    padded: list  # of TrainBatch, with the leading axis A = 1
-    torch: list  # of (inputs, labels), of the same shape as `padded`
-    trimmed: list  # the same without the columns that are padding in every row, as a collator pads
-    packed: list  # of TrainBatch
-    flops: list[int]  # of a step, by padded batch
-    useful: int  # tokens of all records, which is what is not padding in `padded`
-    packed_useful: int  # those that came into `packed`
+    padded: list  # TrainBatches, with the leading axis A = 1
+    torch: list  # (inputs, labels), in the shapes of `padded`
+    trimmed: list  # the same, without columns of padding only, as a collator pads
+    packed: list  # TrainBatches
+    flops: list[int]  # per step, for each padded batch
+    useful: int  # tokens of all records, without padding
+    packed_useful: int  # tokens of the records in `packed`
 
 
 def make_data(config: Config, processor: Processor, rows: int, tokens: int, batches: int) -> Data:
-    records = Records(rows * batches, tokens - 80)  # what is not the answer has up to 71 tokens
+    records = Records(rows * batches, tokens - 80)  # the rest of a record has up to 71 tokens
     samples = [processor.encode(records[i]["messages"], add_generation_prompt=False) for i in range(len(records))]
     groups = [samples[i : i + rows] for i in range(0, len(samples), rows)]
     grids = [[v.grid for s in group for v in s.visuals] for group in groups]
@@ -95,12 +94,12 @@ def make_data(config: Config, processor: Processor, rows: int, tokens: int, batc
         each.place(pictures)
     lanes = max(len(each.lanes) for each in filled)
     useful = sum(len(s.tokens) for s in samples)
-    # As many more lanes as samples share a row, so that neither rows nor lanes are half empty.
+    # Lanes in proportion to the samples per row, so that rows and lanes are both filled.
     share = tokens * len(samples) / useful
     shape = partial(PackShape, rows, tokens, patches=PATCHES)
 
     def read(count: int, **more):
-        data = Dataset(records, processor, shape(**more), shuffle=False, threads=0)  # over and over, without end
+        data = Dataset(records, processor, shape(**more), shuffle=False, threads=0)  # endless
         return [jax.tree.map(lambda a: a[None], batch) for batch in islice(data, count)]
 
     padded, packed = read(batches, lanes=lanes, segments=1), read(-(-batches // 2), lanes=round(0.8 * share * lanes))
@@ -119,6 +118,11 @@ def make_data(config: Config, processor: Processor, rows: int, tokens: int, batc
     return Data(padded, reference, trimmed, packed, flops, useful, packed_useful)
 
 
+def everything(path: str) -> bool:
+    """All parameters are trainable."""
+    return True
+
+
 class Ours:
     """This package's step."""
 
@@ -126,7 +130,6 @@ class Ours:
         self.params = read_params(directory, config, progress=False)
         declared = specs(config)
         optimizer = make_optimizer(declared, RATE, weight_decay=DECAY, clip=CLIP)
-        everything = lambda path: True  # noqa: E731
         self.loss = jax.jit(partial(sft_loss, config))
         step = make_step(declared, partial(sft_loss, config.replace(dtype=dtype)), optimizer, everything)
         self.state = init_state(declared, jax.tree.map(jnp.copy, self.params), optimizer, everything)
@@ -140,7 +143,7 @@ class Ours:
         return float(total) / float(weight)
 
     def compile(self, batch) -> float:
-        """Seconds it takes."""
+        """Seconds that the compilation takes."""
         start = time.perf_counter()
         self.steps[batch.inputs.vision[0].frames.shape] = self._make.lower(self.state, batch).compile()
         return time.perf_counter() - start
@@ -151,7 +154,7 @@ class Ours:
 
 
 class Theirs:
-    """transformers' model in the loop that everyone writes."""
+    """transformers' model in a plain training loop."""
 
     def __init__(self, directory, device: str, dtype: str):
         self.device, self.dtype = device, dtype
@@ -168,7 +171,7 @@ class Theirs:
 
     def loss(self, batch, dtype: str):
         inputs, labels = batch
-        self.model.rope_deltas = None  # it remembers them across calls
+        self.model.rope_deltas = None  # the model keeps them across calls
         with torch.autocast(self.device, torch.bfloat16, enabled=dtype == "bfloat16"):
             return self.model(**inputs, labels=labels, use_cache=False).loss
 
@@ -198,7 +201,7 @@ def measure(size: str, args, folder: Path) -> None:
     if abs(mine - others) > 1e-4 * others:
         raise SystemExit(f"{size}: the first loss is {mine} here and {others} there")
     compiling = [ours.compile(part[0]) for part in (padded, packed)]
-    for batch in (padded[0], packed[0]):  # what the first call does besides
+    for batch in (padded[0], packed[0]):  # warm up
         ours.step(batch)
     for batch in (reference[0], trimmed[0]):
         theirs.step(batch)
@@ -223,7 +226,7 @@ def measure(size: str, args, folder: Path) -> None:
     mfu = {name: sum(data.flops) / statistics.median(spent[name]) / best for name in ("padded", "torch")}
     tokens = args.rows * args.tokens * len(padded)
     report.add("the same padded batches", "tokens/s", tokens, spent["padded"], {"torch": spent["torch"]}, mfu["padded"])
-    share = data.packed_useful / data.useful  # so many tokens are counted on both sides
+    share = data.packed_useful / data.useful  # both sides count the same tokens
     report.add(
         "packed", "tokens/s", data.packed_useful, spent["packed"], {"torch": [share * s for s in spent["trimmed"]]}
     )
@@ -240,7 +243,7 @@ def measure(size: str, args, folder: Path) -> None:
 
 
 def measure_demo(args, folder: Path) -> None:
-    """The step that trains the demo, on batches of its shape."""
+    """The demo's training step, on batches of its shape."""
     config, options = config_of("demo"), demo_options(folder / "run", rows=20, lanes=24)
     directory = write_checkpoint(folder / "lessons", config)
     shape = PackShape(options.rows, options.tokens, options.lanes, options.patches)
@@ -251,7 +254,6 @@ def measure_demo(args, folder: Path) -> None:
         facts = rng.normal(size=(*batch.targets.shape, len(FACTS))).astype(np.float32)
         facts[rng.random(facts.shape) < 0.5] = np.nan
         batches.append(jax.device_put(jax.tree.map(lambda a: a[None], LessonBatch(*batch, facts))))
-    everything = lambda path: True  # noqa: E731
     more = dict(weight_decay=options.weight_decay, clip=options.clip, mu_dtype=options.moment_dtype)
     declared = specs(config)
     optimizer = make_optimizer(declared, options.learning_rate, options.optimizer, **more)
@@ -275,16 +277,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256, help="of a row")
-    parser.add_argument("--batches", type=int, default=8, help="of the padded kind")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--batches", type=int, default=8, help="number of padded batches")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--output", help="file to which results are appended as JSON lines")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cuda" if args.platform == "gpu" else "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # a program found there says nothing about compiling
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch needs some of the memory
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch needs memory too
     with tempfile.TemporaryDirectory() as folder:
         for job in args.jobs:
             measure_demo(args, Path(folder)) if job == "demo-step" else measure(job, args, Path(folder))

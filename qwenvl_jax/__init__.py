@@ -1,6 +1,6 @@
 """Qwen2-VL and Qwen2.5-VL in JAX.
 
-The names below are the public interface; they are imported on first use, so `import qwenvl_jax` does not pay for jax.
+The names below are the public interface. Each is imported on first use, so `import qwenvl_jax` does not import jax.
 
 Checkpoints: `load`, `save`, `find`, `read_config`, `Config`, `PRESETS`, `Model`.
 Inputs: `Processor`, `MediaOptions`, `Sample`, `Batch`, `Ladder`, `make_batch`.
@@ -10,7 +10,7 @@ Training: `TrainOptions`, `Dataset`, `PackShape`, `finetune`, `read_metrics`, an
 Evaluation: `evaluate`, `Evaluator`.
 Errors: `InputError`, `CheckpointError`, `MediaError`, `OptionsError`, `ContextError`; each has a `code`.
 
-`train` is no name of this module because a package has it. Other names that the notebooks import by their path
+`train` is a package, so the function is not importable from here. The modules that the notebooks import by their path
 (`eval.metrics`, `params.lora`, `cli.info`, `cli.plot`) are public too.
 """
 

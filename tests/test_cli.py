@@ -1,4 +1,4 @@
-"""The command line: arguments become messages and options, errors become sentences, and nothing hangs."""
+"""The command line: arguments become messages and options, errors become sentences, nothing hangs."""
 
 import importlib.util
 import inspect
@@ -135,7 +135,7 @@ def test_messages_from_file_and_stdin(engine, files, monkeypatch):
 
 
 def test_every_option_of_encode_is_an_option_here(monkeypatch, tmp_path):
-    """The command line gives the processor what its Python callers can give it, and only what was given."""
+    """All options of the processor are flags; only the given ones are passed on."""
     from qwenvl_jax import Processor
 
     class Recorder:
@@ -304,7 +304,7 @@ def test_errors_become_sentences(engine, monkeypatch, capsys, error, code, says,
         (["--distributed"], "this process has no number (no coordinator); on a TPU pod"),
     ],
 )
-def test_meshes_that_are_not_there(engine, monkeypatch, capsys, argv, says):
+def test_meshes_without_devices(engine, monkeypatch, capsys, argv, says):
     def initialize(**_):
         raise ValueError("no coordinator")
 
@@ -317,7 +317,7 @@ def test_meshes_that_are_not_there(engine, monkeypatch, capsys, argv, says):
 @pytest.mark.parametrize(
     ("address", "says"), [("nonsense", "must be host:port"), ("localhost:9", "cannot connect to localhost:9 (no")]
 )
-def test_processes_that_cannot_come_together(engine, monkeypatch, capsys, address, says):
+def test_processes_that_cannot_connect(engine, monkeypatch, capsys, address, says):
     def initialize(**_):
         raise jax.errors.JaxRuntimeError("no server")
 
@@ -336,7 +336,7 @@ def test_a_mesh_that_does_not_divide_the_model():
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize backend 'tpu'")])
-def test_a_platform_that_is_not_there(engine, monkeypatch, capsys, error):
+def test_a_missing_platform(engine, monkeypatch, capsys, error):
     def devices():
         raise error
 
@@ -449,7 +449,7 @@ def test_verify_says_what_failed(monkeypatch, capsys):
 
 
 def test_the_installed_command():
-    """The entry points exist and answer without importing jax."""
+    """The entry points exist and run without importing jax."""
     code = "import sys, qwenvl_jax.cli as c; c.main(['--help'])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for verb in ("generate", "chat", "convert", "info", "verify"):
@@ -467,7 +467,7 @@ def test_info_of_a_preset(capsys):
 
 
 def test_info_of_quantised_weights(tmp_path, capsys):
-    """Which cannot be loaded, but are told what they are."""
+    """They cannot be loaded, but they can be described."""
     quantised = {"quantization_config": {"quant_method": "awq"}}
     data = to_dict(PRESETS["qwen2.5-vl-7b"]) | quantised
     (tmp_path / "config.json").write_text(json.dumps(data))
@@ -480,7 +480,7 @@ def test_info_of_quantised_weights(tmp_path, capsys):
 
 
 def test_convert_there_and_back_and_info(tiny_checkpoint, tmp_path, capsys):
-    """Both formats tell the same about a model, and a second conversion does not write over the first."""
+    """Both formats have the same facts, and a second conversion does not overwrite the first."""
     orbax, back = tmp_path / "orbax", tmp_path / "hf"
     assert cli.main(["convert", str(tiny_checkpoint), str(orbax), "--to", "orbax"]) == 0
     assert cli.convert_main([str(orbax), str(back), "--to", "hf", "--layout", "nested"]) == 0
@@ -516,7 +516,7 @@ def test_not_a_checkpoint(argv, tmp_path, capsys):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
-def test_what_verify_cannot_compare_is_told_before_any_weight_is_read(tiny_checkpoint, tmp_path, capsys):
+def test_verify_refuses_before_weights_are_read(tiny_checkpoint, tmp_path, capsys):
     pytest.importorskip("torch")
     for file in tiny_checkpoint.iterdir():
         if file.suffix != ".safetensors":

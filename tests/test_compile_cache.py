@@ -20,12 +20,12 @@ from qwenvl_jax.infer import compile_cache
 
 ELSEWHERE = "Set JAX_COMPILATION_CACHE_DIR to a directory that only you can write to, or JAX_ENABLE_COMPILATION_CACHE=0"
 SECONDS = "jax_persistent_cache_min_compile_time_secs"
-ANOTHER = 54321  # a user's id
+ANOTHER = 54321  # the id of another user
 
 
 @pytest.fixture
 def home(monkeypatch) -> Path:
-    """A home that others may look into, below /tmp, so that what is in it is not out of their reach anyway."""
+    """A home directory below /tmp that other users can enter; otherwise nothing in it would be exposed."""
     with tempfile.TemporaryDirectory(dir="/tmp") as path:
         path = Path(path).resolve()
         path.chmod(0o755)
@@ -38,7 +38,7 @@ def home(monkeypatch) -> Path:
 
 @pytest.fixture
 def undecided(home, monkeypatch):
-    """`home`, where nobody has told jax of a cache directory yet, as in a user's process."""
+    """`home`, and jax without a cache directory, as in a user's process."""
     names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", SECONDS)
     before = {name: getattr(jax.config, name) for name in names}
     monkeypatch.delenv(SECONDS.upper(), raising=False)
@@ -100,11 +100,11 @@ def test_a_directory_that_is_open_to_others_is_refused(home, bits):
 def test_a_parent_that_others_can_write_to_is_refused(home, bits):
     parent = made(home / ".cache", bits)
     assert f"others can write to {parent} (chmod go-w fixes this)" in refused()
-    parent.chmod(0o1777)  # as /tmp: nobody else can rename what is ours
+    parent.chmod(0o1777)  # sticky, like /tmp: others cannot rename our files
     assert compile_cache.directory() == parent / "qwenvl_jax"
     parent.chmod(bits)
     refused()
-    home.chmod(0o700)  # nobody else gets there
+    home.chmod(0o700)  # nobody else can enter it
     assert compile_cache.directory() == parent / "qwenvl_jax"
 
 
@@ -117,7 +117,7 @@ def test_what_belongs_to_someone_else_is_refused(home, monkeypatch):
     compile_cache.directory()
     me = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: ANOTHER)
-    theirs = home if me else home / ".cache" / "qwenvl_jax"  # of root's places only the last one must be the user's
+    theirs = home if me else home / ".cache" / "qwenvl_jax"  # root may own the parents, not the last one
     assert f"{theirs} belongs to another user" in refused()
 
 
@@ -127,7 +127,7 @@ def test_what_was_given_to_someone_else_is_refused(home, place):
     (compile_cache.directory() / "jit_step-cache").write_bytes(b"code")
     os.chown(home / place, ANOTHER, -1)
     assert f"{home / place} belongs to another user" in refused()
-    home.chmod(0o700)  # which does not make them the user's
+    home.chmod(0o700)  # this does not change the owner
     refused()
 
 
@@ -136,7 +136,7 @@ def test_links_are_followed_first(home, monkeypatch):
     (cache / "qwenvl_jax").symlink_to(target)
     assert f"others can open {target}" in refused()
     target.chmod(0o700)
-    assert compile_cache.directory() == target  # not the link, which could be turned elsewhere
+    assert compile_cache.directory() == target  # not the link, which could be redirected
     made(home / "open", 0o777)
     target.rename(home / "open" / "scratch")
     (cache / "qwenvl_jax").unlink()
@@ -147,7 +147,7 @@ def test_links_are_followed_first(home, monkeypatch):
     refused()
 
 
-def test_no_place_to_keep_anything(home, monkeypatch):
+def test_no_usable_directory(home, monkeypatch):
     (home / ".cache").write_text("a file")
     assert f"{home / '.cache' / 'qwenvl_jax'} cannot be used" in refused()
     monkeypatch.setenv("HOME", "/proc/nobody")
@@ -163,7 +163,10 @@ def test_what_was_used_least_recently_is_removed(home, monkeypatch):
         (path / name).write_bytes(bytes(100))
         os.utime(path / name, (1e9 - age, 1e9 - 10 * age))
     os.utime(path / "autotuned" / "read", (2e9, 1))  # written first, but read last
-    left = lambda: {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()}  # noqa: E731
+
+    def left():
+        return {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()}
+
     monkeypatch.setattr(compile_cache, "LIMIT", 400)
     compile_cache.directory()
     assert len(left()) == 4
@@ -172,10 +175,10 @@ def test_what_was_used_least_recently_is_removed(home, monkeypatch):
     assert left() == {"new-cache", "autotuned/read"}
 
 
-# --- who is told ----------------------------------------------------------------------------------------
+# --- commands and libraries -----------------------------------------------------------------------------
 
 
-def test_a_command_keeps_everything(undecided, capsys):
+def test_a_command_caches_everything(undecided, capsys):
     errors.enable_compile_cache()
     assert jax.config.jax_compilation_cache_dir == str(undecided / ".cache" / "qwenvl_jax")
     assert getattr(jax.config, SECONDS) == 0
@@ -193,7 +196,7 @@ def test_a_command_goes_on_without(undecided, capsys):
 
 def test_the_environment_wins(undecided, monkeypatch, tmp_path):
     made(undecided / ".cache", 0o777)
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))  # as jax does at import where the variable is set
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))  # as jax does at import if the variable is set
     monkeypatch.setenv(SECONDS.upper(), "1.0")
     compile_cache.enable()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path) and getattr(jax.config, SECONDS) == 1.0
@@ -206,7 +209,7 @@ def test_the_switch(undecided):
     assert jax.config.jax_compilation_cache_dir is None and not (undecided / ".cache").exists()
 
 
-def test_a_warm_up_keeps_everything_meanwhile(undecided):
+def test_a_warmup_caches_everything_meanwhile(undecided):
     with compile_cache.enabled():
         assert jax.config.jax_compilation_cache_dir == str(undecided / ".cache" / "qwenvl_jax")
         assert getattr(jax.config, SECONDS) == 0
@@ -243,13 +246,13 @@ sys.exit(code)
 
 
 def ask(home: Path, **env) -> tuple[str, tuple[int, int, int], str]:
-    """Asks the demo in a new process: (answer, (programs, found, written), stderr)."""
+    """Asks the demo in a new process: (answer, (programs, found in the cache, written), stderr)."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XDG_"))}
     kept |= {"HOME": str(home), "JAX_PLATFORMS": "cpu"} | env
     run = subprocess.run([sys.executable, "-c", COUNTED], capture_output=True, text=True, env=kept)
     assert run.returncode == 0, run.stderr
     answer, counts = run.stdout.splitlines()
-    # The plan extra's compilers chatter wherever jax is imported.
+    # The compilers of the plan extra print warnings whenever jax is imported.
     said = [line for line in run.stderr.splitlines(True) if not re.search("cudart_stub|absl::InitializeLog", line)]
     return answer, tuple(map(int, counts.split())), "".join(said)
 
@@ -261,7 +264,7 @@ def test_a_second_run_compiles_nothing(home):
     assert (answer, found, err) == ("3", 0, "") and programs == written > 0
     assert len(list(path.iterdir())) == programs and mode(path) == 0o700
     assert ask(home) == ("3", (programs, programs, 0), "")
-    # What a killed process, a full disk or a bad one left behind is compiled again.
+    # A damaged entry, after a killed process or on a full disk, is compiled again.
     for i, file in enumerate(sorted(path.iterdir())):
         file.write_bytes((b"", file.read_bytes()[: file.stat().st_size // 2], os.urandom(5000))[i % 3])
     answer, (_, found, _), err = ask(home)
@@ -269,7 +272,7 @@ def test_a_second_run_compiles_nothing(home):
 
 
 @pytest.mark.slow
-def test_runs_that_keep_nothing(home, tmp_path):
+def test_runs_without_a_cache(home, tmp_path):
     path = made(home / ".cache" / "qwenvl_jax", 0o755)
     answer, (_, found, written), err = ask(home)
     assert (answer, found, written) == ("3", 0, 0) and not list(path.iterdir())

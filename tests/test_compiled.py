@@ -1,4 +1,4 @@
-"""What is read off compiled programs whose costs are known, and off lines that accelerators' compilers wrote."""
+"""plan/hlo.py on compiled programs with known costs, and on text of the TPU and GPU compilers."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def test_a_loop_of_unknown_length_is_refused():
 
 
 def test_only_what_a_slice_picks_is_read():
-    """Of stacked weights, the layer that a step uses."""
+    """Stacked weights: only the layer that a step uses."""
     whole = LAYERS * N * N * 4
     read = program(lambda x, w: x * w[2], shape(N, N), shape(LAYERS, N, N))
     assert 3 * N * N * 4 <= read.bytes < whole
@@ -54,7 +54,7 @@ def test_an_update_in_place_moves_what_is_new():
     assert Program(text).bytes < 16 * N
 
 
-def test_what_is_sent_to_other_devices():
+def test_collectives():
     mesh = make_mesh(tensor=8)
     place = {axes: NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (None, "tensor"), ("tensor", None))}
     x = jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=place[None, "tensor"])
@@ -63,10 +63,10 @@ def test_what_is_sent_to_other_devices():
     (sum_,) = read.collectives
     assert (sum_.kind, sum_.group, sum_.times) == ("all-reduce", 8, 1)
     assert sum_.bytes == 2 * 64 * 64 * 4 * 7 // 8
-    assert read.flops == 2 * 64 * 64 * 64  # of one device
+    assert read.flops == 2 * 64 * 64 * 64  # per device
 
 
-# As compilers for TPUs and GPUs write them (shortened).
+# Text of the TPU and GPU compilers, shortened.
 TPU = """
 %region (a: f32[]) -> f32[] {
   %a = f32[]{:T(128)} parameter(0)
@@ -116,14 +116,16 @@ def test_a_tpu_program():
     read = Program(TPU)
     main, body = read.computations["main"], read.computations["body"]
     assert read.trips(main["while.1"]) == 28
-    scores = 2 * 4 * 256 * 7 * 8192 * 128  # the batch of 4 is in space: zeros between rows are no work
+    scores = 2 * 4 * 256 * 7 * 8192 * 128  # the batch of 4 is a spatial dimension; zeros between rows do not count
     kernel = 2 * 2 * 256 * 4 * 7 * 128 * 7 // 2
     assert read.flops == scores + kernel + 1000
-    assert read.traffic("main", main["attend.1"]) == 3000  # what the kernel says; it updates k in place
-    # Padded to tiles: of [8, 16], 16 columns to 128; where rows change fastest, 8 of them to 128, and 16 stay.
+    assert read.traffic("main", main["attend.1"]) == 3000  # as the kernel states; it updates k in place
+    # Padding of [8, 16] to tiles: 16 columns become 128; if rows change fastest, 8 rows become 128.
     assert read.traffic("body", body["copy"]) == 2 * (8 * 128 + 16 * 128)
-    assert read.traffic("main", main["slice-start"]) == 2 * 128  # what arrives is in vector memory
-    assert read.traffic("main", main["scores"]) == 2 * 8192 * 4 * 128 + 4 * 4 * 256 * 7 * 8192  # so is q
+    assert read.traffic("main", main["slice-start"]) == 2 * 128  # the destination is in vector memory
+    assert (
+        read.traffic("main", main["scores"]) == 2 * 8192 * 4 * 128 + 4 * 4 * 256 * 7 * 8192
+    )  # q is in vector memory too
     (sum_,) = read.collectives
     assert (sum_.group, sum_.bytes) == (4, 2 * 8 * 128 * 2 * 3 // 4)
 

@@ -1,4 +1,4 @@
-"""What CPUs do their own way: layers held apart, bfloat16 weights multiplied exactly, the precision of checkpoints."""
+"""CPUs: separate arrays per layer, exact matmuls with bfloat16 weights, the precision of checkpoints."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def test_bfloat16_weights_multiply_float32_exactly(dims, rows, scale):
     w = jnp.asarray(rng.standard_normal((300, 130)), jnp.bfloat16)
     exact = x.astype(np.float64) @ np.asarray(w, np.float64)
     got = jax.jit(narrow_product, static_argnums=2)(x, w if dims == "DF" else w.T, dims)
-    # As close to float64 as float32's own product; one with x rounded to bfloat16 is a thousand times as far off.
+    # As close to float64 as a float32 matmul; with x rounded to bfloat16, the error is a thousand times larger.
     limit = 2 * np.abs(x @ np.asarray(w, np.float32) - exact).max()
     assert np.abs(got - exact).max() <= limit
     assert (
@@ -48,7 +48,10 @@ def test_bfloat16_weights_multiply_float32_exactly(dims, rows, scale):
 def test_gradients_of_the_exact_product(dtype):
     rng = np.random.default_rng(1)
     x, w = jnp.asarray(rng.standard_normal((3, 40)), dtype), jnp.asarray(rng.standard_normal((40, 24)), jnp.bfloat16)
-    loss = lambda product: lambda x, w: jnp.sum(jnp.sin(product(x, w).astype(jnp.float32)))  # noqa: E731
+
+    def loss(product):
+        return lambda x, w: jnp.sum(jnp.sin(product(x, w).astype(jnp.float32)))
+
     got = jax.grad(loss(lambda x, w: narrow_product(x, w, "DF")), (0, 1))(x, w)
     want = jax.grad(loss(lambda x, w: x @ w.astype(x.dtype)), (0, 1))(x, w)
     for a, b in zip(got, want, strict=True):
@@ -57,8 +60,8 @@ def test_gradients_of_the_exact_product(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layers_apart_take_no_memory_and_change_nothing(dtype):
-    """Kernels of a size that lies on a border of 64 bytes are views of the stack."""
+def test_separate_layers_take_no_memory_and_change_nothing(dtype):
+    """Kernels that are aligned to 64 bytes are views of the stack."""
     config = tiny_config("qwen2_5_vl", dtype=dtype)
     params = model_of(config).params
     scanned, step = programs.cpu_layouts(params)
@@ -87,7 +90,7 @@ def test_a_decode_step_copies_no_weights():
         text = decode.lower(config, params, tokens, qwenvl.Cache(caches, caches, lengths, lengths)).compile().as_text()
         D, F = t.hidden_size, t.intermediate_size
         sizes.add(any(f"f32[1,{D},{F}]" in line and " parameter(" not in line for line in text.splitlines()))
-    assert sizes == {False, True}  # apart no, stacked yes
+    assert sizes == {False, True}  # separate: no copy; stacked: a copy
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
@@ -129,8 +132,8 @@ def test_a_containers_limit_counts_but_not_its_file_cache(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
-def test_a_cast_is_told_on_stderr_if_nobody_configured_logging(tiny_checkpoint):
-    """Python's handler of last resort shows warnings as they are."""
+def test_a_cast_is_logged_on_stderr_by_default(tiny_checkpoint):
+    """Python's last-resort handler prints warnings unchanged."""
     code = f"import qwenvl_jax; qwenvl_jax.load({str(tiny_checkpoint)!r})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stderr.startswith(f"{tiny_checkpoint.name}: on a CPU, bfloat16 weights are cast to float32")

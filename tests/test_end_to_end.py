@@ -1,4 +1,4 @@
-"""The whole way, through the command line: from files on disk to text."""
+"""From files on disk to text, through the command line."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ one_family = pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect
 @one_family
 @pytest.mark.parametrize("content", [b"", b"hi\n", b"this is not a picture", None, slice(0, 2000)], ids=str)
 def test_bad_pictures(tiny_checkpoint, tmp_path, capsys, content):
-    """Empty, not a picture, missing, cut short: told by name, before any weight is read."""
+    """Empty, not a picture, missing, truncated: an error names the file before weights are read."""
     path = tmp_path / "bad.jpg"
     if content is not None:
         path.write_bytes(Path(PHOTO).read_bytes()[content] if isinstance(content, slice) else content)
@@ -57,7 +57,7 @@ def test_bad_pictures(tiny_checkpoint, tmp_path, capsys, content):
 
 @one_family
 def test_a_prompt_beyond_the_context(tiny_checkpoint, tmp_path, capsys):
-    """Told before any weight is read: there are none here."""
+    """The error comes before weights are read: there are none here."""
     for file in tiny_checkpoint.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).symlink_to(file)
@@ -101,9 +101,9 @@ def test_the_checkpoints_own_normalisation_reaches_the_device(tiny_checkpoint, t
 @one_family
 @pytest.mark.slow
 def test_the_command_in_a_process_of_its_own(tiny_checkpoint):
-    """stdout is the answer and nothing else, stderr is empty, and a reader that leaves early is no error."""
+    """stdout is the answer only, stderr is empty, and a reader that closes the pipe is no error."""
     argv = [sys.executable, "-m", "qwenvl_jax.cli", "generate", "--model", str(tiny_checkpoint), "--prompt", "Hi"]
-    argv += ["--dtype", "float32"]  # named, so that nothing is said of it
+    argv += ["--dtype", "float32"]  # explicit, so nothing is logged about it
     run = subprocess.run([*argv, "--max-new-tokens", "4", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(run.stdout)["usage"]["completion_tokens"] >= 1
     assert run.stderr == ""
@@ -119,16 +119,16 @@ def test_the_command_in_a_process_of_its_own(tiny_checkpoint):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def reference(request, tmp_path_factory):
-    """A checkpoint that transformers wrote, several files of weights, and its model and processor."""
+    """A checkpoint in several files, written by transformers, with its model and processor."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("reference")
-    config = small_config(request.param, "float32", tied=False)  # tied, it would repeat its last word
+    config = small_config(request.param, "float32", tied=False)  # a tied model would repeat its last token
     auto = transformers.AutoConfig.for_model(**to_dict(config))
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(auto, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim > 1:  # larger than by default, so that what is seen decides what is said
+            if p.ndim > 1:  # larger than the default, so that the picture matters
                 p.normal_(std=1.0 if "embed_tokens" in name else p[0].numel() ** -0.5)
             else:
                 p.normal_(mean=float(name.endswith("weight")), std=0.1)
@@ -138,7 +138,7 @@ def reference(request, tmp_path_factory):
 
 
 def our_frames(path: str, fps: float) -> tuple[list, float]:
-    """Frames of a clip by the published rule, and the rate at which they were taken."""
+    """Frames of a clip by the published rule, and their rate."""
     import av
     from PIL import Image
 
@@ -158,7 +158,7 @@ def _names(media: list[str]) -> str:
 @pytest.mark.parity
 @pytest.mark.parametrize("media", [[PHOTO], [DOCUMENT], [CLIP], [PHOTO, CLIP, DOCUMENT]], ids=_names)
 def test_tokens_equal_the_reference(reference, media, capsys):
-    """Real files through the command line: the greedy tokens are those of transformers."""
+    """Real files through the command line: the same greedy tokens as transformers."""
     import torch
     import transformers
     from PIL import Image, ImageOps
@@ -202,7 +202,7 @@ def test_tokens_equal_the_reference(reference, media, capsys):
     with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=24, do_sample=False, repetition_penalty=1.0)
     theirs = out[0, inputs["input_ids"].shape[1] :].tolist()
-    assert len(set(theirs)) > 8  # a stuck model would prove little
+    assert len(set(theirs)) > 8  # a model that repeats one token would prove little
     assert answer["token_ids"] == theirs
 
 

@@ -1,4 +1,4 @@
-"""The engine on tiny random models: right tokens, no waiting, no recompiling, and text that ends where it should."""
+"""The engine on tiny random models: correct tokens, no waiting, no recompilation, correct ends of text."""
 
 import functools
 import os
@@ -26,7 +26,7 @@ from qwenvl_jax.params.specs import param_shardings, specs
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.types import Batch, Model
 
-# Ids are bytes: every token is one byte of UTF-8, a few are two, so that borders fall inside characters.
+# Most tokens are one byte of UTF-8, a few are two, so token borders fall inside characters.
 PAIRS = {150: b"st", 149: "é".encode(), 148: b"\xe2\x82"}
 SPECIAL = range(151, 160)
 EOS = 155
@@ -60,7 +60,7 @@ forward = jax.jit(qwenvl.forward, static_argnums=0)
 
 
 def logits_after(family, samples, answers):
-    """Logits [len(answer) + 1, V] of every row, from one full forward over prompts and answers together."""
+    """Logits [len(answer) + 1, V] of every row, from one forward pass over prompts and answers."""
     m = model(family)
     batch = make_batch(samples, m.config)
     longest = max(len(s.tokens) + len(a) for s, a in zip(samples, answers, strict=True))
@@ -87,7 +87,7 @@ def texts(rng, *lengths):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_one_full_forward(family):
-    """Text, two pictures, a clip and a mix in one batch of unequal lengths, with the cache growing on the way."""
+    """Text, two pictures, a clip and a mix in one batch of unequal lengths; the cache grows meanwhile."""
     m = model(family)
     samples = mixed_samples(m.config)
     results = shared(family).generate(samples, max_new_tokens=120, ignore_eos=True)
@@ -168,7 +168,7 @@ def test_penalties_reach_the_prompt_and_the_output():
     (s,) = texts(np.random.default_rng(6), 40)
     plain = shared().generate([s], max_new_tokens=20, ignore_eos=True)[0].token_ids
     assert set(plain) & set(s.tokens.tolist()) or len(set(plain)) < 20
-    # Large enough that an id is never taken twice, nor, with repetition, one of the prompt.
+    # So large that no id repeats, and with the repetition penalty no id of the prompt.
     fresh = shared().generate([s], max_new_tokens=20, ignore_eos=True, frequency_penalty=100)[0].token_ids
     assert len(set(fresh)) == 20
     fresh = shared().generate([s], max_new_tokens=20, ignore_eos=True, presence_penalty=100)[0].token_ids
@@ -210,7 +210,7 @@ def test_defaults_are_the_checkpoints(monkeypatch):
 
 
 def scripted(monkeypatch, ids):
-    """The engine, whose draws say `ids` as the host reads them, whatever the model drew."""
+    """The engine, but the host reads `ids` in place of the drawn tokens."""
     script = iter(ids)
 
     def read(draw):
@@ -229,11 +229,11 @@ HELLO = [*b"Hello, ", 149, 148, 0xAC, *b" la", 150, *b"!stop"]  # "Hello, é€ 
         (dict(max_new_tokens=9), "Hello, é\ufffd", 9, "length"),
         (dict(max_new_tokens=10), "Hello, é€", 10, "length"),
         (dict(stop=["o, "]), "Hell", 7, "stop"),
-        (dict(stop=["last!"]), "Hello, é€ ", 15, "stop"),  # over four tokens
-        (dict(stop=["as"]), "Hello, é€ l", 14, "stop"),  # ends inside a token
+        (dict(stop=["last!"]), "Hello, é€ ", 15, "stop"),  # the stop string spans four tokens
+        (dict(stop=["as"]), "Hello, é€ l", 14, "stop"),  # the stop string ends inside a token
         (dict(stop=["é"]), "Hello, ", 8, "stop"),
         (dict(stop=["zzz", "stopped"], max_new_tokens=19), "Hello, é€ last!stop", 19, "length"),
-        (dict(stop=["stop", "st!"]), "Hello, é€ la", 15, "stop"),  # a false start of one, then the other
+        (dict(stop=["stop", "st!"]), "Hello, é€ la", 15, "stop"),  # first a false start, then the other stop string
         (dict(stop=["lo, é€ x", "€"]), "Hello, é", 10, "stop"),
         (dict(stop_token_ids=[149]), "Hello, ", 8, "stop"),
         (dict(stop_token_ids=[ord("!")], stop=["!"]), "Hello, é€ last", 15, "stop"),
@@ -268,7 +268,7 @@ def cramped():
     return Engine(model(), max_batch=2, max_length=100, ladder=Ladder(rows=(2,), tokens=(64,)))
 
 
-def test_generation_ends_where_the_context_does():
+def test_generation_ends_with_the_context():
     short, long = texts(np.random.default_rng(9), 20, 97)
     results = cramped().generate([short, long], max_new_tokens=1000, ignore_eos=True)
     assert [(len(r.token_ids), r.finish_reason) for r in results] == [(80, "length"), (3, "length")]
@@ -297,13 +297,13 @@ def test_streamed_pieces_joined_are_the_generated_text(temperature):
         assert "".join(pieces) == r.text and stream.result == r
 
 
-def test_a_stream_can_be_given_up():
+def test_a_stream_can_be_closed():
     (s,) = texts(np.random.default_rng(12), 10)
     stream = shared().stream(s, max_new_tokens=100, ignore_eos=True)
     next(stream)
     stream.close()
     assert list(stream) == [] and stream.result is None
-    assert shared().generate([s], max_new_tokens=3)  # the engine is none the worse
+    assert shared().generate([s], max_new_tokens=3)  # the engine still works
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -324,7 +324,7 @@ def test_detokenizer_equals_decoding_everything_at_once(seed):
 
 
 def test_detokenizer_with_the_real_tokenizer(tokenizer_dir):
-    """Any ids at all: broken characters, control tokens, ids that the tokenizer does not have."""
+    """Random ids: broken characters, control tokens, ids that are not in the tokenizer."""
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
     rng = np.random.default_rng(0)
     text = tokenizer.encode("Les élèves 学生们 😀👩‍👩‍👧 пришли\n\n\tdef f(x): return '€'").ids
@@ -338,7 +338,7 @@ def test_detokenizer_with_the_real_tokenizer(tokenizer_dir):
 
 
 def test_detokenizer_holds_nothing_back_for_long():
-    """Bytes that never become a character must not stall the stream, nor cost more and more."""
+    """Bytes that never become a character must not stall the stream or cost more with each token."""
     longest = 0
 
     def decode(ids):
@@ -364,7 +364,7 @@ def test_steps_are_dispatched_ahead_of_what_is_read(monkeypatch, lag):
     monkeypatch.setattr(engine._programs, "step", lambda *a, **k: events.append("step") or step(*a, **k))
     monkeypatch.setattr(engine_module.jax, "device_get", lambda x: events.append("read") or get(x))
     engine.generate([s], max_new_tokens=20, ignore_eos=True)
-    assert events.count("read") == 20 and events.count("step") == 19  # no step in vain either
+    assert events.count("read") == 20 and events.count("step") == 19  # no superfluous step
     reads = [i for i, e in enumerate(events) if e == "read"]
     ahead = [events[:i].count("step") - n for n, i in enumerate(reads)]
     assert ahead == [min(lag, 19 - n) for n in range(20)]
@@ -380,8 +380,8 @@ def test_nothing_else_crosses_between_host_and_device():
         list(shared().stream(texts(rng, 9)[0], max_new_tokens=60))
 
 
-def test_surplus_steps_are_thrown_away(monkeypatch):
-    """An end is seen `lag` steps late; what was dispatched meanwhile must leave no trace."""
+def test_surplus_steps_are_discarded(monkeypatch):
+    """The host sees an end `lag` steps late; steps dispatched meanwhile must have no effect."""
     (s,) = texts(np.random.default_rng(15), 30)
     greedy = shared().generate([s], max_new_tokens=30, ignore_eos=True)[0].token_ids
     stop = greedy[5]
@@ -397,7 +397,7 @@ LIMITS = dict(max_tokens=128, max_pixels=16 * 16 * 14**2, n=2)
 
 @functools.cache
 def warm():
-    """A smaller model, all of whose programs within the limits are compiled."""
+    """A smaller model with all programs compiled."""
     config = tiny_config("qwen2_5_vl", {"num_hidden_layers": 1}, {"depth": 2, "fullatt_block_indexes": (1,)})
     ladder = Ladder(rows=(1, 2), tokens=(64, 128, 192), patches=(64, 256), short=())
     engine = Engine(Model(config, tiny_params(config), FakeProcessor(), {}), max_batch=2, ladder=ladder)
@@ -406,7 +406,7 @@ def warm():
 
 
 def test_programs_are_a_sum_of_ladders():
-    """Rows 1, 2; prompts 64, 128; caches 128, 192; lanes of 64 or 256 patches; greedy or not."""
+    """Rows 1, 2; prompts 64, 128; caches 128, 192; lanes of 64 or 256 patches; greedy or sampling."""
     rows, tokens, caches, lanes, kinds = 2, 2, 2, 2, 2
     assert warm().traces == {
         "vision": lanes, "embed": rows * tokens, "place": rows * tokens, "prefill": rows * tokens,
@@ -451,13 +451,13 @@ def test_no_new_traces_after_warmup():
         (dict(patches=(256, 8192), short=(8192,)), "short are"),
     ],
 )
-def test_ladders_that_cannot_be_climbed(ladder, said):
+def test_bad_ladders(ladder, said):
     with pytest.raises(InputError, match=said):
         Engine(model(), ladder=Ladder(**ladder))
 
 
 @pytest.mark.parametrize("limits", [dict(max_tokens=0), dict(max_pixels=-1), dict(max_pixels=1e5), dict(n=0)])
-def test_warm_ups_that_cannot_be(limits):
+def test_bad_warmup_limits(limits):
     with pytest.raises(InputError, match=next(iter(limits))):
         shared().warmup(**limits)
 
@@ -473,7 +473,7 @@ def test_two_hundred_requests_compile_nothing_after_warmup(compilations):
     m, ladder = Model(config, tiny_params(config), FakeProcessor(), {}), Ladder(tokens=(128, 512, 2048, 5120))
     rng, engine = np.random.default_rng(20), Engine(m, max_batch=1, ladder=ladder)
     jax.jit(lambda x: x + len(compilations))(np.zeros(7))
-    assert compilations  # the listener hears compilation
+    assert compilations  # the listener works
     engine.warmup(max_tokens=5120, max_pixels=100_352, sample=(False,), progress=False)
     traces = engine.traces
     assert traces["vision"] == 11
@@ -503,7 +503,7 @@ print(time.process_time() - start, len(missed))
 
 @pytest.mark.slow
 def test_the_next_process_warms_up_in_a_quarter_of_the_time(tmp_path):
-    """Time of the processor, which what else the machine does changes little."""
+    """CPU time, which other load changes little."""
     here = Path(__file__).parent
     paths = {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "HOME": str(tmp_path)}
     env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | paths | {"JAX_PLATFORMS": "cpu"}
@@ -515,7 +515,7 @@ def test_the_next_process_warms_up_in_a_quarter_of_the_time(tmp_path):
 
 
 def test_long_clips_are_several_calls_of_the_tower():
-    """Clips of many frames, each in a lane of its own, four rows of them."""
+    """Clips of many frames, one frame per lane, four lanes per call."""
     ladder = Ladder(tokens=(64, 256), patches=(256,), lanes=4)
     rng, engine = np.random.default_rng(21), Engine(model(), max_batch=4, ladder=ladder)
     samples = [sample(rng, engine.config, 2, clip(rng, engine.config, 11, 8, 10), 3) for _ in range(4)]
@@ -523,7 +523,7 @@ def test_long_clips_are_several_calls_of_the_tower():
     assert [r.token_ids for r in together] == [engine.generate([s], max_new_tokens=4)[0].token_ids for s in samples]
     logits = logits_after("qwen2_5_vl", samples, [r.token_ids for r in together])
     assert [row[:-1].argmax(-1).tolist() for row in logits] == [r.token_ids for r in together]
-    # Prompts of 227 tokens in 256; three frames of 80 patches in 256, four lanes a call.
+    # Prompts of 227 tokens in 256; three frames of 80 patches in a lane of 256, four lanes per call.
     assert engine.padding == {"text": 1 - 227 / 256, "vision": 1 - 2 * 44 * 80 / (8 * 4 * 256)}
 
 
@@ -590,17 +590,17 @@ def test_messages_go_through_the_processor():
     assert "".join(shared().stream(messages, max_new_tokens=4)) == r.text
 
 
-def test_numpy_weights_do():
+def test_numpy_weights_work():
     config, params, processor, _ = model()
     (s,) = texts(np.random.default_rng(19), 10)
     engine = Engine(Model(config, jax.tree.map(np.asarray, params), processor, {}), max_batch=1)
     assert engine.generate([s], max_new_tokens=5) == shared().generate([s], max_new_tokens=5)
-    assert all(isinstance(w, jax.Array) for w in jax.tree.leaves(engine.params))  # not sent anew each step
+    assert all(isinstance(w, jax.Array) for w in jax.tree.leaves(engine.params))  # not transferred in every step
 
 
 @pytest.mark.slow
 def test_weights_on_a_mesh_give_the_same_answers(compilations):
-    """Four devices, rows and heads split; every program is compiled for one layout only."""
+    """Four devices split rows and heads; every program is compiled for one sharding only."""
     config, params, processor, _ = model()
     mesh = make_mesh(data=2, tensor=2)
     split = jax.device_put(params, param_shardings(specs(config), mesh))

@@ -1,4 +1,4 @@
-"""Evaluation: metrics with values worked out by hand, intervals, and questions from a file to a table."""
+"""Evaluation: metrics compared with values computed by hand, intervals, and questions from a file to a table."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_exact_without_case():
     [
         ("kitten", ["sitting"], 1 - 3 / 7),
         ("Sitting", ["sITTING "], 1),
-        ("abcd", ["abXY"], 0),  # half of it wrong is too much
+        ("abcd", ["abXY"], 0),  # half of it is wrong: 0
         ("abcde", ["abcXY"], 1 - 2 / 5),
         ("", ["x"], 0),
         ("", [""], 1),
@@ -76,7 +76,7 @@ def test_anls(prediction, golds, want):
         ("25 %", "25%", 1),
         ("25%", "25", 0),
         ("1e2", "100", 1),
-        ("nan", "nan", 1),  # no numbers, but the same words
+        ("nan", "nan", 1),  # not numbers, but equal texts
         ("inf", "100", 0),
         ("1e999", "100", 0),
         ("", "3", 0),
@@ -156,7 +156,7 @@ def test_iou():
     assert metrics.iou(a, Box("", 5, 0, 15, 10)) == pytest.approx(50 / 150)
     assert metrics.iou(a, Box("", 0, 0, 5, 10)) == 0.5
     assert metrics.iou(a, Box("", 10, 0, 20, 10)) == 0
-    assert metrics.iou(a, Box("", 10, 10, 0, 0)) == 0  # inside out
+    assert metrics.iou(a, Box("", 10, 10, 0, 0)) == 0  # inverted
     assert metrics.iou(a, Box("", 3, 3, 3, 3)) == 0
 
 
@@ -164,12 +164,12 @@ def test_boxes_are_paired_one_to_one():
     a, b = Box("cat", 0, 0, 10, 10), Box("cat", 20, 0, 30, 10)
     match = metrics.match_boxes
     assert match([b, a], [a, b]) == (2, 2, 2)
-    assert match([a, a], [a]) == (1, 2, 1)  # the second on one object is extra
+    assert match([a, a], [a]) == (1, 2, 1)  # the second box on one object has no partner
     assert match([a], [a, b]) == (1, 1, 2)
     assert match([a._replace(label=" CAT")], [a]) == (1, 1, 1)
     assert match([a._replace(label="dog")], [a]) == (0, 1, 1)
     assert match([], [a]) == (0, 0, 1) and match([], []) == (0, 0, 0)
-    # The wide one fits both gold boxes; it must leave the left one to the box that fits nothing else.
+    # The wide box fits both gold boxes; it must leave the left one to the box that fits only that.
     left, right, wide = Box("x", 0, 0, 10, 10), Box("x", 4, 0, 14, 10), Box("x", 1, 0, 12, 10)
     far = Box("x", -4, 0, 8, 10)
     assert metrics.iou(wide, left) >= 0.5 and metrics.iou(wide, right) >= 0.5
@@ -178,7 +178,7 @@ def test_boxes_are_paired_one_to_one():
 
 
 def test_wilson():
-    """As the formula of the paper has it: the two p with |p̂ − p| = z·√(p(1 − p)/n)."""
+    """The paper's formula: the two p with |p̂ − p| = z·√(p(1 − p)/n)."""
     for right, n in ((0, 7), (1, 1), (3, 10), (465, 500), (500, 500)):
         low, high = metrics.wilson(right, n)
         for p in (low, high):
@@ -197,7 +197,7 @@ def test_bootstrap():
 
 
 def test_boxes_are_counted_over_a_task():
-    """F1 of all boxes together, not the mean of the items' own; silence is neither precise nor complete."""
+    """F1 of all boxes together, not the mean over items. Without predictions, precision and recall are 0."""
     boxes = [Box("cat", 20 * i, 0, 20 * i + 10, 10) for i in range(4)]
     text = json.dumps([{"bbox_2d": b[1:], "label": b.label} for b in boxes])
 
@@ -220,8 +220,8 @@ def test_boxes_are_counted_over_a_task():
     assert (s.value, s.details) == (0.0, {"precision": 0.0, "recall": 0.0})
 
 
-def test_metrics_that_meet_odd_answers():
-    """Deep nesting and large numbers in what a model wrote are wrong answers, not errors."""
+def test_odd_answers():
+    """Deep nesting and large numbers in a prediction are wrong answers, not errors."""
     gold = Question([], (f"[{BOX}]",), "t", "iou", "here")
     assert score(gold, "[" * 5000 + BOX).score == 1
     assert score(gold, '[{"bbox_2d": [1e400, 2, 30, 40], "label": "cat"}]').score == 0
@@ -283,7 +283,7 @@ def test_what_a_record_may_be(tmp_path):
     ],
 )
 def test_bad_records_are_named(tmp_path, capsys, record, complaint):
-    """By file and line, before any weights are looked at."""
+    """By file and line, before weights are read."""
     file = write(tmp_path / "q.jsonl", {"messages": [ask("?")], "answer": "x"}, "", record)
     assert cli.main(["eval", str(file), "--model", str(tmp_path / "none")]) == 2
     out, err = capsys.readouterr()
@@ -342,7 +342,7 @@ def test_evaluating_again_compiles_nothing_and_keeps_nothing(tiny_checkpoint, fo
     tasks = ("ocr/anls", "clip/seconds", "echo/exact", "locate/iou", "locate/precision", "locate/recall", "overall")
     assert list(told) == [f"eval/{name}" for name in tasks]
 
-    # Every answer is that of the engine to this question alone. (It is this engine, so that nothing is compiled.)
+    # Each answer equals the engine's answer to that question alone. (The same engine, so nothing compiles.)
     engine = evaluator._engine
     engine.params = model.params
     for answer in first.answers:
@@ -360,7 +360,7 @@ def test_evaluating_again_compiles_nothing_and_keeps_nothing(tiny_checkpoint, fo
 
 @only_new
 def test_eval_from_file_to_table(tiny_checkpoint, four, tmp_path, capsys, monkeypatch):
-    """A model that is right twice, for the greater part once, and wrong once."""
+    """A model with two right answers, one mostly right, and one with a superfluous box."""
     said = {"Read.": "abd", "When": "At 1.0 seconds", "Say": "é", "Locate": f"```json\n[{BOX}, {BOX}]\n```"}
 
     class Scripted(Engine):
@@ -409,7 +409,7 @@ class Said:
 
 
 @only_new
-def test_what_is_wrong_with_a_question_is_told_with_its_line(tiny_checkpoint, tmp_path, capsys):
+def test_errors_name_the_line_of_a_question(tiny_checkpoint, tmp_path, capsys):
     model = checkpoint.load(tiny_checkpoint, progress=False)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     for message, complaint in (

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.sh`: rehearsed on a CPU, and its programs compiled for the cards that it is made for."""
+"""`benchmarks/gpu.sh`: a rehearsal on a CPU; its programs compiled for an H100 and an H200."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def lines(file: Path) -> list[dict]:
 @pytest.mark.parity
 @pytest.mark.slow
 def test_the_rehearsal_of_every_stage(assets, tmp_path):  # noqa: F811
-    """All of it but the sizes, and the drawing and training too, from stand-ins."""
+    """All stages at a small size, with stand-ins for the assets."""
     environment = os.environ | {"PYTHON": sys.executable, "QWENVL_DEMO_ASSETS": str(assets.words.parents[2])}
     environment.pop("XLA_FLAGS", None)
     command = [ROOT / "benchmarks" / "gpu.sh", "--rehearse", tmp_path]
@@ -64,7 +64,7 @@ def test_the_rehearsal_of_every_stage(assets, tmp_path):  # noqa: F811
     assert all(line["peer"] for line in jobs if not line["job"].startswith("LoRA"))
     training = {line["when"]: line for line in told if "when" in line}
     assert training["before"]["scores"].keys() == training["after"]["scores"].keys()
-    # A trial of four, and as many more as the rest of the time holds.
+    # A trial of four steps, and more while time is left.
     assert 4 < training["training"]["step"] == training["after"]["step"] <= 8
     with safe_open(tmp_path / "demo.safetensors", "numpy") as file:
         assert len(list(file.keys())) > 100
@@ -77,7 +77,7 @@ def test_the_rehearsal_of_every_stage(assets, tmp_path):  # noqa: F811
         ("print('all well')", "ok", "all well"),
         ("raise ValueError('three')", "failed", "three"),
         ("import os; os.abort()", "failed", ""),
-        # What it has started is ended with it.
+        # Its child processes are killed too.
         ("import subprocess, sys, time; subprocess.Popen(['sleep', '600']); print(1, flush=True); time.sleep(600)",
          "timed out", "1"),
     ],
@@ -95,7 +95,7 @@ def test_a_stage_costs_only_itself(code, status, said, tmp_path):
 
 
 def test_stages_end_in_time():
-    """All together, if each takes as long as it may, and the last one still has a minute."""
+    """If every stage takes its maximum, the last one still has a minute."""
     *others, last = gpu.stages(options(), Path(), Path())
     assert [stage.name for stage in others] == ["ceilings", "checks", "3B", "7B"]
     assert sum(stage.most for stage in others) <= 530 - 30
@@ -103,7 +103,7 @@ def test_stages_end_in_time():
     assert rehearsed == [*(stage.name for stage in others), last.name]
 
 
-def test_what_is_carried_is_enough(assets, tmp_path):  # noqa: F811
+def test_the_carried_assets_are_enough(assets, tmp_path):  # noqa: F811
     carry(assets, tmp_path)
     copied = find_assets(tmp_path)
     for mine, theirs in zip(copied, assets, strict=True):
@@ -127,8 +127,8 @@ def compile_for(target: str, f, args):
 @compiled
 @pytest.mark.parametrize("target", TARGETS)
 def test_checks_compile(target, tmp_path):
-    """Attention by the kernel, forward and backward."""
-    devices(parse_target(target))  # before anything is computed
+    """Attention with the kernel, forward and backward."""
+    devices(parse_target(target))  # before jax computes anything
     every = list(checks(False, tmp_path))
     attention = [check for check in every if check.name.startswith("attention, ")]
     assert len(every) == 12 and len(attention) == 5
@@ -154,11 +154,11 @@ def sized(name: str) -> tuple:
 
 
 def jobs(name: str, layers: int | None = None) -> dict:
-    """What `plan` is asked, by name."""
+    """{name: the job and target of `plan`}."""
     config, args = sized(name)
     if layers:
         config = replace(config, text=replace(config.text, num_hidden_layers=layers))
-    slots = round_up(PROMPT + 1, model.rungs(config, args), "slots")
+    slots = round_up(PROMPT + 1, model.buckets(config, args), "slots")
     asked = {f"decode {n}": Job(config, batch=n, context=slots) for n in args.rows}
     asked |= {f"prefill {n}": Job(config, "prefill", context=n) for n in args.tokens}
     asked |= {f"vision {n}": Job(config, "vision", pixels=n * 14**2) for n in (*args.patches, args.picture)}
@@ -171,7 +171,7 @@ def jobs(name: str, layers: int | None = None) -> dict:
 @pytest.mark.parametrize("target", ["h100", pytest.param("h200", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["3B", "7B"])
 def test_programs_compile_and_fit(name, target):
-    """Of two layers; the tower whole. An H200 has the cores of an H100 and more memory."""
+    """Two decoder layers, all of the vision tower. An H200 has the cores of an H100 and more memory."""
     for asked, job in jobs(name, 2).items():
         assert plan(job, parse_target(target))["fits"], asked
 

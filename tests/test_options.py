@@ -1,4 +1,4 @@
-"""Options are declared once: every field is a flag, a key and a keyword, and every door refuses alike."""
+"""Options are declared once: each field is a flag, a key and a keyword, with the same checks everywhere."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def processor(tokenizer_dir) -> Processor:
 
 @pytest.fixture(scope="module")
 def helps():
-    """The help of each verb, in one line."""
+    """{verb: its help on one line}."""
     parser = cli.build_parser()
     commands = next(action for action in parser._actions if action.dest == "command").choices
     return {verb: " ".join(commands[verb].format_help().split()) for verb in VERBS}
@@ -73,7 +73,7 @@ DOORS = {
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_every_door_refuses_alike(processor, tmp_path, door):
+def test_every_entry_point_checks_alike(processor, tmp_path, door):
     for options, sentence in (
         ({"zzz": 1}, r"unknown option zzz; known are .*min_pixels, max_pixels, resized_height"),
         ({"max_pixel": 1}, r"unknown option max_pixel; did you mean max_pixels\?$"),
@@ -94,7 +94,7 @@ def test_a_request_may_set_what_a_flag_may():
             read_request({name: 1}, "m.json")
 
 
-def test_values_keep_what_they_were():
+def test_values_keep_their_type():
     given_ = MediaOptions(max_pixels=360 * 420, total_pixels=20480 * 784 * 0.9, fps=2)
     assert given(given_, MediaOptions) == {"max_pixels": 151200, "fps": 2, "total_pixels": 20480 * 784 * 0.9}
     assert isinstance(given_.max_pixels, int)

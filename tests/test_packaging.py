@@ -1,4 +1,4 @@
-"""What is promised outside the code: the README's tree and commands, and what a wheel holds."""
+"""Promises outside the code: the README's tree and commands, and the content of a wheel."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def tree():
 
 
 def code_files():
-    """Modules that say something, which is all but the empty `__init__.py`s."""
+    """All modules except empty `__init__.py` files."""
     files = (p for folder in ("qwenvl_jax", "convert") for p in (ROOT / folder).rglob("*.py"))
     return {str(p.relative_to(ROOT)) for p in files if p.stat().st_size}
 
@@ -61,7 +61,7 @@ def test_links_lead_to_files_and_headings(path):
 @pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
 @pytest.mark.slow
 def test_the_python_of_the_readmes_runs(tiny_checkpoint, tmp_path, capsys, caplog):
-    """As it is written, but for the model and the picture; the settings of the copy keep it short."""
+    """The code as written, with another model and picture, and options for a short answer."""
     for file in tiny_checkpoint.iterdir():
         (tmp_path / file.name).symlink_to(file)
     for name, key, value in (("generation", "max_new_tokens", 8), ("preprocessor", "max_pixels", 50176)):
@@ -92,7 +92,7 @@ def test_ci_runs_the_readme(name):
 
 
 def test_wheel_and_sdist(tmp_path):
-    """Both hold every module, the licence and the two commands; tests and the demo's scripts stay out of the wheel."""
+    """Both have every module, the licence and the two commands; the wheel has no tests and no scripts of the demo."""
     source = tmp_path / "source"
     source.mkdir()
     tracked = ["pyproject.toml", "README.md", "LICENSE", "qwenvl_jax/py.typed", *code_files()]
@@ -125,7 +125,7 @@ def test_wheel_and_sdist(tmp_path):
         inside = {n.split("/", 1)[1] for n in t.getnames() if "/" in n}
     assert {*code_files(), *data, "pyproject.toml", "README.md", "LICENSE"} <= inside
 
-    # The installed wheel answers, with nothing of this checkout on the path.
+    # The installed wheel runs without this checkout on the path.
     target = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
     subprocess.run(pip, check=True, capture_output=True)
@@ -156,7 +156,7 @@ def test_benchmarks_start(script):
     [("", {"transformers float32"}), ("--apart --dtype bfloat16", {"transformers float32", "transformers bfloat16"})],
 )
 def test_the_benchmark_of_the_model_runs(more, peers, tmp_path):
-    """As small as it can be; it checks by itself that both sides' first tokens agree."""
+    """The smallest size; the benchmark itself checks that the first tokens of both sides agree."""
     small = "--size demo --rows 1 2 --tokens 64 --patches 64 --picture 64 --new 16 --rounds 1"
     command = f"{sys.executable} benchmarks/model.py {small} {more} --output {tmp_path / 'lines'}"
     run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)

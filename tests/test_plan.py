@@ -1,4 +1,4 @@
-"""`qwenvl plan`: what may be asked, and (with the compilers for TPUs and GPUs at hand) what is answered."""
+"""`qwenvl plan`: its options, and, with the compilers for TPUs and GPUs, its results."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ compiled = pytest.mark.compiled
 
 
 def shallow(name: str, layers: int = 3):
-    """A preset with fewer layers: each costs what it costs in the whole model."""
+    """A preset with fewer layers; each layer costs as much as in the full model."""
     config = PRESETS[name]
     return replace(config, text=replace(config.text, num_hidden_layers=layers))
 
@@ -49,12 +49,12 @@ def test_targets(name, kind, chips):
 @pytest.mark.parametrize(
     "name", ["v5e-3", "v5e", "v5p-4", "v5p-9", "v9-8", "h100x12", "h100x0", "h200-8", "", "v5e-8 "]
 )
-def test_targets_that_do_not_exist(name):
+def test_bad_targets(name):
     with pytest.raises(InputError, match="target"):
         parse_target(name)
 
 
-def test_what_there_is_is_named():
+def test_an_error_names_the_slices():
     with pytest.raises(InputError, match="v5p-8, v5p-16"):
         parse_target("v5p-12")
 
@@ -70,7 +70,7 @@ def test_meshes_divide_the_job():
 
 
 @pytest.mark.parametrize("name", ["1x1", "1x1x0", "axbxc", "1x-1x1", ""])
-def test_meshes_that_are_none(name):
+def test_bad_meshes(name):
     with pytest.raises(InputError, match="mesh"):
         parse_mesh(name)
 
@@ -91,7 +91,7 @@ def test_meshes_that_are_none(name):
         ({}, (1, 1, 4), "dimension F, 11006, is not a multiple of the mesh's tensor, 4"),
     ],
 )
-def test_jobs_that_cannot_be(changes, mesh, said):
+def test_bad_jobs(changes, mesh, said):
     config = PRESETS["qwen2.5-vl-3b"]
     if "11006" in said:
         config = replace(config, text=replace(config.text, intermediate_size=11006))
@@ -132,7 +132,7 @@ RECIPES = re.findall(r"`(--model [^`]+)`", (Path(__file__).parents[1] / "qwenvl_
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_recipes_of_the_readme_can_be(recipe):
+def test_the_recipes_of_the_readme_are_valid(recipe):
     args = build_parser().parse_args(["plan", *recipe.split()])
     target, job = parse_target(args.target), plan_job(args)
     job.check()
@@ -190,7 +190,7 @@ def test_there_are_recipes():
     ],
 )
 def test_a_decode_step_moves_little_but_weights_and_cache(name, target):
-    """In full depth; Qwen2-VL's 7B and 72B have the same decoders."""
+    """With all layers. Qwen2-VL's 7B and 72B have the same decoders."""
     answer = plan(Job(PRESETS[name], context=4096), parse_target(target))
     assert answer["fits"]
     assert answer["bytes_accessed"] <= 1.03 * answer["min_bytes"]
@@ -223,7 +223,7 @@ def test_a_mesh_over_chips_that_are_no_block():
 
 @compiled
 def test_more_chips_than_kv_heads():
-    """Four kv heads, 28 of queries, eight chips: each has one of two copies of a kv head, and a share of the rest."""
+    """Four KV heads, 28 query heads, eight chips: each chip has a copy of one KV head."""
     config = shallow("qwen2.5-vl-7b", 4)
     answer, t = plan(Job(config), Target("v6e", 8)), config.text
     assert answer["mesh"]["tensor"] == 8 and answer["fits"]
@@ -236,7 +236,7 @@ def test_more_chips_than_kv_heads():
 @compiled
 @pytest.mark.parametrize(("name", "target"), [("qwen2.5-vl-7b", "v6e-1"), ("qwen2.5-vl-72b", "v6e-8")])
 def test_many_rows_move_little_more(name, target):
-    """Rows of any lengths, full ones here; a copy of one layer's cache would be seen."""
+    """All rows count as full. A copy of one layer's cache would exceed these limits."""
     answer = plan(Job(shallow(name, 2), batch=32), parse_target(target))
     assert answer["bytes_accessed"] <= 1.10 * answer["min_bytes"]
     assert answer["hbm_per_chip"]["temp"] <= 8e6
@@ -244,7 +244,7 @@ def test_many_rows_move_little_more(name, target):
 
 @compiled
 def test_many_rows_compile_without_the_kernel():
-    """A loop that writes 32 rows' caches, which libtpu 0.0.42 cannot compile as it is written at first sight."""
+    """The loop that writes the caches of 32 rows; libtpu 0.0.42 cannot compile its obvious form."""
     config = resolve_model("demo")  # its heads do not fill the vector lanes
     config = replace(config, text=replace(config.text, num_hidden_layers=1))
     answer = plan(Job(config, batch=32, context=1024), Target("v5e", 1))
@@ -265,7 +265,7 @@ def test_prefill_vision_and_training_say_what_they_cost():
     assert prefill["flops"] * 2 < train["flops"] < prefill["flops"] * 8
     assert train["hbm_per_chip"]["optimizer"] > 0
     one, many = (plan(Job(config, "vision", images=n, pixels=28 * 28 * 64), Target("v6e", 4)) for n in (4, 64))
-    assert many["flops"] == pytest.approx(16 * one["flops"], rel=0.05)  # each in a lane of its own
+    assert many["flops"] == pytest.approx(16 * one["flops"], rel=0.05)  # one image per lane
     assert one["collective_bytes"] < 1e7
     assert "fits" in table(one)
 
@@ -273,7 +273,7 @@ def test_prefill_vision_and_training_say_what_they_cost():
 @compiled
 @pytest.mark.parametrize("target", ["v6e-1", "h200"])
 def test_a_long_prompt_costs_its_products_and_half_its_attention(target):
-    """By kernels, whose memory grows with the length, not with its square."""
+    """With the kernels, memory grows with the length, not with its square."""
     config = shallow("qwen2.5-vl-7b", 2)
     t, temp = config.text, {}
     wide, narrow = t.num_attention_heads * t.head_dim, t.num_key_value_heads * t.head_dim
@@ -295,7 +295,7 @@ def test_what_does_not_fit(capsys):
     assert answer["fits"] is False
     assert answer["hbm_per_chip"]["total"] > answer["hbm_per_chip"]["limit"]
     assert answer["flops"] is None
-    # Weights fit, but not what a step needs beside them.
+    # The weights fit, but the temporaries of a step do not.
     over = plan(Job(shallow("qwen2.5-vl-3b"), "prefill", batch=16, context=32768), Target("v5e", 1))
     assert not over["fits"]
 

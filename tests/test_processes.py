@@ -1,4 +1,4 @@
-"""Several processes over `jax.distributed`: what one does, they do together, and they end together."""
+"""Several processes over `jax.distributed` give the results of one process, and end together."""
 
 import json
 import os
@@ -47,8 +47,9 @@ def work(tmp_path_factory) -> Path:
 
 
 def child(work: str, output: str, steps: str, count: str) -> None:
-    """What each process runs: prints what it read of the decoder, the answer if it is the first, and trains; for no
-    steps it loads and answers for ever instead."""
+    """The program of each process: prints how much of the decoder it read, the answer (first process only), and trains.
+
+    With 0 steps it loads and answers forever instead."""
     data, fsdp, tensor = MESHES[int(count)]
     several = ["--distributed"] if int(count) > 1 else []
     read, source = [], checkpoint.OrbaxSource.read
@@ -63,7 +64,7 @@ def child(work: str, output: str, steps: str, count: str) -> None:
     shape = ["--mesh", f"{data}x{fsdp}x{tensor}"]
     generate = ["generate", "--model", f"{work}/model", "--dtype", "float32", "--json", *ask, *shape, *several]
     assert cli.main(generate) == 0
-    while steps == "0":  # from a seed that they agree on
+    while steps == "0":  # with a seed that they agree on
         assert cli.main([*generate, "--temperature", "1"]) == 0
     print(json.dumps({"read": sum(read)}), flush=True)
     sizes = ["--mesh-data", str(data), "--mesh-fsdp", str(fsdp), "--mesh-tensor", str(tensor)]
@@ -87,12 +88,12 @@ def start(work: Path, output: Path, steps: int, count: int) -> list[subprocess.P
 
 
 def together(work: Path, count: int) -> tuple[list[int], list[float], list[int]]:
-    """The tokens, the losses, and how much of the decoder each process read."""
+    """(tokens, losses, bytes of the decoder that each process read)."""
     output = work / f"run{count}"
     ends = [(*p.communicate(timeout=300), p.returncode) for p in start(work, output, 3, count)]
     assert all(code == 0 for *_, code in ends), ends
     printed = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, *_ in ends]
-    assert [len(lines) for lines in printed] == [2] + [1] * (count - 1)  # the first one speaks for all
+    assert [len(lines) for lines in printed] == [2] + [1] * (count - 1)  # only the first process prints the answer
     return printed[0][0]["token_ids"], [m["loss"] for m in run.read_metrics(output)], [p[-1]["read"] for p in printed]
 
 
@@ -108,7 +109,7 @@ def test_several_processes_equal_one(work, alone, count):
     assert theirs == tokens
     np.testing.assert_allclose(their_losses, losses, rtol=1e-5)
     share = MESHES[count][1] * MESHES[count][2]
-    assert max(read) < 1.1 * whole / share  # all but what no axis splits
+    assert max(read) < 1.1 * whole / share  # everything except arrays that no axis splits
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -121,7 +122,7 @@ def test_when_one_dies_the_others_say_so_and_end(work, tmp_path, task, victim):
         while answers < 2:
             line = processes[0].stdout.readline()
             assert line, "it ended by itself"
-            answers += line.startswith("{")  # Gloo has something to say there, too
+            answers += line.startswith("{")  # Gloo prints lines too
     else:
         while not (file.exists() and file.read_text().count("\n") > 1) and all(p.poll() is None for p in processes):
             time.sleep(0.05)
@@ -130,6 +131,6 @@ def test_when_one_dies_the_others_say_so_and_end(work, tmp_path, task, victim):
     _, error = other.communicate(timeout=90)
     assert time.monotonic() - start_of_end < 60
     processes[victim].communicate()
-    # By our sentence, or by jax's, whose service may be the first to notice.
+    # Our sentence, or that of jax, whose service may be the first to notice.
     assert other.returncode not in (0, 2)
     assert "another process has ended or cannot be reached" in error or "another task died" in error, error[-2000:]

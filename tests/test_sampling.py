@@ -1,4 +1,4 @@
-"""Sampling against a float64 reference, against transformers' own processors, and against itself alone."""
+"""Sampling, compared with a float64 reference, with transformers' processors, and with single rows."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def kept(x, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def reference(row, top_k=0, top_p=1.0, min_p=0.0):
-    """The ids kept, one row, float64, by sorting; ties with the last one kept are kept too."""
+    """The allowed ids of one row, by sorting in float64; ties with the last one are allowed too."""
     row = row.astype(np.float64)
     p = np.exp(row - row.max())
     left = np.ones(len(row), bool)
@@ -41,13 +41,13 @@ def reference(row, top_k=0, top_p=1.0, min_p=0.0):
 @pytest.mark.parametrize("top_k", [0, 1, 2, 7, 96, 97, 98, 1000])
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.93, 1.0])
 @pytest.mark.parametrize("min_p", [0.0, 0.02, 1.0])
-def test_kept_ids_equal_a_sort(top_k, top_p, min_p):
+def test_allowed_ids_equal_a_sort(top_k, top_p, min_p):
     x = logits(40, seed=top_k)
     expected = [reference(row, top_k, np.float64(np.float32(top_p)), np.float64(np.float32(min_p))) for row in x]
     np.testing.assert_array_equal(kept(x, top_k, top_p, min_p), expected)
 
 
-def test_kept_ids_of_a_real_vocabulary():
+def test_allowed_ids_of_a_real_vocabulary():
     x = logits(3, vocab=151936)
     settings = (50, 0.8, 0.0), (0, 0.8, 0.0), (20, 1.0, 0.05)
     sampling_params = sampling.stack_params([OFF._replace(top_k=k, top_p=p, min_p=m) for k, p, m in settings], 3)
@@ -59,7 +59,7 @@ def test_kept_ids_of_a_real_vocabulary():
 def test_ties_at_the_threshold_are_kept():
     x = np.array([[3, 1, 2, 2, 0, 2, -1]], np.float32)
     assert kept(x, top_k=2)[0].tolist() == [True, False, True, True, False, True, False]
-    # softmax of [3, 2, 2, 2, …] is .44, .16, .16, .16, …: the second id reaches .5, its equals stay
+    # softmax of [3, 2, 2, 2, …] is .44, .16, .16, .16, …: the second id reaches .5, and equal ones stay
     assert kept(x, top_p=0.5)[0].tolist() == [True, False, True, True, False, True, False]
 
 
@@ -80,7 +80,7 @@ def test_minus_infinity_is_never_drawn():
 
 @pytest.mark.parity
 @pytest.mark.parametrize("seed", range(8))
-def test_kept_ids_equal_transformers(seed):
+def test_allowed_ids_equal_transformers(seed):
     torch = pytest.importorskip("torch")
     from transformers.generation import logits_process as hf
 
@@ -170,7 +170,7 @@ def test_frequencies_follow_the_probabilities(sampling_params):
 
 
 def test_successive_tokens_are_independent():
-    """One row's tokens over time follow the same law as many rows at once."""
+    """The successive tokens of one row have the distribution of many rows."""
     row = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32))
     state, sampling_params = fresh_state([7], 4), sampling.stack_params([OFF._replace(temperature=1.0)], 1)
     tokens = []
@@ -314,7 +314,7 @@ def test_bad_options_are_named(options):
 )  # fmt: skip
 @pytest.mark.parametrize("base", [0.0, 0.5])
 def test_the_widest_options_allowed_give_a_token_that_can_be(base, options):
-    """One id has all the probability, and the penalties move every id alike."""
+    """One id has all the probability, and penalties change all ids equally."""
     o = GenerateOptions(**{"temperature": base, **options}).resolve({}, EOS)
     sampling_params = sampling.stack_params([o.sampling_params], 1)
     x = np.full((1, V), -1e4, np.float32)
@@ -331,7 +331,7 @@ def test_the_widest_options_allowed_give_a_token_that_can_be(base, options):
      {"eos_token_id": "x"}, {"eos_token_id": [1, 2.5]}],
     ids=str,
 )  # fmt: skip
-def test_what_the_checkpoint_says_wrong_is_not_the_callers_fault(generation):
+def test_bad_values_in_generation_config_name_the_file(generation):
     (name,) = generation
     with pytest.raises(InputError, match=rf"^generation_config\.json: {name} is"):
         GenerateOptions().resolve({"do_sample": True, **generation}, EOS)
@@ -340,7 +340,7 @@ def test_what_the_checkpoint_says_wrong_is_not_the_callers_fault(generation):
             GenerateOptions(**{name: -1}).resolve({"do_sample": True, **generation}, EOS)
 
 
-def test_options_of_the_processor_are_told_apart():
+def test_options_of_the_processor_are_named():
     with pytest.raises(InputError, match=r"unknown option max_pixels;.*processor\.encode"):
         GenerateOptions().replace(max_pixels=1000)
     with pytest.raises(InputError, match="unknown option tempratur; ") as e:

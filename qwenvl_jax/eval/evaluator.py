@@ -70,21 +70,19 @@ class Evaluator:
         """Answers every question under these parameters and scores the answers."""
         import jax
 
-        engine = self._engine or self._new_engine(params)
+        from qwenvl_jax.infer.engine import Engine
+        from qwenvl_jax.inputs.ladder import Ladder
+
+        if self._engine is None:
+            # A single bucket of rows: padding the last batch is cheaper than compiling for its size.
+            ladder = Ladder(rows=(self._batch,))
+            self._engine = Engine(self._model._replace(params=params), max_batch=self._batch, ladder=ladder)
+        engine = self._engine
         own, engine.params = engine.params, jax.tree.map(jax.numpy.asarray, params)
         try:
             return report(self._answers(engine))
         finally:
             engine.params = own if self._model is None else None
-
-    def _new_engine(self, params):
-        from qwenvl_jax.infer.engine import Engine
-        from qwenvl_jax.inputs.ladder import Ladder
-
-        # A single bucket of rows: padding the last batch is cheaper than compiling for its size.
-        ladder = Ladder(rows=(self._batch,))
-        self._engine = Engine(self._model._replace(params=params), max_batch=self._batch, ladder=ladder)
-        return self._engine
 
     def _answers(self, engine) -> list[Answer]:
         from tqdm import tqdm

@@ -288,16 +288,16 @@ class Engine:
             cache = self._programs.grow(cache)
 
 
-def _capped(rungs: Sequence[int], most: int) -> tuple[int, ...]:
+def _capped(buckets: Sequence[int], most: int) -> tuple[int, ...]:
     """The buckets below `most`, and `most`."""
-    return (*(r for r in rungs if r < most), most)
+    return (*(bucket for bucket in buckets if bucket < most), most)
 
 
-def _forks(n: int, max_batch: int, rungs: Sequence[int]) -> set[tuple[int, int]]:
+def _forks(n: int, max_batch: int, buckets: Sequence[int]) -> set[tuple[int, int]]:
     """The (prompts, rows) buckets of batches whose conversations have n answers each."""
     counts = {(u, u * n) for u in range(1, max_batch // n + 1)} | {(1, max_batch), (1, n % max_batch)}
     counts = {(u, rows) for u, rows in counts if u < rows and (n <= max_batch or u == 1)} if n > 1 else set()
-    return {(round_up(u, rungs, "rows"), round_up(rows, rungs, "rows")) for u, rows in counts}
+    return {(round_up(u, buckets, "rows"), round_up(rows, buckets, "rows")) for u, rows in counts}
 
 
 def _fetch(draw: sampling.Draw) -> sampling.Draw:

@@ -26,9 +26,9 @@ CHUNK = 1024  # visual tokens that `place` puts into the text per call
 class Programs:
     """Jitted functions, made once. `traces` counts the traces of each, by name."""
 
-    def __init__(self, config: Config, rungs: Sequence[int], mesh: Mesh | None):
-        """rungs: the buckets of T and S, rising; mesh: the mesh of the parameters, None for one device."""
-        self.config, self.rungs, self.mesh = config, tuple(rungs), mesh
+    def __init__(self, config: Config, buckets: Sequence[int], mesh: Mesh | None):
+        """buckets: of T and S, rising; mesh: that of the parameters, None for one device."""
+        self.config, self.buckets, self.mesh = config, tuple(buckets), mesh
         self.traces = Counter()
         variant = ("sample", "logprobs")
         on_gpu = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform in ("gpu", "cuda")
@@ -57,7 +57,7 @@ class Programs:
 
     def slots(self, tokens: int) -> int:
         """The cache slots of a prompt of so many tokens: the next bucket, or the last one."""
-        return next((r for r in self.rungs if r > tokens), self.rungs[-1])
+        return next((bucket for bucket in self.buckets if bucket > tokens), self.buckets[-1])
 
     def _program(self, f, **options):
         name = f.__name__.strip("_")

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.model import layers
 from qwenvl_jax.model.attention import attention, decode_attention
 from qwenvl_jax.model.kernels.decode import decode_kernel
-from qwenvl_jax.model.linear import Linear, precision
+from qwenvl_jax.model.linear import NORMAL, Linear, declare, is_narrow, narrow_product, precision
 from qwenvl_jax.model.norms import RMSNorm
 from qwenvl_jax.model.rope import rotate, text_rope
 from qwenvl_jax.model.scan import checkpointed, unpack_bfloat16
@@ -62,7 +61,7 @@ class VocabMatrix(nn.Module):
 
     @nn.compact
     def __call__(self):
-        return self.param(self.leaf, layers.declare(layers.NORMAL, self.dims, self.role), self.shape, self.param_dtype)
+        return self.param(self.leaf, declare(NORMAL, self.dims, self.role), self.shape, self.param_dtype)
 
 
 @jax.named_scope("embed_tokens")
@@ -179,11 +178,11 @@ def logits(x, head, dims: str):
         return dot(f"...D,{dims}->...V", x, head.astype(x.dtype))
 
     rows = x.reshape(-1, x.shape[-1])
-    if not layers.is_narrow(rows, head):
+    if not is_narrow(rows, head):
         return product(x, head)
 
     def narrow(x, head):
-        y = layers.narrow_product(rows.astype(jnp.float32), head, dims.replace("V", "F"))
+        y = narrow_product(rows.astype(jnp.float32), head, dims.replace("V", "F"))
         return y.reshape(*x.shape[:-1], -1)
 
     return jax.lax.platform_dependent(x, head, cpu=narrow, default=product)

@@ -334,10 +334,9 @@ def _attention(i: Instruction, kernel: str, operands: list[Array]) -> int:
     seven in one. A causal kernel counts half.
     """
     q, k = [a.shape for a in operands if a.shape[1:] and a.dtype.startswith(("f", "bf"))][:2]
-    keys, products = k[-2], {"fwd": 2, "dkv": 4, "dq": 3}.get(kernel)
-    if products is None:  # on GPUs, heads come after tokens
-        keys, products = k[-3], {"forward": 2, "backward": 7}[kernel]
-    return 2 * products * math.prod(q) * keys // (2 if "/causal/" in _source(i) else 1)
+    keys = k[-3 if kernel in ("forward", "backward") else -2]  # on GPUs, heads come after tokens
+    matmuls = {"fwd": 2, "dkv": 4, "dq": 3, "forward": 2, "backward": 7}[kernel]
+    return 2 * matmuls * math.prod(q) * keys // (2 if "/causal/" in _source(i) else 1)
 
 
 def _stated(i: Instruction, cost: str) -> int | None:

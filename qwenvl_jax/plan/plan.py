@@ -59,13 +59,13 @@ class Job(NamedTuple):
         """Raises InputError for a value out of range."""
         if self.task not in _LOWER:
             raise InputError(f"task {self.task!r} is not one of {', '.join(_LOWER)}")
-        limits = (
-            ("batch", 1, 2**16),
-            ("context", 1, self.config.text.context),
-            ("images", 0, 2**16),
-            ("lora", 0, 4096),
-        )
-        for name, least, most in limits:
+        limits = {
+            "batch": (1, 2**16),
+            "context": (1, self.config.text.context),
+            "images": (0, 2**16),
+            "lora": (0, 4096),
+        }
+        for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from {least} to {most}")
         if self.task == "vision" and not self.images:
@@ -233,10 +233,11 @@ def _weights(config: Config, mesh: Mesh) -> dict:
     return _placed(abstract_params(config), param_shardings(specs(config), mesh))
 
 
-def _decoder_read(params: dict) -> dict:
-    """The weights that a pass of the decoder reads in full: not an untied embedding table, where it reads rows."""
+def _decoder_arrays(params: dict, cache: Cache) -> dict:
+    """The arrays of a pass of the decoder. Of an untied embedding table it reads single rows, which do not count."""
     decoder = params["decoder"]
-    return {k: v for k, v in decoder.items() if k != "embed_tokens" or "lm_head" not in decoder}
+    read = {k: v for k, v in decoder.items() if k != "embed_tokens" or "lm_head" not in decoder}
+    return {"weights": params, "cache": cache, "read": (read, cache)}
 
 
 def _cache(config: Config, mesh: Mesh, B: int, S: int) -> Cache:
@@ -257,10 +258,9 @@ def _lower_decode(job: Job, mesh: Mesh):
         shaped("BV", (B, V), bool),
         shaped("BV", (B, V), jnp.int32),
     )
-    programs = Programs(config, (job.context,), mesh)
-    tokens = shaped(".", (B,), jnp.int32)
-    lowered = programs.step.lower(params, tokens, state, cache, sampling_params, sample=False, logprobs=None)
-    return lowered, {"weights": params, "cache": cache, "read": (_decoder_read(params), cache)}, B, 1
+    step, tokens = Programs(config, (job.context,), mesh).step, shaped(".", (B,), jnp.int32)
+    lowered = step.lower(params, tokens, state, cache, sampling_params, sample=False, logprobs=None)
+    return lowered, _decoder_arrays(params, cache), B, 1
 
 
 def _lower_prefill(job: Job, mesh: Mesh):
@@ -269,7 +269,7 @@ def _lower_prefill(job: Job, mesh: Mesh):
     x = _shaped(mesh, "BTD", (B, T, config.text.hidden_size), config.dtype)
     positions, segments = _shaped(mesh, "...", (3, B, T), jnp.int32), _shaped(mesh, "..", (B, T), jnp.int32)
     lowered = Programs(config, (T,), mesh).prefill.lower(params, x, positions, segments)
-    return lowered, {"weights": params, "cache": cache, "read": (_decoder_read(params), cache)}, B * T, 1
+    return lowered, _decoder_arrays(params, cache), B * T, 1
 
 
 def _lanes(config: Config, mesh: Mesh, R: int, P: int, lead: str = "") -> VisionBatch:
@@ -296,8 +296,8 @@ def _lower_train(job: Job, mesh: Mesh):
     params = abstract_params(config)
     if job.lora:
         # Adapters are float32; base weights keep their dtype.
-        adapted = partial(lora.add, config, rank=job.lora, alpha=16.0, targets=options.lora_targets)
-        params = jax.eval_shape(lambda p, key: adapted(p, key), params, jax.ShapeDtypeStruct((2,), jnp.uint32))
+        adapt = partial(lora.add, config, rank=job.lora, alpha=16.0, targets=options.lora_targets)
+        params = jax.eval_shape(adapt, params, jax.ShapeDtypeStruct((2,), jnp.uint32))
     else:
         params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), params)
     trainable = lora.is_trainable if job.lora else lambda path: True
