@@ -35,7 +35,7 @@ class HfSource(Source, contextlib.AbstractContextManager):
 
     def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
         """See `Source.read`. A pool of threads reads, transposes and casts pieces of a few tens of megabytes."""
-        index, out = self.empty(leaf, index, dtype)
+        out = self.empty(leaf, index, dtype)
         stacked, transpose = leaf.spec.stacked, leaf.spec.transposed
         layers = range(index[0].start, index[0].stop) if stacked else [0]
         inner = index[1:] if stacked else index

@@ -1,8 +1,8 @@
 """Safetensors files: a tensor is a dtype, a shape and a byte range of a file.
 
 The format is a length, a JSON header and the bytes. So `pread` and `pwrite` move any part of any tensor, in any order
-and from several threads, without a copy of the file in memory; the safetensors library cannot do that. Headers are
-untrusted: every number is checked against the file's size before it is used.
+and from several threads, without a copy of the file in memory. The safetensors library writes tensors from memory only.
+Headers are untrusted: every number is checked against the file's size before it is used.
 """
 
 import contextlib

@@ -133,7 +133,7 @@ class OrbaxSource(Source):
         import tensorstore as ts
 
         spec = {"driver": "zarr", "kvstore": kvstore(self._params) | {"path": leaf.path.replace("/", ".") + "/"}}
-        index, out = self.empty(leaf, index, dtype)
+        out = self.empty(leaf, index, dtype)
         try:
             store = ts.open(spec, open=True, read=True, context=self._context).result()
             chunk = store.chunk_layout.read_chunk.shape[0]

@@ -46,14 +46,17 @@ class Source:
         return sum(leaf.nbytes for leaf in self.leaves.values())
 
     def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
-        """The part `index` of a parameter in a new array: contiguous slices, one per dimension. `bar` counts bytes."""
+        """The part `index`, one slice(start, stop) per dimension, of a parameter in a new array; `bar` counts bytes."""
         raise NotImplementedError
 
-    def empty(self, leaf: Leaf, index: tuple[slice, ...], dtype=None) -> tuple[list[slice], np.ndarray]:
-        """For `read`: the slices with starts and stops, and the array to fill."""
+    def empty(self, leaf: Leaf, index: tuple[slice, ...], dtype=None) -> np.ndarray:
+        """The array for `read` to fill, on a 64-byte boundary: jax's CPU backend then uses it without a copy."""
         dtype = leaf.dtype if dtype is None else jnp.dtype(dtype)
-        index = [slice(*i.indices(n)[:2]) for i, n in zip(index, leaf.shape, strict=True)]
-        return index, _aligned_empty([i.stop - i.start for i in index], dtype)
+        shape = [i.stop - i.start for i in index]
+        nbytes = math.prod(shape) * dtype.itemsize
+        raw = np.empty(nbytes + 64, np.uint8)
+        start = -raw.ctypes.data % 64
+        return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def to_devices(source: Source, shardings=None, dtype=None, progress: bool = True) -> dict:
@@ -63,8 +66,7 @@ def to_devices(source: Source, shardings=None, dtype=None, progress: bool = True
     out = {}
     with progress_bar("loading", source.nbytes, progress) as bar:
         for path, leaf in source.leaves.items():
-            sharding = flat_shardings[path] if flat_shardings else default
-            out[path] = _place(source, leaf, sharding, leaf.dtype if dtype is None else jnp.dtype(dtype), bar)
+            out[path] = _place(source, leaf, flat_shardings[path] if flat_shardings else default, dtype, bar)
     return unflatten(out)
 
 
@@ -73,7 +75,7 @@ def progress_bar(what: str, nbytes: int, progress: bool = True) -> tqdm:
     return tqdm(desc=what, total=nbytes, unit="B", unit_scale=True, disable=None if progress else True)
 
 
-def _place(source, leaf: Leaf, sharding, dtype, bar) -> jax.Array:
+def _place(source: Source, leaf: Leaf, sharding, dtype, bar) -> jax.Array:
     devices = {}  # devices with the same shard share one read
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         key = tuple(i.indices(n)[:2] for i, n in zip(index, leaf.shape, strict=True))
@@ -84,11 +86,3 @@ def _place(source, leaf: Leaf, sharding, dtype, bar) -> jax.Array:
         arrays += [jax.device_put(host, SingleDeviceSharding(d, memory_kind=sharding.memory_kind)) for d in holders]
         jax.block_until_ready(arrays)  # otherwise two shards would be in host memory
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
-
-
-def _aligned_empty(shape, dtype: np.dtype) -> np.ndarray:
-    """An empty array on a 64-byte boundary, which jax's CPU backend uses without a copy."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
