@@ -23,8 +23,10 @@ def main() -> None:
     for name, kind in kinds.items():
         rates = {form: ceiling({form: measure}) for form, measure in kind(device, small=args.small).items()}
         best = max(rates.values())
-        told = ", ".join(f"{form} {rate / 1e12:.3f}" for form, rate in rates.items())
-        report.note(f"{name}: {told} T{'FLOP' if name == 'product' else 'B'}/s", ceiling=name, best=best, forms=rates)
+        rate_list = ", ".join(f"{form} {rate / 1e12:.3f}" for form, rate in rates.items())
+        report.note(
+            f"{name}: {rate_list} T{'FLOP' if name == 'product' else 'B'}/s", ceiling=name, best=best, forms=rates
+        )
 
 
 if __name__ == "__main__":

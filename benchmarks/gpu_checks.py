@@ -214,10 +214,10 @@ def shallow(config: Config) -> Config:
 def run(check: Check) -> dict:
     start = time.perf_counter()
     want = jax.device_get(jax.jit(check.exact)(*check.args))
-    told = {"check": check.name, "error": error(jax.jit(check.run)(*check.args), want), "limit": check.limit}
+    line = {"check": check.name, "error": error(jax.jit(check.run)(*check.args), want), "limit": check.limit}
     if check.plain:
-        told["error of plain bfloat16"] = error(jax.jit(check.plain)(*check.args), want)
-    return told | {"ok": told["error"] <= check.limit, "seconds": time.perf_counter() - start}
+        line["error of plain bfloat16"] = error(jax.jit(check.plain)(*check.args), want)
+    return line | {"ok": line["error"] <= check.limit, "seconds": time.perf_counter() - start}
 
 
 def askers(folder: Path, small: bool) -> dict:

@@ -153,10 +153,10 @@ class Turns:
             side.send("warm", own[side], until)
         for side in sides:
             try:
-                told = side.receive(until + GRACE - time.time())
+                messages = side.receive(until + GRACE - time.time())
             except Failed as e:
-                told = [str(e)] * len(own[side])
-            self.errors |= {(job, side.name): error for job, error in zip(own[side], told, strict=True) if error}
+                messages = [str(e)] * len(own[side])
+            self.errors |= {(job, side.name): error for job, error in zip(own[side], messages, strict=True) if error}
 
     def apart(self, jobs: list[tuple]):
         """One side in memory at a time; each is started anew in every round."""
@@ -229,7 +229,7 @@ def measure(args, folder: str) -> list:
             report = Report(title, args.output, **about)
         if not args.random:
             compare(job, turns)
-        told(report, work(config, held, *job), job, turns, rates)
+        add_row(report, work(config, held, *job), job, turns, rates)
     middle = {name: statistics.median(each) for name, each in rates.items()}
     report.note(
         "ceilings: " + ", ".join(f"{name} {rate / 1e9:.1f} G{UNITS[name]}/s" for name, rate in middle.items()),
@@ -241,15 +241,15 @@ def measure(args, folder: str) -> list:
 
 
 def compare(job: tuple, turns: Turns) -> None:
-    """Checks that sides that compute in float32 have the same first tokens; returns error messages."""
+    """If the sides compute in float32, their first tokens must be the same; otherwise an error is recorded."""
     exact = [name for name, fact in turns.facts.items() if fact.get("dtype") == "float32"]
     firsts = {name: turns.answers[job, name][0][1] for name in exact if turns.answers[job, name]}
     if len(set(firsts.values())) > 1:
         turns.errors[job, "all"] = f"the first tokens differ: {firsts}"
 
 
-def told(report: Report, w: Work, job: tuple, turns: Turns, ceilings: dict) -> None:
-    """Adds the line of one job; returns error messages."""
+def add_row(report: Report, w: Work, job: tuple, turns: Turns, ceilings: dict) -> None:
+    """Adds the row of one job, or a note for each side that failed."""
     for (failed, name), error in turns.errors.items():
         if failed == job:
             report.note(f"{w.name}, {name}: {error}", job=w.name, side=name, error=error)

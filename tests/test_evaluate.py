@@ -337,10 +337,10 @@ def test_evaluating_again_compiles_nothing_and_keeps_nothing(tiny_checkpoint, fo
     evaluator = Evaluator(model, four, batch=2, max_new_tokens=6)
     first = evaluator.report(model.params)
     assert [a.question.task for a in first.answers] == ["ocr", "clip", "echo", "locate"]
-    told = evaluator(model.params)
-    assert told == first.metrics()
+    scores = evaluator(model.params)
+    assert scores == first.metrics()
     tasks = ("ocr/anls", "clip/seconds", "echo/exact", "locate/iou", "locate/precision", "locate/recall", "overall")
-    assert list(told) == [f"eval/{name}" for name in tasks]
+    assert list(scores) == [f"eval/{name}" for name in tasks]
 
     # Each answer equals the engine's answer to that question alone. (The same engine, so nothing compiles.)
     engine = evaluator._engine
@@ -395,10 +395,10 @@ def test_eval_from_file_to_table(tiny_checkpoint, four, tmp_path, capsys, monkey
     assert sorted(os.listdir(tmp_path)) == ["a.png", "b.png", "predictions.jsonl", "q.jsonl"]
 
     assert cli.main([*argv[:-4], "--json", "--max-new-tokens", "9"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["overall"]["value"] == pytest.approx(5 / 6) and told["overall"]["n"] == 4
-    assert told["tasks"][3]["details"] == {"precision": 0.5, "recall": 1.0}
-    assert told["tasks"][2]["low"] == pytest.approx(metrics.wilson(1, 1)[0])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["overall"]["value"] == pytest.approx(5 / 6) and printed["overall"]["n"] == 4
+    assert printed["tasks"][3]["details"] == {"precision": 0.5, "recall": 1.0}
+    assert printed["tasks"][2]["low"] == pytest.approx(metrics.wilson(1, 1)[0])
 
 
 class Said:

@@ -49,20 +49,20 @@ def test_the_rehearsal_of_every_stage(assets, tmp_path):  # noqa: F811
     command = [ROOT / "benchmarks" / "gpu.sh", "--rehearse", tmp_path]
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-    told = lines(tmp_path / "results.jsonl")
-    assert {"card", "versions", "date"} <= told[0].keys()
+    results = lines(tmp_path / "results.jsonl")
+    assert {"card", "versions", "date"} <= results[0].keys()
     names = [stage.name for stage in gpu.stages(options(), Path(), Path())]
-    assert {line["stage"]: line["status"] for line in told if "stage" in line} == dict.fromkeys(names, "ok")
-    assert {line["ceiling"] for line in told if "ceiling" in line} == {"read", "copy", "product"}
-    found = {line["check"]: line["ok"] for line in told if "check" in line}
+    assert {line["stage"]: line["status"] for line in results if "stage" in line} == dict.fromkeys(names, "ok")
+    assert {line["ceiling"] for line in results if "ceiling" in line} == {"read", "copy", "product"}
+    found = {line["check"]: line["ok"] for line in results if "check" in line}
     assert all(found.values())
     for kind in ("attention, causal", "attention, full", "windows", "decode attention", "greedy tokens", "LoRA step"):
         assert any(kind in name for name in found), kind
-    jobs = [line for line in told if "job" in line]
+    jobs = [line for line in results if "job" in line]
     kinds = ["decode", "decode", "prefill", "vision", "picture", "LoRA", "decode"]
     assert [line["job"].replace(",", " ").split()[0] for line in jobs] == kinds
     assert all(line["peer"] for line in jobs if not line["job"].startswith("LoRA"))
-    training = {line["when"]: line for line in told if "when" in line}
+    training = {line["when"]: line for line in results if "when" in line}
     assert training["before"]["scores"].keys() == training["after"]["scores"].keys()
     # A trial of four steps, and more while time is left.
     assert 4 < training["training"]["step"] == training["after"]["step"] <= 8

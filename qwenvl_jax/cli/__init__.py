@@ -20,7 +20,7 @@ _MODULES = (generate, chat, train, eval, plot, convert, plan, info, verify)
 VERBS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 _COMPILING = (generate, chat, train, eval, verify)
 _CACHE = (
-    "Compiled programs are cached for the next run, in ~/.cache/qwenvl_jax or in XDG_CACHE_HOME. "
+    "Compiled programs are cached for the next run, in $XDG_CACHE_HOME/qwenvl_jax (default: ~/.cache/qwenvl_jax). "
     "Set JAX_COMPILATION_CACHE_DIR=DIR for another directory, JAX_ENABLE_COMPILATION_CACHE=0 for no cache."
 )
 

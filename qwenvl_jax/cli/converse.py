@@ -14,7 +14,9 @@ _PROMPT = ("add_vision_id", "allow_control_tokens")
 
 def add_arguments(parser) -> None:
     parser.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="directory or hub id (default: demo)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="default: the checkpoint's")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32", "float16"), help="dtype of the weights (default: the checkpoint's)"
+    )
     parser.add_argument(
         "--mesh", metavar="DxFxT", help="devices along data, fsdp and tensor, such as 1x1x8 (default: one)"
     )
@@ -31,8 +33,8 @@ def add_arguments(parser) -> None:
 
 def sampling(args, request: dict | None = None) -> GenerateOptions:
     """GenerateOptions from a request and from flags; flags win. Raises OptionsError for a bad value."""
-    asked = {name: value for name, value in (request or {}).items() if name in names(GenerateOptions)}
-    return build(GenerateOptions, asked | given(args, GenerateOptions))
+    options = {name: value for name, value in (request or {}).items() if name in names(GenerateOptions)}
+    return build(GenerateOptions, options | given(args, GenerateOptions))
 
 
 def encoder(args, request: dict | None = None):

@@ -42,9 +42,9 @@ def explain(error: Exception) -> tuple[int, str]:
         where = f"{error.filename}: " if error.filename else ""
         return BAD_INPUT, f"{where}{error.strerror or text}"
     if _no_devices():
-        wanted = os.environ.get("JAX_PLATFORMS") or "usable"
+        platform = os.environ.get("JAX_PLATFORMS") or "usable"
         return BAD_INPUT, (
-            f"there are no {wanted} devices here. Set JAX_PLATFORMS=cpu, or on a machine that has them "
+            f"there are no {platform} devices here. Set JAX_PLATFORMS=cpu, or on a machine that has them "
             "pip install 'qwenvl-jax[tpu]' or 'qwenvl-jax[cuda]'"
         )
     return FAILED, f"unexpected {type(error).__name__}: {text[:300]} (--debug shows where; please report it)"

@@ -27,7 +27,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--output", metavar="FILE", help="JSONL file for every question, answer and score")
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions answered together (default: 32)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), help="default: the checkpoint's")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32", "float16"), help="dtype of the weights (default: the checkpoint's)"
+    )
     add_flags(parser, GenerateOptions, "By default greedy, with at most 256 new tokens.")
     add_flags(parser, MediaOptions)
 

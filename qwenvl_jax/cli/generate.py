@@ -106,13 +106,13 @@ def read_request(body: dict, name: str) -> dict:
     flags = tuple(n for n in names(GenerateOptions) if GenerateOptions.__dataclass_fields__[n].metadata["flag"])
     body = {key: value for key, value in body.items() if value is not None and key not in _IGNORED}
     check_names(body, (*flags, *names(MediaOptions), "tools", *_SYNONYMS), f"{name}: ")
-    asked: dict = {}
+    options: dict = {}
     for key, value in body.items():
         option = _SYNONYMS.get(key, key)
-        if option in asked:
+        if option in options:
             raise InputError(f"{name}: {key!r} is given twice, under two names; keep one")
-        asked[option] = value
-    return asked
+        options[option] = value
+    return options
 
 
 def _read_json(option: str, where: str):

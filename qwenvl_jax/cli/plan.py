@@ -22,7 +22,12 @@ def add_arguments(parser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="NAME_OR_DIR", help="preset such as qwen2.5-vl-7b, or checkpoint directory")
     add("--target", required=True, help="v5e-8, v6e-4, v5p-128, h200, h100x8, …; with --search, v6e or h100")
-    add("--task", choices=("decode", "prefill", "vision", "train"), default="decode", help="default: decode")
+    add(
+        "--task",
+        choices=("decode", "prefill", "vision", "train"),
+        default="decode",
+        help="the program to compile (default: decode)",
+    )
     add("--batch", type=int, metavar="N", help="rows of a batch (default: 1)")
     add("--context", type=int, metavar="N", help="tokens or cache slots per row (default: 4096)")
     add("--images", type=int, metavar="N", help="images in all, for vision and train (default: 1)")
@@ -44,14 +49,14 @@ def run(args) -> int:
         from qwenvl_jax.plan.hardware import CHIPS, parse_target
         from qwenvl_jax.sharding import parse_mesh
 
-        asked = job(args)
+        planned = job(args)
         if args.search and args.mesh:
             raise InputError("--search finds the mesh; leave out --mesh or --search")
         if args.search:
             kind = args.target if args.target in CHIPS else parse_target(args.target).kind
-            answer = plan.search(asked, kind, progress=sys.stderr.isatty())
+            answer = plan.search(planned, kind, progress=sys.stderr.isatty())
         else:
-            answer = plan.plan(asked, parse_target(args.target), parse_mesh(args.mesh) if args.mesh else None)
+            answer = plan.plan(planned, parse_target(args.target), parse_mesh(args.mesh) if args.mesh else None)
     print(json.dumps({"model": args.model} | answer) if args.json else plan.table(answer))
     return OK if answer["fits"] else FAILED
 
@@ -60,9 +65,9 @@ def job(args):
     """The `Job` that the flags describe. Raises InputError for a flag of another task."""
     from qwenvl_jax.plan import plan
 
-    asked = {name: value for name in _TAKES["train"] if (value := getattr(args, name)) is not None}
-    for name in asked:
+    values = {name: value for name in _TAKES["train"] if (value := getattr(args, name)) is not None}
+    for name in values:
         if name not in _TAKES[args.task]:
             raise InputError(f"--{name} is not an option of --task {args.task}; leave it out")
-    asked.pop("full", None)
-    return plan.Job(plan.resolve_model(args.model), args.task, **asked)
+    values.pop("full", None)
+    return plan.Job(plan.resolve_model(args.model), args.task, **values)

@@ -42,7 +42,7 @@ class GenerateOptions:
     """
 
     max_new_tokens: int | None = option(None, "most tokens to generate", least=1, title="sampling")
-    temperature: float | None = option(None, "0 is greedy", least=0, most=_LIMIT)
+    temperature: float | None = option(None, "divides the logits; 0 is greedy", least=0, most=_LIMIT)
     top_k: int | None = option(None, "keep the K most likely tokens; 0 is off", least=0)
     top_p: float | None = option(
         None, "keep the most likely tokens whose probabilities add up to this; 1 is off", least=_TINY, most=1

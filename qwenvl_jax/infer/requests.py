@@ -91,11 +91,11 @@ class Row:
         """Adds row b of a draw that is on the host, unless the row has ended."""
         if self.finish_reason:
             return
-        token, asked = int(draw.tokens[b]), self.options.logprobs
+        token, top = int(draw.tokens[b]), self.options.logprobs
         self._ids.append(token)
-        if asked is not None:
+        if top is not None:
             self._logprobs.append(float(draw.logprobs[b]))
-            best = zip(draw.top_ids[b, :asked].tolist(), draw.top_logprobs[b, :asked].tolist(), strict=True)
+            best = zip(draw.top_ids[b, :top].tolist(), draw.top_logprobs[b, :top].tolist(), strict=True)
             self._top.append(list(best))
         ended = token in self._stop_ids
         piece = "" if ended else self._text.push(token)
@@ -108,14 +108,14 @@ class Row:
         self.pieces.append(piece)
 
     def result(self) -> Result:
-        asked = self.options.logprobs
+        top = self.options.logprobs
         return Result(
             "".join(self.pieces),
             self._ids,
             self.finish_reason,
             self.prompt_tokens,
-            None if asked is None else self._logprobs,
-            self._top if asked else None,
+            None if top is None else self._logprobs,
+            self._top if top else None,
         )
 
 

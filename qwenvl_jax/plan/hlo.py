@@ -227,10 +227,10 @@ class Program:
                     inner = next(j for j in self.computations[_called(i, "calls")].values() if j.root)
                 kind = inner.opcode.removesuffix("-start")
                 if kind in COLLECTIVES:
-                    taken = sum(a.bytes for o in i.operands for a in body[o].results)
-                    given = sum(a.bytes for a in i.results[-len(i.operands) :])
+                    read = sum(a.bytes for o in i.operands for a in body[o].results)
+                    written = sum(a.bytes for a in i.results[-len(i.operands) :])
                     group = _group(inner)
-                    found[Collective(kind, _sent(kind, group, taken, given), group, 0, _source(inner))] += times
+                    found[Collective(kind, _sent(kind, group, read, written), group, 0, _source(inner))] += times
         listed = [c._replace(times=times) for c, times in found.items()]
         return sorted(listed, key=lambda c: -c.bytes * c.times)
 
@@ -366,8 +366,8 @@ def _group(i: Instruction) -> int:
     raise ValueError(f"{i.name} states no replica groups")
 
 
-def _sent(kind: str, group: int, taken: int, given: int) -> int:
+def _sent(kind: str, group: int, read: int, written: int) -> int:
     """The least bytes that each device sends: those of a ring."""
     share = (group - 1) / group
-    sent = {"all-reduce": 2 * taken * share, "all-gather": given * share, "collective-permute": taken}
-    return round(sent.get(kind, taken * share))
+    sent = {"all-reduce": 2 * read * share, "all-gather": written * share, "collective-permute": read}
+    return round(sent.get(kind, read * share))
