@@ -426,7 +426,7 @@ def test_restore_of_damaged_checkpoints(ours, tmp_path):
     shutil.rmtree(path / "params" / "ocdbt.process_0")
     fails("damaged|not a readable")
     shutil.rmtree(path / "params")
-    fails("params: not a readable Orbax checkpoint, there are no parameters in it")
+    fails("params: not a readable Orbax checkpoint, it has no parameters")
 
 
 def test_sharded_loading_on_eight_devices(ours, tmp_path):

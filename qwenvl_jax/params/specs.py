@@ -5,12 +5,11 @@ once, in its module (`declare` in model/linear.py).
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from qwenvl_jax.config import Config
@@ -20,8 +19,6 @@ from qwenvl_jax.model.qwenvl import parts
 from qwenvl_jax.sharding import AXES, check_letters, weight_spec
 
 MATMULS = ("linear", "conv", "head")
-flatten = partial(flatten_dict, sep="/")  # a nested dict → {"a/b/c": leaf}
-unflatten = partial(unflatten_dict, sep="/")
 
 
 class Spec(NamedTuple):
@@ -73,8 +70,7 @@ def _specs(config: Config) -> dict[str, Spec]:
             return part.module.init(key, *arrays, *part.attend)["params"]
 
         tree = jax.eval_shape(declared, jax.ShapeDtypeStruct((2,), np.uint32), *part.arrays)
-        for name, box in flatten(tree).items():
-            path = f"{place}/{name}"
+        for path, box in flatten(tree, f"{place}/").items():
             if not isinstance(box, Declared):
                 raise InputError(f"{path}: its module does not `declare` it (model/linear.py)")
             shape, dims = box.value.shape, tuple(box.dims.split())
@@ -138,3 +134,23 @@ def check_mesh(config: Config, sizes: dict[str, int]) -> None:
     """Raises InputError if a mesh does not divide the model's widths. sizes: `mesh.shape`; absent axes are 1."""
     for path, s in _specs(config).items():
         weight_spec(path, s.dims, s.shape, dict.fromkeys(AXES, 1) | dict(sizes))
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """A nested dict → {"a/b/c": leaf}."""
+    out = {}
+    for key, value in tree.items():
+        out |= flatten(value, f"{prefix}{key}/") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def unflatten(flat: dict) -> dict:
+    """The inverse of `flatten`."""
+    tree = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
