@@ -457,7 +457,7 @@ def test_bad_lines_are_named(processor, tmp_path, caplog):
         8: "a row has 160",
         9: "half of a character",
         10: "no assistant message",
-        11: "not a list",
+        11: "of type list",
         12: "Invalid control character",
     }
     data = Dataset(path, processor, SHAPE, epochs=2, shuffle=False, on_error="skip")

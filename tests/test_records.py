@@ -279,13 +279,13 @@ def turns(*values, **more):
 @pytest.mark.parametrize(
     "record, reason, says",
     [
-        ([1], "unreadable", "a record is a JSON object, not a list"),
+        ([1], "unreadable", "a record is a JSON object; this one is of type list"),
         ({}, "messages", "one of 'messages', 'conversations'; this has 0"),
         ({"messages": [], "conversations": []}, "messages", "this has 2"),
         ({"messages": "hello"}, "messages", "'messages' must be a list"),
-        ({"messages": [3]}, "messages", "message 0 is a int"),
+        ({"messages": [3]}, "messages", "message 0 is of type int"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "messages", "message 0 has role 'bot'"),
-        ({"messages": [user("x"), assistant(5)]}, "messages", "message 1 has content of a int"),
+        ({"messages": [user("x"), assistant(5)]}, "messages", "message 1 has content of type int"),
         ({"messages": [user("x"), assistant("y", weight=2)]}, "messages", "message 1 has weight 2"),
         ({"messages": [user("x\ud800"), assistant("y")]}, "messages", "half of a character"),
         ({"messages": [user("x"), assistant("y")], "tools": "weather"}, "messages", "tools must be a list"),

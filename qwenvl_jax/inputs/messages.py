@@ -54,7 +54,7 @@ def _present(value: Mapping) -> dict:
 
 def _message(message, where: str) -> tuple[dict, list[Media]]:
     if not isinstance(message, Mapping):
-        raise InputError(f"{where} is {_name(message)}, not an object with 'role' and 'content'")
+        raise InputError(f"{where} is of {_type(message)}, not an object with 'role' and 'content'")
     given = _present(message)
     role = given.get("role")
     if not isinstance(role, str) or role not in _ROLES:
@@ -76,11 +76,11 @@ def _message(message, where: str) -> tuple[dict, list[Media]]:
         items = [_item(item, f"{where} item {j}") for j, item in enumerate(content)]
         out["content"], media = [item for item, _ in items], [m for _, m in items if m is not None]
     else:
-        raise InputError(f"{where} has content of {_name(content)}; it must be a string or a list of items")
+        raise InputError(f"{where} has content of {_type(content)}; it must be a string or a list of items")
     for key in ("name", "tool_call_id"):
         if key in given:
             if not isinstance(given[key], str):
-                raise InputError(f"{where} has {key!r} of {_name(given[key])}; it must be a string")
+                raise InputError(f"{where} has {key!r} of {_type(given[key])}; it must be a string")
             out[key] = given[key]
     _check_strings(out, where)
     return out, media
@@ -88,7 +88,7 @@ def _message(message, where: str) -> tuple[dict, list[Media]]:
 
 def _item(item, where: str) -> tuple[dict, Media | None]:
     if not isinstance(item, Mapping):
-        raise InputError(f"{where} is {_name(item)}, not an object with a 'type'")
+        raise InputError(f"{where} is of {_type(item)}, not an object with a 'type'")
     given = _present(item)
     kind = _kind(given, where)
     detail = [given.pop("detail")] if kind == "image" and "detail" in given else []
@@ -113,7 +113,7 @@ def _item(item, where: str) -> tuple[dict, Media | None]:
         checked(MediaOptions, option, value, f"{where}: ")
     if kind == "text":
         if not isinstance(source, str):
-            raise InputError(f"{where} has text of {_name(source)}; it must be a string")
+            raise InputError(f"{where} has text of {_type(source)}; it must be a string")
         return {"type": "text", "text": source}, None
     if key == "base64":
         source = f"data:image;base64,{source}"
@@ -165,8 +165,8 @@ def check_tools(tools) -> list[dict] | None:
     return tools or None
 
 
-def _name(value) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+def _type(value) -> str:
+    return f"type {'null' if value is None else type(value).__name__}"
 
 
 def strings(value, depth: int = 0) -> Iterator[str]:

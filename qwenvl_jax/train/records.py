@@ -51,7 +51,7 @@ class RecordProcessor:
     def __call__(self, record) -> tuple[Sample, ...]:
         """One conversation, or the chosen and the rejected one with the same visuals. Raises BadRecord."""
         if not isinstance(record, Mapping):
-            raise BadRecord("unreadable", f"a record is a JSON object, not a {type(record).__name__}")
+            raise BadRecord("unreadable", f"a record is a JSON object; this one is of type {type(record).__name__}")
         read = preference if self.preferences else conversation
         prompts = [(self._prompt(messages, record), weights) for messages, weights in read(record, self.folder)]
         media = prompts[0][0].media
