@@ -1,6 +1,5 @@
 """The errors that this package raises on purpose. A class's `code` is stable, so a server can turn it into a status."""
 
-import copy
 from typing import Self
 
 
@@ -11,8 +10,10 @@ class InputError(ValueError):
 
     def at(self, where: str) -> Self:
         """The same error with its place before the message."""
-        error = copy.copy(self)
-        error.args = (f"{where}: {self}",)
+        text = f"{where}: {self}"
+        error = type(self).__new__(type(self), text)  # not by `copy`, which calls __init__ with the message alone
+        error.args = (text,)
+        error.__dict__.update(self.__dict__)
         return error
 
 

@@ -223,7 +223,7 @@ def test_destinations_that_cannot_be(orbax, src, tmp_path):
 
 def test_layout_is_for_hugging_face_only(src, tmp_path, capsys):
     assert cli.main(["convert", str(src), str(tmp_path / "out"), "--to", "orbax", "--layout", "nested"]) == 2
-    assert "goes with --to hf only" in capsys.readouterr().err
+    assert "use it with --to hf only" in capsys.readouterr().err
 
 
 def test_relative_paths(orbax, src, monkeypatch, tmp_path):
