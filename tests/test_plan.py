@@ -217,7 +217,7 @@ def test_meshes_over_parts_of_an_axis_of_the_chips(target, shape):
 
 @compiled
 def test_a_mesh_over_chips_that_are_no_block():
-    with pytest.raises(InputError, match="3×1×1 cannot be laid over the first 3 of 8 devices"):
+    with pytest.raises(InputError, match="the first 3 of 8 devices are not a block of neighbours for a mesh of 3×1×1"):
         make_mesh(3, devices=devices(parse_target("v5e-8")))
 
 
