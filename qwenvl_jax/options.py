@@ -157,9 +157,11 @@ def _kind(cls, name: str) -> tuple[Any, Any, bool]:
 
 
 def _item(cls, name: str, value, where: str):
-    """One checked value. For float, whole numbers become floats; a `Number` keeps its type."""
+    """One checked value. For float, whole numbers become floats; a `Number` stays whole or not."""
     meta, kind = cls.__dataclass_fields__[name].metadata, _kind(cls, name)[0]
     if _fits(kind, value) and _within(meta, value):
+        if kind is Number:  # numpy's scalars cannot be written as TOML
+            return int(value) if isinstance(value, Integral) else float(value)
         return kind(value) if kind in (int, float) else value
     what = "one of " + ", ".join(meta["choices"]) if meta["choices"] else _WORDS[kind]
     limits = {words: meta[bound] for bound, (_, words) in _BOUNDS.items() if meta[bound] is not None}

@@ -138,12 +138,15 @@ def on_shards(kernel, args: tuple, dims: tuple[str, ...], results: int | tuple[i
 
 
 def check_letters(path: str, dims: tuple[str, ...], shape: tuple[int, ...]) -> None:
-    """Raises InputError if a parameter declares a letter that is not in WEIGHT_AXES, or too few letters."""
+    """Raises InputError if a parameter's letters are not in WEIGHT_AXES, too few, or split over one axis."""
     for letter in dims:
         if letter not in WEIGHT_AXES:
             raise InputError(f"{path}: its dimension {letter!r} is none of {', '.join(WEIGHT_AXES)} (sharding.py)")
     if len(dims) != len(shape):
         raise InputError(f"{path}: it has {len(shape)} dimensions, and is declared with {len(dims)}: {' '.join(dims)}")
+    axes = [axis for letter in dims if (axis := WEIGHT_AXES[letter])]
+    if len(axes) > len(set(axes)):
+        raise InputError(f"{path}: two of its dimensions, {' '.join(dims)}, are split over the same axis of the mesh")
 
 
 def weight_spec(path: str, dims: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:

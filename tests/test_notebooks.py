@@ -1,5 +1,6 @@
 """What holds of every notebook as a file; .ci/run executes them."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def test_notebook_begins_with_what_it_is_and_what_to_change(path):
     assert first.cell_type == "markdown" and first.source.startswith("# ")
     for word in ("7B on real hardware", "load(", "mesh", "bfloat16"):
         assert word in first.source, f"{path.name} does not say at its top what to change: {word}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_imports_what_exists(path):
+    code = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("qwenvl_jax", "qwenvl_convert"):
+            for name in node.names:
+                exec(f"from {node.module} import {name.name}")
 
 
 def test_links_between_notebooks_lead_somewhere():

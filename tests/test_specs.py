@@ -102,6 +102,9 @@ def test_a_letter_that_does_not_exist(mixed, monkeypatch):
     monkeypatch.setattr(Mixed, "dims", "D Q")
     with pytest.raises(InputError, match=r"norm/mix: its dimension 'Q' is none of"):
         specs(mixed)
+    monkeypatch.setattr(Mixed, "dims", "D D")
+    with pytest.raises(InputError, match=r"norm/mix: two of its dimensions, L D D, are split over the same axis"):
+        specs(mixed)
     monkeypatch.setattr(Mixed, "dims", "D")
     with pytest.raises(InputError, match=r"norm/mix: it has 3 dimensions, and is declared with 2"):
         specs(mixed)

@@ -28,8 +28,14 @@ def from_dict(data: dict) -> Config:
 
 
 def to_dict(config: Config) -> dict:
-    """The Hugging Face `config.json` of a config."""
-    return family_of(config).to_dict(config)
+    """The Hugging Face `config.json` of a config. Raises CheckpointError for a field that the family's file cannot say."""
+    data = family_of(config).to_dict(config)
+    back = from_dict(data)
+    for mine, theirs in ((config, back), (config.text, back.text), (config.vision, back.vision)):
+        for name, value in vars(mine).items():
+            if name not in ("text", "vision", "image_mean", "image_std") and value != getattr(theirs, name):
+                raise CheckpointError(f"{name} is {value!r}, which a config.json of {config.family!r} cannot say")
+    return data
 
 
 def _family(model_type):

@@ -20,7 +20,7 @@ def _vision(get, text_width: int) -> VisionConfig:
     width = get("embed_dim", int, 1280)
     return VisionConfig(
         hidden_size=width,
-        intermediate_size=int(width * get("mlp_ratio", float, 4)),
+        intermediate_size=round(width * get("mlp_ratio", float, 4)),
         out_hidden_size=get("hidden_size", int, text_width),
         hidden_act=get("hidden_act", str, "quick_gelu"),
         **shared.tower_sizes(get),

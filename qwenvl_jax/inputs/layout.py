@@ -55,6 +55,23 @@ def make_sample(tokens, visuals: Sequence[Visual], config: Config, *, placeholde
     return Sample(tokens, mrope_positions(len(tokens), spans, visuals, config), spans, tuple(visuals), weights)
 
 
+def check_sample(sample: Sample, config: Config) -> None:
+    """Raises InputError unless the sample's visuals, spans and placeholder tokens belong together."""
+    ids = {"image": config.image_token_id, "video": config.video_token_id}
+    tokens = np.asarray(sample.tokens)
+    left = np.isin(tokens, list(ids.values()))
+    fits = len(sample.spans) == len(sample.visuals)
+    for visual, (first, last) in zip(sample.visuals, sample.spans, strict=False):
+        fits = fits and last - first == visual.grid.patches // config.vision.merge_unit
+        fits = fits and 0 <= first and last <= len(tokens) and bool((tokens[first:last] == ids[visual.kind]).all())
+        left[first:last] = False
+    if not fits or left.any() or np.shape(sample.positions) != (3, len(tokens)):
+        raise InputError(
+            f"a sample's {len(sample.visuals)} images and videos, its spans, positions and placeholder tokens do not "
+            "belong together; make it with `processor.encode` or `make_sample`"
+        )
+
+
 def mrope_positions(length: int, spans: Sequence[tuple], visuals: Sequence[Visual], config: Config) -> np.ndarray:
     """M-RoPE ids [3, t] int32 of one unpadded sequence (arXiv:2409.12191, section 2.1).
 

@@ -8,7 +8,7 @@ import numpy as np
 from qwenvl_jax.config import Config, VisionConfig
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.ladder import Ladder, round_up
-from qwenvl_jax.inputs.layout import Lanes, Placement, slots_needed
+from qwenvl_jax.inputs.layout import Lanes, Placement, check_sample, slots_needed
 from qwenvl_jax.types import Batch, Grid, Sample, VisionBatch, Visual
 
 
@@ -41,7 +41,7 @@ def pack_rows(segments: Sequence[Segment], shape: tuple[int, int], vision: tuple
 def make_batch(samples: Sequence[Sample], config: Config, ladder: Ladder | None = None) -> Batch:
     """Packs conversations into one batch of numpy arrays: one row each, padded on the right to the ladder's sizes.
 
-    Raises InputError if there is no sample or an empty one, ContextError for a size beyond the ladder.
+    Raises InputError for no sample, an empty one, or one whose parts disagree; ContextError for a size beyond the ladder.
     """
     ladder = ladder or Ladder()
     if not samples:
@@ -49,6 +49,8 @@ def make_batch(samples: Sequence[Sample], config: Config, ladder: Ladder | None 
     longest = max(len(s.tokens) for s in samples)
     if min(len(s.tokens) for s in samples) == 0:
         raise InputError("a conversation has no tokens")
+    for sample in samples:
+        check_sample(sample, config)
     shape = round_up(len(samples), ladder.rows, "rows"), round_up(longest, ladder.tokens, "tokens in a row")
     vision, index = pack_vision([v for s in samples for v in s.visuals], config, ladder)
     rest = iter(index)

@@ -41,6 +41,9 @@ class BadRecord(InputError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self):  # between processes; an exception's own would leave out the reason
+        return type(self), (self.reason, str(self))
+
 
 class JsonLines:
     """The records of a JSONL file by number: a sequence that stores byte offsets, 16 bytes of memory per line.

@@ -34,7 +34,7 @@ class TrainOptions(MediaOptions):
     patches: int = option(4096, "patches in a lane, a multiple of 64; the largest frame must fit", least=4)
     segments: int = option(64, "most samples in a row; a preference counts as two", least=1)
     accumulate: int = option(1, "batches in a step; their gradients are summed before the update", least=1)
-    steps: int = option(1000, "updates to make", least=1)
+    steps: int = option(1000, "updates to make", least=1, most=2**31 - 1)
     optimizer: str = option(
         "adamw", "the optimizer; muon is for training from scratch", choices=OPTIMIZERS, title="the optimizer"
     )
@@ -48,7 +48,9 @@ class TrainOptions(MediaOptions):
     weight_decay: float = option(0.01, "weight decay of matrices; norms and biases have none", least=0)
     betas: tuple[float, float] = option((0.9, 0.95), "decay of AdamW's two moments", least=0, below=1)
     clip: float = option(1.0, "largest norm of the gradient; 0 is off", least=0)
-    lora_rank: int = option(0, "train adapters of this rank instead of the weights; 0 is off", least=0, title="LoRA")
+    lora_rank: int = option(
+        0, "train adapters of this rank instead of the weights; 0 is off", least=0, most=2**31 - 1, title="LoRA"
+    )
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank", above=0)
     lora_dropout: float = option(0.0, "fraction of an adapter's inputs set to 0 in training", least=0, below=1)
     lora_targets: tuple[str, ...] = option(
