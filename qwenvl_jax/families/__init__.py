@@ -28,7 +28,7 @@ def from_dict(data: dict) -> Config:
 
 
 def to_dict(config: Config) -> dict:
-    """The Hugging Face `config.json` of a config. Raises CheckpointError for a field that the family's file cannot say."""
+    """The Hugging Face `config.json` of a config; CheckpointError for a field that the family's file cannot say."""
     data = family_of(config).to_dict(config)
     back = from_dict(data)
     for mine, theirs in ((config, back), (config.text, back.text), (config.vision, back.vision)):

@@ -41,7 +41,7 @@ def pack_rows(segments: Sequence[Segment], shape: tuple[int, int], vision: tuple
 def make_batch(samples: Sequence[Sample], config: Config, ladder: Ladder | None = None) -> Batch:
     """Packs conversations into one batch of numpy arrays: one row each, padded on the right to the ladder's sizes.
 
-    Raises InputError for no sample, an empty one, or one whose parts disagree; ContextError for a size beyond the ladder.
+    Raises InputError for no sample, an empty one or one whose parts disagree, ContextError beyond the ladder.
     """
     ladder = ladder or Ladder()
     if not samples:
