@@ -124,7 +124,7 @@ def reference(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("reference")
     config = small_config(request.param, "float32", tied=False)  # a tied model would repeat its last token
     auto = transformers.AutoConfig.for_model(**to_dict(config))
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     model = transformers.AutoModelForImageTextToText.from_config(auto, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
