@@ -218,3 +218,23 @@ def test_unreadable_file_is_named(tmp_path):
             read_config(tmp_path)
     with pytest.raises(InputError, match="absent"):
         read_config(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "changes", "name"),
+    [
+        ("qwen2_5_vl", "text", dict(qk_norm=True), "qk_norm"),
+        ("qwen2_5_vl", "text", dict(qkv_bias=False), "qkv_bias"),
+        ("qwen2_5_vl", "vision", dict(norm="layer"), "norm"),
+        ("qwen2_5_vl", "vision", dict(gated_mlp=False), "gated_mlp"),
+        ("qwen2_vl", "vision", dict(window_size=112, fullatt_block_indexes=(1,)), "window_size"),
+    ],
+)
+def test_a_file_that_cannot_say_a_switch(family, part, changes, name):
+    with pytest.raises(InputError, match=f"^{name} is .* a config.json of '{family}' cannot say"):
+        to_dict(tiny_config(family, **{part: changes}))
+
+
+def test_a_width_that_its_ratio_rounds():
+    config = tiny_config("qwen2_vl", vision=dict(hidden_size=448, intermediate_size=115, num_heads=4))
+    assert from_dict(to_dict(config)) == config

@@ -216,3 +216,22 @@ def test_wrong_patch_shape_is_named():
         make_batch([], config)
     with pytest.raises(InputError, match="no tokens"):
         make_batch([make_sample([], (), config)], config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        lambda s: dict(visuals=(), spans=()),
+        lambda s: dict(visuals=()),
+        lambda s: dict(spans=((s.spans[0][0], s.spans[0][1] - 1),)),
+        lambda s: dict(spans=((s.spans[0][0] - 1, s.spans[0][1] - 1),)),
+        lambda s: dict(visuals=(s.visuals[0]._replace(kind="video"),)),
+        lambda s: dict(tokens=s.tokens[:-1]),
+    ],
+)
+def test_a_sample_whose_parts_do_not_belong_together(changes):
+    config = tiny_config("qwen2_5_vl")
+    s = sample(RNG, config, 3, picture(RNG, config, 4, 8), 5)
+    make_batch([s], config)
+    with pytest.raises(InputError, match="do not belong together"):
+        make_batch([s._replace(**changes(s))], config)

@@ -389,3 +389,8 @@ def test_placeholders_are_looked_for_once(processor, encode, searches, door):
         "the prompt has 2 image and 0 video placeholders for 1 images and 0 videos, or has them in another order; "
         "the text may contain a placeholder, or the chat template may not support pictures"
     )
+
+
+def test_bad_records_cross_processes():
+    error = pickle.loads(pickle.dumps(BadRecord("media", "no such picture").at("a.jsonl:3")))
+    assert (str(error), error.reason, error.code) == ("a.jsonl:3: no such picture", "media", "record")
