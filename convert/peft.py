@@ -37,13 +37,13 @@ def save_adapter(config: Config, params: dict, path, *, base_name: str, layout: 
     """
     if jax.process_count() > 1:
         raise InputError("save_adapter writes from a single process; this job has several")
-    flat = flatten(split(params)[1])
+    flat, declared = flatten(split(params)[1]), specs(config)
     tensors, ranks, alphas = {}, {}, {}
     for linear, modules in _modules(config, layout).items():
         if f"{linear}/lora_a" not in flat:
             continue
         leaves = (np.asarray(flat[f"{linear}/{leaf}"]) for leaf in ADAPTER)
-        layers = zip(*leaves, strict=True) if specs(config)[f"{linear}/kernel"].stacked else [tuple(leaves)]
+        layers = zip(*leaves, strict=True) if declared[f"{linear}/kernel"].stacked else [tuple(leaves)]
         for module, (a, b, scale) in zip(modules, layers, strict=True):
             used = np.flatnonzero((a != 0).any(0) | (b != 0).any(1))
             if scale == 0 or not len(used):

@@ -15,6 +15,7 @@ from qwenvl_jax.errors import CheckpointError
 ROPES = ("sections", "interleaved")
 NORMS = ("rms", "layer")
 DTYPES = ("bfloat16", "float16", "float32")
+GROUPS = ("vision", "merger", "llm")  # of parameters, for learning rates, freezing and adapters
 VISION_ACTIVATIONS = ("silu", "gelu", "quick_gelu")
 TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 

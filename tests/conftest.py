@@ -29,20 +29,6 @@ from make_tiny import FAMILIES, copy_tokenizer, make_tiny
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_addoption(parser):
-    parser.addoption("--once", action="store_true", help="run each test with its first parameters only")
-
-
-@pytest.hookimpl(trylast=True)  # after -m and -k
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("once"):
-        first = {}
-        for item in items:
-            first.setdefault(item.nodeid.partition("[")[0], item)
-        config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
-        items[:] = first.values()
-
-
 @pytest.fixture
 def compilations():
     """An event for each program that XLA compiles, or that is found compiled, during the test."""

@@ -170,7 +170,7 @@ def test_targets(targets, chosen):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"targets": "lm_head"}, r"'lm_head' matches nothing.*groups are llm, vision, merger.*decoder/layers/q_proj"),
+        ({"targets": "lm_head"}, r"'lm_head' matches nothing.*groups are vision, merger, llm.*decoder/layers/q_proj"),
         ({"targets": ["q_proj", "qproj"]}, "'qproj' matches nothing"),
         ({"targets": "vision/*embed"}, "matches nothing"),
         ({"targets": ()}, "no adapter targets"),

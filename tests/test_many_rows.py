@@ -46,7 +46,7 @@ def random(*shape, seed: int = 0) -> np.ndarray:
     return np.random.default_rng((seed, *shape)).standard_normal(shape, np.float32)
 
 
-def check(got, want, limit: float = 3e-6, of=None) -> None:
+def assert_rows_close(got, want, limit: float = 3e-6, of=None) -> None:
     """Per row, the largest error is relative to the row's largest value, or to that of `of`."""
     got, want, of = (np.asarray(a, np.float64).reshape(len(want), -1) for a in (got, want, want if of is None else of))
     error = np.abs(got - want).max(1) / np.abs(of).max(1)
@@ -54,22 +54,22 @@ def check(got, want, limit: float = 3e-6, of=None) -> None:
     assert not len(wrong), f"{len(wrong)} of {len(want)} rows, from {wrong[0]} on; errors up to {error.max()}"
 
 
-def check_sum(got, want, limit: float = 2e-5) -> None:
+def assert_sum_close(got, want, limit: float = 2e-5) -> None:
     """A sum over all rows, which float32 rounds at each row: the error is relative to all values."""
     got, want = (np.asarray(a, np.float64) for a in (got, want))
     assert np.linalg.norm(got - want) <= limit * np.linalg.norm(want)
 
 
 def test_the_fault_itself():
-    """`check` detects XLA's fault if this jaxlib has it; otherwise the same expression passes."""
+    """`assert_rows_close` detects XLA's fault if this jaxlib has it; otherwise the same expression passes."""
     x = random(32_769, 3)
     want = (x.astype(np.float64) ** 2).sum(1)[:, None]
     got = compiled(jax.vmap(lambda row: jnp.sum((jnp.eye(3) @ row) ** 2)))(x)
     if jaxlib.__version__ == "0.10.2" and jax.default_backend() == "cpu":
         with pytest.raises(AssertionError, match=r"1 of 32769 rows, from 32768 on"):
-            check(got, want)
+            assert_rows_close(got, want)
     else:
-        check(got, want)
+        assert_rows_close(got, want)
 
 
 def width(kind, rows: int) -> int:
@@ -96,12 +96,14 @@ def test_norms(kind, rows):
     inverse = (np.mean(centred(x) ** 2, 1, keepdims=True) + EPS) ** -0.5
     n, n_grad = centred(x) * inverse, g * scale
     # The difference from the mean of three values may be small compared with the mean.
-    check(out, n * scale + (bias if kind is LayerNorm else 0), of=1 + np.abs(x) * inverse)
+    assert_rows_close(out, n * scale + (bias if kind is LayerNorm else 0), of=1 + np.abs(x) * inverse)
     x_wanted = inverse * (centred(n_grad) - n * np.mean(n_grad * n, 1, keepdims=True))
-    check(x_grad, x_wanted, 1e-5, of=inverse * (1 + np.abs(x) * inverse) * np.abs(n_grad).max(1, keepdims=True))
-    check_sum(grads["scale"], np.sum(g * n, 0))
+    assert_rows_close(
+        x_grad, x_wanted, 1e-5, of=inverse * (1 + np.abs(x) * inverse) * np.abs(n_grad).max(1, keepdims=True)
+    )
+    assert_sum_close(grads["scale"], np.sum(g * n, 0))
     if kind is LayerNorm:
-        check_sum(grads["bias"], np.sum(g, 0))
+        assert_sum_close(grads["bias"], np.sum(g, 0))
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -123,15 +125,15 @@ def test_norm_of_a_product(kind, rows):
     n = centred(y) * inverse
     d = inverse * (centred(g) - n * np.mean(g * n, 1, keepdims=True))
     room = 1 + inverse * (np.abs(x) + np.abs(x) @ np.abs(kernel) + np.abs(bias)).max(1, keepdims=True)
-    check(out, n, 1e-5, of=room)
-    check(
+    assert_rows_close(out, n, 1e-5, of=room)
+    assert_rows_close(
         grads[0],
         d + d @ kernel.T,
         1e-5,
         of=room * inverse * (1 + np.abs(kernel).sum()) * np.abs(g).max(1, keepdims=True),
     )
-    check_sum(grads[1], x.T @ d)
-    check_sum(grads[2], d.sum(0))
+    assert_sum_close(grads[1], x.T @ d)
+    assert_sum_close(grads[2], d.sum(0))
 
 
 def exact_attention(q, k, v, g, width: int):
@@ -158,7 +160,7 @@ def test_attention_in_one_long_row(rows):
     q, k, v, g = (a[None, :, None] for a in arrays)
     out, grads = with_gradients(f, g, q, k, v)
     for got, want in zip((out, *grads), exact_attention(*arrays, 24), strict=True):
-        check(got[0], want, 3e-5)
+        assert_rows_close(got[0], want, 3e-5)
 
 
 @pytest.mark.parametrize(("form", "blocks"), [("cpu", 513), ("plain", 513), ("plain", 2048)])
@@ -178,9 +180,9 @@ def test_attention_in_windows(form, blocks):
 
     out, (grad,) = with_gradients(f, g, qkv)
     wanted, *grads = exact_attention(*np.split(qkv[0], 3, 1), g[0], 64)
-    check(out[0], wanted, 3e-5)
+    assert_rows_close(out[0], wanted, 3e-5)
     for got, want in zip(np.split(np.asarray(grad[0]), 3, 1), grads, strict=True):
-        check(got, want, 1e-4)
+        assert_rows_close(got, want, 1e-4)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -192,7 +194,7 @@ def test_attention_of_a_token(rows):
     scores[np.arange(6) >= lengths[:, None]] = -np.inf
     p = np.exp(scores - scores.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
-    check(got, np.sum(p[..., None] * v[:, 0], 1), 1e-5)
+    assert_rows_close(got, np.sum(p[..., None] * v[:, 0], 1), 1e-5)
 
 
 @pytest.mark.parametrize(("rows", "whole"), [*((n, True) for n in ROWS), (32_769, False), (131_072, False)])
@@ -226,10 +228,12 @@ def test_cross_entropy(rows, whole):
     d = w[:, None] * (np.exp(logp) - hot)
     h = d @ table
     x_grad = inverse * (h * scale - n * np.mean(h * scale * n, 1, keepdims=True))
-    check(grads[0], x_grad, 1e-5, of=inverse * np.abs(table).max())  # a correct prediction has a small gradient
+    assert_rows_close(
+        grads[0], x_grad, 1e-5, of=inverse * np.abs(table).max()
+    )  # a correct prediction has a small gradient
     assert not np.asarray(grads[0])[w == 0].any()
-    check_sum(grads[1], d.T @ (n * scale))
-    check_sum(grads[2], np.sum(h * n, 0))
+    assert_sum_close(grads[1], d.T @ (n * scale))
+    assert_sum_close(grads[2], np.sum(h * n, 0))
 
 
 @pytest.mark.parametrize("rows", [32_769, 131_072])
@@ -252,7 +256,7 @@ def test_a_step_on_an_embedding(rows):
     assert np.isclose(metrics["grad_norm"], norm, rtol=1e-5) and norm > 1
     clipped = gradient / norm
     moved = start - 1e-2 * (clipped / (np.abs(clipped) + 1e-8) + 0.1 * start)
-    check(np.asarray(state.params["table"]["embedding"]) - start, moved - start, 1e-4)
+    assert_rows_close(np.asarray(state.params["table"]["embedding"]) - start, moved - start, 1e-4)
 
 
 @pytest.mark.slow
@@ -277,4 +281,4 @@ def test_a_whole_model():
     got, few = compiled(f)(params, batch(0, B)), jax.jit(f)
     parts = [jax.device_get(few(params, batch(start, 27))) for start in range(0, B, 27)]
     want = jax.tree.map(lambda *each: np.sum(np.asarray(each, np.float64), 0), *parts)
-    jax.tree.map(partial(check_sum, limit=1e-4), got, want)
+    jax.tree.map(partial(assert_sum_close, limit=1e-4), got, want)

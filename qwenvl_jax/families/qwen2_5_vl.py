@@ -3,7 +3,6 @@
 import numpy as np
 
 from qwenvl_jax.config import Config, TextConfig, VisionConfig
-from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.families import shared
 from qwenvl_jax.types import Visual
 
@@ -30,8 +29,6 @@ def _vision(get, text_width: int) -> VisionConfig:
 
 
 def to_dict(config: Config) -> dict:
-    if config.vision.window_size is None:
-        raise CheckpointError("window_size is None; Qwen2.5-VL has windows")
     vision = shared.fields(config.vision)
     vision["fullatt_block_indexes"] = list(vision["fullatt_block_indexes"])
     return shared.to_dict(config, "Qwen2_5_VLForConditionalGeneration", vision)

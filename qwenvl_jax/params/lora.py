@@ -16,11 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from qwenvl_jax.config import Config, is_number
+from qwenvl_jax.config import GROUPS, Config, is_number
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.specs import ADAPTER, flatten, param_shardings, specs, specs_of, unflatten
-
-GROUPS = ("llm", "vision", "merger")
 
 
 def add(
@@ -122,7 +120,8 @@ def dropout(params: dict, key, rate: float) -> dict:
 
 
 def _choose(config: Config, targets: str | Sequence[str]) -> set[str]:
-    groups = {path: specs(config)[f"{path}/kernel"].group for path in linears(config)}
+    declared = specs(config)
+    groups = {path: declared[f"{path}/kernel"].group for path in linears(config)}
     patterns, chosen = targets.split(",") if isinstance(targets, str) else targets, set()
     for pattern in map(str.strip, patterns):
         if pattern in GROUPS:

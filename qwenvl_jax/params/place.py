@@ -1,5 +1,6 @@
 """Moves parameters from disk onto their devices, one after the other."""
 
+import abc
 import math
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ class Leaf:
         return self.spec.size * self.dtype.itemsize
 
 
-class Source:
+class Source(abc.ABC):
     """A checkpoint opened as parameters: path → Leaf."""
 
     leaves: dict[str, Leaf]
@@ -45,9 +46,9 @@ class Source:
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.leaves.values())
 
+    @abc.abstractmethod
     def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
         """The part `index`, one slice(start, stop) per dimension, of a parameter in a new array; `bar` counts bytes."""
-        raise NotImplementedError
 
     def empty(self, leaf: Leaf, index: tuple[slice, ...], dtype=None) -> np.ndarray:
         """The array for `read` to fill, on a 64-byte boundary: jax's CPU backend then uses it without a copy."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenvl_jax import options
+from qwenvl_jax.config import GROUPS
 from qwenvl_jax.errors import OptionsError
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import as_text, build, check, check_names, checked, given, names, option
 
-GROUPS = ("vision", "merger", "llm")
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 _DTYPES = ("float32", "bfloat16")
