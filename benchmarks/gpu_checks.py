@@ -208,7 +208,8 @@ def checks(small: bool, folder: Path):
 
 def shallow(config: Config) -> Config:
     text = replace(config.text, num_hidden_layers=2, vocab_size=1024)
-    return config.replace(text=text, vision=replace(config.vision, depth=2, fullatt_block_indexes=(1,)))
+    full = () if config.vision.window_size is None else (1,)
+    return config.replace(text=text, vision=replace(config.vision, depth=2, fullatt_block_indexes=full))
 
 
 def run(check: Check) -> dict:
