@@ -110,7 +110,7 @@ class Dataset:
         self._order |= getattr(records, "identity", {})
         process = RecordProcessor(processor, shape, preferences=preferences, folder=media_root, options=options)
         self._load = _Load(records, process)
-        self._epochs, self._threads, self._workers = epochs, threads, workers
+        self.epochs, self._threads, self._workers = epochs, threads, workers
         self._stream: Iterator | None = None
         self.set_state({"position": 0, "skipped": {}, "order": self._order})
 
@@ -189,7 +189,7 @@ class Dataset:
         ds = grain.MapDataset.range(self._order["records"])
         if self._order["shuffle"]:
             ds = ds.shuffle(seed=self._order["seed"])
-        ds = ds[index::count].repeat(self._epochs)[self._position :].map(self._load)
+        ds = ds[index::count].repeat(self.epochs)[self._position :].map(self._load)
         ds = ds.to_iter_dataset(grain.ReadOptions(self._threads, 8 * self._threads))
         if self._workers:
             from absl import flags

@@ -1,7 +1,7 @@
 """Fine-tuning from TrainOptions: reads a checkpoint and records, writes a checkpoint that `load` opens."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -13,21 +13,30 @@ from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import given
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.train.data import Dataset
-from qwenvl_jax.train.loop import make_run_mesh, train
+from qwenvl_jax.train.loop import OnMetrics, make_run_mesh, train
+from qwenvl_jax.train.optimizer import settled
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape
-from qwenvl_jax.train.run import Run, last_step
+from qwenvl_jax.train.run import Run
 from qwenvl_jax.types import Model
 
 FINAL, ADAPTER = "final", "adapter"
 
 
-def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Callable] | None = None) -> int | None:
+def finetune(
+    options: TrainOptions,
+    evaluator: Callable[[Model, str, dict], Callable] | None = None,
+    *,
+    optimizer=None,
+    on_metrics: OnMetrics | Sequence[OnMetrics] = (),
+) -> int | None:
     """Trains and writes the result to `options.output`. Returns the number of the signal that stopped the run, or None.
 
     evaluator: (model, eval_data, options of Processor.encode) → params → metrics by name.
+    optimizer, on_metrics: as for `train`.
     The result is the directory `final`, which `load` opens. With LoRA, it holds merged adapters, and PEFT opens the
-    directory `adapter` beside it. A finished run returns at once.
+    directory `adapter` beside it. A finished run returns at once; one that is now to be longer goes on, and its former
+    result is renamed to `final-STEP`.
     Raises InputError for bad options, checkpoints and records.
     """
     for name in ("model", "data", "output"):
@@ -36,14 +45,18 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
     final, adapter = (Path(options.output).expanduser() / name for name in (FINAL, ADAPTER))
     if options.distributed:
         distributed.initialize()
-    step = last_step(options.output)
-    for done in (final, adapter):
-        if done.is_dir() and step < options.steps:
-            raise InputError(f"{done} exists, after {step} steps; move it away to train to step {options.steps}")
-    with Run(options):  # refuses another run's directory before any weights are read
-        if final.is_dir():
-            _say(f"already finished: {final}")
-            return None
+    options, _ = settled(options, optimizer), make_run_mesh(options)
+    with Run(options) as run:  # refuses another run's directory before any weights are read
+        if run.before is not None and run.before.length != options.length:
+            _set_aside(run.step, final, adapter)
+        else:
+            for done in (final, adapter):
+                if done.is_dir() and run.step < (options.steps or 1):
+                    steps = f"after {run.step} steps"
+                    raise InputError(f"{done} exists, {steps}; move it away to train for {options.length}")
+            if final.is_dir():
+                _say(f"already finished: {final}")
+                return None
     source = checkpoint.find(options.model)
     model = _load(options, source)
     encode_options = given(options, MediaOptions) | {"allow_control_tokens": options.allow_control_tokens}
@@ -53,7 +66,8 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
             if evaluator is None:
                 raise OptionsError("eval_data needs an evaluator")
             evaluate = evaluator(model, options.eval_data, encode_options)
-        result = train(model, data, options, evaluate=evaluate, donate=True)
+        more = dict(optimizer=optimizer, on_metrics=on_metrics)
+        result = train(model, data, options, evaluate=evaluate, donate=True, **more)
     if result.signal is not None:
         _say(f"stopped after step {result.step}; the same command resumes the run")
         return result.signal
@@ -75,6 +89,19 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
     return None
 
 
+def _set_aside(step: int, *results: Path) -> None:
+    """Renames the results of a run that ended after `step` steps and goes on now."""
+    if jax.process_index() > 0:
+        return
+    for result in reversed(results):  # `final` last: without it, the next call would not look for the others
+        if result.is_dir():
+            former = result.with_name(f"{result.name}-{step}")
+            if former.exists():
+                raise InputError(f"{former} exists; move it away, since {result} is to get this name")
+            result.rename(former)
+            _say(f"the result after {step} steps is now {former}")
+
+
 def _load(options: TrainOptions, source: Path) -> Model:
     """The model to train, on the mesh and in the dtypes of the options."""
     mesh = make_run_mesh(options)
@@ -93,6 +120,7 @@ def _dataset(options: TrainOptions, model: Model, encode_options: dict) -> Datas
         model.processor,
         PackShape(options.rows, options.tokens, options.lanes, options.patches, options.segments),
         seed=options.seed,
+        epochs=options.epochs,
         on_error=options.on_bad_record,
         preferences=options.task == "dpo",
         options=encode_options,

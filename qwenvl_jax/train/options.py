@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import as_text, build, check, check_names, checked, given, names, option
 
 OPTIMIZERS = ("adamw", "muon")
+CUSTOM = "custom"  # an optimizer of the caller's own
+# The options that describe an optimizer; they have no effect with one of the caller's own.
+RULE = ("optimizer", "learning_rate", "vision_learning_rate", "merger_learning_rate", "schedule", "cooldown", "warmup",
+        "weight_decay", "betas", "clip", "moment_dtype")  # fmt: skip
 SCHEDULES = ("constant", "linear", "cosine")
 _DTYPES = ("float32", "bfloat16")
 
@@ -34,9 +39,13 @@ class TrainOptions(MediaOptions):
     patches: int = option(4096, "patches in a lane, a multiple of 64; the largest frame must fit", least=4)
     segments: int = option(64, "most samples in a row; a preference counts as two", least=1)
     accumulate: int = option(1, "batches in a step; their gradients are summed before the update", least=1)
-    steps: int = option(1000, "updates to make", least=1, most=2**31 - 1)
+    steps: int | None = option(None, "updates to make; default: 1000, without epochs", least=1, most=2**31 - 1)
+    epochs: int | None = option(None, "times to read every record, in place of steps", least=1, most=2**31 - 1)
     optimizer: str = option(
-        "adamw", "the optimizer; muon is for training from scratch", choices=OPTIMIZERS, title="the optimizer"
+        "adamw",
+        "the optimizer; muon is for training from scratch, custom is one made in Python",
+        choices=(*OPTIMIZERS, CUSTOM),
+        title="the optimizer",
     )
     learning_rate: float = option(1e-5, "peak learning rate", above=0, most=1)
     vision_learning_rate: float | None = option(None, "for the vision tower; default: learning_rate", above=0, most=1)
@@ -85,11 +94,15 @@ class TrainOptions(MediaOptions):
 
     def __post_init__(self):
         check(self)
-        if self.schedule != "constant" and self.warmup >= self.steps:
+        if self.steps is not None and self.epochs is not None:
+            raise OptionsError(f"steps is {self.steps} and epochs is {self.epochs}; give one of them")
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", 1000)
+        if self.schedule != "constant" and self.warmup >= (self.steps or math.inf):
             raise OptionsError(f"warmup is {self.warmup}; it must be less than steps, {self.steps}")
         if self.cooldown and self.schedule != "constant":
             raise OptionsError(f"cooldown needs the constant schedule; schedule is {self.schedule!r}")
-        if self.cooldown and self.warmup + self.cooldown > self.steps:
+        if self.cooldown and self.warmup + self.cooldown > (self.steps or math.inf):
             total = self.warmup + self.cooldown
             raise OptionsError(f"warmup and cooldown are {total} steps together; steps is {self.steps}")
 
@@ -97,7 +110,7 @@ class TrainOptions(MediaOptions):
     def read(cls, file=None, flags: dict | None = None) -> "TrainOptions":
         """The options of a TOML file, if given, overridden by those in `flags`."""
         values = {} if file is None else _read_toml(Path(file))
-        return build(cls, values | (flags or {}))
+        return build(cls, values | _one_length(flags or {}))
 
     def to_toml(self) -> str:
         """The text of a TOML file of all options that are not None."""
@@ -105,16 +118,44 @@ class TrainOptions(MediaOptions):
         return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in values)
 
     def replace(self, **changes) -> "TrainOptions":
-        return options.replace(self, changes)
+        return options.replace(self, _one_length(changes))
 
-    def differences(self, before: "TrainOptions") -> list[str]:
-        """The changes that make this another run, such as "learning_rate was 1e-05 and is 2e-05"."""
-        free = {f.name for f in dataclasses.fields(self) if f.metadata["free"]}
-        if self.schedule == before.schedule == "constant":
-            free |= {"steps", "cooldown"}  # they change later steps only
+    @property
+    def length(self) -> str:
+        """How long the run is, as messages say it."""
+        return f"{self.epochs} epochs" if self.steps is None else f"{self.steps} steps"
+
+    def differences(self, before: "TrainOptions", step: int = 0) -> list[str]:
+        """The changes that make this another run, such as "learning_rate was 1e-05 and is 2e-05".
+
+        step: how many steps were made. Those that follow may be more or fewer, if that does not change the learning
+        rates of these: with the constant schedule before its cooldown, and with an optimizer of the caller's own.
+        """
+        free, end = {f.name for f in dataclasses.fields(self) if f.metadata["free"]}, ""
+        if self.optimizer == before.optimizer == CUSTOM or self.schedule == before.schedule == "constant":
+            free |= {"steps", "epochs", "cooldown"}
+            if step > min(self._cooldown_start, before._cooldown_start):
+                free -= {"steps", "epochs", "cooldown"}
+                end = f", but step {step} is past the start of a cooldown"
+        else:
+            end = f", but a {before.schedule} schedule has its end; only constant can be extended"
         fixed = [name for name in names(self) if name not in free]
         pairs = [(name, getattr(before, name), getattr(self, name)) for name in fixed]
-        return [f"{name} was {as_text(old)} and is {as_text(new)}" for name, old, new in pairs if old != new]
+        changed = [(name, f"{name} was {as_text(old)} and is {as_text(new)}") for name, old, new in pairs if old != new]
+        return [text + end if name in ("steps", "epochs", "cooldown") else text for name, text in changed]
+
+    @property
+    def _cooldown_start(self) -> float:
+        """The last step before the cooldown. With epochs it is not known in advance."""
+        if not self.cooldown:
+            return math.inf
+        return 0 if self.steps is None else self.steps - self.cooldown
+
+
+def _one_length(changes: dict) -> dict:
+    """The changes, where steps replaces epochs and the reverse."""
+    given = [name for name in ("steps", "epochs") if changes.get(name) is not None]
+    return {name: None for name in ("steps", "epochs") if given} | changes
 
 
 def _read_toml(file: Path) -> dict:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -38,7 +38,8 @@ class Run:
             raise OptionsError("output is missing; it names the directory of the run")
         self.path = Path(options.output).expanduser().absolute()
         self._options, self._metrics, self._board = options, None, None
-        self._writes = jax.process_index() == 0
+        self._writes, self._locked = jax.process_index() == 0, False
+        self._made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
@@ -47,7 +48,7 @@ class Run:
         try:
             self._open(options)
         except BaseException:
-            os.close(self._lock)
+            self._close()
             raise
 
     def _open(self, options: TrainOptions) -> None:
@@ -56,7 +57,23 @@ class Run:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
                 raise InputError(f"{self.path}: another process is training there") from e
+            self._locked = True
             self._delete_old()
+        self.step, file = last_step(self.path), self.path / OPTIONS
+        self.before: TrainOptions | None = None  # the options of its checkpoints
+        if self.step:
+            if not file.is_file():
+                raise InputError(f"{self.path}: holds checkpoints but no {OPTIONS}; give another output")
+            self.before = TrainOptions.read(file)
+            if changes := "; ".join(options.differences(self.before, self.step)):
+                raise OptionsError(f"{self.path}: a run with other options ({changes}); give those, or another output")
+            if options.steps is not None and options.steps < self.step:
+                raise OptionsError(f"{self.path}: the run has made {self.step} steps; steps is {options.steps}")
+
+    @cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Made on first use: it makes a directory, and threads that do not end with an error elsewhere."""
+        options = self._options
         policies, best_fn = [checkpoint_managers.LatestN(options.keep)], None
         if options.best:
             best_fn = partial(_score, options)
@@ -66,18 +83,11 @@ class Run:
         how = ocp.CheckpointManagerOptions(
             preservation_policy=policy, best_fn=best_fn, todelete_subdir=_DELETED, cleanup_tmp_directories=True
         )
-        items = ("state", "progress")
-        self._manager = ocp.CheckpointManager(self.path / CHECKPOINTS, item_names=items, options=how)
-        self.step = self._manager.latest_step() or 0
-        file = self.path / OPTIONS
-        if self.step:
-            if not file.is_file():
-                raise InputError(f"{self.path}: holds checkpoints but no {OPTIONS}; give another output")
-            if changes := "; ".join(options.differences(TrainOptions.read(file))):
-                raise OptionsError(f"{self.path}: a run with other options ({changes}); give those, or another output")
+        return ocp.CheckpointManager(self.path / CHECKPOINTS, item_names=("state", "progress"), options=how)
 
     def begin(self) -> None:
         """Writes the options, and drops metrics after the last checkpoint."""
+        self._manager  # noqa: B018 - in every process at the same time: they wait for each other
         if self._writes:
             _replace(self.path / OPTIONS, [self._options.to_toml()])
             _replace(self.path / METRICS, _lines_up_to(self.path / METRICS, self.step))
@@ -117,17 +127,22 @@ class Run:
         self._manager.save(step, args=args, metrics=metrics, force=True)
         self.step = step
 
-    def restore(self, like: dict, step: int) -> tuple[dict, dict]:
-        """(state, progress) of a checkpoint, with the shapes and layout of `like`. Raises CheckpointError."""
+    def progress(self, step: int) -> dict:
+        """The progress in a checkpoint. Raises CheckpointError."""
+        return self._restore(step, progress=ocp.args.JsonRestore())["progress"]
+
+    def restore(self, like: dict, step: int) -> dict:
+        """The state in a checkpoint, with the shapes and layout of `like`. Raises CheckpointError."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
+        return self._restore(step, state=ocp.args.StandardRestore(abstract))["state"]
+
+    def _restore(self, step: int, **items):
         try:
-            stored = self._manager.restore(step, args=args)
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
         except (ValueError, KeyError, OSError) as e:
             reason = " ".join(str(e).split())[:300]
             where = self.path / CHECKPOINTS / str(step)
             raise CheckpointError(f"{where}: not readable as a checkpoint of this run ({reason})") from e
-        return stored["state"], stored["progress"]
 
     def log(self, step: int, values: dict) -> None:
         """Appends one line to the metrics and to TensorBoard. In the line, null is a value that is not finite."""
@@ -157,14 +172,24 @@ class Run:
 
     def __exit__(self, kind, *exception):
         try:
-            if kind is not KeyboardInterrupt:  # a second Ctrl-C does not wait for the background write
+            if kind is not KeyboardInterrupt and "_manager" in vars(
+                self
+            ):  # a second Ctrl-C does not wait for its write
                 self._manager.close()
                 if self._writes:
                     self._delete_old()
             for file in filter(None, (self._metrics, self._board)):
                 file.close()
         finally:
-            os.close(self._lock)
+            self._close()
+
+    def _close(self) -> None:
+        """Gives the directory free. One that a failed start would leave empty is removed."""
+        if self._locked:
+            for empty in (self.path / CHECKPOINTS, self.path) if self._made else (self.path / CHECKPOINTS,):
+                with contextlib.suppress(OSError):
+                    empty.rmdir()
+        os.close(self._lock)
 
 
 def last_step(output) -> int:

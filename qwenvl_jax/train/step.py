@@ -1,9 +1,10 @@
 """One optimizer step as one compiled program: gradients of the trainable leaves, summed over micro-batches.
 
-The optimizer gets a flat dict from path to array that holds the trainable leaves only. Any optax transformation that
-works leaf by leaf can be used.
+The optimizer gets a flat dict from path to array that holds the trainable leaves only, in float32. Layers are stacked:
+a norm that an optimizer takes of a leaf is one of all layers.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -53,6 +54,19 @@ def make_schedule(
     return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup), after], [warmup])
 
 
+def learning_rate_at(learning_rate: float, schedule: str, step: int, total: float, *, warmup=0, cooldown=0) -> float:
+    """`make_schedule`'s rate of one update, as a host number, if the total is an estimate that changes.
+
+    total: the number of updates, as far as it is known before this one; infinity if nothing is known.
+    """
+    if step < warmup:
+        return learning_rate * step / warmup
+    if schedule == "constant":
+        return learning_rate * (min(1.0, max(0.0, total - step) / cooldown) if cooldown else 1.0)
+    share = min(1.0, (step - warmup) / (total - warmup)) if total > warmup else 1.0
+    return learning_rate * ((1 + math.cos(math.pi * share)) / 2 if schedule == "cosine" else 1 - share)
+
+
 def make_optimizer(
     specs: dict[str, Spec], learning_rate, name="adamw", *, scales=None, weight_decay=0.0, clip=1.0, **adam
 ) -> optax.GradientTransformation:
@@ -60,7 +74,8 @@ def make_optimizer(
 
     name: "adamw" is arXiv:1711.05101. "muon" updates the kernels of hidden layers by their orthogonalised momentum,
         scaled as in arXiv:2502.16982, section 2.2, so that AdamW's learning rate suits it; all else uses AdamW.
-    learning_rate: a number or a schedule. scales: factors of it per group, such as {"vision": 0.1}.
+    learning_rate: a number or a schedule; None if every call of the step gives one.
+    scales: factors of the learning rate per group, such as {"vision": 0.1}.
     weight_decay: not for biases and the scales of norms. clip: largest global gradient norm, None for no limit.
     adam: b1, b2, eps and mu_dtype (dtype of the first moment) of `optax.scale_by_adam`.
     Raises OptionsError for a name that is not in OPTIMIZERS, and a group that is not in GROUPS.
@@ -85,8 +100,17 @@ def make_optimizer(
         rule,
         optax.add_decayed_weights(weight_decay, partial(decays, specs)) if weight_decay else optax.identity(),
         optax.stateless(scale_groups) if scales else optax.identity(),
-        optax.scale_by_learning_rate(learning_rate),
+        _given_rate() if learning_rate is None else optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _given_rate() -> optax.GradientTransformationExtraArgs:
+    """Scales updates by the `learning_rate` of the call."""
+
+    def update(updates, state, params=None, *, learning_rate, **_):
+        return jax.tree.map(lambda u: -learning_rate * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _rule(spec: Spec) -> str:
@@ -111,17 +135,32 @@ def init_state(specs: dict[str, Spec], params: dict, optimizer, trainable: Calla
     """
 
     def start(train):
-        opt_state = optimizer.init({path: w.astype(jnp.float32) for path, w in train.items()})
+        opt_state = optimizer.init(masters(train))
+        # Some states hold the parameters. Without a copy, both would share a buffer that a step donates twice.
+        opt_state = jax.tree.map(jnp.copy, opt_state)
         return _constrained(TrainState(jnp.zeros((), jnp.int32), {}, opt_state), specs)
 
     params = jax.tree.map(jnp.asarray, params)
-    return jax.jit(start)(_split(params, trainable)[0])._replace(params=params)
+    return jax.jit(start)(split(params, trainable)[0])._replace(params=params)
+
+
+def masters(train: dict) -> dict:
+    """The parameters as an optimizer sees them: in float32."""
+    return {path: w.astype(jnp.float32) for path, w in train.items()}
+
+
+def update(optimizer, grads: dict, opt_state, params: dict, **given):
+    """(updates, state) of any optimizer. One that asks for `value` or `grad`, as polyak_sgd does, gets them.
+
+    given: `value`, the loss, and `learning_rate` if the options of the run decide it.
+    """
+    return optax.with_extra_args_support(optimizer).update(grads, opt_state, params, grad=grads, **given)
 
 
 def make_step(
     specs: dict[str, Spec], loss: Callable, optimizer, trainable: Callable[[str], bool], *, noise=None, seed=0
 ) -> Callable:
-    """Compiles `step(state, batch) → (state, metrics)`; the first argument is donated.
+    """Compiles `step(state, batch, rate=None) → (state, metrics)`; the first argument is donated.
 
     specs: of all parameters (`specs_of`).
     loss: (params, TrainBatch) → (total, weight, metrics), all sums, such as `partial(sft_loss, config)`.
@@ -130,13 +169,15 @@ def make_step(
 
     batch: a TrainBatch whose leaves have a leading axis A of micro-batches, which are computed one after the other.
         The gradient is the sum of theirs divided by the sum of their weights, so A only trades memory for time.
+    rate: [] float32: the learning rate, if the optimizer has none of its own.
     metrics: scalars on the device. `loss`; `weight`, the trained tokens or pairs that it is averaged over; `grad_norm`
         before clipping; `finite`; and the averaged metrics of the loss. If the loss or the gradient is not finite,
-        `finite` is False and the state does not change.
+        `finite` is False and the state does not change. `learning_rate` if the state of the optimizer holds one, as
+        that of `optax.inject_hyperparams` does.
     """
 
-    def step(state: TrainState, batch: TrainBatch):
-        train, frozen = _split(state.params, trainable)
+    def step(state: TrainState, batch: TrainBatch, rate=None):
+        train, frozen = split(state.params, trainable)
         constrained = partial(_constrained, specs=specs)
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -155,13 +196,17 @@ def make_step(
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
 
-        masters = {path: w.astype(jnp.float32) for path, w in train.items()}
-        updates, opt_state = optimizer.update(grads, state.opt_state, masters)
-        new = {path: (w + updates[path]).astype(train[path].dtype) for path, w in masters.items()}
+        given = {"value": metrics["loss"]} | ({} if rate is None else {"learning_rate": rate})
+        full = masters(train)
+        updates, opt_state = update(optimizer, grads, state.opt_state, full, **given)
+        new = {path: (w + updates[path]).astype(train[path].dtype) for path, w in full.items()}
         new, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (new, opt_state), (train, state.opt_state)
         )
         state = constrained(TrainState(state.step + finite, unflatten(new | frozen), opt_state))
+        found = [x for _, x in optax.tree.get_all_with_path(opt_state, "learning_rate")]
+        rates = [x for x in found if isinstance(x, jax.Array) and x.ndim == 0]
+        metrics |= {"learning_rate": rates[0]} if len(rates) == 1 else {}
         return state, metrics | {"weight": weight, "grad_norm": norm, "finite": finite}
 
     return jax.jit(step, donate_argnums=0)
@@ -207,7 +252,7 @@ def batch_shardings(batch, mesh):
     return jax.tree.map(lambda d, leaf: activation_sharding(f".{d}", leaf.shape, mesh), dims, batch)
 
 
-def _split(params: dict, trainable: Callable[[str], bool]) -> tuple[dict, dict]:
+def split(params: dict, trainable: Callable[[str], bool]) -> tuple[dict, dict]:
     """(trainable, frozen) leaves by path."""
     flat = flatten(params)
     train = {path: w for path, w in flat.items() if trainable(path)}
