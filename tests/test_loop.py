@@ -23,10 +23,11 @@ from tiny import tiny_config, tiny_params
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.specs import abstract_params, flatten
-from qwenvl_jax.train import loop, run
+from qwenvl_jax.train import loop, progress, run
 from qwenvl_jax.train.flops import peak_flops, train_flops
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
+from qwenvl_jax.train.step import learning_rate_at, make_schedule
 from qwenvl_jax.types import Batch, Model, TrainBatch, VisionBatch
 
 ROWS, TOKENS, LANES, PATCHES = 4, 16, 4, 64
@@ -301,6 +302,133 @@ def test_a_constant_schedule_may_go_on_for_longer(straight, tmp_path):
     assert loop.train(model(), Batches(), options(tmp_path, steps=5)).step == 5
     assert loop.train(model(), Batches(), options(tmp_path, steps=12)).step == 12
     assert exactly(tmp_path) == exactly(straight[0])
+
+
+def test_what_cannot_be_extended(tmp_path):
+    """A schedule that falls has its end; so has a cooldown once it began."""
+    loop.train(model(), Batches(), options(tmp_path, steps=2, schedule="cosine"))
+    for more in (dict(steps=3), dict(steps=None, epochs=2)):
+        with pytest.raises(InputError, match=r"a cosine schedule has its end; only constant can be extended"):
+            run.Run(options(tmp_path, schedule="cosine", **more))
+    with pytest.raises(InputError, match="schedule was cosine and is constant"):
+        run.Run(options(tmp_path, steps=3))
+    wsd = dict(schedule="constant", cooldown=4)
+    before = options("x", steps=12, **wsd)
+    after = before.replace(steps=20)
+    assert after.differences(before, 8) == []
+    assert after.differences(before, 9) == ["steps was 12 and is 20, but step 9 is past the start of a cooldown"]
+    assert before.replace(steps=11).differences(before, 8)[0].endswith("step 8 is past the start of a cooldown")
+    with pytest.raises(InputError, match="has made 2 steps; steps is 1"):
+        (tmp_path / run.OPTIONS).write_text(options(tmp_path, steps=2).to_toml())
+        run.Run(options(tmp_path, steps=1))
+
+
+class Epochs(Batches):
+    """`length` batches, `epochs` times; each stands for one record."""
+
+    def __init__(self, epochs, events=None, *, length=3):
+        super().__init__(events)
+        self.epochs, self.length = epochs, length
+
+    @property
+    def epoch(self):
+        return self.at / self.length
+
+    def __next__(self):
+        if self.at >= self.epochs * self.length:
+            raise StopIteration
+        return super().__next__()
+
+
+def by_epochs(output, epochs, **changes):
+    return options(output, **dict(steps=None, epochs=epochs, schedule="linear", warmup=1) | changes)
+
+
+def test_epochs_end_as_their_steps_do(tmp_path):
+    """Two epochs of three batches are six steps, at the same learning rates; also after a stop, and once ended."""
+    loop.train(model(), Epochs(2), by_epochs(tmp_path / "steps", None, steps=6))
+    stop = {2: lambda _: signal.raise_signal(signal.SIGTERM)}
+    assert loop.train(model(), Epochs(2, stop), by_epochs(tmp_path / "epochs", 2)).step == 2
+    for _ in range(2):
+        result = loop.train(model(), Epochs(2), by_epochs(tmp_path / "epochs", 2), evaluate=lambda params: {"x": 1})
+        assert (result.step, result.signal) == (6, None)
+    steps, epochs = exactly(tmp_path / "steps"), exactly(tmp_path / "epochs")
+    assert epochs[-1].pop("eval/x") == 1 and [line["epoch"] for line in epochs] == [i / 3 for i in range(1, 7)]
+    rates = [line["learning_rate"] for line in epochs]
+    np.testing.assert_allclose(rates, [line["learning_rate"] for line in steps], rtol=1e-6)
+    assert rates[0] == 0 and rates[1] == 1e-2 > rates[5] > 0
+    np.testing.assert_allclose([x["loss"] for x in epochs], [x["loss"] for x in steps], rtol=1e-5)
+    with pytest.raises(InputError, match="epochs was 2 and is 3, but a linear schedule has its end"):
+        loop.train(model(), Epochs(3), by_epochs(tmp_path / "epochs", 3))
+    with pytest.raises(InputError, match=r"data must end after as many, as Dataset\(…, epochs=…\)"):
+        loop.train(model(), Batches(), by_epochs(tmp_path / "epochs", 2))
+
+
+def test_the_last_step_of_an_epoch_may_be_smaller(tmp_path):
+    """Five batches in steps of four; a constant rate may go on for more epochs."""
+    constant = dict(schedule="constant", accumulate=4, warmup=0, save_every=1)
+    for epochs in (1, 2):
+        data = Epochs(epochs, length=5)
+        assert loop.train(model(), data, by_epochs(tmp_path, epochs, **constant)).step == 2 * epochs
+    lines = exactly(tmp_path)
+    assert [line["weight"] / lines[1]["weight"] for line in lines] == [4, 1, 4, 1]
+    assert [line["tokens"] for line in lines] == [4 * ROWS * TOKENS, ROWS * TOKENS] * 2
+    with pytest.raises(InputError, match="no record that can be used"):
+        data.at, data.epochs = 5, 1
+        loop.train(model(), data, by_epochs(tmp_path / "none", 1))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_rate_by_its_share_is_that_by_its_step(schedule):
+    cooldown = 5 if schedule == "constant" else 0
+    rate = make_schedule(2.0, schedule, warmup=4, total=20, cooldown=cooldown)
+    for step in range(21):
+        mine = learning_rate_at(2.0, schedule, step, 20, warmup=4, cooldown=cooldown)
+        assert mine == pytest.approx(float(rate(step)), abs=1e-6)
+    assert learning_rate_at(2.0, schedule, 9, math.inf, warmup=4, cooldown=cooldown) == 2.0
+
+
+def test_speed_is_that_of_steps_alone(tmp_path):
+    """Evaluations sleep, and every step writes a checkpoint; every step but the first has its speed."""
+    more = dict(save_every=1, eval_every=2, steps=5)
+    loop.train(model(), Batches(), options(tmp_path, **more), evaluate=lambda params: time.sleep(2) or {})
+    lines = run.read_metrics(tmp_path)
+    assert ["tokens_per_second" in line for line in lines] == [False] + [True] * 4
+    assert all(line["tokens"] / line["tokens_per_second"] < 2 for line in lines[1:])
+
+
+def test_lines_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
+    loop.train(model(), Batches(), options(tmp_path / "a", steps=5))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 1/5", "step 5/5"]  # ten seconds apart, and the last one
+    assert "loss" in lines[0] and "tokens/s" in lines[1]
+    monkeypatch.setattr(progress, "PERIOD", 0)
+    loop.train(model(), Epochs(1, length=5), by_epochs(tmp_path / "b", 1, log_every=2))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[:2] for line in lines] == [
+        [f"step {i}: loss {x['loss']:.4f}", f" epoch {i / 5:.2f}/1"]
+        for i, x in ((x["step"], x) for x in run.read_metrics(tmp_path / "b"))
+    ]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    loop.train(model(), Batches(), options(tmp_path / "c", steps=2))
+    assert "\r" in (err := capsys.readouterr().err) and "step 1/2" not in err
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path):
+    def bad(_):
+        raise InputError("x.jsonl:1: no such picture")
+
+    (tmp_path / "there").mkdir()
+    for output in (tmp_path / "there", tmp_path / "new"):
+        with pytest.raises(InputError, match="rows is 1; it must be a multiple"):
+            loop.train(model(), Batches(), options(output, rows=1, mesh_data=3))
+        with pytest.raises(InputError, match="nothing is trainable"):
+            loop.train(model(), Batches(), options(output, freeze=("llm", "vision", "merger")))
+        with pytest.raises(InputError, match=r"x\.jsonl:1"):
+            loop.train(model(), Batches({0: bad}), options(output))
+        with run.Run(options(output)), pytest.raises(InputError, match="another process"):
+            run.Run(options(output))
+    assert list(tmp_path.iterdir()) == [tmp_path / "there"] and not list((tmp_path / "there").iterdir())
 
 
 def test_options_of_a_run_that_saved_nothing_do_not_bind(tmp_path):
