@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from qwenvl_jax.answers.boxes import parse_boxes
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
@@ -80,7 +81,7 @@ def _answers(answer, metric: str) -> tuple[str, ...]:
             text = json.dumps(objects)
         except (TypeError, ValueError, RecursionError) as e:
             raise InputError(f"answer is not readable as JSON ({e})") from e
-        if not isinstance(objects, list) or len(metrics.parse_boxes(text)) != len(objects):
+        if not isinstance(objects, list) or len(parse_boxes(text)) != len(objects):
             raise InputError('answer must be a list of {"bbox_2d": [x1, y1, x2, y2], "label": "…"}')
         return (text,)
     several = answer if isinstance(answer, list | tuple) else [answer]
