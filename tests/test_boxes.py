@@ -1,18 +1,29 @@
 """Boxes in texts: both forms, three kinds of coordinates, and which picture a box belongs to."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tiny import tiny_config
+from make_tiny import small_config
+from PIL import Image
+from tiny import FAMILIES, tiny_config
 
+from qwenvl_jax import cli
 from qwenvl_jax.answers.boxes import Box, Sizes, from_model, parse_boxes, sizes, to_model
+from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.eval.evaluator import Evaluator
+from qwenvl_jax.families import family_of
 from qwenvl_jax.inputs.messages import map_texts, normalize
+from qwenvl_jax.inputs.processor import Processor
+from qwenvl_jax.train.records import BadRecord, PackShape, RecordProcessor
 from qwenvl_jax.types import Grid, Visual
 
 CAT = Box("cat", 1, 2, 30, 40)
 BOX = '{"bbox_2d": [1, 2, 30, 40], "label": "cat"}'
+SHAPE = PackShape(rows=1, tokens=2048, lanes=1, patches=4096)
 PHOTO = Sizes(original=(4000, 3000), resized=(952, 728))
 RESIZED, THOUSANDTHS = "resized", "thousandths"
 
@@ -172,3 +183,86 @@ def test_sizes():
     p = config.vision.patch_size
     assert sizes(Visual(patches, Grid(1, 4, 6), "image", 0, (40, 30)), config) == Sizes((40, 30), (6 * p, 4 * p))
     assert sizes(Visual(patches, Grid(2, 4, 6), "video", 1), config) == Sizes((6 * p, 4 * p), (6 * p, 4 * p))
+
+
+FORMS = [
+    ("original", (3000, 150, 3900, 3000)),
+    ("resized", (714, 35, 928, 700)),
+    ("thousandths", (750, 50, 975, 1000)),
+]
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.new("RGB", PHOTO.original).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def processor(request, tokenizer_dir):
+    return Processor.from_dir(tokenizer_dir, small_config(request.param))
+
+
+def record(photo, coordinates, numbers, **more):
+    question = {"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "Where?"}]}
+    answer = {"role": "assistant", "content": json_box(*numbers)}
+    return {"messages": [question, answer], "boxes": coordinates, "metric": "iou"} | more
+
+
+def learnt(processor, record, **options):
+    process = RecordProcessor(processor, SHAPE, options={"max_pixels": 700_000} | options)
+    (sample,) = process(record)
+    return processor.decode(sample.tokens[sample.weights > 0])
+
+
+def test_a_large_photo_is_trained_and_scored_alike(processor, photo):
+    """4000 × 3000 pixels at max_pixels 700,000, with the same box in all three coordinates."""
+    target = family_of(processor.config).BOXES
+    want = json_box(*dict(FORMS)[target])
+    records = [record(photo, *form) for form in FORMS]
+    assert [learnt(processor, r) for r in records] == [want] * 3
+    assert learnt(processor, record(photo, None, FORMS[0][1]), boxes="original") == want
+    assert learnt(processor, record(photo, *FORMS[1]), boxes="original") == want  # the record's own word wins
+
+    prediction = want if target == "resized" else "cat<|box_start|>(750,50),(975,1000)<|box_end|>"
+    answers = [SimpleNamespace(text=prediction, finish_reason="stop")] * 3
+    engine = SimpleNamespace(processor=processor, max_batch=4, max_length=4096, generate=lambda *a, **o: answers)
+    engine.params = {}
+    report = Evaluator(engine, records, encoding={"max_pixels": 700_000}).report({})
+    assert [a.score for a in report.answers] == [1, 1, 1]
+
+
+def test_a_box_outside_is_refused_with_its_line(processor, photo, tmp_path):
+    bad = record(photo, "original", (3000, 0, 4100, 3000))
+    with pytest.raises(BadRecord, match="outside its picture \\(4000 × 3000 pixels, original\\)") as caught:
+        learnt(processor, bad)
+    assert caught.value.reason == "boxes"
+    with pytest.raises(BadRecord, match="outside its picture"):
+        learnt(processor, record(photo, None, (3000, 0, 3900, 3000)))
+    with pytest.raises(BadRecord, match="boxes is 'pixels'; it must be one of original, resized, thousandths"):
+        learnt(processor, bad | {"boxes": "pixels"})
+    (tmp_path / "q.jsonl").write_text(json.dumps(record(photo, *FORMS[0])) + "\n" + json.dumps(bad) + "\n")
+    engine = SimpleNamespace(processor=processor, max_batch=4, max_length=4096, params={})
+    with pytest.raises(InputError, match=r"q.jsonl:2: the box .* outside its picture"):
+        Evaluator(engine, tmp_path / "q.jsonl", encoding={"max_pixels": 700_000}).report({})
+
+
+def test_answers_in_original_pixels(photo, capsys):
+    """The demo's answer about an enlarged picture, in both coordinates."""
+    image = Image.open(SAMPLES / "scene.png")
+    large = Path(photo).with_name("large.png")
+    image.resize((image.width * 3, image.height * 2)).save(large)
+    size = f"--resized-width={image.width // 28 * 28} --resized-height={image.height // 28 * 28}".split()
+    command = ["generate", "--image", str(large), "--prompt", "Find the boxes of: strawberry", "--json", *size]
+    texts = []
+    for more in ([], ["--boxes", "original"]):
+        assert cli.main(command + more) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    resized, original = map(parse_boxes, texts)
+    assert resized and [box.label for box in resized] == [box.label for box in original]
+    place = Sizes((image.width * 3, image.height * 2), (image.width // 28 * 28, image.height // 28 * 28))
+    for a, b in zip(resized, original, strict=True):
+        assert b[1:] == tuple(round(n * place.original[i % 2] / place.resized[i % 2]) for i, n in enumerate(a[1:]))
+    assert cli.main(["generate", "--prompt", "Where?", "--boxes", "original"]) == 2
+    assert "the prompt has no picture" in capsys.readouterr().err

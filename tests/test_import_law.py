@@ -1,6 +1,6 @@
 """The import law: which module may see which, read from the syntax trees so that nothing need be imported.
 
-`types, errors, options, config` <- `sharding`, `families` <- `inputs`, `model` <- `params` <- `convert` <-
+`types, errors, options, config` <- `sharding`, `families`, `answers` <- `inputs`, `model` <- `params` <- `convert` <-
 `infer`, `train` <- `eval`, `serve`, `plan` <- `cli`. `inputs`, `families`: no jax. `infer` and `train` never meet.
 """
 
@@ -20,7 +20,7 @@ MAY_SEE = {
     "options": {"errors"},
     "config": {"types", "errors"},
     "families": BASE,
-    "inputs": BASE | {"families"},
+    "inputs": BASE | {"families", "answers"},
     "answers": BASE,
     "sharding": BASE,
     "model": BASE | {"sharding"},

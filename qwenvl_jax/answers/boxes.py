@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.types import Visual
 
 # original: pixels of the stored picture, turned upright. resized: pixels of the picture that the model sees.
@@ -51,6 +51,12 @@ class Sizes(NamedTuple):
     def of(self, coordinates: str) -> tuple[int, int]:
         """The largest x and y in these coordinates."""
         return (1000, 1000) if coordinates == "thousandths" else getattr(self, coordinates)
+
+
+def check_coordinates(name) -> None:
+    """Raises InputError unless it is one of COORDINATES or None."""
+    if name is not None and name not in list(COORDINATES):
+        raise InputError(f"boxes is {shown(name)}; it must be one of {', '.join(COORDINATES)}")
 
 
 def sizes(visual: Visual, config: Config) -> Sizes:
