@@ -60,6 +60,7 @@ def finetune(
     source = checkpoint.find(options.model)
     model = _load(options, source)
     encode_options = given(options, MediaOptions) | {"allow_control_tokens": options.allow_control_tokens}
+    encode_options |= {"boxes": options.boxes} if options.boxes else {}
     with contextlib.closing(_dataset(options, model, encode_options)) as data:
         evaluate = None
         if options.eval_data:
