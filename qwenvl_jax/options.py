@@ -80,9 +80,13 @@ def replace(options: T, changes: Mapping) -> T:
     return dataclasses.replace(options, **changes)  # type: ignore[type-var]
 
 
-def given(source, cls) -> dict:
-    """The options of `cls` that a namespace of flags or another object has and that are not None."""
-    values = {name: getattr(source, name, None) for name in names(cls)}
+def given(source, cls, only: Iterable[str] | None = None) -> dict:
+    """The options of `cls` that a namespace of flags or another object has and that are not None.
+
+    only: names of options; others are passed over.
+    """
+    chosen = names(cls) if only is None else set(names(cls)).intersection(only)
+    values = {name: getattr(source, name, None) for name in names(cls) if name in chosen}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -107,13 +111,15 @@ def checked(cls, name: str, value, where: str = ""):
     return tuple(_item(cls, name, item, where) for item in value)
 
 
-def add_flags(parser, cls, about: str | None = None) -> None:
+def add_flags(parser, cls, about: str | None = None, only: Iterable[str] | None = None) -> None:
     """Adds a flag for every option, inherited ones last. Flags that are not given are absent from the namespace.
 
-    about: a sentence below each group's title.
+    about: a sentence below each group's title. only: names of options; others get no flag.
     """
-    own, group = inspect.get_annotations(cls), parser
+    own, group, only = inspect.get_annotations(cls), parser, None if only is None else set(only)
     for field in sorted(dataclasses.fields(cls), key=lambda f: f.name not in own):
+        if only is not None and field.name not in only:
+            continue
         kind, many, _ = _kind(cls, field.name)
         meta = field.metadata
         if meta["title"]:

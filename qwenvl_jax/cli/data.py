@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 from qwenvl_jax.cli.errors import OK
 from qwenvl_jax.errors import InputError, OptionsError
@@ -20,7 +21,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--model", default="demo", metavar="DIR_OR_ID", help="whose tokenizer and preprocessing (default: demo)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="read N records, evenly spread over the data")
+    parser.add_argument("--limit", type=int, metavar="N", help="read N records, drawn at random")
     parser.add_argument("-o", "--output", metavar="FILE.png", help="draw the sizes into a PNG file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_flags(parser, TrainOptions, only=_OPTIONS)
@@ -40,9 +41,7 @@ def run(args) -> int:
     path = directory.find(args.model)
     processor = Processor.from_dir(path, directory.read_config(path))
 
-    def progress(records):
-        return tqdm(records, desc="reading", unit=" records", disable=None)
-
+    progress = partial(tqdm, desc="reading", unit=" records", disable=None)
     found = survey(args.data, processor, options, limit=args.limit, progress=progress)
     facts = describe(found, options, processor.config)
     print(json.dumps(facts, ensure_ascii=False) if args.json else table(facts))
@@ -77,7 +76,9 @@ def describe(found, options: TrainOptions, config) -> dict:
         "patches": [x.patches for x in m],
         "slots of a frame": [slots_needed(grid, config.vision) for x in m for grid, _ in x.frames],
     }
-    facts["quantiles"] = {name: dict(zip(_QUANTILES, quantiles(v), strict=True)) for name, v in columns.items() if v}
+    facts["quantiles"] = {
+        name: dict(zip(_QUANTILES, quantiles(v), strict=True)) for name, v in columns.items() if any(v)
+    }
     facts["batches"] = _batches(pack(m, found.shape, config, found.total * len(m) // found.read), options)
     shapes = {f"{share:.0%}": suggest(m, options, config, share) for share in (1.0, 0.99)}
     if shapes["99%"] == shapes["100%"]:
@@ -136,6 +137,8 @@ def draw(found, output) -> None:
         raise InputError("data draws with matplotlib, which is not installed: pip install 'qwenvl-jax[train]'") from e
     import numpy as np
 
+    if not found.measured:
+        raise InputError("no record can be read; there is nothing to draw")
     panels = {"tokens": ([m.tokens for m in found.measured], found.shape.tokens, "a row")}
     patches = [m.patches for m in found.measured if m.patches]
     if patches:

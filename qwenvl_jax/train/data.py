@@ -8,7 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from qwenvl_jax.types import Batch, Sample, TrainBatch
 _LOG = logging.getLogger(__name__)
 
 
-class _Bad(NamedTuple):
+class Bad(NamedTuple):
     """A bad record in the stream."""
 
     where: str
@@ -38,7 +38,7 @@ class _Load:
     def __init__(self, source, process: RecordProcessor):
         self.source, self.process = source, process
 
-    def __call__(self, index: int) -> tuple[Sample, ...] | _Bad:
+    def __call__(self, index: int) -> tuple[Sample, ...] | Bad:
         try:
             try:
                 record = self.source[int(index)]
@@ -46,8 +46,11 @@ class _Load:
                 raise BadRecord("unreadable", str(e)) from e
             return self.process(record)
         except (InputError, RecursionError) as e:  # the latter: lists nested a hundred deep
-            where = self.source.where(index) if hasattr(self.source, "where") else f"record {index}"
-            return _Bad(where, getattr(e, "reason", "unreadable"), str(e))
+            return Bad(self.where(index), getattr(e, "reason", "unreadable"), str(e))
+
+    def where(self, index: int) -> str:
+        """The file and line of a record, or its number."""
+        return self.source.where(index) if hasattr(self.source, "where") else f"record {index}"
 
 
 class Dataset:
@@ -109,7 +112,7 @@ class Dataset:
         self._order = dict(seed=seed, shuffle=shuffle, shard=[index, count], records=len(records))
         self._order |= getattr(records, "identity", {})
         process = RecordProcessor(processor, shape, preferences=preferences, folder=media_root, options=options)
-        self._load = _Load(records, process)
+        self.records, self._load = records, _Load(records, process)
         self.epochs, self._threads, self._workers = epochs, threads, workers
         self._stream: Iterator | None = None
         self.set_state({"position": 0, "skipped": {}, "order": self._order})
@@ -145,6 +148,16 @@ class Dataset:
             self._stream.close()
         self._stream, self._waiting = None, None
 
+    def examples(self, indices: Sequence[int]) -> Iterator[tuple[str, Any, tuple[Sample, ...] | Bad]]:
+        """(file and line, record, its samples or why it is bad) of records by number; it makes no batches."""
+        items = self._read(_grain().MapDataset.source(indices))
+        for index, item in zip(indices, items, strict=True):
+            try:
+                record = self.records[index]
+            except (InputError, OSError, RecursionError):  # the item says why
+                record = None
+            yield self._load.where(index), record, item
+
     def __iter__(self) -> "Dataset":
         return self
 
@@ -168,7 +181,7 @@ class Dataset:
             self._waiting = None
             if item is None:
                 break
-            if isinstance(item, _Bad):
+            if isinstance(item, Bad):
                 self._skip(item, position)
                 skipped[item.reason] += 1
             elif packer.add(item):
@@ -181,16 +194,16 @@ class Dataset:
         return packer.batch() if packer.segments else None
 
     def _open(self) -> Iterator:
-        try:
-            import grain
-        except ImportError as e:
-            raise InputError("reading training data needs Grain: pip install 'qwenvl-jax[train]'") from e
         index, count = self._order["shard"]
-        ds = grain.MapDataset.range(self._order["records"])
+        ds = _grain().MapDataset.range(self._order["records"])
         if self._order["shuffle"]:
             ds = ds.shuffle(seed=self._order["seed"])
-        ds = ds[index::count].repeat(self.epochs)[self._position :].map(self._load)
-        ds = ds.to_iter_dataset(grain.ReadOptions(self._threads, 8 * self._threads))
+        return self._read(ds[index::count].repeat(self.epochs)[self._position :])
+
+    def _read(self, numbers) -> Iterator:
+        """Reads and processes the records of a MapDataset of their numbers."""
+        grain = _grain()
+        ds = numbers.map(self._load).to_iter_dataset(grain.ReadOptions(self._threads, 8 * self._threads))
         if self._workers:
             from absl import flags
 
@@ -199,7 +212,7 @@ class Dataset:
             ds = ds.mp_prefetch(grain.MultiprocessingOptions(self._workers, 8))
         return iter(ds)
 
-    def _skip(self, bad: _Bad, position: int) -> None:
+    def _skip(self, bad: Bad, position: int) -> None:
         if self._on_error == "stop":
             raise InputError(f"{bad.where}: {bad.message}")
         self._bad_in_a_row += 1
@@ -207,6 +220,14 @@ class Dataset:
             raise InputError(f"none of {self._epoch} records can be used; the last is {bad.where}: {bad.message}")
         if position < self._epoch:  # later epochs would repeat the warning
             _LOG.warning("%s: %s; skipped", bad.where, bad.message)
+
+
+def _grain():
+    try:
+        import grain
+    except ImportError as e:
+        raise InputError("reading training data needs Grain: pip install 'qwenvl-jax[train]'") from e
+    return grain
 
 
 def _check_shape(shape: PackShape, config: Config, preferences: bool) -> None:

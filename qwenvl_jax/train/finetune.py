@@ -9,8 +9,6 @@ from qwenvl_convert.peft import save_adapter
 
 from qwenvl_jax import distributed
 from qwenvl_jax.errors import InputError, OptionsError
-from qwenvl_jax.inputs.options import MediaOptions
-from qwenvl_jax.options import given
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import OnMetrics, make_run_mesh, train
@@ -59,14 +57,12 @@ def finetune(
                 return None
     source = checkpoint.find(options.model)
     model = _load(options, source)
-    encode_options = given(options, MediaOptions) | {"allow_control_tokens": options.allow_control_tokens}
-    encode_options |= {"boxes": options.boxes} if options.boxes else {}
-    with contextlib.closing(_dataset(options, model, encode_options)) as data:
+    with contextlib.closing(_dataset(options, model)) as data:
         evaluate = None
         if options.eval_data:
             if evaluator is None:
                 raise OptionsError("eval_data needs an evaluator")
-            evaluate = evaluator(model, options.eval_data, encode_options)
+            evaluate = evaluator(model, options.eval_data, options.encoding)
         more = dict(optimizer=optimizer, on_metrics=on_metrics)
         result = train(model, data, options, evaluate=evaluate, donate=True, **more)
     if result.signal is not None:
@@ -115,7 +111,7 @@ def _load(options: TrainOptions, source: Path) -> Model:
     return model._replace(config=model.config.replace(dtype=dtype))
 
 
-def _dataset(options: TrainOptions, model: Model, encode_options: dict) -> Dataset:
+def _dataset(options: TrainOptions, model: Model) -> Dataset:
     return Dataset(
         options.data,
         model.processor,
@@ -124,7 +120,7 @@ def _dataset(options: TrainOptions, model: Model, encode_options: dict) -> Datas
         epochs=options.epochs,
         on_error=options.on_bad_record,
         preferences=options.task == "dpo",
-        options=encode_options,
+        options=options.encoding,
         threads=options.threads,
         workers=options.workers,
     )

@@ -125,6 +125,12 @@ class TrainOptions(MediaOptions):
         return options.replace(self, _one_length(changes))
 
     @property
+    def encoding(self) -> dict:
+        """How records are read: the options of a Dataset and of an Evaluator."""
+        encoding = given(self, MediaOptions) | {"allow_control_tokens": self.allow_control_tokens}
+        return encoding | ({"boxes": self.boxes} if self.boxes else {})
+
+    @property
     def length(self) -> str:
         """How long the run is, as messages say it."""
         return f"{self.epochs} epochs" if self.steps is None else f"{self.steps} steps"

@@ -71,9 +71,13 @@ class RecordProcessor:
             prompts[i] = prompts[i] if converted == messages else self._prompt(converted, record)
         pairs = zip(prompts, conversations, strict=True)
         samples = tuple(self._sample(prompt, weights, visuals) for prompt, (_, weights) in pairs)
-        self._check_length(sum(len(s.tokens) for s in samples))
-        self._check_lanes(visuals)
+        self.check(samples)
         return samples
+
+    def check(self, samples: tuple[Sample, ...]) -> None:
+        """Raises BadRecord if an empty batch does not hold the samples of one record."""
+        self._check_length(sum(len(s.tokens) for s in samples))
+        self._check_lanes(samples[0].visuals)
 
     def _prompt(self, messages: list, record: Mapping) -> Prompt:
         with _reason("messages"):

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,9 +11,10 @@ import numpy as np
 from qwenvl_jax.config import Config
 from qwenvl_jax.inputs.layout import Lanes, slots_needed
 from qwenvl_jax.inputs.processor import Processor
+from qwenvl_jax.inputs.records import BadRecord
 from qwenvl_jax.train.data import Bad, Dataset, Packer
 from qwenvl_jax.train.options import TrainOptions
-from qwenvl_jax.train.records import BadRecord, PackShape, RecordProcessor
+from qwenvl_jax.train.records import PackShape, RecordProcessor
 from qwenvl_jax.types import Grid, Sample, Visual
 
 EXAMPLES = 3  # bad records that are named, of each reason
@@ -81,30 +82,31 @@ class Survey:
                 named.append(f"{bad.where}: {bad.message}")
 
 
-def survey(data, processor: Processor, options: TrainOptions, *, limit: int | None = None, progress=iter) -> Survey:
+def survey(data, processor: Processor, options: TrainOptions, *, limit: int | None = None, progress=None) -> Survey:
     """Reads a data set as training does, pictures and clips included.
 
     data: as for `Dataset`. options: the shape of batches, the task, and how records are read.
-    limit: read as many records at most, evenly spread.
-    progress: called with the iterator of records, and returns one.
+    limit: read as many records at most, drawn at random.
+    progress: called with the records and `total=` their number; returns an iterator of them, as tqdm does.
     """
     shape = PackShape(options.rows, options.tokens, options.lanes, options.patches, options.segments)
-    every = 1 if limit is None else max(1, math.ceil(len(Dataset.records_of(data)) / limit))
     how = dict(preferences=options.task == "dpo", options=options.encoding)
     Dataset(data, processor, shape, **how)  # checks the shape
-    reader = dict(shard=(0, every), epochs=1, shuffle=False, threads=options.threads, workers=options.workers)
-    dataset = Dataset(data, processor, _ANY, on_error="skip", **how, **reader)
-    fits = RecordProcessor(processor, shape, **how)
-    out = Survey(shape, len(dataset.records))
-    for index, item in progress(dataset.examples()):
+    dataset = Dataset(data, processor, _ANY, **how, threads=options.threads, workers=options.workers)
+    total = len(dataset.records)
+    rng = np.random.default_rng(0)
+    indices = range(total) if limit is None or limit >= total else np.sort(rng.choice(total, limit, replace=False))
+    fits, out = RecordProcessor(processor, shape, **how), Survey(shape, total)
+    records = dataset.examples(indices)
+    for where, record, item in records if progress is None else progress(records, total=len(indices)):
         too_big = None
         if not isinstance(item, Bad):
             try:
                 fits.check(item)
             except BadRecord as e:
-                too_big = Bad(dataset.where(index), e.reason, str(e))
+                too_big = Bad(where, e.reason, str(e))
             item = _measured(item)
-        out.take(_keys(dataset, index), item, too_big)
+        out.take(_keys(record), item, too_big)
     return out
 
 
@@ -121,12 +123,8 @@ def _measured(samples: tuple[Sample, ...]) -> Measured:
     )
 
 
-def _keys(dataset: Dataset, index: int) -> str:
-    try:
-        record = dataset.records[index]
-        return " + ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-    except Exception:  # it was counted as a bad record, with its reason
-        return "unreadable"
+def _keys(record) -> str:
+    return " + ".join(map(str, record)) if isinstance(record, Mapping) else "no JSON object"
 
 
 def pack(measured: Sequence[Measured], shape: PackShape, config: Config, total: int) -> Packed:
