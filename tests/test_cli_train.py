@@ -12,6 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 from qwenvl_convert import peft
@@ -174,6 +175,32 @@ def test_plot(tmp_path, capsys):
         assert image.width < 700
 
 
+def test_panels_have_units_and_intervals_and_each_curve_once(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **more: figures.append(figure))
+
+    def score(s):
+        return s / 10
+
+    names = {"eval/a/exact": score, "eval/overall": score, "eval/b/f1": lambda s: 0.5}
+    bounds = {"eval/overall/low": lambda s: s / 20, "eval/overall/high": lambda s: s / 5}
+    bounds |= {"eval/a/exact/low": lambda s: s / 20, "eval/a/exact/high": lambda s: s / 5}
+    one = written(tmp_path / "one", 3, loss=lambda s: 1 / s, mfu=lambda s: 0.4, **names, **bounds)
+    assert cli.main(["plot", one, one + "/", "-o", str(tmp_path / "a.png")]) == 0
+    (figure,) = figures
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    assert list(panels) == ["loss", "eval/a/exact = eval/overall", "eval/b/f1", "mfu"]
+    assert [axis.get_ylabel() for axis in panels.values()] == [
+        "nats", "score, 0 to 1, with 95% interval", "score", "share of peak FLOP/s",
+    ]  # fmt: skip
+    assert all(axis.get_xlabel() == "step" and len(axis.lines) == 1 for axis in panels.values())
+    (bars,) = panels["eval/a/exact = eval/overall"].collections
+    np.testing.assert_allclose([bar[:, 1] for bar in bars.get_segments()], [[s / 20, s / 5] for s in (1, 2, 3)])
+    assert not panels["eval/b/f1"].collections
+
+
 def test_plot_says_what_is_missing(tmp_path, capsys, monkeypatch):
     assert cli.main(["plot", str(tmp_path / "none")]) == 2
     assert "no metrics.jsonl" in capsys.readouterr().err
@@ -209,7 +236,8 @@ def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert f"model of step 30: {output / 'final'}" in out and f"adapter for PEFT: {output / 'adapter'}" in out
     assert "records skipped: media: " in out and "colour/exact 1" in out
-    cast, skipped = err.splitlines()
+    cast, skipped = (line for line in err.splitlines() if not line.startswith("step "))
+    assert "step 30/30: loss" in err
     assert "bfloat16 weights are cast to float32" in cast
     assert skipped.endswith("no.png: No such file or directory; skipped")
     lines = run.read_metrics(output)
@@ -239,6 +267,55 @@ def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
         assert cli.main(argv) == 2
         assert f"{output / left} exists, after 0 steps" in capsys.readouterr().err
     assert len(run.read_metrics(output)) == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
+def test_a_run_that_ended_goes_on(tiny_checkpoint, tmp_path, capsys):
+    """By epochs and with an optimizer of one's own; the former result keeps a name."""
+    rows = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "data.jsonl").write_text((json.dumps({"messages": rows}) + "\n") * 5)
+    output = tmp_path / "run"
+    shape = dict(rows=1, tokens=64, lanes=1, patches=64, lora_rank=2)  # two records fit into a row
+    how = dict(model=str(tiny_checkpoint), data=str(tmp_path / "data.jsonl"), output=str(output), **shape)
+    seen = []
+    for epochs, steps in ((1, 3), (1, 3), (2, 6)):
+        given = TrainOptions(epochs=epochs, **how)
+        optimizer = optax.adam(1e-2)
+        assert (
+            finetune.finetune(given, optimizer=optimizer, on_metrics=lambda s, m: seen.append((s, m["epoch"]))) is None
+        )
+        assert checkpoint.find(output / "final") and run.last_step(output) == steps
+    out = capsys.readouterr().out
+    assert f"already finished: {output / 'final'}" in out
+    assert f"the result after 3 steps is now {output / 'final-3'}" in out
+    assert {p.name for p in output.iterdir()} >= {"final", "final-3", "adapter", "adapter-3"}
+    assert [epoch for _, epoch in seen] == [0.4, 0.8, 1.0, 1.4, 1.8, 2.0] and [s for s, _ in seen] == [*range(1, 7)]
+    with pytest.raises(InputError, match="optimizer was custom and is adamw"):
+        finetune.finetune(TrainOptions(epochs=2, **how))
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path, capsys):
+    argv = ["train", "--model", str(tmp_path / "none"), "--data", "d.jsonl", "--output", str(tmp_path / "run")]
+    assert cli.main(argv) == 2 and "none" in capsys.readouterr().err
+    assert cli.main([*argv, "--rows", "1", "--mesh-data", "3"]) == 2
+    assert "rows is 1; it must be a multiple" in capsys.readouterr().err
+    assert cli.main([*argv, "--steps", "5", "--epochs", "2"]) == 2
+    assert "steps is 5 and epochs is 2; give one of them" in capsys.readouterr().err
+    assert cli.main([*argv, "--optimizer", "custom"]) == 2
+    assert "made in Python" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_epochs_replace_steps(tmp_path):
+    assert (TrainOptions().steps, TrainOptions(epochs=2).steps) == (1000, None)
+    assert TrainOptions().replace(epochs=2) == TrainOptions(epochs=2)
+    assert TrainOptions(epochs=2).replace(steps=5) == TrainOptions(steps=5)
+    (tmp_path / "x.toml").write_text("steps = 7\n")
+    assert TrainOptions.read(tmp_path / "x.toml", {"epochs": 2}) == TrainOptions(epochs=2)  # flags win
+    (tmp_path / "y.toml").write_text(TrainOptions(epochs=2, schedule="constant").to_toml())
+    assert TrainOptions.read(tmp_path / "y.toml").length == "2 epochs"
+    assert TrainOptions(epochs=3, schedule="constant").differences(TrainOptions.read(tmp_path / "y.toml"), 9) == []
 
 
 @pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)

@@ -120,7 +120,10 @@ def test_the_package_is_light():
     assert out.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("verb", ["", "generate", "chat", "train", "eval", "plot", "convert", "plan", "info", "verify"])
+VERBS = ["", "generate", "chat", "data", "train", "eval", "plot", "convert", "plan", "info", "verify"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_is_light(verb):
     code, packages = imported(*verb.split(), "--help")
     assert code == 0 and "argparse" in packages and not HEAVY & packages

@@ -60,11 +60,16 @@ class Report:
     answers: tuple[Answer, ...]
 
     def metrics(self) -> dict[str, float]:
-        """{"eval/TASK/METRIC": value, …, "eval/overall": value}, for the metrics of a training run."""
+        """{"eval/TASK/METRIC": value, …, "eval/overall": value}, for the metrics of a training run.
+
+        The ends of an interval are named as their score, with "/low" and "/high".
+        """
         named: dict[str, float] = {}
-        for s in self.scores:
-            named |= {f"eval/{s.task}/{name}": value for name, value in {s.metric: s.value, **s.details}.items()}
-        return named | {"eval/overall": self.overall.value}
+        for s in (*self.scores, self.overall):
+            name = "eval/overall" if s is self.overall else f"eval/{s.task}/{s.metric}"
+            named |= {name: s.value, f"{name}/low": s.low, f"{name}/high": s.high}
+            named |= {f"eval/{s.task}/{detail}": value for detail, value in s.details.items()}
+        return named
 
     def to_dict(self) -> dict:
         """The scores, as `--json` prints them."""

@@ -296,9 +296,10 @@ class _Loop:
         with self.progress.paused():
             metrics = evaluate(self.state.params)
         metrics = {name.removeprefix("eval/"): float(value) for name, value in metrics.items()}
+        scores = {name: value for name, value in metrics.items() if not name.endswith(("/low", "/high"))}
         if self.options.best and self.options.best not in metrics:
-            raise OptionsError(f"best is {self.options.best!r}; the evaluation returns {', '.join(metrics)}")
-        self.progress.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+            raise OptionsError(f"best is {self.options.best!r}; the evaluation returns {', '.join(scores)}")
+        self.progress.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         return metrics
 
     def checkpoint(self, position, evaluate) -> None:
