@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_loop import CONFIG, Batches, equal, exactly, model, options, spoil
+from test_loop import CONFIG, Batches, Epochs, equal, exactly, model, options, spoil
 from test_step import SPECS, copy, everything, toy_batch, toy_loss, toy_params
 from tiny import tiny_params
 
@@ -175,6 +175,24 @@ def test_a_run_with_it_goes_on_bit_for_bit(name, tmp_path):
     before, after = flatten(tiny_params(CONFIG)), flatten(result.params)  # `freeze` holds
     moved = {path for path in before if not np.array_equal(before[path], after[path])}
     assert moved == {p for p in before if not p.startswith("vision/") or p.startswith("vision/merger/")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [None, "noise", "adafactor"])
+def test_on_a_mesh_by_epochs(name, tmp_path):
+    """Four devices give the losses of one, with a learning rate by its share too; and a resumed run goes on."""
+    rule = None if name is None else OPTIMIZERS[name]
+    losses = []
+    for sizes in ({}, dict(mesh_data=2, mesh_fsdp=2)):
+        output = tmp_path / str(len(losses))
+        how = dict(steps=None, epochs=2, **sizes) | ({} if rule else dict(learning_rate=1e-2, schedule="linear"))
+        stop = {3: lambda _: signal.raise_signal(signal.SIGTERM)}
+        for events in (stop, {}):
+            more = {} if rule is None else dict(optimizer=rule())
+            loop.train(model(), Epochs(2, events), own(output, **how), donate=True, **more)
+        losses.append([line["loss"] for line in exactly(output)])
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_it_may_go_on_for_longer(tmp_path):
