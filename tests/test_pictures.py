@@ -203,6 +203,16 @@ def test_other_files_are_named(start, what):
         load_image(start)
 
 
+@pytest.mark.parametrize(
+    "options", [{"format": "JPEG", "progressive": True}, {"format": "JPEG2000"}, {"format": "PPM"}]
+)
+def test_pictures_that_are_open_or_decoded_already(options):
+    image = Image.open(io.BytesIO(encode(GRAY.convert("RGB"), options.pop("format"), **options)))
+    pixels = np.asarray(load_image(image))
+    image.load()
+    assert np.array_equal(np.asarray(load_image(image)), pixels)
+
+
 # --- bounds
 
 
@@ -211,6 +221,14 @@ def progressive(scans: int, side: int) -> bytes:
     data = encode(Image.new("RGB", (side, side), (200, 100, 50)), "JPEG", progressive=True)
     at = data.rindex(b"\xff\xda")
     return data[:at] + data[at:-2] * scans + data[-2:]
+
+
+def small_precincts() -> bytes:
+    """A JPEG 2000 with precincts of 2 × 2 pixels, which would take 7 GB: the sizes of a usual one are overwritten."""
+    data = bytearray(encode(Image.new("RGB", (2048, 2048)), "JPEG2000", precinct_size=(128, 128), num_resolutions=6))
+    sizes = data.index(b"\xff\x52") + 14
+    data[sizes : sizes + 6] = b"\x11" * 6
+    return bytes(data)
 
 
 WEBP = encode(Image.new("RGBA", (16, 16)), "WEBP", lossless=True)
@@ -227,8 +245,8 @@ BOMBS = {
     ),
     "pgm decoded in Python": (b"P5 3000 3000 100\n" + bytes(9_000_000), "this form of PPM"),
     "jpeg 2000 of small precincts": (
-        encode(Image.new("RGB", (1500, 1500)), "JPEG2000", precinct_size=(4, 4)),
-        "with precincts",
+        small_precincts(),
+        "tiny precincts",
     ),
 }
 

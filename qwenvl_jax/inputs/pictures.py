@@ -5,6 +5,7 @@ What a person would see counts: transparency shows white, 16 bits are scaled to 
 
 import math
 import re
+import struct
 
 import numpy as np
 from PIL import Image
@@ -98,7 +99,9 @@ def check_size(width: int, height: int) -> None:
 
 def cost(image: Image.Image) -> int:
     """Bytes of memory that `decode` takes at most. Raises MediaError for a file that asks for far more work."""
-    area, kind = image.width * image.height, image.format or ""
+    file = getattr(image, "fp", None)
+    undecoded = file is not None and not file.closed
+    area, kind = image.width * image.height, image.format if undecoded else None
     after = _RGB if image.mode == "RGB" and "transparency" not in image.info else _OTHER_MODE
     if kind == "JPEG" and image.info.get("progressive"):
         scans = _bytes_of(image).count(b"\xff\xda")
@@ -109,13 +112,40 @@ def cost(image: Image.Image) -> int:
         sides = [image.tag_v2.get(tag, 0) for tag in (322, 323)]
         if not all(isinstance(s, int) for s in sides) or math.prod(sides) > max(4 * area, 1 << 22):
             raise MediaError("cannot be decoded (its tiles are larger than the picture)")
-    if kind == "JPEG2000":  # 100 bytes per precinct: one of a few pixels costs more than its pixels
-        header = _bytes_of(image).partition(b"\xff\x90")[0]  # up to the first tile
-        if re.search(rb"\xff[\x52\x53]..[^\0\2\4\6]", header, re.DOTALL) and area > 1 << 20:
-            raise MediaError("cannot be decoded (JPEG 2000 with precincts; save it again)")
-    if kind == "PPM" and image.tile[0].codec_name != "raw" and area > _SLOW:
+    if kind == "JPEG2000" and not _plain(_bytes_of(image), image.width, image.height):
+        raise MediaError("cannot be decoded (JPEG 2000 with tiny precincts or code-blocks; save it again)")
+    if kind == "PPM" and image.tile and image.tile[0].codec_name != "raw" and area > _SLOW:
         raise MediaError(f"cannot be decoded (more than {_SLOW:,} pixels of this form of PPM; save it again)")
-    return (_BYTES.get(kind, _OTHER) + after) * area
+    return (_BYTES.get(kind or "", _OTHER) + after) * area
+
+
+def _plain(data: bytes, width: int, height: int) -> bool:
+    """Whether a JPEG 2000 file has no more precincts and code-blocks than files of real programs have.
+
+    OpenJPEG takes a kilobyte for each, so those of a few pixels would take up to 1.6 KB per pixel. The markers are
+    those of ISO 15444-1, annex A: COD and COC say the sizes, in the main header and in that of any tile.
+    """
+    for start in re.finditer(b"\xff\x4f\xff\x51", data):  # SOC, SIZ
+        at, tile = start.end() - 2, 0
+        while at + 14 <= len(data):
+            marker, length = struct.unpack_from(">HH", data, at)
+            if marker == 0xFF90:  # SOT: the length of this part of a tile
+                tile, size = at, struct.unpack_from(">I", data, at + 6)[0]
+            if marker == 0xFF93:  # SOD: compressed data
+                at = tile + size if tile and size >= 14 else len(data)
+                continue
+            if marker == 0xFF53 and width * height > 1 << 20:  # COC
+                return False
+            if marker == 0xFF52 and width * height > 1 << 16:  # COD
+                levels, block = data[at + 9], data[at + 10] + data[at + 11] + 4
+                precincts = 0
+                for level, log in enumerate(data[at + 14 : at + 15 + levels] if data[at + 4] & 1 else b""):
+                    down = levels - level
+                    precincts += ((width >> down + (log & 15)) + 1) * ((height >> down + (log >> 4)) + 1)
+                if block < 8 or precincts > width * height // 512 + 4096:
+                    return False
+            at += 2 + max(length, 2)
+    return True
 
 
 def _bytes_of(image) -> bytes:
