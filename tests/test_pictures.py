@@ -203,11 +203,9 @@ def test_other_files_are_named(start, what):
         load_image(start)
 
 
-@pytest.mark.parametrize(
-    "options", [{"format": "JPEG", "progressive": True}, {"format": "JPEG2000"}, {"format": "PPM"}]
-)
-def test_pictures_that_are_open_or_decoded_already(options):
-    image = Image.open(io.BytesIO(encode(GRAY.convert("RGB"), options.pop("format"), **options)))
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"progressive": True}), ("JPEG2000", {}), ("PPM", {})])
+def test_pictures_that_are_open_or_decoded_already(kind, options):
+    image = Image.open(io.BytesIO(encode(GRAY.convert("RGB"), kind, **options)))
     pixels = np.asarray(load_image(image))
     image.load()
     assert np.array_equal(np.asarray(load_image(image)), pixels)
@@ -287,6 +285,24 @@ def test_decoders_side_by_side_wait_for_memory():
     first.__exit__(None, None, None)
     thread.join(5)
     assert order == ["first ends", "second"]
+
+
+def test_two_clips_do_not_wait_for_each_other():
+    """Each holds a decoder and then keeps patches, which fit one after the other only."""
+    budget, ended = Budget(MediaOptions(media_memory=10, media_seconds=5)), []
+
+    def decode(i):
+        with budget.clip_decoder(4 << 20):
+            time.sleep(0.02)
+            budget.keep(3 << 20, in_clip=True)
+            ended.append(i)
+
+    threads = [threading.Thread(target=decode, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    assert sorted(ended) == [0, 1]
 
 
 def test_bytes_and_seconds_are_counted_for_the_whole_conversation(tmp_path):

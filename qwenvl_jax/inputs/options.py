@@ -26,14 +26,18 @@ class MediaOptions:
     total_pixels: Number | None = option(None, "most pixels of a video; two frames count once", above=0)
     video_start: Number | None = option(None, "second of the video to start at", least=0)
     video_end: Number | None = option(None, "second of the video to end at", least=0)
-    media_bytes: int = option(
-        512, "most MiB that a conversation's files and downloads may have together", above=0, most=1 << 20, free=True
+    media_bytes: int | None = option(
+        None,
+        "most MiB of files and downloads of a conversation; default: 512",
+        above=0,
+        most=1 << 20,
+        free=True,
     )
-    media_memory: int = option(
-        1024, "most MiB of memory that decoding and patches may take together", above=0, most=1 << 20, free=True
+    media_memory: int | None = option(
+        None, "most MiB of memory for its decoders and patches; default: 1024", above=0, most=1 << 20, free=True
     )
-    media_seconds: Number = option(
-        60, "most seconds that reading and decoding may take together", above=0, most=10**6, free=True
+    media_seconds: Number | None = option(
+        None, "most seconds to read and decode them; default: 60", above=0, most=10**6, free=True
     )
 
     def __post_init__(self):
