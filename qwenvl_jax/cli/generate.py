@@ -11,7 +11,7 @@ from qwenvl_jax.cli import converse
 from qwenvl_jax.cli.errors import OK, one_of_several
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer.options import GenerateOptions
-from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.options import VIDEO
 from qwenvl_jax.options import check_names, names
 
 HELP = "Answer one conversation; the answer streams to stdout."
@@ -127,7 +127,7 @@ def read_request(body: dict, name: str) -> dict:
     """The options in an OpenAI request body, under our names; None counts as absent. Raises InputError."""
     flags = tuple(n for n in names(GenerateOptions) if GenerateOptions.__dataclass_fields__[n].metadata["flag"])
     body = {key: value for key, value in body.items() if value is not None and key not in _IGNORED}
-    check_names(body, (*flags, *names(MediaOptions), "tools", *_SYNONYMS), f"{name}: ")
+    check_names(body, (*flags, *VIDEO, "tools", *_SYNONYMS), f"{name}: ")
     options: dict = {}
     for key, value in body.items():
         option = _SYNONYMS.get(key, key)
