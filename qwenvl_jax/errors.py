@@ -41,6 +41,13 @@ class ContextError(InputError):
     code = "context"
 
 
+class NonFiniteError(InputError):
+    """The model computed NaN or infinity. `results`: a Result per conversation; the failed ones end with "error"."""
+
+    code = "not_finite"
+    results: tuple = ()
+
+
 def shown(value) -> str:
     """A value for a message: `repr`, cut to 80 characters, also for integers of any length."""
     try:
