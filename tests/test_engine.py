@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -35,6 +36,9 @@ EOS = 155
 
 class FakeProcessor:
     """A byte-level tokenizer of 160 ids and no media."""
+
+    allow_control_tokens = False
+    control_tokens = MappingProxyType({"<end>": 155, "<box>": 157})
 
     def encode(self, messages, *, tools=None):
         text = "".join(m["content"] for m in messages) + ("tools" if tools else "")

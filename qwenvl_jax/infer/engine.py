@@ -184,7 +184,11 @@ class Engine:
         if options.seed is None and jax.process_count() > 1:  # one seed for all processes
             seed = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
             options = options.replace(seed=int(seed))
-        options = options.resolve(self.generation, self.config.eos_token_id)
+        # Where control tokens are left out of the text, their ids end it.
+        ends = tuple(self.processor.control_tokens[s] for s in options.stop if s in self.processor.control_tokens)
+        options = options.replace(stop_token_ids=options.stop_token_ids + ends)
+        keep = self.processor.allow_control_tokens
+        options = options.resolve(self.generation, self.config.eos_token_id, keep_special=keep)
         sample = conversation
         if not isinstance(sample, Sample):
             sample = self.processor.encode(conversation, tools=tools)
