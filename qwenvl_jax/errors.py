@@ -42,10 +42,14 @@ class ContextError(InputError):
 
 
 class NonFiniteError(InputError):
-    """The model computed NaN or infinity. `results`: a Result per conversation; the failed ones end with "error"."""
+    """The model computed NaN or infinity.
+
+    results: a Result per conversation; the failed ones end with "error". why: the cause, and what to do.
+    """
 
     code = "not_finite"
     results: tuple = ()
+    why = ""
 
 
 def shown(value) -> str:

@@ -10,7 +10,8 @@ from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
 from qwenvl_jax.options import add_flags, build, given, names
 
 
-def add_arguments(parser) -> None:
+def add_model(parser) -> None:
+    """The flags of the model and its devices."""
     parser.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="directory or hub id (default: demo)")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32", "float16"), help="dtype of the weights (default: the checkpoint's)"
@@ -18,6 +19,10 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--mesh", metavar="DxFxT", help="devices along data, fsdp and tensor, such as 1x1x8 (default: one)"
     )
+
+
+def add_arguments(parser) -> None:
+    add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     add_flags(parser, GenerateOptions, "Defaults come from the checkpoint's generation_config.json.")
     add_flags(parser, MediaOptions, "For all images and videos; an item in --messages can override them.")
@@ -42,6 +47,8 @@ def encoder(args, request: dict | None = None):
     known = (*names(MediaOptions), "add_vision_id", "tools")
     options = {name: request[name] for name in known if name in request}
     options |= given(args, MediaOptions) | given(args, PromptOptions)
+    if getattr(args, "boxes", None) is not None:
+        options["boxes"] = args.boxes
     path = directory.find(args.model)
     config = directory.read_config(path)
     processor = Processor.from_dir(path, config)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from qwenvl_jax.answers.boxes import check_coordinates, parse_boxes
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
@@ -19,6 +20,7 @@ class Question(NamedTuple):
     metric: str
     where: str  # "file:line", for errors
     tools: list | None = None
+    boxes: str | None = None  # their coordinates in the messages and answers; None: the model's
 
 
 def read_questions(records, metric: str = "exact") -> list[Question]:
@@ -26,32 +28,43 @@ def read_questions(records, metric: str = "exact") -> list[Question]:
 
     Paths in a file are relative to its folder. Raises InputError that names the bad record.
     """
+    read = read_all(records, metric)
+    for one in read:
+        if isinstance(one, InputError):
+            raise one
+    return [one for one in read if isinstance(one, Question)]
+
+
+def read_all(records, metric: str = "exact") -> list[Question | InputError]:
+    """What `read_questions` returns, with the error of each bad record in its place. Errors may be `records` too."""
     from qwenvl_jax.inputs.records import read_lines  # imports numpy
 
     if isinstance(records, str | Path):
         records = [records]
-    questions = []
+    read: list[Question | InputError] = []
     for i in range(len(records)):  # any object with len() and [i] will do
         one = records[i]
-        if isinstance(one, Question):
-            questions.append(one)
+        if isinstance(one, Question | InputError):
+            read.append(one)
             continue
         lines = read_lines(one) if isinstance(one, str | Path) else [(f"record {i}", one, None)]
         for where, value, folder in lines:
             try:
-                questions.append(_question(value, folder, metric, where))
+                read.append(_question(value, folder, metric, where))
             except InputError as e:
-                raise e.at(where) from e
+                read.append(e.at(where))
             except RecursionError as e:  # deeply nested lists
-                raise InputError(f"{where}: {e}") from e
-    if not questions:
+                read.append(InputError(f"{where}: {e}"))
+    if not read:
         raise InputError(f"{', '.join(map(str, records)) or 'the list of records'}: no record to evaluate on")
-    return questions
+    return read
 
 
 def _question(record, folder: Path | None, metric: str, where: str) -> Question:
     from qwenvl_jax.inputs.records import conversation
 
+    if isinstance(record, InputError):
+        raise record
     if not isinstance(record, Mapping):
         raise InputError(f"a record is a JSON object, not a {type(record).__name__}")
     ((messages, _),) = conversation(record, folder)
@@ -69,7 +82,8 @@ def _question(record, folder: Path | None, metric: str, where: str) -> Question:
         raise InputError(f"task is {task!r}; it must be a name")
     if metric not in (*METRICS, BOXES):
         raise InputError(f"metric is {metric!r}; known are {', '.join((*METRICS, BOXES))}")
-    return Question(messages, _answers(answer, metric), task, metric, where, record.get("tools"))
+    check_coordinates(boxes := record.get("boxes"))
+    return Question(messages, _answers(answer, metric), task, metric, where, record.get("tools"), boxes)
 
 
 def _answers(answer, metric: str) -> tuple[str, ...]:
@@ -80,7 +94,7 @@ def _answers(answer, metric: str) -> tuple[str, ...]:
             text = json.dumps(objects)
         except (TypeError, ValueError, RecursionError) as e:
             raise InputError(f"answer is not readable as JSON ({e})") from e
-        if not isinstance(objects, list) or len(metrics.parse_boxes(text)) != len(objects):
+        if not isinstance(objects, list) or len(parse_boxes(text)) != len(objects):
             raise InputError('answer must be a list of {"bbox_2d": [x1, y1, x2, y2], "label": "…"}')
         return (text,)
     several = answer if isinstance(answer, list | tuple) else [answer]

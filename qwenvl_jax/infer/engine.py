@@ -159,7 +159,7 @@ class Engine:
         else:
             why = "all weights are finite. Try dtype float32 (--dtype), and check that config.json belongs to them"
         error = NonFiniteError(f"the model computed NaN or infinity{many if len(requests) > 1 else ''}: {why}")
-        error.results = tuple(request.result() for request in requests)
+        error.why, error.results = why, tuple(request.result() for request in requests)
         raise error
 
     def stream(

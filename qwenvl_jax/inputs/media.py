@@ -44,7 +44,7 @@ def image_visual(source, preprocessing: Preprocessing, options: MediaOptions = D
         raise e.at(name_of(source)) from e
     patches = empty_patches(1, height, width, preprocessing)
     fill(patches[0], resize(image, height, width), range(preprocessing.temporal_patch_size))
-    return as_visual(patches, "image")
+    return as_visual(patches, "image")._replace(size=image.size)
 
 
 def load_image(source) -> Image.Image:

@@ -12,12 +12,14 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
+from qwenvl_jax.answers.boxes import check_coordinates, sizes, to_model
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError, shown
+from qwenvl_jax.families import family_of
 from qwenvl_jax.inputs.chat import ChatTemplate, prompt_parts
 from qwenvl_jax.inputs.layout import find_placeholders, make_sample
 from qwenvl_jax.inputs.media import image_visual
-from qwenvl_jax.inputs.messages import Media, check_tools, normalize
+from qwenvl_jax.inputs.messages import Media, check_tools, map_texts, normalize
 from qwenvl_jax.inputs.options import DEFAULT, FRAMES, IMAGE, VIDEO, MediaOptions
 from qwenvl_jax.inputs.preprocessing import PREPROCESSOR_FILE, Preprocessing, read_preprocessing
 from qwenvl_jax.inputs.video import video_visual
@@ -43,7 +45,7 @@ class Processor:
     """Turns messages into token ids and patches for one checkpoint. It is immutable and thread-safe.
 
     tokenizer: must have `encode_special_tokens` set: typed control tokens then become ids of plain text.
-    allow_control_tokens: the rule of this checkpoint, where no call says otherwise. True: control tokens typed in a text
+    allow_control_tokens: the checkpoint's rule, unless a call says otherwise. True: control tokens typed in a text
         become control tokens, and answers keep theirs (`GenerateOptions.skip_special_tokens` is off).
     """
 
@@ -103,6 +105,7 @@ class Processor:
         add_generation_prompt: bool = True,
         add_vision_id: bool = False,
         allow_control_tokens: bool | None = None,
+        boxes: str | None = None,
         **media,
     ) -> Sample:
         """One conversation as a Sample: token ids, positions and patches.
@@ -111,13 +114,19 @@ class Processor:
         add_vision_id: number the pictures and clips ("Picture 1: ").
         allow_control_tokens: control tokens typed in messages become control tokens, as in transformers; None: the rule
             of the processor.
+        boxes: the coordinates of boxes in the messages, one of `answers.boxes.COORDINATES`; they are converted to those
+            of the model. None leaves the texts as they are.
         media: MediaOptions by name, for all pictures and clips; an item of a message overrides them.
         Raises InputError that names the message and item.
         """
         options = build(MediaOptions, media)
+        check_coordinates(boxes)
         flags = dict(add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id)
-        prompt = self.prompt(messages, tools=tools, allow_control_tokens=allow_control_tokens, **flags)
+        flags |= dict(tools=tools, allow_control_tokens=allow_control_tokens)
+        prompt = self.prompt(messages, **flags)
         visuals = self.open(prompt.media, options)
+        if boxes is not None:
+            prompt = self.prompt(self.boxes_to_model(messages, visuals, boxes), **flags)
         return make_sample(prompt.tokens, visuals, self.config, placeholders=prompt.placeholders)
 
     def prompt(self, messages, *, tools=None, add_generation_prompt=False, **flags) -> Prompt:
@@ -126,6 +135,12 @@ class Processor:
         tokens, turns = self._ids(self._parts(normal, tools, add_generation_prompt=add_generation_prompt, **flags))
         placeholders = find_placeholders(tokens, [m.kind for m in media], self.config)
         return Prompt(tokens, turns, placeholders, media)
+
+    def boxes_to_model(self, messages, visuals: Sequence[Visual], source: str | None) -> list[dict]:
+        """Messages with the boxes of their texts in the model's coordinates: see `answers.boxes.to_model`."""
+        places = [sizes(visual, self.config) for visual in visuals]
+        target = family_of(self.config).BOXES
+        return map_texts(messages, lambda text, about: to_model(text, [places[i] for i in about], target, source))
 
     def _parts(self, normal: list[dict], tools, *, allow_control_tokens: bool | None = None, **flags) -> list[str]:
         allow = self.allow_control_tokens if allow_control_tokens is None else allow_control_tokens

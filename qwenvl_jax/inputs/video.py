@@ -135,7 +135,7 @@ def _from_frames(frames: Sequence, p: Preprocessing, o: MediaOptions) -> Visual:
         spare = len(patches) * per_step - len(frames) if i == len(frames) - 1 else 0
         slot = i % per_step
         fill(patches[i // per_step], resize(image, height, width), range(slot, slot + 1 + spare))
-    return _as_clip(patches, per_step / (o.fps or DEFAULT_FPS))
+    return _as_clip(patches, per_step / (o.fps or DEFAULT_FPS))._replace(size=image.size)
 
 
 def _as_clip(patches: np.ndarray, seconds_per_grid: float) -> Visual:
@@ -175,7 +175,7 @@ def _from_file(open_clip: Callable, p: Preprocessing, o: MediaOptions) -> Visual
             found += 1
             if found == n:
                 sampled_fps = n / (last - first + 1) * rate
-                return _as_clip(patches, p.temporal_patch_size / sampled_fps)
+                return _as_clip(patches, p.temporal_patch_size / sampled_fps)._replace(size=image.size)
         total = seen
     raise MediaError("no frame can be decoded")
 

@@ -47,7 +47,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
             return None
     source = checkpoint.find(options.model)
     model = _load(options, source)
-    encode_options = given(options, MediaOptions)
+    encode_options = given(options, MediaOptions) | ({"boxes": options.boxes} if options.boxes else {})
     with contextlib.closing(_dataset(options, model, encode_options)) as data:
         evaluate = None
         if options.eval_data:
