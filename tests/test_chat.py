@@ -73,7 +73,7 @@ def render(messages, tools=None, **flags):
         ({"video": "a.mp4", "nframes": 8, "total_pixels": 1, "min_frames": 2, "max_frames": 3, "video_end": 1},
          "video", "a.mp4", {"nframes": 8, "total_pixels": 1, "min_frames": 2, "max_frames": 3, "video_end": 1}),
         ({"type": "video_url", "video_url": {"url": "http://h/a.mp4"}}, "video", "http://h/a.mp4", {}),
-        ({"type": "image", "image": "a.png", "cache_control": {"type": "ephemeral"}, "uuid": "x", "id": 3, "logprobs": []},
+        ({"type": "image", "image": "a.png", "cache_control": {"type": "ephemeral"}, "uuid": "x", "id": 3},
          "image", "a.png", {}),
         ({"type": "image_url", "image_url": {"url": "a.png", "format": "image/png"}}, "image", "a.png", {}),
     ],

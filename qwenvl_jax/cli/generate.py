@@ -18,7 +18,7 @@ from qwenvl_jax.options import check_names, names
 HELP = "Answer one conversation; the answer streams to stdout."
 _SYNONYMS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "num_frames": "nframes"}
 # Keys of a request body that hold options, and the keys that change nothing there.
-_NESTED = {
+_NESTED: dict[str, tuple[tuple[str, ...], dict]] = {
     "mm_processor_kwargs": ((*names(MediaOptions), "num_frames"), PROCESSOR_KWARGS),
     "chat_template_kwargs": (("add_vision_id",), TEMPLATE_KWARGS),
 }
@@ -135,11 +135,11 @@ def read_request(body: dict, name: str) -> dict:
     table = REQUEST if body.get("tools") else REQUEST | WITHOUT_TOOLS
     given = read_keys(body, table, name)
     pairs = [pair for pair in given.items() if pair[0] not in _NESTED]
-    for key, (known, table) in _NESTED.items():
+    for key, (known, same) in _NESTED.items():
         inner = given.get(key, {})
         if not isinstance(inner, dict):
             raise InputError(f"{name}: {key} is {shown(inner)}; it must be an object")
-        inner = read_keys(inner, table, f"{name}: {key}")
+        inner = read_keys(inner, same, f"{name}: {key}")
         check_names(inner, known, f"{name}: {key}: ")
         pairs += inner.items()
     options: dict = {}

@@ -140,7 +140,8 @@ class Evaluator:
         for error in bad:
             _LOG.warning("%s; skipped", error)
         for batch in self._answer(engine, todo):
-            new = {i: score(*one, self._clean) for i, one in batch.items() if not isinstance(one, InputError)}
+            said = {i: one for i, one in batch.items() if not isinstance(one, InputError)}
+            new = {i: score(question, text, reason, self._clean) for i, (question, text, reason) in said.items()}
             answers |= new
             if journal:
                 journal.add((ids[i], answer.to_dict()) for i, answer in new.items())
@@ -251,7 +252,7 @@ def _agreed(encoded: list) -> list:
     from jax.experimental import multihost_utils
 
     mine = np.array([isinstance(one, InputError) for one in encoded])
-    failed = np.asarray(multihost_utils.process_allgather(mine)).any(0)
+    failed: list[bool] = np.asarray(multihost_utils.process_allgather(mine)).any(0).tolist()
     other = InputError("a record cannot be used in another process")
     return [other if f and not m else one for one, f, m in zip(encoded, failed, mine, strict=True)]
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.questions import Question
@@ -27,7 +28,8 @@ class Journal:
     """
 
     def __init__(self, path, model: str, options: dict, ids: Sequence[str], *, overwrite: bool = False):
-        self.path, self._run, self._ids = Path(path), {"model": model, "options": options}, dict.fromkeys(ids)
+        self.path, self._ids = Path(path), dict.fromkeys(ids)
+        self._run: dict[str, Any] = {"model": model, "options": options}
         self.answered: dict[str, dict] = {}
         try:
             self._file = open(self.path, "a+b")
