@@ -41,6 +41,17 @@ class ContextError(InputError):
     code = "context"
 
 
+class NonFiniteError(InputError):
+    """The model computed NaN or infinity.
+
+    results: a Result per conversation; the failed ones end with "error". why: the cause, and what to do.
+    """
+
+    code = "not_finite"
+    results: tuple = ()
+    why = ""
+
+
 def shown(value) -> str:
     """A value for a message: `repr`, cut to 80 characters, also for integers of any length."""
     try:

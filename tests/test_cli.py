@@ -201,7 +201,7 @@ def test_a_request_body_sets_what_no_flag_sets(engine, tmp_path):
 @pytest.mark.parametrize(
     ("request_body", "says"),
     [
-        ({"response_format": {}}, "m.json: unknown option response_format; known are max_new_tokens, "),
+        ({"response_former": {}}, "m.json: unknown option response_former; known are max_new_tokens, "),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "'max_completion_tokens' is given twice"),
         ({"max_tokens": "many"}, "max_new_tokens is 'many'"),
         ({"stop": [""]}, "stop is"),

@@ -28,32 +28,43 @@ def read_questions(records, metric: str = "exact") -> list[Question]:
 
     Paths in a file are relative to its folder. Raises InputError that names the bad record.
     """
+    read = read_all(records, metric)
+    for one in read:
+        if isinstance(one, InputError):
+            raise one
+    return [one for one in read if isinstance(one, Question)]
+
+
+def read_all(records, metric: str = "exact") -> list[Question | InputError]:
+    """What `read_questions` returns, with the error of each bad record in its place. Errors may be `records` too."""
     from qwenvl_jax.inputs.records import read_lines  # imports numpy
 
     if isinstance(records, str | Path):
         records = [records]
-    questions = []
+    read: list[Question | InputError] = []
     for i in range(len(records)):  # any object with len() and [i] will do
         one = records[i]
-        if isinstance(one, Question):
-            questions.append(one)
+        if isinstance(one, Question | InputError):
+            read.append(one)
             continue
         lines = read_lines(one) if isinstance(one, str | Path) else [(f"record {i}", one, None)]
         for where, value, folder in lines:
             try:
-                questions.append(_question(value, folder, metric, where))
+                read.append(_question(value, folder, metric, where))
             except InputError as e:
-                raise e.at(where) from e
+                read.append(e.at(where))
             except RecursionError as e:  # deeply nested lists
-                raise InputError(f"{where}: {e}") from e
-    if not questions:
+                read.append(InputError(f"{where}: {e}"))
+    if not read:
         raise InputError(f"{', '.join(map(str, records)) or 'the list of records'}: no record to evaluate on")
-    return questions
+    return read
 
 
 def _question(record, folder: Path | None, metric: str, where: str) -> Question:
     from qwenvl_jax.inputs.records import conversation
 
+    if isinstance(record, InputError):
+        raise record
     if not isinstance(record, Mapping):
         raise InputError(f"a record is a JSON object, not a {type(record).__name__}")
     ((messages, _),) = conversation(record, folder)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from qwenvl_jax.answers.boxes import check_coordinates, sizes, to_model
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.errors import CheckpointError, InputError
+from qwenvl_jax.errors import CheckpointError, InputError, shown
 from qwenvl_jax.families import family_of
 from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.chat import ChatTemplate, prompt_parts
@@ -28,6 +28,7 @@ from qwenvl_jax.options import build
 from qwenvl_jax.types import Sample, Visual
 
 _TURN_START, _TURN_END, _ASSISTANT = "<|im_start|>", "<|im_end|>", "assistant\n"  # ChatML, as in every family
+RULE_FILE, RULE = "tokenizer_config.json", "allow_control_tokens"  # our key, beside the tokenizer's own
 _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
 
 
@@ -45,12 +46,15 @@ class Processor:
     """Turns messages into token ids and patches for one checkpoint. It is immutable and thread-safe.
 
     tokenizer: must have `encode_special_tokens` set: typed control tokens then become ids of plain text.
+    allow_control_tokens: the checkpoint's rule, unless a call says otherwise. True: control tokens typed in a text
+        become control tokens, and answers keep theirs (`GenerateOptions.skip_special_tokens` is off).
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate
     preprocessing: Preprocessing
     config: Config
+    allow_control_tokens: bool = False
 
     def __post_init__(self):
         if not self.tokenizer.encode_special_tokens:
@@ -72,13 +76,22 @@ class Processor:
             raise CheckpointError(f"{path} has no {PREPROCESSOR_FILE}; a checkpoint directory needs it")
         tokenizer = _read_tokenizer(path)
         tokenizer.encode_special_tokens = True
-        return cls(tokenizer, ChatTemplate.from_dir(path), preprocessing, config)
+        rule = read_json(path / RULE_FILE, missing={}).get(RULE, False)
+        if not isinstance(rule, bool):
+            raise CheckpointError(f"{path / RULE_FILE}: {RULE} is {shown(rule)}; it must be true or false")
+        return cls(tokenizer, ChatTemplate.from_dir(path), preprocessing, config, rule)
 
     @cached_property
     def control_tokens(self) -> dict[str, int]:
         """Ids of the special tokens, by their text. Typed in a message they are plain characters."""
         added = self.tokenizer.get_added_tokens_decoder()
         return {token.content: i for i, token in added.items() if token.special}
+
+    def without_control_tokens(self, text: str) -> str:
+        """The text as `decode` with `skip_special_tokens` would give it."""
+        for token in sorted(self.control_tokens, key=len, reverse=True):
+            text = text.replace(token, "")
+        return text
 
     def render(self, messages, *, tools=None, add_generation_prompt=True, add_vision_id=False) -> str:
         """The prompt as text, for inspection: one placeholder per picture or clip, which are not opened."""
@@ -92,7 +105,7 @@ class Processor:
         tools: Sequence[Mapping] | None = None,
         add_generation_prompt: bool = True,
         add_vision_id: bool = False,
-        allow_control_tokens: bool = False,
+        allow_control_tokens: bool | None = None,
         boxes: str | None = None,
         **media,
     ) -> Sample:
@@ -100,7 +113,8 @@ class Processor:
 
         tools: JSON descriptions in OpenAI's form.
         add_vision_id: number the pictures and clips ("Picture 1: ").
-        allow_control_tokens: control tokens typed in messages become control tokens, as in transformers.
+        allow_control_tokens: control tokens typed in messages become control tokens, as in transformers; None: the rule
+            of the processor.
         boxes: the coordinates of boxes in the messages, one of `answers.boxes.COORDINATES`; they are converted to those
             of the model. None leaves the texts as they are.
         media: MediaOptions by name, for all pictures and clips; an item of a message overrides them.
@@ -129,8 +143,10 @@ class Processor:
         target = family_of(self.config).BOXES
         return map_texts(messages, lambda text, about: to_model(text, [places[i] for i in about], target, source))
 
-    def _parts(self, normal: list[dict], tools, **flags) -> list[str]:
-        return prompt_parts(self.template, normal, check_tools(tools), self.control_tokens, **flags)
+    def _parts(self, normal: list[dict], tools, *, allow_control_tokens: bool | None = None, **flags) -> list[str]:
+        allow = self.allow_control_tokens if allow_control_tokens is None else allow_control_tokens
+        tools = check_tools(tools)
+        return prompt_parts(self.template, normal, tools, self.control_tokens, allow_control_tokens=allow, **flags)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; the bytes of an incomplete character become U+FFFD."""

@@ -100,7 +100,7 @@ class JsonLines:
 def read_lines(path) -> Iterator[tuple[str, Any, Path]]:
     """("FILE:LINE", record, the file's folder) for every record of a JSONL file or pipe, which is read once.
 
-    Raises InputError that names the line.
+    For a line that is not JSON, the record is a BadRecord. Raises InputError if the file cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -111,7 +111,7 @@ def read_lines(path) -> Iterator[tuple[str, Any, Path]]:
                     try:
                         record = _parse(line)
                     except BadRecord as e:
-                        raise InputError(f"{path}:{number}: {e}") from e
+                        record = e
                     yield f"{path}:{number}", record, Path(path).parent
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e

@@ -76,8 +76,13 @@ class TrainOptions(MediaOptions):
     boxes: str | None = option(
         None, "coordinates of boxes in records that do not name theirs; default: the model's", choices=COORDINATES
     )
-    allow_control_tokens: bool = option(
-        False, "read tokens such as <|box_start|> in texts as control tokens; scores are of texts without them"
+    allow_control_tokens: bool | None = option(
+        None,
+        "read tokens such as <|box_start|> in texts as control tokens, and keep them in answers; "
+        "default: as the checkpoint was trained",
+    )
+    skip_special_tokens: bool | None = option(
+        None, "score answers without control tokens; default: unless they are allowed", free=True
     )
     save_every: int = option(500, "steps between checkpoints", least=1, free=True, title="output")
     keep: int = option(2, "latest checkpoints to keep, besides the best one", least=1, free=True)
