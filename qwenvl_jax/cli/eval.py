@@ -16,7 +16,19 @@ HELP = "Answer questions from files and score the answers."
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("data", nargs="+", metavar="FILE", help="JSONL files of questions with answers")
+    parser.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="questions with answers: JSONL, JSON or Parquet files, or a dataset of the hub (USER/NAME:SPLIT)",
+    )
+    parser.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="rename a key of every record, or pass over it (OLD=); repeatable",
+    )
     parser.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="directory or hub id (default: demo)")
     parser.add_argument(
         "--metric",
@@ -43,7 +55,9 @@ def run(args) -> int:
         raise InputError(f"--output {output}: is a directory, or there is no directory {output.parent}")
     sampling = given(args, GenerateOptions)
     GenerateOptions(**sampling)
-    questions = read_questions(args.data, args.metric)  # bad records are errors before the weights are read
+    questions = read_questions(
+        args.data, args.metric, args.columns
+    )  # bad records are errors before the weights are read
     report = evaluate(
         checkpoint.load(args.model, dtype=args.dtype),
         questions,
