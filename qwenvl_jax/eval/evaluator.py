@@ -44,9 +44,9 @@ class Evaluator:
     ):
         """model: a `Model`, whose own parameters are dropped, or an `Engine`, whose max_batch is used.
 
-        records: a JSONL file, a list of them, or a list of records. A record is a training record plus `answer` (a text
-            or number, a list of them, or boxes; by default the last assistant message), `task` (the group of its score;
-            by default "default") and `metric` (by default `metric`).
+        records: what `inputs.source.open_source` takes: files, a dataset, or a list of records. A record is a training
+            record plus `answer` (a text or number, a list of them, or boxes; by default the last assistant message),
+            `task` (the group of its score; by default "default") and `metric` (by default `metric`).
         batch: questions answered together.
         encoding: options of `Processor.encode` for all questions.
         options: other `GenerateOptions`; the default temperature is 0.
