@@ -307,6 +307,80 @@ def test_a_dataset_of_the_hub(processor, datasets, monkeypatch, name, called):
     assert open_source(name).where(1) == f"{name}[1]"
 
 
+@pytest.fixture
+def stream(datasets, monkeypatch):
+    """A hub whose datasets are streamed, in 5 shards of 8 records."""
+    rows = datasets.Dataset.from_list([qa(i, note=None) for i in range(40)])
+    rows = rows.map(lambda r: {"response": f"{r['response']} ", "mood": "x"})
+
+    def load_dataset(path, config, split, streaming):
+        assert streaming
+        return rows.to_iterable_dataset(num_shards=5)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return open_source("u/n", ["mood="], streaming=True)
+
+
+def of_batches(processor, batches) -> list[str]:
+    texts = [processor.decode(batch.targets[batch.weights > 0]) for batch in batches]
+    return [number.strip() for text in texts for number in text.split("A") if number]
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_a_stream_is_shuffled_and_resumed(processor, stream, threads):
+    how = dict(seed=3, epochs=2, threads=threads)
+    data = Dataset(stream, processor, SHAPE, **how)
+    batches, states = [], []
+    for batch in data:
+        batches.append(batch)
+        states.append(json.loads(json.dumps(data.get_state())))
+    whole = of_batches(processor, batches)
+    assert sorted(whole[:40], key=int) == sorted(whole[40:], key=int) == [str(i) for i in range(40)]
+    assert whole[:40] != whole[40:] and np.isnan(data.epoch)
+    for at in (2, len(batches) // 2 + 1):
+        again = Dataset(stream, processor, SHAPE, **how)
+        again.set_state(states[at])
+        assert of_batches(processor, [next(again)]) == of_batches(processor, [batches[at + 1]])
+        again.close()
+    in_order = Dataset(stream, processor, SHAPE, epochs=1, shuffle=False)
+    assert of_batches(processor, in_order) == [str(i) for i in range(40)]
+
+
+def test_what_a_stream_cannot_do(processor, stream, datasets, tmp_path):
+    for more in (dict(workers=1), dict(shard=(0, 2))):
+        with pytest.raises(InputError, match="is streamed; read it in one process"):
+            Dataset(stream, processor, SHAPE, **more)
+    with pytest.raises(InputError, match="a streamed dataset stands alone"):
+        open_source(["u/n", lines(tmp_path / "a.jsonl", qa(1))], streaming=True)
+    with pytest.raises(InputError, match="is streamed, so it has no length; save it with save_to_disk"):
+        read_questions(stream)
+    empty = datasets.Dataset.from_list([qa(1)]).to_iterable_dataset().filter(lambda r: False)
+    with pytest.raises(InputError, match="dataset: has no records"):
+        next(Dataset(empty, processor, SHAPE))
+
+    def broken():
+        yield qa(1)
+        raise ConnectionError("no network")
+
+    data = Dataset(datasets.IterableDataset.from_generator(broken), processor, SHAPE, shuffle=False)
+    with pytest.raises(InputError, match=r"dataset: cannot be read further \(.*no network"):
+        next(data)
+
+
+def test_bad_records_of_a_stream(processor, datasets, monkeypatch):
+    monkeypatch.setattr("qwenvl_jax.train.data._STREAM_PATIENCE", 3)
+    rows = datasets.Dataset.from_list([qa(1), {"query": "Q", "response": None}, qa(3)]).to_iterable_dataset()
+    with pytest.raises(InputError, match="dataset, record 1 of the stream: no assistant message"):
+        list(Dataset(rows, processor, SHAPE, shuffle=False))
+    skipping = dict(shuffle=False, on_error="skip")
+    assert learnt(processor, rows, on_error="skip") == ["1", "3"]
+    with pytest.raises(InputError, match="record 0 of the stream: columns renames 'query' to 'response'"):
+        list(Dataset(rows, processor, SHAPE, columns=["query=response"], shuffle=False))
+    bad = datasets.Dataset.from_list([{"query": "Q"}]).to_iterable_dataset()
+    with pytest.raises(InputError, match="none of 3 records can be used"):
+        list(Dataset(bad, processor, SHAPE, **skipping))
+
+
 def test_a_hub_that_does_not_answer(datasets, monkeypatch):
     def load_dataset(*_, **__):
         raise ConnectionError("no\nnetwork")

@@ -14,7 +14,7 @@ import stat
 import sys
 import zlib
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from qwenvl_jax.errors import BadRecord, InputError, OptionsError
-from qwenvl_jax.inputs.tables import ParquetFile, Rows, hub, saved
+from qwenvl_jax.inputs.tables import ParquetFile, Rows, Stream, hub, saved
 
 MAX_IN_MEMORY = 512 << 20  # bytes of a JSON array, which is read whole, and of a pipe
 _CHUNK = 1 << 20  # bytes; fits the CPU's cache
@@ -32,20 +32,21 @@ _FILES = (".json", ".jsonl", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", 
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5": "Zstandard", b"PK": "ZIP", b"BZ": "bzip2"}  # their first bytes
 
 
-def open_source(data, columns: Sequence[str] = ()) -> "Records":
+def open_source(data, columns: Sequence[str] = (), streaming: bool = False) -> "Records":
     """The records of `data` as one sequence.
 
     data: a file (JSONL, a JSON array or Parquet), a pipe of JSONL, a glob pattern, a directory of `save_to_disk` or
         a hub id; "DIR:split", "USER/NAME:split" and "USER/NAME:config:split" name a split other than train. Also a
         list of those, a dataset of Hugging Face, or any object with `len()` and `[i]`.
     columns: "old=new" renames a key of every record, and "old=" drops it.
+    streaming: a dataset of the hub is read as it comes. It must stand alone, and only `Records.epoch` reads it.
     Raises InputError that names what cannot be read, OptionsError for bad columns.
     """
     if isinstance(data, Records) and not columns:
         return data
     names = [data] if isinstance(data, str | os.PathLike) else data
     if isinstance(names, list | tuple) and names and all(isinstance(n, str | os.PathLike) for n in names):
-        return Records([part for name in names for part in _open(os.path.expanduser(name))], columns)
+        return Records([part for name in names for part in _open(os.path.expanduser(name), streaming)], columns)
     return Records([_in_memory(data)], columns)
 
 
@@ -54,7 +55,10 @@ class Records:
 
     def __init__(self, parts: Sequence[Any], columns: Sequence[str] = ()):
         self._parts, self._columns = list(parts), _renames(columns)
-        self._ends = list(accumulate(len(part) for part in parts))
+        self.streamed = any(isinstance(part, Stream) for part in parts)
+        if self.streamed and parts[1:]:
+            raise InputError(f"{parts[0].name}: a streamed dataset stands alone; leave out the other data")
+        self._ends = [] if self.streamed else list(accumulate(len(part) for part in parts))
         self.name = ", ".join(str(part.name) for part in parts[:3]) + (", …" if parts[3:] else "")
         self.identity: dict = dict(parts[0].identity)
         if parts[1:]:
@@ -62,11 +66,29 @@ class Records:
             self.identity = {"files": len(parts), "crc32": zlib.crc32(whole)}
 
     def __len__(self) -> int:
+        if self.streamed:
+            raise InputError(f"{self.name}: is streamed, so it has no length; save it with save_to_disk")
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Any:
         part, i = self._find(index)
-        return _renamed(part[i], self._columns) if self._columns else part[i]
+        return self.renamed(part[i])
+
+    def epoch(self, seed: int | None, epoch: int) -> Iterator[Any]:
+        """The records of a stream in the order of (seed, epoch), before `renamed`."""
+        return self._parts[0].epoch(seed, epoch)
+
+    def renamed(self, record):
+        """The record with its keys renamed as `columns` says. Raises BadRecord if that would overwrite one."""
+        if not self._columns or not isinstance(record, Mapping):
+            return record
+        out = {k: v for k, v in record.items() if k not in self._columns}
+        for old, new in self._columns.items():
+            if new and record.get(old) is not None:
+                if out.get(new) is not None:
+                    raise BadRecord("unknown key", f"columns renames {old!r} to {new!r}, which the record has already")
+                out[new] = record[old]
+        return out
 
     def where(self, index: int) -> str:
         part, i = self._find(index)
@@ -76,6 +98,8 @@ class Records:
         return self._find(index)[0].folder
 
     def _find(self, index: int) -> tuple[Any, int]:
+        if self.streamed:
+            return self._parts[0], index
         if not 0 <= index < len(self):
             raise IndexError(index)
         k = bisect_right(self._ends, index)
@@ -90,19 +114,7 @@ def _renames(columns: Sequence[str]) -> dict[str, str]:
     return {old.strip(): new.strip() for old, _, new in pairs}
 
 
-def _renamed(record, columns: dict[str, str]):
-    if not isinstance(record, Mapping):
-        return record
-    out = {k: v for k, v in record.items() if k not in columns}
-    for old, new in columns.items():
-        if new and record.get(old) is not None:
-            if out.get(new) is not None:
-                raise BadRecord("unknown key", f"columns renames {old!r} to {new!r}, which the record has already")
-            out[new] = record[old]
-    return out
-
-
-def _open(name: str) -> list:
+def _open(name: str, streaming: bool) -> list:
     if os.path.isdir(name):
         return [saved(name, None)]
     if os.path.exists(name):
@@ -115,7 +127,7 @@ def _open(name: str) -> list:
     if len(rest) == 1 and os.path.isdir(head):
         return [saved(head, rest[0])]
     if len(rest) <= 2 and _HUB_ID.fullmatch(head) and not head.endswith(_FILES):
-        return [hub(head, rest)]
+        return [hub(head, rest, streaming)]
     raise InputError(f"{name}: cannot be read (No such file or directory)")
 
 
@@ -263,6 +275,8 @@ def _in_memory(data):
     datasets = sys.modules.get("datasets")
     if datasets is not None and isinstance(data, datasets.Dataset):
         return Rows(data, "dataset")
+    if datasets is not None and isinstance(data, datasets.IterableDataset):
+        return Stream(data, "dataset")
     if isinstance(data, Mapping) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         kind = type(data).__name__
         said = f"records are of type {kind}; give a path, or a sequence with len() and [i]"

@@ -5,7 +5,7 @@ import threading
 import zlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from qwenvl_jax.errors import BadRecord, InputError
 
 MAX_GROUP = 512 << 20  # bytes of a row group, which is read whole
 _CACHED = 256 << 20  # bytes of row groups that a Parquet file keeps
+SHUFFLED = 256  # rows of a stream that are shuffled at a time, in memory
 _EXTRA = "needs the extra `datasets`: pip install 'qwenvl-jax[datasets]'"
 
 
@@ -104,7 +105,32 @@ class Rows:
         return f"{self.name}[{index}]"
 
 
-def saved(path: str, split: str | None) -> Rows:
+class Stream:
+    """The rows of a streamed dataset of Hugging Face. Their order depends on (seed, epoch) alone. It has no length.
+
+    Shards are shuffled, and then the rows within a buffer of SHUFFLED rows.
+    """
+
+    folder, identity = None, {}
+
+    def __init__(self, dataset, name: str):
+        self._rows, self.name = dataset.with_format("arrow"), name
+
+    def epoch(self, seed: int | None, epoch: int) -> Iterator[Any]:
+        """The records of one epoch. seed: None for the dataset's own order. Raises InputError if reading fails."""
+        rows = self._rows if seed is None else self._rows.shuffle(seed=seed, buffer_size=SHUFFLED)
+        rows.set_epoch(epoch)
+        try:
+            for row in rows:
+                yield _without_nulls(row.to_pylist()[0])
+        except Exception as e:  # from the network and pyarrow, of any kind
+            raise InputError(f"{self.name}: cannot be read further ({' '.join(str(e).split())[:300]})") from e
+
+    def where(self, index: int) -> str:
+        return f"{self.name}, record {index} of the stream"
+
+
+def saved(path: str, split: str | None) -> Rows | Stream:
     if not any(os.path.exists(os.path.join(path, name)) for name in ("dataset_info.json", "dataset_dict.json")):
         raise InputError(
             f"{path}: is a directory that save_to_disk did not write; give its files, as in '{path}/*.jsonl'"
@@ -113,16 +139,17 @@ def saved(path: str, split: str | None) -> Rows:
     return _split(lambda: datasets.load_from_disk(path), f"{path}:{split}" if split else path, split, Path(path))
 
 
-def hub(name: str, rest: list[str]) -> Rows:
+def hub(name: str, rest: list[str], streaming: bool = False) -> Rows | Stream:
     try:
         datasets = _datasets(name)
     except InputError as e:
         raise InputError(f"{name}: there is no such file; as a dataset of the hub, {_EXTRA}") from e
     config, split = (rest[0] if rest[1:] else None), (rest[-1] if rest else "train")
-    return _split(lambda: datasets.load_dataset(name, config, split=split), ":".join((name, *rest)), None, None)
+    whole, how = ":".join((name, *rest)), {"streaming": True} if streaming else {}
+    return _split(lambda: datasets.load_dataset(name, config, split=split, **how), whole, None, None)
 
 
-def _split(load, name: str, split: str | None, folder: Path | None) -> Rows:
+def _split(load, name: str, split: str | None, folder: Path | None) -> Rows | Stream:
     """The dataset that `load` returns, or a split of it."""
     try:
         dataset = load()
@@ -137,6 +164,8 @@ def _split(load, name: str, split: str | None, folder: Path | None) -> Rows:
         dataset = dataset[split]
     elif split is not None:
         raise InputError(f"{name}: is a single split; leave out ':{split}'")
+    if not hasattr(dataset, "__len__"):
+        return Stream(dataset, name)
     return Rows(dataset, name, folder, {"fingerprint": dataset._fingerprint})
 
 

@@ -4,9 +4,12 @@ The stream of records is a pure function of (seed, shard, position), and its sta
 gets the same batches, with any number of threads or worker processes.
 """
 
+import itertools
 import logging
-from collections import Counter
+import math
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +23,7 @@ from qwenvl_jax.inputs.source import Records, open_source
 from qwenvl_jax.train.records import PackShape, RecordProcessor
 from qwenvl_jax.types import Batch, Sample, TrainBatch
 
+_STREAM_PATIENCE = 1000  # bad records in a row: a stream does not say how many it has
 _LOG = logging.getLogger(__name__)
 
 
@@ -37,10 +41,10 @@ class _Load:
     def __init__(self, source: Records, process: RecordProcessor):
         self.source, self.process = source, process
 
-    def __call__(self, index: int) -> tuple[Sample, ...] | _Bad:
+    def __call__(self, index: int, record=None) -> tuple[Sample, ...] | _Bad:
         try:
             try:
-                record = self.source[int(index)]
+                record = self.source[int(index)] if record is None else self.source.renamed(record)
             except OSError as e:
                 raise BadRecord("unreadable", str(e)) from e
             return self.process(record, self.source.folder(index))
@@ -100,11 +104,14 @@ class Dataset:
         index, count = shard
         if not 0 <= index < count:
             raise OptionsError(f"shard is {shard}; it must be (index, count) with 0 ≤ index < count")
-        self._epoch = len(range(index, len(records), count))
-        if len(records) < count:
-            raise InputError(f"{records.name} has {len(records)} records; each of {count} hosts needs at least one")
+        if records.streamed and (count > 1 or workers):
+            raise OptionsError(f"{records.name} is streamed; read it in one process, with workers = 0")
+        size = 0 if records.streamed else len(records)
+        self._epoch = len(range(index, size, count))
+        if size < count and not records.streamed:
+            raise InputError(f"{records.name} has {size} records; each of {count} hosts needs at least one")
         self._config, self._shape, self._on_error = processor.config, shape, on_error
-        self._order = dict(seed=seed, shuffle=shuffle, shard=[index, count], records=len(records))
+        self._order = dict(seed=seed, shuffle=shuffle, shard=[index, count], records=size)
         self._order |= records.identity
         process = RecordProcessor(processor, shape, preferences=preferences, folder=media_root, options=options)
         self._load = _Load(records, process)
@@ -119,8 +126,8 @@ class Dataset:
 
     @property
     def epoch(self) -> float:
-        """How often this shard's records were read, up to the last batch."""
-        return self._position / self._epoch
+        """How often this shard's records were read, up to the last batch. Of a stream it is not known: NaN."""
+        return self._position / self._epoch if self._epoch else math.nan
 
     def get_state(self) -> dict:
         """The position after the last batch, as JSON can hold it."""
@@ -179,6 +186,8 @@ class Dataset:
         return packer.batch() if packer.segments else None
 
     def _open(self) -> Iterator:
+        if self._load.source.streamed:
+            return self._open_stream()
         try:
             import grain
         except ImportError as e:
@@ -197,13 +206,35 @@ class Dataset:
             ds = ds.mp_prefetch(grain.MultiprocessingOptions(self._workers, 8))
         return iter(ds)
 
+    def _open_stream(self) -> Iterator:
+        """Processed records of a stream after the first `position`, which are read and dropped."""
+        seed, skip, index = self._order["seed"] if self._order["shuffle"] else None, self._position, -1
+        pool = ThreadPoolExecutor(max(self._threads, 1))
+        ahead: deque = deque()
+        try:
+            for epoch in itertools.count() if self._epochs is None else range(self._epochs):
+                before = index
+                for record in self._load.source.epoch(seed, epoch):
+                    index += 1
+                    if index >= skip:
+                        ahead.append(pool.submit(self._load, index, record))
+                    if len(ahead) > 8 * self._threads:
+                        yield ahead.popleft().result()
+                if index == before:
+                    raise InputError(f"{self._load.source.name}: has no records")
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
     def _skip(self, bad: _Bad, position: int) -> None:
         if self._on_error == "stop":
             raise InputError(f"{bad.where}: {bad.message}")
         self._bad_in_a_row += 1
-        if self._bad_in_a_row == 2 * self._epoch - 1:  # a good record may be first in one epoch and last in the next
-            raise InputError(f"none of {self._epoch} records can be used; the last is {bad.where}: {bad.message}")
-        if position < self._epoch:  # later epochs would repeat the warning
+        epoch = self._epoch or _STREAM_PATIENCE
+        if self._bad_in_a_row == 2 * epoch - 1:  # a good record may be first in one epoch and last in the next
+            raise InputError(f"none of {epoch} records can be used; the last is {bad.where}: {bad.message}")
+        if position < epoch:  # later epochs would repeat the warning
             _LOG.warning("%s: %s; skipped", bad.where, bad.message)
 
 

@@ -92,7 +92,7 @@ def _load(options: TrainOptions, source: Path) -> Model:
 def _open(options: TrainOptions) -> tuple[Records, Records | None]:
     """The records to train on and to evaluate on, opened before the model is."""
     questions = open_source(options.eval_data, options.columns) if options.eval_data else None
-    return open_source(options.data, options.columns), questions
+    return open_source(options.data, options.columns, options.streaming), questions
 
 
 def _dataset(options: TrainOptions, records: Records, model: Model, encode_options: dict) -> Dataset:

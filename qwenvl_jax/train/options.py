@@ -27,6 +27,7 @@ class TrainOptions(MediaOptions):
     )
     eval_data: tuple[str, ...] = option((), "records to answer and score during training; repeatable")
     columns: tuple[str, ...] = option((), "OLD=NEW renames a key of every record, OLD= passes over it; repeatable")
+    streaming: bool = option(False, "read a dataset of the hub as it comes, without downloading it first")
     output: str = option("", "directory of the run and its result; a run in it is resumed", free=True)
     task: str = option("sft", "train on the assistant's messages, or on preferences", choices=("sft", "dpo"))
     beta: float = option(0.1, "DPO: strength of the pull to the reference model", above=0)
