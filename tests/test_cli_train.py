@@ -289,6 +289,7 @@ def test_one_rule_for_control_tokens(tiny_checkpoint, tmp_path, capsys, allowed)
 def test_float16_is_not_trained_in(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     # The precision of a float16 checkpoint on an accelerator; a CPU computes it in float32.
     monkeypatch.setattr(checkpoint, "precision_of", lambda config, mesh: Precision("float16", None))
-    argv = ["train", "--model", str(tiny_checkpoint), "--data", "d.jsonl", "--output", str(tmp_path / "run")]
-    assert cli.main(argv) == 2
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    argv = ["train", "--model", str(tiny_checkpoint), "--data", str(tmp_path / "d.jsonl")]
+    assert cli.main([*argv, "--output", str(tmp_path / "run")]) == 2
     assert "set dtype to bfloat16 or float32" in capsys.readouterr().err

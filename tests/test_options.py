@@ -8,14 +8,13 @@ import pytest
 
 from qwenvl_jax import cli
 from qwenvl_jax.cli.generate import read_request
-from qwenvl_jax.errors import CheckpointError, ContextError, InputError, MediaError, OptionsError
+from qwenvl_jax.errors import BadRecord, CheckpointError, ContextError, InputError, MediaError, OptionsError
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.fields import REQUEST
 from qwenvl_jax.inputs.messages import normalize
 from qwenvl_jax.inputs.options import LIMITS, MediaOptions
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.records import BadRecord
 from qwenvl_jax.options import build, given, names, replace
 from qwenvl_jax.train.options import TrainOptions
 
