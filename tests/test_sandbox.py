@@ -30,7 +30,7 @@ BOMBS = {
     "indented": ("{{ ('a\n' * 100000) | indent(1000000) }}", LARGE),
     "replaced": ("{{ ('a' * 100000).replace('a', 'b' * 100000) }}", LARGE),
     "replaced by a filter": ("{{ ('a' * 100000) | replace('a', 'b' * 100000) }}", LARGE),
-    "joined": ("{{ ('b' * 100000).join(['a'] * 100000) }}", LARGE),
+    "joined": ("{{ ('b' * 100000).join(['a'] * 100000) }}", "it "),
     "a format": ("{{ '%10000000000d' % 1 }}", "width of more than 9999"),
     "a method": ("{{ 'a'.ljust(10000000000) }}", "it calls ljust of a text"),
     "str.format": ("{{ '{:>10000000000}'.format(1) }}", "width of more than 9999"),
