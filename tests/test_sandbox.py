@@ -44,10 +44,10 @@ BOMBS = {
 def test_bombs_end(monkeypatch, name):
     monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     template, message = BOMBS[name]
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=f"(?i){message}"):
         ChatTemplate({"default": template}).render(USER)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize(
