@@ -149,6 +149,7 @@ def test_every_option_of_encode_is_an_option_here(monkeypatch, tmp_path):
     values = {
         "min_pixels": 1, "max_pixels": 2, "resized_height": 3, "resized_width": 4, "total_pixels": 5,
         "fps": 0.5, "nframes": 6, "min_frames": 7, "max_frames": 8, "video_start": 0.0, "video_end": 9.5,
+        "media_bytes": 10, "media_memory": 11, "media_seconds": 12,
     }  # fmt: skip
     argv = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     argv += [

@@ -12,14 +12,14 @@ from qwenvl_jax.cli.errors import OK, one_of_several
 from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.fields import PROCESSOR_KWARGS, REQUEST, TEMPLATE_KWARGS, WITHOUT_TOOLS, read_keys
-from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.options import VIDEO
 from qwenvl_jax.options import check_names, names
 
 HELP = "Answer one conversation; the answer streams to stdout."
 _SYNONYMS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "num_frames": "nframes"}
 # Keys of a request body that hold options, and the keys that change nothing there.
 _NESTED: dict[str, tuple[tuple[str, ...], dict]] = {
-    "mm_processor_kwargs": ((*names(MediaOptions), "num_frames"), PROCESSOR_KWARGS),
+    "mm_processor_kwargs": ((*VIDEO, "num_frames"), PROCESSOR_KWARGS),
     "chat_template_kwargs": (("add_vision_id",), TEMPLATE_KWARGS),
 }
 
@@ -149,7 +149,7 @@ def read_request(body: dict, name: str) -> dict:
         if option in options and options[option] != value:
             raise InputError(f"{name}: {key!r} is given twice, under two names; keep one")
         options[option] = value
-    check_names(options, (*flags, *names(MediaOptions), "tools", "add_vision_id"), f"{name}: ")
+    check_names(options, (*flags, *VIDEO, "tools", "add_vision_id"), f"{name}: ")
     return options
 
 

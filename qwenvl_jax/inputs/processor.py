@@ -16,6 +16,7 @@ from qwenvl_jax.answers.boxes import check_coordinates, sizes, to_model
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError, shown
 from qwenvl_jax.families import family_of
+from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.chat import ChatTemplate, prompt_parts
 from qwenvl_jax.inputs.layout import find_placeholders, make_sample
 from qwenvl_jax.inputs.media import image_visual
@@ -178,13 +179,14 @@ class Processor:
         return tokens, np.array(turns, np.int32)
 
     def open(self, media: Sequence[Media], options: MediaOptions = DEFAULT) -> tuple[Visual, ...]:
-        """The second half of `encode`: pictures and clips as patches."""
+        """The second half of `encode`: pictures and clips as patches, all within the limits of `options`."""
+        budget = Budget(options)
         if len(media) < 2:  # without a thread
-            return tuple(self._visual(m, options) for m in media)
+            return tuple(self._visual(m, options, budget) for m in media)
         with ThreadPoolExecutor(min(_LOADERS, len(media))) as pool:
-            return tuple(pool.map(lambda m: self._visual(m, options), media))
+            return tuple(pool.map(lambda m: self._visual(m, options, budget), media))
 
-    def _visual(self, media: Media, options: MediaOptions) -> Visual:
+    def _visual(self, media: Media, options: MediaOptions, budget: Budget) -> Visual:
         names, load = (IMAGE, image_visual) if media.kind == "image" else (VIDEO, video_visual)
         if media.kind == "video" and isinstance(media.source, list | tuple | np.ndarray):
             names = FRAMES
@@ -194,7 +196,7 @@ class Processor:
             if mine in media.options and other not in media.options:
                 chosen.pop(other, None)
         try:
-            return load(media.source, self.preprocessing, MediaOptions(**chosen))
+            return load(media.source, self.preprocessing, MediaOptions(**chosen), budget)
         except InputError as e:
             raise e.at(media.where) from e
 
