@@ -13,6 +13,11 @@ from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import check_names, names
 
 HELP = "Answer one conversation; the answer streams to stdout."
+EXAMPLES = (
+    'qwenvl generate --image demo:scene.png --prompt "How many strawberries are there?"',
+    "qwenvl generate --model Qwen/Qwen2.5-VL-3B-Instruct --video clip.mp4 --nframes 16 --prompt 'What happens?'",
+    "qwenvl generate --messages request.json --json",
+)
 _IGNORED = ("messages", "model", "stream")  # keys of a request body that are not options
 _SYNONYMS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 
@@ -56,7 +61,7 @@ def run(args) -> int:
         messages.insert(0, {"role": "system", "content": args.system})
     options = converse.sampling(args, request)
     mesh = converse.mesh(args)  # before the model is read: a wrong mesh is an error at once
-    path, encode = converse.encoder(args, request | ({} if tools is None else {"tools": tools}))
+    path, encode, _ = converse.encoder(args, request | ({} if tools is None else {"tools": tools}))
     sample = encode(messages)
     engine = converse.engine(path, args, mesh)
     if one_of_several() and sys.modules["jax"].process_index():  # every process computes; process 0 prints

@@ -15,6 +15,10 @@ from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.precision import on_cpu
 
 HELP = "Describe a checkpoint, reading only its headers."
+EXAMPLES = (
+    "qwenvl info CKPT",
+    "qwenvl info qwen2.5-vl-7b --json",
+)
 # `count_params` of params/specs.py needs jax; a test compares.
 PARAMETERS = {
     "qwen2-vl-2b": 2_208_985_600,

@@ -147,13 +147,15 @@ class Processor:
         return tokens, np.array(turns, np.int32)
 
     def open(self, media: Sequence[Media], options: MediaOptions = DEFAULT) -> tuple[Visual, ...]:
-        """The second half of `encode`: pictures and clips as patches."""
+        """The second half of `encode`: pictures and clips as patches. A source that is a Visual already stays."""
         if len(media) < 2:  # without a thread
             return tuple(self._visual(m, options) for m in media)
         with ThreadPoolExecutor(min(_LOADERS, len(media))) as pool:
             return tuple(pool.map(lambda m: self._visual(m, options), media))
 
     def _visual(self, media: Media, options: MediaOptions) -> Visual:
+        if isinstance(media.source, Visual):  # opened before, with options of its own
+            return media.source
         names, load = (IMAGE, image_visual) if media.kind == "image" else (VIDEO, video_visual)
         if media.kind == "video" and isinstance(media.source, list | tuple | np.ndarray):
             names = FRAMES
