@@ -5,11 +5,16 @@ import inspect
 import io
 import json
 import os
+import pty
+import queue
 import re
+import select
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import jax
@@ -19,6 +24,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from qwenvl_jax import cli
+from qwenvl_jax.cli import chat as chat_verb
 from qwenvl_jax.cli import converse
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError, install
@@ -518,6 +524,104 @@ def test_chat_opens_an_attachment_once(tmp_path, monkeypatch, capsys):
     kept = encode([{"role": "user", "content": [item, {"type": "text", "text": "?"}]}])
     assert np.array_equal(kept.tokens, by_path.tokens)
     assert np.array_equal(kept.visuals[0].patches, by_path.visuals[0].patches)
+
+
+class Terminal:
+    """A process on a terminal of its own."""
+
+    def __init__(self, *argv, **env):
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            os.execve(argv[0], argv, os.environ | env)
+        self.seen, self.at = "", 0
+
+    def wait(self, for_text: str, then: bytes = b"") -> None:
+        """Reads until the text comes, then types `then`."""
+        deadline = time.monotonic() + 60
+        while (found := self.seen.find(for_text, self.at)) < 0:
+            assert time.monotonic() < deadline and self.read(), f"no {for_text!r} in {self.seen[-2000:]}"
+        self.at = found + len(for_text)
+        os.write(self.fd, then)
+
+    def read(self) -> bool:
+        """Reads what there is; False at the end."""
+        if select.select([self.fd], [], [], 0.1)[0]:
+            try:
+                self.seen += os.read(self.fd, 1 << 16).decode(errors="replace")
+            except OSError:  # the other side is closed
+                return False
+        return True
+
+    def close(self) -> int:
+        """The exit code."""
+        while self.read():
+            pass
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.mark.parametrize("toolkit, keys, code", [("", b"\x15\x04", 0), ("", b"\x03", 130), ("None", b"/quit\r", 0)])
+def test_chat_is_left_while_a_program_compiles(toolkit, keys, code):
+    """With prompt_toolkit and without. A normal exit would crash in XLA's threads."""
+    hide = f"import sys; sys.modules['prompt_toolkit'] = {toolkit}; " if toolkit else "import sys; "
+    run = f"{hide}from qwenvl_jax.cli import main; sys.argv[1:] = ['chat']; sys.exit(main())"
+    t = Terminal(sys.executable, "-c", run, JAX_ENABLE_COMPILATION_CACHE="0", PROMPT_TOOLKIT_NO_CPR="1", XLA_FLAGS="")
+    t.wait(">", b"/image demo:scene.png\r")
+    t.wait("140 × 140 pixels, 25 tokens", b"How many strawberries are there?\r")
+    t.wait("compiling…", b"\x03")
+    t.wait("your message and 1 attachment(s) stayed here; /retry sends it again")
+    t.wait("stopped; Ctrl-C again ends the chat")
+    t.wait(">", keys)
+    assert t.close() == code, t.seen
+    end = t.seen[t.at :]
+    assert "Traceback" not in t.seen and "SIG" not in end and "symbolize" not in end
+
+
+def test_chat_on_a_terminal():
+    """The message of a stopped turn is offered again, "compiling…" goes, and the answer comes."""
+    t = Terminal(
+        sys.executable,
+        "-m",
+        "qwenvl_jax.cli",
+        "chat",
+        "--temperature",
+        "0",
+        PROMPT_TOOLKIT_NO_CPR="1",
+        JAX_ENABLE_COMPILATION_CACHE="0",
+    )
+    t.wait(">", b"/image demo:scene.png\r")
+    t.wait("25 tokens", b"How many strawberries are there?\x1b\r\r")  # Alt-Enter begins a line
+    t.wait("compiling…", b"\x03")
+    t.wait("Ctrl-C again")
+    t.wait("How many strawberries are there?", b"\r")
+    t.wait("3\r\n")
+    t.wait(">", b"\x1b[A\x15/image\r")
+    t.wait("sent: ")
+    t.wait(">", b"\x04")
+    assert t.close() == 0
+    said = t.seen.count("compiling…")
+    assert said and t.seen.count("\b" * len("compiling…")) == 2 * said
+
+
+def test_compiling_is_said_where_it_fits(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    engine, pieces = SimpleNamespace(compiling="step"), queue.SimpleQueue()
+    status = chat_verb._Status()
+    threading.Timer(0.4, pieces.put, ["piece"]).start()
+    assert status.get(pieces, engine, "a\nb") == "piece"
+    erased = "compiling…" + "\b" * 10 + " " * 10 + "\b" * 10
+    assert capsys.readouterr().out == erased
+    status.show(engine, "x" * 15)
+    engine.compiling = None
+    status.show(engine, "")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_lost_ctrl_c_comes_again():
+    with pytest.raises(KeyboardInterrupt):
+        cli._interrupt_again(SimpleNamespace(exc_type=KeyboardInterrupt))
+        time.sleep(5)
 
 
 # --- the other verbs ------------------------------------------------------------------------------------

@@ -9,8 +9,10 @@ import contextlib
 import gc
 import io
 import os
+import signal
 import sys
 import textwrap
+import threading
 import traceback
 
 import qwenvl_jax
@@ -34,10 +36,20 @@ def main(argv: list[str] | None = None) -> int:
     ended: list[int] = []
     if argv is None:
         gc.set_threshold(10_000, *gc.get_threshold()[1:])  # jax's many objects live on; scanning them takes time
+        sys.unraisablehook = _interrupt_again
         atexit.register(_leave, ended)  # before jax registers its own handlers, so it runs after them
     args = build_parser().parse_args(argv)
     ended.append(_run(args))
     return ended[0]
+
+
+def _interrupt_again(unraisable) -> None:
+    """Repeats a Ctrl-C that was lost. Python drops an exception in a callback of the garbage collector; jax has one."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        main_thread = threading.main_thread().ident
+        threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _leave(ended: list[int]) -> None:
