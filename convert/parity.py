@@ -98,7 +98,7 @@ def reference_inputs(samples: list[Sample], config: Config, side: str = "right")
             patches = np.concatenate([v.patches for v in visuals])
             out[values] = torch.tensor(reference_pixels(patches, config))
             out[f"{kind}_grid_thw"] = torch.tensor([list(v.grid) for v in visuals])
-            if kind == "video" and config.family == "qwen2_5_vl":
+            if kind == "video" and config.vision.tokens_per_second is not None:
                 out["second_per_grid_ts"] = torch.tensor([v.seconds_per_grid for v in visuals])
     return out
 
