@@ -76,7 +76,7 @@ class VisionConfig:
     hidden_act: str = "silu"
     window_size: int | None = 112  # pixels; None: every block attends to whole frames
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
-    tokens_per_second: float = 2  # t positions per second of video; unused by families that count grid steps
+    tokens_per_second: float | None = 2  # t positions per second of video; None: t positions count grid steps
     # Patches reach the device as uint8 and are normalised there. `read_config` of params/directory.py reads these from
     # preprocessor_config.json.
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)

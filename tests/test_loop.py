@@ -236,7 +236,10 @@ def test_best_needs_its_metric(tmp_path):
     with pytest.raises(InputError, match=r"'score'.* give eval_data"):
         loop.train(model(), Batches(), options(tmp_path, best="score"))
     chosen = options(tmp_path, best="score", eval_every=2)
-    evaluate = lambda params: {"exact": 0.5, "seconds": 0}  # noqa: E731
+
+    def evaluate(params):
+        return {"exact": 0.5, "seconds": 0}
+
     with pytest.raises(InputError, match="'score'; the evaluation returns exact, seconds"):
         loop.train(model(), Batches(), chosen, evaluate=evaluate)
     assert saved(tmp_path) == [2]  # the steps before the failure are saved
@@ -276,7 +279,10 @@ def test_the_last_evaluation_is_made_up_for(tmp_path, last, step):
 
 def test_a_signal_puts_off_all_evaluations_but_the_last(tmp_path):
     evaluated = []
-    stop = lambda _: signal.raise_signal(signal.SIGTERM)  # noqa: E731
+
+    def stop(_):
+        signal.raise_signal(signal.SIGTERM)
+
     more = dict(evaluate=lambda params: evaluated.append(1) or {})
     loop.train(model(), Batches({4: stop}), options(tmp_path, eval_every=4), **more)
     assert not evaluated

@@ -95,7 +95,7 @@ def test_wheel_and_sdist(tmp_path):
     """Both have every module, the licence and the two commands; the wheel has no tests and no scripts of the demo."""
     source = tmp_path / "source"
     source.mkdir()
-    tracked = ["pyproject.toml", "README.md", "LICENSE", "qwenvl_jax/py.typed", *code_files()]
+    tracked = ["pyproject.toml", "README.md", "LICENSE", "qwenvl_jax/py.typed", "convert/py.typed", *code_files()]
     tracked += [f"{p.relative_to(ROOT)}" for p in (ROOT / "qwenvl_jax").rglob("__init__.py")]
     for name in tracked:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def test_wheel_and_sdist(tmp_path):
         names = set(z.namelist())
         entry_points = z.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     expected = {re.sub("^convert/", "qwenvl_convert/", n) for n in code_files()}
-    assert expected | data | {"qwenvl_jax/py.typed"} <= names
+    assert expected | data | {"qwenvl_jax/py.typed", "qwenvl_convert/py.typed"} <= names
     demo = {n for n in names if n.startswith("qwenvl_jax/demo/")}
     assert {n for n in demo if n.endswith(".py")} == {"qwenvl_jax/demo/__init__.py"}
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"qwenvl_jax", "qwenvl_convert"}

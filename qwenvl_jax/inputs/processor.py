@@ -191,7 +191,10 @@ class Processor:
         return tokens, np.array(turns, np.int32)
 
     def open(self, media: Sequence[Media], options: MediaOptions = DEFAULT) -> tuple[Visual, ...]:
-        """The second half of `encode`: pictures and clips as patches, all within the limits of `options`."""
+        """The second half of `encode`: pictures and clips as patches, all within the limits of `options`.
+
+        A source that is a Visual already stays.
+        """
         c, p = self.config.text.context, self.preprocessing
         budget = Budget(options, most_patches=3 * p.temporal_patch_size * c * p.factor**2)
         if len(media) < 2:  # without a thread
@@ -200,6 +203,8 @@ class Processor:
             return tuple(pool.map(lambda m: self._visual(m, options, budget), media))
 
     def _visual(self, media: Media, options: MediaOptions, budget: Budget) -> Visual:
+        if isinstance(media.source, Visual):  # opened before, with options of its own
+            return media.source
         names, load = (IMAGE, image_visual) if media.kind == "image" else (VIDEO, video_visual)
         if media.kind == "video" and isinstance(media.source, list | tuple | np.ndarray):
             names = FRAMES
