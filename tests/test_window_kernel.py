@@ -33,8 +33,8 @@ def problem(seed: int, R: int, blocks: int, slots: int, heads: int, H: int):
 
 
 def value_and_grads(attend, qkv, cos, sin, windows, w):
-    f = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(attend(*a, windows) * w), (0, 1, 2)))
-    return attend(qkv, cos, sin, windows), f(qkv, cos, sin)
+    f = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(attend(*a[:4]) * a[4]), (0, 1, 2)))
+    return attend(qkv, cos, sin, windows), f(qkv, cos, sin, windows, w)
 
 
 def assert_same(got, want):
