@@ -13,6 +13,7 @@ import pytest
 from make_tiny import small_config
 from PIL import Image
 
+from qwenvl_jax import cli
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.questions import read_questions
 from qwenvl_jax.inputs.processor import Processor
@@ -162,6 +163,29 @@ def test_options_take_one_or_several(tmp_path):
     assert (options.data, options.eval_data, options.columns) == (("a.jsonl", "b/*.parquet"), ("c.json",), ("x=",))
     (tmp_path / "again.toml").write_text(options.to_toml())
     assert TrainOptions.read(tmp_path / "again.toml") == options
+
+
+def test_flags_take_data_and_columns(tmp_path, capsys):
+    """A bad key of the data is told before the model is looked for, and the sentence says how to go on."""
+    (tmp_path / "a.json").write_text(json.dumps([qa(1, mood="x")]))
+    argv = ["eval", str(tmp_path / "*.json"), "--model", str(tmp_path / "none")]
+    assert cli.main(argv) == 2
+    assert "a.json[0]: unknown key 'mood'; rename it with --columns mood=NAME" in capsys.readouterr().err
+    assert cli.main([*argv, "--columns", "mood="]) == 2
+    assert "none" in capsys.readouterr().err
+    argv = [
+        "train",
+        "--data",
+        str(tmp_path / "a.json"),
+        "--model",
+        str(tmp_path / "none"),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert cli.main([*argv, "--data", str(tmp_path / "b.json")]) == 2
+    assert "b.json: cannot be read" in capsys.readouterr().err
+    assert cli.main([*argv, "--columns", "mood"]) == 2
+    assert "columns has 'mood'; it must be OLD=NEW" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ without the extra
