@@ -139,11 +139,13 @@ def test_patterns_and_lists(processor, tmp_path):
         ("*.jsonl", "no file matches the pattern"),
         ("", "a directory that save_to_disk did not write; give its files, as in"),
         ("a.csv", "tables of text are not read"),
+        ("one.json", "one JSON object over several lines"),
         ("a.jsonl.gz", "is compressed (gzip); unpack it first"),
     ],
 )
 def test_what_is_no_source(tmp_path, name, says):
     (tmp_path / "a.csv").write_text("a,b\n")
+    (tmp_path / "one.json").write_text(json.dumps(qa(1), indent=2))
     (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00")
     with pytest.raises(InputError) as e:
         open_source(str(tmp_path / name))
@@ -410,7 +412,9 @@ def test_a_hub_that_does_not_answer(datasets, monkeypatch):
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(InputError, match=r"u/n: cannot be opened as a dataset \(no network\)"):
+    with pytest.raises(
+        InputError, match=r"no such file, and as a dataset of the hub: u/n: cannot be opened as a dataset \(no"
+    ):
         open_source("u/n")
 
 
