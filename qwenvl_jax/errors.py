@@ -41,11 +41,22 @@ class ContextError(InputError):
     code = "context"
 
 
+class NonFiniteError(InputError):
+    """The model computed NaN or infinity.
+
+    results: a Result per conversation; the failed ones end with "error". why: the cause, and what to do.
+    """
+
+    code = "not_finite"
+    results: tuple = ()
+    why = ""
+
+
 class BadRecord(InputError):
     """A record that cannot be used.
 
-    reason: "unreadable", "unknown key", "messages", "placeholders", "media", "too long", "too large" or "nothing to
-        learn". Skipped records are counted by reason.
+    reason: "unreadable", "unknown key", "messages", "placeholders", "media", "boxes", "too long", "too large" or
+        "nothing to learn". Skipped records are counted by reason.
     """
 
     code = "record"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from qwenvl_jax.answers.boxes import check_coordinates, parse_boxes
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
@@ -18,6 +19,7 @@ class Question(NamedTuple):
     metric: str
     where: str  # "file:line", for errors
     tools: list | None = None
+    boxes: str | None = None  # their coordinates in the messages and answers; None: the model's
 
 
 def read_questions(records, metric: str = "exact", columns: Sequence[str] = ()) -> list[Question]:
@@ -25,21 +27,30 @@ def read_questions(records, metric: str = "exact", columns: Sequence[str] = ()) 
 
     columns: "old=new" renames a key of every record, and "old=" drops it. Raises InputError that names the bad record.
     """
+    read = read_all(records, metric, columns)
+    for one in read:
+        if isinstance(one, InputError):
+            raise one
+    return [one for one in read if isinstance(one, Question)]
+
+
+def read_all(records, metric: str = "exact", columns: Sequence[str] = ()) -> list[Question | InputError]:
+    """What `read_questions` returns, with the error of each bad record in its place. Errors may be `records` too."""
     from qwenvl_jax.inputs.source import open_source  # imports numpy
 
     source = open_source(records, columns)
-    questions = []
+    read: list[Question | InputError] = []
     for i in range(len(source)):
         try:
             one = source[i]
-            questions.append(one if isinstance(one, Question) else _question(one, source, i, metric))
+            read.append(one if isinstance(one, Question | InputError) else _question(one, source, i, metric))
         except InputError as e:
-            raise e.at(source.where(i)) from e
+            read.append(e.at(source.where(i)))
         except RecursionError as e:  # deeply nested lists
-            raise InputError(f"{source.where(i)}: {e}") from e
-    if not questions:
+            read.append(InputError(f"{source.where(i)}: {e}"))
+    if not read:
         raise InputError(f"{source.name}: no record to evaluate on")
-    return questions
+    return read
 
 
 def _question(record, source, index: int, metric: str) -> Question:
@@ -60,7 +71,8 @@ def _question(record, source, index: int, metric: str) -> Question:
         raise InputError(f"task is {task!r}; it must be a name")
     if metric not in (*METRICS, BOXES):
         raise InputError(f"metric is {metric!r}; known are {', '.join((*METRICS, BOXES))}")
-    return Question(messages, _answers(answer, metric), task, metric, source.where(index), tools)
+    check_coordinates(boxes := record.get("boxes"))
+    return Question(messages, _answers(answer, metric), task, metric, source.where(index), tools, boxes)
 
 
 def _answers(answer, metric: str) -> tuple[str, ...]:
@@ -71,7 +83,7 @@ def _answers(answer, metric: str) -> tuple[str, ...]:
             text = json.dumps(objects)
         except (TypeError, ValueError, RecursionError) as e:
             raise InputError(f"answer is not readable as JSON ({e})") from e
-        if not isinstance(objects, list) or len(metrics.parse_boxes(text)) != len(objects):
+        if not isinstance(objects, list) or len(parse_boxes(text)) != len(objects):
             raise InputError('answer must be a list of {"bbox_2d": [x1, y1, x2, y2], "label": "…"}')
         return (text,)
     several = answer if isinstance(answer, list | tuple) else [answer]

@@ -44,7 +44,7 @@ _PAIRS = ("chosen", "rejected", "rejected_response", "rejected_messages")
 _OPENAI_PAIR = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
 _KNOWN = (
     *_QUESTIONS, *_REPLIES, *_PAIRS, "history", "system", "system_prompt", "tools", "functions", "image", "images",
-    "video", "videos", "data_path", "answer", "task", "metric",
+    "video", "videos", "data_path", "answer", "boxes", "task", "metric",
 )  # fmt: skip
 _TOKENS = "tokens of another program cannot be checked against this model's; give the messages that they came from"
 _REFUSED = {

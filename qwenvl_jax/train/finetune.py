@@ -1,6 +1,7 @@
 """Fine-tuning from TrainOptions: reads a checkpoint and records, writes a checkpoint that `load` opens."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, Records, dict], 
     records, questions = _open(options)
     source = checkpoint.find(options.model)
     model = _load(options, source)
-    encode_options = given(options, MediaOptions) | {"allow_control_tokens": options.allow_control_tokens}
+    encode_options = given(options, MediaOptions) | ({"boxes": options.boxes} if options.boxes else {})
     with contextlib.closing(_dataset(options, records, model, encode_options)) as data:
         evaluate = None
         if questions is not None:
@@ -86,7 +87,13 @@ def _load(options: TrainOptions, source: Path) -> Model:
     # bfloat16 weights round small updates away. Adapters are always float32.
     param_dtype = options.param_dtype or (None if options.lora_rank else "float32")
     model = checkpoint.load(source, mesh=mesh, dtype=param_dtype)
-    return model._replace(config=model.config.replace(dtype=dtype))
+    processor, generation = model.processor, dict(model.generation)
+    if options.allow_control_tokens is not None:  # the result keeps this rule
+        processor = dataclasses.replace(processor, allow_control_tokens=options.allow_control_tokens)
+    if options.skip_special_tokens is not None:
+        generation["skip_special_tokens"] = options.skip_special_tokens
+    config = model.config.replace(dtype=dtype)
+    return model._replace(config=config, processor=processor, generation=generation)
 
 
 def _open(options: TrainOptions) -> tuple[Records, Records | None]:

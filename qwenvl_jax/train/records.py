@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qwenvl_jax.answers.boxes import check_coordinates
 from qwenvl_jax.errors import BadRecord, InputError
 from qwenvl_jax.inputs.layout import Lanes, make_sample, slots_needed
 from qwenvl_jax.inputs.options import MediaOptions
@@ -36,12 +37,15 @@ class RecordProcessor:
     """Turns records into samples with loss weights.
 
     folder: the folder that relative paths start from; None for the working directory.
-    options: options of `Processor.encode`: MediaOptions, add_vision_id, allow_control_tokens.
+    options: options of `Processor.encode`: MediaOptions, add_vision_id, allow_control_tokens, and boxes, for records
+        that do not say in which coordinates their boxes are.
     """
 
     def __init__(self, processor: Processor, shape: PackShape, *, preferences=False, folder=None, options=None):
         flags = ("add_vision_id", "allow_control_tokens")
         options = dict(options or {})
+        self.boxes = options.pop("boxes", None)
+        check_coordinates(self.boxes)
         check_names(options, (*names(MediaOptions), *flags))
         self.processor, self.shape, self.preferences = processor, shape, preferences
         self.folder = None if folder is None else Path(folder)
@@ -55,17 +59,20 @@ class RecordProcessor:
         """
         folder = folder if self.folder is None else self.folder
         read = preference(record, folder) if self.preferences else [conversation(record, folder)]
-        prompts = [(self._prompt(talk), talk.weights) for talk in read]
-        if not all(any(weights) for _, weights in prompts):
+        prompts = [self._prompt(talk) for talk in read]
+        if not all(any(talk.weights) for talk in read):
             raise BadRecord("nothing to learn", _why_nothing(record))
-        media = prompts[0][0].media
-        for prompt, _ in prompts[1:]:
+        media = prompts[0].media
+        for prompt in prompts[1:]:
             if [m.source for m in prompt.media] != [m.source for m in media]:
                 raise BadRecord("messages", "'chosen' and 'rejected' must be text; put pictures into the prompt")
-        self._check_length(sum(len(prompt.tokens) for prompt, _ in prompts))  # before anything is decoded
+        self._check_length(sum(len(prompt.tokens) for prompt in prompts))  # before anything is decoded
         with _reason("media"):
             visuals = self.processor.open(media, self.options)
-        samples = tuple(self._sample(prompt, weights, visuals) for prompt, weights in prompts)
+        for i, talk in enumerate(read):
+            converted = self._boxes_to_model(talk.messages, visuals, record)
+            prompts[i] = prompts[i] if converted == talk.messages else self._prompt(talk._replace(messages=converted))
+        samples = tuple(self._sample(p, talk.weights, visuals) for p, talk in zip(prompts, read, strict=True))
         self._check_length(sum(len(s.tokens) for s in samples))
         self._check_lanes(visuals)
         return samples
@@ -73,6 +80,11 @@ class RecordProcessor:
     def _prompt(self, talk: Conversation) -> Prompt:
         with _reason("messages"):
             return self.processor.prompt(talk.messages, tools=talk.tools, **self.flags)
+
+    def _boxes_to_model(self, messages: list, visuals: tuple[Visual, ...], record: Mapping) -> list:
+        with _reason("boxes"):
+            check_coordinates(own := record.get("boxes"))
+            return self.processor.boxes_to_model(messages, visuals, self.boxes if own is None else own)
 
     def _sample(self, prompt: Prompt, weights: list[int], visuals: tuple[Visual, ...]) -> Sample:
         config = self.processor.config
