@@ -146,7 +146,10 @@ def hub(name: str, rest: list[str], streaming: bool = False) -> Rows | Stream:
         raise InputError(f"{name}: there is no such file; {needs}") from e
     config, split = (rest[0] if rest[1:] else None), (rest[-1] if rest else "train")
     whole, how = ":".join((name, *rest)), {"streaming": True} if streaming else {}
-    return _split(lambda: datasets.load_dataset(name, config, split=split, **how), whole, None, None)
+    try:
+        return _split(lambda: datasets.load_dataset(name, config, split=split, **how), whole, None, None)
+    except InputError as e:
+        raise InputError(f"there is no such file, and as a dataset of the hub: {e}") from e
 
 
 def _split(load, name: str, split: str | None, folder: Path | None) -> Rows | Stream:
