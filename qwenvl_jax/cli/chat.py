@@ -21,8 +21,8 @@ def run(args) -> int:
     options = converse.sampling(args)
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     mesh = converse.mesh(args)  # before the model is read: a wrong mesh is an error at once
-    path, encode = converse.encoder(args)
-    engine = converse.engine(path, args, mesh)
+    where, encode = converse.encoder(args)
+    engine = converse.engine(where, args, mesh)
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):

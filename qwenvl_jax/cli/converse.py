@@ -13,7 +13,7 @@ _PROMPT = ("add_vision_id", "allow_control_tokens")
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="directory or hub id (default: demo)")
+    add_model(parser)
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32", "float16"), help="dtype of the weights (default: the checkpoint's)"
     )
@@ -31,6 +31,29 @@ def add_arguments(parser) -> None:
     )
 
 
+def add_model(parser) -> None:
+    """Adds --model and --adapter; `located` reads them."""
+    parser.add_argument(
+        "--model", metavar="DIR_OR_ID", help="checkpoint or adapter: a directory or a hub id (default: demo)"
+    )
+    parser.add_argument(
+        "--adapter", action="append", metavar="DIR_OR_ID", help="LoRA adapter to merge into the model; repeatable"
+    )
+
+
+def located(args):
+    """The checkpoint and adapters that --model and --adapter name (`directory.locate`)."""
+    from qwenvl_jax.params import directory
+
+    adapters = args.adapter or []
+    if args.model is None and adapters:  # the first one's base is the model
+        found = directory.locate(*adapters)
+        if len(found.adapters) < len(adapters):
+            raise InputError(f"--adapter {adapters[0]}: not an adapter; name a model with --model")
+        return found
+    return directory.locate(directory.DEMO if args.model is None else args.model, *adapters)
+
+
 def sampling(args, request: dict | None = None) -> GenerateOptions:
     """GenerateOptions from a request and from flags; flags win. Raises OptionsError for a bad value."""
     options = {name: value for name, value in (request or {}).items() if name in names(GenerateOptions)}
@@ -38,7 +61,7 @@ def sampling(args, request: dict | None = None) -> GenerateOptions:
 
 
 def encoder(args, request: dict | None = None):
-    """(checkpoint directory, messages → Sample). It reads no weights, so bad input is an error at once."""
+    """(what `located` gives, messages → Sample). It reads no weights, so bad input is an error at once."""
     from qwenvl_jax import Processor
     from qwenvl_jax.params import directory
 
@@ -46,16 +69,16 @@ def encoder(args, request: dict | None = None):
     options = {name: request[name] for name in (*names(MediaOptions), "tools") if name in request}
     options |= given(args, MediaOptions)
     options |= {name: value for name in _PROMPT if (value := getattr(args, name)) is not None}
-    path = directory.find(args.model)
-    config = directory.read_config(path)
-    processor = Processor.from_dir(path, config)
+    where = located(args)
+    config = directory.read_config(where.path)
+    processor = Processor.from_dir(where.path, config)
 
     def encode(messages):
         sample = processor.encode(messages, **options)
         tokens_left(sample, config.text.context)
         return sample
 
-    return path, encode
+    return where, encode
 
 
 def mesh(args):
@@ -75,12 +98,12 @@ def mesh(args):
     return make_mesh(*shape)
 
 
-def engine(path, args, mesh):
-    """Loads the checkpoint into an engine."""
+def engine(where, args, mesh):
+    """Loads the checkpoint into an engine. where: what `located` gives."""
     from qwenvl_jax import Engine, load
 
     enable_compile_cache()
-    return Engine(load(path, mesh=mesh, dtype=args.dtype))
+    return Engine(load(where.path, adapter=where.adapters, mesh=mesh, dtype=args.dtype))
 
 
 def user_turn(media: list[tuple[str, str]], text: str) -> dict:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from qwenvl_jax.cli import converse
 from qwenvl_jax.cli.errors import OK, enable_compile_cache
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.evaluator import evaluate
@@ -17,7 +18,7 @@ HELP = "Answer questions from files and score the answers."
 
 def add_arguments(parser) -> None:
     parser.add_argument("data", nargs="+", metavar="FILE", help="JSONL files of questions with answers")
-    parser.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="directory or hub id (default: demo)")
+    converse.add_model(parser)
     parser.add_argument(
         "--metric",
         choices=(*METRICS, BOXES),
@@ -44,8 +45,9 @@ def run(args) -> int:
     sampling = given(args, GenerateOptions)
     GenerateOptions(**sampling)
     questions = read_questions(args.data, args.metric)  # bad records are errors before the weights are read
+    where = converse.located(args)
     report = evaluate(
-        checkpoint.load(args.model, dtype=args.dtype),
+        checkpoint.load(where.path, adapter=where.adapters, dtype=args.dtype),
         questions,
         batch=args.batch,
         encoding=given(args, MediaOptions),

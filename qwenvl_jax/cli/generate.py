@@ -56,9 +56,9 @@ def run(args) -> int:
         messages.insert(0, {"role": "system", "content": args.system})
     options = converse.sampling(args, request)
     mesh = converse.mesh(args)  # before the model is read: a wrong mesh is an error at once
-    path, encode = converse.encoder(args, request | ({} if tools is None else {"tools": tools}))
+    where, encode = converse.encoder(args, request | ({} if tools is None else {"tools": tools}))
     sample = encode(messages)
-    engine = converse.engine(path, args, mesh)
+    engine = converse.engine(where, args, mesh)
     if one_of_several() and sys.modules["jax"].process_index():  # every process computes; process 0 prints
         engine.generate([sample], options)
         return OK

@@ -173,9 +173,13 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     if not file.exists():
         return _build_tokenizer(path)
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
         raise CheckpointError(f"{file}: not a readable tokenizer ({e})") from e
+    # transformers keeps the settings of its last call in the file. They would cut or lengthen every prompt.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 # Qwen2's split into words; vocab.json and merges.txt do not contain it.
