@@ -114,6 +114,12 @@ class AdapterFile(contextlib.AbstractContextManager):
         settings = _read_settings(self.path / SETTINGS)
         if not (self.path / WEIGHTS).is_file():
             raise CheckpointError(_no_weights(self.path))
+        for beside in ("non_lora_state_dict.bin", "non_lora_trainables.bin"):  # of scripts that also train the merger
+            if (self.path / beside).is_file():
+                raise CheckpointError(
+                    f"{self.path}: {beside} holds more trained weights, as a pickle; merge both with the script that "
+                    "trained them, and load the merged model"
+                )
         self._reader = Reader(self.path, WEIGHTS)
         try:
             self.pairs, self.whole = _match(self._reader, config, settings)

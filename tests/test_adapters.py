@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from make_tiny import make_tiny
 from qwenvl_convert import orbax, peft
-from qwenvl_convert.hf import HfSource
+from qwenvl_convert.hf import HfSource, read_params
 from safetensors.numpy import load_file, save_file
 from tiny import tiny_config, tiny_params
 from tiny_hf import assert_same_bits, nested, torch_tensors, write_hf
@@ -17,6 +17,7 @@ from tiny_hf import assert_same_bits, nested, torch_tensors, write_hf
 import qwenvl_jax
 from qwenvl_jax import cli
 from qwenvl_jax.errors import CheckpointError, InputError
+from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.params import directory, lora
 from qwenvl_jax.params.checkpoint import save
@@ -282,6 +283,33 @@ def test_a_pickled_adapter_is_named(home, tmp_path):
         qwenvl_jax.load(tmp_path / "a")
 
 
+@pytest.mark.parametrize("beside", ["non_lora_state_dict.bin", "non_lora_trainables.bin"])
+def test_weights_beside_an_adapter_are_not_dropped(beside, home, tmp_path):
+    shutil.copytree(home[0] / "adapter", tmp_path / "a")
+    (tmp_path / "a" / beside).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"{beside} holds more trained weights"):
+        qwenvl_jax.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fan_in_fan_out": True},  # PEFT ignores it on a Linear
+        {"target_modules": "all-linear", "lora_dropout": 0.1, "peft_version": "0.21.2", "inference_mode": False},
+        {"target_modules": r".*language_model.*q_proj", "task_type": None, "a_new_key": None, "eva_config": None},
+        {"modules_to_save": [], "bias": "none", "init_lora_weights": "gaussian", "layers_to_transform": None},
+    ],
+)
+def test_settings_that_change_nothing(settings, home, tmp_path):
+    path, model, adapted = home
+    shutil.copytree(path / "adapter", tmp_path / "a")
+    file = tmp_path / "a" / peft.SETTINGS
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    want = flatten(adapted)
+    for name, x in flatten(peft.load_adapter(model.config, model.params, tmp_path / "a")).items():
+        np.testing.assert_array_equal(x, want[name], err_msg=name)
+
+
 def test_a_tied_head_cannot_be_replaced(home, tmp_path):
     path, model, _ = home
     shutil.copytree(path / "adapter", tmp_path / "a")
@@ -308,7 +336,8 @@ DIRECTORIES = [
     ("_METADATA manifest.ocdbt d/abc", "Orbax's arrays alone"),
     ("adapter_model.safetensors README.md", "without adapter_config.json"),
     ("model.safetensors optimizer.pt", "weights alone; copy config.json"),
-    ("pytorch_model-00001-of-00002.bin", "pickles; save the model again"),
+    ("pytorch_model-00001-of-00002.bin", "as pickles.*save_pretrained"),
+    ("one/adapter_config.json two/adapter_config.json", r"one of its folders is an adapter"),
     ("stage1/config.json stage1/model.safetensors", r"one of its folders is a checkpoint.*\(.*/stage1\)"),
 ]
 
@@ -320,6 +349,75 @@ def test_directories_are_named(files, said, tmp_path):
         (tmp_path / "x" / name).write_text("{}")
     with pytest.raises(CheckpointError, match=f"^{tmp_path}/x: not a checkpoint.*{said}"):
         qwenvl_jax.load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ("pytorch_model.bin tokenizer.json", "as pickles.*save_pretrained"),
+        ("optimizer.pt global_step500/x zero_to_fp32.py", "DeepSpeed's shards"),
+        ("pytorch_model_fsdp_0/x", "FSDP's shards"),
+        ("checkpoint-9/config.json", r"trainer's checkpoints.*checkpoint-9\)"),
+        ("model.fp16.safetensors", "weights are read from safetensors files only"),
+        ("model-00001-of-00002.safetensors", "weights are read from safetensors files only"),
+    ],
+)
+def test_missing_weights_are_named(files, said, tmp_path):
+    """A directory with a config.json."""
+    config = tiny_config("qwen2_vl")
+    write_hf(tmp_path / "x", config, torch_tensors(config))
+    (tmp_path / "x" / "model.safetensors").unlink()
+    for name in files.split():
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"no model\.safetensors and no model.*{said}"):
+        HfSource(tmp_path / "x", config)
+
+
+def test_weight_files_without_an_index(tmp_path):
+    config = tiny_config("qwen2_vl")
+    tensors = torch_tensors(config)
+    write_hf(tmp_path / "plain", config, tensors)
+    src = write_hf(tmp_path / "shards", config, tensors, files=3)
+    (src / directory.INDEX).unlink()
+    assert_same_bits(flatten(read_params(src, config)), flatten(read_params(tmp_path / "plain", config)))
+
+
+@pytest.mark.parametrize(
+    "missing, said",
+    [
+        ("preprocessor_config.json", "no preprocessor_config.json.*copy it from the model that was trained"),
+        ("tokenizer.json", "no tokenizer.json, nor vocab.json.*copy it from the model that was trained"),
+        ("chat_template.json", "no chat template.*copy the file of the Instruct model"),
+    ],
+)
+def test_what_a_trainer_leaves_out_is_named(missing, said, home, tmp_path):
+    names = shutil.ignore_patterns(missing, "model.safetensors")
+    shutil.copytree(home[0] / "base", tmp_path / "checkpoint-9", ignore=names)
+    settings = tmp_path / "checkpoint-9" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": None}))
+    with pytest.raises(CheckpointError, match=said):
+        qwenvl_jax.load(tmp_path / "checkpoint-9")
+
+
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        ({"model_type": "qwen2"}, "'qwen2' .a text model, without a vision tower. is not supported"),
+        ({"model_type": "qwen2_5_vl_text"}, "a text model"),
+        ({"model_type": "qwen3_vl"}, "'qwen3_vl' is not supported; this library runs 'qwen2_vl' and 'qwen2_5_vl'"),
+        ({"model_type": "qwen2_5_omni"}, "'qwen2_5_omni' is not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised checkpoints .awq. are not supported"),
+        ({"text_config": {"quantization_config": {"quant_method": "bitsandbytes"}}}, ".bitsandbytes."),
+    ],
+)
+def test_other_models_are_named(data, said, tmp_path):
+    config = to_dict(tiny_config("qwen2_5_vl"))
+    if "text_config" in data:
+        data = {"text_config": config | data["text_config"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | data))
+    with pytest.raises(CheckpointError, match=said):
+        directory.read_config(tmp_path)
 
 
 @pytest.mark.parametrize(

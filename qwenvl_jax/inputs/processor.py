@@ -25,6 +25,7 @@ from qwenvl_jax.options import build
 from qwenvl_jax.types import Sample, Visual
 
 _TURN_START, _TURN_END, _ASSISTANT = "<|im_start|>", "<|im_end|>", "assistant\n"  # ChatML, as in every family
+_COPY = "trainers leave it out if they have no processor: copy it from the model that was trained"
 _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
 
 
@@ -66,7 +67,7 @@ class Processor:
         path = Path(path)
         preprocessing = read_preprocessing(path, config)
         if preprocessing is None:
-            raise CheckpointError(f"{path} has no {PREPROCESSOR_FILE}; a checkpoint directory needs it")
+            raise CheckpointError(f"{path} has no {PREPROCESSOR_FILE}; {_COPY}")
         tokenizer = _read_tokenizer(path)
         tokenizer.encode_special_tokens = True
         return cls(tokenizer, ChatTemplate.from_dir(path), preprocessing, config)
@@ -193,7 +194,7 @@ def _build_tokenizer(path: Path) -> Tokenizer:
     """The same tokenizer from the older files: vocab.json, merges.txt, tokenizer_config.json."""
     vocab, merges = path / "vocab.json", path / "merges.txt"
     if not (vocab.exists() and merges.exists()):
-        raise CheckpointError(f"{path} has no tokenizer.json, nor vocab.json with merges.txt")
+        raise CheckpointError(f"{path} has no tokenizer.json, nor vocab.json with merges.txt; {_COPY}")
     try:
         tokenizer = Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
     except Exception as e:  # the library raises bare Exception

@@ -119,7 +119,7 @@ def read_config(path: Path, *, quantised: bool = False) -> Config:
     """
     file = path / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{path}: not a checkpoint, there is no config.json in it{_what(path)}")
+        raise CheckpointError(f"{path}: not a checkpoint, there is no config.json in it{leftover(path)}")
     data = read_json(file)
     try:
         config = from_dict(data)
@@ -157,17 +157,22 @@ _LEFTOVERS = (
     ("d/*", "it holds Orbax's arrays alone; name the checkpoint's directory, which has a config.json"),
     ("_METADATA", "it holds Orbax's arrays alone; name the checkpoint's directory, which has a config.json"),
     ("adapter_model.*", "it holds an adapter's weights without adapter_config.json; copy that file into it"),
+    (
+        "pytorch_model*.bin",
+        "it holds weights as pickles, which could run code when they are opened; if you trust them, save the model "
+        "again: AutoModelForImageTextToText.from_pretrained(DIR, dtype='auto').save_pretrained(OUT)",
+    ),
     ("*.safetensors", "it holds weights alone; copy config.json and the tokenizer's files of the base model into it"),
-    ("pytorch_model*.bin", "it holds weights alone, as pickles; save the model again with transformers"),
     ("*/config.json", "one of its folders is a checkpoint; name that folder"),
+    ("*/adapter_config.json", "one of its folders is an adapter; name that folder"),
 )
 
 
-def _what(path: Path) -> str:
-    """What a directory without config.json is, and what to do: the end of a sentence, "" if it is not recognised."""
+def leftover(path: Path) -> str:
+    """What a directory is that lacks config.json or its weights, and what to do, to end a sentence; "" if unknown."""
     for pattern, advice in _LEFTOVERS:
         found = sorted(path.glob(pattern))
-        if found:
+        if found and not (pattern == "*.safetensors" and (path / "config.json").is_file()):
             newest = max(found, key=lambda f: [int(n) for n in re.findall(r"\d+", str(f.relative_to(path)))])
             folder = newest.relative_to(path).parts[0] if "/" in pattern and "name" in advice else ""
             return f": {advice}" + (f" ({path / folder})" if folder and folder != "snapshots" else "")
