@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from qwenvl_jax import cli
+from qwenvl_jax.answers.boxes import Box
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.evaluator import Evaluator, evaluate
-from qwenvl_jax.eval.metrics import Box
 from qwenvl_jax.eval.questions import Question, read_questions
 from qwenvl_jax.eval.report import report, score
 from qwenvl_jax.infer.engine import Engine
@@ -117,37 +117,6 @@ def test_seconds(prediction, gold, want):
 
 BOX = '{"bbox_2d": [1, 2, 30, 40], "label": "cat"}'
 CAT = Box("cat", 1, 2, 30, 40)
-
-
-@pytest.mark.parametrize(
-    "text, want",
-    [
-        (f"[{BOX}]", [CAT]),
-        (f"```json\n[\n\t{BOX},\n\t{BOX}\n]\n```", [CAT, CAT]),
-        (f"```json\n[{BOX}", [CAT]),  # cut off behind a box,
-        (f'[{BOX}, {{"bbox_2d": [1, 2, 3', [CAT]),  # in a box,
-        (f"[{BOX[:-1]}", [CAT]),  # before its brace
-        (f"Here: [{BOX}, {BOX},] I see two.", [CAT, CAT]),
-        (f"[{BOX} {BOX}]", [CAT, CAT]),
-        ("[{'label': 'cat', 'bbox_2d': [1,2 , 30,40]}]", [CAT]),
-        (BOX, [CAT]),
-        ("[]", []),
-        ("", []),
-        ("none", []),
-        ("3", []),
-        ('["x", null, [1]]', []),
-        ('[{"bbox_2d": [1, 2, 30], "label": "cat"}]', []),
-        ('[{"bbox_2d": [1, 2, 30, "40"], "label": "cat"}]', []),
-        ('[{"bbox_2d": [1, 2, 30, true], "label": "cat"}]', []),
-        ('[{"bbox_2d": [1, 2, 30, 1e999], "label": "cat"}]', []),
-        ('[{"bbox_2d": [1, 2, 30, NaN], "label": "cat"}]', []),
-        ('[{"bbox_2d": [1, 2, 30, 40]}]', []),
-        ('[{"bbox_2d": [1, 2, 30, 40], "label": "{a} \\"é\\""}]', [CAT._replace(label='{a} "é"')]),
-        ("[" * 100_000, []),
-    ],
-)
-def test_parse_boxes(text, want):
-    assert metrics.parse_boxes(text) == want
 
 
 def test_iou():

@@ -12,7 +12,7 @@ from qwenvl_jax.errors import CheckpointError, ContextError, InputError, MediaEr
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.messages import normalize
-from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.options import LIMITS, MediaOptions
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.inputs.records import BadRecord
 from qwenvl_jax.options import build, given, names, replace
@@ -86,10 +86,16 @@ def test_every_entry_point_checks_alike(processor, tmp_path, door):
         assert error.value.code == "options"
 
 
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_of_a_conversation_are_no_options_of_an_item(name):
+    with pytest.raises(OptionsError, match=f"message 0 item 0: unknown option {name}"):
+        normalize(message(**{name: 5}))
+
+
 def test_a_request_may_set_what_a_flag_may():
     body = {"max_tokens": 5, "max_pixels": 784, "messages": [], "model": "m", "stream": True, "top_p": None}
     assert read_request(body, "m.json") == {"max_new_tokens": 5, "max_pixels": 784}
-    for name in ("n", "logprobs", "allow_control_tokens"):
+    for name in ("n", "logprobs", "allow_control_tokens", *LIMITS):
         with pytest.raises(OptionsError, match=f"m.json: unknown option {name};"):
             read_request({name: 1}, "m.json")
 

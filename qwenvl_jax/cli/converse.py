@@ -9,7 +9,7 @@ from qwenvl_jax.infer.options import GenerateOptions, tokens_left
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import add_flags, build, given, names
 
-_PROMPT = ("add_vision_id", "allow_control_tokens")
+_PROMPT = ("add_vision_id", "allow_control_tokens", "boxes")
 
 
 def add_arguments(parser) -> None:
@@ -68,7 +68,7 @@ def encoder(args, request: dict | None = None):
     request = request or {}
     options = {name: request[name] for name in (*names(MediaOptions), "tools") if name in request}
     options |= given(args, MediaOptions)
-    options |= {name: value for name in _PROMPT if (value := getattr(args, name)) is not None}
+    options |= {name: value for name in _PROMPT if (value := getattr(args, name, None)) is not None}
     where = located(args)
     config = directory.read_config(where.path)
     processor = Processor.from_dir(where.path, config)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from qwenvl_jax.answers.boxes import COORDINATES
 from qwenvl_jax.cli import converse
 from qwenvl_jax.cli.errors import OK, enable_compile_cache
 from qwenvl_jax.errors import InputError
@@ -26,6 +27,11 @@ def add_arguments(parser) -> None:
         help="for records without a metric of their own (default: exact)",
     )
     parser.add_argument("--output", metavar="FILE", help="JSONL file for every question, answer and score")
+    parser.add_argument(
+        "--boxes",
+        choices=COORDINATES,
+        help="coordinates of boxes in records that do not say (default: the model's)",
+    )
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions answered together (default: 32)")
     parser.add_argument(
@@ -50,7 +56,7 @@ def run(args) -> int:
         checkpoint.load(where.path, adapter=where.adapters, dtype=args.dtype),
         questions,
         batch=args.batch,
-        encoding=given(args, MediaOptions),
+        encoding=given(args, MediaOptions) | ({"boxes": args.boxes} if args.boxes else {}),
         progress=not args.json,
         **sampling,
     )

@@ -42,7 +42,7 @@ def run(args) -> int:
 def describe(path_or_preset) -> dict:
     """Facts about a checkpoint directory of either format, "demo", or one of `PRESETS`, as JSON values.
 
-    Keys: family; boxes ("absolute": pixels of the resized image, "relative": 0..1000); preset (with the same sizes, or
+    Keys: family; boxes (their coordinates in answers: "resized" or "thousandths"); preset (with the same sizes, or
     None); format ("hf", "orbax", "preset"); parameters; dtypes {name: parameters}; files {name: bytes}; bytes; context;
     config; on_cpu (what `load` does with 16-bit weights on a CPU with the memory that is free now);
     adapters (if it is an adapter; then the rest is about its base).
@@ -118,7 +118,7 @@ def table(facts: dict) -> str:
         f"MLP {t['intermediate_size']}, vocabulary {t['vocab_size']}",
         "vision": f"{v['depth']} blocks of width {v['hidden_size']}, {v['num_heads']} heads",
         "context": f"{facts['context']:,} tokens",
-        "boxes": {"absolute": "pixels of the resized image", "relative": "0 … 1000 of each side"}[facts["boxes"]],
+        "boxes": {"resized": "pixels of the resized image", "thousandths": "0 … 1000 of each side"}[facts["boxes"]],
     }
     if t["tie_word_embeddings"]:
         rows["decoder"] += ", tied embeddings"

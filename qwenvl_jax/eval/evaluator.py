@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qwenvl_jax.errors import InputError, OptionsError
+from qwenvl_jax.eval.metrics import BOXES
 from qwenvl_jax.eval.questions import Question, read_questions
 from qwenvl_jax.eval.report import Answer, Report, report, score
-from qwenvl_jax.types import Model
+from qwenvl_jax.types import Model, Sample
 
 _LOADERS = 8  # threads that encode the next questions meanwhile
 _AHEAD = 4  # batches encoded at a time; only their images are in memory
@@ -91,10 +92,11 @@ class Evaluator:
 
         def encode(i: int):
             q = self.questions[i]
+            options = {**self._encoding, **({"boxes": q.boxes} if q.boxes else {})}
             try:
-                sample = engine.processor.encode(q.messages, tools=q.tools, **self._encoding)
+                sample = engine.processor.encode(q.messages, tools=q.tools, **options)
                 tokens_left(sample, engine.max_length)
-                return sample
+                return sample, _with_model_boxes(q, sample, engine.processor, options.get("boxes"))
             except InputError as e:
                 raise e.at(q.where) from e
 
@@ -108,16 +110,27 @@ class Evaluator:
         ):
             encoded = pool.map(encode, windows[0])
             for window, following in zip(windows, [*windows[1:], []], strict=True):
-                samples = dict(zip(window, encoded, strict=True))
+                pairs = dict(zip(window, encoded, strict=True))
+                samples = {i: sample for i, (sample, _) in pairs.items()}
+                questions = {i: question for i, (_, question) in pairs.items()}
                 encoded = pool.map(encode, following)  # starts now, while this window is answered
                 by_length = sorted(window, key=lambda i: len(samples[i].tokens))
                 for at in range(0, len(by_length), self._batch):
                     batch = by_length[at : at + self._batch]
                     results = engine.generate([samples.pop(i) for i in batch], **self._options)
                     for i, result in zip(batch, results, strict=True):
-                        answers[i] = score(self.questions[i], result.text, result.finish_reason)
+                        answers[i] = score(questions[i], result.text, result.finish_reason)
                     bar.update(len(batch))
         return answers
+
+
+def _with_model_boxes(question: Question, sample: Sample, processor, coordinates: str | None) -> Question:
+    """The question with its right boxes in the model's coordinates. Raises InputError for a box outside its picture."""
+    if question.metric != BOXES:
+        return question
+    told = [*question.messages, {"role": "assistant", "content": question.answers[0]}]
+    gold = processor.boxes_to_model(told, sample.visuals, coordinates)[-1]["content"]
+    return question._replace(answers=(gold,))
 
 
 def _check(questions: Sequence[Question], processor) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from qwenvl_jax.answers.boxes import check_coordinates, parse_boxes
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
@@ -19,6 +20,7 @@ class Question(NamedTuple):
     metric: str
     where: str  # "file:line", for errors
     tools: list | None = None
+    boxes: str | None = None  # their coordinates in the messages and answers; None: the model's
 
 
 def read_questions(records, metric: str = "exact") -> list[Question]:
@@ -69,7 +71,8 @@ def _question(record, folder: Path | None, metric: str, where: str) -> Question:
         raise InputError(f"task is {task!r}; it must be a name")
     if metric not in (*METRICS, BOXES):
         raise InputError(f"metric is {metric!r}; known are {', '.join((*METRICS, BOXES))}")
-    return Question(messages, _answers(answer, metric), task, metric, where, record.get("tools"))
+    check_coordinates(boxes := record.get("boxes"))
+    return Question(messages, _answers(answer, metric), task, metric, where, record.get("tools"), boxes)
 
 
 def _answers(answer, metric: str) -> tuple[str, ...]:
@@ -80,7 +83,7 @@ def _answers(answer, metric: str) -> tuple[str, ...]:
             text = json.dumps(objects)
         except (TypeError, ValueError, RecursionError) as e:
             raise InputError(f"answer is not readable as JSON ({e})") from e
-        if not isinstance(objects, list) or len(metrics.parse_boxes(text)) != len(objects):
+        if not isinstance(objects, list) or len(parse_boxes(text)) != len(objects):
             raise InputError('answer must be a list of {"bbox_2d": [x1, y1, x2, y2], "label": "…"}')
         return (text,)
     several = answer if isinstance(answer, list | tuple) else [answer]

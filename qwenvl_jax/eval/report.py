@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from qwenvl_jax.answers.boxes import parse_boxes
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 from qwenvl_jax.eval.questions import Question, text_of
@@ -97,8 +98,8 @@ class Report:
 def score(question: Question, prediction: str, finish_reason: str = "stop") -> Answer:
     """Scores one prediction."""
     if question.metric == BOXES:
-        gold = metrics.parse_boxes(question.answers[0])
-        matched = metrics.match_boxes(metrics.parse_boxes(prediction), gold)
+        gold = parse_boxes(question.answers[0])
+        matched = metrics.match_boxes(parse_boxes(prediction), gold)
         return Answer(question, prediction, finish_reason, matched.f1, matched)
     value = METRICS[question.metric](prediction, question.answers)
     return Answer(question, prediction, finish_reason, value)

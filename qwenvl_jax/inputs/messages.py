@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -46,6 +46,29 @@ def normalize(messages: Sequence[Mapping]) -> tuple[list[dict], list[Media]]:
         raise InputError("messages must be a list of at least one {'role': …, 'content': …}")
     read = [_message(m, f"message {i}") for i, m in enumerate(messages)]
     return [message for message, _ in read], [m for _, media in read for m in media]
+
+
+def map_texts(messages: Sequence[Mapping], change: Callable[[str, range], str]) -> list[dict]:
+    """The messages, which `normalize` accepts, with `change(text, pictures)` in place of each text.
+
+    pictures: which of the conversation's media the text may be about: those of its own message, else of the latest
+        message before it that has some.
+    """
+    out: list[dict] = []
+    pictures = range(0)
+    for message in messages:
+        content = message.get("content")
+        items = content if isinstance(content, list | tuple) else ()
+        is_text = [_kind(_present(item), "") == "text" for item in items]
+        if not all(is_text):
+            pictures = range(pictures.stop, pictures.stop + is_text.count(False))
+        if isinstance(content, str):
+            content = change(content, pictures)
+        elif items:
+            pairs = zip(items, is_text, strict=True)
+            content = [{**item, "text": change(item["text"], pictures)} if text else item for item, text in pairs]
+        out.append({**message, "content": content})
+    return out
 
 
 def _present(value: Mapping) -> dict:

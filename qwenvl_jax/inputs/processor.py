@@ -12,12 +12,15 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
+from qwenvl_jax.answers.boxes import check_coordinates, sizes, to_model
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
+from qwenvl_jax.families import family_of
+from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.chat import ChatTemplate, prompt_parts
 from qwenvl_jax.inputs.layout import find_placeholders, make_sample
 from qwenvl_jax.inputs.media import image_visual
-from qwenvl_jax.inputs.messages import Media, check_tools, normalize
+from qwenvl_jax.inputs.messages import Media, check_tools, map_texts, normalize
 from qwenvl_jax.inputs.options import DEFAULT, FRAMES, IMAGE, VIDEO, MediaOptions
 from qwenvl_jax.inputs.preprocessing import PREPROCESSOR_FILE, Preprocessing, read_preprocessing
 from qwenvl_jax.inputs.video import video_visual
@@ -91,6 +94,7 @@ class Processor:
         add_generation_prompt: bool = True,
         add_vision_id: bool = False,
         allow_control_tokens: bool = False,
+        boxes: str | None = None,
         **media,
     ) -> Sample:
         """One conversation as a Sample: token ids, positions and patches.
@@ -98,13 +102,19 @@ class Processor:
         tools: JSON descriptions in OpenAI's form.
         add_vision_id: number the pictures and clips ("Picture 1: ").
         allow_control_tokens: control tokens typed in messages become control tokens, as in transformers.
+        boxes: the coordinates of boxes in the messages, one of `answers.boxes.COORDINATES`; they are converted to those
+            of the model. None leaves the texts as they are.
         media: MediaOptions by name, for all pictures and clips; an item of a message overrides them.
         Raises InputError that names the message and item.
         """
         options = build(MediaOptions, media)
+        check_coordinates(boxes)
         flags = dict(add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id)
-        prompt = self.prompt(messages, tools=tools, allow_control_tokens=allow_control_tokens, **flags)
+        flags |= dict(tools=tools, allow_control_tokens=allow_control_tokens)
+        prompt = self.prompt(messages, **flags)
         visuals = self.open(prompt.media, options)
+        if boxes is not None:
+            prompt = self.prompt(self.boxes_to_model(messages, visuals, boxes), **flags)
         return make_sample(prompt.tokens, visuals, self.config, placeholders=prompt.placeholders)
 
     def prompt(self, messages, *, tools=None, add_generation_prompt=False, **flags) -> Prompt:
@@ -113,6 +123,12 @@ class Processor:
         tokens, turns = self._ids(self._parts(normal, tools, add_generation_prompt=add_generation_prompt, **flags))
         placeholders = find_placeholders(tokens, [m.kind for m in media], self.config)
         return Prompt(tokens, turns, placeholders, media)
+
+    def boxes_to_model(self, messages, visuals: Sequence[Visual], source: str | None) -> list[dict]:
+        """Messages with the boxes of their texts in the model's coordinates: see `answers.boxes.to_model`."""
+        places = [sizes(visual, self.config) for visual in visuals]
+        target = family_of(self.config).BOXES
+        return map_texts(messages, lambda text, about: to_model(text, [places[i] for i in about], target, source))
 
     def _parts(self, normal: list[dict], tools, **flags) -> list[str]:
         return prompt_parts(self.template, normal, check_tools(tools), self.control_tokens, **flags)
@@ -148,13 +164,14 @@ class Processor:
         return tokens, np.array(turns, np.int32)
 
     def open(self, media: Sequence[Media], options: MediaOptions = DEFAULT) -> tuple[Visual, ...]:
-        """The second half of `encode`: pictures and clips as patches."""
+        """The second half of `encode`: pictures and clips as patches, all within the limits of `options`."""
+        budget = Budget(options)
         if len(media) < 2:  # without a thread
-            return tuple(self._visual(m, options) for m in media)
+            return tuple(self._visual(m, options, budget) for m in media)
         with ThreadPoolExecutor(min(_LOADERS, len(media))) as pool:
-            return tuple(pool.map(lambda m: self._visual(m, options), media))
+            return tuple(pool.map(lambda m: self._visual(m, options, budget), media))
 
-    def _visual(self, media: Media, options: MediaOptions) -> Visual:
+    def _visual(self, media: Media, options: MediaOptions, budget: Budget) -> Visual:
         names, load = (IMAGE, image_visual) if media.kind == "image" else (VIDEO, video_visual)
         if media.kind == "video" and isinstance(media.source, list | tuple | np.ndarray):
             names = FRAMES
@@ -164,7 +181,7 @@ class Processor:
             if mine in media.options and other not in media.options:
                 chosen.pop(other, None)
         try:
-            return load(media.source, self.preprocessing, MediaOptions(**chosen))
+            return load(media.source, self.preprocessing, MediaOptions(**chosen), budget)
         except InputError as e:
             raise e.at(media.where) from e
 

@@ -31,8 +31,8 @@ _CHUNK = 1 << 20  # bytes; fits the CPU's cache
 class BadRecord(InputError):
     """A record that cannot be used.
 
-    reason: "unreadable", "messages", "placeholders", "media", "too long", "too large" or "nothing to learn". Skipped
-        records are counted by reason.
+    reason: "unreadable", "messages", "placeholders", "media", "boxes", "too long", "too large" or
+        "nothing to learn". Skipped records are counted by reason.
     """
 
     code = "record"

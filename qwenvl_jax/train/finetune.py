@@ -50,6 +50,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
     source = directory.locate(options.model)
     model = _load(options, source)
     encode_options = given(options, MediaOptions) | {"allow_control_tokens": options.allow_control_tokens}
+    encode_options |= {"boxes": options.boxes} if options.boxes else {}
     with contextlib.closing(_dataset(options, model, encode_options)) as data:
         evaluate = None
         if options.eval_data:

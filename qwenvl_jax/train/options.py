@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenvl_jax import options
+from qwenvl_jax.answers.boxes import COORDINATES
 from qwenvl_jax.config import GROUPS
 from qwenvl_jax.errors import OptionsError
 from qwenvl_jax.inputs.options import MediaOptions
@@ -72,6 +73,9 @@ class TrainOptions(MediaOptions):
     on_bad_record: str = option("stop", "what to do with an unusable record", choices=("stop", "skip"), title="records")
     threads: int = option(2, "threads that read records", least=0, free=True)
     workers: int = option(0, "processes that read records, each with `threads` threads", least=0, free=True)
+    boxes: str | None = option(
+        None, "coordinates of boxes in records that do not name theirs; default: the model's", choices=COORDINATES
+    )
     allow_control_tokens: bool = option(
         False, "read tokens such as <|box_start|> in texts as control tokens; scores are of texts without them"
     )

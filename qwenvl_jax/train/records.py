@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qwenvl_jax.answers.boxes import check_coordinates
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.layout import Lanes, make_sample, slots_needed
 from qwenvl_jax.inputs.options import MediaOptions
@@ -36,12 +37,15 @@ class RecordProcessor:
     """Turns records into samples with loss weights.
 
     folder: the folder that relative paths start from; None for the working directory.
-    options: options of `Processor.encode`: MediaOptions, add_vision_id, allow_control_tokens.
+    options: options of `Processor.encode`: MediaOptions, add_vision_id, allow_control_tokens, and boxes, for records
+        that do not say in which coordinates their boxes are.
     """
 
     def __init__(self, processor: Processor, shape: PackShape, *, preferences=False, folder=None, options=None):
         flags = ("add_vision_id", "allow_control_tokens")
         options = dict(options or {})
+        self.boxes = options.pop("boxes", None)
+        check_coordinates(self.boxes)
         check_names(options, (*names(MediaOptions), *flags))
         self.processor, self.shape, self.preferences = processor, shape, preferences
         self.folder = None if folder is None else Path(folder)
@@ -53,15 +57,20 @@ class RecordProcessor:
         if not isinstance(record, Mapping):
             raise BadRecord("unreadable", f"a record is a JSON object; this one is of type {type(record).__name__}")
         read = preference if self.preferences else conversation
-        prompts = [(self._prompt(messages, record), weights) for messages, weights in read(record, self.folder)]
-        media = prompts[0][0].media
-        for prompt, _ in prompts[1:]:
+        conversations = read(record, self.folder)
+        prompts = [self._prompt(messages, record) for messages, _ in conversations]
+        media = prompts[0].media
+        for prompt in prompts[1:]:
             if [m.source for m in prompt.media] != [m.source for m in media]:
                 raise BadRecord("messages", "'chosen' and 'rejected' must be text; put pictures into the prompt")
-        self._check_length(sum(len(prompt.tokens) for prompt, _ in prompts))  # before anything is decoded
+        self._check_length(sum(len(prompt.tokens) for prompt in prompts))  # before anything is decoded
         with _reason("media"):
             visuals = self.processor.open(media, self.options)
-        samples = tuple(self._sample(prompt, weights, visuals) for prompt, weights in prompts)
+        for i, (messages, _) in enumerate(conversations):
+            converted = self._boxes_to_model(messages, visuals, record)
+            prompts[i] = prompts[i] if converted == messages else self._prompt(converted, record)
+        pairs = zip(prompts, conversations, strict=True)
+        samples = tuple(self._sample(prompt, weights, visuals) for prompt, (_, weights) in pairs)
         self._check_length(sum(len(s.tokens) for s in samples))
         self._check_lanes(visuals)
         return samples
@@ -69,6 +78,11 @@ class RecordProcessor:
     def _prompt(self, messages: list, record: Mapping) -> Prompt:
         with _reason("messages"):
             return self.processor.prompt(messages, tools=record.get("tools"), **self.flags)
+
+    def _boxes_to_model(self, messages: list, visuals: tuple[Visual, ...], record: Mapping) -> list:
+        with _reason("boxes"):
+            check_coordinates(own := record.get("boxes"))
+            return self.processor.boxes_to_model(messages, visuals, self.boxes if own is None else own)
 
     def _sample(self, prompt: Prompt, weights: list[int], visuals: tuple[Visual, ...]) -> Sample:
         config = self.processor.config
