@@ -3,7 +3,9 @@
 import contextlib
 import re
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +34,7 @@ _UNSUPPORTED = (
 # Values of init_lora_weights: the first ones change the base, the last one is another method.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _VARIANTS = ("mica",)
+_SECONDS = 5  # for matching the patterns of one file
 
 
 def save_adapter(config: Config, params: dict, path, *, base_name: str, layout: str = "nested") -> None:
@@ -217,7 +220,7 @@ class _Pair(NamedTuple):
 def _match(reader: Reader, config: Config, settings: dict) -> tuple[dict, dict]:
     """`pairs` and `whole` of AdapterFile. Shapes are checked before arrays of these sizes are allocated."""
     low, whole = _sort(reader, config)
-    declared, pairs = specs(config), {}
+    declared, pairs, factors = specs(config), {}, _factors(reader.directory / SETTINGS, settings)
     for linear, modules in _modules(config).items():
         n_in, n_out = declared[f"{linear}/kernel"].shape[-2:]
         for l, module in enumerate(modules):
@@ -226,7 +229,7 @@ def _match(reader: Reader, config: Config, settings: dict) -> tuple[dict, dict]:
                 continue
             if len(sides) < 2:
                 raise CheckpointError(f"{reader.directory / WEIGHTS}: {module} has only one of lora_A and lora_B")
-            r, scale = _factors(reader.directory / SETTINGS, settings, sides["A"][0])
+            r, scale = factors(sides["A"][0])
             for side, shape in (("A", (r, n_in)), ("B", (n_out, r))):
                 _, key, tensor = sides[side]
                 tensor.check(key, shape, SETTINGS)
@@ -238,7 +241,7 @@ def _match(reader: Reader, config: Config, settings: dict) -> tuple[dict, dict]:
                 found[1].check(found[0], tensor_shape(config, declared[path]), "config.json")
                 replaced.setdefault(path, {})[l] = found[1]
     named = settings.get("modules_to_save") or []
-    for name in named if isinstance(named, list) else [named]:
+    for name in sorted(set(map(str, named if isinstance(named, list) else [named]))):
         if not any(f".{name}." in f".{key}." for key in reader.tensors):
             where = f"{reader.directory / SETTINGS}: modules_to_save is {shown(named)}"
             raise CheckpointError(f"{where}, but {WEIGHTS} has no tensor of {name}; save the adapter again with PEFT")
@@ -318,25 +321,53 @@ def _read_settings(file: Path) -> dict:
     return settings
 
 
-def _factors(file, settings: dict, module: str) -> tuple[int, float]:
-    """Rank and scale of a module. As in PEFT, the first pattern that matches the end of its name counts."""
+def _factors(file: Path, settings: dict) -> Callable[[str], tuple[int, float]]:
+    """Module → its rank and scale. As in PEFT, the first pattern that matches the end of its name counts."""
+    rank, alpha = (_by_pattern(file, key, settings.get(key)) for key in ("rank_pattern", "alpha_pattern"))
 
-    def setting(key, patterns):
-        patterns = settings.get(patterns) or {}
-        try:
-            for pattern, value in patterns.items():
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
-        except (AttributeError, re.error) as e:
-            raise CheckpointError(f"{file}: patterns for {key} are not readable ({e})") from e
-        return settings.get(key, 8)  # PEFT's default for both
+    def factors(module: str) -> tuple[int, float]:
+        r = rank(module, settings.get("r", 8))  # 8 is PEFT's default for both
+        a = alpha(module, settings.get("lora_alpha", 8))
+        if not is_rank(r):
+            raise CheckpointError(f"{file}: r is {shown(r)} for {module}; it must be an integer of at least 1")
+        if not is_alpha(a):
+            raise CheckpointError(f"{file}: lora_alpha is {shown(a)} for {module}; it must be a number")
+        return r, a / (r**0.5 if settings.get("use_rslora") else r)
 
-    r, alpha = setting("r", "rank_pattern"), setting("lora_alpha", "alpha_pattern")
-    if not is_rank(r):
-        raise CheckpointError(f"{file}: r is {r!r} for {module}; it must be an integer of at least 1")
-    if not is_alpha(alpha):
-        raise CheckpointError(f"{file}: lora_alpha is {alpha!r} for {module}; it must be a number")
-    return r, alpha / (r**0.5 if settings.get("use_rslora") else r)
+    return factors
+
+
+def _by_pattern(file: Path, key: str, patterns) -> Callable:
+    """(module, default) → the value of the first pattern that matches.
+
+    Files of others hold a regular expression per module: plain names are looked up, and what is left must be cheap.
+    """
+    plain, rest = {}, []
+    try:
+        for i, (pattern, value) in enumerate((patterns or {}).items()):
+            if re.fullmatch(r"[\w.]+", pattern):
+                plain[pattern] = i, value
+            elif len(pattern) > 1000 or len(re.findall(r"[*+{]", pattern)) > 4 or re.search(r"\)[*+{]", pattern):
+                raise CheckpointError(f"{file}: {key} has {shown(pattern)}, too complex a pattern; name the modules")
+            else:
+                rest.append((i, re.compile(rf"(.*\.)?({pattern})$"), value))
+    except (AttributeError, TypeError, re.error) as e:
+        raise CheckpointError(f"{file}: {key} is not readable ({e})") from e
+    ends = time.monotonic() + _SECONDS
+
+    def find_value(module: str, default):
+        parts = module.split(".")
+        ending = [".".join(parts[n:]) for n in range(len(parts))]
+        found = [plain[name] for name in ending if name in plain]
+        for i, pattern, value in rest:
+            if time.monotonic() > ends:
+                raise CheckpointError(f"{file}: {key} takes too long to match; name the modules")
+            if pattern.match(module):
+                found.append((i, value))
+                break
+        return min(found, key=lambda f: f[0])[1] if found else default
+
+    return find_value
 
 
 def _tidy(alpha: float) -> float | int:

@@ -19,9 +19,9 @@ from qwenvl_jax import cli
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.params import directory, lora
-from qwenvl_jax.params.checkpoint import save
+from qwenvl_jax.params import checkpoint, directory, lora
 from qwenvl_jax.params.specs import flatten, unflatten
+from qwenvl_jax.plan.plan import resolve_model
 from qwenvl_jax.train import finetune
 from qwenvl_jax.types import Model
 
@@ -34,6 +34,13 @@ def trained(config, params, seed=0, targets=EVERYWHERE, rank=3):
     flat = flatten(lora.add(config, params, jax.random.key(seed), rank=rank, alpha=5, targets=targets))
     b = {path: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype) for path, x in flat.items() if "lora_b" in path}
     return unflatten(flat | b)
+
+
+def params_of(path, *adapters) -> dict:
+    """As `load` reads them, without the processor."""
+    located = directory.locate(path, *adapters)
+    with checkpoint.open_source(located, directory.read_config(located.path)) as source:
+        return checkpoint.to_devices(source, progress=False)
 
 
 def assert_close(got: dict, want: dict) -> None:
@@ -68,12 +75,13 @@ def test_an_adapter_is_a_model(home, capsys, caplog):
     want = lora.merge(adapted)
     assert_close(qwenvl_jax.load(path / "adapter", progress=False).params, want)
     assert f"adapter is an adapter; its base model is {path / 'base'}" in caplog.text
-    assert_close(qwenvl_jax.load(path / "orbax", adapter=path / "adapter", progress=False).params, want)
+    assert_close(params_of(path / "orbax", path / "adapter"), want)
     twice = qwenvl_jax.load(path / "adapter", adapter=[path / "adapter"], progress=False)
     q = "decoder/layers/q_proj/kernel"
     one, two, none = (flatten(tree)[q] for tree in (want, twice.params, model.params))
     np.testing.assert_allclose(two - one, one - none, atol=1e-5)
 
+    assert resolve_model(str(path / "adapter")) == directory.read_config(path / "base")
     assert cli.main(["info", str(path / "adapter"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["adapters"] == [{"path": str(path / "adapter"), "rank": 3, "modules": 3 * 7 + 4 * 5 + 2, "whole": []}]
@@ -108,7 +116,7 @@ def test_merge_writes_a_complete_directory(home, tmp_path, capsys):
     assert out == f"{tmp_path / 'out'}\n"
     assert err == f"adapter is an adapter; its base model is {path / 'base'}\n"
     assert {f.name for f in (tmp_path / "out").iterdir()} == {f.name for f in (path / "base").iterdir()}
-    assert_close(qwenvl_jax.load(tmp_path / "out", progress=False).params, lora.merge(adapted))
+    assert_close(params_of(tmp_path / "out"), lora.merge(adapted))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: transformers" in card and "the base" not in card
     for job in ("merge", "convert --to orbax", "convert --to hf"):
@@ -117,7 +125,7 @@ def test_merge_writes_a_complete_directory(home, tmp_path, capsys):
         assert "exists already" in capsys.readouterr().err
     argv = ["convert", str(path / "adapter"), str(tmp_path / "orbax"), "--to", "orbax"]
     assert cli.main(argv) == 0
-    assert_close(qwenvl_jax.load(tmp_path / "orbax", progress=False).params, lora.merge(adapted))
+    assert_close(params_of(tmp_path / "orbax"), lora.merge(adapted))
     assert cli.main(["merge", str(path / "orbax"), str(tmp_path / "same"), "--layout", "nested"]) == 0
     want = {nested(name): x for name, x in load_file(path / "base" / "model.safetensors").items()}
     assert_same_bits(load_file(tmp_path / "same" / "model.safetensors"), want)
@@ -148,7 +156,7 @@ def test_parts_are_merged_as_the_whole(tmp_path):
     """Any part of a parameter, as meshes and conversion read them: adapters and whole parameters."""
     config = tiny_config("qwen2_5_vl")
     params = tiny_params(config)
-    save(Model(config, params, None), tmp_path / "base")
+    checkpoint.save(Model(config, params, None), tmp_path / "base")
     peft.save_adapter(config, trained(config, params), tmp_path / "adapter", base_name="x")
     file = tmp_path / "adapter" / peft.WEIGHTS
     tensors = load_file(file)
@@ -158,7 +166,7 @@ def test_parts_are_merged_as_the_whole(tmp_path):
     replaced = {f"base_model.model.{name}": rng.standard_normal(s).astype(np.float32) for name, s in whole.items()}
     save_file(tensors | replaced, file)
     with peft.AdapterFile(config, tmp_path / "adapter") as adapter:
-        inner = qwenvl_jax.params.checkpoint.OrbaxSource(tmp_path / "base", config)
+        inner = checkpoint.OrbaxSource(tmp_path / "base", config)
         source = peft.AdaptedSource(inner, adapter)
         full = {path: source.read(leaf, tuple(slice(0, n) for n in leaf.shape)) for path, leaf in source.leaves.items()}
         assert_close(full, flatten(lora.merge(peft.load_adapter(config, params, tmp_path / "adapter"))))
@@ -181,7 +189,7 @@ def test_an_adapter_trained_on_an_adapter_is_one_of_the_base(home, tmp_path):
     located = directory.locate(path / "adapter")
     both = finetune._with_earlier(model.config, second, located)
     peft.save_adapter(model.config, both, tmp_path / "both", base_name=located.name)
-    assert_close(qwenvl_jax.load(tmp_path / "both", progress=False).params, lora.merge(second))
+    assert_close(params_of(tmp_path / "both"), lora.merge(second))
 
 
 # Where an adapter's base is
@@ -226,6 +234,8 @@ def test_the_base_of_an_adapter(home, tmp_path, monkeypatch):
         (None, "base_model_name_or_path is None; name its base"),
         ("", "base_model_name_or_path is ''"),
         (".", "this adapter's base is an adapter of it"),
+        ("x" * 9000, "is not here"),
+        ("~nobody-here/model\0", "is not here"),
     ],
 )
 def test_a_base_that_is_not_found(base, said, home, tmp_path):
@@ -245,7 +255,7 @@ def test_weights_and_an_adapter_in_one_directory(home, tmp_path):
     assert (located.path, located.adapters) == (tmp_path / "both", (tmp_path / "both",))
     orbax.merge(tmp_path / "both", tmp_path / "out", adapter=[tmp_path / "both"], progress=False)
     assert not (tmp_path / "out" / peft.SETTINGS).exists()  # transformers would apply the adapter again
-    assert_close(qwenvl_jax.load(tmp_path / "out", progress=False).params, lora.merge(home[2]))
+    assert_close(params_of(tmp_path / "out"), lora.merge(home[2]))
 
 
 # What others write in an adapter's directory

@@ -1,5 +1,6 @@
 """Checkpoint directories without their weights: where they are, their format, their config. Imports no jax."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -97,11 +98,12 @@ def _base_of(adapter: Path):
     name, instead = read_json(file).get("base_model_name_or_path"), f"name its base: --model BASE --adapter {adapter}"
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{file}: base_model_name_or_path is {shown(name)}; {instead}")
-    for path in (Path(name).expanduser(), adapter / name):
-        if path.is_dir():
-            return path
     if name == DEMO:
         return name
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # no name of a file, or of a user
+        for path in (Path(name).expanduser(), adapter / name):  # as in PEFT, and for a base that moved with its adapter
+            if path.is_dir():
+                return path
     cached = _CACHED.search(name)  # the hub's cache on the machine where the adapter was trained
     name = f"{cached[1]}/{cached[2]}" if cached else name
     if name.lower().endswith(("-bnb-4bit", "-awq", "-fp8")) or "-gptq" in name.lower():
