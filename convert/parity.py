@@ -163,9 +163,12 @@ def verify(path, image, prompt: str = "Describe this picture.", max_new_tokens: 
         raise InputError(f"verify needs transformers 4.51.3, not {version}: {install('parity')}")
     from qwenvl_jax.inputs.media import load_image
     from qwenvl_jax.inputs.processor import Processor
-    from qwenvl_jax.params.checkpoint import MARKER, load, read_config
+    from qwenvl_jax.params.checkpoint import load
+    from qwenvl_jax.params.directory import ADAPTER_SETTINGS, MARKER, read_config
 
     path = Path(path)
+    if (path / ADAPTER_SETTINGS).is_file() and not (path / "config.json").is_file():
+        raise InputError(f"{path}: an adapter; write its model with `qwenvl merge {path} OUT` and verify that")
     if (path / MARKER).is_file():
         raise InputError(f"{path}: an Orbax checkpoint; verify needs the Hugging Face directory, which torch can read")
     if not (path / "config.json").is_file():

@@ -723,7 +723,10 @@ def test_convert_there_and_back_and_info(tiny_checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize("argv", [["generate", "--prompt", "?"], ["chat"], ["eval", "q.jsonl"], ["info"]])
 def test_the_model_is_the_demo_unless_another_is_named(argv):
     args = cli.build_parser().parse_args(argv)
-    assert (args.checkpoint if argv == ["info"] else args.model) == directory.DEMO
+    if argv == ["info"]:
+        assert args.checkpoint == directory.DEMO
+    else:
+        assert converse.located(args) == directory.locate(directory.DEMO)
 
 
 @pytest.mark.parametrize("argv", [["info"], ["convert", "--to", "orbax"], ["generate", "--prompt", "?", "--model"]])

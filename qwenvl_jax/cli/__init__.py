@@ -16,10 +16,10 @@ import threading
 import traceback
 
 import qwenvl_jax
-from qwenvl_jax.cli import chat, convert, eval, generate, info, plan, plot, train, verify
+from qwenvl_jax.cli import chat, convert, eval, generate, info, merge, plan, plot, train, verify
 from qwenvl_jax.cli.errors import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, explain, one_of_several, quiet
 
-_MODULES = (generate, chat, train, eval, plot, convert, plan, info, verify)
+_MODULES = (generate, chat, train, eval, plot, convert, merge, plan, info, verify)
 VERBS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 _COMPILING = (generate, chat, train, eval, verify)
 _CACHE = (

@@ -55,8 +55,8 @@ def run(args) -> int:
     options = converse.sampling(args)
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     mesh = converse.mesh(args)  # before the model is read: a wrong mesh is an error at once
-    path, encode, attach = converse.encoder(args)
-    chat = Chat(converse.engine(path, args, mesh), encode, attach, options, opening)
+    where, encode, attach = converse.encoder(args)
+    chat = Chat(converse.engine(where, args, mesh), encode, attach, options, opening)
     read = _reader()
     if sys.stdin.isatty():
         print(_KEYS)

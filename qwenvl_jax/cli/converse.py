@@ -12,8 +12,13 @@ from qwenvl_jax.options import add_flags, build, given, names
 
 
 def add_model(parser) -> None:
-    """The flags of the model and its devices."""
-    parser.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="directory or hub id (default: demo)")
+    """The flags of the model and its devices; `located` reads the first two."""
+    parser.add_argument(
+        "--model", metavar="DIR_OR_ID", help="checkpoint or adapter: a directory or a hub id (default: demo)"
+    )
+    parser.add_argument(
+        "--adapter", action="append", metavar="DIR_OR_ID", help="LoRA adapter to merge into the model; repeatable"
+    )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32", "float16"), help="dtype of the weights (default: the checkpoint's)"
     )
@@ -30,6 +35,19 @@ def add_arguments(parser) -> None:
     add_flags(parser, PromptOptions)
 
 
+def located(args):
+    """The checkpoint and adapters that --model and --adapter name (`directory.locate`)."""
+    from qwenvl_jax.params import directory
+
+    adapters = args.adapter or []
+    if args.model is None and adapters:  # the first one's base is the model
+        found = directory.locate(*adapters)
+        if len(found.adapters) < len(adapters):
+            raise InputError(f"--adapter {adapters[0]}: not an adapter; name a model with --model")
+        return found
+    return directory.locate(directory.DEMO if args.model is None else args.model, *adapters)
+
+
 def sampling(args, request: dict | None = None) -> GenerateOptions:
     """GenerateOptions from a request and from flags; flags win. Raises OptionsError for a bad value."""
     options = {name: value for name, value in (request or {}).items() if name in names(GenerateOptions)}
@@ -40,7 +58,7 @@ def sampling(args, request: dict | None = None) -> GenerateOptions:
 
 
 def encoder(args, request: dict | None = None):
-    """(checkpoint directory, messages → Sample, a function that opens an attachment).
+    """(what `located` gives, messages → Sample, a function that opens an attachment).
 
     It reads no weights, so bad input is an error at once.
     """
@@ -53,9 +71,9 @@ def encoder(args, request: dict | None = None):
     options |= given(args, MediaOptions) | given(args, PromptOptions)
     if getattr(args, "boxes", None) is not None:
         options["boxes"] = args.boxes
-    path = directory.find(args.model)
-    config = directory.read_config(path)
-    processor = Processor.from_dir(path, config)
+    where = located(args)
+    config = directory.read_config(where.path)
+    processor = Processor.from_dir(where.path, config)
 
     def encode(messages):
         sample = processor.encode(messages, **options)
@@ -81,7 +99,7 @@ def encoder(args, request: dict | None = None):
             size = f"{original}, resized to {size}"
         return visual, f"{where}: {kind}, {size}, {tokens:,} tokens"
 
-    return path, encode, attach
+    return where, encode, attach
 
 
 def mesh(args):
@@ -101,12 +119,12 @@ def mesh(args):
     return make_mesh(*shape)
 
 
-def engine(path, args, mesh):
-    """Loads the checkpoint into an engine."""
+def engine(where, args, mesh):
+    """Loads the checkpoint into an engine. where: what `located` gives."""
     from qwenvl_jax import Engine, load
 
     enable_compile_cache()
-    return Engine(load(path, mesh=mesh, dtype=args.dtype))
+    return Engine(load(where.path, adapter=where.adapters, mesh=mesh, dtype=args.dtype))
 
 
 def user_turn(media: list[tuple[str, str]], text: str) -> dict:

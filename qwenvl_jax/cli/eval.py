@@ -81,8 +81,9 @@ def run(args) -> int:
     from qwenvl_jax.params import checkpoint
 
     enable_compile_cache()
+    where = converse.located(args)
     report = evaluate(
-        checkpoint.load(args.model, mesh=mesh, dtype=args.dtype),
+        checkpoint.load(where.path, adapter=where.adapters, mesh=mesh, dtype=args.dtype),
         records,
         output=output,
         overwrite=args.overwrite,

@@ -76,10 +76,10 @@ def run(args) -> int:
         messages.insert(0, {"role": "system", "content": args.system})
     options = converse.sampling(args, request)
     mesh = converse.mesh(args)  # before the model is read: a wrong mesh is an error at once
-    path, encode, _ = converse.encoder(args, request | ({} if tools is None else {"tools": tools}))
+    where, encode, _ = converse.encoder(args, request | ({} if tools is None else {"tools": tools}))
     sample = encode(messages)
-    place = None if args.boxes is None else _place(sample, directory.read_config(path))
-    engine = converse.engine(path, args, mesh)
+    place = None if args.boxes is None else _place(sample, directory.read_config(where.path))
+    engine = converse.engine(where, args, mesh)
     if one_of_several() and sys.modules["jax"].process_index():  # every process computes; process 0 prints
         engine.generate([sample], options)
         return OK

@@ -54,5 +54,7 @@ def to_dict(config: Config) -> dict:
 def _family(model_type):
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = " and ".join(map(repr, FAMILIES))
-        raise CheckpointError(f"model_type {model_type!r} is not supported; this library runs {known}")
+        kind = str(model_type)
+        text = " (a text model, without a vision tower)" if kind.endswith("_text") or kind in ("qwen2", "qwen3") else ""
+        raise CheckpointError(f"model_type {model_type!r}{text} is not supported; this library runs {known}")
     return FAMILIES[model_type]

@@ -98,7 +98,8 @@ class ChatTemplate:
             origin, value = path / "tokenizer_config.json", tokenizer.get("chat_template")
         if value is None:
             raise CheckpointError(
-                f"{path} has no chat template (chat_template.jinja or .json, or tokenizer_config.json)"
+                f"{path} has no chat template (chat_template.jinja or .json, or tokenizer_config.json); base models "
+                "and trainers leave it out: copy the file of the Instruct model"
             )
         if isinstance(value, list) and all(isinstance(v, Mapping) for v in value):
             value = {v.get("name"): v.get("template") for v in value}

@@ -30,6 +30,7 @@ from qwenvl_jax.types import Sample, Visual
 _TURN_START, _TURN_END, _ASSISTANT = "<|im_start|>", "<|im_end|>", "assistant\n"  # ChatML, as in every family
 RULE_FILE, RULE = "tokenizer_config.json", "allow_control_tokens"  # our key, beside the tokenizer's own
 _TOKEN_LETTERS = 128  # in the longest token of Qwen's vocabulary
+_COPY = "trainers leave it out if they have no processor: copy it from the model that was trained"
 _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
 
 
@@ -74,7 +75,7 @@ class Processor:
         path = Path(path)
         preprocessing = read_preprocessing(path, config)
         if preprocessing is None:
-            raise CheckpointError(f"{path} has no {PREPROCESSOR_FILE}; a checkpoint directory needs it")
+            raise CheckpointError(f"{path} has no {PREPROCESSOR_FILE}; {_COPY}")
         tokenizer = _read_tokenizer(path)
         tokenizer.encode_special_tokens = True
         rule = read_json(path / RULE_FILE, missing={}).get(RULE, False)
@@ -226,9 +227,13 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     if file.stat().st_size > MAX_JSON:
         raise CheckpointError(f"{file}: larger than {MAX_JSON >> 20} MiB, the limit for a tokenizer")
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
         raise CheckpointError(f"{file}: not a readable tokenizer ({e})") from e
+    # transformers keeps the settings of its last call in the file. They would cut or lengthen every prompt.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 # Qwen2's split into words; vocab.json and merges.txt do not contain it.
@@ -242,7 +247,7 @@ def _build_tokenizer(path: Path) -> Tokenizer:
     """The same tokenizer from the older files: vocab.json, merges.txt, tokenizer_config.json."""
     vocab, merges = path / "vocab.json", path / "merges.txt"
     if not (vocab.exists() and merges.exists()):
-        raise CheckpointError(f"{path} has no tokenizer.json, nor vocab.json with merges.txt")
+        raise CheckpointError(f"{path} has no tokenizer.json, nor vocab.json with merges.txt; {_COPY}")
     try:
         tokenizer = Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
     except Exception as e:  # the library raises bare Exception

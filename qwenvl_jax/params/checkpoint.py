@@ -23,7 +23,8 @@ from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
 from qwenvl_jax.inputs.processor import RULE, RULE_FILE
 from qwenvl_jax.params import directory
-from qwenvl_jax.params.directory import MARKER, PARAMS, find, first_line, kvstore, read_config
+from qwenvl_jax.params.directory import MARKER, PARAMS, Located, first_line, kvstore, locate, read_config
+from qwenvl_jax.params.directory import find as find
 from qwenvl_jax.params.place import Leaf, Source, to_devices
 from qwenvl_jax.params.precision import Precision, on_cpu
 from qwenvl_jax.params.specs import count_params, flatten, param_shardings, specs, unflatten
@@ -35,9 +36,11 @@ CHUNK_BYTES = 16 << 20  # small, so that a process reads little more than its ow
 PIECE_BYTES = 64 << 20  # in memory at a time, unless one layer is larger
 
 
-def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
+def load(path_or_id, *, adapter=(), mesh=None, dtype=None, progress: bool = True) -> Model:
     """Loads a checkpoint: a Hugging Face directory, one written by `save` or `qwenvl convert`, a hub id, or "demo".
 
+    path_or_id may be an adapter in PEFT's format: then its base is loaded and the adapter is merged into it.
+    adapter: an adapter to merge, a directory or a hub id; or several, which are merged in order.
     mesh: lay the parameters out over it (sharding.make_mesh); None puts them on the first device.
     dtype: cast the weights to it and compute in it ("bfloat16"). None keeps the checkpoint's. CPUs multiply 16 bits
         slowly, so they compute 16-bit checkpoints in float32 (`precision_of`); `save` may then write float32.
@@ -45,21 +48,33 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
     """
     from qwenvl_jax.inputs.processor import Processor
 
-    path = find(path_or_id)
-    config = read_config(path)
+    located = locate(path_or_id, *([adapter] if isinstance(adapter, str | Path) else adapter))
+    path, config = located.path, read_config(located.path)
     shardings = None if mesh is None else param_shardings(specs(config), mesh)
     chosen = precision_of(config, mesh) if dtype is None else Precision(_known_dtype(dtype), _known_dtype(dtype))
     config = config.replace(dtype=chosen.compute)
     processor = Processor.from_dir(path, config)  # before the weights, because it fails quickly
-    if (path / MARKER).is_file():
-        params = restore(path, config, shardings, chosen.weights, progress)
-    else:
-        from qwenvl_convert.hf import read_params
-
-        params = read_params(path, config, shardings, chosen.weights, progress)
+    with open_source(located, config) as source:
+        params = to_devices(source, shardings, chosen.weights, progress)
     if progress and chosen.reason:
         _LOG.warning("%s: %s", path.name, chosen.reason)  # without handlers, Python shows it on stderr
     return Model(config, params, processor, read_json(path / "generation_config.json", missing={}))
+
+
+@contextlib.contextmanager
+def open_source(located: Located, config: Config):
+    """The parameters of a checkpoint of either format with its adapters merged, still on disk: yields a `Source`."""
+    from qwenvl_convert.hf import HfSource
+    from qwenvl_convert.peft import AdaptedSource, AdapterFile
+
+    with contextlib.ExitStack() as files:
+        if (located.path / MARKER).is_file():
+            source: Source = OrbaxSource(located.path, config)
+        else:
+            source = files.enter_context(HfSource(located.path, config))
+        for path in located.adapters:
+            source = AdaptedSource(source, files.enter_context(AdapterFile(config, path)))
+        yield source
 
 
 def precision_of(config: Config, mesh=None) -> Precision:
@@ -180,7 +195,7 @@ def write_rule(processor, directory: Path) -> None:
 def copy_side_files(source: Path, target: Path) -> None:
     """Copies a checkpoint's files, except the weights, byte for byte."""
     for file in {file for pattern in directory.SIDE_FILES for file in source.glob(pattern)}:
-        if file.is_file() and file.name not in (directory.INDEX, MARKER):
+        if file.is_file() and file.name not in (directory.INDEX, MARKER, directory.ADAPTER_SETTINGS):
             shutil.copyfile(file, target / file.name)
 
 

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from qwenvl_convert.peft import save_adapter
+from qwenvl_convert.orbax import save_hf
+from qwenvl_convert.peft import AdapterFile, load_adapter, save_adapter
 
 from qwenvl_jax import distributed
+from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.source import Records, open_source
 from qwenvl_jax.options import given
-from qwenvl_jax.params import checkpoint, lora
+from qwenvl_jax.params import checkpoint, directory, lora
+from qwenvl_jax.params.directory import Located
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import make_run_mesh, train
 from qwenvl_jax.train.options import TrainOptions
@@ -28,8 +31,8 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, Records, dict], 
     """Trains and writes the result to `options.output`. Returns the number of the signal that stopped the run, or None.
 
     evaluator: (model, eval_data, options of Processor.encode) → params → metrics by name.
-    The result is the directory `final`, which `load` opens. With LoRA, it holds merged adapters, and PEFT opens the
-    directory `adapter` beside it. A finished run returns at once.
+    The result is the directory `final`, which `load` opens, and transformers too if `result_format` is "hf". With LoRA,
+    it holds merged adapters, and PEFT opens the directory `adapter` beside it. A finished run returns at once.
     Raises InputError for bad options, checkpoints and records.
     """
     for name in ("model", "data", "output"):
@@ -47,7 +50,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, Records, dict], 
             _say(f"already finished: {final}")
             return None
     records, questions = _open(options)
-    source = checkpoint.find(options.model)
+    source = directory.locate(options.model)
     model = _load(options, source)
     encode_options = given(options, MediaOptions) | ({"boxes": options.boxes} if options.boxes else {})
     with contextlib.closing(_dataset(options, records, model, encode_options)) as data:
@@ -68,25 +71,45 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, Records, dict], 
     params = result.params
     if options.lora_rank:
         if not adapter.exists():
-            save_adapter(model.config, params, adapter, base_name=options.model)
+            whole = _with_earlier(model.config, params, source)
+            save_adapter(model.config, whole, adapter, base_name=source.name, layout=options.adapter_layout)
             _say(f"adapter for PEFT: {adapter}")
         params = lora.merge(params)
-    stored = checkpoint.read_config(source)  # the result has the dtype of the checkpoint
+    stored = directory.read_config(source.path)  # the result has the dtype of the checkpoint
     params = jax.tree.map(lambda w: w.astype(stored.dtype), params)
-    checkpoint.save(model._replace(config=stored, params=params), final, files_from=source)
+    model = model._replace(config=stored, params=params)
+    if options.result_format == "hf":
+        save_hf(model, final, base=source)
+    else:
+        checkpoint.save(model, final, files_from=source.path)
     _say(f"model of step {result.step}: {final}")
     return None
 
 
-def _load(options: TrainOptions, source: Path) -> Model:
+def _with_earlier(config: Config, params: dict, source: Located) -> dict:
+    """The parameters with one adapter that holds the trained one and those that were merged before training."""
+    base, adapter = lora.split(params)
+    for earlier in source.adapters:
+        adapter = lora.join(lora.split(load_adapter(config, base, earlier))[1], adapter)
+    return lora.combine(base, adapter)
+
+
+def _load(options: TrainOptions, source: Located) -> Model:
     """The model to train, on the mesh and in the dtypes of the options."""
+    for path in source.adapters if options.lora_rank else ():
+        with AdapterFile(directory.read_config(source.path), path) as adapter:
+            if adapter.whole:
+                raise InputError(
+                    f"{path}: holds whole parameters ({min(adapter.whole)}), which a new adapter cannot; write the "
+                    "model with `qwenvl merge` and train from that"
+                )
     mesh = make_run_mesh(options)
-    dtype = options.dtype or checkpoint.precision_of(checkpoint.read_config(source), mesh).compute
+    dtype = options.dtype or checkpoint.precision_of(directory.read_config(source.path), mesh).compute
     if dtype == "float16":
         raise OptionsError("the checkpoint is float16, where gradients vanish; set dtype to bfloat16 or float32")
     # bfloat16 weights round small updates away. Adapters are always float32.
     param_dtype = options.param_dtype or (None if options.lora_rank else "float32")
-    model = checkpoint.load(source, mesh=mesh, dtype=param_dtype)
+    model = checkpoint.load(source.path, adapter=source.adapters, mesh=mesh, dtype=param_dtype)
     processor, generation = model.processor, dict(model.generation)
     if options.allow_control_tokens is not None:  # the result keeps this rule
         processor = dataclasses.replace(processor, allow_control_tokens=options.allow_control_tokens)

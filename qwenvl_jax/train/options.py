@@ -22,7 +22,7 @@ _DTYPES = ("float32", "bfloat16")
 class TrainOptions(MediaOptions):
     """Options of one run. Raises OptionsError for a wrong type, a value out of range and options that contradict."""
 
-    model: str = option("", "checkpoint to start from: a directory or a hub id", title="the run")
+    model: str = option("", "checkpoint or adapter to start from: a directory or a hub id", title="the run")
     data: tuple[str, ...] = option(
         (), "training records: a JSONL, JSON or Parquet file, a pattern, or a dataset of the hub; repeatable"
     )
@@ -93,6 +93,15 @@ class TrainOptions(MediaOptions):
     eval_every: int = option(500, "steps between evaluations; each writes a checkpoint", least=1, free=True)
     best: str | None = option(None, "evaluation metric that selects the checkpoint to return", free=True)
     best_mode: str = option("max", "whether a larger or smaller metric is better", choices=("max", "min"), free=True)
+    result_format: str = option(
+        "orbax", "format of the result, final: Orbax's or Hugging Face's", choices=("orbax", "hf"), free=True
+    )
+    adapter_layout: str = option(
+        "nested",
+        "names in the adapter for PEFT: of transformers 4.52 and newer (nested) or older (hub)",
+        choices=("nested", "hub"),
+        free=True,
+    )
     log_every: int = option(1, "steps between lines of metrics.jsonl", least=1, free=True)
     max_bad_steps: int = option(10, "stop after this many steps in a row that are not finite", least=1)
 
