@@ -16,10 +16,26 @@ from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
 from qwenvl_jax.options import add_flags, given
 
 HELP = "Answer questions from files and score the answers."
+EXAMPLES = (
+    "qwenvl eval questions.jsonl",
+    "qwenvl eval questions.jsonl --model CKPT --metric iou --output answers.jsonl",
+)
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("data", nargs="+", metavar="FILE", help="JSONL files of questions with answers")
+    parser.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="questions with answers: JSONL, JSON or Parquet files, or a dataset of the hub (USER/NAME:SPLIT)",
+    )
+    parser.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="rename a key of every record, or pass over it (OLD=); repeatable",
+    )
     converse.add_model(parser)
     parser.add_argument(
         "--metric",
@@ -57,7 +73,7 @@ def run(args) -> int:
     sampling = given(args, GenerateOptions)
     GenerateOptions(**sampling)
     output = None if args.output is None else _output(args)
-    records = read_all(args.data, args.metric)
+    records = read_all(args.data, args.metric, args.columns)
     for one in records[: args.limit] if args.on_bad_record == "stop" else ():  # before the weights are read
         if isinstance(one, InputError):
             raise one

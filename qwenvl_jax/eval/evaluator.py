@@ -56,9 +56,9 @@ class Evaluator:
     ):
         """model: a `Model`, whose own parameters are dropped, or an `Engine`, whose max_batch is used.
 
-        records: a JSONL file, a list of them, or a list of records. A record is a training record plus `answer` (a text
-            or number, a list of them, or boxes; by default the last assistant message), `task` (the group of its score;
-            by default "default") and `metric` (by default `metric`).
+        records: what `inputs.source.open_source` takes: files, a dataset, or a list of records. A record is a training
+            record plus `answer` (a text or number, a list of them, or boxes; by default the last assistant message),
+            `task` (the group of its score; by default "default") and `metric` (by default `metric`).
         batch: questions answered together.
         encoding: options of `Processor.encode` for all questions.
         on_bad: a record that cannot be asked or answered raises InputError ("stop"), or is logged and counted ("skip").

@@ -11,6 +11,7 @@ from qwenvl_convert.peft import save_adapter
 from qwenvl_jax import distributed
 from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.source import Records, open_source
 from qwenvl_jax.options import given
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.train.data import Dataset
@@ -23,7 +24,7 @@ from qwenvl_jax.types import Model
 FINAL, ADAPTER = "final", "adapter"
 
 
-def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Callable] | None = None) -> int | None:
+def finetune(options: TrainOptions, evaluator: Callable[[Model, Records, dict], Callable] | None = None) -> int | None:
     """Trains and writes the result to `options.output`. Returns the number of the signal that stopped the run, or None.
 
     evaluator: (model, eval_data, options of Processor.encode) → params → metrics by name.
@@ -45,15 +46,16 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
         if final.is_dir():
             _say(f"already finished: {final}")
             return None
+    records, questions = _open(options)
     source = checkpoint.find(options.model)
     model = _load(options, source)
     encode_options = given(options, MediaOptions) | ({"boxes": options.boxes} if options.boxes else {})
-    with contextlib.closing(_dataset(options, model, encode_options)) as data:
+    with contextlib.closing(_dataset(options, records, model, encode_options)) as data:
         evaluate = None
-        if options.eval_data:
+        if questions is not None:
             if evaluator is None:
                 raise OptionsError("eval_data needs an evaluator")
-            evaluate = evaluator(model, options.eval_data, encode_options)
+            evaluate = evaluator(model, questions, encode_options)
         result = train(model, data, options, evaluate=evaluate, donate=True)
     if result.signal is not None:
         _say(f"stopped after step {result.step}; the same command resumes the run")
@@ -94,9 +96,15 @@ def _load(options: TrainOptions, source: Path) -> Model:
     return model._replace(config=config, processor=processor, generation=generation)
 
 
-def _dataset(options: TrainOptions, model: Model, encode_options: dict) -> Dataset:
+def _open(options: TrainOptions) -> tuple[Records, Records | None]:
+    """The records to train on and to evaluate on, opened before the model is."""
+    questions = open_source(options.eval_data, options.columns) if options.eval_data else None
+    return open_source(options.data, options.columns, options.streaming), questions
+
+
+def _dataset(options: TrainOptions, records: Records, model: Model, encode_options: dict) -> Dataset:
     return Dataset(
-        options.data,
+        records,
         model.processor,
         PackShape(options.rows, options.tokens, options.lanes, options.patches, options.segments),
         seed=options.seed,

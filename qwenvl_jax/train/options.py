@@ -23,8 +23,12 @@ class TrainOptions(MediaOptions):
     """Options of one run. Raises OptionsError for a wrong type, a value out of range and options that contradict."""
 
     model: str = option("", "checkpoint to start from: a directory or a hub id", title="the run")
-    data: str = option("", "JSONL file of training records")
-    eval_data: str = option("", "JSONL file of records to answer and score during training")
+    data: tuple[str, ...] = option(
+        (), "training records: a JSONL, JSON or Parquet file, a pattern, or a dataset of the hub; repeatable"
+    )
+    eval_data: tuple[str, ...] = option((), "records to answer and score during training; repeatable")
+    columns: tuple[str, ...] = option((), "OLD=NEW renames a key of every record, OLD= passes over it; repeatable")
+    streaming: bool = option(False, "read a dataset of the hub as it comes, without downloading it first")
     output: str = option("", "directory of the run and its result; a run in it is resumed", free=True)
     task: str = option("sft", "train on the assistant's messages, or on preferences", choices=("sft", "dpo"))
     beta: float = option(0.1, "DPO: strength of the pull to the reference model", above=0)
