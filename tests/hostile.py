@@ -8,6 +8,7 @@ seconds (20 for clips). The named bombs come first. Exit code 1: something else 
 """
 
 import argparse
+import base64
 import copy
 import json
 import multiprocessing
@@ -247,6 +248,8 @@ def _processor():
 
 
 def messages(folder: Path):
+    import test_pictures
+
     from qwenvl_jax.cli.generate import read_request
 
     processor, photo = _processor(), str(MEDIA / "coffee.jpg")
@@ -280,7 +283,9 @@ def messages(folder: Path):
     deep: list = []
     for _ in range(100_000):
         deep = [deep]
+    webp = "data:image/webp;base64," + base64.b64encode(test_pictures.webp(5000)).decode()
     bombs = {
+        "eight webp of 34 bytes side by side": lambda: run(user(*[{"image": webp, "max_pixels": 784}] * 8)),
         "a thousand enlarged pictures": lambda: run(user(*[{"image": photo, "min_pixels": 10**7}] * 1000)),
         "eight small pictures, enlarged": lambda: run(user(*[{"image": photo, "min_pixels": 8 * 10**7}] * 8)),
         "ten million letters": lambda: run(user({"text": "a b " * 2_500_000})),
