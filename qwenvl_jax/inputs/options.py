@@ -44,6 +44,21 @@ class MediaOptions:
         check(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How a conversation becomes a prompt."""
+
+    add_vision_id: bool = option(False, "number the images and videos in the prompt", title="prompt")
+    allow_control_tokens: bool | None = option(
+        None,
+        "read tokens such as <|box_start|> in texts as control tokens, and keep them in answers; "
+        "default: as the checkpoint was trained",
+    )
+
+    def __post_init__(self):
+        check(self)
+
+
 # The options that an item of a message may set, by its type. A list of frames is sampled already.
 IMAGE = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 FRAMES = (*IMAGE, "fps")

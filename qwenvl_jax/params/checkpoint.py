@@ -21,6 +21,7 @@ from qwenvl_jax.config import DTYPES, Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
+from qwenvl_jax.inputs.processor import RULE, RULE_FILE
 from qwenvl_jax.params import directory
 from qwenvl_jax.params.directory import MARKER, PARAMS, Located, first_line, kvstore, locate, read_config
 from qwenvl_jax.params.directory import find as find
@@ -118,6 +119,7 @@ def save(model: Model, path, *, files_from=None) -> None:
         if files_from is not None:
             copy_side_files(files_from, work)
             (work / "README.md").unlink(missing_ok=True)  # it describes other weights
+            write_rule(model.processor, work)
         stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # not the compute dtype, on CPUs
         write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
         write_json(work / "generation_config.json", dict(model.generation))
@@ -182,6 +184,14 @@ def write_json(file: Path, data: dict) -> None:
     file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def write_rule(processor, directory: Path) -> None:
+    """Writes how the processor treats control tokens into the tokenizer's settings, unless they say so already."""
+    rule = getattr(processor, RULE, False)
+    settings = read_json(directory / RULE_FILE, missing={})
+    if settings.get(RULE, False) != rule:
+        write_json(directory / RULE_FILE, settings | {RULE: rule})
+
+
 def copy_side_files(source: Path, target: Path) -> None:
     """Copies a checkpoint's files, except the weights, byte for byte."""
     for file in {file for pattern in directory.SIDE_FILES for file in source.glob(pattern)}:
@@ -206,17 +216,27 @@ def staged(path, nbytes: int, outside: Path | None = None):
         raise CheckpointError(f"{path}: is inside {outside}, the checkpoint that is read; choose a place outside of it")
     work = path.with_name(path.name + PARTIAL)
     need = nbytes + (64 << 20)
+    undecided = True  # whether the directory may be one that this call made and does not hold yet
+
+    def unmake() -> None:
+        if undecided:  # Ctrl-C came between the two
+            with contextlib.suppress(OSError):
+                work.rmdir()
+
     with contextlib.ExitStack() as cleanup:
+        cleanup.callback(unmake)
         try:
             work.mkdir(exist_ok=True)
             lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
             cleanup.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
+            undecided = False
             raise CheckpointError(f"{path}: another process is writing it") from e
         except OSError as e:
             raise CheckpointError(f"{path}: cannot be written ({e.strerror})") from e
         cleanup.callback(_remove, work)
+        undecided = False
         _empty(work)
         free = shutil.disk_usage(work).free
         if free < need:
