@@ -21,7 +21,15 @@ from qwenvl_convert.safetensors import Writer
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.params.checkpoint import CHUNK_BYTES, PIECE_BYTES, copy_side_files, open_source, staged, write_json
+from qwenvl_jax.params.checkpoint import (
+    CHUNK_BYTES,
+    PIECE_BYTES,
+    copy_side_files,
+    open_source,
+    staged,
+    write_json,
+    write_rule,
+)
 from qwenvl_jax.params.directory import FORMAT, MARKER, PARAMS, Located, locate, read_config
 from qwenvl_jax.params.place import ArraySource, Leaf, Source, progress_bar
 from qwenvl_jax.params.specs import Spec, unflatten
@@ -145,6 +153,7 @@ def save_hf(model: Model, dst, *, base: Located, layout: str = "hub", max_shard_
     with staged(dst, source.nbytes, base.path) as work:
         _write_hf(source, model.config, work, layout, max_shard_bytes, False)
         copy_side_files(base.path, work)
+        write_rule(model.processor, work)
         write_json(work / "config.json", to_dict(model.config.replace(dtype=dtype)))
         write_json(work / "generation_config.json", dict(model.generation))
         (work / "README.md").write_text(card(base.name), "utf-8")

@@ -12,7 +12,7 @@ from qwenvl_jax.options import add_flags, build, given, names
 
 
 def add_model(parser) -> None:
-    """The flags of the model and its devices; `located` reads the first two."""
+    """The flags of the model and its devices."""
     parser.add_argument(
         "--model", metavar="DIR_OR_ID", help="checkpoint or adapter: a directory or a hub id (default: demo)"
     )
@@ -71,9 +71,9 @@ def encoder(args, request: dict | None = None):
     options |= given(args, MediaOptions) | given(args, PromptOptions)
     if getattr(args, "boxes", None) is not None:
         options["boxes"] = args.boxes
-    where = located(args)
-    config = directory.read_config(where.path)
-    processor = Processor.from_dir(where.path, config)
+    found = located(args)
+    config = directory.read_config(found.path)
+    processor = Processor.from_dir(found.path, config)
 
     def encode(messages):
         sample = processor.encode(messages, **options)
@@ -99,7 +99,7 @@ def encoder(args, request: dict | None = None):
             size = f"{original}, resized to {size}"
         return visual, f"{where}: {kind}, {size}, {tokens:,} tokens"
 
-    return where, encode, attach
+    return found, encode, attach
 
 
 def mesh(args):

@@ -3,7 +3,10 @@
 from qwenvl_jax.cli.errors import OK
 
 HELP = "Merge an adapter into its model and write a complete Hugging Face directory."
-EXAMPLES = ("qwenvl merge runs/receipts/adapter merged", "qwenvl merge CKPT merged --adapter ADAPTER")
+EXAMPLES = (
+    "qwenvl merge RUN/adapter OUT",
+    "qwenvl merge Qwen/Qwen2.5-VL-3B-Instruct OUT --adapter ADAPTER",
+)
 
 
 def add_arguments(parser) -> None:

@@ -28,9 +28,9 @@ from qwenvl_jax.options import build
 from qwenvl_jax.types import Sample, Visual
 
 _TURN_START, _TURN_END, _ASSISTANT = "<|im_start|>", "<|im_end|>", "assistant\n"  # ChatML, as in every family
+_COPY = "trainers leave it out if they have no processor: copy it from the model that was trained"
 RULE_FILE, RULE = "tokenizer_config.json", "allow_control_tokens"  # our key, beside the tokenizer's own
 _TOKEN_LETTERS = 128  # in the longest token of Qwen's vocabulary
-_COPY = "trainers leave it out if they have no processor: copy it from the model that was trained"
 _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
 
 
