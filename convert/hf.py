@@ -8,13 +8,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from qwenvl_convert.names import hub_name, tensor_names, tensor_shape
+from qwenvl_convert.names import core, tensor_names, tensor_shape
 from qwenvl_convert.safetensors import DTYPES, Reader, Tensor
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.params.place import Leaf, Source, to_devices
-from qwenvl_jax.params.specs import specs
+from qwenvl_jax.params.specs import Spec, specs
 
 
 class HfSource(Source, contextlib.AbstractContextManager):
@@ -36,25 +36,33 @@ class HfSource(Source, contextlib.AbstractContextManager):
     def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
         """See `Source.read`. A pool of threads reads, transposes and casts pieces of a few tens of megabytes."""
         out = self.empty(leaf, index, dtype)
-        stacked, transpose = leaf.spec.stacked, leaf.spec.transposed
-        layers = range(index[0].start, index[0].stop) if stacked else [0]
-        inner = index[1:] if stacked else index
-        rows, columns = inner[::-1] if transpose else (*inner, slice(0, 1))[:2]
-        jobs = []
-        for layer, part in zip(layers, out if stacked else [out], strict=True):
-            tensor = leaf.tensors[layer]
-            part = part[:, None] if part.ndim == 1 else part
-            width = tensor.matrix[1] * leaf.dtype.itemsize
-            step = max(256, (32 << 20) // width // 256 * 256)
-            for row in range(rows.start, rows.stop, step):
-                stop = min(row + step, rows.stop)
-                cut = slice(row - rows.start, stop - rows.start)
-                target = part[:, cut] if transpose else part[cut]
-                jobs.append((tensor, slice(row, stop), columns, transpose, target))
+        jobs = list(pieces(leaf.spec, dict(enumerate(leaf.tensors)), index, out))
         for job, _ in zip(jobs, self._pool.map(lambda j: self._reader.read_part(*j), jobs), strict=True):
             if bar is not None:
                 bar.update(job[-1].size * leaf.dtype.itemsize)
         return out
+
+
+def pieces(spec: Spec, tensors: dict[int, Tensor], index: tuple[slice, ...], out: np.ndarray):
+    """Yields the arguments of `Reader.read_part` that fill the part `index` of a parameter, `out`, from its tensors.
+
+    tensors: by layer, 0 if layers are not stacked; what has no tensor is left as it is.
+    """
+    layers = range(index[0].start, index[0].stop) if spec.stacked else [0]
+    inner = index[1:] if spec.stacked else index
+    rows, columns = inner[::-1] if spec.transposed else (*inner, slice(0, 1))[:2]
+    for layer, part in zip(layers, out if spec.stacked else [out], strict=True):
+        if layer not in tensors:
+            continue
+        tensor = tensors[layer]
+        part = part[:, None] if part.ndim == 1 else part
+        width = tensor.matrix[1] * DTYPES[tensor.dtype].itemsize
+        step = max(256, (32 << 20) // width // 256 * 256)
+        for row in range(rows.start, rows.stop, step):
+            stop = min(row + step, rows.stop)
+            cut = slice(row - rows.start, stop - rows.start)
+            target = part[:, cut] if spec.transposed else part[cut]
+            yield tensor, slice(row, stop), columns, spec.transposed, target
 
 
 def read_params(directory, config: Config, shardings=None, dtype=None, progress: bool = True) -> dict:
@@ -75,32 +83,44 @@ def read_params(directory, config: Config, shardings=None, dtype=None, progress:
 def _match(reader: Reader, config: Config) -> dict[str, Leaf]:
     stored = {}
     for name, tensor in reader.tensors.items():
-        hub = hub_name(name)
-        if hub in stored:
-            raise CheckpointError(f"{reader.directory}: tensor {hub} is stored twice, under two spellings")
-        stored[hub] = (name, tensor)
+        key = core(name)
+        if key in stored:
+            both = f"{stored[key][0]} and {name}"
+            raise CheckpointError(f"{reader.directory}: a tensor is stored twice, under two spellings ({both})")
+        stored[key] = (name, tensor)
     declared, names = specs(config), tensor_names(config)
-    _check_names(reader, config, stored, {name for group in names.values() for name in group})
+    _check_names(reader, config, stored, {core(name): name for group in names.values() for name in group})
     leaves = {}
     for path, group in names.items():
-        tensors = dict(stored[hub] for hub in group)
+        tensors = dict(stored[core(hub)] for hub in group)
         for name, tensor in tensors.items():
             tensor.check(name, tensor_shape(config, declared[path]), "config.json")
-        first, *_ = tensors
-        dtype = tensors[first].dtype
-        for name, tensor in tensors.items():
-            if tensor.dtype != dtype:
-                differ = f"{first} is {dtype} but {name} is {tensor.dtype}"
-                raise CheckpointError(f"{reader.directory}: {differ}; layers must share one dtype")
-        leaves[path] = Leaf(path, declared[path]._replace(dtype=DTYPES[dtype]), tuple(tensors.values()))
+        # Some savers mix dtypes; the parameter gets one that holds every layer exactly.
+        dtypes = {DTYPES[tensor.dtype] for tensor in tensors.values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        leaves[path] = Leaf(path, declared[path]._replace(dtype=dtype), tuple(tensors.values()))
     return leaves
 
 
-def _check_names(reader: Reader, config: Config, stored: dict, needed: set[str]) -> None:
+_QUANTISED = (
+    *(".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv", ".weight_packed"),
+    *(".absmax", ".quant_map", ".SCB"),
+)
+
+
+def _check_names(reader: Reader, config: Config, stored: dict, needed: dict[str, str]) -> None:
+    """needed: `core` of each tensor's name → its name on the hub."""
     where = reader.directory
-    if any(name.endswith((".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv")) for name in stored):
-        raise CheckpointError(f"{where}: quantised weights (AWQ, GPTQ, FP8) are not supported; use the original model")
-    missing = sorted(needed - stored.keys())
+    if any(name.endswith(_QUANTISED) or ".quant_state." in name for name in stored):
+        raise CheckpointError(
+            f"{where}: quantised weights (AWQ, GPTQ, FP8, bitsandbytes) are not supported; use the original model"
+        )
+    if lora := next((name for name, _ in stored.values() if ".lora_" in name), None):
+        raise CheckpointError(
+            f"{where}: tensor {lora} has no place in a checkpoint: an adapter was saved inside of its model; save "
+            "what PEFT's merge_and_unload gives, or the adapter alone (PeftModel.save_pretrained)"
+        )
+    missing = sorted(needed[key] for key in needed.keys() - stored.keys())
     if missing:
         hint = "; should config.json say tie_word_embeddings?" if missing == ["lm_head.weight"] else ""
         raise CheckpointError(f"{where}: tensor {missing[0]} is missing{_and_more(missing)}{hint}")
@@ -108,7 +128,7 @@ def _check_names(reader: Reader, config: Config, stored: dict, needed: set[str])
     buffers = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
     extra = sorted(name for name in stored.keys() - needed if not name.endswith(buffers))
     if extra == ["lm_head.weight"]:
-        if not _same(reader, stored["lm_head.weight"][1], stored["model.embed_tokens.weight"][1]):
+        if not _same(reader, stored["lm_head.weight"][1], stored["embed_tokens.weight"][1]):
             raise CheckpointError(
                 f"{where}: config.json ties lm_head to the embedding, but lm_head.weight differs; set "
                 "tie_word_embeddings to false if the head is its own"

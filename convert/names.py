@@ -40,9 +40,22 @@ def tensor_shape(config: Config, spec: Spec) -> tuple[int, ...]:
     return shape[::-1] if spec.transposed else shape
 
 
-def hub_name(name: str) -> str:
-    """The hub's spelling of a tensor's name in either layout."""
-    return _respell(name, "nested", "hub")
+# What trainers and wrappers add to a module's name: torch.compile, FSDP, checkpointing, PEFT, Lightning, DDP.
+_WRAPPERS = {
+    *("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "base_layer", "module"),
+}
+_LEADING = {"base_model", "model", "language_model"}
+
+
+def core(name: str) -> str:
+    """A tensor's or module's name without the prefixes in which layouts and wrappers differ.
+
+    "model.layers.0.…", "model.language_model.layers.0.…" and "base_model.model.model.layers.0.…" are all "layers.0.…".
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] in _LEADING:
+        parts.pop(0)
+    return ".".join(parts)
 
 
 def _respell(name: str, source: str, target: str) -> str:

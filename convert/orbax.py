@@ -1,4 +1,4 @@
-"""Converts between Hugging Face and Orbax checkpoints, bit for bit, with one layer in memory at a time.
+"""Converts between Hugging Face and Orbax checkpoints, bit for bit, and merges adapters, one layer at a time.
 
 Stock Orbax saves a tree of arrays in memory. Here the tree's leaves are parameters on disk (`Leaf` of
 params/place.py), and a type handler copies one layer after the other. Stock Orbax can restore the result.
@@ -14,29 +14,43 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from qwenvl_convert.hf import HfSource
 from qwenvl_convert.names import tensor_names, tensor_shape
+from qwenvl_convert.peft import card
 from qwenvl_convert.safetensors import Writer
 
 from qwenvl_jax.errors import CheckpointError
-from qwenvl_jax.params.checkpoint import CHUNK_BYTES, PIECE_BYTES, OrbaxSource, copy_side_files, staged, write_json
-from qwenvl_jax.params.directory import FORMAT, MARKER, PARAMS, read_config
-from qwenvl_jax.params.place import Leaf, progress_bar
+from qwenvl_jax.families import to_dict
+from qwenvl_jax.inputs.processor import Processor
+from qwenvl_jax.params.checkpoint import (
+    CHUNK_BYTES,
+    PIECE_BYTES,
+    copy_side_files,
+    open_source,
+    staged,
+    write_json,
+    write_rule,
+)
+from qwenvl_jax.params.directory import FORMAT, MARKER, PARAMS, Located, locate, read_config
+from qwenvl_jax.params.place import ArraySource, Leaf, Source, progress_bar
 from qwenvl_jax.params.specs import Spec, unflatten
+from qwenvl_jax.types import Model
+
+SHARD = 5_000_000_000  # largest file of weights in bytes, as transformers writes them
 
 
-def to_orbax(src, dst, *, progress: bool = True) -> None:
+def to_orbax(src, dst, *, adapter=(), progress: bool = True) -> None:
     """Writes the Hugging Face checkpoint directory `src` as a new directory `dst` that `qwenvl_jax.load` reads.
 
-    Needs host memory for a few layers. Raises InputError if `dst` exists, if the disk is full, or if `read_params`
-    would refuse `src`; then there is no `dst`.
+    src may be an adapter, and `adapter` may name more of them, as for `load`; they are merged.
+    Needs host memory for a few layers. Raises InputError if `dst` exists, if the disk is full, or if `load` would
+    refuse `src`; then there is no `dst`.
     """
-    src = Path(src)
-    config = read_config(src)
-    if (src / MARKER).is_file():
+    located = locate(src, *adapter)
+    src, config = located.path, read_config(located.path)
+    if (src / MARKER).is_file() and not located.adapters:
         raise CheckpointError(f"{src}: is an Orbax checkpoint already; --to hf makes a Hugging Face one of it")
     with (
-        HfSource(src, config) as source,
+        open_source(located, config) as source,
         staged(dst, source.nbytes, src) as work,
         progress_bar("converting", source.nbytes, progress) as bar,
         _orderly_interrupt() as raise_if_interrupted,
@@ -49,13 +63,15 @@ def to_orbax(src, dst, *, progress: bool = True) -> None:
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(work / PARAMS, unflatten(source.leaves))
         copy_side_files(src, work)
+        if located.adapters:
+            (work / "README.md").write_text(card(located.name), "utf-8")
         write_json(work / MARKER, {"format": FORMAT})
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
-    """Saves a HfSource's leaves; Orbax restores them as numpy arrays."""
+    """Saves a Source's leaves; Orbax restores them as numpy arrays."""
 
-    def __init__(self, source: HfSource, bar, raise_if_interrupted):
+    def __init__(self, source: Source, bar, raise_if_interrupted):
         super().__init__()
         self._source, self._bar, self._raise_if_interrupted = source, bar, raise_if_interrupted
 
@@ -96,28 +112,70 @@ def _pieces(spec: Spec) -> list[tuple[slice, ...]]:
     return [(*layer, *inner[:at], cut, *inner[at + 1 :]) for layer in layers for cut in cuts]
 
 
-def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000, progress: bool = True) -> None:
+def to_hf(src, dst, *, adapter=(), layout: str = "hub", max_shard_bytes: int = SHARD, progress: bool = True) -> None:
     """Writes one of our checkpoint directories `src` as a new Hugging Face directory `dst`.
 
+    src may be an adapter, and `adapter` may name more of them, as for `load`; see `merge`.
     layout: "hub" (`visual.*`, `model.*`), which every version of transformers reads, or "nested" (`model.visual.*`,
         `model.language_model.*`), as transformers 4.52 and newer saves.
     max_shard_bytes: larger weights are split over several files, with an index.
     Memory and errors as for `to_orbax`.
     """
-    src = Path(src)
-    config = read_config(src)
-    if max_shard_bytes <= 0:
-        raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
-    if not (src / MARKER).is_file():
+    located = locate(src, *adapter)
+    src = located.path
+    read_config(src)
+    if not (src / MARKER).is_file() and not located.adapters:
         if any(src.glob("*.safetensors")):
             raise CheckpointError(f"{src}: is a Hugging Face checkpoint already; --to orbax makes an Orbax one of it")
         raise CheckpointError(f"{src}: not an Orbax checkpoint of ours, there is no {MARKER} in it")
-    source, names = OrbaxSource(src, config), tensor_names(config, layout)
+    _to_hf(located, dst, layout, max_shard_bytes, progress)
+
+
+def merge(src, dst, *, adapter=(), layout: str = "hub", max_shard_bytes: int = SHARD, progress: bool = True) -> None:
+    """Writes a model, or an adapter merged into its base, as a new, complete Hugging Face directory `dst`.
+
+    Arguments, memory and errors as for `to_hf`; `src` may have either format. The files beside the weights are those
+    of the base, except the model card.
+    """
+    located = locate(src, *adapter)
+    Processor.from_dir(located.path, read_config(located.path))  # raises if a file is missing
+    _to_hf(located, dst, layout, max_shard_bytes, progress)
+
+
+def save_hf(model: Model, dst, *, base: Located, layout: str = "hub", max_shard_bytes: int = SHARD) -> None:
+    """Writes a model that is in memory as a new, complete Hugging Face directory `dst`.
+
+    base: where its tokenizer, template, preprocessor and licence are, and the base model of the model card.
+    """
+    source = ArraySource(model.config, model.params)
+    stored = {str(leaf.dtype) for leaf in source.leaves.values()}
+    dtype = stored.pop() if len(stored) == 1 else model.config.dtype
+    with staged(dst, source.nbytes, base.path) as work:
+        _write_hf(source, model.config, work, layout, max_shard_bytes, False)
+        copy_side_files(base.path, work)
+        write_rule(model.processor, work)
+        write_json(work / "config.json", to_dict(model.config.replace(dtype=dtype)))
+        write_json(work / "generation_config.json", dict(model.generation))
+        (work / "README.md").write_text(card(base.name), "utf-8")
+
+
+def _to_hf(located: Located, dst, layout: str, max_shard_bytes: int, progress: bool) -> None:
+    config = read_config(located.path)
+    with open_source(located, config) as source, staged(dst, source.nbytes, located.path) as work:
+        _write_hf(source, config, work, layout, max_shard_bytes, progress)
+        copy_side_files(located.path, work)
+        if located.adapters:
+            (work / "README.md").write_text(card(located.name), "utf-8")
+
+
+def _write_hf(source: Source, config, work: Path, layout: str, max_shard_bytes: int, progress: bool) -> None:
+    if max_shard_bytes <= 0:
+        raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
+    names = tensor_names(config, layout)
     kinds = {path: (leaf.dtype, tensor_shape(config, leaf.spec)) for path, leaf in source.leaves.items()}
     shapes = {name: kinds[path] for path, name in _file_order(names)}
     with (
-        staged(dst, source.nbytes, src) as work,
-        progress_bar("converting", source.nbytes, progress) as bar,
+        progress_bar("writing", source.nbytes, progress) as bar,
         _orderly_interrupt() as raise_if_interrupted,
         Writer(work, shapes, max_shard_bytes) as writer,
     ):
@@ -132,7 +190,6 @@ def to_hf(src, dst, *, layout: str = "hub", max_shard_bytes: int = 5_000_000_000
                 writer.write_rows(name, row, part if part.ndim > 1 else part[:, None], transpose)
                 raise_if_interrupted()
         writer.finish()
-        copy_side_files(src, work)
 
 
 @contextlib.contextmanager

@@ -1,37 +1,48 @@
 """Reads and writes low-rank adapters in PEFT's format."""
 
+import contextlib
 import re
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from qwenvl_convert.names import hub_name, tensor_names
-from qwenvl_convert.safetensors import Reader, Writer
+from qwenvl_convert.hf import pieces
+from qwenvl_convert.names import core, tensor_names, tensor_shape
+from qwenvl_convert.safetensors import Reader, Tensor, Writer
 
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.errors import CheckpointError, InputError
+from qwenvl_jax.errors import CheckpointError, InputError, shown
 from qwenvl_jax.params.checkpoint import staged, write_json
-from qwenvl_jax.params.directory import find
+from qwenvl_jax.params.directory import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, find
 from qwenvl_jax.params.lora import attach, is_alpha, is_rank, linears, split
-from qwenvl_jax.params.specs import ADAPTER, flatten, specs
+from qwenvl_jax.params.place import Leaf, Source
+from qwenvl_jax.params.specs import ADAPTER, flatten, specs, unflatten
 
-SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SETTINGS, WEIGHTS = ADAPTER_SETTINGS, ADAPTER_WEIGHTS
 
 # PEFT's settings that change more than the low-rank update of a Linear.
 _UNSUPPORTED = (
-    *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication"),
-    *("target_parameters", "alora_invocation_tokens", "use_qalora", "arrow_config"),
+    *("use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "target_parameters"),
+    *("alora_invocation_tokens", "use_qalora", "arrow_config", "use_bdlora", "kasa_config", "monteclora_config"),
 )
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")  # values of init_lora_weights
+# Values of init_lora_weights: the first ones change the base, the last one is another method.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_VARIANTS = ("mica",)
+_SECONDS = 5  # for matching the patterns of one file
 
 
-def save_adapter(config: Config, params: dict, path, *, base_name: str, layout: str = "hub") -> None:
-    """Writes the adapter in `params` as a new directory that PEFT loads: its settings and its weights.
+def save_adapter(config: Config, params: dict, path, *, base_name: str, layout: str = "nested") -> None:
+    """Writes the adapter in `params` as a new directory that PEFT loads: its settings, its weights and a model card.
 
     base_name: the base model, a hub id or a directory.
-    layout: module names of transformers before 4.52 ("hub") or from 4.52 on ("nested").
+    layout: module names of transformers from 4.52 on ("nested") or before ("hub"). PEFT of the other one opens the
+        directory too, but leaves out modules with no more than a warning.
     lora_alpha is the adapter's scale · r, however the scale was derived.
     Raises InputError if there is no adapter, if `path` exists, or if the disk is full.
     """
@@ -75,6 +86,7 @@ def save_adapter(config: Config, params: dict, path, *, base_name: str, layout: 
     }
     with staged(path, sum(t.nbytes for t in tensors.values())) as work:
         write_json(work / SETTINGS, settings)
+        (work / "README.md").write_text(card(base_name, "peft"), "utf-8")
         shapes = {name: (t.dtype, t.shape) for name, t in tensors.items()}
         with Writer(work, shapes, sys.maxsize, WEIGHTS) as writer:
             for name, t in tensors.items():
@@ -82,42 +94,115 @@ def save_adapter(config: Config, params: dict, path, *, base_name: str, layout: 
             writer.finish()
 
 
+def card(base_name, library: str = "transformers") -> str:
+    """The model card (README.md) of a model or an adapter that was trained from a base model."""
+    # The hub takes an id only; a directory's name would be refused when the card is uploaded.
+    base = str(base_name)
+    known = [f"base_model: {base}"] if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) else []
+    lines = [*known, f"library_name: {library}", "pipeline_tag: image-text-to-text", "tags:", "- qwenvl_jax"]
+    what = "A LoRA adapter for" if library == "peft" else "A model made from"
+    return "\n".join(["---", *lines, "---", "", f"{what} `{base}`, written by qwenvl_jax.", ""])
+
+
+class AdapterFile(contextlib.AbstractContextManager):
+    """An adapter's directory by PEFT or `save_adapter`, checked against the config. Use it as a context manager.
+
+    pairs: path of a Linear → layer → (its lora_A, its lora_B, scale); layer 0 if layers are not stacked.
+    whole: path of a parameter → layer → the tensor that replaces it (PEFT's modules_to_save and trained biases).
+    Raises CheckpointError as `load_adapter`.
+    """
+
+    def __init__(self, config: Config, path):
+        self.path, self._declared = Path(path), specs(config)
+        settings = _read_settings(self.path / SETTINGS)
+        if not (self.path / WEIGHTS).is_file():
+            raise CheckpointError(_no_weights(self.path))
+        for beside in ("non_lora_state_dict.bin", "non_lora_trainables.bin"):  # of scripts that also train the merger
+            if (self.path / beside).is_file():
+                raise CheckpointError(
+                    f"{self.path}: {beside} holds more trained weights, as a pickle; merge both with the script that "
+                    "trained them, and load the merged model"
+                )
+        self._reader = Reader(self.path, WEIGHTS)
+        try:
+            self.pairs, self.whole = _match(self._reader, config, settings)
+        except BaseException:
+            self._reader.close()
+            raise
+
+    def __exit__(self, *_):
+        self._reader.close()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of a module; 0 if it has whole parameters only."""
+        return max((pair.A.shape[0] for pairs in self.pairs.values() for pair in pairs.values()), default=0)
+
+    def factors(self, linear: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`lora_a`, `lora_b` and `lora_scale` of a Linear in float32, padded to its largest rank."""
+        pairs, spec = self.pairs[linear], self._declared[f"{linear}/kernel"]
+        *lead, n_in, n_out = spec.shape
+        layers, rank = (lead or [1])[0], max(pair.A.shape[0] for pair in pairs.values())
+        a, b = np.zeros((layers, n_in, rank), np.float32), np.zeros((layers, rank, n_out), np.float32)
+        scale = np.zeros(layers, np.float32)
+        for l, pair in pairs.items():
+            r, scale[l] = pair.A.shape[0], pair.scale
+            self._reader.read_part(pair.A, slice(0, r), slice(0, n_in), True, a[l, :, :r])
+            self._reader.read_part(pair.B, slice(0, n_out), slice(0, r), True, b[l, :r])
+        return (a, b, scale) if spec.stacked else (a[0], b[0], scale[0])
+
+    def replace(self, path: str, index: tuple[slice, ...], out: np.ndarray) -> None:
+        """Overwrites what this adapter replaces in `out`, the part `index` of a parameter."""
+        for job in pieces(self._declared[path], self.whole.get(path, {}), index, out):
+            self._reader.read_part(*job)
+
+
+class AdaptedSource(Source):
+    """A checkpoint with an adapter merged into it, one layer at a time, in float32. Closing it is the caller's."""
+
+    def __init__(self, source: Source, adapter: AdapterFile):
+        self.leaves, self._source, self._adapter = source.leaves, source, adapter
+        self._held: tuple = (None,)  # one Linear's factors: a parameter is read in many pieces
+
+    def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
+        """See `Source.read`."""
+        linear, adapter = leaf.path.removesuffix("/kernel"), self._adapter
+        if linear not in adapter.pairs and leaf.path not in adapter.whole:
+            return self._source.read(leaf, index, dtype, bar)
+        stacked, out = leaf.spec.stacked, self.empty(leaf, index, dtype)
+        inner = index[1:] if stacked else index
+        for l in range(index[0].start, index[0].stop) if stacked else [0]:
+            at = (slice(l, l + 1), *inner) if stacked else index
+            part = self._source.read(leaf, at, np.float32, bar)
+            adapter.replace(leaf.path, at, part)
+            if linear in adapter.pairs:
+                if self._held[0] != linear:
+                    self._held = (linear, *adapter.factors(linear))
+                a, b, scale = (x[l] for x in self._held[1:]) if stacked else self._held[1:]
+                part += (a[inner[0]] @ b[:, inner[1]]) * scale
+            out[l - index[0].start if stacked else ...] = part[0] if stacked else part
+        return out
+
+
 def load_adapter(config: Config, params: dict, path) -> dict:
     """The parameters with the adapter in `path`, a directory by PEFT or `save_adapter`, or a hub id.
 
     The tensors say which Linears and layers have an adapter; the settings give r, lora_alpha, their patterns and
-    use_rslora. Weights become float32.
+    use_rslora. Weights become float32. Parameters that PEFT trained whole (modules_to_save, biases) replace the base's.
     Raises InputError for damaged files, for a tensor without a place or of a shape that the settings contradict, and
-    for more than plain LoRA: DoRA, trained biases, whole trained modules, adapters of embeddings or convolutions.
+    for more than plain LoRA: DoRA, other methods, adapters of embeddings, heads or convolutions.
     """
-    path = find(path)
-    settings = _read_settings(path / SETTINGS)
-    if not (path / WEIGHTS).is_file():
-        raise CheckpointError(f"{path}: no {WEIGHTS}; adapters are read from safetensors files only")
-    declared, out = specs(config), {}
-    with Reader(path, WEIGHTS) as reader:
-        pairs = _pairs(reader, config)
-        for linear, modules in _modules(config).items():
-            adapted = {l: pairs[name] for l, name in enumerate(modules) if name in pairs}
-            if not adapted:
-                continue
-            kernel = declared[f"{linear}/kernel"]
-            n_in, n_out = kernel.shape[-2:]
-            factors = {l: _factors(path / SETTINGS, settings, pair["A"][0]) for l, pair in adapted.items()}
-            for l, (r, _) in factors.items():  # before arrays of these sizes are allocated
-                for side, shape in (("A", (r, n_in)), ("B", (n_out, r))):
-                    _, key, tensor = adapted[l][side]
-                    tensor.check(key, shape, SETTINGS)
-            rank = max(r for r, _ in factors.values())
-            a, b = np.zeros((len(modules), n_in, rank), np.float32), np.zeros((len(modules), rank, n_out), np.float32)
-            scale = np.zeros(len(modules), np.float32)
-            for l, pair in adapted.items():
-                r, scale[l] = factors[l]
-                reader.read_part(pair["A"][2], slice(0, r), slice(0, n_in), True, a[l, :, :r])
-                reader.read_part(pair["B"][2], slice(0, n_out), slice(0, r), True, b[l, :r])
-            for leaf, value in zip(ADAPTER, (a, b, scale), strict=True):
-                out[f"{linear}/{leaf}"] = jnp.asarray(value if kernel.stacked else value[0])
-    return attach(config, params, out)
+    with AdapterFile(config, find(path)) as adapter:
+        out = {}
+        for linear in adapter.pairs:
+            for leaf, value in zip(ADAPTER, adapter.factors(linear), strict=True):
+                out[f"{linear}/{leaf}"] = jnp.asarray(value)
+        flat = flatten(params)
+        for name in adapter.whole:
+            new = np.array(flat[name])
+            adapter.replace(name, tuple(slice(0, n) for n in new.shape), new)
+            flat[name] = jax.device_put(new, getattr(flat[name], "sharding", None))
+    return attach(config, unflatten(flat), out) if out else unflatten(flat)
 
 
 def _modules(config: Config, layout: str = "hub") -> dict[str, list[str]]:
@@ -126,68 +211,163 @@ def _modules(config: Config, layout: str = "hub") -> dict[str, list[str]]:
     return {path: [name.removesuffix(".weight") for name in names[f"{path}/kernel"]] for path in linears(config)}
 
 
-def _pairs(reader: Reader, config: Config) -> dict:
-    """Module in the hub's spelling → {"A" and "B": (module in the file's spelling, key, Tensor)}."""
-    known = {name for names in _modules(config).values() for name in names}
-    pairs = {}
+class _Pair(NamedTuple):
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+def _match(reader: Reader, config: Config, settings: dict) -> tuple[dict, dict]:
+    """`pairs` and `whole` of AdapterFile. Shapes are checked before arrays of these sizes are allocated."""
+    low, whole = _sort(reader, config)
+    declared, pairs, factors = specs(config), {}, _factors(reader.directory / SETTINGS, settings)
+    for linear, modules in _modules(config).items():
+        n_in, n_out = declared[f"{linear}/kernel"].shape[-2:]
+        for l, module in enumerate(modules):
+            sides = low.pop(core(module), None)
+            if sides is None:
+                continue
+            if len(sides) < 2:
+                raise CheckpointError(f"{reader.directory / WEIGHTS}: {module} has only one of lora_A and lora_B")
+            r, scale = factors(sides["A"][0])
+            for side, shape in (("A", (r, n_in)), ("B", (n_out, r))):
+                _, key, tensor = sides[side]
+                tensor.check(key, shape, SETTINGS)
+            pairs.setdefault(linear, {})[l] = _Pair(sides["A"][2], sides["B"][2], scale)
+    replaced: dict = {}
+    for path, names in tensor_names(config).items():
+        for l, name in enumerate(names):
+            if found := whole.pop(core(name), None):
+                found[1].check(found[0], tensor_shape(config, declared[path]), "config.json")
+                replaced.setdefault(path, {})[l] = found[1]
+    named = settings.get("modules_to_save") or []
+    for name in sorted(set(map(str, named if isinstance(named, list) else [named]))):
+        if not any(f".{name}." in f".{key}." for key in reader.tensors):
+            where = f"{reader.directory / SETTINGS}: modules_to_save is {shown(named)}"
+            raise CheckpointError(f"{where}, but {WEIGHTS} has no tensor of {name}; save the adapter again with PEFT")
+    if (bias := settings.get("bias", "none")) != "none" and not any(path.endswith("/bias") for path in replaced):
+        raise CheckpointError(f"{reader.directory / SETTINGS}: bias is {shown(bias)}, but {WEIGHTS} has no biases")
+    if not pairs and not replaced:
+        raise CheckpointError(f"{reader.directory / WEIGHTS}: holds no tensors")
+    return pairs, replaced
+
+
+def _sort(reader: Reader, config: Config) -> tuple[dict, dict]:
+    """({module: {"A" and "B": (module in the file, key, Tensor)}}, {parameter: (key, Tensor)}), both by `core`."""
+    modules = {core(name) for names in _modules(config).values() for name in names}
+    params = {core(name) for names in tensor_names(config).values() for name in names}
+    low: dict = {}
+    whole: dict = {}
     for key, tensor in reader.tensors.items():
+        if ".original_module." in key:  # in a raw state dict: the base's weights beside the trained ones
+            continue
         # In files written from a raw state dict, the adapter's name ("default") precedes ".weight".
         match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight", key)
-        if not match or hub_name(match[1]) not in known:
+        plain = core(re.sub(r"\.modules_to_save\.[^.]+(?=\.)", "", key))
+        if match and core(match[1]) in modules:
+            place, name, value = low.setdefault(core(match[1]), {}), match[2], (match[1], key, tensor)
+        elif not match and plain in params:
+            place, name, value = whole, plain, (key, tensor)
+        elif plain == "lm_head.weight" and ".lora_" not in key:
+            raise CheckpointError(
+                f"{tensor.file}: {key} was trained, but config.json ties lm_head to the embedding; set "
+                "tie_word_embeddings to false in the base, or load what PEFT's merge_and_unload gives"
+            )
+        else:
             raise CheckpointError(
                 f"{tensor.file}: tensor {key} has no place in this {config.family} model; only linear layers of the "
-                "decoder's blocks, the vision blocks and the merger can have adapters"
+                "decoder's blocks, the vision blocks and the merger can have adapters. Load what PEFT's "
+                "merge_and_unload gives"
             )
-        sides = pairs.setdefault(hub_name(match[1]), {})
-        if match[2] in sides:
-            raise CheckpointError(f"{tensor.file}: {key} and {sides[match[2]][1]} are for the same layer")
-        sides[match[2]] = match[1], key, tensor
-    if not pairs:
-        raise CheckpointError(f"{reader.directory / WEIGHTS}: holds no tensors")
-    for module, sides in pairs.items():
-        if len(sides) < 2:
-            raise CheckpointError(f"{reader.directory / WEIGHTS}: {module} has only one of lora_A and lora_B")
-    return pairs
+        if name in place:
+            raise CheckpointError(f"{tensor.file}: {key} and {place[name][-2]} are for the same layer")
+        place[name] = value
+    return low, whole
 
 
-def _read_settings(file) -> dict:
+def _no_weights(path: Path) -> str:
+    if not (path / "adapter_model.bin").is_file():
+        return f"{path}: no {WEIGHTS}; adapters are read from safetensors files only"
+    return (
+        f"{path}: no {WEIGHTS}, only adapter_model.bin, a pickle, which could run code when it is opened; if you trust "
+        'it, convert it: python -c "import torch; from safetensors.torch import save_file; save_file({k: '
+        "v.contiguous() for k, v in torch.load('adapter_model.bin', weights_only=True).items()}, "
+        f"'{WEIGHTS}')\""
+    )
+
+
+def _read_settings(file: Path) -> dict:
     settings = read_json(file)
     if settings.get("peft_type") != "LORA":
-        raise CheckpointError(f"{file}: peft_type is {settings.get('peft_type')!r}; only LORA adapters can be read")
+        raise CheckpointError(
+            f"{file}: peft_type is {settings.get('peft_type')!r}; only LORA adapters can be read; load the model that "
+            "PEFT's merge_and_unload gives"
+        )
     for key in _UNSUPPORTED:
         if settings.get(key):
-            more = f"{key} is {settings[key]!r}, more than plain LoRA"
+            more = f"{key} is {shown(settings[key])}, more than plain LoRA"
             raise CheckpointError(f"{file}: {more}; load the model that PEFT's merge_and_unload gives")
-    if settings.get("bias", "none") != "none":
-        raise CheckpointError(f"{file}: bias is {settings['bias']!r}; adapters with trained biases cannot be read")
     init = settings.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGES_BASE):
         raise CheckpointError(
             f"{file}: init_lora_weights {init!r} changed the base weights; convert the adapter with PEFT "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
+    if isinstance(init, str) and init.startswith(_VARIANTS):
+        raise CheckpointError(
+            f"{file}: init_lora_weights {init!r} is another method than LoRA; load the model that PEFT's "
+            "merge_and_unload gives"
+        )
     return settings
 
 
-def _factors(file, settings: dict, module: str) -> tuple[int, float]:
-    """Rank and scale of a module. As in PEFT, the first pattern that matches the end of its name counts."""
+def _factors(file: Path, settings: dict) -> Callable[[str], tuple[int, float]]:
+    """Module → its rank and scale. As in PEFT, the first pattern that matches the end of its name counts."""
+    rank, alpha = (_by_pattern(file, key, settings.get(key)) for key in ("rank_pattern", "alpha_pattern"))
 
-    def setting(key, patterns):
-        patterns = settings.get(patterns) or {}
-        try:
-            for pattern, value in patterns.items():
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return value
-        except (AttributeError, re.error) as e:
-            raise CheckpointError(f"{file}: patterns for {key} are not readable ({e})") from e
-        return settings.get(key, 8)  # PEFT's default for both
+    def factors(module: str) -> tuple[int, float]:
+        r = rank(module, settings.get("r", 8))  # 8 is PEFT's default for both
+        a = alpha(module, settings.get("lora_alpha", 8))
+        if not is_rank(r):
+            raise CheckpointError(f"{file}: r is {shown(r)} for {module}; it must be an integer of at least 1")
+        if not is_alpha(a):
+            raise CheckpointError(f"{file}: lora_alpha is {shown(a)} for {module}; it must be a number")
+        return r, a / (r**0.5 if settings.get("use_rslora") else r)
 
-    r, alpha = setting("r", "rank_pattern"), setting("lora_alpha", "alpha_pattern")
-    if not is_rank(r):
-        raise CheckpointError(f"{file}: r is {r!r} for {module}; it must be an integer of at least 1")
-    if not is_alpha(alpha):
-        raise CheckpointError(f"{file}: lora_alpha is {alpha!r} for {module}; it must be a number")
-    return r, alpha / (r**0.5 if settings.get("use_rslora") else r)
+    return factors
+
+
+def _by_pattern(file: Path, key: str, patterns) -> Callable:
+    """(module, default) → the value of the first pattern that matches.
+
+    Files of others hold a regular expression per module: plain names are looked up, and what is left must be cheap.
+    """
+    plain, rest = {}, []
+    try:
+        for i, (pattern, value) in enumerate((patterns or {}).items()):
+            if re.fullmatch(r"[\w.]+", pattern):
+                plain[pattern] = i, value
+            elif len(pattern) > 1000 or len(re.findall(r"[*+{]", pattern)) > 4 or re.search(r"\)[*+{]", pattern):
+                raise CheckpointError(f"{file}: {key} has {shown(pattern)}, too complex a pattern; name the modules")
+            else:
+                rest.append((i, re.compile(rf"(.*\.)?({pattern})$"), value))
+    except (AttributeError, TypeError, re.error) as e:
+        raise CheckpointError(f"{file}: {key} is not readable ({e})") from e
+    ends = time.monotonic() + _SECONDS
+
+    def find_value(module: str, default):
+        parts = module.split(".")
+        ending = [".".join(parts[n:]) for n in range(len(parts))]
+        found = [plain[name] for name in ending if name in plain]
+        for i, pattern, value in rest:
+            if time.monotonic() > ends:
+                raise CheckpointError(f"{file}: {key} takes too long to match; name the modules")
+            if pattern.match(module):
+                found.append((i, value))
+                break
+        return min(found, key=lambda f: f[0])[1] if found else default
+
+    return find_value
 
 
 def _tidy(alpha: float) -> float | int:

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from qwenvl_jax.errors import CheckpointError, InputError
-from qwenvl_jax.params.directory import INDEX
+from qwenvl_jax.params.directory import INDEX, leftover
 
 SINGLE = "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -93,8 +93,11 @@ class Reader(contextlib.AbstractContextManager):
             return {self.directory / self._single: None}
         index = self.directory / INDEX
         if not index.is_file():
+            if shards := self._unlisted():
+                return shards
             either = f"{self._single} and no {INDEX}"
-            raise CheckpointError(f"{self.directory}: no {either}; weights are read from safetensors files only")
+            what = leftover(self.directory) or "; weights are read from safetensors files only"
+            raise CheckpointError(f"{self.directory}: no {either}{what}")
         try:
             weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
             pairs = [(name, Path(file)) for name, file in weight_map.items()]
@@ -111,6 +114,12 @@ class Reader(contextlib.AbstractContextManager):
             if not file.is_file():
                 raise CheckpointError(f"{file}: missing, though {INDEX} places tensors in it; download it again")
         return files
+
+    def _unlisted(self) -> dict[Path, None]:
+        """Weight files whose names say that they are all there, in a directory without an index."""
+        files = sorted(self.directory.glob("model-*-of-*.safetensors"))
+        whole = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+        return dict.fromkeys(files) if whole == [f.name for f in files] else {}
 
     def _read_header(self, file: Path) -> dict[str, Tensor]:
         try:

@@ -228,7 +228,7 @@ def test_a_large_photo_is_trained_and_scored_alike(processor, photo):
     prediction = want if target == "resized" else "cat<|box_start|>(750,50),(975,1000)<|box_end|>"
     answers = [SimpleNamespace(text=prediction, finish_reason="stop")] * 3
     engine = SimpleNamespace(processor=processor, max_batch=4, max_length=4096, generate=lambda *a, **o: answers)
-    engine.params = {}
+    engine.params, engine.generation, engine.config = {}, {}, processor.config
     report = Evaluator(engine, records, encoding={"max_pixels": 700_000}).report({})
     assert [a.score for a in report.answers] == [1, 1, 1]
 
@@ -244,6 +244,7 @@ def test_a_box_outside_is_refused_with_its_line(processor, photo, tmp_path):
         learnt(processor, bad | {"boxes": "pixels"})
     (tmp_path / "q.jsonl").write_text(json.dumps(record(photo, *FORMS[0])) + "\n" + json.dumps(bad) + "\n")
     engine = SimpleNamespace(processor=processor, max_batch=4, max_length=4096, params={})
+    engine.generation, engine.config = {}, processor.config
     with pytest.raises(InputError, match=r"q.jsonl:2: the box .* outside its picture"):
         Evaluator(engine, tmp_path / "q.jsonl", encoding={"max_pixels": 700_000}).report({})
 

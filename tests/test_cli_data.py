@@ -120,7 +120,7 @@ def test_what_cannot_be(data, capsys, tmp_path):
     assert "limit is 0; it must be at least 1" in capsys.readouterr().err
     assert cli.main(["data", str(data), "--patches", "100"]) == 2
     assert "patches is 100; it must be a multiple of" in capsys.readouterr().err
-    data.write_text("{\n[]\n")
+    data.write_text("{x\n[]\n")
     assert facts_of(capsys, data)["suggested"] == {}
     assert cli.main(["data", str(data), "-o", str(tmp_path / "x.png")]) == 2
     assert "no record can be read" in capsys.readouterr().err

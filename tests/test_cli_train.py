@@ -19,11 +19,12 @@ from qwenvl_convert import peft
 
 from qwenvl_jax import cli
 from qwenvl_jax.cli import plot
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, install
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.params.precision import Precision
 from qwenvl_jax.train import finetune, options, run, step
 from qwenvl_jax.train.options import TrainOptions
+from qwenvl_jax.train.records import PackShape, RecordProcessor
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainOptions)}
 
@@ -210,7 +211,7 @@ def test_plot_says_what_is_missing(tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match="cannot be written"):
         plot.draw({"a": [{"step": 1, "loss": 1.0}]}, tmp_path / "no" / "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=re.escape("pip install 'qwenvl-jax[train]'")):
+    with pytest.raises(InputError, match=re.escape(install("train"))):
         plot.draw({"a": [{"step": 1, "loss": 1.0}]}, tmp_path / "x.png")
 
 
@@ -296,8 +297,10 @@ def test_a_run_that_ended_goes_on(tiny_checkpoint, tmp_path, capsys):
 
 
 def test_a_start_that_fails_leaves_nothing(tmp_path, capsys):
-    argv = ["train", "--model", str(tmp_path / "none"), "--data", "d.jsonl", "--output", str(tmp_path / "run")]
-    assert cli.main(argv) == 2 and "none" in capsys.readouterr().err
+    argv = ["train", "--model", str(tmp_path / "none"), "--data", __file__, "--output", str(tmp_path / "run")]
+    assert cli.main(argv) == 2 and str(tmp_path / "none") in capsys.readouterr().err
+    assert cli.main([*argv, "--data", str(tmp_path / "d.jsonl")]) == 2
+    assert "d.jsonl: cannot be read" in capsys.readouterr().err
     assert cli.main([*argv, "--rows", "1", "--mesh-data", "3"]) == 2
     assert "rows is 1; it must be a multiple" in capsys.readouterr().err
     assert cli.main([*argv, "--steps", "5", "--epochs", "2"]) == 2
@@ -318,10 +321,54 @@ def test_epochs_replace_steps(tmp_path):
     assert TrainOptions(epochs=3, schedule="constant").differences(TrainOptions.read(tmp_path / "y.toml"), 9) == []
 
 
+BOXED = "<|object_ref_start|>cat<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("allowed", [True, False])
+def test_one_rule_for_control_tokens(tiny_checkpoint, tmp_path, capsys, allowed):
+    """A conversation trained, scored in the run, scored by `qwenvl eval` and generated: the same ids, score 1."""
+    record = {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": BOXED}]}
+    data, run_dir = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text(json.dumps(record) + "\n")
+    argv = ["train", "--model", tiny_checkpoint, "--data", data, "--eval-data", data, "--output", run_dir, "--rows", 1]
+    argv += ["--tokens", 64, "--lanes", 1, "--patches", 64, "--lora-rank", 8, "--learning-rate", 0.02, "--steps", 60]
+    argv += ["--eval-every", 60, "--schedule", "linear", *(["--allow-control-tokens"] if allowed else [])]
+    assert cli.main([str(word) for word in argv]) == 0
+    assert run.read_metrics(run_dir)[-1]["eval/default/exact"] == 1
+
+    final = run_dir / "final"
+    model = checkpoint.load(final, progress=False)
+    (trained,) = RecordProcessor(model.processor, PackShape(1, 64, 1, 64))(record)
+    learnt = trained.tokens[trained.weights > 0].tolist()
+    boxes = [model.processor.control_tokens[name] for name in ("<|object_ref_start|>", "<|box_end|>")]
+    assert (set(boxes) <= set(learnt)) == allowed and json.loads((final / "tokenizer_config.json").read_text()).get(
+        "allow_control_tokens", False
+    ) is allowed
+    capsys.readouterr()
+    assert cli.main(["eval", str(data), "--model", str(final), "--output", str(tmp_path / "a.jsonl"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["overall"]["value"] == 1
+    prediction = json.loads((tmp_path / "a.jsonl").read_text())["prediction"]
+    assert cli.main(["generate", "--model", str(final), "--prompt", "Where?", "--temperature", "0", "--json"]) == 0
+    generated = json.loads(capsys.readouterr().out)
+    assert generated["token_ids"] == learnt and generated["text"] == prediction == BOXED
+    assert cli.main(["generate", "--model", str(final), "--prompt", "Where?", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == BOXED + "\n"  # streamed
+
+    # The user has the last word; gold and answer stay alike.
+    assert cli.main(["eval", str(data), "--model", str(final), "--skip-special-tokens", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["overall"]["value"] == 1
+    argv = ["generate", "--model", str(final), "--prompt", "Where?", "--temperature", "0", "--skip-special-tokens"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out == ("cat(1,2),(3,4)\n" if allowed else BOXED + "\n")
+
+
 @pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
 def test_float16_is_not_trained_in(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     # The precision of a float16 checkpoint on an accelerator; a CPU computes it in float32.
     monkeypatch.setattr(checkpoint, "precision_of", lambda config, mesh: Precision("float16", None))
-    argv = ["train", "--model", str(tiny_checkpoint), "--data", "d.jsonl", "--output", str(tmp_path / "run")]
-    assert cli.main(argv) == 2
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    argv = ["train", "--model", str(tiny_checkpoint), "--data", str(tmp_path / "d.jsonl")]
+    assert cli.main([*argv, "--output", str(tmp_path / "run")]) == 2
     assert "set dtype to bfloat16 or float32" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import functools
 import json
 from functools import partial
+from types import MappingProxyType
 
 import chex
 import jax
@@ -233,7 +234,7 @@ def test_a_stack_with_and_without(tmp_path):
     gradients = jax.jit(jax.grad(loss))(q)
     for leaf in ("lora_a", "lora_b"):
         assert np.any(gradients[leaf] != 0, (1, 2)).tolist() == [False, True, False]
-    peft.save_adapter(config, whole, tmp_path / "again", base_name="tiny")
+    peft.save_adapter(config, whole, tmp_path / "again", base_name="tiny", layout="hub")
     assert load_file(tmp_path / "again" / peft.WEIGHTS).keys() == {name.format("A"), name.format("B")}
     assert_same(peft.load_adapter(config, params, tmp_path / "again"), whole)
 
@@ -243,6 +244,8 @@ def test_a_stack_with_and_without(tmp_path):
 
 class Characters:
     """A processor that encodes nothing."""
+
+    allow_control_tokens, control_tokens = False, MappingProxyType({})
 
     def decode(self, ids, skip_special_tokens=True):
         return "".join(map(chr, ids))
@@ -337,7 +340,7 @@ def test_ranks_and_alphas_by_pattern(tmp_path):
     want = np.float32([6 / 3**0.5, 6 / 2**0.5, 40 / 5**0.5])
     assert np.array_equal(rooted["decoder"]["layers"]["q_proj"]["lora_scale"], want)
     for tree, name in ((whole, "c"), (rooted, "d")):
-        peft.save_adapter(config, tree, tmp_path / name, base_name="tiny")
+        peft.save_adapter(config, tree, tmp_path / name, base_name="tiny", layout="hub")
         assert {k: v.shape for k, v in load_file(tmp_path / name / peft.WEIGHTS).items()} == {
             k: v.shape for k, v in tensors.items()
         }
@@ -357,8 +360,10 @@ A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{s}.weight" for 
         ({"init_lora_weights": "pissa_niter_4"}, {}, "'pissa_niter_4'.*changed the base weights"),
         ({"r": "2"}, {}, "r is '2' for model.layers.0.self_attn.q_proj"),
         ({"lora_alpha": None}, {}, "lora_alpha is None"),
-        ({"rank_pattern": {"(": 2}}, {}, "patterns for r are not readable"),
-        ({"rank_pattern": [2]}, {}, "patterns for r are not readable"),
+        ({"rank_pattern": {"(": 2}}, {}, "rank_pattern is not readable"),
+        ({"rank_pattern": [2]}, {}, "rank_pattern is not readable"),
+        ({"rank_pattern": {r"(\w+)+x": 2}}, {}, "rank_pattern has .*too complex a pattern"),
+        ({"alpha_pattern": {".*" * 9 + "x": 2}}, {}, "alpha_pattern has .*too complex a pattern"),
         ({"r": 3}, {}, r"q_proj.lora_A.weight has shape \[2, 48\].*calls for \[3, 48\]"),
         ({}, {B: np.zeros((2, 48))}, r"q_proj.lora_B.weight has shape \[2, 48\].*calls for \[48, 2\]"),
         ({}, {A: None}, "q_proj has only one of lora_A and lora_B"),
@@ -440,7 +445,7 @@ def test_peft_loads_ours(family, tmp_path):
     want = our_logits(config, whole)
     assert relative(our_logits(config, params), want) > 0.01
 
-    peft.save_adapter(config, whole, tmp_path / "adapter", base_name="tiny")
+    peft.save_adapter(config, whole, tmp_path / "adapter", base_name="tiny", layout="hub")
     model = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()  # warns of a missing key: an error here
     held = load_file(tmp_path / "adapter" / peft.WEIGHTS)
     theirs = get_peft_model_state_dict(model, save_embedding_layers=False)

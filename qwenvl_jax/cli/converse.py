@@ -4,58 +4,102 @@ import math
 
 from qwenvl_jax.cli.errors import enable_compile_cache
 from qwenvl_jax.demo import SAMPLES
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import ContextError, InputError
 from qwenvl_jax.infer.options import GenerateOptions, tokens_left
-from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.messages import Media
+from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
 from qwenvl_jax.options import add_flags, build, given, names
 
-_PROMPT = ("add_vision_id", "allow_control_tokens", "boxes")
 
-
-def add_arguments(parser) -> None:
-    parser.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="directory or hub id (default: demo)")
+def add_model(parser) -> None:
+    """The flags of the model and its devices."""
+    parser.add_argument(
+        "--model", metavar="DIR_OR_ID", help="checkpoint or adapter: a directory or a hub id (default: demo)"
+    )
+    parser.add_argument(
+        "--adapter", action="append", metavar="DIR_OR_ID", help="LoRA adapter to merge into the model; repeatable"
+    )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32", "float16"), help="dtype of the weights (default: the checkpoint's)"
     )
     parser.add_argument(
         "--mesh", metavar="DxFxT", help="devices along data, fsdp and tensor, such as 1x1x8 (default: one)"
     )
+
+
+def add_arguments(parser) -> None:
+    add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     add_flags(parser, GenerateOptions, "Defaults come from the checkpoint's generation_config.json.")
     add_flags(parser, MediaOptions, "For all images and videos; an item in --messages can override them.")
-    group = parser.add_argument_group("prompt")
-    flag = dict(action="store_true", default=None)
-    group.add_argument("--add-vision-id", **flag, help="number the images and videos in the prompt")
-    group.add_argument(
-        "--allow-control-tokens", **flag, help="control tokens such as <|im_end|> typed in a text take effect"
-    )
+    add_flags(parser, PromptOptions)
+
+
+def located(args):
+    """The checkpoint and adapters that --model and --adapter name (`directory.locate`)."""
+    from qwenvl_jax.params import directory
+
+    adapters = args.adapter or []
+    if args.model is None and adapters:  # the first one's base is the model
+        found = directory.locate(*adapters)
+        if len(found.adapters) < len(adapters):
+            raise InputError(f"--adapter {adapters[0]}: not an adapter; name a model with --model")
+        return found
+    return directory.locate(directory.DEMO if args.model is None else args.model, *adapters)
 
 
 def sampling(args, request: dict | None = None) -> GenerateOptions:
     """GenerateOptions from a request and from flags; flags win. Raises OptionsError for a bad value."""
     options = {name: value for name, value in (request or {}).items() if name in names(GenerateOptions)}
-    return build(GenerateOptions, options | given(args, GenerateOptions))
+    options |= given(args, GenerateOptions)
+    if (allow := given(args, PromptOptions).get("allow_control_tokens")) is not None:  # answers follow the same rule
+        options.setdefault("skip_special_tokens", not allow)
+    return build(GenerateOptions, options)
 
 
 def encoder(args, request: dict | None = None):
-    """(checkpoint directory, messages → Sample). It reads no weights, so bad input is an error at once."""
+    """(what `located` gives, messages → Sample, a function that opens an attachment).
+
+    It reads no weights, so bad input is an error at once.
+    """
     from qwenvl_jax import Processor
     from qwenvl_jax.params import directory
 
     request = request or {}
-    options = {name: request[name] for name in (*names(MediaOptions), "tools") if name in request}
-    options |= given(args, MediaOptions)
-    options |= {name: value for name in _PROMPT if (value := getattr(args, name, None)) is not None}
-    path = directory.find(args.model)
-    config = directory.read_config(path)
-    processor = Processor.from_dir(path, config)
+    known = (*names(MediaOptions), "add_vision_id", "tools")
+    options = {name: request[name] for name in known if name in request}
+    options |= given(args, MediaOptions) | given(args, PromptOptions)
+    if getattr(args, "boxes", None) is not None:
+        options["boxes"] = args.boxes
+    found = located(args)
+    config = directory.read_config(found.path)
+    processor = Processor.from_dir(found.path, config)
 
     def encode(messages):
         sample = processor.encode(messages, **options)
         tokens_left(sample, config.text.context)
         return sample
 
-    return path, encode
+    def attach(kind, where):
+        """(the Visual of an image or video, its name, size and tokens as a sentence); it can stand in a message."""
+        from qwenvl_jax.inputs.media import load_image
+
+        p = processor.preprocessing
+        source = load_image(where) if kind == "image" else where
+        media = {name: value for name, value in options.items() if name in names(MediaOptions)}
+        (visual,) = processor.open([Media(kind, source, {}, kind)], build(MediaOptions, media))
+        grid, tokens = visual.grid, visual.grid.patches // config.vision.merge_unit
+        if tokens >= config.text.context:
+            raise ContextError(f"{where}: takes {tokens:,} tokens; the model's context is {config.text.context:,}")
+        size = f"{grid.w * p.patch_size} × {grid.h * p.patch_size} pixels"
+        if kind == "video":
+            seconds = f" over {grid.t * visual.seconds_per_grid:.3g} seconds" if visual.seconds_per_grid else ""
+            size = f"{grid.t * p.temporal_patch_size} frames{seconds} of {size}"
+        elif size != (original := f"{source.width} × {source.height} pixels"):
+            size = f"{original}, resized to {size}"
+        return visual, f"{where}: {kind}, {size}, {tokens:,} tokens"
+
+    return found, encode, attach
 
 
 def mesh(args):
@@ -75,12 +119,12 @@ def mesh(args):
     return make_mesh(*shape)
 
 
-def engine(path, args, mesh):
-    """Loads the checkpoint into an engine."""
+def engine(where, args, mesh):
+    """Loads the checkpoint into an engine. where: what `located` gives."""
     from qwenvl_jax import Engine, load
 
     enable_compile_cache()
-    return Engine(load(path, mesh=mesh, dtype=args.dtype))
+    return Engine(load(where.path, adapter=where.adapters, mesh=mesh, dtype=args.dtype))
 
 
 def user_turn(media: list[tuple[str, str]], text: str) -> dict:

@@ -5,7 +5,7 @@ import sys
 from functools import partial
 
 from qwenvl_jax.cli.errors import OK
-from qwenvl_jax.errors import InputError, OptionsError
+from qwenvl_jax.errors import InputError, OptionsError, install
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import add_flags, given, names
 from qwenvl_jax.train.options import TrainOptions
@@ -13,11 +13,15 @@ from qwenvl_jax.train.options import TrainOptions
 HELP = "Describe training records: sizes, bad ones, and batches that fit. No weights are read."
 _OPTIONS = ("task", "rows", "tokens", "lanes", "patches", "segments", "accumulate", "columns", "threads", "workers",
             "boxes", "allow_control_tokens", *names(MediaOptions))  # fmt: skip
+EXAMPLES = (
+    "qwenvl data train.jsonl --model Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwenvl data 'shards/*.parquet' --columns caption=response --limit 1000 -o sizes.png",
+)
 _QUANTILES = ("min", "5%", "50%", "95%", "99%", "max")
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("data", metavar="DATA", help="training records, as for qwenvl train")
+    parser.add_argument("data", nargs="+", metavar="DATA", help="training records, as for qwenvl train")
     parser.add_argument(
         "--model", default="demo", metavar="DIR_OR_ID", help="whose tokenizer and preprocessing (default: demo)"
     )
@@ -38,7 +42,7 @@ def run(args) -> int:
     from qwenvl_jax.params import directory
     from qwenvl_jax.train.survey import survey
 
-    path = directory.find(args.model)
+    path = directory.locate(args.model).path
     processor = Processor.from_dir(path, directory.read_config(path))
 
     progress = partial(tqdm, desc="reading", unit=" records", disable=None)
@@ -134,7 +138,7 @@ def draw(found, output) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise InputError("data draws with matplotlib, which is not installed: pip install 'qwenvl-jax[train]'") from e
+        raise InputError(f"data draws with matplotlib, which is not installed: {install('train')}") from e
     import numpy as np
 
     if not found.measured:

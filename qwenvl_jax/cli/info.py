@@ -1,6 +1,7 @@
 """`qwenvl info`: describes a checkpoint from its config and the headers of its weight files.
 
-Importing this file does not import numpy, and `describe` does not import jax.
+Importing this file does not import numpy, and `describe` does not import jax, except to count the
+parameters of a preset that PARAMETERS lacks.
 """
 
 import collections
@@ -15,7 +16,11 @@ from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.precision import on_cpu
 
 HELP = "Describe a checkpoint, reading only its headers."
-# `count_params` of params/specs.py needs jax; a test compares.
+EXAMPLES = (
+    "qwenvl info CKPT",
+    "qwenvl info qwen2.5-vl-7b --json",
+)
+# `count_params` of params/specs.py needs jax, which takes a second to import; a test compares.
 PARAMETERS = {
     "qwen2-vl-2b": 2_208_985_600,
     "qwen2-vl-7b": 8_291_375_616,
@@ -44,7 +49,8 @@ def describe(path_or_preset) -> dict:
 
     Keys: family; boxes (their coordinates in answers: "resized" or "thousandths"); preset (with the same sizes, or
     None); format ("hf", "orbax", "preset"); parameters; dtypes {name: parameters}; files {name: bytes}; bytes; context;
-    config; on_cpu (what `load` does with 16-bit weights on a CPU with the memory that is free now).
+    config; on_cpu (what `load` does with 16-bit weights on a CPU with the memory that is free now);
+    adapters (if it is an adapter; then the rest is about its base).
     Raises InputError if there is no such directory or a header is damaged.
     """
     # Not at the top: `--help` imports this file, and these import numpy.
@@ -55,10 +61,15 @@ def describe(path_or_preset) -> dict:
 
     config = PRESETS.get(str(path_or_preset))
     if config:
-        return _facts(config, "preset", {config.dtype: PARAMETERS[str(path_or_preset)]}, {})
-    path = directory.find(path_or_preset) if path_or_preset == directory.DEMO else Path(path_or_preset)
-    if not path.is_dir():
-        raise InputError(f"{path}: no such directory or preset; presets are {', '.join(PRESETS)}")
+        count = PARAMETERS.get(str(path_or_preset))
+        if count is None:  # a new family's
+            from qwenvl_jax.params.specs import count_params
+
+            count = count_params(config)
+        return _facts(config, "preset", {config.dtype: count}, {})
+    if path_or_preset != directory.DEMO and not Path(path_or_preset).is_dir():
+        raise InputError(f"{path_or_preset}: no such directory or preset; presets are {', '.join(PRESETS)}")
+    path, _, adapters = directory.locate(path_or_preset)
     config, dtypes = directory.read_config(path, quantised=True), collections.Counter[str]()
     if (path / directory.MARKER).is_file():
         form, files = "orbax", sorted(f for f in (path / directory.PARAMS).rglob("*") if f.is_file())
@@ -71,7 +82,16 @@ def describe(path_or_preset) -> dict:
             for tensor in reader.tensors.values():
                 dtype = DTYPES.get(tensor.dtype)
                 dtypes[dtype.name if dtype else tensor.dtype] += math.prod(tensor.shape)
-    return _facts(config, form, dict(dtypes), {str(f.relative_to(path)): f.stat().st_size for f in files})
+    sizes = {str(f.relative_to(path)): f.stat().st_size for f in files}
+    return _facts(config, form, dict(dtypes), sizes) | {"adapters": [_adapter(config, a) for a in adapters]}
+
+
+def _adapter(config: Config, path: Path) -> dict:
+    from qwenvl_convert.peft import AdapterFile
+
+    with AdapterFile(config, path) as adapter:
+        modules = sum(map(len, adapter.pairs.values()))
+        return {"path": str(path), "rank": adapter.rank, "modules": modules, "whole": sorted(adapter.whole)}
 
 
 def _facts(config: Config, form: str, dtypes: dict, files: dict) -> dict:
@@ -91,6 +111,7 @@ def _facts(config: Config, form: str, dtypes: dict, files: dict) -> dict:
         "on_cpu": on_cpu(config.dtype, sum(dtypes.values())).reason,
         "context": config.text.context,
         "config": dataclasses.asdict(config),
+        "adapters": [],
     }
 
 
@@ -120,4 +141,7 @@ def table(facts: dict) -> str:
         rows["on a CPU"] = facts["on_cpu"].removeprefix("on a CPU, ")
     if facts["files"]:
         rows["weights"] = f"{facts['bytes']:,} bytes in {len(facts['files'])} files"
+    for a in facts["adapters"]:
+        whole = f", whole {', '.join(a['whole'])}" if a["whole"] else ""
+        rows["adapter"] = f"rank {a['rank']} on {a['modules']} modules{whole} ({a['path']})"
     return "\n".join(f"{name:<11} {value}" for name, value in rows.items())

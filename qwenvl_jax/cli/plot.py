@@ -4,9 +4,13 @@ import math
 from pathlib import Path
 
 from qwenvl_jax.cli.errors import OK
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, install
 
 HELP = "Plot the metrics of training runs."
+EXAMPLES = (
+    "qwenvl plot RUN",
+    "qwenvl plot RUN OTHER_RUN --output compared.png",
+)
 _COLUMNS = 3
 # Keys of a line that get no panel.
 _BOOKKEEPING = ("step", "weight", "tokens", "epoch", "skipped_steps")
@@ -46,7 +50,7 @@ def draw(runs: dict[str, list[dict]], output) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise InputError("plot draws with matplotlib, which is not installed: pip install 'qwenvl-jax[train]'") from e
+        raise InputError(f"plot draws with matplotlib, which is not installed: {install('train')}") from e
     panels = _panels(runs)
     if not panels:
         raise InputError(f"{', '.join(runs)}: metrics.jsonl has no steps yet; there is nothing to plot")

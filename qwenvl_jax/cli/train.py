@@ -10,6 +10,10 @@ from qwenvl_jax.options import add_flags, given
 from qwenvl_jax.train.options import TrainOptions
 
 HELP = "Fine-tune a model. Run the same command again to resume."
+EXAMPLES = (
+    "qwenvl train run.toml",
+    "qwenvl train run.toml --learning-rate 2e-5 --steps 500",
+)
 
 
 def add_arguments(parser) -> None:
@@ -24,7 +28,7 @@ def run(args) -> int:
     enable_compile_cache()
 
     def evaluator(model, data, encoding):
-        return Evaluator(model, data, encoding=encoding)
+        return Evaluator(model, data, encoding=encoding, on_bad=options.on_bad_record)
 
     try:
         ended = finetune(options, evaluator)

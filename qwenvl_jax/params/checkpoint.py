@@ -21,8 +21,10 @@ from qwenvl_jax.config import DTYPES, Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
+from qwenvl_jax.inputs.processor import RULE, RULE_FILE
 from qwenvl_jax.params import directory
-from qwenvl_jax.params.directory import MARKER, PARAMS, find, first_line, kvstore, read_config
+from qwenvl_jax.params.directory import MARKER, PARAMS, Located, first_line, kvstore, locate, read_config
+from qwenvl_jax.params.directory import find as find
 from qwenvl_jax.params.place import Leaf, Source, to_devices
 from qwenvl_jax.params.precision import Precision, on_cpu
 from qwenvl_jax.params.specs import count_params, flatten, param_shardings, specs, unflatten
@@ -34,9 +36,11 @@ CHUNK_BYTES = 16 << 20  # small, so that a process reads little more than its ow
 PIECE_BYTES = 64 << 20  # in memory at a time, unless one layer is larger
 
 
-def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
+def load(path_or_id, *, adapter=(), mesh=None, dtype=None, progress: bool = True) -> Model:
     """Loads a checkpoint: a Hugging Face directory, one written by `save` or `qwenvl convert`, a hub id, or "demo".
 
+    path_or_id may be an adapter in PEFT's format: then its base is loaded and the adapter is merged into it.
+    adapter: an adapter to merge, a directory or a hub id; or several, which are merged in order.
     mesh: lay the parameters out over it (sharding.make_mesh); None puts them on the first device.
     dtype: cast the weights to it and compute in it ("bfloat16"). None keeps the checkpoint's. CPUs multiply 16 bits
         slowly, so they compute 16-bit checkpoints in float32 (`precision_of`); `save` may then write float32.
@@ -44,21 +48,33 @@ def load(path_or_id, *, mesh=None, dtype=None, progress: bool = True) -> Model:
     """
     from qwenvl_jax.inputs.processor import Processor
 
-    path = find(path_or_id)
-    config = read_config(path)
+    located = locate(path_or_id, *([adapter] if isinstance(adapter, str | Path) else adapter))
+    path, config = located.path, read_config(located.path)
     shardings = None if mesh is None else param_shardings(specs(config), mesh)
     chosen = precision_of(config, mesh) if dtype is None else Precision(_known_dtype(dtype), _known_dtype(dtype))
     config = config.replace(dtype=chosen.compute)
     processor = Processor.from_dir(path, config)  # before the weights, because it fails quickly
-    if (path / MARKER).is_file():
-        params = restore(path, config, shardings, chosen.weights, progress)
-    else:
-        from qwenvl_convert.hf import read_params
-
-        params = read_params(path, config, shardings, chosen.weights, progress)
+    with open_source(located, config) as source:
+        params = to_devices(source, shardings, chosen.weights, progress)
     if progress and chosen.reason:
         _LOG.warning("%s: %s", path.name, chosen.reason)  # without handlers, Python shows it on stderr
     return Model(config, params, processor, read_json(path / "generation_config.json", missing={}))
+
+
+@contextlib.contextmanager
+def open_source(located: Located, config: Config):
+    """The parameters of a checkpoint of either format with its adapters merged, still on disk: yields a `Source`."""
+    from qwenvl_convert.hf import HfSource
+    from qwenvl_convert.peft import AdaptedSource, AdapterFile
+
+    with contextlib.ExitStack() as files:
+        if (located.path / MARKER).is_file():
+            source: Source = OrbaxSource(located.path, config)
+        else:
+            source = files.enter_context(HfSource(located.path, config))
+        for path in located.adapters:
+            source = AdaptedSource(source, files.enter_context(AdapterFile(config, path)))
+        yield source
 
 
 def precision_of(config: Config, mesh=None) -> Precision:
@@ -103,6 +119,7 @@ def save(model: Model, path, *, files_from=None) -> None:
         if files_from is not None:
             copy_side_files(files_from, work)
             (work / "README.md").unlink(missing_ok=True)  # it describes other weights
+            write_rule(model.processor, work)
         stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # not the compute dtype, on CPUs
         write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
         write_json(work / "generation_config.json", dict(model.generation))
@@ -167,10 +184,18 @@ def write_json(file: Path, data: dict) -> None:
     file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def write_rule(processor, directory: Path) -> None:
+    """Writes how the processor treats control tokens into the tokenizer's settings, unless they say so already."""
+    rule = getattr(processor, RULE, False)
+    settings = read_json(directory / RULE_FILE, missing={})
+    if settings.get(RULE, False) != rule:
+        write_json(directory / RULE_FILE, settings | {RULE: rule})
+
+
 def copy_side_files(source: Path, target: Path) -> None:
     """Copies a checkpoint's files, except the weights, byte for byte."""
     for file in {file for pattern in directory.SIDE_FILES for file in source.glob(pattern)}:
-        if file.is_file() and file.name not in (directory.INDEX, MARKER):
+        if file.is_file() and file.name not in (directory.INDEX, MARKER, directory.ADAPTER_SETTINGS):
             shutil.copyfile(file, target / file.name)
 
 
@@ -191,17 +216,27 @@ def staged(path, nbytes: int, outside: Path | None = None):
         raise CheckpointError(f"{path}: is inside {outside}, the checkpoint that is read; choose a place outside of it")
     work = path.with_name(path.name + PARTIAL)
     need = nbytes + (64 << 20)
+    undecided = True  # whether the directory may be one that this call made and does not hold yet
+
+    def unmake() -> None:
+        if undecided:  # Ctrl-C came between the two
+            with contextlib.suppress(OSError):
+                work.rmdir()
+
     with contextlib.ExitStack() as cleanup:
+        cleanup.callback(unmake)
         try:
             work.mkdir(exist_ok=True)
             lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
             cleanup.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
+            undecided = False
             raise CheckpointError(f"{path}: another process is writing it") from e
         except OSError as e:
             raise CheckpointError(f"{path}: cannot be written ({e.strerror})") from e
         cleanup.callback(_remove, work)
+        undecided = False
         _empty(work)
         free = shutil.disk_usage(work).free
         if free < need:

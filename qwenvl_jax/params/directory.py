@@ -1,15 +1,18 @@
 """Checkpoint directories without their weights: where they are, their format, their config. Imports no jax."""
 
+import contextlib
 import dataclasses
 import json
+import logging
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401 - makes "bfloat16" the name of a numpy dtype
 import numpy as np
 
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.errors import CheckpointError, InputError
+from qwenvl_jax.errors import CheckpointError, InputError, shown
 from qwenvl_jax.families import from_dict
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
 
@@ -20,7 +23,19 @@ MARKER, PARAMS = "qwenvl_jax.json", "params"
 INDEX = "model.safetensors.index.json"  # in a Hugging Face checkpoint with several weight files
 # A checkpoint's files, except the weights.
 SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
+ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
+_LOG = logging.getLogger(__name__)
 _HUB_FILES = (*SIDE_FILES, "*.safetensors", f"{PARAMS}/**")
+
+
+class Located(NamedTuple):
+    """A complete checkpoint, its name for other programs (a hub id or a directory), and its adapters, in order."""
+
+    path: Path
+    name: str
+    adapters: tuple[Path, ...] = ()
 
 
 def find(path_or_id) -> Path:
@@ -37,8 +52,8 @@ def find(path_or_id) -> Path:
     if path.is_dir():
         return path.absolute()
     if path.exists():
-        raise CheckpointError(f"{path}: is a file; a checkpoint is a directory (with config.json and the weights)")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_id)):
+        raise CheckpointError(_a_file(path))
+    if not HUB_ID.fullmatch(str(path_or_id)):
         raise CheckpointError(f"{path}: no such directory")
     from huggingface_hub import snapshot_download
 
@@ -46,6 +61,56 @@ def find(path_or_id) -> Path:
         return Path(snapshot_download(str(path_or_id), allow_patterns=list(_HUB_FILES)))
     except Exception as e:  # the type depends on huggingface_hub's version and http library
         raise CheckpointError(f"{path_or_id}: no such directory, and not on the hub ({first_line(e)})") from e
+
+
+def locate(path_or_id, *adapters) -> Located:
+    """Finds a model and its adapters, each a directory or a hub id.
+
+    If `path_or_id` is an adapter, its base is opened and the adapter comes first. `adapters` are applied after it.
+    Raises CheckpointError if one of them, or a base, is not found.
+    """
+    name, path = path_or_id, find(path_or_id)
+    own: list[Path] = []
+    chain = [find(adapter) for adapter in adapters]
+    for adapter in chain:
+        if not (adapter / ADAPTER_SETTINGS).is_file():
+            raise CheckpointError(f"{adapter}: not an adapter, there is no {ADAPTER_SETTINGS} in it")
+    while (path / ADAPTER_SETTINGS).is_file():
+        if any((path / weights).is_file() for weights in (MARKER, "model.safetensors", INDEX)):
+            if own or path in chain:
+                break
+            both = f"{path}: holds a model's weights and an adapter"
+            raise CheckpointError(f"{both}; move {ADAPTER_SETTINGS} away, or apply it too: --adapter {path}")
+        if path in own:
+            raise CheckpointError(f"{path}: this adapter's base is an adapter of it; name the base with --model")
+        name = _base_of(path)
+        _LOG.warning("%s is an adapter; its base model is %s", path.name, name)
+        own.insert(0, path)
+        path = find(name)
+    cached = _CACHED.search(str(path))
+    named = f"{cached[1]}/{cached[2]}" if cached else str(name)
+    return Located(path, named if HUB_ID.fullmatch(named) and not Path(named).is_dir() else str(path), (*own, *chain))
+
+
+def _base_of(adapter: Path):
+    """The base of an adapter as `find` takes it. Raises CheckpointError that says how to name it otherwise."""
+    file = adapter / ADAPTER_SETTINGS
+    name, instead = read_json(file).get("base_model_name_or_path"), f"name its base: --model BASE --adapter {adapter}"
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{file}: base_model_name_or_path is {shown(name)}; {instead}")
+    if name == DEMO:
+        return name
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # no name of a file, or of a user
+        for path in (Path(name).expanduser(), adapter / name):  # as in PEFT, and for a base that moved with its adapter
+            if path.is_dir():
+                return path
+    cached = _CACHED.search(name)  # the hub's cache on the machine where the adapter was trained
+    name = f"{cached[1]}/{cached[2]}" if cached else name
+    if name.lower().endswith(("-bnb-4bit", "-awq", "-fp8")) or "-gptq" in name.lower():
+        raise CheckpointError(f"{file}: the base {name} is quantised; give the original model ({instead})")
+    if not HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{file}: the base {name} is not here; {instead}")
+    return name
 
 
 def read_config(path: Path, *, quantised: bool = False) -> Config:
@@ -56,13 +121,15 @@ def read_config(path: Path, *, quantised: bool = False) -> Config:
     """
     file = path / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{path}: not a checkpoint, there is no config.json in it")
+        raise CheckpointError(f"{path}: not a checkpoint, there is no config.json in it{leftover(path)}")
     data = read_json(file)
     try:
         config = from_dict(data)
     except InputError as e:
         raise CheckpointError(f"{file}: {e}") from e
-    if (how := data.get("quantization_config")) and not quantised:
+    text = data.get("text_config")
+    how = data.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    if how and not quantised:
         method = how.get("quant_method", "?") if isinstance(how, dict) else how
         raise CheckpointError(f"{file}: quantised checkpoints ({method}) are not supported; use the original model")
     preprocessing = read_preprocessing(path, config)
@@ -71,6 +138,58 @@ def read_config(path: Path, *, quantised: bool = False) -> Config:
     # Part of the model's config, because pictures are normalised on the device.
     mean, std = preprocessing.image_mean, preprocessing.image_std
     return config.replace(vision=dataclasses.replace(config.vision, image_mean=mean, image_std=std))
+
+
+# What training and saving leave behind: a pattern of names, and what to do.
+_LEFTOVERS = (
+    ("zero_to_fp32.py", "it holds DeepSpeed's shards; run `python zero_to_fp32.py . OUT` in it and open OUT"),
+    ("global_step*", "it holds DeepSpeed's shards; make one checkpoint of them with DeepSpeed's zero_to_fp32.py"),
+    ("mp_rank_*", "it holds DeepSpeed's shards; make one checkpoint of them with DeepSpeed's zero_to_fp32.py"),
+    ("*.distcp", "it holds FSDP's shards; run `accelerate merge-weights DIR OUT` and add the base's other files"),
+    ("pytorch_model_fsdp*", "it holds FSDP's shards; run `accelerate merge-weights` and add the base's other files"),
+    ("*.gguf", "GGUF files are not supported; use the original model"),
+    ("consolidated*", "it is in another project's format; use the model in Hugging Face's format"),
+    ("snapshots/*/config.json", "it is a folder of the hub's cache; name the folder in snapshots, or the hub id"),
+    ("final/config.json", "it is the directory of a run; name its folder final"),
+    ("final/adapter_config.json", "it is the directory of a run; name its folder final"),
+    ("adapter/adapter_config.json", "it is the directory of a run; name its folder adapter"),
+    ("checkpoint-*/config.json", "it holds a trainer's checkpoints; name one of them"),
+    ("checkpoint-*/adapter_config.json", "it holds a trainer's checkpoints of an adapter; name one of them"),
+    ("checkpoints/*/state", "it is the directory of a run that has not ended; run `qwenvl train` again to end it"),
+    ("d/*", "it holds Orbax's arrays alone; name the checkpoint's directory, which has a config.json"),
+    ("_METADATA", "it holds Orbax's arrays alone; name the checkpoint's directory, which has a config.json"),
+    ("adapter_model.*", "it holds an adapter's weights without adapter_config.json; copy that file into it"),
+    (
+        "pytorch_model*.bin",
+        "it holds weights as pickles, which could run code when they are opened; if you trust them, save the model "
+        "again: AutoModelForImageTextToText.from_pretrained(DIR, dtype='auto').save_pretrained(OUT)",
+    ),
+    ("*.safetensors", "it holds weights alone; copy config.json and the tokenizer's files of the base model into it"),
+    ("*/config.json", "one of its folders is a checkpoint; name that folder"),
+    ("*/adapter_config.json", "one of its folders is an adapter; name that folder"),
+)
+
+
+def leftover(path: Path) -> str:
+    """What a directory is that lacks config.json or its weights, and what to do, to end a sentence; "" if unknown."""
+    for pattern, advice in _LEFTOVERS:
+        found = sorted(path.glob(pattern))
+        if found and not (pattern == "*.safetensors" and (path / "config.json").is_file()):
+            newest = max(found, key=lambda f: [int(n) for n in re.findall(r"\d+", str(f.relative_to(path)))])
+            folder = newest.relative_to(path).parts[0] if "/" in pattern and "name" in advice else ""
+            return f": {advice}" + (f" ({path / folder})" if folder and folder != "snapshots" else "")
+    return ""
+
+
+def _a_file(path: Path) -> str:
+    kind = path.suffix.lower()
+    if kind == ".gguf":
+        return f"{path}: GGUF files are not supported; use the original model's directory or hub id"
+    if kind in (".bin", ".pt", ".pth", ".ckpt"):
+        return f"{path}: is a file; pickles are not read, save the model with transformers' save_pretrained"
+    inside = kind in (".safetensors", ".json")
+    hint = f"; did you mean {path.parent}?" if inside else " (with config.json and the weights)"
+    return f"{path}: is a file; a checkpoint is a directory{hint}"
 
 
 def stored_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

@@ -98,6 +98,17 @@ def merge(params: dict) -> dict:
     return unflatten(base)
 
 
+def join(first: dict, second: dict) -> dict:
+    """One adapter that adds both updates. first, second: trees of an adapter alone, as `split` gives them."""
+    one, two = flatten(first), flatten(second)
+    for linear in {path.rpartition("/")[0] for path in one.keys() & two.keys()}:
+        (a1, b1, s1), (a2, b2, s2) = ([flat[f"{linear}/{leaf}"] for leaf in ADAPTER] for flat in (one, two))
+        scaled = [b * s[..., None, None] for b, s in ((b1, s1), (b2, s2))]
+        leaves = jnp.concatenate([a1, a2], -1), jnp.concatenate(scaled, -2), jnp.ones_like(s1)
+        two |= {f"{linear}/{leaf}": value for leaf, value in zip(ADAPTER, leaves, strict=True)}
+    return unflatten(one | two)
+
+
 def dropout(params: dict, key, rate: float) -> dict:
     """The parameters with dropout on each adapter's inputs, for one micro-batch of training; differentiable.
 

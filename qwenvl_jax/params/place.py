@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
-from qwenvl_jax.params.specs import Spec, flatten, unflatten
+from qwenvl_jax.config import Config
+from qwenvl_jax.params.specs import Spec, flatten, specs_of, unflatten
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,20 @@ class Source(abc.ABC):
         raw = np.empty(nbytes + 64, np.uint8)
         start = -raw.ctypes.data % 64
         return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+class ArraySource(Source):
+    """Parameters in memory, as a source that can be written to files. Raises InputError for a leaf without a place."""
+
+    def __init__(self, config: Config, params: dict):
+        self._params = flatten(params)
+        self.leaves = {path: Leaf(path, spec) for path, spec in specs_of(config, params).items()}
+
+    def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
+        """See `Source.read`."""
+        out = self.empty(leaf, index, dtype)
+        out[...] = self._params[leaf.path][index]
+        return out
 
 
 def to_devices(source: Source, shardings=None, dtype=None, progress: bool = True) -> dict:

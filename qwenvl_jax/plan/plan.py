@@ -26,7 +26,7 @@ from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import slots_needed
 from qwenvl_jax.inputs.pack import cover
 from qwenvl_jax.params import lora
-from qwenvl_jax.params.directory import DEMO, find, read_config
+from qwenvl_jax.params.directory import DEMO, locate, read_config
 from qwenvl_jax.params.specs import abstract_params, check_mesh, param_shardings, specs, specs_of
 from qwenvl_jax.plan.hardware import CHIPS, GIB, Target, devices
 from qwenvl_jax.plan.hlo import Program
@@ -210,10 +210,9 @@ def resolve_model(name: str) -> Config:
     """The configuration of a preset ("qwen2.5-vl-7b") or a checkpoint directory. Nothing is downloaded."""
     if name in PRESETS:
         return PRESETS[name]
-    path = find(name) if name == DEMO else Path(name)
-    if not path.is_dir():
+    if name != DEMO and not Path(name).is_dir():
         raise InputError(f"{name}: no such directory or preset; presets are {', '.join(PRESETS)}")
-    return read_config(path)
+    return read_config(locate(name).path)
 
 
 def _shaped(mesh: Mesh, dims: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:

@@ -1,15 +1,20 @@
 """Fine-tuning from TrainOptions: reads a checkpoint and records, writes a checkpoint that `load` opens."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from qwenvl_convert.peft import save_adapter
+from qwenvl_convert.orbax import save_hf
+from qwenvl_convert.peft import AdapterFile, load_adapter, save_adapter
 
 from qwenvl_jax import distributed
+from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, OptionsError
-from qwenvl_jax.params import checkpoint, lora
+from qwenvl_jax.inputs.source import Records, open_source
+from qwenvl_jax.params import checkpoint, directory, lora
+from qwenvl_jax.params.directory import Located
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import OnMetrics, make_run_mesh, train
 from qwenvl_jax.train.optimizer import settled
@@ -23,7 +28,7 @@ FINAL, ADAPTER = "final", "adapter"
 
 def finetune(
     options: TrainOptions,
-    evaluator: Callable[[Model, str, dict], Callable] | None = None,
+    evaluator: Callable[[Model, Records, dict], Callable] | None = None,
     *,
     optimizer=None,
     on_metrics: OnMetrics | Sequence[OnMetrics] = (),
@@ -32,9 +37,9 @@ def finetune(
 
     evaluator: (model, eval_data, options of Processor.encode) → params → metrics by name.
     optimizer, on_metrics: as for `train`.
-    The result is the directory `final`, which `load` opens. With LoRA, it holds merged adapters, and PEFT opens the
-    directory `adapter` beside it. A finished run returns at once; one that is now to be longer goes on, and its former
-    result is renamed to `final-STEP`.
+    The result is the directory `final`, which `load` opens, and transformers too if `result_format` is "hf". With LoRA,
+    it holds merged adapters, and PEFT opens the directory `adapter` beside it. A finished run returns at once; one that
+    is now to be longer goes on, and its former result is renamed to `final-STEP`.
     Raises InputError for bad options, checkpoints and records.
     """
     for name in ("model", "data", "output"):
@@ -55,14 +60,15 @@ def finetune(
             if final.is_dir():
                 _say(f"already finished: {final}")
                 return None
-    source = checkpoint.find(options.model)
+    records, questions = _open(options)
+    source = directory.locate(options.model)
     model = _load(options, source)
-    with contextlib.closing(_dataset(options, model)) as data:
+    with contextlib.closing(_dataset(options, records, model)) as data:
         evaluate = None
-        if options.eval_data:
+        if questions is not None:
             if evaluator is None:
                 raise OptionsError("eval_data needs an evaluator")
-            evaluate = evaluator(model, options.eval_data, options.encoding)
+            evaluate = evaluator(model, questions, options.encoding)
         more = dict(optimizer=optimizer, on_metrics=on_metrics)
         result = train(model, data, options, evaluate=evaluate, donate=True, **more)
     if result.signal is not None:
@@ -76,12 +82,17 @@ def finetune(
     params = result.params
     if options.lora_rank:
         if not adapter.exists():
-            save_adapter(model.config, params, adapter, base_name=options.model)
+            whole = _with_earlier(model.config, params, source)
+            save_adapter(model.config, whole, adapter, base_name=source.name, layout=options.adapter_layout)
             _say(f"adapter for PEFT: {adapter}")
         params = lora.merge(params)
-    stored = checkpoint.read_config(source)  # the result has the dtype of the checkpoint
+    stored = directory.read_config(source.path)  # the result has the dtype of the checkpoint
     params = jax.tree.map(lambda w: w.astype(stored.dtype), params)
-    checkpoint.save(model._replace(config=stored, params=params), final, files_from=source)
+    model = model._replace(config=stored, params=params)
+    if options.result_format == "hf":
+        save_hf(model, final, base=source)
+    else:
+        checkpoint.save(model, final, files_from=source.path)
     _say(f"model of step {result.step}: {final}")
     return None
 
@@ -99,21 +110,51 @@ def _set_aside(step: int, *results: Path) -> None:
             _say(f"the result after {step} steps is now {former}")
 
 
-def _load(options: TrainOptions, source: Path) -> Model:
+def _with_earlier(config: Config, params: dict, source: Located) -> dict:
+    """The parameters with one adapter that holds the trained one and those that were merged before training."""
+    base, adapter = lora.split(params)
+    for earlier in source.adapters:
+        adapter = lora.join(lora.split(load_adapter(config, base, earlier))[1], adapter)
+    return lora.combine(base, adapter)
+
+
+def _load(options: TrainOptions, source: Located) -> Model:
     """The model to train, on the mesh and in the dtypes of the options."""
+    for path in source.adapters if options.lora_rank else ():
+        with AdapterFile(directory.read_config(source.path), path) as adapter:
+            if adapter.whole:
+                raise InputError(
+                    f"{path}: holds whole parameters ({min(adapter.whole)}), which a new adapter cannot; write the "
+                    "model with `qwenvl merge` and train from that"
+                )
     mesh = make_run_mesh(options)
-    dtype = options.dtype or checkpoint.precision_of(checkpoint.read_config(source), mesh).compute
+    dtype = options.dtype or checkpoint.precision_of(directory.read_config(source.path), mesh).compute
     if dtype == "float16":
         raise OptionsError("the checkpoint is float16, where gradients vanish; set dtype to bfloat16 or float32")
     # bfloat16 weights round small updates away. Adapters are always float32.
     param_dtype = options.param_dtype or (None if options.lora_rank else "float32")
-    model = checkpoint.load(source, mesh=mesh, dtype=param_dtype)
-    return model._replace(config=model.config.replace(dtype=dtype))
+    model = checkpoint.load(source.path, adapter=source.adapters, mesh=mesh, dtype=param_dtype)
+    processor, generation = model.processor, dict(model.generation)
+    if options.allow_control_tokens is not None:  # the result keeps this rule
+        processor = dataclasses.replace(processor, allow_control_tokens=options.allow_control_tokens)
+    if options.skip_special_tokens is not None:
+        generation["skip_special_tokens"] = options.skip_special_tokens
+    config = model.config.replace(dtype=dtype)
+    return model._replace(config=config, processor=processor, generation=generation)
 
 
-def _dataset(options: TrainOptions, model: Model) -> Dataset:
+def _open(options: TrainOptions) -> tuple[Records, Records | None]:
+    """The records to train on and to evaluate on, opened before the model is."""
+    questions = open_source(options.eval_data, options.columns) if options.eval_data else None
+    records = open_source(options.data, options.columns, options.streaming)
+    if records.streamed:
+        options.check_stream()
+    return records, questions
+
+
+def _dataset(options: TrainOptions, records: Records, model: Model) -> Dataset:
     return Dataset(
-        options.data,
+        records,
         model.processor,
         PackShape(options.rows, options.tokens, options.lanes, options.patches, options.segments),
         seed=options.seed,

@@ -86,6 +86,8 @@ def train(
     options, mesh = settled(options, optimizer), make_run_mesh(options)
     if options.epochs is not None and getattr(data, "epochs", None) != options.epochs:
         raise OptionsError(f"epochs is {options.epochs}; data must end after as many, as Dataset(…, epochs=…) does")
+    if math.isnan(getattr(data, "epoch", 0.0)):
+        options.check_stream()
     with Run(options) as run, Signals() as signals:
         loop = _Loop(model, data, options, loss, optimizer, donate, mesh, run)
         loop.evaluate, loop.signals = evaluate, signals
@@ -238,11 +240,11 @@ class _Loop:
         flops = len(inputs.tokens) * self.flops(*inputs.tokens.shape[1:], lanes, patches)
         facts = {"flops": flops, "tokens": int(np.count_nonzero(inputs.segments))}
         rate = None
-        if hasattr(self.data, "epoch"):
-            facts["epoch"] = self.data.epoch
+        if not math.isnan(epoch := getattr(self.data, "epoch", math.nan)):
+            facts["epoch"] = epoch
         if o.steps is None and o.optimizer != CUSTOM:
             # The run's length in steps, estimated from the share of the records that the steps so far have read.
-            total = self.step * o.epochs / begins if begins else math.inf
+            total = self.step * o.epochs / begins if begins > 0 else math.inf
             how = dict(warmup=o.warmup, cooldown=o.cooldown)
             facts["learning_rate"] = learning_rate_at(o.learning_rate, o.schedule, self.step, total, **how)
             rate = _place_scalar(facts["learning_rate"], self.mesh)

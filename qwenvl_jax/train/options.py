@@ -27,9 +27,13 @@ _DTYPES = ("float32", "bfloat16")
 class TrainOptions(MediaOptions):
     """Options of one run. Raises OptionsError for a wrong type, a value out of range and options that contradict."""
 
-    model: str = option("", "checkpoint to start from: a directory or a hub id", title="the run")
-    data: str = option("", "JSONL file of training records")
-    eval_data: str = option("", "JSONL file of records to answer and score during training")
+    model: str = option("", "checkpoint or adapter to start from: a directory or a hub id", title="the run")
+    data: tuple[str, ...] = option(
+        (), "training records: a JSONL, JSON or Parquet file, a pattern, or a dataset of the hub; repeatable"
+    )
+    eval_data: tuple[str, ...] = option((), "records to answer and score during training; repeatable")
+    columns: tuple[str, ...] = option((), "OLD=NEW renames a key of every record, OLD= passes over it; repeatable")
+    streaming: bool = option(False, "read a dataset of the hub as it comes, without downloading it first")
     output: str = option("", "directory of the run and its result; a run in it is resumed", free=True)
     task: str = option("sft", "train on the assistant's messages, or on preferences", choices=("sft", "dpo"))
     beta: float = option(0.1, "DPO: strength of the pull to the reference model", above=0)
@@ -85,14 +89,28 @@ class TrainOptions(MediaOptions):
     boxes: str | None = option(
         None, "coordinates of boxes in records that do not name theirs; default: the model's", choices=COORDINATES
     )
-    allow_control_tokens: bool = option(
-        False, "read tokens such as <|box_start|> in texts as control tokens; scores are of texts without them"
+    allow_control_tokens: bool | None = option(
+        None,
+        "read tokens such as <|box_start|> in texts as control tokens, and keep them in answers; "
+        "default: as the checkpoint was trained",
+    )
+    skip_special_tokens: bool | None = option(
+        None, "score answers without control tokens; default: unless they are allowed", free=True
     )
     save_every: int = option(500, "steps between checkpoints", least=1, free=True, title="output")
     keep: int = option(2, "latest checkpoints to keep, besides the best one", least=1, free=True)
     eval_every: int = option(500, "steps between evaluations; each writes a checkpoint", least=1, free=True)
     best: str | None = option(None, "evaluation metric that selects the checkpoint to return", free=True)
     best_mode: str = option("max", "whether a larger or smaller metric is better", choices=("max", "min"), free=True)
+    result_format: str = option(
+        "orbax", "format of the result, final: Orbax's or Hugging Face's", choices=("orbax", "hf"), free=True
+    )
+    adapter_layout: str = option(
+        "nested",
+        "names in the adapter for PEFT: of transformers 4.52 and newer (nested) or older (hub)",
+        choices=("nested", "hub"),
+        free=True,
+    )
     log_every: int = option(1, "steps between lines of metrics.jsonl", least=1, free=True)
     max_bad_steps: int = option(10, "stop after this many steps in a row that are not finite", least=1)
 
@@ -127,8 +145,15 @@ class TrainOptions(MediaOptions):
     @property
     def encoding(self) -> dict:
         """How records are read: the options of a Dataset and of an Evaluator."""
-        encoding = given(self, MediaOptions) | {"allow_control_tokens": self.allow_control_tokens}
-        return encoding | ({"boxes": self.boxes} if self.boxes else {})
+        return given(self, TrainOptions, only=(*names(MediaOptions), "boxes", "allow_control_tokens"))
+
+    def check_stream(self) -> None:
+        """Raises OptionsError if the run is by epochs and needs to know how long the data is."""
+        if self.epochs is not None and self.optimizer != CUSTOM and (self.schedule != "constant" or self.cooldown):
+            raise OptionsError(
+                f"epochs is {self.epochs}, but a stream does not say how long it is, so the learning rate cannot fall "
+                "towards its end; give steps, or the constant schedule without a cooldown"
+            )
 
     @property
     def length(self) -> str:

@@ -74,7 +74,7 @@ class Progress:
 
     def _text(self, line: dict) -> str:
         words = [f"loss {line['loss']:.4f}"]
-        if self.options.epochs:
+        if self.options.epochs and "epoch" in line:
             words.append(f"epoch {line['epoch']:.2f}/{self.options.epochs}")
         if "tokens_per_second" in line:
             words.append(f"{line['tokens_per_second']:.0f} tokens/s")

@@ -1,6 +1,6 @@
 """Turns a training record into samples with loss weights: one conversation, or a pair of them.
 
-The assistant's text is trained on, except messages with `"weight": 0`. `inputs/records.py` reads the forms of records.
+The assistant's text is trained on, except messages that say otherwise. `inputs/records.py` reads the forms of records.
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenvl_jax.answers.boxes import check_coordinates
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import BadRecord, InputError
 from qwenvl_jax.inputs.layout import Lanes, make_sample, slots_needed
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.processor import Processor, Prompt
-from qwenvl_jax.inputs.records import BadRecord, conversation, preference
+from qwenvl_jax.inputs.records import Conversation, conversation, preference
 from qwenvl_jax.options import check_names, names
 from qwenvl_jax.types import Sample, Visual
 
@@ -52,13 +52,16 @@ class RecordProcessor:
         self.flags = {k: options.pop(k) for k in flags if k in options}
         self.options = MediaOptions(**options)
 
-    def __call__(self, record) -> tuple[Sample, ...]:
-        """One conversation, or the chosen and the rejected one with the same visuals. Raises BadRecord."""
-        if not isinstance(record, Mapping):
-            raise BadRecord("unreadable", f"a record is a JSON object; this one is of type {type(record).__name__}")
-        read = preference if self.preferences else conversation
-        conversations = read(record, self.folder)
-        prompts = [self._prompt(messages, record) for messages, _ in conversations]
+    def __call__(self, record, folder: Path | None = None) -> tuple[Sample, ...]:
+        """One conversation, or the chosen and the rejected one with the same visuals.
+
+        folder: that of the record's file; the processor's own folder comes first. Raises BadRecord.
+        """
+        folder = folder if self.folder is None else self.folder
+        read = preference(record, folder) if self.preferences else [conversation(record, folder)]
+        prompts = [self._prompt(talk) for talk in read]
+        if not all(any(talk.weights) for talk in read):
+            raise BadRecord("nothing to learn", _why_nothing(record))
         media = prompts[0].media
         for prompt in prompts[1:]:
             if [m.source for m in prompt.media] != [m.source for m in media]:
@@ -66,11 +69,10 @@ class RecordProcessor:
         self._check_length(sum(len(prompt.tokens) for prompt in prompts))  # before anything is decoded
         with _reason("media"):
             visuals = self.processor.open(media, self.options)
-        for i, (messages, _) in enumerate(conversations):
-            converted = self._boxes_to_model(messages, visuals, record)
-            prompts[i] = prompts[i] if converted == messages else self._prompt(converted, record)
-        pairs = zip(prompts, conversations, strict=True)
-        samples = tuple(self._sample(prompt, weights, visuals) for prompt, (_, weights) in pairs)
+        for i, talk in enumerate(read):
+            converted = self._boxes_to_model(talk.messages, visuals, record)
+            prompts[i] = prompts[i] if converted == talk.messages else self._prompt(talk._replace(messages=converted))
+        samples = tuple(self._sample(p, talk.weights, visuals) for p, talk in zip(prompts, read, strict=True))
         self.check(samples)
         return samples
 
@@ -79,9 +81,9 @@ class RecordProcessor:
         self._check_length(sum(len(s.tokens) for s in samples))
         self._check_lanes(samples[0].visuals)
 
-    def _prompt(self, messages: list, record: Mapping) -> Prompt:
+    def _prompt(self, talk: Conversation) -> Prompt:
         with _reason("messages"):
-            return self.processor.prompt(messages, tools=record.get("tools"), **self.flags)
+            return self.processor.prompt(talk.messages, tools=talk.tools, **self.flags)
 
     def _boxes_to_model(self, messages: list, visuals: tuple[Visual, ...], record: Mapping) -> list:
         with _reason("boxes"):
@@ -116,6 +118,14 @@ class RecordProcessor:
             patches = sum(grid.patches for grid in frames)
             lanes = f"{self.shape.lanes} lanes of {self.shape.patches}"
             raise BadRecord("too large", f"{patches} patches of pictures and frames do not fit into {lanes}")
+
+
+def _why_nothing(record: Mapping) -> str:
+    if record.get("answer") is not None:
+        return "no assistant message to learn from ('answer' is for evaluation; write it as an assistant message)"
+    if any(key in record for key in ("messages", "conversations", "conversation")):
+        return "no assistant message to learn from"
+    return "no assistant message to learn from; the answer's key is 'completion', 'response' or 'output'"
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenvl_jax.config import Config
+from qwenvl_jax.errors import BadRecord
 from qwenvl_jax.inputs.layout import Lanes, slots_needed
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.records import BadRecord
+from qwenvl_jax.inputs.source import open_source
 from qwenvl_jax.train.data import Bad, Dataset, Packer
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape, RecordProcessor
@@ -85,15 +86,16 @@ class Survey:
 def survey(data, processor: Processor, options: TrainOptions, *, limit: int | None = None, progress=None) -> Survey:
     """Reads a data set as training does, pictures and clips included.
 
-    data: as for `Dataset`. options: the shape of batches, the task, and how records are read.
+    data: as for `Dataset`, but not a stream. options: the shape of batches, the task, and how records are read.
     limit: read as many records at most, drawn at random.
     progress: called with the records and `total=` their number; returns an iterator of them, as tqdm does.
     """
     shape = PackShape(options.rows, options.tokens, options.lanes, options.patches, options.segments)
     how = dict(preferences=options.task == "dpo", options=options.encoding)
-    Dataset(data, processor, shape, **how)  # checks the shape
-    dataset = Dataset(data, processor, _ANY, **how, threads=options.threads, workers=options.workers)
-    total = len(dataset.records)
+    source = open_source(data, options.columns)  # once: a pipe can be read once
+    total = len(source)
+    Dataset(source, processor, shape, **how)  # checks the shape
+    dataset = Dataset(source, processor, _ANY, **how, threads=options.threads, workers=options.workers)
     rng = np.random.default_rng(0)
     indices = range(total) if limit is None or limit >= total else np.sort(rng.choice(total, limit, replace=False))
     fits, out = RecordProcessor(processor, shape, **how), Survey(shape, total)
