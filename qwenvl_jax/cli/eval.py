@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from qwenvl_jax import stores
 from qwenvl_jax.cli.errors import OK, enable_compile_cache
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.evaluator import evaluate
@@ -38,6 +39,7 @@ def run(args) -> int:
     from qwenvl_jax.params import checkpoint
 
     enable_compile_cache()
+    stores.refuse("--output", args.output)
     output = None if args.output is None else Path(args.output)
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise InputError(f"--output {output}: is a directory, or there is no directory {output.parent}")

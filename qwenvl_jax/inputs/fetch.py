@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from qwenvl_jax import stores
 from qwenvl_jax.errors import InputError, MediaError
 
 FETCH_SECONDS = 30.0  # time limit of one download
@@ -48,8 +49,14 @@ def locate(source, max_bytes: int) -> bytes | Path:
         return _from_data_url(source, name, max_bytes)
     if scheme in ("http", "https"):
         return _fetch(source, max_bytes)
+    if scheme in stores.LIBRARIES:
+        try:
+            return stores.read(source, max_bytes, FETCH_SECONDS)
+        except InputError as e:
+            raise MediaError(str(e)) from e
     if scheme not in (None, "file"):
-        raise MediaError(f"{name}: {scheme}:// is not supported; use a path, file://, http(s):// or data:")
+        known = "a path, file://, http(s)://, gs://, s3:// or data:"
+        raise MediaError(f"{name}: {scheme}:// is not supported; use {known}")
     path = Path(source)
     try:
         if scheme:

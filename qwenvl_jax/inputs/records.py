@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from qwenvl_jax import stores
 from qwenvl_jax.errors import InputError
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
@@ -53,9 +54,9 @@ class JsonLines:
     """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, self._local = path, stores.local(path)
         try:
-            self._file = os.open(self.path, os.O_RDONLY)
+            self._file = os.open(self._local, os.O_RDONLY)
             ends, checksum, size = [], 0, 0
             while chunk := os.pread(self._file, _CHUNK, size):
                 if size == 0:
@@ -90,7 +91,7 @@ class JsonLines:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._file = os.open(self.path, os.O_RDONLY)
+        self._file = os.open(self._local, os.O_RDONLY)
 
     def __del__(self):
         if hasattr(self, "_file"):
@@ -103,7 +104,7 @@ def read_lines(path) -> Iterator[tuple[str, Any, Path]]:
     Raises InputError that names the line.
     """
     try:
-        with open(path, "rb") as file:
+        with open(stores.local(path), "rb") as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     _check_start(line, path)
@@ -112,7 +113,7 @@ def read_lines(path) -> Iterator[tuple[str, Any, Path]]:
                         record = _parse(line)
                     except BadRecord as e:
                         raise InputError(f"{path}:{number}: {e}") from e
-                    yield f"{path}:{number}", record, Path(path).parent
+                    yield f"{path}:{number}", record, stores.folder(path).parent
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from e
 

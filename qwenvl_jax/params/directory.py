@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401 - makes "bfloat16" the name of a numpy dtype
@@ -20,32 +19,39 @@ MARKER, PARAMS = "qwenvl_jax.json", "params"
 INDEX = "model.safetensors.index.json"  # in a Hugging Face checkpoint with several weight files
 # A checkpoint's files, except the weights.
 SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
-_HUB_FILES = (*SIDE_FILES, "*.safetensors", f"{PARAMS}/**")
 
 
-def find(path_or_id) -> Path:
-    """The checkpoint's directory; a hub id such as "Qwen/Qwen2-VL-2B-Instruct" is downloaded first.
+def find(path_or_id, *, revision: str | None = None, weights: bool = True) -> Path:
+    """The checkpoint's directory. One on the hub or in an object store is copied to a cache first.
 
-    "demo" is always the package's small checkpoint; "./demo" is a directory. Raises CheckpointError if it is not found.
+    path_or_id: a directory, "gs://…", "s3://…", a hub id such as "Qwen/Qwen2-VL-2B-Instruct", or "ID@REVISION".
+        "demo" is always the package's small checkpoint; "./demo" is a directory.
+    weights: False copies the small files only. Otherwise they are judged before the weights are copied.
+    Raises CheckpointError if it is not found.
     """
+    from qwenvl_jax.params import remote
+
     if path_or_id == DEMO:
         path = PACKAGE / "demo" / "checkpoint"
         if not path.is_dir():
             raise CheckpointError(f"{DEMO}: this installation has no demo checkpoint; name a directory or a hub id")
         return path
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    if path.is_dir() and revision is None:
         return path.absolute()
-    if path.exists():
+    if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path}: is a file; a checkpoint is a directory (with config.json and the weights)")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_id)):
+    place = remote.place_of(path_or_id, revision)
+    if place is None:
         raise CheckpointError(f"{path}: no such directory")
-    from huggingface_hub import snapshot_download
+    return remote.fetch(place, weights=weights)
 
-    try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=list(_HUB_FILES)))
-    except Exception as e:  # the type depends on huggingface_hub's version and http library
-        raise CheckpointError(f"{path_or_id}: no such directory, and not on the hub ({first_line(e)})") from e
+
+def named(path_or_id) -> bool:
+    """Whether this names a checkpoint by its form, or a directory that exists."""
+    from qwenvl_jax.params import remote
+
+    return path_or_id == DEMO or Path(path_or_id).expanduser().is_dir() or remote.place_of(path_or_id) is not None
 
 
 def read_config(path: Path, *, quantised: bool = False) -> Config:

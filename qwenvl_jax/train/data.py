@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qwenvl_jax import stores
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.inputs.layout import Lanes
@@ -89,7 +90,7 @@ class Dataset:
         workers: int = 0,
     ):
         if isinstance(records, str | Path):
-            media_root = Path(records).parent if media_root is None else media_root
+            media_root = stores.folder(records).parent if media_root is None else media_root
             records = JsonLines(records)
         _check_shape(shape, processor.config, preferences)
         if on_error not in ("stop", "skip"):

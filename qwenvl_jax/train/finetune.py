@@ -14,6 +14,7 @@ from qwenvl_jax.options import given
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import make_run_mesh, train
+from qwenvl_jax.train.mirror import Mirror, open_mirror
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape
 from qwenvl_jax.train.run import Run, last_step
@@ -33,16 +34,23 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
     for name in ("model", "data", "output"):
         if not getattr(options, name):
             raise OptionsError(f"{name} is missing; give --{name} or set it in the TOML file")
-    final, adapter = (Path(options.output).expanduser() / name for name in (FINAL, ADAPTER))
     if options.distributed:
         distributed.initialize()
-    step = last_step(options.output)
+    with contextlib.closing(open_mirror(options.output)) as mirror:
+        stopped = _finetune(options, mirror, evaluator)
+        mirror.push(progress=True)
+        return stopped
+
+
+def _finetune(options: TrainOptions, mirror: Mirror, evaluator) -> int | None:
+    final, adapter = (mirror.path / name for name in (FINAL, ADAPTER))
+    step = last_step(mirror.path)
     for done in (final, adapter):
         if done.is_dir() and step < options.steps:
             raise InputError(f"{done} exists, after {step} steps; move it away to train to step {options.steps}")
     with Run(options):  # refuses another run's directory before any weights are read
         if final.is_dir():
-            _say(f"already finished: {final}")
+            _say(f"already finished: {mirror.name(final)}")
             return None
     source = checkpoint.find(options.model)
     model = _load(options, source)
@@ -66,12 +74,12 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Call
     if options.lora_rank:
         if not adapter.exists():
             save_adapter(model.config, params, adapter, base_name=options.model)
-            _say(f"adapter for PEFT: {adapter}")
+            _say(f"adapter for PEFT: {mirror.name(adapter)}")
         params = lora.merge(params)
     stored = checkpoint.read_config(source)  # the result has the dtype of the checkpoint
     params = jax.tree.map(lambda w: w.astype(stored.dtype), params)
     checkpoint.save(model._replace(config=stored, params=params), final, files_from=source)
-    _say(f"model of step {result.step}: {final}")
+    _say(f"model of step {result.step}: {mirror.name(final)}")
     return None
 
 

@@ -5,11 +5,11 @@ The assistant's text is trained on, except messages with `"weight": 0`. `inputs/
 
 from collections.abc import Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from qwenvl_jax import stores
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.layout import Lanes, make_sample, slots_needed
 from qwenvl_jax.inputs.options import MediaOptions
@@ -44,7 +44,7 @@ class RecordProcessor:
         options = dict(options or {})
         check_names(options, (*names(MediaOptions), *flags))
         self.processor, self.shape, self.preferences = processor, shape, preferences
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else stores.folder(folder)
         self.flags = {k: options.pop(k) for k in flags if k in options}
         self.options = MediaOptions(**options)
 
