@@ -88,7 +88,7 @@ def read(url: str, max_bytes: int, seconds: float) -> bytes:
         size = sync(fs.loop, fs._info, url, timeout=seconds)["size"]
         if size > max_bytes:
             raise InputError(f"{url}: larger than {max_bytes >> 20} MiB")
-        return sync(fs.loop, fs._cat_file, url, 0, size, timeout=seconds) if size else b""
+        return sync(fs.loop, fs._cat_file, url, start=0, end=size, timeout=seconds) if size else b""
 
 
 def fetch(url: str, patterns: tuple[str, ...] = ("**",), *, progress: bool = True) -> Path:

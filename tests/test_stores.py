@@ -280,7 +280,7 @@ class TestStores:
         def argv(root: str) -> list[str]:
             where = ["--model", f"{root}/model", "--data", f"{root}/data/train.jsonl", "--output", f"{root}/run"]
             sizes = "--rows 1 --tokens 64 --lanes 1 --patches 64 --steps 6 --save-every 2 --learning-rate 0.001"
-            return ["train", *where, *sizes.split(), "--keep", "1"]
+            return ["train", *where, *sizes.split(), "--keep", "1", "--lora-rank", "4"]
 
         assert cli.main(argv(str(tmp_path))) == 0
         code = "import sys\nfrom qwenvl_jax.cli import main\nsys.exit(main(sys.argv[1:]))"

@@ -71,6 +71,7 @@ class _StoreMirror(Mirror):
             undo.enter_context(stores.locked(folder, taken=f"{url}: another process is training there"))
             shutil.rmtree(self.path, ignore_errors=True)  # left by a process that was killed
             self.path.mkdir()
+            undo.callback(shutil.rmtree, self.path, ignore_errors=True)
             found = stores.listing(url)
             stores.write(join(url, OWNER), self._owner)  # also shows that the store can be written
             self._pull(found)
@@ -147,8 +148,7 @@ class _StoreMirror(Mirror):
             self._closed.set()
             del _OPEN[self.url]
             with self._busy:
-                shutil.rmtree(self.path, ignore_errors=True)
-                self._held.close()
+                self._held.close()  # removes the copy, then gives the lock free
 
 
 def _unit(name: str) -> str:
