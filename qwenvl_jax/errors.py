@@ -41,6 +41,34 @@ class ContextError(InputError):
     code = "context"
 
 
+class NonFiniteError(InputError):
+    """The model computed NaN or infinity.
+
+    results: a Result per conversation; the failed ones end with "error". why: the cause, and what to do.
+    """
+
+    code = "not_finite"
+    results: tuple = ()
+    why = ""
+
+
+class BadRecord(InputError):
+    """A record that cannot be used.
+
+    reason: "unreadable", "unknown key", "messages", "placeholders", "media", "boxes", "too long", "too large" or
+        "nothing to learn". Skipped records are counted by reason.
+    """
+
+    code = "record"
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self):  # between processes; an exception's own would leave out the reason
+        return type(self), (self.reason, str(self))
+
+
 def shown(value) -> str:
     """A value for a message: `repr`, cut to 80 characters, also for integers of any length."""
     try:

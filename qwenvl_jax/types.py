@@ -46,12 +46,14 @@ class Visual(NamedTuple):
     grid: patches along t, h, w.
     kind: "image" or "video".
     seconds_per_grid: seconds of video between two t steps; 0 for an image.
+    size: (width, height) in pixels before resizing, turned upright; None if unknown.
     """
 
     patches: Any
     grid: Grid
     kind: str
     seconds_per_grid: float = 0.0
+    size: tuple[int, int] | None = None
 
 
 class Sample(NamedTuple):

@@ -73,6 +73,9 @@ def render(messages, tools=None, **flags):
         ({"video": "a.mp4", "nframes": 8, "total_pixels": 1, "min_frames": 2, "max_frames": 3, "video_end": 1},
          "video", "a.mp4", {"nframes": 8, "total_pixels": 1, "min_frames": 2, "max_frames": 3, "video_end": 1}),
         ({"type": "video_url", "video_url": {"url": "http://h/a.mp4"}}, "video", "http://h/a.mp4", {}),
+        ({"type": "image", "image": "a.png", "cache_control": {"type": "ephemeral"}, "uuid": "x", "id": 3},
+         "image", "a.png", {}),
+        ({"type": "image_url", "image_url": {"url": "a.png", "format": "image/png"}}, "image", "a.png", {}),
     ],
 )  # fmt: skip
 def test_media_items(item, kind, source, options):
@@ -95,6 +98,21 @@ def test_dumped_sdk_message_is_accepted():
     ]
 
 
+def test_keys_of_a_message_that_change_nothing():
+    dumped = {
+        "role": "assistant",
+        "content": "a",
+        "refusal": None,
+        "annotations": [{"type": "url_citation"}],
+        "id": "x",
+    }
+    dumped |= {"audio": None, "function_call": None, "tool_calls": None, "reasoning_content": "", "prefix": False}
+    assert normalize([{"role": "user", "content": "?", "cache_control": {}}, dumped])[0] == [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "a"},
+    ]
+
+
 @pytest.mark.parametrize(
     "messages, error",
     [
@@ -105,6 +123,11 @@ def test_dumped_sdk_message_is_accepted():
         ([{"content": "a"}], "message 0 has role None"),
         ([{"role": ["user"], "content": "a"}], "message 0 has role"),
         ([{"role": "user", "content": "a", "contents": "b"}], "message 0 has an unknown key 'contents'"),
+        ([{"role": "user", "content": "a", "audio": {"id": "x"}}], "message 0: audio is .* would change the answer"),
+        ([{"role": "assistant", "content": "", "refusal": "No."}], "message 0: refusal is 'No.', which would change"),
+        ([{"role": "assistant", "content": "", "reasoning_content": "Hm"}], "message 0: reasoning_content is 'Hm'"),
+        ([{"role": "assistant", "content": "a", "prefix": True}], "message 0: prefix is True"),
+        ([{"role": "assistant", "content": "", "function_call": {"name": "f"}}], "message 0: function_call is"),
         ([{"role": "user"}], "message 0 has content of type null"),
         ([{"role": "user", "content": 3}], "message 0 has content of type int"),
         ([{"role": "assistant", "content": None}], "message 0 has content of type null"),

@@ -149,12 +149,25 @@ def test_every_option_of_encode_is_an_option_here(monkeypatch, tmp_path):
     values = {
         "min_pixels": 1, "max_pixels": 2, "resized_height": 3, "resized_width": 4, "total_pixels": 5,
         "fps": 0.5, "nframes": 6, "min_frames": 7, "max_frames": 8, "video_start": 0.0, "video_end": 9.5,
+        "media_bytes": 10, "media_memory": 11, "media_seconds": 12,
     }  # fmt: skip
     argv = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    argv += ["--add-vision-id", "--allow-control-tokens", "--tools", str(tmp_path / "tools.json")]
+    argv += [
+        "--add-vision-id",
+        "--allow-control-tokens",
+        "--boxes",
+        "original",
+        "--tools",
+        str(tmp_path / "tools.json"),
+    ]
     seen, base = [], ["generate", "--model", str(tmp_path), "--prompt", "?"]
     assert cli.main(base) == cli.main([*base, *argv]) == 2
-    given = values | {"add_vision_id": True, "allow_control_tokens": True, "tools": [{"type": "function"}]}
+    given = values | {
+        "add_vision_id": True,
+        "boxes": "original",
+        "allow_control_tokens": True,
+        "tools": [{"type": "function"}],
+    }
     assert seen == [{}, given]
     known = inspect.signature(Processor.encode).parameters.keys() - {"self", "messages", "add_generation_prompt"}
     assert given.keys() == known - {"media"} | set(names(MediaOptions))
@@ -188,7 +201,7 @@ def test_a_request_body_sets_what_no_flag_sets(engine, tmp_path):
 @pytest.mark.parametrize(
     ("request_body", "says"),
     [
-        ({"response_format": {}}, "m.json: unknown option response_format; known are max_new_tokens, "),
+        ({"response_former": {}}, "m.json: unknown option response_former; known are max_new_tokens, "),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "'max_completion_tokens' is given twice"),
         ({"max_tokens": "many"}, "max_new_tokens is 'many'"),
         ({"stop": [""]}, "stop is"),

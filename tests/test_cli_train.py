@@ -23,6 +23,7 @@ from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.params.precision import Precision
 from qwenvl_jax.train import finetune, options, run, step
 from qwenvl_jax.train.options import TrainOptions
+from qwenvl_jax.train.records import PackShape, RecordProcessor
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainOptions)}
 
@@ -241,10 +242,54 @@ def test_from_end_to_end(tiny_checkpoint, tmp_path, capsys):
     assert len(run.read_metrics(output)) == 30
 
 
+BOXED = "<|object_ref_start|>cat<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("allowed", [True, False])
+def test_one_rule_for_control_tokens(tiny_checkpoint, tmp_path, capsys, allowed):
+    """A conversation trained, scored in the run, scored by `qwenvl eval` and generated: the same ids, score 1."""
+    record = {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": BOXED}]}
+    data, run_dir = tmp_path / "data.jsonl", tmp_path / "run"
+    data.write_text(json.dumps(record) + "\n")
+    argv = ["train", "--model", tiny_checkpoint, "--data", data, "--eval-data", data, "--output", run_dir, "--rows", 1]
+    argv += ["--tokens", 64, "--lanes", 1, "--patches", 64, "--lora-rank", 8, "--learning-rate", 0.02, "--steps", 60]
+    argv += ["--eval-every", 60, "--schedule", "linear", *(["--allow-control-tokens"] if allowed else [])]
+    assert cli.main([str(word) for word in argv]) == 0
+    assert run.read_metrics(run_dir)[-1]["eval/default/exact"] == 1
+
+    final = run_dir / "final"
+    model = checkpoint.load(final, progress=False)
+    (trained,) = RecordProcessor(model.processor, PackShape(1, 64, 1, 64))(record)
+    learnt = trained.tokens[trained.weights > 0].tolist()
+    boxes = [model.processor.control_tokens[name] for name in ("<|object_ref_start|>", "<|box_end|>")]
+    assert (set(boxes) <= set(learnt)) == allowed and json.loads((final / "tokenizer_config.json").read_text()).get(
+        "allow_control_tokens", False
+    ) is allowed
+    capsys.readouterr()
+    assert cli.main(["eval", str(data), "--model", str(final), "--output", str(tmp_path / "a.jsonl"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["overall"]["value"] == 1
+    prediction = json.loads((tmp_path / "a.jsonl").read_text())["prediction"]
+    assert cli.main(["generate", "--model", str(final), "--prompt", "Where?", "--temperature", "0", "--json"]) == 0
+    generated = json.loads(capsys.readouterr().out)
+    assert generated["token_ids"] == learnt and generated["text"] == prediction == BOXED
+    assert cli.main(["generate", "--model", str(final), "--prompt", "Where?", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == BOXED + "\n"  # streamed
+
+    # The user has the last word; gold and answer stay alike.
+    assert cli.main(["eval", str(data), "--model", str(final), "--skip-special-tokens", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["overall"]["value"] == 1
+    argv = ["generate", "--model", str(final), "--prompt", "Where?", "--temperature", "0", "--skip-special-tokens"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out == ("cat(1,2),(3,4)\n" if allowed else BOXED + "\n")
+
+
 @pytest.mark.parametrize("tiny_checkpoint", ["qwen2_5_vl"], indirect=True)
 def test_float16_is_not_trained_in(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     # The precision of a float16 checkpoint on an accelerator; a CPU computes it in float32.
     monkeypatch.setattr(checkpoint, "precision_of", lambda config, mesh: Precision("float16", None))
-    argv = ["train", "--model", str(tiny_checkpoint), "--data", "d.jsonl", "--output", str(tmp_path / "run")]
-    assert cli.main(argv) == 2
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    argv = ["train", "--model", str(tiny_checkpoint), "--data", str(tmp_path / "d.jsonl")]
+    assert cli.main([*argv, "--output", str(tmp_path / "run")]) == 2
     assert "set dtype to bfloat16 or float32" in capsys.readouterr().err

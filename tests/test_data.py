@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import pickle
 import re
 import threading
 import time
@@ -19,7 +20,7 @@ from tiny import clip, followed, mixed_samples, picture, sample, tiny_config
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.records import JsonLines, read_lines
+from qwenvl_jax.inputs.source import open_source
 from qwenvl_jax.train.data import Dataset, Packer
 from qwenvl_jax.train.records import PackShape
 from qwenvl_jax.types import Sample, TrainBatch
@@ -399,34 +400,65 @@ LINES = b'\xef\xbb\xbf{"a": 1}\n \t \n\r\n{"a": "\xc3\xa9"}\r\n7\n\n{"a": 3}'
 RECORDS = [(1, {"a": 1}), (4, {"a": "é"}), (5, 7), (7, {"a": 3})]
 
 
+def everything(source):
+    return [(source.where(i), source[i]) for i in range(len(source))]
+
+
 def test_lines_of_a_file(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(LINES)
-    source, expected = JsonLines(path), [(f"{path}:{n}", record) for n, record in RECORDS]
-    assert [(source.where(i), source[i]) for i in range(len(source))] == expected
-    assert list(read_lines(path)) == [(*pair, tmp_path) for pair in expected]
+    source = open_source(path)
+    assert everything(source) == [(f"{path}:{n}", record) for n, record in RECORDS]
+    assert source.folder(0) == tmp_path
+    assert everything(pickle.loads(pickle.dumps(source))) == everything(source)
+    assert len(everything(source)) == len(source) == 4
+    with pytest.raises(IndexError):
+        source[4]
 
 
-@pytest.mark.parametrize("text, error", [(LINES, None), (b"[\n", "is a JSON array"), (b"1\n{", ":2: not readable as")])
-def test_lines_of_a_pipe(tmp_path, text, error):
-    """`qwenvl eval <(…)` reads a pipe, which has no byte offsets."""
+@pytest.mark.parametrize("text, error", [(LINES, None), (b"[\n", "not readable"), (b"1\n{", "not readable as JSON")])
+def test_lines_of_a_pipe(processor, tmp_path, text, error):
+    """`qwenvl eval <(…)` and `qwenvl train --data <(…)` read a pipe, which has no byte offsets."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_bytes, args=(text,))
     writer.start()
-    with pytest.raises(InputError, match=f"^{pipe}.*{error}") if error else contextlib.nullcontext():
-        assert list(read_lines(pipe)) == [(f"{pipe}:{n}", record, tmp_path) for n, record in RECORDS]
+    with pytest.raises(InputError, match=error) if error else contextlib.nullcontext():
+        source = open_source(pipe)
+        assert everything(source) == [(f"{pipe}:{n}", record) for n, record in RECORDS]
+        assert everything(pickle.loads(pickle.dumps(source))) == everything(source)
+    writer.join()
+
+
+def test_a_pipe_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("qwenvl_jax.inputs.source.MAX_IN_MEMORY", 3)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(LINES,))
+    writer.start()
+    with pytest.raises(InputError, match="write it to a file"):
+        open_source(pipe)
     writer.join()
 
 
 def test_lines_across_chunks(tmp_path, monkeypatch):
     records = [{"a": "x" * n} for n in range(50)]
-    path = lines(tmp_path / "data.jsonl", *records)
-    whole = JsonLines(path)
-    monkeypatch.setattr("qwenvl_jax.inputs.records._CHUNK", 64)
-    source = JsonLines(path)
-    assert [source[i] for i in range(len(source))] == records
-    assert source.identity == whole.identity
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps(r) + "\n" * (i % 3) + " " * i + "\n" * (i % 2) for i, r in enumerate(records)))
+    whole = open_source(path)
+    assert [whole[i] for i in range(len(whole))] == records
+    for chunk in (1, 2, 63, 64):
+        monkeypatch.setattr("qwenvl_jax.inputs.source._CHUNK", chunk)
+        source = open_source(path)
+        assert everything(source) == everything(whole)
+        assert source.identity == whole.identity
+
+
+@pytest.mark.parametrize("width", [1, 79, 80, 81, 5000])
+def test_a_blank_line_of_any_width_is_no_record(tmp_path, width):
+    path = tmp_path / "data.jsonl"
+    path.write_text("1\n" + " " * width + "\n2\n" + "\t" * width + "\r\n" + " " * width)
+    assert everything(open_source(path)) == [(f"{path}:1", 1), (f"{path}:3", 2)]
 
 
 def test_bad_lines_are_named(processor, tmp_path, caplog):
@@ -536,7 +568,7 @@ def test_settings_are_checked(processor, change, says):
 
 @pytest.mark.parametrize(
     "content, says",
-    [(b"", "has 0 records"), (b"\n\n", "has 0 records"), (b' [{"a": 1}]', "jq"), (None, "No such file")],
+    [(b"", "has 0 records"), (b"\n\n", "has 0 records"), (b" [ ]", "has 0 records"), (None, "No such file")],
 )
 def test_files_that_are_none(processor, tmp_path, content, says):
     path = tmp_path / "data.jsonl"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -13,8 +14,9 @@ import tokenizers
 from tiny import FAMILIES, clip, mixed_samples, picture, random_requests, sample, tiny_config, tiny_params, with_text
 
 from qwenvl_jax.config import YarnConfig
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, NonFiniteError
 from qwenvl_jax.infer import engine as engine_module
+from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.engine import Engine
 from qwenvl_jax.infer.options import GenerateOptions
@@ -22,7 +24,7 @@ from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.inputs.pack import cover, make_batch
 from qwenvl_jax.model import qwenvl
-from qwenvl_jax.params.specs import param_shardings, specs
+from qwenvl_jax.params.specs import flatten, param_shardings, specs, unflatten
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.types import Batch, Model
 
@@ -34,6 +36,9 @@ EOS = 155
 
 class FakeProcessor:
     """A byte-level tokenizer of 160 ids and no media."""
+
+    allow_control_tokens = False
+    control_tokens = MappingProxyType({"<end>": 155, "<box>": 157})
 
     def encode(self, messages, *, tools=None):
         text = "".join(m["content"] for m in messages) + ("tools" if tools else "")
@@ -349,6 +354,69 @@ def test_detokenizer_holds_nothing_back_for_long():
     detokenizer = Detokenizer(decode)
     released = sum(len(detokenizer.push(i)) for i in range(1000))
     assert released > 980 and longest < 12
+
+
+# Numbers that are not finite
+
+
+def half(params):
+    """An engine that computes in float16 with these parameters."""
+    return Engine(Model(model().config.replace(dtype="float16"), params, FakeProcessor(), {}), max_batch=4)
+
+
+def test_a_picture_that_overflows_float16_fails_alone():
+    """It shares a lane with the other pictures, whose attention reads it times 0: they are answered again, alone."""
+    config, rng = model().config, np.random.default_rng(0)
+    summing = {"patch_embed": {"kernel": np.full((config.vision.patch_values, 32), 30, np.float32)}}
+    engine = half(model().params | {"vision": model().params["vision"] | summing})
+
+    def shown(value, *around):
+        visual = picture(rng, config, 4, 6)
+        visual = visual._replace(patches=np.full_like(visual.patches, value))
+        return sample(rng, config, around[0], visual, around[1])
+
+    samples = [shown(110, 3, 2), shown(255, 2, 4), *texts(rng, 7), shown(115, 5, 2)]
+    alone = [engine.generate([s], max_new_tokens=4)[0] for s in (samples[0], samples[2], samples[3])]
+    with pytest.raises(NonFiniteError, match=r"1 of 4 conversations, first for number 1: float16 .* bfloat16") as e:
+        engine.generate(samples, max_new_tokens=4)
+    first, bad, *others = e.value.results
+    assert [first, *others] == alone
+    assert (bad.finish_reason, bad.text, bad.token_ids) == ("error", "", []) and e.value.code == "not_finite"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("place", ["decoder/norm/scale", "vision/patch_embed/kernel"])
+def test_a_weight_that_is_not_finite_is_named(monkeypatch, place, value):
+    config, rng, engine = model().config, np.random.default_rng(1), shared()
+    flat = flatten(model().params)
+    weight = np.array(flat[place])
+    weight.flat[-1] = value
+    monkeypatch.setattr(engine, "_params", None)
+    before = model().params
+    engine.params = jax.tree.map(jax.numpy.asarray, unflatten(flat | {place: weight}))
+    try:
+        shown = sample(rng, config, 3, picture(rng, config, 4, 6), 2)
+        with pytest.raises(NonFiniteError, match=f"the weight {place} holds"):
+            engine.generate([shown], max_new_tokens=4, temperature=1.0, logprobs=2, presence_penalty=2)
+        stream = engine.stream(shown, max_new_tokens=4)
+        with pytest.raises(NonFiniteError, match=place):
+            list(stream)
+        assert stream.result.finish_reason == "error"
+        if "vision" in place:  # text does not reach the tower
+            assert engine.generate(texts(rng, 5), max_new_tokens=2)[0].finish_reason == "length"
+    finally:
+        engine.params = jax.tree.map(jax.numpy.asarray, before)
+
+
+def test_an_answer_that_breaks_off_keeps_its_text(monkeypatch):
+    (s,) = texts(np.random.default_rng(0), 8)
+    stream = scripted(monkeypatch, [*b"ok", 148, sampling.BAD, 65]).stream(s, max_new_tokens=9)
+    monkeypatch.setattr(engine_module, "_all_finite", lambda w: True)
+    pieces = []
+    with pytest.raises(NonFiniteError, match=r"all weights are finite\. Try dtype float32"):
+        for piece in stream:
+            pieces.append(piece)
+    assert "".join(pieces) == stream.result.text == "ok\ufffd" and stream.result.token_ids == [*b"ok", 148]
 
 
 # Waiting and compiling

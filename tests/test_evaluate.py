@@ -1,18 +1,27 @@
 """Evaluation: metrics compared with values computed by hand, intervals, and questions from a file to a table."""
 
+import fcntl
 import json
 import math
 import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import pytest
+from make_tiny import make_tiny
 from PIL import Image
 
 from qwenvl_jax import cli
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.answers.boxes import Box
+from qwenvl_jax.errors import InputError, NonFiniteError
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.evaluator import Evaluator, evaluate
-from qwenvl_jax.eval.metrics import Box
 from qwenvl_jax.eval.questions import Question, read_questions
 from qwenvl_jax.eval.report import report, score
 from qwenvl_jax.infer.engine import Engine
@@ -119,37 +128,6 @@ BOX = '{"bbox_2d": [1, 2, 30, 40], "label": "cat"}'
 CAT = Box("cat", 1, 2, 30, 40)
 
 
-@pytest.mark.parametrize(
-    "text, want",
-    [
-        (f"[{BOX}]", [CAT]),
-        (f"```json\n[\n\t{BOX},\n\t{BOX}\n]\n```", [CAT, CAT]),
-        (f"```json\n[{BOX}", [CAT]),  # cut off behind a box,
-        (f'[{BOX}, {{"bbox_2d": [1, 2, 3', [CAT]),  # in a box,
-        (f"[{BOX[:-1]}", [CAT]),  # before its brace
-        (f"Here: [{BOX}, {BOX},] I see two.", [CAT, CAT]),
-        (f"[{BOX} {BOX}]", [CAT, CAT]),
-        ("[{'label': 'cat', 'bbox_2d': [1,2 , 30,40]}]", [CAT]),
-        (BOX, [CAT]),
-        ("[]", []),
-        ("", []),
-        ("none", []),
-        ("3", []),
-        ('["x", null, [1]]', []),
-        ('[{"bbox_2d": [1, 2, 30], "label": "cat"}]', []),
-        ('[{"bbox_2d": [1, 2, 30, "40"], "label": "cat"}]', []),
-        ('[{"bbox_2d": [1, 2, 30, true], "label": "cat"}]', []),
-        ('[{"bbox_2d": [1, 2, 30, 1e999], "label": "cat"}]', []),
-        ('[{"bbox_2d": [1, 2, 30, NaN], "label": "cat"}]', []),
-        ('[{"bbox_2d": [1, 2, 30, 40]}]', []),
-        ('[{"bbox_2d": [1, 2, 30, 40], "label": "{a} \\"é\\""}]', [CAT._replace(label='{a} "é"')]),
-        ("[" * 100_000, []),
-    ],
-)
-def test_parse_boxes(text, want):
-    assert metrics.parse_boxes(text) == want
-
-
 def test_iou():
     a = Box("", 0, 0, 10, 10)
     assert metrics.iou(a, a) == 1
@@ -203,7 +181,7 @@ def test_boxes_are_counted_over_a_task():
 
     def scored(*predictions):
         question = Question([], (text,), "t", "iou", "here")
-        ((s,), _, answers) = vars(report([score(question, p) for p in predictions])).values()
+        ((s,), _, answers, _) = vars(report([score(question, p) for p in predictions])).values()
         return s, [a.score for a in answers]
 
     one = json.dumps([{"bbox_2d": [0, 0, 10, 10], "label": "cat"}])
@@ -365,7 +343,7 @@ def test_eval_from_file_to_table(tiny_checkpoint, four, tmp_path, capsys, monkey
 
     class Scripted(Engine):
         def generate(self, conversations, options=None, **changes):
-            assert changes == {"temperature": 0.0, "max_new_tokens": 9}
+            assert changes == {"temperature": 0.0, "max_new_tokens": 9, "skip_special_tokens": True}
             prompts = [self.processor.decode(s.tokens) for s in conversations]
             return [Said(next(a for q, a in said.items() if q in p)) for p in prompts]
 
@@ -382,6 +360,8 @@ def test_eval_from_file_to_table(tiny_checkpoint, four, tmp_path, capsys, monkey
     assert rows[5][1:4] == ["mean", "4", "83.3%"]  # (2/3 + 1 + 1 + 2/3) / 4
     lines = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     assert [line["where"] for line in lines] == [f"{four}:{i}" for i in (1, 2, 3, 4)]
+    assert {name: len(lines[2].pop(name)) for name in ("id", "model")} == {"id": 16, "model": 16}
+    assert lines[2].pop("options")["max_new_tokens"] == 9
     assert lines[2] == {
         "where": f"{four}:3",
         "task": "echo",
@@ -406,6 +386,207 @@ class Said:
 
     def __init__(self, text):
         self.text = text
+
+
+# Answers that survive
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    """An engine that answers with the question, in batches of two. `asked` lists the questions; `stop_after` kills."""
+
+    class Echo(Engine):
+        asked, stop_after = (), None
+
+        def generate(self, conversations, options=None, **changes):
+            if Echo.stop_after is not None and len(Echo.asked) >= Echo.stop_after:
+                raise KeyboardInterrupt
+            said = [self.processor.decode(s.tokens).split("\n")[-3] for s in conversations]
+            Echo.asked = (*Echo.asked, *said)
+            broken = ["NaN" in text for text in said]
+            pairs = zip(said, broken, strict=True)
+            results = [SimpleNamespace(text=s, finish_reason="error" if b else "stop") for s, b in pairs]
+            if any(broken):
+                error = NonFiniteError("broken")
+                error.results, error.why = results, "float16 ends at 65504"
+                raise error
+            return results
+
+    monkeypatch.setattr("qwenvl_jax.infer.engine.Engine", Echo)
+    return Echo
+
+
+def numbers(path, *names):
+    return write(path, *({"messages": [ask(name)], "answer": name} for name in names))
+
+
+def run_eval(capsys, *argv):
+    code = cli.main(["eval", "--batch", "2", "--json", "--dtype", "float32", *map(str, argv)])
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if out else None, err
+
+
+@only_new
+def test_an_evaluation_goes_on_where_it_stopped(tiny_checkpoint, tmp_path, capsys, echo):
+    names = [*"abcdefgh", "a"]  # one question twice
+    file, output = numbers(tmp_path / "q.jsonl", *names), tmp_path / "answers.jsonl"
+    argv = (file, "--model", tiny_checkpoint, "--output", output)
+    for stop in (2, 6):
+        echo.stop_after = stop
+        assert run_eval(capsys, *argv)[0] == 130
+        assert [json.loads(line)["prediction"] for line in output.read_text().splitlines()] == list(echo.asked)
+        with output.open("a") as f:
+            f.write('{"id": "12ab", "mod')  # killed in the middle of a line
+    echo.stop_after = None
+    code, scores, _ = run_eval(capsys, *argv)
+    assert code == 0 and scores["overall"]["n"] == 9 and scores["overall"]["value"] == 1
+    assert sorted(echo.asked) == sorted(names)  # each once
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["prediction"] for line in lines] == names and len({line["id"] for line in lines}) == 9
+    assert sorted(os.listdir(tmp_path)) == ["answers.jsonl", "q.jsonl"]
+
+    before = output.read_bytes()
+    again = run_eval(capsys, *argv)
+    assert again[1] == scores and len(echo.asked) == 9 and output.read_bytes() == before, again
+    code, part, _ = run_eval(capsys, *argv, "--limit", "3")
+    assert (code, part["overall"]["n"], len(echo.asked)) == (0, 3, 9) and output.read_bytes() == before
+    assert run_eval(capsys, *argv, "--overwrite")[1] == scores and len(echo.asked) == 18
+
+
+@only_new
+def test_answers_of_another_evaluation_are_refused(tiny_checkpoint, tmp_path, capsys, echo):
+    file, output = numbers(tmp_path / "q.jsonl", "a", "b"), tmp_path / "answers.jsonl"
+    argv = (file, "--model", tiny_checkpoint, "--output", output)
+    assert run_eval(capsys, *argv)[0] == 0
+    kept = output.read_bytes()
+    other = make_tiny(tmp_path / "other", "qwen2_5_vl", seed=1)
+    changed = numbers(tmp_path / "changed.jsonl", "b", "c")
+    for args, says in (
+        ((*argv, "--max-new-tokens", 9), ":1: was answered with other options (max_new_tokens was 256 and is 9)"),
+        ((*argv, "--max-pixels", 9000), "max_pixels was None and is 9000"),
+        ((*argv, "--no-skip-special-tokens"), "skip_special_tokens was True and is False"),
+        ((file, "--model", other, "--output", output), ":1: is the answer of another model"),
+        ((changed, *argv[1:]), ":1: answers a question that is not asked"),
+        ((file, *argv[1:-1], file), "is one of the files of questions"),
+    ):
+        code, _, err = run_eval(capsys, *args)
+        assert code == 2 and says in err and err.count("\n") == 1
+    assert output.read_bytes() == kept and len(echo.asked) == 2
+    for content in ("notes\n", "notes", '{"id": 1}\n', "[]\n", "[" * 10000 + "\n"):
+        output.write_text(content)
+        code, _, err = run_eval(capsys, *argv)
+        assert code == 2 and ":1: is not an answer of an evaluation" in err and output.read_text() == content
+    with output.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another process is writing it" in run_eval(capsys, *argv, "--overwrite")[2]
+    assert "is not a regular file" in run_eval(capsys, *argv[:-1], "/dev/null")[2]
+    assert len(echo.asked) == 2
+
+
+@only_new
+def test_bad_items_are_counted_and_named(tiny_checkpoint, tmp_path, capsys, echo):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+
+    def shown(name):
+        return {"messages": [ask("?", {"type": "image", "image": name})], "answer": "x"}
+
+    good = [{"messages": [ask(name)], "answer": name} for name in "abc"]
+    nan, long = ({"messages": [ask(text)], "answer": "x"} for text in ("NaN", "word " * 40000))
+    records = [good[0], "{", shown("missing.png"), good[1], long, nan, {"answer": "x"}, shown("broken.png"), good[2]]
+    file, output = write(tmp_path / "q.jsonl", *records), tmp_path / "answers.jsonl"
+    argv = (file, "--model", tiny_checkpoint, "--output", output, "--on-bad-record", "skip")
+    code, scores, err = run_eval(capsys, *argv)
+    assert code == 0 and scores["overall"]["n"] == 3 and scores["overall"]["value"] == 1
+    assert scores["skipped"] == {"unreadable": 1, "media": 2, "too long": 1, "not finite": 1, "messages": 1}
+    assert sorted(line.split(": ")[0] for line in err.splitlines()) == [f"{file}:{i}" for i in (2, 3, 5, 6, 7, 8)]
+    assert "float16 ends at 65504" in err
+    assert cli.main(["eval", "--dtype", "float32", *map(str, argv)]) == 0  # the bad ones are tried again
+    assert (
+        "6 records skipped, in no score (media: 2, messages: 1, not finite: 1, too long: 1, unreadable: 1)"
+        in (capsys.readouterr().out.splitlines()[-1])
+    )
+
+    # Stopping keeps what was answered.
+    echo.asked = ()
+    file = write(tmp_path / "q.jsonl", *good[:2], nan, good[2])
+    code, _, err = run_eval(capsys, *argv[:-2], "--overwrite")
+    assert code == 2 and err == f"qwenvl: {file}:3: the model computed NaN or infinity: float16 ends at 65504\n"
+    assert {"a", "b", "c"} >= {json.loads(line)["prediction"] for line in output.read_text().splitlines()} > {"a"}
+    code, _, err = run_eval(capsys, write(file, nan), *argv[1:], "--overwrite")
+    assert code == 2 and "no question could be answered; the first: " in err
+    # During training, only what is found before the first step ends the run.
+    model = checkpoint.load(tiny_checkpoint, progress=False)
+    write(file, good[0], shown("broken.png"), nan)
+    assert Evaluator(model, file)(model.params) == {
+        "eval/default/exact": 1,
+        "eval/skipped/media": 1,
+        "eval/skipped/not finite": 1,
+        "eval/overall": 1,
+    }
+    with pytest.raises(InputError, match=r"q.jsonl:2: .*broken.png"):
+        evaluate(model, file)
+
+
+@only_new
+def test_control_tokens_of_gold_and_answer_are_treated_alike(tiny_checkpoint, tmp_path):
+    model = checkpoint.load(tiny_checkpoint, progress=False)
+    gold = "<|box_start|>(1,2)<|box_end|>"
+    ids = model.processor.control_tokens
+
+    class Box(Engine):
+        def generate(self, conversations, options=None, **changes):
+            for_ids = self.processor.tokenizer.encode("(1,2)").ids
+            skip = changes["skip_special_tokens"]
+            text = self.processor.decode([ids["<|box_start|>"], *for_ids, ids["<|box_end|>"]], skip)
+            assert (text == gold) == (not skip)
+            return [SimpleNamespace(text=text, finish_reason="stop") for _ in conversations]
+
+    records = [{"messages": [ask("Where?")], "answer": gold}]
+    for rule in (False, True):
+        own = model._replace(processor=replace(model.processor, allow_control_tokens=rule))
+        for options in ({}, {"skip_special_tokens": True}, {"skip_special_tokens": False}):
+            for encoding in ({}, {"allow_control_tokens": True}, {"allow_control_tokens": False}):
+                report = evaluate(Box(own), records, encoding=encoding, **options)
+                kept = not options.get("skip_special_tokens", not encoding.get("allow_control_tokens", rule))
+                assert report.overall.value == 1 and report.answers[0].prediction == (gold if kept else "(1,2)")
+
+
+KILLED = """
+import sys
+from qwenvl_jax import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@only_new
+@pytest.mark.slow
+def test_killed_ten_times_no_answer_is_lost_or_doubled(tiny_checkpoint, tmp_path):
+    names = [f"Question {i}?" for i in range(120)]
+    file, output = numbers(tmp_path / "q.jsonl", *names), tmp_path / "answers.jsonl"
+    argv = [sys.executable, "-c", KILLED, "eval", str(file), "--model", str(tiny_checkpoint), "--output", str(output)]
+    argv += ["--batch", "4", "--max-new-tokens", "4", "--ignore-eos", "--json"]
+
+    def lines():
+        return output.read_bytes().count(b"\n") if output.exists() else 0
+
+    rng, before = random.Random(0), b""
+    for _ in range(10):
+        goal = lines() + rng.randrange(1, 9)
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while lines() < goal and process.poll() is None:
+            time.sleep(0.001 * rng.randrange(1, 30))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        now = output.read_bytes()
+        assert now.startswith(before)  # nothing is lost
+        before = now[: now.rindex(b"\n") + 1]
+    ended = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert json.loads(ended.stdout)["overall"]["n"] == 120
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [a["question"] for a in answers] == names and len({a["id"] for a in answers}) == 120
+    survived = {line["id"]: line["prediction"] for line in map(json.loads, before.decode().splitlines())}
+    assert survived.items() <= {a["id"]: a["prediction"] for a in answers}.items()
 
 
 @only_new

@@ -3,6 +3,7 @@
 import functools
 import json
 from functools import partial
+from types import MappingProxyType
 
 import chex
 import jax
@@ -243,6 +244,8 @@ def test_a_stack_with_and_without(tmp_path):
 
 class Characters:
     """A processor that encodes nothing."""
+
+    allow_control_tokens, control_tokens = False, MappingProxyType({})
 
     def decode(self, ids, skip_special_tokens=True):
         return "".join(map(chr, ids))

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.inputs import media
+from qwenvl_jax.inputs import pictures
 from qwenvl_jax.inputs.media import image_visual, load_image
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.preprocessing import Preprocessing, pixel_table, smart_resize, target_size
@@ -45,7 +45,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunks + struct.pack(">I", 1000) + b"IDAT" + zlib.compress(bytes(100))[:9]
 
 
-def pictures() -> dict[str, bytes]:
+def files() -> dict[str, bytes]:
     """A small file of every format and mode that users send."""
     rgb = Image.fromarray(noise(70, 95, 3))
     alpha = Image.fromarray(noise(70, 95, 4))
@@ -96,7 +96,7 @@ def pictures() -> dict[str, bytes]:
     }
 
 
-PICTURES = pictures()
+PICTURES = files()
 
 
 # --- sizes
@@ -281,9 +281,9 @@ def truncated(name: str) -> bytes:
         (truncated("bmp"), "cannot be decoded .*truncated"),
         (PICTURES["photograph"][:20], "not a picture|cannot be decoded"),
         (b"hello, this is text", "not a picture in a known format"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", "not a picture in a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", "is an EPS or PostScript file; give a JPEG"),
         (b"GIF89a", "not a picture"),
-        (encode(Image.new("RGB", (48, 48)), "ICO"), "not a picture in a known format"),  # Pillow would decode it first
+        (encode(Image.new("RGB", (48, 48)), "ICO"), r"is an icon \(ICO\)"),  # Pillow would decode it first
         (png_header(0, 10), "empty|not a picture"),
         (png_header(50000, 50000), r"50000 × 50000 pixels; the limit is 134,217,728"),
         (png_header(2**31 - 1, 2**31 - 1), "the limit is"),
@@ -317,7 +317,7 @@ def test_size_is_checked_before_decoding(monkeypatch):
         raise AssertionError("decoded")
 
     image = Image.open(io.BytesIO(PICTURES["photograph"]))
-    monkeypatch.setattr(media, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
     monkeypatch.setattr(type(image), "load", decode)
     for given in (image, PICTURES["photograph"], PHOTO):
         with pytest.raises(InputError, match=r"600 × 400 pixels; the limit is 1,000"):
@@ -362,6 +362,10 @@ def test_threads_change_nothing():
 
 
 # --- transformers 4.51.3
+
+# The reference drops their transparency, or clips their 16 bits and floats; test_pictures.py says what is seen.
+DIFFER = ("png, gray and alpha", "png, palette with a transparent colour", "png, palette with alpha", "png, 16 bit",
+          "gif, transparent", "tiff, 16 bit")  # fmt: skip
 
 
 def normalised(patches: np.ndarray, p: Preprocessing) -> np.ndarray:
@@ -408,7 +412,7 @@ def reference(image: Image.Image, p: Preprocessing = P, resized: tuple[int, int]
 
 @pytest.mark.parity
 @pytest.mark.parametrize("bounds", [(3136, 12845056), (3136, 3136 * 4), (40000, 60000)])
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", sorted(PICTURES.keys() - set(DIFFER)))
 def test_bits_equal_the_reference(name, bounds):
     p = Preprocessing(*bounds)
     values, grid = reference(Image.open(io.BytesIO(PICTURES[name])), p)

@@ -8,13 +8,13 @@ import pytest
 
 from qwenvl_jax import cli
 from qwenvl_jax.cli.generate import read_request
-from qwenvl_jax.errors import CheckpointError, ContextError, InputError, MediaError, OptionsError
+from qwenvl_jax.errors import BadRecord, CheckpointError, ContextError, InputError, MediaError, OptionsError
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer.options import GenerateOptions
+from qwenvl_jax.inputs.fields import REQUEST
 from qwenvl_jax.inputs.messages import normalize
-from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.options import LIMITS, MediaOptions
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.records import BadRecord
 from qwenvl_jax.options import build, given, names, replace
 from qwenvl_jax.train.options import TrainOptions
 
@@ -86,12 +86,115 @@ def test_every_entry_point_checks_alike(processor, tmp_path, door):
         assert error.value.code == "options"
 
 
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_of_a_conversation_are_no_options_of_an_item(name):
+    with pytest.raises(OptionsError, match=f"message 0 item 0: unknown option {name}"):
+        normalize(message(**{name: 5}))
+
+
 def test_a_request_may_set_what_a_flag_may():
     body = {"max_tokens": 5, "max_pixels": 784, "messages": [], "model": "m", "stream": True, "top_p": None}
     assert read_request(body, "m.json") == {"max_new_tokens": 5, "max_pixels": 784}
-    for name in ("n", "logprobs", "allow_control_tokens"):
+    for name in ("allow_control_tokens", *LIMITS):
         with pytest.raises(OptionsError, match=f"m.json: unknown option {name};"):
             read_request({name: 1}, "m.json")
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+# The keys that OpenAI's and vLLM's clients send: values that change nothing, and values that would change the answer.
+KEYS = {
+    "n": ([1], [2, True, "1"]),
+    "best_of": ([1], [3]),
+    "user": (["u"], []),
+    "metadata": ([{"a": "b"}], []),
+    "store": ([True, False], []),
+    "stream": ([True, False], []),
+    "stream_options": ([{"include_usage": True}], []),
+    "service_tier": (["auto", "flex"], []),
+    "safety_identifier": (["x"], []),
+    "prompt_cache_key": (["x"], []),
+    "prediction": ([{"type": "content", "content": "x"}], []),
+    "logprobs": ([False], [True, 0]),
+    "top_logprobs": ([0], [5, False]),
+    "logit_bias": ([{}, {"5": 0}], [{"5": -100}, [5]]),
+    "response_format": ([{"type": "text"}], [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, {}]),
+    "modalities": ([["text"]], [["text", "audio"]]),
+    "audio": ([], [{"voice": "x"}]),
+    "verbosity": (["medium"], ["low"]),
+    "reasoning_effort": (["none"], ["high"]),
+    "web_search_options": ([], [{}]),
+    "tool_choice": (["auto", "none"], ["required", {"type": "function", "function": {"name": "f"}}]),
+    "parallel_tool_calls": ([True, False], []),
+    "functions": ([[]], [[{"name": "f"}]]),
+    "function_call": (["auto", "none"], [{"name": "f"}]),
+    "use_beam_search": ([False], [True]),
+    "length_penalty": ([1.0], []),
+    "min_tokens": ([0], [5]),
+    "include_stop_str_in_output": ([False], [True]),
+    "truncate_prompt_tokens": ([], [100]),
+    "prompt_logprobs": ([], [1]),
+    "echo": ([False], [True]),
+    "add_generation_prompt": ([True], [False]),
+    "continue_final_message": ([False], [True]),
+    "add_special_tokens": ([True, False], []),
+    "spaces_between_special_tokens": ([True, False], []),
+    "documents": ([[]], [[{"title": "x"}]]),
+    "chat_template": ([], ["{{ x }}"]),
+    "structured_outputs": ([], [{"json": {}}]),
+    "guided_json": ([], [{}]),
+    "guided_choice": ([], [["a", "b"]]),
+    "bad_words": ([[]], [["a"]]),
+    "allowed_token_ids": ([[]], [[1]]),
+    "priority": ([0, 3], []),
+    "request_id": (["x"], []),
+    "cache_salt": (["x"], []),
+    "media_io_kwargs": ([{}], [{"video": {"num_frames": 4}}]),
+    "chat_template_kwargs": ([{}, {"enable_thinking": False}], [{"enable_thinking": True}, {"tools": 1}, [1]]),
+    "mm_processor_kwargs": ([{}, {"use_fast": True}], [{"size": {"longest_edge": 9}}, {"temperature": 1}, "x"]),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_of_a_request_that_change_nothing(key):
+    harmless, others = KEYS[key]
+    for value in (None, *harmless):
+        assert read_request({key: value, "temperature": 0.5}, "m.json") == {"temperature": 0.5}
+    for value in others:
+        with pytest.raises(InputError, match=f"m.json: {key}"):
+            read_request({key: value}, "m.json")
+
+
+def test_every_key_of_the_table_is_tried():
+    common = (
+        "guided_decoding_backend guided_whitespace_pattern guided_regex guided_grammar include_reasoning rid regex "
+    )
+    common += "separate_reasoning stream_reasoning return_token_ids return_tokens_as_token_ids no_stop_trim ebnf model "
+    common += "logits_processors json_schema thinking_token_budget vllm_xargs kv_transfer_params lora_path messages "
+    common += "chat_template_content_format prompt_cache_retention"
+    assert REQUEST.keys() == {*KEYS, *common.split()} - {"chat_template_kwargs", "mm_processor_kwargs"}
+
+
+def test_keys_of_a_request_with_other_names():
+    body = {
+        "max_tokens": 9,
+        "max_completion_tokens": 9,
+        "top_k": -1,
+        "skip_special_tokens": False,
+        "stop_token_ids": [7],
+    }
+    body |= {"tools": TOOLS, "tool_choice": "auto", "parallel_tool_calls": True, "ignore_eos": True, "min_p": 0.1}
+    body |= {"mm_processor_kwargs": {"max_pixels": 784, "fps": 1, "num_frames": 3}, "repetition_penalty": 1.1}
+    body |= {"chat_template_kwargs": {"add_vision_id": True}}
+    assert read_request(body, "m.json") == {
+        "max_new_tokens": 9, "top_k": 0, "skip_special_tokens": False, "stop_token_ids": [7], "tools": TOOLS,
+        "ignore_eos": True, "min_p": 0.1, "max_pixels": 784, "fps": 1, "nframes": 3, "repetition_penalty": 1.1,
+        "add_vision_id": True,
+    }  # fmt: skip
+    for key, value in (("tool_choice", "none"), ("parallel_tool_calls", False), ("tool_choice", "required")):
+        with pytest.raises(InputError, match=f"m.json: {key} is .* would change the answer"):
+            read_request({"tools": TOOLS, key: value}, "m.json")
+    with pytest.raises(InputError, match="given twice"):
+        read_request({"max_pixels": 9, "mm_processor_kwargs": {"max_pixels": 8}}, "m.json")
 
 
 def test_values_keep_their_type():

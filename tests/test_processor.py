@@ -14,6 +14,7 @@ from PIL import Image
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS
+from qwenvl_jax.inputs.options import VIDEO
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.types import Grid, Visual
@@ -170,8 +171,8 @@ def test_options_that_reach_a_clip(processor, monkeypatch, source, item, used):
     """Sampling defaults skip lists of frames. An item's fps replaces a default of nframes, and vice versa."""
     seen = {}
 
-    def load(source, preprocessing, options):
-        seen.update(vars(options))
+    def load(source, preprocessing, options, budget):
+        seen.update({name: getattr(options, name) for name in VIDEO})
         return Visual(np.zeros((16, 1176), np.uint8), Grid(1, 4, 4), "video", 1.0)
 
     monkeypatch.setattr("qwenvl_jax.inputs.processor.video_visual", load)

@@ -12,11 +12,11 @@ import pytest
 from make_tiny import small_config
 from PIL import Image
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import BadRecord, InputError
 from qwenvl_jax.inputs import layout
 from qwenvl_jax.inputs import processor as processor_module
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.train.records import BadRecord, PackShape, RecordProcessor
+from qwenvl_jax.train.records import PackShape, RecordProcessor
 
 CONFIG = small_config("qwen2_5_vl")
 TEXTS = json.loads((Path(__file__).parent / "data" / "tokenizer" / "texts.json").read_text("utf-8"))
@@ -280,11 +280,12 @@ def turns(*values, **more):
     "record, reason, says",
     [
         ([1], "unreadable", "a record is a JSON object; this one is of type list"),
-        ({}, "messages", "one of 'messages', 'conversations'; this has 0"),
-        ({"messages": [], "conversations": []}, "messages", "this has 2"),
+        ({}, "messages", "has none of 'messages', 'conversations'"),
+        ({"messages": [], "conversations": []}, "messages", "has none of"),
+        ({"messages": [user("x")], "conversations": [1]}, "messages", "has both 'messages' and 'conversations'"),
         ({"messages": "hello"}, "messages", "'messages' must be a list"),
         ({"messages": [3]}, "messages", "message 0 is of type int"),
-        ({"messages": [{"role": "bot", "content": "x"}]}, "messages", "message 0 has role 'bot'"),
+        ({"messages": [{"role": "alien", "content": "x"}]}, "messages", "message 0 has role 'alien'"),
         ({"messages": [user("x"), assistant(5)]}, "messages", "message 1 has content of type int"),
         ({"messages": [user("x"), assistant("y", weight=2)]}, "messages", "message 1 has weight 2"),
         ({"messages": [user("x\ud800"), assistant("y")]}, "messages", "half of a character"),
@@ -321,7 +322,7 @@ def test_bad_records(encode, folder, record, reason, says):
     [
         ({"messages": [user("x")], "chosen": "y"}, "messages", "'rejected' must be"),
         ({"chosen": "y", "rejected": "z"}, "messages", "without a prompt"),
-        ({"messages": [user("x")], "chosen": user("y"), "rejected": "z"}, "nothing to learn", "no assistant"),
+        ({"messages": [user("x")], "chosen": user("y"), "rejected": "z"}, "messages", "not in the prompt"),
         ({"messages": [user("x")], "chosen": assistant([SEEN]), "rejected": "z"}, "messages", "must be text"),
         ({"messages": [user("x " * 260)], "chosen": "y", "rejected": "z"}, "too long", "a row has 512"),
     ],

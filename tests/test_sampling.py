@@ -236,6 +236,23 @@ def test_logprobs_are_those_of_the_raw_logits():
     np.testing.assert_allclose(out.top_logprobs, -np.sort(-p)[:, :5], rtol=1e-5)
 
 
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_row_that_is_not_finite_draws_nothing(sample):
+    """One NaN or infinity of a row is enough; masked ids and penalties are not."""
+    x = logits(7)
+    x[1, 40], x[2, 3], x[3] = np.nan, np.inf, -np.inf
+    x[4, 5:], x[5, 1:] = -np.inf, -np.inf
+    odd = OFF._replace(repetition_penalty=3.0, presence_penalty=2.0, frequency_penalty=-1.0)
+    rows = [odd._replace(temperature=t, top_k=2) for t in (1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0)]
+    state = fresh_state(range(7))
+    counts = np.zeros((7, V), np.int32)
+    counts[:, 3] = 2
+    out, state = draw(x, state._replace(counts=counts), sampling.stack_params(rows, 7), sample=sample, logprobs=2)
+    tokens = out.tokens.tolist()
+    assert [t == sampling.BAD for t in tokens] == [False, True, True, True, False, False, False]
+    assert 0 <= tokens[4] < 5 and tokens[5] == 0
+
+
 def test_values_never_recompile():
     traces = []
 

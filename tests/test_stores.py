@@ -22,7 +22,11 @@ from qwenvl_jax.inputs.media import load_image
 from qwenvl_jax.train.mirror import open_mirror
 from qwenvl_jax.train.run import read_metrics
 
-emulated = [pytest.mark.stores, pytest.mark.slow]
+emulated = [
+    pytest.mark.stores,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning"),  # gcsfs, to aiohttp
+]
 
 
 @pytest.mark.parametrize(

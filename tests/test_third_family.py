@@ -45,7 +45,7 @@ TOY = SimpleNamespace(
     to_dict=lambda c: shared.to_dict(c, "ToyForConditionalGeneration", write_vision(c.vision)),
     tensor_names=lambda c: {p: n.replace("mlp.fc", "mlp.linear_fc") for p, n in shared.tensor_names(c).items()},
     time_steps=lambda visual, config: np.zeros(visual.grid.t, int),
-    BOXES="relative",
+    BOXES="thousandths",
 )
 
 

@@ -7,7 +7,6 @@ import sys
 import wave
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,24 +213,102 @@ def test_frames_that_do_not_decode_are_not_counted(tmp_path, monkeypatch):
     assert visual.seconds_per_grid == 2 / (4 / 20 * 10)
 
 
-def test_rotation_is_applied(tmp_path):
-    """A phone's portrait clip: stored in landscape, with a rotation matrix in the track header."""
-    upright = clip(tmp_path / "a.mp4", 4)
-    data = bytearray(upright.read_bytes())
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        ((1, 0, 0, 1), lambda a: a),
+        ((0, 1, -1, 0), lambda a: np.rot90(a, -1)),  # a phone held upright
+        ((-1, 0, 0, -1), lambda a: np.rot90(a, 2)),
+        ((0, -1, 1, 0), np.rot90),
+        ((-1, 0, 0, 1), lambda a: a[:, ::-1]),  # a mirrored selfie
+        ((1, 0, 0, -1), lambda a: a[::-1]),
+        ((0, 1, 1, 0), lambda a: a.transpose(1, 0, 2)),
+        ((0, -1, -1, 0), lambda a: a[::-1, ::-1].transpose(1, 0, 2)),
+    ],
+)
+def test_the_display_matrix_is_applied(tmp_path, matrix, expected):
+    """The matrix of a track header, which maps a stored pixel to its place on the screen."""
+    stored = np.zeros((56, 84, 3), np.uint8)
+    stored[:28, :42], stored[:28, 42:], stored[28:, :42] = 250, 170, 90
+    data = bytearray(still(tmp_path / "a.mp4", stored, 4).read_bytes())
     at = data.index(b"tkhd") + 4 + 40  # version 0: the matrix follows 40 bytes of other fields
     assert struct.unpack(">9i", data[at : at + 36]) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
-    data[at : at + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 56 << 16, 0, 1 << 30)  # 90° clockwise
-    plain, turned = (
-        video_visual(upright, P, MediaOptions(nframes=2)),
-        video_visual(bytes(data), P, MediaOptions(nframes=2)),
-    )
-    assert (plain.grid.h, plain.grid.w) == (turned.grid.w, turned.grid.h)
+    a, b, c, d = (65536 * v for v in matrix)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    shown = expected(stored)
+    size = dict(resized_height=shown.shape[0], resized_width=shown.shape[1])
+    frames = video_visual([shown] * 2, P, MediaOptions(**size))
+    turned = video_visual(bytes(data), P, MediaOptions(nframes=2, **size))
+    assert turned.grid == frames.grid
+    assert abs(turned.patches.astype(int) - frames.patches).mean() < 3
 
-    rng = np.random.default_rng(0).integers(0, 255, (4, 6, 3)).astype(np.uint8)
-    stored = SimpleNamespace(width=6, height=4, to_ndarray=lambda format: rng)
-    for degrees, turns in ((-90, 3), (90, 1), (180, 2), (0, 0), (45, 0)):
-        stored.rotation = degrees
-        assert np.array_equal(np.asarray(video._upright(stored)), np.rot90(rng, turns))
+
+def test_one_frame_is_one_grid_step(tmp_path):
+    for name, codec in (("a.mp4", "libx264"), ("a.mkv", "mpeg4"), ("a.gif", "gif"), ("a.h264", "libx264")):
+        visual = video_visual(clip(tmp_path / name, 1, codec=codec), P, MediaOptions(**SMALL))
+        assert (visual.grid, visual.seconds_per_grid) == (Grid(1, 4, 6), 1.0)
+        assert np.round(numbers(visual)).tolist() == [0, 0]
+    assert video_visual(tmp_path / "a.mp4", P, MediaOptions(fps=4, **SMALL)).seconds_per_grid == 0.5
+    with pytest.raises(InputError, match="nframes 4 rounds to 4 of the clip's 1 frames"):
+        video_visual(tmp_path / "a.mp4", P, MediaOptions(nframes=4))
+
+
+def still(path: Path, pixels: np.ndarray, n: int, codec="libx264", pix_fmt="yuv444p", aspect=None) -> Path:
+    """A clip of n equal frames."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width = pixels.shape[:2]
+        stream.pix_fmt = pix_fmt
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        for i in range(n):
+            picture = av.VideoFrame.from_ndarray(pixels, format="rgba" if pixels.shape[2] == 4 else "rgb24")
+            picture.pts, picture.time_base = i, Fraction(1, 10)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt"), [("a.mov", "qtrle", "argb"), ("b.mov", "png", "rgba"), ("a.apng", "apng", "rgba")]
+)
+def test_transparent_parts_are_white(tmp_path, name, codec, pix_fmt):
+    pixels = np.full((56, 84, 4), 40, np.uint8)
+    pixels[:, :42, 3], pixels[:, 42:, 3] = 255, 0
+    visual = video_visual(still(tmp_path / name, pixels, 4, codec, pix_fmt), P, MediaOptions(**SMALL))
+    seen = np.concatenate([np.full((56, 42, 3), 40, np.uint8), np.full((56, 42, 3), 255, np.uint8)], 1)
+    assert np.array_equal(visual.patches, video_visual([seen] * 4, P, MediaOptions(**SMALL)).patches)
+
+
+@pytest.mark.parametrize(
+    ("pix_fmt", "codec"), [("yuv420p10le", "libx264"), ("yuv422p", "libx264"), ("yuv444p", "ffv1")]
+)
+def test_deep_and_odd_frames(tmp_path, pix_fmt, codec):
+    height, width = (56, 84) if codec == "libx264" else (57, 85)
+    path = still(tmp_path / "a.mkv", np.full((height, width, 3), 130, np.uint8), 4, codec, pix_fmt)
+    assert abs(video_visual(path, P, MediaOptions(**SMALL)).patches.astype(int) - 130).max() <= 2
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    pixels = np.full((140, 140, 3), 99, np.uint8)
+    wide = still(tmp_path / "a.mp4", pixels, 4, aspect=Fraction(2, 1))
+    assert video_visual(wide, P, MediaOptions(max_pixels=280 * 140)).grid == Grid(2, 10, 20)
+    mistaken = still(tmp_path / "b.mp4", pixels, 4, aspect=Fraction(100, 1))
+    assert video_visual(mistaken, P, MediaOptions(max_pixels=140 * 140)).grid == Grid(2, 10, 10)
+
+
+def test_a_cover_picture_is_no_clip(tmp_path):
+    path = tmp_path / "song.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=1)
+        stream.width, stream.height, stream.pix_fmt = 84, 56, "yuvj420p"
+        stream.disposition = av.stream.Disposition.attached_pic
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(frame(1), format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        container.streams.video[0].disposition = av.stream.Disposition.attached_pic
+        with pytest.raises(InputError, match="has a cover picture, but no video"):
+            video._video_stream(container)
 
 
 def test_only_sampled_frames_are_converted(monkeypatch):
@@ -398,14 +475,24 @@ def test_playlists_cannot_reach_other_files(tmp_path, playlist, name):
 
 
 def test_limits_come_before_memory(monkeypatch):
-    monkeypatch.setattr(video, "MAX_CLIP_PIXELS", 100_000)
-    for given in (CLIP, [CLIP.parent / "coffee.jpg"]):
-        with pytest.raises(InputError, match="exceed the limit of 100,000 pixels per clip"):
-            video_visual(given, P)
+    for given in (CLIP, [CLIP.parent / "coffee.jpg"] * 8):
+        with pytest.raises(InputError, match=r"8 frames of .* would take .* MiB .*raise media_memory"):
+            video_visual(given, P, MediaOptions(media_memory=86 if given is CLIP else 4, max_pixels=4 * 10**6))
     monkeypatch.setattr(video, "MAX_PIXELS", 100_000)
-    monkeypatch.setattr(video, "_decode", lambda open_clip: pytest.fail("decoded"))
+    monkeypatch.setattr(video, "_decode", lambda *args: pytest.fail("decoded"))
     with pytest.raises(InputError, match=r"bunny\.mp4: frames of 640 × 360 pixels; the limit is 100,000"):
         video_visual(CLIP, P)
+
+
+def test_a_decoder_takes_memory_by_the_size_of_its_frames():
+    with pytest.raises(InputError, match=r"bunny\.mp4: .* would take \d\d MiB of memory, the limit is 50 MiB"):
+        video_visual(CLIP, P, MediaOptions(media_memory=50))
+
+
+def test_decoding_ends_at_its_deadline(tmp_path):
+    path = still(tmp_path / "long.mp4", frame(1), 1000, pix_fmt="yuv420p")
+    with pytest.raises(InputError, match=r"long\.mp4: .* took longer than 0\.05 seconds; .*media_seconds"):
+        video_visual(path, P, MediaOptions(media_seconds=0.05))
 
 
 def test_without_pyav(monkeypatch):

@@ -44,7 +44,5 @@ def main() -> None:
 
     ask = second_questions if args.second else questions
     asked = ask(assets_of(parser, args.assets), args.questions)
-    report = evaluate(load(args.model), asked, batch=64, max_new_tokens=LONGEST, progress=True)
-    print(report.table())
-    if args.output:
-        report.write(args.output)
+    how = dict(batch=64, max_new_tokens=LONGEST, progress=True)
+    print(evaluate(load(args.model), asked, output=args.output, **how).table())

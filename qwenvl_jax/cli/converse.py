@@ -6,13 +6,12 @@ from qwenvl_jax.cli.errors import enable_compile_cache
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer.options import GenerateOptions, tokens_left
-from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
 from qwenvl_jax.options import add_flags, build, given, names
 
-_PROMPT = ("add_vision_id", "allow_control_tokens")
 
-
-def add_arguments(parser) -> None:
+def add_model(parser) -> None:
+    """The flags of the model and its devices."""
     parser.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="directory or hub id (default: demo)")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32", "float16"), help="dtype of the weights (default: the checkpoint's)"
@@ -20,21 +19,23 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--mesh", metavar="DxFxT", help="devices along data, fsdp and tensor, such as 1x1x8 (default: one)"
     )
+
+
+def add_arguments(parser) -> None:
+    add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     add_flags(parser, GenerateOptions, "Defaults come from the checkpoint's generation_config.json.")
     add_flags(parser, MediaOptions, "For all images and videos; an item in --messages can override them.")
-    group = parser.add_argument_group("prompt")
-    flag = dict(action="store_true", default=None)
-    group.add_argument("--add-vision-id", **flag, help="number the images and videos in the prompt")
-    group.add_argument(
-        "--allow-control-tokens", **flag, help="control tokens such as <|im_end|> typed in a text take effect"
-    )
+    add_flags(parser, PromptOptions)
 
 
 def sampling(args, request: dict | None = None) -> GenerateOptions:
     """GenerateOptions from a request and from flags; flags win. Raises OptionsError for a bad value."""
     options = {name: value for name, value in (request or {}).items() if name in names(GenerateOptions)}
-    return build(GenerateOptions, options | given(args, GenerateOptions))
+    options |= given(args, GenerateOptions)
+    if (allow := given(args, PromptOptions).get("allow_control_tokens")) is not None:  # answers follow the same rule
+        options.setdefault("skip_special_tokens", not allow)
+    return build(GenerateOptions, options)
 
 
 def encoder(args, request: dict | None = None):
@@ -43,9 +44,11 @@ def encoder(args, request: dict | None = None):
     from qwenvl_jax.params import directory
 
     request = request or {}
-    options = {name: request[name] for name in (*names(MediaOptions), "tools") if name in request}
-    options |= given(args, MediaOptions)
-    options |= {name: value for name in _PROMPT if (value := getattr(args, name)) is not None}
+    known = (*names(MediaOptions), "add_vision_id", "tools")
+    options = {name: request[name] for name in known if name in request}
+    options |= given(args, MediaOptions) | given(args, PromptOptions)
+    if getattr(args, "boxes", None) is not None:
+        options["boxes"] = args.boxes
     path = directory.find(args.model)
     config = directory.read_config(path)
     processor = Processor.from_dir(path, config)

@@ -1,60 +1,106 @@
 """`qwenvl eval`: questions from files, scores as a table or JSON."""
 
 import json
+import sys
 from pathlib import Path
 
 from qwenvl_jax import stores
-from qwenvl_jax.cli.errors import OK, enable_compile_cache
+from qwenvl_jax.answers.boxes import COORDINATES
+from qwenvl_jax.cli import converse
+from qwenvl_jax.cli.errors import OK, enable_compile_cache, one_of_several
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.evaluator import evaluate
 from qwenvl_jax.eval.metrics import BOXES, METRICS
-from qwenvl_jax.eval.questions import read_questions
+from qwenvl_jax.eval.questions import read_all
 from qwenvl_jax.infer.options import GenerateOptions
-from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
 from qwenvl_jax.options import add_flags, given
 
 HELP = "Answer questions from files and score the answers."
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("data", nargs="+", metavar="FILE", help="JSONL files of questions with answers")
-    parser.add_argument("--model", default="demo", metavar="DIR_OR_ID", help="directory or hub id (default: demo)")
+    parser.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="questions with answers: JSONL, JSON or Parquet files, or a dataset of the hub (USER/NAME:SPLIT)",
+    )
+    parser.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="rename a key of every record, or pass over it (OLD=); repeatable",
+    )
+    converse.add_model(parser)
     parser.add_argument(
         "--metric",
         choices=(*METRICS, BOXES),
         default="exact",
         help="for records without a metric of their own (default: exact)",
     )
-    parser.add_argument("--output", metavar="FILE", help="JSONL file for every question, answer and score")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="JSONL file that gets every answer as it comes; the same command goes on where it stopped",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start the --output file anew")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N records only")
+    parser.add_argument(
+        "--on-bad-record",
+        choices=("stop", "skip"),
+        default="stop",
+        help="what to do with a record that cannot be asked or answered (default: stop)",
+    )
+    parser.add_argument(
+        "--boxes",
+        choices=COORDINATES,
+        help="coordinates of boxes in records that do not say (default: the model's)",
+    )
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions answered together (default: 32)")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32", "float16"), help="dtype of the weights (default: the checkpoint's)"
-    )
+    parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
     add_flags(parser, GenerateOptions, "By default greedy, with at most 256 new tokens.")
     add_flags(parser, MediaOptions)
+    add_flags(parser, PromptOptions)
 
 
 def run(args) -> int:
+    sampling = given(args, GenerateOptions)
+    GenerateOptions(**sampling)
+    output = None if args.output is None else _output(args)
+    records = read_all(args.data, args.metric, args.columns)
+    for one in records[: args.limit] if args.on_bad_record == "stop" else ():  # before the weights are read
+        if isinstance(one, InputError):
+            raise one
+    mesh = converse.mesh(args)
     from qwenvl_jax.params import checkpoint
 
     enable_compile_cache()
-    stores.refuse("--output", args.output)
-    output = None if args.output is None else Path(args.output)
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise InputError(f"--output {output}: is a directory, or there is no directory {output.parent}")
-    sampling = given(args, GenerateOptions)
-    GenerateOptions(**sampling)
-    questions = read_questions(args.data, args.metric)  # bad records are errors before the weights are read
     report = evaluate(
-        checkpoint.load(args.model, dtype=args.dtype),
-        questions,
+        checkpoint.load(args.model, mesh=mesh, dtype=args.dtype),
+        records,
+        output=output,
+        overwrite=args.overwrite,
         batch=args.batch,
-        encoding=given(args, MediaOptions),
+        encoding=given(args, MediaOptions) | given(args, PromptOptions) | ({"boxes": args.boxes} if args.boxes else {}),
+        on_bad=args.on_bad_record,
+        limit=args.limit,
         progress=not args.json,
         **sampling,
     )
+    if one_of_several() and sys.modules["jax"].process_index():  # every process computes; process 0 prints
+        return OK
     print(json.dumps(report.to_dict()) if args.json else report.table(), flush=True)
-    if output is not None:
-        report.write(output)
     return OK
+
+
+def _output(args) -> Path:
+    stores.refuse("--output", args.output)
+    output = Path(args.output)
+    if output.is_dir() or not output.parent.is_dir():
+        raise InputError(f"--output {output}: is a directory, or there is no directory {output.parent}")
+    if output.exists() and any(Path(file).exists() and output.samefile(file) for file in args.data):
+        raise InputError(f"--output {output}: is one of the files of questions; give another name")
+    return output

@@ -3,18 +3,25 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from qwenvl_jax.answers.boxes import COORDINATES, Sizes, from_model, sizes
 from qwenvl_jax.cli import converse
 from qwenvl_jax.cli.errors import OK, one_of_several
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.infer.options import GenerateOptions
-from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.fields import PROCESSOR_KWARGS, REQUEST, TEMPLATE_KWARGS, WITHOUT_TOOLS, read_keys
+from qwenvl_jax.inputs.options import VIDEO
 from qwenvl_jax.options import check_names, names
 
 HELP = "Answer one conversation; the answer streams to stdout."
-_IGNORED = ("messages", "model", "stream")  # keys of a request body that are not options
-_SYNONYMS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
+_SYNONYMS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "num_frames": "nframes"}
+# Keys of a request body that hold options, and the keys that change nothing there.
+_NESTED: dict[str, tuple[tuple[str, ...], dict]] = {
+    "mm_processor_kwargs": ((*VIDEO, "num_frames"), PROCESSOR_KWARGS),
+    "chat_template_kwargs": (("add_vision_id",), TEMPLATE_KWARGS),
+}
 
 
 class _Media(argparse.Action):
@@ -38,12 +45,20 @@ def add_arguments(parser) -> None:
             metavar="F",
             help="file, URL, or demo:NAME for a sample in the package; repeatable, in order",
         )
+    parser.add_argument(
+        "--boxes",
+        choices=COORDINATES,
+        help="coordinates of boxes in the prompt and in the answer, which is then not streamed (default: the model's)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a stream")
     parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
     converse.add_arguments(parser)
 
 
 def run(args) -> int:
+    from qwenvl_jax.families import family_of  # not at the top: these import numpy
+    from qwenvl_jax.params import directory
+
     request: dict = {}
     tools = None if args.tools is None else _read_json("--tools", args.tools)
     if args.messages is None:
@@ -58,18 +73,30 @@ def run(args) -> int:
     mesh = converse.mesh(args)  # before the model is read: a wrong mesh is an error at once
     path, encode = converse.encoder(args, request | ({} if tools is None else {"tools": tools}))
     sample = encode(messages)
+    place = None if args.boxes is None else _place(sample, directory.read_config(path))
     engine = converse.engine(path, args, mesh)
     if one_of_several() and sys.modules["jax"].process_index():  # every process computes; process 0 prints
         engine.generate([sample], options)
         return OK
-    if not args.json:
+    if not args.json and not args.boxes:
         for piece in engine.stream(sample, options):
             print(piece, end="", flush=True)
         print()
         return OK
     (result,) = engine.generate([sample], options)
-    print(json.dumps(_as_json(result)))
+    if place is not None:
+        result = replace(result, text=from_model(result.text, place, family_of(engine.config).BOXES, args.boxes))
+    print(json.dumps(_as_json(result)) if args.json else result.text)
     return OK
+
+
+def _place(sample, config) -> Sizes:
+    """The sizes of the sample's pictures. Raises InputError if they differ, since a box could be of any of them."""
+    places = {sizes(visual, config) for visual in sample.visuals}
+    if len(places) != 1:
+        what = f"the prompt has pictures of {len(places)} sizes" if places else "the prompt has no picture"
+        raise InputError(f"--boxes converts the boxes of one picture; {what}")
+    return places.pop()
 
 
 def _as_json(result) -> dict:
@@ -104,14 +131,25 @@ def _read_messages(args) -> tuple[list[dict], dict]:
 def read_request(body: dict, name: str) -> dict:
     """The options in an OpenAI request body, under our names; None counts as absent. Raises InputError."""
     flags = tuple(n for n in names(GenerateOptions) if GenerateOptions.__dataclass_fields__[n].metadata["flag"])
-    body = {key: value for key, value in body.items() if value is not None and key not in _IGNORED}
-    check_names(body, (*flags, *names(MediaOptions), "tools", *_SYNONYMS), f"{name}: ")
+    body = {key: value for key, value in body.items() if value is not None}
+    table = REQUEST if body.get("tools") else REQUEST | WITHOUT_TOOLS
+    given = read_keys(body, table, name)
+    pairs = [pair for pair in given.items() if pair[0] not in _NESTED]
+    for key, (known, same) in _NESTED.items():
+        inner = given.get(key, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"{name}: {key} is {shown(inner)}; it must be an object")
+        inner = read_keys(inner, same, f"{name}: {key}")
+        check_names(inner, known, f"{name}: {key}: ")
+        pairs += inner.items()
     options: dict = {}
-    for key, value in body.items():
+    for key, value in pairs:
         option = _SYNONYMS.get(key, key)
-        if option in options:
+        value = 0 if option == "top_k" and value == -1 else value  # vLLM's "off"
+        if option in options and options[option] != value:
             raise InputError(f"{name}: {key!r} is given twice, under two names; keep one")
         options[option] = value
+    check_names(options, (*flags, *VIDEO, "tools", "add_vision_id"), f"{name}: ")
     return options
 
 

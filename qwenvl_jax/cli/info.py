@@ -43,7 +43,7 @@ def describe(path_or_preset) -> dict:
 
     Of one that is not here, only the small files and the headers of the weight files are read.
 
-    Keys: family; boxes ("absolute": pixels of the resized image, "relative": 0..1000); preset (with the same sizes, or
+    Keys: family; boxes (their coordinates in answers: "resized" or "thousandths"); preset (with the same sizes, or
     None); format ("hf", "orbax", "preset"); parameters; dtypes {name: parameters}; files {name: bytes}; bytes; context;
     config; on_cpu (what `load` does with 16-bit weights on a CPU with the memory that is free now).
     Raises InputError if there is no such directory or a header is damaged.
@@ -111,7 +111,7 @@ def table(facts: dict) -> str:
         f"MLP {t['intermediate_size']}, vocabulary {t['vocab_size']}",
         "vision": f"{v['depth']} blocks of width {v['hidden_size']}, {v['num_heads']} heads",
         "context": f"{facts['context']:,} tokens",
-        "boxes": {"absolute": "pixels of the resized image", "relative": "0 … 1000 of each side"}[facts["boxes"]],
+        "boxes": {"resized": "pixels of the resized image", "thousandths": "0 … 1000 of each side"}[facts["boxes"]],
     }
     if t["tie_word_embeddings"]:
         rows["decoder"] += ", tied embeddings"

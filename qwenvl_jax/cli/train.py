@@ -24,7 +24,7 @@ def run(args) -> int:
     enable_compile_cache()
 
     def evaluator(model, data, encoding):
-        return Evaluator(model, data, encoding=encoding)
+        return Evaluator(model, data, encoding=encoding, on_bad=options.on_bad_record)
 
     try:
         ended = finetune(options, evaluator)

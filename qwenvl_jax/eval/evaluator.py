@@ -1,26 +1,36 @@
 """Asks a model questions with known answers and scores its answers. jax is imported on first use."""
 
+import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
-from qwenvl_jax.errors import InputError, OptionsError
-from qwenvl_jax.eval.questions import Question, read_questions
+from qwenvl_jax.errors import InputError, NonFiniteError, OptionsError
+from qwenvl_jax.eval.journal import Journal, fingerprint, question_ids
+from qwenvl_jax.eval.metrics import BOXES
+from qwenvl_jax.eval.questions import Question, read_all
 from qwenvl_jax.eval.report import Answer, Report, report, score
-from qwenvl_jax.types import Model
+from qwenvl_jax.infer.options import GenerateOptions
+from qwenvl_jax.inputs.options import PromptOptions
+from qwenvl_jax.options import names
+from qwenvl_jax.types import Model, Sample
 
+_LOG = logging.getLogger(__name__)
 _LOADERS = 8  # threads that encode the next questions meanwhile
 _AHEAD = 4  # batches encoded at a time; only their images are in memory
 
 
-def evaluate(model, records, **options) -> Report:
+def evaluate(model, records, *, output=None, overwrite=False, **options) -> Report:
     """Answers every question of `records` greedily and scores the answers.
 
-    model: a `Model` or an `Engine`. records, options: as for `Evaluator`.
+    model: a `Model` or an `Engine`. records, options: as for `Evaluator`. output, overwrite: as for `Evaluator.report`.
     Raises InputError that names the record (file and line) whose image, video or prompt cannot be used.
     """
-    return Evaluator(model, records, **options).report(model.params)
+    return Evaluator(model, records, **options).report(model.params, output=output, overwrite=overwrite)
 
 
 class Evaluator:
@@ -39,35 +49,64 @@ class Evaluator:
         metric: str = "exact",
         encoding: Mapping | None = None,
         max_new_tokens: int = 256,
+        on_bad: str = "stop",
+        limit: int | None = None,
         progress: bool = False,
         **options,
     ):
         """model: a `Model`, whose own parameters are dropped, or an `Engine`, whose max_batch is used.
 
-        records: a JSONL file, a list of them, or a list of records. A record is a training record plus `answer` (a text
-            or number, a list of them, or boxes; by default the last assistant message), `task` (the group of its score;
-            by default "default") and `metric` (by default `metric`).
+        records: what `inputs.source.open_source` takes: files, a dataset, or a list of records. A record is a training
+            record plus `answer` (a text or number, a list of them, or boxes; by default the last assistant message),
+            `task` (the group of its score; by default "default") and `metric` (by default `metric`).
         batch: questions answered together.
         encoding: options of `Processor.encode` for all questions.
-        options: other `GenerateOptions`; the default temperature is 0.
+        on_bad: a record that cannot be asked or answered raises InputError ("stop"), or is logged and counted ("skip").
+        limit: ask the first `limit` records only.
+        options: other `GenerateOptions`; the default temperature is 0. With `skip_special_tokens`, control tokens are
+            left out of the right answers too.
         Raises InputError that names the bad record. Images and videos are not opened here.
         """
-        if batch < 1:
-            raise OptionsError(f"batch is {batch}; it must be at least 1")
-        self.questions = read_questions(records, metric)
-        _check(self.questions, model.processor)
+        if batch < 1 or (limit is not None and limit < 1):
+            raise OptionsError(f"batch is {batch} and limit {limit}; they must be at least 1")
+        if on_bad not in ("stop", "skip"):
+            raise OptionsError(f"on_bad is {on_bad!r}; it must be 'stop' or 'skip'")
+        read = read_all(records, metric)
+        self._all = [one for one in read if isinstance(one, Question)]
+        self.questions = [one for one in read[:limit] if isinstance(one, Question)]
+        self._unread = [one for one in read[:limit] if isinstance(one, InputError)]
+        self._encoding, self._progress, self._on_bad = dict(encoding or {}), progress, on_bad
+        if on_bad == "stop":
+            for error in self._unread:
+                raise error
+            _check(self.questions, model.processor, self._encoding)
         self._model: Any = model._replace(params={}) if isinstance(model, Model) else None
         self._engine: Any = None if isinstance(model, Model) else model
-        self._batch = min(batch, len(self.questions)) if self._engine is None else model.max_batch
-        self._encoding, self._progress = dict(encoding or {}), progress
-        self._options = {"temperature": 0.0, "max_new_tokens": max_new_tokens, **options}
+        self._batch = min(batch, max(len(self.questions), 1)) if self._engine is None else model.max_batch
+        options = {"temperature": 0.0, "max_new_tokens": max_new_tokens, **options}
+        allow = self._encoding.get("allow_control_tokens")
+        allow = model.processor.allow_control_tokens if allow is None else allow
+        chosen = GenerateOptions(**options).resolve(model.generation, model.config.eos_token_id, keep_special=allow)
+        self._options = {**options, "skip_special_tokens": chosen.skip_special_tokens}
+        self._identity = {**self._encoding, **_settings(chosen), "seed": options.get("seed")}
+        self._clean = model.processor.without_control_tokens if chosen.skip_special_tokens else str
 
     def __call__(self, params) -> dict[str, float]:
-        """The scores under these parameters, by name: see `Report.metrics`."""
-        return self.report(params).metrics()
+        """The scores under these parameters, by name: see `Report.metrics`.
 
-    def report(self, params) -> Report:
-        """Answers every question under these parameters and scores the answers."""
+        A record that turns out bad while it is answered is logged and counted, so that it does not end a training run.
+        """
+        return self._report(params, "skip", None, False).metrics()
+
+    def report(self, params, *, output=None, overwrite: bool = False) -> Report:
+        """Answers every question under these parameters and scores the answers.
+
+        output: a JSONL file that gets each answer as it comes. Questions that it answers already are not asked again.
+        overwrite: start the file anew. Raises InputError if the file holds anything but these answers; see `Journal`.
+        """
+        return self._report(params, self._on_bad, output, overwrite)
+
+    def _report(self, params, on_bad: str, output, overwrite: bool) -> Report:
         import jax
 
         from qwenvl_jax.infer.engine import Engine
@@ -80,53 +119,161 @@ class Evaluator:
         engine = self._engine
         own, engine.params = engine.params, jax.tree.map(jax.numpy.asarray, params)
         try:
-            return report(self._answers(engine))
+            if output is None:
+                return self._run(engine, on_bad)
+            ids = question_ids(self._all)
+            model = fingerprint(engine.config, engine.processor, engine.params)
+            if jax.process_index():  # process 0 writes
+                return self._run(engine, on_bad, ids=ids)
+            with Journal(output, model, self._identity, ids, overwrite=overwrite) as journal:
+                return self._run(engine, on_bad, journal, ids)
         finally:
             engine.params = own if self._model is None else None
 
-    def _answers(self, engine) -> list[Answer]:
-        from tqdm import tqdm
+    def _run(self, engine, on_bad: str, journal: Journal | None = None, ids: Sequence[str] = ()) -> Report:
+        """Answers what the journal does not answer. ids: the names in it of all questions, `questions` first."""
+        found = _shared(journal.answered if journal else {}) if ids else {}
+        known = {i: found[name] for i, name in enumerate(ids[: len(self.questions)]) if name in found}
+        answers = {i: self._stored(self.questions[i], line) for i, line in known.items()}
+        todo = [i for i in range(len(self.questions)) if i not in answers]
+        bad = list(self._unread)
+        for error in bad:
+            _LOG.warning("%s; skipped", error)
+        for batch in self._answer(engine, todo):
+            said = {i: one for i, one in batch.items() if not isinstance(one, InputError)}
+            new = {i: score(question, text, reason, self._clean) for i, (question, text, reason) in said.items()}
+            answers |= new
+            if journal:
+                journal.add((ids[i], answer.to_dict()) for i, answer in new.items())
+            for error in (one for one in batch.values() if isinstance(one, InputError)):
+                if on_bad == "stop":
+                    raise error
+                _LOG.warning("%s; skipped", error)
+                bad.append(error)
+        if not answers:
+            raise InputError(f"no question could be answered; the first: {bad[0]}")
+        order = sorted(answers)
+        if journal:
+            journal.finish((ids[i], answers[i].to_dict()) for i in order)
+        return report([answers[i] for i in order], Counter(map(_reason, bad)))
 
+    def _stored(self, question: Question, line: dict) -> Answer:
+        golds = line["answer"] if isinstance(line["answer"], list) else [line["answer"]]  # boxes: the model's
+        return score(question._replace(answers=tuple(golds)), line["prediction"], line["finish_reason"], self._clean)
+
+    def _encode(self, engine, i: int):
+        """(the sample of question i, the question with its boxes in the model's coordinates), or the error."""
         from qwenvl_jax.infer.options import tokens_left
 
-        def encode(i: int):
-            q = self.questions[i]
-            try:
-                sample = engine.processor.encode(q.messages, tools=q.tools, **self._encoding)
-                tokens_left(sample, engine.max_length)
-                return sample
-            except InputError as e:
-                raise e.at(q.where) from e
+        q = self.questions[i]
+        options = {**self._encoding, **({"boxes": q.boxes} if q.boxes else {})}
+        try:
+            sample = engine.processor.encode(q.messages, tools=q.tools, **options)
+            tokens_left(sample, engine.max_length)
+            return sample, _with_model_boxes(q, sample, engine.processor, options.get("boxes"))
+        except InputError as e:
+            return e.at(q.where)
 
+    def _answer(self, engine, todo: list[int]) -> Iterator[dict[int, Any]]:
+        """Batches of {index: (question, text, finish_reason) or an InputError}."""
+        from tqdm import tqdm
+
+        if not todo:
+            return
         # Questions of one task have similar sizes, so their batches need few buckets.
-        order = sorted(range(len(self.questions)), key=lambda i: self.questions[i].task)
+        order = sorted(todo, key=lambda i: self.questions[i].task)
         windows = [order[i : i + self._batch * _AHEAD] for i in range(0, len(order), self._batch * _AHEAD)]
-        answers: list = [None] * len(order)
+        encode = partial(self._encode, engine)
         with (
             ThreadPoolExecutor(_LOADERS) as pool,
             tqdm(total=len(order), desc="evaluating", disable=not self._progress) as bar,
         ):
             encoded = pool.map(encode, windows[0])
             for window, following in zip(windows, [*windows[1:], []], strict=True):
-                samples = dict(zip(window, encoded, strict=True))
+                pairs = dict(zip(window, _agreed(list(encoded)), strict=True))
                 encoded = pool.map(encode, following)  # starts now, while this window is answered
-                by_length = sorted(window, key=lambda i: len(samples[i].tokens))
+                bad = {i: one for i, one in pairs.items() if isinstance(one, InputError)}
+                bar.update(len(bad))
+                yield bad
+                by_length = sorted(pairs.keys() - bad.keys(), key=lambda i: (len(pairs[i][0].tokens), i))
                 for at in range(0, len(by_length), self._batch):
-                    batch = by_length[at : at + self._batch]
-                    results = engine.generate([samples.pop(i) for i in batch], **self._options)
-                    for i, result in zip(batch, results, strict=True):
-                        answers[i] = score(self.questions[i], result.text, result.finish_reason)
+                    batch = {i: pairs.pop(i) for i in by_length[at : at + self._batch]}
                     bar.update(len(batch))
-        return answers
+                    yield self._generate(engine, batch)
+
+    def _generate(self, engine, batch: dict[int, tuple[Sample, Question]]) -> dict[int, Any]:
+        why = ""
+        try:
+            results = engine.generate([sample for sample, _ in batch.values()], **self._options)
+        except NonFiniteError as e:
+            results, why = e.results, e.why
+        done: dict[int, Any] = {}
+        for (i, (_, question)), result in zip(batch.items(), results, strict=True):
+            done[i] = question, result.text, result.finish_reason
+            if result.finish_reason == "error":
+                done[i] = NonFiniteError(f"{question.where}: the model computed NaN or infinity: {why}")
+        return done
 
 
-def _check(questions: Sequence[Question], processor) -> None:
+def _settings(options) -> dict:
+    """The resolved options of a generation that decide its answers, as JSON values."""
+    unused = {"n", "logprobs", "seed", *(("top_k", "top_p", "min_p") if options.greedy else ())}
+    values = {name: value for name, value in vars(options).items() if name not in unused}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _reason(error: InputError) -> str:
+    """The reason by which a bad record is counted, as in training."""
+    reasons = {"media": "media", "context": "too long", "not_finite": "not finite"}
+    return getattr(error, "reason", None) or reasons.get(error.code, "messages")
+
+
+def _shared(lines: dict[str, dict]) -> dict[str, dict]:
+    """The answers that process 0 has found, in every process."""
+    import jax
+
+    if jax.process_count() == 1:
+        return lines
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(lines).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(text, size))))
+
+
+def _agreed(encoded: list) -> list:
+    """The encoded questions, with an error where another process has one: all must ask the same."""
+    import jax
+
+    if jax.process_count() == 1:
+        return encoded
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    mine = np.array([isinstance(one, InputError) for one in encoded])
+    failed: list[bool] = np.asarray(multihost_utils.process_allgather(mine)).any(0).tolist()
+    other = InputError("a record cannot be used in another process")
+    return [other if f and not m else one for one, f, m in zip(encoded, failed, mine, strict=True)]
+
+
+def _with_model_boxes(question: Question, sample: Sample, processor, coordinates: str | None) -> Question:
+    """The question with its right boxes in the model's coordinates. Raises InputError for a box outside its picture."""
+    if question.metric != BOXES:
+        return question
+    told = [*question.messages, {"role": "assistant", "content": question.answers[0]}]
+    gold = processor.boxes_to_model(told, sample.visuals, coordinates)[-1]["content"]
+    return question._replace(answers=(gold,))
+
+
+def _check(questions: Sequence[Question], processor, encoding: Mapping) -> None:
     """Raises InputError for a bad prompt or a missing file now; the evaluation may reach it hours later."""
     from qwenvl_jax.inputs.fetch import locate
 
+    flags = {name: encoding[name] for name in names(PromptOptions) if name in encoding}
     for q in questions:
         try:
-            for media in processor.prompt(q.messages, tools=q.tools, add_generation_prompt=True).media:
+            for media in processor.prompt(q.messages, tools=q.tools, add_generation_prompt=True, **flags).media:
                 if isinstance(media.source, str) and not re.match("(?i)(https?|gs|s3):|data:", media.source):
                     locate(media.source, 0)
         except InputError as e:

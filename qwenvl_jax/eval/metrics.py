@@ -4,12 +4,13 @@ A metric takes a prediction and the right answers ("golds") and returns a score 
 `match_boxes` counts them, because their score is computed over a task.
 """
 
-import json
 import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from qwenvl_jax.answers.boxes import Box
 
 _Z = 1.959963984540054  # 97.5% quantile of the normal distribution: two-sided 95%
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
@@ -97,16 +98,6 @@ def _levenshtein(a: str, b: str) -> int:
 # --- boxes ----------------------------------------------------------------------------------------------
 
 
-class Box(NamedTuple):
-    """A labelled rectangle, in pixels of the resized image that the model sees."""
-
-    label: str
-    x1: float
-    y1: float
-    x2: float
-    y2: float
-
-
 class Matched(NamedTuple):
     """Counts for one image."""
 
@@ -117,39 +108,6 @@ class Matched(NamedTuple):
     @property
     def f1(self) -> float:
         return 2 * self.right / total if (total := self.predicted + self.gold) else 1.0
-
-
-def parse_boxes(text: str) -> list[Box]:
-    """The boxes in an answer of Qwen2.5-VL, `[{"bbox_2d": [x1, y1, x2, y2], "label": "…"}]`, in a ```json fence or not.
-
-    Broken JSON, cut off or without a comma, is read object by object. Objects without four numbers and a label are
-    skipped. A single object needs no list around it.
-    """
-    fenced = re.search(r"```(?:json)?\s*(.*?)\s*(?:```|\Z)", text, re.S)
-    try:
-        objects = json.loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError):
-        objects = [_broken(piece) for piece in text.split("{")[1:]]
-    boxes = []
-    for o in objects if isinstance(objects, list) else [objects]:
-        box, label = (o.get("bbox_2d"), o.get("label")) if isinstance(o, dict) else (None, None)
-        if isinstance(label, str) and isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)):
-            boxes.append(Box(label, *map(float, box)))
-    return boxes
-
-
-def _broken(piece: str) -> dict:
-    """Box and label of one object, from the text after its brace; {} if either is missing."""
-    numbers = r"\s*,\s*".join([f"({_NUMBER})"] * 4)
-    box = re.search(rf"""["']bbox_2d["']\s*:\s*\[\s*{numbers}""", piece)
-    label = re.search(r"""["']label["']\s*:\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')""", piece)
-    if not (box and label):
-        return {}
-    return {"bbox_2d": [float(x) for x in box.groups()], "label": label[1] if label[1] is not None else label[2]}
-
-
-def _is_finite(x) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e9
 
 
 def iou(a: Box, b: Box) -> float:

@@ -1,10 +1,10 @@
-"""Questions with known answers, from JSONL files or records. This file does not import numpy."""
+"""Questions with known answers, from files or records. This file does not import numpy."""
 
 import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from qwenvl_jax.answers.boxes import check_coordinates, parse_boxes
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
@@ -19,42 +19,44 @@ class Question(NamedTuple):
     metric: str
     where: str  # "file:line", for errors
     tools: list | None = None
+    boxes: str | None = None  # their coordinates in the messages and answers; None: the model's
 
 
-def read_questions(records, metric: str = "exact") -> list[Question]:
-    """The questions of a JSONL file, a list of files, or a list of records (see `Evaluator`) or questions.
+def read_questions(records, metric: str = "exact", columns: Sequence[str] = ()) -> list[Question]:
+    """The questions of files (what `open_source` takes), or of a list of records (see `Evaluator`) or questions.
 
-    Paths in a file are relative to its folder. Raises InputError that names the bad record.
+    columns: "old=new" renames a key of every record, and "old=" drops it. Raises InputError that names the bad record.
     """
-    from qwenvl_jax.inputs.records import read_lines  # imports numpy
-
-    if isinstance(records, str | Path):
-        records = [records]
-    questions = []
-    for i in range(len(records)):  # any object with len() and [i] will do
-        one = records[i]
-        if isinstance(one, Question):
-            questions.append(one)
-            continue
-        lines = read_lines(one) if isinstance(one, str | Path) else [(f"record {i}", one, None)]
-        for where, value, folder in lines:
-            try:
-                questions.append(_question(value, folder, metric, where))
-            except InputError as e:
-                raise e.at(where) from e
-            except RecursionError as e:  # deeply nested lists
-                raise InputError(f"{where}: {e}") from e
-    if not questions:
-        raise InputError(f"{', '.join(map(str, records)) or 'the list of records'}: no record to evaluate on")
-    return questions
+    read = read_all(records, metric, columns)
+    for one in read:
+        if isinstance(one, InputError):
+            raise one
+    return [one for one in read if isinstance(one, Question)]
 
 
-def _question(record, folder: Path | None, metric: str, where: str) -> Question:
+def read_all(records, metric: str = "exact", columns: Sequence[str] = ()) -> list[Question | InputError]:
+    """What `read_questions` returns, with the error of each bad record in its place. Errors may be `records` too."""
+    from qwenvl_jax.inputs.source import open_source  # imports numpy
+
+    source = open_source(records, columns)
+    read: list[Question | InputError] = []
+    for i in range(len(source)):
+        try:
+            one = source[i]
+            read.append(one if isinstance(one, Question | InputError) else _question(one, source, i, metric))
+        except InputError as e:
+            read.append(e.at(source.where(i)))
+        except RecursionError as e:  # deeply nested lists
+            read.append(InputError(f"{source.where(i)}: {e}"))
+    if not read:
+        raise InputError(f"{source.name}: no record to evaluate on")
+    return read
+
+
+def _question(record, source, index: int, metric: str) -> Question:
     from qwenvl_jax.inputs.records import conversation
 
-    if not isinstance(record, Mapping):
-        raise InputError(f"a record is a JSON object, not a {type(record).__name__}")
-    ((messages, _),) = conversation(record, folder)
+    messages, _, tools = conversation(record, source.folder(index))
     answer = record.get("answer")
     last = messages[-1]
     if isinstance(last, Mapping) and last.get("role") == "assistant":
@@ -69,7 +71,8 @@ def _question(record, folder: Path | None, metric: str, where: str) -> Question:
         raise InputError(f"task is {task!r}; it must be a name")
     if metric not in (*METRICS, BOXES):
         raise InputError(f"metric is {metric!r}; known are {', '.join((*METRICS, BOXES))}")
-    return Question(messages, _answers(answer, metric), task, metric, where, record.get("tools"))
+    check_coordinates(boxes := record.get("boxes"))
+    return Question(messages, _answers(answer, metric), task, metric, source.where(index), tools, boxes)
 
 
 def _answers(answer, metric: str) -> tuple[str, ...]:
@@ -80,7 +83,7 @@ def _answers(answer, metric: str) -> tuple[str, ...]:
             text = json.dumps(objects)
         except (TypeError, ValueError, RecursionError) as e:
             raise InputError(f"answer is not readable as JSON ({e})") from e
-        if not isinstance(objects, list) or len(metrics.parse_boxes(text)) != len(objects):
+        if not isinstance(objects, list) or len(parse_boxes(text)) != len(objects):
             raise InputError('answer must be a list of {"bbox_2d": [x1, y1, x2, y2], "label": "…"}')
         return (text,)
     several = answer if isinstance(answer, list | tuple) else [answer]

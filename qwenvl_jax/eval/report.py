@@ -1,12 +1,10 @@
 """Scores of single answers, and of all answers with 95% intervals."""
 
-import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
+from qwenvl_jax.answers.boxes import parse_boxes
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 from qwenvl_jax.eval.questions import Question, text_of
@@ -52,22 +50,27 @@ class Score:
 
 @dataclass(frozen=True)
 class Report:
-    """Scores by task, `overall` (the mean over all answers), and the answers in the order of the records."""
+    """Scores by task, `overall` (the mean over all answers), and the answers in the order of the records.
+
+    skipped: how many records could not be asked or answered, by reason. They are in no score.
+    """
 
     scores: tuple[Score, ...]
     overall: Score
     answers: tuple[Answer, ...]
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """{"eval/TASK/METRIC": value, …, "eval/overall": value}, for the metrics of a training run."""
         named: dict[str, float] = {}
         for s in self.scores:
             named |= {f"eval/{s.task}/{name}": value for name, value in {s.metric: s.value, **s.details}.items()}
+        named |= {f"eval/skipped/{reason}": float(n) for reason, n in self.skipped.items()}
         return named | {"eval/overall": self.overall.value}
 
     def to_dict(self) -> dict:
         """The scores, as `--json` prints them."""
-        return {"tasks": [vars(s) for s in self.scores], "overall": vars(self.overall)}
+        return {"tasks": [vars(s) for s in self.scores], "overall": vars(self.overall), "skipped": self.skipped}
 
     def table(self) -> str:
         """The scores as a text table, in percent."""
@@ -80,37 +83,31 @@ class Report:
         width = [max(map(len, column)) for column in zip(*rows, strict=True)]
         pad = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
         cells = ([p(x, w) for p, x, w in zip(pad, row, width, strict=True)] for row in rows)
-        return "\n".join("  ".join(row).rstrip() for row in cells)
-
-    def write(self, path) -> None:
-        """Writes the answers as JSONL. The file gets its name when it is complete."""
-        path = Path(path)
-        work = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        try:
-            with work.open("w", encoding="utf-8") as f:
-                f.writelines(json.dumps(a.to_dict(), ensure_ascii=False) + "\n" for a in self.answers)
-            os.replace(work, path)
-        finally:
-            work.unlink(missing_ok=True)
+        lines = ["  ".join(row).rstrip() for row in cells]
+        if self.skipped:
+            reasons = ", ".join(f"{reason}: {n}" for reason, n in sorted(self.skipped.items()))
+            lines.append(f"{sum(self.skipped.values())} records skipped, in no score ({reasons})")
+        return "\n".join(lines)
 
 
-def score(question: Question, prediction: str, finish_reason: str = "stop") -> Answer:
-    """Scores one prediction."""
+def score(
+    question: Question, prediction: str, finish_reason: str = "stop", clean: Callable[[str], str] = str
+) -> Answer:
+    """Scores one prediction. clean: what is done to it and to the right answers before they are compared."""
+    said, golds = clean(prediction), [clean(answer) for answer in question.answers]
     if question.metric == BOXES:
-        gold = metrics.parse_boxes(question.answers[0])
-        matched = metrics.match_boxes(metrics.parse_boxes(prediction), gold)
+        matched = metrics.match_boxes(parse_boxes(said), parse_boxes(golds[0]))
         return Answer(question, prediction, finish_reason, matched.f1, matched)
-    value = METRICS[question.metric](prediction, question.answers)
-    return Answer(question, prediction, finish_reason, value)
+    return Answer(question, prediction, finish_reason, METRICS[question.metric](said, golds))
 
 
-def report(answers: Sequence[Answer]) -> Report:
-    """The scores of at least one answer; tasks keep their order."""
+def report(answers: Sequence[Answer], skipped: Mapping[str, int] | None = None) -> Report:
+    """The scores of at least one answer; tasks keep their order. skipped: records by reason, see `Report`."""
     groups: dict[tuple[str, str], list[Answer]] = {}
     for a in answers:
         groups.setdefault((a.question.task, a.question.metric), []).append(a)
     scores = tuple(_score(task, metric, group) for (task, metric), group in groups.items())
-    return Report(scores, _score("overall", "mean", answers), tuple(answers))
+    return Report(scores, _score("overall", "mean", answers), tuple(answers), dict(skipped or {}))
 
 
 def _score(task: str, metric: str, answers: Sequence[Answer]) -> Score:

@@ -6,7 +6,7 @@ from qwenvl_jax.config import Config, TextConfig, VisionConfig
 from qwenvl_jax.families import shared
 from qwenvl_jax.types import Visual
 
-BOXES = "absolute"  # pixels of the resized picture
+BOXES = "resized"  # pixels of the resized picture
 
 tensor_names = shared.tensor_names
 

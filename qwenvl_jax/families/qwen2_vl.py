@@ -6,7 +6,7 @@ from qwenvl_jax.config import Config, TextConfig, VisionConfig
 from qwenvl_jax.families import shared
 from qwenvl_jax.types import Visual
 
-BOXES = "relative"  # 0..1000 along each side of the picture
+BOXES = "thousandths"  # 0 … 1000 along each side of the picture
 _TOWER = dict(norm="layer", gated_mlp=False, window_size=None, fullatt_block_indexes=())
 
 tensor_names = shared.tensor_names

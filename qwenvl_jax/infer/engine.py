@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from qwenvl_jax.errors import InputError, OptionsError
+from qwenvl_jax.errors import InputError, NonFiniteError, OptionsError
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.compile_cache import enabled
 from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, tokens_left
@@ -27,6 +27,7 @@ from qwenvl_jax.infer.requests import Request, Result, Row, Stream, batches
 from qwenvl_jax.inputs.ladder import Ladder, round_up
 from qwenvl_jax.inputs.layout import slots_needed
 from qwenvl_jax.inputs.pack import make_batch
+from qwenvl_jax.params.specs import flatten
 from qwenvl_jax.sharding import ACTIVATION_AXES
 from qwenvl_jax.types import Batch, Model, Sample, VisionBatch
 
@@ -109,6 +110,8 @@ class Engine:
         tools: functions that the model may call, in OpenAI's form.
         Everything is encoded before the first token is generated: bad input costs no computation, but all images are in
         host memory at once. Raises InputError, or a subclass, for bad input, options, or a prompt that is too long.
+        Raises NonFiniteError if the model computes NaN or infinity for a conversation; its `results` hold the answers
+        to the others.
         """
         if isinstance(conversations, Sample) or any(isinstance(c, dict) for c in conversations):
             raise InputError("generate takes a list of conversations; put a single one into a list")
@@ -122,7 +125,42 @@ class Engine:
         for rows in batches(requests, self.max_batch):
             for _ in self._run(rows):
                 pass
+        requests = self._failed_again(requests)
+        self._check_finite(requests)
         return [request.result() for request in requests]
+
+    def _failed_again(self, requests: list[Request]) -> list[Request]:
+        """The requests, those that failed with pictures answered again alone.
+
+        Pictures of a batch share lanes, where attention multiplies other pictures by 0; 0 · NaN is NaN.
+        """
+        shown = [request for request in requests if request.sample.visuals]
+        if len(shown) < 2:
+            return requests
+        again = [request.again() if request in shown and request.failed else request for request in requests]
+        for request in set(again) - set(requests):
+            for rows in batches([request], self.max_batch):
+                for _ in self._run(rows):
+                    pass
+        return again
+
+    def _check_finite(self, requests: list[Request]) -> None:
+        """Raises NonFiniteError that names the cause if any answer ended in NaN or infinity."""
+        failed = [i for i, request in enumerate(requests) if request.failed]
+        if not failed:
+            return
+        many = f" for {len(failed)} of {len(requests)} conversations, first for number {failed[0]}"
+        weight = next((path for path, w in flatten(self.params).items() if not _all_finite(w)), None)
+        do = "Load the checkpoint with dtype bfloat16 or float32 (--dtype)"
+        if weight:
+            why = f"the weight {weight} holds them. {do}; if that does not help, its files are damaged"
+        elif self.config.dtype == "float16":
+            why = f"float16 ends at 65504. {do}"
+        else:
+            why = "all weights are finite. Try dtype float32 (--dtype), and check that config.json belongs to them"
+        error = NonFiniteError(f"the model computed NaN or infinity{many if len(requests) > 1 else ''}: {why}")
+        error.why, error.results = why, tuple(request.result() for request in requests)
+        raise error
 
     def stream(
         self, conversation, options: GenerateOptions | None = None, *, tools: list | None = None, **changes
@@ -134,14 +172,23 @@ class Engine:
         request = self._request(conversation, options or GenerateOptions(), tools, changes)
         if len(request.rows) > 1:
             raise OptionsError(f"n is {len(request.rows)}; stream gives one answer, use generate for several")
-        return Stream(request, self._run(request.rows))
+
+        def steps():
+            yield from self._run(request.rows)
+            self._check_finite([request])
+
+        return Stream(request, steps())
 
     def _request(self, conversation, options: GenerateOptions, tools, changes: dict) -> Request:
         options = options.replace(**changes)
         if options.seed is None and jax.process_count() > 1:  # one seed for all processes
             seed = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
             options = options.replace(seed=int(seed))
-        options = options.resolve(self.generation, self.config.eos_token_id)
+        # Where control tokens are left out of the text, their ids end it.
+        ends = tuple(self.processor.control_tokens[s] for s in options.stop if s in self.processor.control_tokens)
+        options = options.replace(stop_token_ids=options.stop_token_ids + ends)
+        keep = self.processor.allow_control_tokens
+        options = options.resolve(self.generation, self.config.eos_token_id, keep_special=keep)
         sample = conversation
         if not isinstance(sample, Sample):
             sample = self.processor.encode(conversation, tools=tools)
@@ -286,6 +333,11 @@ class Engine:
             if cache.k[0].shape[2] >= self._programs.slots(tokens[-1]):
                 return cache
             cache = self._programs.grow(cache)
+
+
+@jax.jit
+def _all_finite(weight):
+    return jnp.isfinite(weight).all()
 
 
 def _capped(buckets: Sequence[int], most: int) -> tuple[int, ...]:

@@ -67,7 +67,9 @@ class GenerateOptions:
     logprobs: int | None = option(
         None, "0: log-probability of each token; k: of the k best tokens too", least=0, most=MAX_LOGPROBS, flag=False
     )
-    skip_special_tokens: bool = option(True, "leave control tokens such as <|box_start|> out of the text")
+    skip_special_tokens: bool | None = option(
+        None, "leave control tokens such as <|box_start|> out of the text; default: unless the checkpoint keeps them"
+    )
 
     def __post_init__(self):
         check(self)
@@ -95,12 +97,13 @@ class GenerateOptions:
             )
         return options.replace(self, changes)
 
-    def resolve(self, generation: Mapping, eos_token_id: int) -> "GenerateOptions":
+    def resolve(self, generation: Mapping, eos_token_id: int, *, keep_special=False) -> "GenerateOptions":
         """Fills in every None, checks every value, and adds the eos ids to `stop_token_ids`.
 
         generation: the checkpoint's generation_config.json, or {}. As in transformers 4.51.3, decoding is greedy unless
         `do_sample` is true; then missing keys mean temperature 1, top_k 50 and top_p 1 (GenerationConfig's defaults).
         The same top_k and top_p apply if only a temperature is given here. max_new_tokens defaults to 512.
+        keep_special: the processor's `allow_control_tokens`; if true, skip_special_tokens defaults to false.
         Raises OptionsError for a bad value in the file.
         """
 
@@ -124,6 +127,7 @@ class GenerateOptions:
             top_p=value("top_p", 1.0),
             min_p=value("min_p", 0.0),
             repetition_penalty=value("repetition_penalty", 1.0),
+            skip_special_tokens=value("skip_special_tokens", not keep_special),
             seed=secrets.randbits(63) if self.seed is None else self.seed,
             stop_token_ids=self.stop_token_ids + (() if self.ignore_eos else eos),
         )

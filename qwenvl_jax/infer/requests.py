@@ -16,7 +16,8 @@ class Result:
     text: the answer without eos, stop ids or stop strings.
     token_ids: all generated ids, including the eos or stop id (as in transformers and vLLM) or the token that completed
         the stop string.
-    finish_reason: "stop" (eos, a stop id or string) or "length" (max_new_tokens, or the context is full).
+    finish_reason: "stop" (eos, a stop id or string), "length" (max_new_tokens, or the context is full) or "error" (the
+        model computed NaN or infinity; text and ids are those before it).
     logprobs: of each of token_ids, under the raw logits; None unless requested.
     top_logprobs: the best (id, logprob) pairs for each of token_ids; None unless requested.
     others: the other n − 1 answers to the same conversation.
@@ -64,10 +65,19 @@ class Request:
     """One conversation, and a row for each of its n answers."""
 
     def __init__(self, sample: Sample, options: GenerateOptions, limit: int, decode):
-        self.sample = sample
+        self.sample, self._made_of = sample, (sample, options, limit, decode)
         self.rows = [
             Row(self, options, options.seed + j, limit, Detokenizer(decode, options.stop)) for j in range(options.n)
         ]
+
+    def again(self) -> "Request":
+        """The same request before its first token."""
+        return Request(*self._made_of)
+
+    @property
+    def failed(self) -> bool:
+        """Whether NaN or infinity ended an answer."""
+        return any(row.finish_reason == "error" for row in self.rows)
 
     def result(self) -> Result:
         first, *others = (row.result() for row in self.rows)
@@ -92,6 +102,10 @@ class Row:
         if self.finish_reason:
             return
         token, top = int(draw.tokens[b]), self.options.logprobs
+        if token == sampling.BAD:
+            self.finish_reason = "error"
+            self.pieces.append(self._text.finish())
+            return
         self._ids.append(token)
         if top is not None:
             self._logprobs.append(float(draw.logprobs[b]))

@@ -15,6 +15,8 @@ from jax import lax
 
 from qwenvl_jax.infer.options import OFF, SamplingParams
 
+BAD = -1  # in place of a token: NaN or infinity in a row's logits
+
 
 class State(NamedTuple):
     """The sampling state between two tokens."""
@@ -28,7 +30,7 @@ class State(NamedTuple):
 class Draw(NamedTuple):
     """One new token per row. Logprobs are of the raw logits, before penalties and temperature."""
 
-    tokens: Any  # [B] int32
+    tokens: Any  # [B] int32; BAD for a row whose logits are not finite
     logprobs: Any = None  # [B] float32
     top_ids: Any = None  # [B, n] int32, most likely first
     top_logprobs: Any = None  # [B, n] float32
@@ -109,13 +111,16 @@ def allowed_ids(logits, top_k, top_p, min_p):
 
 
 def draw(logits, state: State, sampling_params: SamplingParams, *, sample: bool, logprobs: int | None = None):
-    """Draws one token per row: logits [B, V] float32 → (Draw, the next State).
+    """Draws one token per row: logits [B, V] float32 → (Draw, the next State). A row that is not finite draws BAD.
 
     sample: False if every row is greedy; the random part is then skipped.
     logprobs: None for none; n for the drawn token and the n best ids.
     """
     penalised = penalise(logits, state.prompt, state.counts, sampling_params)
     tokens = jnp.argmax(penalised, -1)
+    rows = jnp.arange(tokens.shape[0])
+    # argmax finds NaN first, then infinity. So this logit alone decides; a mask of -inf on other ids does not matter.
+    finite = jnp.isfinite(logits[rows, tokens])
     if sample:
         # Subtract the best logit first: a temperature of 1e-6 (in official files) would overflow.
         below = penalised - jnp.max(penalised, -1, keepdims=True)
@@ -124,9 +129,8 @@ def draw(logits, state: State, sampling_params: SamplingParams, *, sample: bool,
         noise = jax.vmap(_gumbel, (0, None, None))(state.keys, state.index, logits.shape[-1])
         drawn = jnp.argmax(jnp.where(allowed, scaled + noise, -jnp.inf), -1)
         tokens = jnp.where(sampling_params.temperature > 0, drawn, tokens)
-    tokens = tokens.astype(jnp.int32)
+    tokens = jnp.where(finite, tokens, BAD).astype(jnp.int32)
 
-    rows = jnp.arange(tokens.shape[0])
     state = state._replace(index=state.index + 1, counts=state.counts.at[rows, tokens].add(1))
     if logprobs is None:
         return Draw(tokens), state

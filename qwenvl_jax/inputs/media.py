@@ -1,128 +1,91 @@
-"""Decodes untrusted pictures and cuts them into patches.
+"""Pictures as patches.
 
 Patches stay uint8 until the device normalises them: a quarter of the bytes to move, and no arithmetic on the host.
 """
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
 from qwenvl_jax.errors import InputError, MediaError
+from qwenvl_jax.inputs import pictures
+from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.fetch import locate, name_of
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
-from qwenvl_jax.inputs.preprocessing import MAX_PIXELS, Preprocessing, check_aspect, target_size
+from qwenvl_jax.inputs.preprocessing import Preprocessing, target_size
 from qwenvl_jax.types import Grid, Visual
 
 MAX_IMAGE_BYTES = 128 << 20
 
-# Pillow's readers of common formats. Other readers are risky: EPS runs Ghostscript, ICO is decoded on opening, and few
-# are fuzzed. MPO comes with JPEG.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
-_UPRIGHT = {  # EXIF orientation → the transpose that undoes it
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
-
-def image_visual(source, preprocessing: Preprocessing, options: MediaOptions = DEFAULT) -> Visual:
+def image_visual(
+    source, preprocessing: Preprocessing, options: MediaOptions = DEFAULT, budget: Budget | None = None
+) -> Visual:
     """One picture as patches [h·w, C] uint8; all frames of its grid step are the same.
 
-    source: as in `load_image`. Raises MediaError or OptionsError that names it.
+    source: as in `load_image`. budget: what the conversation's media may still take.
+    Raises MediaError or OptionsError that names the source.
     """
-    image = load_image(source)
-    try:
-        height, width = target_size(image.height, image.width, preprocessing, options)
-    except InputError as e:
-        raise e.at(name_of(source)) from e
-    patches = empty_patches(1, height, width, preprocessing)
-    fill(patches[0], resize(image, height, width), range(preprocessing.temporal_patch_size))
-    return as_visual(patches, "image")
+    p, budget = preprocessing, budget or Budget(options)
+
+    def patch_bytes(width: int, height: int) -> int:
+        height, width = target_size(height, width, p, options)
+        return 3 * height * width * p.temporal_patch_size
+
+    image = load_image(source, budget, patch_bytes)
+    height, width = target_size(image.height, image.width, p, options)
+    patches = empty_patches(1, height, width, p)
+    fill(patches[0], resize(image, height, width), range(p.temporal_patch_size))
+    return as_visual(patches, "image")._replace(size=image.size)
 
 
-def load_image(source) -> Image.Image:
-    """The picture as an RGB PIL image, with its EXIF orientation applied and RGBA composed onto white.
+def load_image(
+    source, budget: Budget | None = None, keep: Callable[[int, int], int] = lambda width, height: 0
+) -> Image.Image:
+    """The picture as an upright RGB PIL image, as a person sees it: transparency is white, 16 bits are scaled to 8.
 
     source: path, file:// or http(s) URL, base64 data: URL, bytes, PIL image, or uint8 array [H, W], [H, W, 3] or
-        [H, W, 4]. Of an animation, the first frame is taken.
-    As in the reference, `convert("RGB")` drops the transparency of gray and palette pictures. The size is checked
-    before the pixels are decoded. Raises MediaError that names the source.
+        [H, W, 4]. Of an animation or a file of several pages, the first is taken. Colour profiles are ignored.
+    budget: what is taken from; keep(width, height): bytes of memory to keep for what the caller makes of the picture.
+    The size is checked before the pixels are decoded. Raises MediaError that names the source.
     """
-    name = name_of(source)
-    if isinstance(source, Image.Image):
-        return _decoded(source, name)
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
-            shape = f"{source.dtype} {list(source.shape)}"
-            raise MediaError(f"{name}: an array must be uint8 [H, W], [H, W, 3] or [H, W, 4], not {shape}")
-        _check_size(name, source.shape[1], source.shape[0])
-        return _decoded(Image.fromarray(np.ascontiguousarray(source)), name)
-    data = locate(source, MAX_IMAGE_BYTES)
-    if isinstance(data, bytes):
-        return _decoded(_identify(io.BytesIO(data), name), name)
+    name, budget = name_of(source), budget or Budget()
+    data = source if isinstance(source, Image.Image | np.ndarray) else locate(source, MAX_IMAGE_BYTES, budget)
     try:
-        if data.stat().st_size > MAX_IMAGE_BYTES:
-            raise MediaError(f"{name}: larger than {MAX_IMAGE_BYTES >> 20} MiB, the limit for a picture")
+        if isinstance(data, Image.Image):
+            return _decoded(data, budget, keep)
+        if isinstance(data, np.ndarray):
+            return _decoded(_from_array(data), budget, keep)
+        if isinstance(data, bytes):
+            return _decoded(pictures.identify(io.BytesIO(data)), budget, keep)
+        if (size := data.stat().st_size) > MAX_IMAGE_BYTES:
+            raise MediaError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB, the limit for a picture")
+        budget.read(size)
         with data.open("rb") as file:
-            return _decoded(_identify(file, name), name)
+            return _decoded(pictures.identify(file), budget, keep)
     except OSError as e:
         raise MediaError(f"{name}: cannot be read ({e.strerror or e})") from e
+    except InputError as e:
+        raise e.at(name) from e
 
 
-def _identify(file, name: str) -> Image.Image:
-    """Reads the header only. Image.open would do the same, but warns about sizes by its own limit."""
-    Image.init()
-    prefix = file.read(16)
-    if not prefix:
-        raise MediaError(f"{name}: is empty")
-    prefix = prefix.ljust(16, b"\0")  # Pillow unpacks numbers from it without checking its length
-    for format_name in _FORMATS:
-        opener, accepts = Image.OPEN[format_name]
-        if accepts and accepts(prefix) is not True:
-            continue  # False, or a str: this Pillow was built without the format
-        file.seek(0)
-        try:
-            return opener(file, None)
-        except Exception:  # on a damaged header Pillow raises anything, struct.error included
-            continue
-    raise MediaError(f"{name}: not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF, …), or damaged")
+def _from_array(source: np.ndarray) -> Image.Image:
+    if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
+        shape = f"{source.dtype} {list(source.shape)}"
+        raise MediaError(f"an array must be uint8 [H, W], [H, W, 3] or [H, W, 4], not {shape}")
+    pictures.check_size(source.shape[1], source.shape[0])
+    return Image.fromarray(np.ascontiguousarray(source))
 
 
-def _decoded(image: Image.Image, name: str) -> Image.Image:
-    _check_size(name, image.width, image.height)
-    try:
-        image.load()
-        try:
-            orientation = image.getexif().get(0x0112)
-        except Exception:  # the EXIF block is damaged, the pixels may still be good
-            orientation = None
-        if isinstance(orientation, int) and orientation in _UPRIGHT:
-            image = image.transpose(_UPRIGHT[orientation])
-        if image.mode == "RGB":
-            return image
-        if image.mode == "RGBA":
-            canvas = Image.new("RGB", image.size, (255, 255, 255))
-            canvas.paste(image, mask=image.getchannel("A"))
-            return canvas
-        if isinstance(image.info.get("transparency"), bytes):
-            image = image.copy()
-            del image.info["transparency"]  # otherwise `convert` warns
-        return image.convert("RGB")
-    except Exception as e:  # decoders raise anything on damaged data
-        raise MediaError(f"{name}: cannot be decoded ({e})") from e
-
-
-def _check_size(name: str, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise MediaError(f"{name}: {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels in all")
-    check_aspect(width, height, f"{name}: ")
+def _decoded(image: Image.Image, budget: Budget, keep: Callable) -> Image.Image:
+    pictures.check_size(image.width, image.height)
+    kept = keep(image.width, image.height)
+    budget.left()
+    with budget.memory(pictures.cost(image), kept):
+        return pictures.decode(image)
 
 
 def resize(image: Image.Image, height: int, width: int) -> Image.Image:

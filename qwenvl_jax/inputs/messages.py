@@ -2,11 +2,12 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.inputs.fields import ITEM, MESSAGE, URL, read_keys
 from qwenvl_jax.inputs.options import IMAGE, VIDEO, MediaOptions
 from qwenvl_jax.options import check_names, checked
 
@@ -40,12 +41,36 @@ def normalize(messages: Sequence[Mapping]) -> tuple[list[dict], list[Media]]:
 
     Content stays a string, or becomes a list of `{"type": "text", "text": …}`, `{"type": "image", …}` and
     `{"type": "video", …}`. Keys that are None or [] count as absent: dataset rows and dumped SDK objects have them.
+    `fields.py` lists the keys that are passed over.
     Raises InputError that names the message and the item.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise InputError("messages must be a list of at least one {'role': …, 'content': …}")
     read = [_message(m, f"message {i}") for i, m in enumerate(messages)]
     return [message for message, _ in read], [m for _, media in read for m in media]
+
+
+def map_texts(messages: Sequence[Mapping], change: Callable[[str, range], str]) -> list[dict]:
+    """The messages, which `normalize` accepts, with `change(text, pictures)` in place of each text.
+
+    pictures: which of the conversation's media the text may be about: those of its own message, else of the latest
+        message before it that has some.
+    """
+    out: list[dict] = []
+    pictures = range(0)
+    for message in messages:
+        content = message.get("content")
+        items = content if isinstance(content, list | tuple) else ()
+        is_text = [_kind(_present(item), "") == "text" for item in items]
+        if not all(is_text):
+            pictures = range(pictures.stop, pictures.stop + is_text.count(False))
+        if isinstance(content, str):
+            content = change(content, pictures)
+        elif items:
+            pairs = zip(items, is_text, strict=True)
+            content = [{**item, "text": change(item["text"], pictures)} if text else item for item, text in pairs]
+        out.append({**message, "content": content})
+    return out
 
 
 def _present(value: Mapping) -> dict:
@@ -55,7 +80,7 @@ def _present(value: Mapping) -> dict:
 def _message(message, where: str) -> tuple[dict, list[Media]]:
     if not isinstance(message, Mapping):
         raise InputError(f"{where} is of {_type(message)}, not an object with 'role' and 'content'")
-    given = _present(message)
+    given = read_keys(_present(message), MESSAGE, where)
     role = given.get("role")
     if not isinstance(role, str) or role not in _ROLES:
         raise InputError(f"{where} has role {role!r}; known roles are {', '.join(_ROLES)}")
@@ -89,7 +114,7 @@ def _message(message, where: str) -> tuple[dict, list[Media]]:
 def _item(item, where: str) -> tuple[dict, Media | None]:
     if not isinstance(item, Mapping):
         raise InputError(f"{where} is of {_type(item)}, not an object with a 'type'")
-    given = _present(item)
+    given = read_keys(_present(item), ITEM, where)
     kind = _kind(given, where)
     detail = [given.pop("detail")] if kind == "image" and "detail" in given else []
     given.pop("type", None)
@@ -99,7 +124,7 @@ def _item(item, where: str) -> tuple[dict, Media | None]:
         raise InputError(f"{where} is of type {kind} and must have one of {known}; it has {len(sources)}")
     key, source = sources[0], given.pop(sources[0])
     if key in ("image_url", "video_url") and isinstance(source, Mapping):
-        inner = _present(source)
+        inner = read_keys(_present(source), URL, where)
         source = inner.pop("url", None)
         detail += [inner.pop("detail")] if "detail" in inner else []
         if not isinstance(source, str) or inner:

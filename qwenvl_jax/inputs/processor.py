@@ -12,12 +12,15 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
+from qwenvl_jax.answers.boxes import check_coordinates, sizes, to_model
 from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.errors import CheckpointError, InputError
+from qwenvl_jax.errors import CheckpointError, InputError, shown
+from qwenvl_jax.families import family_of
+from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.chat import ChatTemplate, prompt_parts
 from qwenvl_jax.inputs.layout import find_placeholders, make_sample
 from qwenvl_jax.inputs.media import image_visual
-from qwenvl_jax.inputs.messages import Media, check_tools, normalize
+from qwenvl_jax.inputs.messages import Media, check_tools, map_texts, normalize
 from qwenvl_jax.inputs.options import DEFAULT, FRAMES, IMAGE, VIDEO, MediaOptions
 from qwenvl_jax.inputs.preprocessing import PREPROCESSOR_FILE, Preprocessing, read_preprocessing
 from qwenvl_jax.inputs.video import video_visual
@@ -25,6 +28,7 @@ from qwenvl_jax.options import build
 from qwenvl_jax.types import Sample, Visual
 
 _TURN_START, _TURN_END, _ASSISTANT = "<|im_start|>", "<|im_end|>", "assistant\n"  # ChatML, as in every family
+RULE_FILE, RULE = "tokenizer_config.json", "allow_control_tokens"  # our key, beside the tokenizer's own
 _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
 
 
@@ -42,12 +46,15 @@ class Processor:
     """Turns messages into token ids and patches for one checkpoint. It is immutable and thread-safe.
 
     tokenizer: must have `encode_special_tokens` set: typed control tokens then become ids of plain text.
+    allow_control_tokens: the checkpoint's rule, unless a call says otherwise. True: control tokens typed in a text
+        become control tokens, and answers keep theirs (`GenerateOptions.skip_special_tokens` is off).
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate
     preprocessing: Preprocessing
     config: Config
+    allow_control_tokens: bool = False
 
     def __post_init__(self):
         if not self.tokenizer.encode_special_tokens:
@@ -69,13 +76,22 @@ class Processor:
             raise CheckpointError(f"{path} has no {PREPROCESSOR_FILE}; a checkpoint directory needs it")
         tokenizer = _read_tokenizer(path)
         tokenizer.encode_special_tokens = True
-        return cls(tokenizer, ChatTemplate.from_dir(path), preprocessing, config)
+        rule = read_json(path / RULE_FILE, missing={}).get(RULE, False)
+        if not isinstance(rule, bool):
+            raise CheckpointError(f"{path / RULE_FILE}: {RULE} is {shown(rule)}; it must be true or false")
+        return cls(tokenizer, ChatTemplate.from_dir(path), preprocessing, config, rule)
 
     @cached_property
     def control_tokens(self) -> dict[str, int]:
         """Ids of the special tokens, by their text. Typed in a message they are plain characters."""
         added = self.tokenizer.get_added_tokens_decoder()
         return {token.content: i for i, token in added.items() if token.special}
+
+    def without_control_tokens(self, text: str) -> str:
+        """The text as `decode` with `skip_special_tokens` would give it."""
+        for token in sorted(self.control_tokens, key=len, reverse=True):
+            text = text.replace(token, "")
+        return text
 
     def render(self, messages, *, tools=None, add_generation_prompt=True, add_vision_id=False) -> str:
         """The prompt as text, for inspection: one placeholder per picture or clip, which are not opened."""
@@ -89,21 +105,29 @@ class Processor:
         tools: Sequence[Mapping] | None = None,
         add_generation_prompt: bool = True,
         add_vision_id: bool = False,
-        allow_control_tokens: bool = False,
+        allow_control_tokens: bool | None = None,
+        boxes: str | None = None,
         **media,
     ) -> Sample:
         """One conversation as a Sample: token ids, positions and patches.
 
         tools: JSON descriptions in OpenAI's form.
         add_vision_id: number the pictures and clips ("Picture 1: ").
-        allow_control_tokens: control tokens typed in messages become control tokens, as in transformers.
+        allow_control_tokens: control tokens typed in messages become control tokens, as in transformers; None: the rule
+            of the processor.
+        boxes: the coordinates of boxes in the messages, one of `answers.boxes.COORDINATES`; they are converted to those
+            of the model. None leaves the texts as they are.
         media: MediaOptions by name, for all pictures and clips; an item of a message overrides them.
         Raises InputError that names the message and item.
         """
         options = build(MediaOptions, media)
+        check_coordinates(boxes)
         flags = dict(add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id)
-        prompt = self.prompt(messages, tools=tools, allow_control_tokens=allow_control_tokens, **flags)
+        flags |= dict(tools=tools, allow_control_tokens=allow_control_tokens)
+        prompt = self.prompt(messages, **flags)
         visuals = self.open(prompt.media, options)
+        if boxes is not None:
+            prompt = self.prompt(self.boxes_to_model(messages, visuals, boxes), **flags)
         return make_sample(prompt.tokens, visuals, self.config, placeholders=prompt.placeholders)
 
     def prompt(self, messages, *, tools=None, add_generation_prompt=False, **flags) -> Prompt:
@@ -113,8 +137,16 @@ class Processor:
         placeholders = find_placeholders(tokens, [m.kind for m in media], self.config)
         return Prompt(tokens, turns, placeholders, media)
 
-    def _parts(self, normal: list[dict], tools, **flags) -> list[str]:
-        return prompt_parts(self.template, normal, check_tools(tools), self.control_tokens, **flags)
+    def boxes_to_model(self, messages, visuals: Sequence[Visual], source: str | None) -> list[dict]:
+        """Messages with the boxes of their texts in the model's coordinates: see `answers.boxes.to_model`."""
+        places = [sizes(visual, self.config) for visual in visuals]
+        target = family_of(self.config).BOXES
+        return map_texts(messages, lambda text, about: to_model(text, [places[i] for i in about], target, source))
+
+    def _parts(self, normal: list[dict], tools, *, allow_control_tokens: bool | None = None, **flags) -> list[str]:
+        allow = self.allow_control_tokens if allow_control_tokens is None else allow_control_tokens
+        tools = check_tools(tools)
+        return prompt_parts(self.template, normal, tools, self.control_tokens, allow_control_tokens=allow, **flags)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; the bytes of an incomplete character become U+FFFD."""
@@ -147,13 +179,14 @@ class Processor:
         return tokens, np.array(turns, np.int32)
 
     def open(self, media: Sequence[Media], options: MediaOptions = DEFAULT) -> tuple[Visual, ...]:
-        """The second half of `encode`: pictures and clips as patches."""
+        """The second half of `encode`: pictures and clips as patches, all within the limits of `options`."""
+        budget = Budget(options)
         if len(media) < 2:  # without a thread
-            return tuple(self._visual(m, options) for m in media)
+            return tuple(self._visual(m, options, budget) for m in media)
         with ThreadPoolExecutor(min(_LOADERS, len(media))) as pool:
-            return tuple(pool.map(lambda m: self._visual(m, options), media))
+            return tuple(pool.map(lambda m: self._visual(m, options, budget), media))
 
-    def _visual(self, media: Media, options: MediaOptions) -> Visual:
+    def _visual(self, media: Media, options: MediaOptions, budget: Budget) -> Visual:
         names, load = (IMAGE, image_visual) if media.kind == "image" else (VIDEO, video_visual)
         if media.kind == "video" and isinstance(media.source, list | tuple | np.ndarray):
             names = FRAMES
@@ -163,7 +196,7 @@ class Processor:
             if mine in media.options and other not in media.options:
                 chosen.pop(other, None)
         try:
-            return load(media.source, self.preprocessing, MediaOptions(**chosen))
+            return load(media.source, self.preprocessing, MediaOptions(**chosen), budget)
         except InputError as e:
             raise e.at(media.where) from e
 

@@ -1,255 +1,364 @@
-"""Reads JSONL files, and turns each form of record into messages.
+"""Turns every form of record into messages, loss weights and tools. Training and evaluation read records here.
 
-    {"messages": [{"role": "user", "content": …}, …]}                                     OpenAI's and Qwen's
-    {"conversations": [{"from": "human", "value": "<image>\\n…"}, …], "image": path}    LLaVA's and Qwen's
-    {"messages": prompt, "chosen": reply, "rejected": reply}     a preference; TRL writes `prompt` for `messages`
+    {"messages": [{"role": "user", "content": …}, …]}                          OpenAI, Qwen, TRL, ms-swift, axolotl
+    {"conversations": [{"from": "human", "value": "<image>…"}, …], "image": path}         LLaVA, Qwen, LLaMA-Factory
+    {"prompt": text or messages, "completion": text or messages, "images": […]}    TRL; only the completion is learnt
+    {"instruction": text, "input": text, "output": text, "history": [[text, text], …]}         alpaca, LLaMA-Factory
+    {"query" or "question": text, "response" or "answer": text, "history": …}                      ms-swift, axolotl
+    {any of these as the prompt, "chosen": reply, "rejected": reply}                                    a preference
+    {any of these with a reply, "rejected_response": text}                                    ms-swift's preference
 
-Media are items of a message, or stand beside the messages under image, images, video or videos (one, or a list). Media
-beside the messages replace `<image>`, `<video>` and items without a source, in order. A message with `"weight": 0` is
-not trained on. Other keys are ignored.
+Beside them may stand `system`, `tools`, and media under image, images, video or videos (one, or a list). Media replace
+`<image>`, `<video>` and items without a source, in order. A message is not trained on if it has `"weight": 0` (OpenAI),
+`"loss": false` (ms-swift) or `"train": false` (axolotl). A key that is neither read nor in HARMLESS is an error.
 """
 
+import difflib
 import json
-import os
-import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+from qwenvl_jax.errors import BadRecord, shown
+from qwenvl_jax.inputs.markers import with_media
 
-from qwenvl_jax import stores
-from qwenvl_jax.errors import InputError
-
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-          "observation": "tool", "tool": "tool"}  # fmt: skip
-_SOURCES = ("image", "image_url", "video", "video_url", "url", "path")
-_CHUNK = 1 << 20  # bytes; fits the CPU's cache
-
-
-class BadRecord(InputError):
-    """A record that cannot be used.
-
-    reason: "unreadable", "messages", "placeholders", "media", "too long", "too large" or "nothing to learn". Skipped
-        records are counted by reason.
-    """
-
-    code = "record"
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self):  # between processes; an exception's own would leave out the reason
-        return type(self), (self.reason, str(self))
-
-
-class JsonLines:
-    """The records of a JSONL file by number: a sequence that stores byte offsets, 16 bytes of memory per line.
-
-    Opening reads the file once, for the offsets and a checksum (`identity`). The file must not change while it is open.
-    Raises InputError if the file cannot be read; an item raises BadRecord if its line is not JSON.
-    """
-
-    def __init__(self, path):
-        self.path, self._local = path, stores.local(path)
-        try:
-            self._file = os.open(self._local, os.O_RDONLY)
-            ends, checksum, size = [], 0, 0
-            while chunk := os.pread(self._file, _CHUNK, size):
-                if size == 0:
-                    _check_start(chunk, path)
-                ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + (size + 1))
-                checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
-        except OSError as e:
-            raise InputError(f"{path}: cannot be read ({e.strerror})") from e
-        starts = np.concatenate([[0], *ends])
-        self._starts = starts if starts[-1] == size else np.append(starts, size)  # the file may end without a line feed
-        lengths = np.diff(self._starts)
-        short = np.flatnonzero(lengths < 80)  # only short lines are checked for being blank
-        blank = [line for line in short if not self._line(line).strip()]
-        self._lines = np.delete(np.arange(len(lengths)), blank)
-        self.identity = {"bytes": size, "crc32": checksum}
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __getitem__(self, index: int) -> Any:
-        return _parse(self._line(self._lines[index]))
-
-    def where(self, index: int) -> str:
-        return f"{self.path}:{self._lines[index] + 1}"
-
-    def _line(self, line: int) -> bytes:
-        start, end = self._starts[line : line + 2].tolist()
-        return os.pread(self._file, end - start, start)
-
-    def __getstate__(self):
-        return {k: v for k, v in self.__dict__.items() if k != "_file"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._file = os.open(self._local, os.O_RDONLY)
-
-    def __del__(self):
-        if hasattr(self, "_file"):
-            os.close(self._file)
+# Keys that describe a record. They are passed over.
+HARMLESS = frozenset(
+    "id _id idx index uid uuid guid name key qid pid question_id image_id video_id prompt_id sample_id item_id "
+    "conversation_id conv_id source sources dataset dataset_name data_source subset config split category categories "
+    "subcategory topic domain type subject difficulty level tag tags keywords language lang license author "
+    "title metadata meta info extra_info comment comments note notes model model_name generator annotator created "
+    "created_at date time timestamp updated_at version hash md5 sha256 width height image_width image_height "
+    "image_size num_tokens token_count length channel line score_chosen score_rejected chosen_score rejected_score "
+    "chosen_model rejected_model parallel_tool_calls __index_level_0__ __key__ __url__".split()
+)
+_HARMLESS_IN_MESSAGES = frozenset(
+    "id _id idx index uid uuid source created created_at date time timestamp metadata model hash turn turn_id "
+    "message_id parent_id".split()
+)
+_CHAT = ("messages", "conversations", "conversation")
+_QUESTIONS = (*_CHAT, "prompt", "query", "question", "instruction", "input")
+_REPLIES = ("completion", "response", "output")
+_PAIRS = ("chosen", "rejected", "rejected_response", "rejected_messages")
+_OPENAI_PAIR = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+_KNOWN = (
+    *_QUESTIONS, *_REPLIES, *_PAIRS, "history", "system", "system_prompt", "tools", "functions", "image", "images",
+    "video", "videos", "data_path", "answer", "boxes", "task", "metric",
+)  # fmt: skip
+_TOKENS = "tokens of another program cannot be checked against this model's; give the messages that they came from"
+_REFUSED = {
+    "text": "raw text has no turns, and only the assistant's messages are trained on; write it as 'messages'",
+    "segments": "parts of a text without turns cannot be trained on; write them as 'messages', with \"weight\": 0 for "
+    "what is not to be learnt",
+    "input_ids": _TOKENS,
+    "token_ids": _TOKENS,
+    "labels": "labels of tokens or steps are not trained on; write what is to be learnt as 'messages'",
+    "completions": "rewards of steps are not trained on; write one 'completion'",
+    "label": "records with a label (KTO, classification) are not trained on; keep the good ones, or write pairs of "
+    "'chosen' and 'rejected' for DPO",
+    "kto_tag": "KTO is not supported; keep the good records, or write pairs of 'chosen' and 'rejected' for DPO",
+    "objects": "boxes beside the messages are not read; write them into the texts instead of <ref-object> and <bbox>",
+    "audio": "the model cannot hear; leave records with sound out",
+    "audios": "the model cannot hear; leave records with sound out",
+    "chat_template": "the checkpoint's own chat template is used",
+    "chat_template_kwargs": "the chat template takes no options from a record; write what they say into the messages",
+    "weight": 'weights are of messages, not of records; write a "weight" of 0 or 1 into the messages',
+    "loss": 'marks are of messages, not of records; write "loss": false into the messages',
+    "train": 'marks are of messages, not of records; write "train": false into the messages',
+    "train_on_eos": "the end of a learnt message is always learnt",
+    "rejected_images": "both replies of a preference are about the same pictures; put them into 'images'",
+}
+_ROLES = {
+    "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function_call": "assistant", "tool_call": "assistant",
+    "system": "system", "developer": "system",
+    "observation": "tool", "tool": "tool", "tool_response": "tool", "function_response": "tool",
+}  # fmt: skip
+_CALLS = ("function_call", "tool_call")  # roles whose text is a call as JSON
+_MARKS = ("weight", "loss", "train", "training")
+_MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *_MARKS}
 
 
-def read_lines(path) -> Iterator[tuple[str, Any, Path]]:
-    """("FILE:LINE", record, the file's folder) for every record of a JSONL file or pipe, which is read once.
+class Conversation(NamedTuple):
+    """A record in OpenAI's form."""
 
-    Raises InputError that names the line.
-    """
+    messages: list
+    weights: list[int]  # 0 or 1 for each assistant message: whether it is learnt
+    tools: Any  # a list of JSON objects, or None
+
+
+def conversation(record, folder: Path | None) -> Conversation:
+    """The record as one conversation. Relative paths start from `folder`. Raises BadRecord."""
+    given = _keys(record)
+    if pair := next((k for k in _PAIRS if k in given), None):
+        said = f'the record is a preference (it has {pair!r}); set task = "dpo" to train on preferences'
+        raise BadRecord("messages", f"{said}, or {_pass_over(pair)}")
+    return _conversation(_with_system(_turns(given), given), given, folder)
+
+
+def preference(record, folder: Path | None) -> tuple[Conversation, Conversation]:
+    """The chosen and the rejected conversation. Of their prompt, nothing is learnt."""
+    given = _keys(record)
+    prompt, replies = _pair(given)
+    if not prompt:
+        raise BadRecord("messages", "a preference without a prompt: 'chosen' and 'rejected' begin differently")
+    if not all(replies):
+        raise BadRecord("messages", "'chosen' and 'rejected' are the same conversation, or one goes on where one ends")
+    if _role(prompt[-1]) == "assistant":
+        raise BadRecord("messages", "the prompt of a preference must not end with an assistant message")
+    prompt = _not_learnt(_with_system(prompt, given))
+    for key, reply in zip(("chosen", "rejected"), replies, strict=True):
+        if _role(reply[0]) in ("system", "user"):
+            raise BadRecord("messages", f"{key!r} begins with a {_role(reply[0])} message that is not in the prompt")
+    chosen, rejected = (_conversation([*prompt, *reply], given, folder) for reply in replies)
+    return chosen, rejected
+
+
+# ------------------------------------------------------------------------------------------ keys
+
+
+def _keys(record) -> dict:
+    """The keys of a record that say something. Raises BadRecord for one that is not read and could matter."""
+    if isinstance(record, list | tuple) and record and all(isinstance(r, Mapping) for r in record):
+        said = f"a list of {len(record)} records, as packing tools write; rows are packed here"
+        raise BadRecord("unreadable", f"{said}, so write one record per line (jq -c '.[]')")
+    if not isinstance(record, Mapping):
+        raise BadRecord("unreadable", f"a record is a JSON object; this one is of type {type(record).__name__}")
+    given = _present(record)
+    if isinstance(given.get("input"), Mapping):  # OpenAI's form of a preference
+        given |= {k: given.pop(old) for k, old in _OPENAI_PAIR.items() if old in given}
+        given |= _present(given.pop("input"))
+    for key, why in _REFUSED.items():
+        if key in given:
+            raise BadRecord("unknown key", f"{key!r}: {why}; to train without it, {_pass_over(key)}")
+    if unknown := sorted({str(k) for k in given} - {*_KNOWN} - HARMLESS):
+        close = difflib.get_close_matches(unknown[0], _KNOWN, 1, 0.75)
+        hint = f"did you mean {close[0]!r}? Otherwise rename" if close else "rename"
+        several = f"unknown keys {', '.join(map(repr, unknown))}" if unknown[1:] else f"unknown key {unknown[0]!r}"
+        raise BadRecord(
+            "unknown key", f"{several}; {hint} it with --columns {unknown[0]}=NAME, or {_pass_over(*unknown)}"
+        )
+    return given
+
+
+def _present(value: Mapping) -> dict:
+    """Without keys that are None or empty: dataset rows have every key of every row."""
+    return {
+        k: v for k, v in value.items() if v is not None and not (isinstance(v, str | list | tuple | Mapping) and not v)
+    }
+
+
+def _pass_over(*keys: str) -> str:
+    return "pass over it with " + " ".join(f"--columns {key}=" for key in keys[:8]) + ("…" if keys[8:] else "")
+
+
+def _json(value, where: str):
+    """The value, which datasets may hold as JSON text."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
     try:
-        with open(stores.local(path), "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    _check_start(line, path)
-                if line.strip():
-                    try:
-                        record = _parse(line)
-                    except BadRecord as e:
-                        raise InputError(f"{path}:{number}: {e}") from e
-                    yield f"{path}:{number}", record, stores.folder(path).parent
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
-
-
-def _check_start(text: bytes, path) -> None:
-    if text.lstrip()[:1] == b"[":
-        raise InputError(f"{path} is a JSON array; write one record per line, as jq -c '.[]' {path} does")
-
-
-def _parse(line: bytes):
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as e:
-        raise BadRecord("unreadable", f"not UTF-8 text ({e.reason} at byte {e.start} of the line)") from e
+        return json.loads(value)
     except (ValueError, RecursionError) as e:
-        raise BadRecord("unreadable", f"not readable as JSON ({e})") from e
+        raise BadRecord("messages", f"{where} is text and not readable as JSON ({e})") from e
 
 
-def conversation(record: Mapping, folder: Path | None) -> list[tuple[list, list[int]]]:
-    """The record's messages, and the weight (0 or 1) of each assistant message."""
-    if record.get("chosen") is not None or record.get("rejected") is not None:
-        raise BadRecord("messages", "the record is a preference ('chosen', 'rejected'); a conversation is expected")
-    return [_split_weights(_with_media(*_messages(record), record, folder))]
+# ------------------------------------------------------------------------------------------ turns
 
 
-def preference(record: Mapping, folder: Path | None) -> list[tuple[list, list[int]]]:
-    """What `conversation` returns, for the chosen and the rejected conversation. Their prompt is not trained on."""
-    replies = [_reply(record, key) for key in ("chosen", "rejected")]
-    if any(record.get(key) is not None for key in ("messages", "conversations", "prompt")):
-        prompt, has_markers = _messages(record)
-    else:  # TRL's form without a prompt: the messages with which both conversations begin are the prompt
-        pairs = zip(*replies, strict=False)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        prompt, has_markers = replies[0][:common], False
-        replies = [reply[common:] for reply in replies]
-        if not prompt:
-            raise BadRecord("messages", "a preference without a prompt: 'chosen' and 'rejected' begin differently")
-    prompt, prompt_weights = _split_weights(_with_media(prompt, has_markers, record, folder))
-    split = [_split_weights(reply) for reply in replies]
-    return [(prompt + reply, [0] * len(prompt_weights) + weights) for reply, weights in split]
+def _turns(given: dict) -> list:
+    """The messages of any form. Those of a TRL `prompt` are not learnt."""
+    keys = [k for k in _QUESTIONS if k in given]
+    if not keys:
+        raise BadRecord("messages", f"has none of {', '.join(map(repr, _QUESTIONS))}; write 'messages'")
+    if keys[1:] and keys != ["instruction", "input"]:
+        both = f"has both {keys[0]!r} and {keys[1]!r}"
+        raise BadRecord("messages", f"{both}; {_pass_over(keys[0])} or --columns {keys[1]}=")
+    key, replies = keys[0], [k for k in _REPLIES if k in given]
+    if key in _CHAT:
+        if extra := [*replies, *(k for k in ("history",) if k in given)]:
+            raise BadRecord("messages", f"has both {key!r} and {extra[0]!r}; {_pass_over(extra[0])}")
+        return _list(given[key], key)
+    if replies[1:]:
+        raise BadRecord("messages", f"has both {replies[0]!r} and {replies[1]!r}; {_pass_over(replies[1])}")
+    if not replies and isinstance(given.get("answer"), str):
+        replies = ["answer"]
+    if key == "prompt" and not isinstance(given[key], str):
+        turns = _not_learnt(_list(given[key], key))
+    else:
+        turns = [{"role": "user", "content": "\n".join(_text(given[k], k) for k in keys)}]
+    if replies and _role(turns[-1]) == "assistant":
+        raise BadRecord("messages", f"'prompt' ends with an assistant message, which {replies[0]!r} would continue")
+    return [*_history(given), *turns, *(_reply(given[replies[0]], replies[0]) if replies else [])]
 
 
-def _messages(record: Mapping) -> tuple[list, bool]:
-    """The messages in OpenAI's form, and whether their texts may hold `<image>` markers."""
-    keys = [k for k in ("messages", "conversations", "prompt") if record.get(k) is not None]
-    if len(keys) != 1:
-        raise BadRecord("messages", f"a record must have one of 'messages', 'conversations'; this has {len(keys)}")
-    turns = record[keys[0]]
-    turns = [{"role": "user", "content": turns}] if isinstance(turns, str) and keys[0] == "prompt" else turns
-    if not isinstance(turns, list | tuple) or not turns:
-        raise BadRecord("messages", f"{keys[0]!r} must be a list of at least one message")
-    return [_message(turn, f"message {i}") for i, turn in enumerate(turns)], keys[0] == "conversations"
+def _pair(given: dict) -> tuple[list, list[list]]:
+    """(prompt, [chosen reply, rejected reply])."""
+    has_prompt = any(k in given for k in _QUESTIONS)
+    if "rejected_response" in given or "rejected_messages" in given:
+        if "chosen" in given or "rejected" in given:
+            raise BadRecord("messages", "has both 'chosen' or 'rejected' and 'rejected_response'; remove one")
+        turns = _turns(given)
+        if "rejected_messages" in given:
+            return _common(turns, _list(given["rejected_messages"], "rejected_messages"))
+        if _role(turns[-1]) != "assistant":
+            raise BadRecord("messages", "'rejected_response' needs the better reply as the last message")
+        return turns[:-1], [turns[-1:], _reply(given["rejected_response"], "rejected_response")]
+    chosen, rejected = (_reply(given.get(key), key) for key in ("chosen", "rejected"))
+    if not has_prompt:  # TRL's form: the messages with which both conversations begin are the prompt
+        return _common(chosen, rejected)
+    if extra := next((k for k in _REPLIES if k in given), None):
+        raise BadRecord("messages", f"has both 'chosen' and {extra!r}; {_pass_over(extra)}")
+    prompt = _turns({k: v for k, v in given.items() if k != "answer"})
+    n, mine = len(prompt), _not_learnt(prompt)  # datasets may repeat the prompt in both replies
+    return prompt, [r[n:] if _not_learnt(r[:n]) == mine else r for r in (chosen, rejected)]
 
 
-def _reply(record: Mapping, key: str) -> list:
-    reply = record.get(key)
+def _common(chosen: list, rejected: list) -> tuple[list, list[list]]:
+    pairs = zip(chosen, rejected, strict=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return chosen[:common], [chosen[common:], rejected[common:]]
+
+
+def _text(value, key: str) -> str:
+    if not isinstance(value, str):
+        raise BadRecord("messages", f"{key!r} is of type {type(value).__name__}; it must be a text")
+    return value
+
+
+def _history(given: dict) -> list:
+    """[[question, answer], …], learnt as the last answer is."""
+    turns = []
+    pairs = _json(given.get("history", []), "'history'")
+    if not isinstance(pairs, list | tuple) or any(not isinstance(p, list | tuple) or len(p) != 2 for p in pairs):
+        raise BadRecord("messages", "'history' must be a list of [question, answer]")
+    for question, answer in pairs:
+        turns.append({"role": "user", "content": _text(question, "history")})
+        turns.append({"role": "assistant", "content": _text(answer, "history")})
+    return turns
+
+
+def _reply(reply, key: str) -> list:
     if isinstance(reply, str):
         return [{"role": "assistant", "content": reply}]
-    replies = [reply] if isinstance(reply, Mapping) else reply
-    if not isinstance(replies, list | tuple) or not replies:
+    if isinstance(reply, Mapping):
+        return _list([reply], key)
+    if not isinstance(reply, list | tuple) or not reply or any(isinstance(turn, str) for turn in reply):
         raise BadRecord("messages", f"{key!r} must be a text, a message or a list of messages")
-    return [_message(turn, f"{key} {i}") for i, turn in enumerate(replies)]
+    return _list(reply, key)
 
 
-def _message(turn, where: str):
-    if not isinstance(turn, Mapping) or "from" not in turn:
-        return turn
-    if turn["from"] not in list(_ROLES):
-        raise BadRecord("messages", f"{where} is from {turn['from']!r}; known are {', '.join(_ROLES)}")
-    rest = {k: turn[k] for k in turn.keys() - {"from", "value"}}
-    return rest | {"role": _ROLES[turn["from"]], "content": turn.get("value")}
-
-
-def _split_weights(messages: list) -> tuple[list, list[int]]:
-    """The messages without their 'weight', and the weights of the assistant's."""
-    weights, out = [], []
-    for i, message in enumerate(messages):
-        if isinstance(message, Mapping):
-            message = dict(message)
-            weight = message.pop("weight", None)
-            if weight not in (0, 1, None):
-                raise BadRecord("messages", f"message {i} has weight {weight!r}; it must be 0 or 1")
-            if message.get("role") == "assistant":
-                weights.append(0 if weight == 0 else 1)
-        out.append(message)
-    return out, weights
-
-
-def _with_media(messages: list, has_markers: bool, record: Mapping, folder: Path | None) -> list:
-    """The messages with the record's media in place of markers, and relative paths starting from `folder`.
-
-    Only user and tool messages hold markers. The line break before and after a marker is removed with it: datasets
-    write them, prompts do not.
-    """
-    beside = {kind: [*_as_list(record.get(kind)), *_as_list(record.get(kind + "s"))] for kind in ("image", "video")}
-    has_markers = has_markers or any(beside.values())
-    used: dict[str, int] = {"image": 0, "video": 0}
-
-    def next_source(kind: str):
-        used[kind] += 1
-        return beside[kind][used[kind] - 1] if used[kind] <= len(beside[kind]) else ""
-
-    def with_source(item):
-        if not isinstance(item, Mapping):
-            return item
-        sources = {k: item[k] for k in _SOURCES if item.get(k) is not None}
-        if not sources and item.get("type") in list(used) and item.get("base64") is None:
-            sources = {item["type"]: next_source(item["type"])}
-        return {**item, **{k: _resolved(source, folder) for k, source in sources.items()}}
-
-    out = []
-    for message in messages:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if isinstance(content, list | tuple):
-            message = {**message, "content": [with_source(item) for item in content]}
-        elif isinstance(content, str) and has_markers and message.get("role") in ("user", "tool"):
-            parts = re.split(r"\n?<(image|video)>\n?", content)  # text at even indices, kinds at odd ones
-            if len(parts) > 1:
-                items = ({"type": p} if i % 2 else {"type": "text", "text": p} for i, p in enumerate(parts) if p)
-                message = {**message, "content": [with_source(item) for item in items]}
-        out.append(message)
-    for kind, count in used.items():
-        if count != len(beside[kind]):
-            raise BadRecord("placeholders", f"messages refer to {count} {kind}s; the record has {len(beside[kind])}")
+def _list(turns, key: str) -> list:
+    turns = _json(turns, repr(key)) if key in _CHAT else turns
+    if not isinstance(turns, list | tuple) or not turns:
+        raise BadRecord("messages", f"{key!r} must be a list of at least one message")
+    out: list = []
+    for i, turn in enumerate(turns):
+        where = f"message {i}" if key in (*_CHAT, "prompt") else f"{key} {i}"
+        if isinstance(turn, Mapping) and not turn.keys() & {"role", "from"} and "assistant" in turn:
+            pair = ((role, turn.get(role)) for role in ("system", "human", "user", "assistant"))  # ms-swift's
+            if odd := turn.keys() - {"system", "human", "user", "assistant"} - _HARMLESS_IN_MESSAGES:
+                raise BadRecord("messages", f"{where} has the unknown key {min(map(str, odd))!r}")
+            out += [{"role": _ROLES[role], "content": text} for role, text in pair if text is not None]
+        else:
+            _append(out, _message(turn, where), where, turn)
     return out
 
 
-def _as_list(value) -> Sequence[Any]:
-    return value if isinstance(value, list | tuple) else [] if value is None else [value]
+def _append(out: list, message, where: str, turn) -> None:
+    """Calls that follow an assistant message belong to it, as in ms-swift."""
+    role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+    if role in _CALLS and out and _role(out[-1]) == "assistant" and isinstance(out[-1].get("content"), str):
+        if out[-1].get("weight", 1) != message.get("weight", 1):
+            raise BadRecord("messages", f"{where} is part of the assistant message before it; mark both to be learnt")
+        calls = [*out[-1].get("tool_calls", []), *message["tool_calls"]]
+        out[-1] = {**out[-1], "content": out[-1]["content"].removesuffix("\n"), "tool_calls": calls}
+    else:
+        out.append(message)
 
 
-def _resolved(source, folder: Path | None):
-    if isinstance(source, Mapping) and "url" in source:
-        return {**source, "url": _resolved(source["url"], folder)}
-    if isinstance(source, list | tuple):  # the frames of a clip
-        return [_resolved(s, folder) for s in source]
-    if folder is None or not isinstance(source, str) or re.match(r"(?i)[a-z][a-z0-9+.-]*://|data:", source):
-        return source
-    return str(folder / source)
+def _message(turn, where: str):
+    """A turn of any form in OpenAI's, with its mark as `weight`."""
+    if not isinstance(turn, Mapping):
+        return turn  # `normalize` names it
+    given = {k: v for k, v in turn.items() if v is not None and k not in _HARMLESS_IN_MESSAGES}
+    speaker = "from" if "from" in given else "role"
+    role = given.pop(speaker, None)
+    known = isinstance(role, str) and (role in _ROLES or (speaker, role) == ("role", "function"))
+    if not known:
+        said = f"is from {shown(role)}" if speaker == "from" else f"has role {shown(role)}"
+        raise BadRecord("messages", f"{where} {said}; known are {', '.join(_ROLES)}")
+    message: dict = {"role": "tool" if role == "function" else _ROLES[role]}
+    content = given.pop("value", None)
+    content = given.pop("content", None) if content is None else content
+    call = _json(content, where) if role in _CALLS else _json(given.pop("function_call", None), where)
+    if isinstance(call, str):
+        raise BadRecord("messages", f'{where} is a call and must be JSON: {{"name": …, "arguments": …}}')
+    if call is not None:
+        calls = call if isinstance(call, list) else [call]
+        message |= {"tool_calls": calls, "content": "" if role in _CALLS else content}
+    else:
+        message["content"] = content
+    if (weight := _mark(given, message["role"], where)) is not None:
+        message["weight"] = weight
+    given = _present(given)
+    if unknown := sorted(map(str, given.keys() - _MESSAGE_KEYS)):
+        said = f"{where} has the unknown key {unknown[0]!r}, which is not read"
+        raise BadRecord("unknown key", f"{said}; remove it, or write what it says into the content")
+    return message | given
+
+
+def _mark(given: dict, role: str, where: str) -> int | None:
+    """Takes the marks out of a message: 1 if it is learnt, 0 if not, None if nothing is said."""
+    marks = {key: given.pop(key) for key in _MARKS if key in given}
+    for key, mark in marks.items():
+        if mark not in (0, 1):
+            raise BadRecord("messages", f"{where} has {key} {shown(mark)}; it must be 0 or 1, or true or false")
+        if mark and role != "assistant":
+            raise BadRecord("messages", f"{where} is a {role} message with {key} {shown(mark)}; only the assistant's "
+                            f"messages are trained on, so remove {key!r}")  # fmt: skip
+    if len({int(m) for m in marks.values()}) > 1:
+        raise BadRecord("messages", f"{where} has {' and '.join(map(repr, marks))}, which contradict each other")
+    return int(next(iter(marks.values()))) if marks else None
+
+
+def _role(message):
+    return message.get("role") if isinstance(message, Mapping) else None
+
+
+def _not_learnt(messages: list) -> list:
+    return [{**m, "weight": 0} if _role(m) == "assistant" else m for m in messages]
+
+
+def _with_system(messages: list, given: dict) -> list:
+    """The messages after the `system` beside them."""
+    keys = [key for key in ("system", "system_prompt") if key in given]
+    if not keys:
+        return messages
+    texts: list = [_text(given[key], key) for key in keys]
+    if _role(messages[0]) == "system":
+        texts.append(messages[0]["content"])
+        messages = messages[1:]
+    if any(text != texts[0] for text in texts):
+        raise BadRecord("messages", f"has two system prompts; {_pass_over(keys[-1])}")
+    return [{"role": "system", "content": texts[0]}, *messages]
+
+
+def _tools(given: dict):
+    """`tools` or OpenAI's older `functions`; each as {"type": "function", "function": …}."""
+    tools, functions = (_json(given.get(key), repr(key)) for key in ("tools", "functions"))
+    if tools and functions:
+        raise BadRecord("messages", "has both 'tools' and 'functions'; remove one")
+    tools = tools or functions or None
+    if not isinstance(tools, list | tuple):
+        return tools  # `check_tools` names what it is
+    bare = [isinstance(t, Mapping) and "function" not in t and isinstance(t.get("name"), str) for t in tools]
+    return [{"type": "function", "function": t} if is_bare else t for t, is_bare in zip(tools, bare, strict=True)]
+
+
+def _conversation(messages: list, given: dict, folder: Path | None) -> Conversation:
+    messages = with_media(messages, given, folder)
+    weights = [1 if m.get("weight", 1) else 0 for m in messages if _role(m) == "assistant"]
+    plain = [{k: v for k, v in m.items() if k != "weight"} if isinstance(m, Mapping) else m for m in messages]
+    return Conversation(plain, weights, _tools(given))

@@ -6,8 +6,9 @@ list of frames is resized once, by the rules for images.
 
 import io
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_jax.errors import InputError, MediaError, OptionsError
+from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.fetch import locate, name_of
 from qwenvl_jax.inputs.media import as_visual, empty_patches, fill, load_image, resize
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
@@ -27,14 +29,28 @@ MIN_FRAMES, MAX_FRAMES = 4, 768
 FRAME_MIN_TOKENS, FRAME_MAX_TOKENS = 128, 768  # visual tokens per frame, before frames are paired
 TOTAL_TOKENS = 128000 * 0.9  # visual tokens per clip
 MAX_VIDEO_BYTES = 512 << 20  # of a download; files are read while they are decoded
-MAX_CLIP_PIXELS = 1 << 28  # of all sampled frames, resized: 0.8 GB of patches
 MAX_CLIP_SECONDS = 10**6  # eleven days; float32 and int32 hold the positions, half seconds, exactly
+
+_HELD = {"h264": 18, "hevc": 18}  # frames that a decoder holds: the references, and those to be shown later; others: 10
+_LEAST_PICTURE = 4 << 20  # bytes; so that frames may grow up to full HD
+_TURNS = {  # display matrix → the transpose that shows the frame upright
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+_SIDEWAYS = [turn for (a, *_), turn in _TURNS.items() if a == 0]
 
 # The formats that FFmpeg may detect. Playlists (HLS, concat, DASH) would make FFmpeg open other files and URLs.
 _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,gif,apng,ivf,h264,hevc,m4v,mxf,nut,yuv4mpegpipe"
 
 
-def video_visual(source, preprocessing: Preprocessing, options: MediaOptions = DEFAULT) -> Visual:
+def video_visual(
+    source, preprocessing: Preprocessing, options: MediaOptions = DEFAULT, budget: Budget | None = None
+) -> Visual:
     """One clip as patches [t·h·w, C] uint8; a grid step is two frames.
 
     source: a video file (path, file:// or http(s) URL, base64 data: URL, bytes), or a list of frames, each a source of
@@ -43,22 +59,25 @@ def video_visual(source, preprocessing: Preprocessing, options: MediaOptions = D
         resized as images are, and its last frame is repeated if their number is odd; total_pixels, min_frames and
         max_frames do not apply.
 
-    As in the reference, frames are sampled evenly by number, even if the frame rate varies. The file's rotation is
-    applied. Raises MediaError or OptionsError that names the source.
+    budget: what the conversation's media may still take.
+
+    As in the reference, frames are sampled evenly by number, even if the frame rate varies. Frames are upright and have
+    the file's aspect; transparent parts are white (WebM's are not decoded). Interlaced frames stay as they are. A file
+    of one frame is one grid step. Raises MediaError or OptionsError that names the source.
     """
-    p, o = preprocessing, options
+    p, o, budget = preprocessing, options, budget or Budget(options)
     if isinstance(source, list | tuple) or (isinstance(source, np.ndarray) and source.ndim == 4):
         for name in ("nframes", "video_start", "video_end"):
             if getattr(o, name) is not None:
                 raise OptionsError(f"{name} samples frames of a video file; a list of frames is used complete, drop it")
-        return _from_frames(source, p, o)
+        return _from_frames(source, p, o, budget)
     if o.fps is not None and o.nframes is not None:
         raise OptionsError("give fps or nframes, not both")
     if o.min_frames and o.max_frames and o.min_frames > o.max_frames:
         raise OptionsError(f"min_frames {o.min_frames} is larger than max_frames {o.max_frames}")
-    data = locate(source, MAX_VIDEO_BYTES)
+    data = locate(source, MAX_VIDEO_BYTES, budget)
     try:
-        return _from_file(_opener(data), p, o)
+        return _from_file(_opener(data, budget), p, o, budget)
     except InputError as e:
         raise e.at(name_of(source)) from e
 
@@ -115,19 +134,19 @@ def frame_size(height: int, width: int, n: int, p: Preprocessing, o: MediaOption
     return target_size(height, width, p, replace(o, min_pixels=low, max_pixels=high))
 
 
-def _from_frames(frames: Sequence, p: Preprocessing, o: MediaOptions) -> Visual:
+def _from_frames(frames: Sequence, p: Preprocessing, o: MediaOptions, budget: Budget) -> Visual:
     if len(frames) == 0:
         raise MediaError("the list of frames is empty")
     per_step = p.temporal_patch_size
     patches = None
     for i, frame in enumerate(frames):
         try:
-            image = load_image(frame)
+            image = load_image(frame, budget)
             height, width = target_size(image.height, image.width, p, o)
         except InputError as e:
             raise e.at(f"frame {i}") from e
         if patches is None:
-            first, patches = (height, width), _allocate(len(frames), height, width, p)
+            first, patches = (height, width), _allocate(len(frames), height, width, p, budget, False)
         elif (height, width) != first:
             sizes = f"{width} × {height} pixels, the first frame to {first[1]} × {first[0]}"
             hint = "give frames of one size, or resized_height and resized_width"
@@ -135,7 +154,7 @@ def _from_frames(frames: Sequence, p: Preprocessing, o: MediaOptions) -> Visual:
         spare = len(patches) * per_step - len(frames) if i == len(frames) - 1 else 0
         slot = i % per_step
         fill(patches[i // per_step], resize(image, height, width), range(slot, slot + 1 + spare))
-    return _as_clip(patches, per_step / (o.fps or DEFAULT_FPS))
+    return _as_clip(patches, per_step / (o.fps or DEFAULT_FPS))._replace(size=image.size)
 
 
 def _as_clip(patches: np.ndarray, seconds_per_grid: float) -> Visual:
@@ -145,14 +164,16 @@ def _as_clip(patches: np.ndarray, seconds_per_grid: float) -> Visual:
     return as_visual(patches, "video", seconds_per_grid)
 
 
-def _allocate(n: int, height: int, width: int, p: Preprocessing) -> np.ndarray:
-    if n * height * width > MAX_CLIP_PIXELS:
-        size = f"{n} frames of {width} × {height} pixels exceed the limit of {MAX_CLIP_PIXELS:,} pixels per clip"
-        raise MediaError(f"{size}; sample fewer or smaller frames")
-    return empty_patches(math.ceil(n / p.temporal_patch_size), height, width, p)
+def _allocate(n: int, height: int, width: int, p: Preprocessing, budget: Budget, in_clip: bool) -> np.ndarray:
+    steps = math.ceil(n / p.temporal_patch_size)
+    try:
+        budget.keep(3 * steps * p.temporal_patch_size * height * width, in_clip)
+    except InputError as e:
+        raise e.at(f"{n} frames of {width} × {height} pixels") from e
+    return empty_patches(steps, height, width, p)
 
 
-def _from_file(open_clip: Callable, p: Preprocessing, o: MediaOptions) -> Visual:
+def _from_file(open_clip: Callable, p: Preprocessing, o: MediaOptions, budget: Budget) -> Visual:
     """Two passes: the first counts the frames without decoding, the second decodes up to the last sampled one.
 
     If fewer frames decode than were counted, a third pass samples from that number.
@@ -160,62 +181,103 @@ def _from_file(open_clip: Callable, p: Preprocessing, o: MediaOptions) -> Visual
     total, rate = _count(open_clip)
     while total:
         first, last = frame_range(total, rate, o.video_start, o.video_end)
-        n = frame_count(last - first + 1, rate, o, p.temporal_patch_size)
-        indices = frame_indices(first, last, n)
+        if total == 1 and (o.nframes or 1) <= p.temporal_patch_size:
+            n, indices = p.temporal_patch_size, [0] * p.temporal_patch_size
+            sampled_fps = o.fps or DEFAULT_FPS  # as of a list of frames
+        else:
+            n = frame_count(last - first + 1, rate, o, p.temporal_patch_size)
+            indices = frame_indices(first, last, n)
+            sampled_fps = n / (last - first + 1) * rate
         patches, found, seen = None, 0, 0
-        for index, frame in _decode(open_clip):
-            seen = index + 1
-            if index != indices[found]:
-                continue
-            image = _upright(frame)
-            if patches is None:
-                height, width = frame_size(image.height, image.width, n, p, o)
-                patches = _allocate(n, height, width, p)
-            fill(patches[found // p.temporal_patch_size], resize(image, height, width), [found % p.temporal_patch_size])
-            found += 1
-            if found == n:
-                sampled_fps = n / (last - first + 1) * rate
-                return _as_clip(patches, p.temporal_patch_size / sampled_fps)
+        with closing(_decode(open_clip, budget)) as frames:
+            for index, frame, aspect in frames:
+                seen = index + 1
+                if index != indices[found]:
+                    continue
+                image, size = _upright(frame, aspect)
+                if patches is None:
+                    height, width = frame_size(*size, n, p, o)
+                    patches = _allocate(n, height, width, p, budget, True)
+                stored, image = image.size, resize(image, height, width)
+                while found < n and indices[found] == index:
+                    fill(patches[found // p.temporal_patch_size], image, [found % p.temporal_patch_size])
+                    found += 1
+                if found == n:
+                    return _as_clip(patches, p.temporal_patch_size / sampled_fps)._replace(size=stored)
         total = seen
     raise MediaError("no frame can be decoded")
 
 
 def _count(open_clip: Callable) -> tuple[int, float]:
     """Number of frames and their mean rate, from the packets, since headers may lack both or be wrong."""
-    with open_clip() as (container, stream):
-        n, packets, times = 0, 0, []
-        for packet in container.demux(stream):
-            packets += packet.pts is not None
+    with open_clip() as (packets, container, stream):
+        n, with_time, times = 0, 0, (math.inf, -math.inf, 0)
+        for packet in packets:
+            with_time += packet.pts is not None
             if packet.size and not packet.is_discard:
                 n += 1
                 if packet.pts is not None:
-                    times.append(packet.pts)
+                    times = min(times[0], packet.pts), max(times[1], packet.pts), times[2] + 1
         # MP4 and MOV have an index of all frames, so a missing frame means that the file was cut off.
-        if "mp4" in container.format.name and packets < stream.frames:
-            raise MediaError(f"the file is cut off: it has {packets} of {stream.frames} frames")
+        if "mp4" in container.format.name and with_time < stream.frames:
+            raise MediaError(f"the file is cut off: it has {with_time} of {stream.frames} frames")
         declared = stream.average_rate or stream.guessed_rate
-        span = (max(times) - min(times)) * stream.time_base if times else 0
-    timed = Fraction(len(times) - 1) / span if span > 0 else None
+        span = (times[1] - times[0]) * stream.time_base if times[2] else 0
+    timed = Fraction(times[2] - 1) / span if span > 0 else None
     # The header's rate, which the reference uses, is exact. If timestamps contradict it (as with a variable rate in
     # Matroska), they decide.
     if declared and (timed is None or abs(timed / declared - 1) < 0.02):
         return n, float(declared)
-    if n and timed is None:
-        raise MediaError("the clip has neither a frame rate nor timestamps")
-    return n, float(timed or 0)
+    if n > 1 and timed is None:
+        raise MediaError("the clip has neither a frame rate nor timestamps; give its frames as a list, with fps")
+    return n, float(timed or 1)
 
 
-def _decode(open_clip: Callable) -> Iterator[tuple[int, object]]:
-    with open_clip() as (container, stream):
-        stream.thread_type = "AUTO"
-        yield from enumerate(container.decode(stream))
+def _decode(open_clip: Callable, budget: Budget) -> Iterator[tuple]:
+    with open_clip() as (packets, _, stream):
+        context, index = stream.codec_context, 0
+        room = max(_picture_bytes(context), _LEAST_PICTURE)
+        threads = budget.memory_limit // 4 // room
+        context.thread_type, context.thread_count = "AUTO", max(1, min(os.cpu_count() or 1, 16, threads))
+        held = _HELD.get(context.name, 10) + context.thread_count
+        with budget.clip_decoder(held * room + 16 * context.width * context.height):
+            for packet in packets:
+                for frame in packet.decode():
+                    yield index, frame, stream.sample_aspect_ratio
+                    index += 1
+                if _picture_bytes(context) > room:
+                    raise MediaError(f"its frames grow to {context.width} × {context.height} pixels in the middle")
 
 
-def _upright(frame) -> Image.Image:
+def _picture_bytes(context) -> int:
+    """Bytes of one decoded frame, as the headers say."""
+    bits = context.format.padded_bits_per_pixel if context.format else 64
+    return context.width * context.height * bits // 8
+
+
+def _upright(frame, aspect=None) -> tuple[Image.Image, tuple[int, int]]:
+    """The frame as it is shown, and its (height, width) in square pixels. aspect: of a stored pixel."""
     _check_frame(frame.width, frame.height)
-    image, degrees = Image.fromarray(frame.to_ndarray(format="rgb24")), frame.rotation % 360
-    # Counter-clockwise. Other angles than multiples of 90° are rare, and ignored.
-    return image.rotate(degrees, expand=True) if degrees in (90, 180, 270) else image
+    alpha = frame.format.has_palette or any(c.is_alpha for c in frame.format.components)
+    image = Image.fromarray(frame.to_ndarray(format="rgba" if alpha else "rgb24"))
+    if alpha:
+        canvas = Image.new("RGB", image.size, (255, 255, 255))
+        canvas.paste(image, mask=image.getchannel("A"))
+        image = canvas
+    aspect = float(aspect or 1)
+    width = round(image.width * aspect) if 0.2 < aspect < 5 else image.width  # others are mistakes of the file
+    turn = _TURNS.get(_display_matrix(frame))
+    if turn is None:
+        return image, (image.height, width)
+    image, swapped = image.transpose(turn), turn in _SIDEWAYS
+    return image, (width, image.width) if swapped else (image.height, width)
+
+
+def _display_matrix(frame) -> tuple[int, ...]:
+    """(a, b, c, d) with x' = ax + cy and y' = bx + dy. Other angles than multiples of 90° are rare, and ignored."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    values = np.frombuffer(data, np.int32, 5).tolist() if data else [65536, 0, 0, 0, 65536]
+    return tuple(round(values[i] / 65536) for i in (0, 1, 3, 4))
 
 
 def _check_frame(width: int, height: int) -> None:
@@ -223,33 +285,52 @@ def _check_frame(width: int, height: int) -> None:
         raise MediaError(f"frames of {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels")
 
 
-def _opener(data: bytes | Path) -> Callable:
-    """Returns a context manager that opens the clip anew: `with open_clip() as (container, video stream)`."""
+def _opener(data: bytes | Path, budget: Budget) -> Callable:
+    """A context manager that opens the clip anew: `with open_clip() as (packets, container, video stream)`."""
     try:
         import av
     except ImportError as e:
         raise MediaError("reading a video file needs PyAV: pip install 'qwenvl-jax[video]'") from e
 
+    def packets(container, stream):
+        for packet in container.demux(stream):
+            budget.left()
+            yield packet
+
     @contextmanager
     def open_clip():
         # An absolute path, since FFmpeg could take the start of a relative one for a protocol.
         file = io.BytesIO(data) if isinstance(data, bytes) else str(data.absolute())
-        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+        # `max_pixels` holds for frames that FFmpeg decodes to look into the file, and for later frames.
+        most = min(MAX_PIXELS, budget.memory_limit // 20)
+        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_streams": "100"}
+        seconds = budget.left()
         try:
-            with av.open(file, "r", options=options) as container:
-                if not container.streams.video:
-                    raise MediaError("has no video stream")
-                stream = container.streams.video[0]
-                if stream.codec_context is None:
-                    raise MediaError("has an unknown video codec")
+            with av.open(
+                file, "r", options={**options, "max_pixels": str(most)}, timeout=(seconds, seconds)
+            ) as container:
+                stream = _video_stream(container)
                 _check_frame(stream.codec_context.width, stream.codec_context.height)
-                stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # later frames may be larger
-                yield container, stream
+                stream.codec_context.options = {"max_pixels": str(most)}
+                yield packets(container, stream), container, stream
         except (
             av.error.FFmpegError,
             UnicodeDecodeError,
         ) as e:  # the latter: PyAV < 19, tags not in UTF-8
+            budget.left()  # FFmpeg stops at the deadline with an error of its own
             why = getattr(e, "strerror", None) or e
             raise MediaError(f"cannot be decoded as a video ({why})") from e
 
     return open_clip
+
+
+def _video_stream(container):
+    """The main video stream. Covers of music and thumbnails are none."""
+    streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+    if not streams:
+        raise MediaError("has a cover picture, but no video" if container.streams.video else "has no video stream")
+    best = container.streams.best("video")
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
+        raise MediaError("has an unknown video codec")
+    return stream

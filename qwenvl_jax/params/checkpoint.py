@@ -22,6 +22,7 @@ from qwenvl_jax.config import DTYPES, Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
+from qwenvl_jax.inputs.processor import RULE, RULE_FILE
 from qwenvl_jax.params import directory
 from qwenvl_jax.params.directory import MARKER, PARAMS, find, first_line, kvstore, read_config
 from qwenvl_jax.params.place import Leaf, Source, to_devices
@@ -106,6 +107,7 @@ def save(model: Model, path, *, files_from=None) -> None:
         if files_from is not None:
             copy_side_files(files_from, work)
             (work / "README.md").unlink(missing_ok=True)  # it describes other weights
+            write_rule(model.processor, work)
         stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # not the compute dtype, on CPUs
         write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
         write_json(work / "generation_config.json", dict(model.generation))
@@ -168,6 +170,14 @@ def stored_params(path: Path, config: Config) -> dict[str, Leaf]:
 
 def write_json(file: Path, data: dict) -> None:
     file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def write_rule(processor, directory: Path) -> None:
+    """Writes how the processor treats control tokens into the tokenizer's settings, unless they say so already."""
+    rule = getattr(processor, RULE, False)
+    settings = read_json(directory / RULE_FILE, missing={})
+    if settings.get(RULE, False) != rule:
+        write_json(directory / RULE_FILE, settings | {RULE: rule})
 
 
 def copy_side_files(source: Path, target: Path) -> None:

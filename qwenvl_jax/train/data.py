@@ -4,24 +4,26 @@ The stream of records is a pure function of (seed, shard, position), and its sta
 gets the same batches, with any number of threads or worker processes.
 """
 
+import itertools
 import logging
-from collections import Counter
+import math
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
-from qwenvl_jax import stores
 from qwenvl_jax.config import Config
-from qwenvl_jax.errors import InputError, OptionsError
+from qwenvl_jax.errors import BadRecord, InputError, OptionsError
 from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.pack import Segment, fill_lanes, index_by_visual, pack_rows, split_frames
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.records import BadRecord, JsonLines
+from qwenvl_jax.inputs.source import Records, open_source
 from qwenvl_jax.train.records import PackShape, RecordProcessor
 from qwenvl_jax.types import Batch, Sample, TrainBatch
 
+_STREAM_PATIENCE = 1000  # bad records in a row: a stream does not say how many it has
 _LOG = logging.getLogger(__name__)
 
 
@@ -36,26 +38,27 @@ class _Bad(NamedTuple):
 class _Load:
     """Reads and processes one record by number. It is a class so that worker processes can unpickle it."""
 
-    def __init__(self, source, process: RecordProcessor):
+    def __init__(self, source: Records, process: RecordProcessor):
         self.source, self.process = source, process
 
-    def __call__(self, index: int) -> tuple[Sample, ...] | _Bad:
+    def __call__(self, index: int, record=None) -> tuple[Sample, ...] | _Bad:
         try:
             try:
-                record = self.source[int(index)]
+                record = self.source[int(index)] if record is None else self.source.renamed(record)
             except OSError as e:
                 raise BadRecord("unreadable", str(e)) from e
-            return self.process(record)
+            return self.process(record, self.source.folder(index))
         except (InputError, RecursionError) as e:  # the latter: lists nested a hundred deep
-            where = self.source.where(index) if hasattr(self.source, "where") else f"record {index}"
-            return _Bad(where, getattr(e, "reason", "unreadable"), str(e))
+            return _Bad(self.source.where(index), getattr(e, "reason", "unreadable"), str(e))
 
 
 class Dataset:
     """An endless or finite iterator of TrainBatch: numpy arrays of one shape.
 
-    records: a JSONL file, or an object with `len()` and `[i]` that returns the same record i every time. It must be
+    records: what `open_source` takes: a JSONL, JSON or Parquet file, a pattern or list of them, a dataset of Hugging
+        Face, or an object with `len()` and `[i]` that returns the same record i every time. Such an object must be
         thread-safe, and picklable if there are workers.
+    columns: "old=new" renames a key of every record, and "old=" drops it.
     shape: the shape of every batch on this host.
     seed: decides the order, which differs between epochs. With shuffle=False it is the order of the records.
     epochs: how often each record is read; None for no end. Hosts may get different numbers of batches, so limit the
@@ -64,7 +67,7 @@ class Dataset:
         all records in every process.
     on_error: a bad record raises InputError with its file and line ("stop"), or is logged and counted ("skip").
     preferences: each record becomes two neighbouring segments of a row, the chosen one first.
-    media_root: the folder that relative paths start from; by default that of the JSONL file.
+    media_root: the folder that relative paths start from; by default that of each file.
     options: options of `Processor.encode` for every record (max_pixels, fps, allow_control_tokens, …).
     threads: how many threads process records; 0 for the caller's.
     workers: how many processes do, each with `threads` threads; 0 for none. A script that starts processes needs
@@ -84,14 +87,13 @@ class Dataset:
         shard: tuple[int, int] = (0, 1),
         on_error: str = "stop",
         preferences: bool = False,
+        columns: Sequence[str] = (),
         media_root=None,
         options: Mapping | None = None,
         threads: int = 2,
         workers: int = 0,
     ):
-        if isinstance(records, str | Path):
-            media_root = stores.folder(records).parent if media_root is None else media_root
-            records = JsonLines(records)
+        records = open_source(records, columns)
         _check_shape(shape, processor.config, preferences)
         if on_error not in ("stop", "skip"):
             raise OptionsError(f"on_error is {on_error!r}; it must be 'stop' or 'skip'")
@@ -102,13 +104,15 @@ class Dataset:
         index, count = shard
         if not 0 <= index < count:
             raise OptionsError(f"shard is {shard}; it must be (index, count) with 0 ≤ index < count")
-        self._epoch = len(range(index, len(records), count))
-        if len(records) < count:
-            name = getattr(records, "path", "the source")
-            raise InputError(f"{name} has {len(records)} records; each of {count} hosts needs at least one")
+        if records.streamed and (count > 1 or workers):
+            raise OptionsError(f"{records.name} is streamed; read it in one process, with workers = 0")
+        size = 0 if records.streamed else len(records)
+        self._epoch = len(range(index, size, count))
+        if size < count and not records.streamed:
+            raise InputError(f"{records.name} has {size} records; each of {count} hosts needs at least one")
         self._config, self._shape, self._on_error = processor.config, shape, on_error
-        self._order = dict(seed=seed, shuffle=shuffle, shard=[index, count], records=len(records))
-        self._order |= getattr(records, "identity", {})
+        self._order = dict(seed=seed, shuffle=shuffle, shard=[index, count], records=size)
+        self._order |= records.identity
         process = RecordProcessor(processor, shape, preferences=preferences, folder=media_root, options=options)
         self._load = _Load(records, process)
         self._epochs, self._threads, self._workers = epochs, threads, workers
@@ -122,8 +126,8 @@ class Dataset:
 
     @property
     def epoch(self) -> float:
-        """How often this shard's records were read, up to the last batch."""
-        return self._position / self._epoch
+        """How often this shard's records were read, up to the last batch. Of a stream it is not known: NaN."""
+        return self._position / self._epoch if self._epoch else math.nan
 
     def get_state(self) -> dict:
         """The position after the last batch, as JSON can hold it."""
@@ -182,6 +186,8 @@ class Dataset:
         return packer.batch() if packer.segments else None
 
     def _open(self) -> Iterator:
+        if self._load.source.streamed:
+            return self._open_stream()
         try:
             import grain
         except ImportError as e:
@@ -200,13 +206,35 @@ class Dataset:
             ds = ds.mp_prefetch(grain.MultiprocessingOptions(self._workers, 8))
         return iter(ds)
 
+    def _open_stream(self) -> Iterator:
+        """Processed records of a stream after the first `position`, which are read and dropped."""
+        seed, skip, index = self._order["seed"] if self._order["shuffle"] else None, self._position, -1
+        pool = ThreadPoolExecutor(max(self._threads, 1))
+        ahead: deque = deque()
+        try:
+            for epoch in itertools.count() if self._epochs is None else range(self._epochs):
+                before = index
+                for record in self._load.source.epoch(seed, epoch):
+                    index += 1
+                    if index >= skip:
+                        ahead.append(pool.submit(self._load, index, record))
+                    if len(ahead) > 8 * self._threads:
+                        yield ahead.popleft().result()
+                if index == before:
+                    raise InputError(f"{self._load.source.name}: has no records")
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
     def _skip(self, bad: _Bad, position: int) -> None:
         if self._on_error == "stop":
             raise InputError(f"{bad.where}: {bad.message}")
         self._bad_in_a_row += 1
-        if self._bad_in_a_row == 2 * self._epoch - 1:  # a good record may be first in one epoch and last in the next
-            raise InputError(f"none of {self._epoch} records can be used; the last is {bad.where}: {bad.message}")
-        if position < self._epoch:  # later epochs would repeat the warning
+        epoch = self._epoch or _STREAM_PATIENCE
+        if self._bad_in_a_row == 2 * epoch - 1:  # a good record may be first in one epoch and last in the next
+            raise InputError(f"none of {epoch} records can be used; the last is {bad.where}: {bad.message}")
+        if position < epoch:  # later epochs would repeat the warning
             _LOG.warning("%s: %s; skipped", bad.where, bad.message)
 
 

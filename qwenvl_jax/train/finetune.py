@@ -1,6 +1,7 @@
 """Fine-tuning from TrainOptions: reads a checkpoint and records, writes a checkpoint that `load` opens."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from qwenvl_convert.peft import save_adapter
 from qwenvl_jax import distributed
 from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.source import Records, open_source
 from qwenvl_jax.options import given
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.train.data import Dataset
@@ -23,7 +25,7 @@ from qwenvl_jax.types import Model
 FINAL, ADAPTER = "final", "adapter"
 
 
-def finetune(options: TrainOptions, evaluator: Callable[[Model, str, dict], Callable] | None = None) -> int | None:
+def finetune(options: TrainOptions, evaluator: Callable[[Model, Records, dict], Callable] | None = None) -> int | None:
     """Trains and writes the result to `options.output`. Returns the number of the signal that stopped the run, or None.
 
     evaluator: (model, eval_data, options of Processor.encode) → params → metrics by name.
@@ -52,15 +54,16 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator) -> int | None:
         if final.is_dir():
             _say(f"already finished: {mirror.name(final)}")
             return None
+    records, questions = _open(options)
     source = checkpoint.find(options.model)
     model = _load(options, source)
-    encode_options = given(options, MediaOptions) | {"allow_control_tokens": options.allow_control_tokens}
-    with contextlib.closing(_dataset(options, model, encode_options)) as data:
+    encode_options = given(options, MediaOptions) | ({"boxes": options.boxes} if options.boxes else {})
+    with contextlib.closing(_dataset(options, records, model, encode_options)) as data:
         evaluate = None
-        if options.eval_data:
+        if questions is not None:
             if evaluator is None:
                 raise OptionsError("eval_data needs an evaluator")
-            evaluate = evaluator(model, options.eval_data, encode_options)
+            evaluate = evaluator(model, questions, encode_options)
         result = train(model, data, options, evaluate=evaluate, donate=True)
     if result.signal is not None:
         _say(f"stopped after step {result.step}; the same command resumes the run")
@@ -92,12 +95,24 @@ def _load(options: TrainOptions, source: Path) -> Model:
     # bfloat16 weights round small updates away. Adapters are always float32.
     param_dtype = options.param_dtype or (None if options.lora_rank else "float32")
     model = checkpoint.load(source, mesh=mesh, dtype=param_dtype)
-    return model._replace(config=model.config.replace(dtype=dtype))
+    processor, generation = model.processor, dict(model.generation)
+    if options.allow_control_tokens is not None:  # the result keeps this rule
+        processor = dataclasses.replace(processor, allow_control_tokens=options.allow_control_tokens)
+    if options.skip_special_tokens is not None:
+        generation["skip_special_tokens"] = options.skip_special_tokens
+    config = model.config.replace(dtype=dtype)
+    return model._replace(config=config, processor=processor, generation=generation)
 
 
-def _dataset(options: TrainOptions, model: Model, encode_options: dict) -> Dataset:
+def _open(options: TrainOptions) -> tuple[Records, Records | None]:
+    """The records to train on and to evaluate on, opened before the model is."""
+    questions = open_source(options.eval_data, options.columns) if options.eval_data else None
+    return open_source(options.data, options.columns, options.streaming), questions
+
+
+def _dataset(options: TrainOptions, records: Records, model: Model, encode_options: dict) -> Dataset:
     return Dataset(
-        options.data,
+        records,
         model.processor,
         PackShape(options.rows, options.tokens, options.lanes, options.patches, options.segments),
         seed=options.seed,

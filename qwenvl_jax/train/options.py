@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenvl_jax import options
+from qwenvl_jax.answers.boxes import COORDINATES
 from qwenvl_jax.config import GROUPS
 from qwenvl_jax.errors import OptionsError
 from qwenvl_jax.inputs.options import MediaOptions
@@ -22,8 +23,12 @@ class TrainOptions(MediaOptions):
     """Options of one run. Raises OptionsError for a wrong type, a value out of range and options that contradict."""
 
     model: str = option("", "checkpoint to start from: a directory or a hub id", title="the run")
-    data: str = option("", "JSONL file of training records")
-    eval_data: str = option("", "JSONL file of records to answer and score during training")
+    data: tuple[str, ...] = option(
+        (), "training records: a JSONL, JSON or Parquet file, a pattern, or a dataset of the hub; repeatable"
+    )
+    eval_data: tuple[str, ...] = option((), "records to answer and score during training; repeatable")
+    columns: tuple[str, ...] = option((), "OLD=NEW renames a key of every record, OLD= passes over it; repeatable")
+    streaming: bool = option(False, "read a dataset of the hub as it comes, without downloading it first")
     output: str = option("", "directory of the run and its result; a run in it is resumed", free=True)
     task: str = option("sft", "train on the assistant's messages, or on preferences", choices=("sft", "dpo"))
     beta: float = option(0.1, "DPO: strength of the pull to the reference model", above=0)
@@ -72,8 +77,16 @@ class TrainOptions(MediaOptions):
     on_bad_record: str = option("stop", "what to do with an unusable record", choices=("stop", "skip"), title="records")
     threads: int = option(2, "threads that read records", least=0, free=True)
     workers: int = option(0, "processes that read records, each with `threads` threads", least=0, free=True)
-    allow_control_tokens: bool = option(
-        False, "read tokens such as <|box_start|> in texts as control tokens; scores are of texts without them"
+    boxes: str | None = option(
+        None, "coordinates of boxes in records that do not name theirs; default: the model's", choices=COORDINATES
+    )
+    allow_control_tokens: bool | None = option(
+        None,
+        "read tokens such as <|box_start|> in texts as control tokens, and keep them in answers; "
+        "default: as the checkpoint was trained",
+    )
+    skip_special_tokens: bool | None = option(
+        None, "score answers without control tokens; default: unless they are allowed", free=True
     )
     save_every: int = option(500, "steps between checkpoints", least=1, free=True, title="output")
     keep: int = option(2, "latest checkpoints to keep, besides the best one", least=1, free=True)

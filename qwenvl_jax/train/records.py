@@ -1,20 +1,22 @@
 """Turns a training record into samples with loss weights: one conversation, or a pair of them.
 
-The assistant's text is trained on, except messages with `"weight": 0`. `inputs/records.py` reads the forms of records.
+The assistant's text is trained on, except messages that say otherwise. `inputs/records.py` reads the forms of records.
 """
 
 from collections.abc import Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from qwenvl_jax import stores
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.answers.boxes import check_coordinates
+from qwenvl_jax.errors import BadRecord, InputError
 from qwenvl_jax.inputs.layout import Lanes, make_sample, slots_needed
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.processor import Processor, Prompt
-from qwenvl_jax.inputs.records import BadRecord, conversation, preference
+from qwenvl_jax.inputs.records import Conversation, conversation, preference
 from qwenvl_jax.options import check_names, names
 from qwenvl_jax.types import Sample, Visual
 
@@ -36,39 +38,54 @@ class RecordProcessor:
     """Turns records into samples with loss weights.
 
     folder: the folder that relative paths start from; None for the working directory.
-    options: options of `Processor.encode`: MediaOptions, add_vision_id, allow_control_tokens.
+    options: options of `Processor.encode`: MediaOptions, add_vision_id, allow_control_tokens, and boxes, for records
+        that do not say in which coordinates their boxes are.
     """
 
     def __init__(self, processor: Processor, shape: PackShape, *, preferences=False, folder=None, options=None):
         flags = ("add_vision_id", "allow_control_tokens")
         options = dict(options or {})
+        self.boxes = options.pop("boxes", None)
+        check_coordinates(self.boxes)
         check_names(options, (*names(MediaOptions), *flags))
         self.processor, self.shape, self.preferences = processor, shape, preferences
         self.folder = None if folder is None else stores.folder(folder)
         self.flags = {k: options.pop(k) for k in flags if k in options}
         self.options = MediaOptions(**options)
 
-    def __call__(self, record) -> tuple[Sample, ...]:
-        """One conversation, or the chosen and the rejected one with the same visuals. Raises BadRecord."""
-        if not isinstance(record, Mapping):
-            raise BadRecord("unreadable", f"a record is a JSON object; this one is of type {type(record).__name__}")
-        read = preference if self.preferences else conversation
-        prompts = [(self._prompt(messages, record), weights) for messages, weights in read(record, self.folder)]
-        media = prompts[0][0].media
-        for prompt, _ in prompts[1:]:
+    def __call__(self, record, folder: Path | None = None) -> tuple[Sample, ...]:
+        """One conversation, or the chosen and the rejected one with the same visuals.
+
+        folder: that of the record's file; the processor's own folder comes first. Raises BadRecord.
+        """
+        folder = folder if self.folder is None else self.folder
+        read = preference(record, folder) if self.preferences else [conversation(record, folder)]
+        prompts = [self._prompt(talk) for talk in read]
+        if not all(any(talk.weights) for talk in read):
+            raise BadRecord("nothing to learn", _why_nothing(record))
+        media = prompts[0].media
+        for prompt in prompts[1:]:
             if [m.source for m in prompt.media] != [m.source for m in media]:
                 raise BadRecord("messages", "'chosen' and 'rejected' must be text; put pictures into the prompt")
-        self._check_length(sum(len(prompt.tokens) for prompt, _ in prompts))  # before anything is decoded
+        self._check_length(sum(len(prompt.tokens) for prompt in prompts))  # before anything is decoded
         with _reason("media"):
             visuals = self.processor.open(media, self.options)
-        samples = tuple(self._sample(prompt, weights, visuals) for prompt, weights in prompts)
+        for i, talk in enumerate(read):
+            converted = self._boxes_to_model(talk.messages, visuals, record)
+            prompts[i] = prompts[i] if converted == talk.messages else self._prompt(talk._replace(messages=converted))
+        samples = tuple(self._sample(p, talk.weights, visuals) for p, talk in zip(prompts, read, strict=True))
         self._check_length(sum(len(s.tokens) for s in samples))
         self._check_lanes(visuals)
         return samples
 
-    def _prompt(self, messages: list, record: Mapping) -> Prompt:
+    def _prompt(self, talk: Conversation) -> Prompt:
         with _reason("messages"):
-            return self.processor.prompt(messages, tools=record.get("tools"), **self.flags)
+            return self.processor.prompt(talk.messages, tools=talk.tools, **self.flags)
+
+    def _boxes_to_model(self, messages: list, visuals: tuple[Visual, ...], record: Mapping) -> list:
+        with _reason("boxes"):
+            check_coordinates(own := record.get("boxes"))
+            return self.processor.boxes_to_model(messages, visuals, self.boxes if own is None else own)
 
     def _sample(self, prompt: Prompt, weights: list[int], visuals: tuple[Visual, ...]) -> Sample:
         config = self.processor.config
@@ -98,6 +115,14 @@ class RecordProcessor:
             patches = sum(grid.patches for grid in frames)
             lanes = f"{self.shape.lanes} lanes of {self.shape.patches}"
             raise BadRecord("too large", f"{patches} patches of pictures and frames do not fit into {lanes}")
+
+
+def _why_nothing(record: Mapping) -> str:
+    if record.get("answer") is not None:
+        return "no assistant message to learn from ('answer' is for evaluation; write it as an assistant message)"
+    if any(key in record for key in ("messages", "conversations", "conversation")):
+        return "no assistant message to learn from"
+    return "no assistant message to learn from; the answer's key is 'completion', 'response' or 'output'"
 
 
 @contextmanager

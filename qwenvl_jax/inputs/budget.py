@@ -1,0 +1,95 @@
+"""What the pictures and clips of one conversation may take, all together."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from qwenvl_jax.errors import MediaError
+from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
+
+BYTES, MEMORY, SECONDS = 512, 1024, 60  # the defaults of media_bytes (MiB), media_memory (MiB) and media_seconds
+
+
+class Budget:
+    """The bytes, the memory and the time that are left to the media of one conversation. Thread-safe.
+
+    Every cost is asked for before it is spent, from sizes that headers declare. Threads that decode side by side share
+    one budget: a decoder waits until the memory that it needs is free, and is refused if it can never be free.
+
+    Decoders run in this process. A child process could be limited by the operating system, on Linux alone, at the
+    price of its start (0.2 s) and a copy of the pixels. The headers of the formats that we open bound their decoders
+    well enough (`pictures.cost`, `video._decode`).
+    """
+
+    def __init__(self, options: MediaOptions = DEFAULT):
+        self._bytes_limit = (options.media_bytes or BYTES) << 20
+        self.memory_limit = (options.media_memory or MEMORY) << 20
+        self._seconds = options.media_seconds or SECONDS
+        self._end = time.monotonic() + self._seconds
+        self._bytes = 0
+        self._kept = self._passing = self._clip_bytes = 0
+        self._change, self._clip = threading.Condition(), threading.Lock()
+
+    def left(self) -> float:
+        """Seconds until the deadline. Raises MediaError once it has passed."""
+        seconds = self._end - time.monotonic()
+        if seconds <= 0:
+            raise _over(f"took longer than {self._seconds:g} seconds", "media_seconds")
+        return seconds
+
+    def read(self, count: int) -> None:
+        """Takes bytes of a file, download or buffer. Raises MediaError if too few are left."""
+        with self._change:
+            self._bytes += count
+            if self._bytes > self._bytes_limit:
+                raise _over(f"are larger than {self._bytes_limit >> 20:,} MiB", "media_bytes")
+
+    def keep(self, count: int, in_clip: bool = False) -> None:
+        """Takes memory for patches, for good. in_clip: within the block of `clip_decoder`."""
+        with self.memory(0, count, self._clip_bytes if in_clip else 0):
+            pass
+
+    @contextmanager
+    def memory(self, passing: int, kept: int = 0, held: int = 0) -> Iterator[None]:
+        """Takes memory: `passing` bytes for the block and `kept` for good. Waits for decoders in other threads.
+
+        held: `passing` of a block that this one is in.
+        Raises MediaError if there is too little even without them.
+        """
+        with self._change:
+            while True:
+                if (needed := self._kept + kept + passing + held) > self.memory_limit:
+                    limit = f"the limit is {self.memory_limit >> 20:,} MiB"
+                    raise _over(f"would take {needed / 2**20:,.0f} MiB of memory, {limit}", "media_memory")
+                if self._passing - held + needed <= self.memory_limit:
+                    break
+                self._change.wait(self.left())
+            self._kept += kept
+            self._passing += passing
+        try:
+            yield
+        finally:
+            with self._change:
+                self._passing -= passing
+                self._change.notify_all()
+
+    @contextmanager
+    def clip_decoder(self, passing: int) -> Iterator[None]:
+        """`memory` for the decoder of a clip, one at a time: within the block, patches are kept, which may wait.
+
+        Pictures never wait for memory while they hold some. A clip's decoder has threads of its own.
+        """
+        while not self._clip.acquire(timeout=self.left()):
+            pass
+        try:
+            with self.memory(passing):
+                self._clip_bytes = passing
+                yield
+        finally:
+            self._clip.release()
+
+
+def _over(what: str, option: str) -> MediaError:
+    hint = f"use fewer or smaller ones, lower max_pixels, or raise {option}"
+    return MediaError(f"the conversation's pictures and clips together {what}; {hint}")

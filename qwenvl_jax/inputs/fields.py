@@ -1,0 +1,83 @@
+"""Keys of requests, messages and items that programs send and that this package does not read: one table.
+
+A key is passed over where its value changes nothing here. Any other value is refused by name, because it would change
+the answer. The keys are those of OpenAI's chat completions, and of the servers that extend them (vLLM, SGLang).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qwenvl_jax.errors import InputError, shown
+
+
+def anything(value) -> bool:
+    return True
+
+
+def nothing(value) -> bool:
+    return False
+
+
+def only(*values) -> Callable[[Any], bool]:
+    """Equal to one of these; true is not 1."""
+    return lambda value: any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values)
+
+
+def _no_bias(value) -> bool:
+    return isinstance(value, Mapping) and all(only(0)(bias) for bias in value.values())
+
+
+REQUEST: dict[str, Callable[[Any], bool]] = {
+    # Who asks, how it is billed, cached, queued and sent: the answer is the same.
+    **dict.fromkeys(("model", "messages", "stream", "stream_options", "user", "metadata", "store"), anything),
+    **dict.fromkeys(("service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), anything),
+    **dict.fromkeys(("prediction", "priority", "request_id", "rid", "cache_salt", "return_token_ids"), anything),
+    **dict.fromkeys(("include_reasoning", "separate_reasoning", "stream_reasoning"), anything),
+    # Only of use with another key, which is refused, or with another tokenizer.
+    **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern", "length_penalty"), anything),
+    **dict.fromkeys(("spaces_between_special_tokens", "add_special_tokens"), anything),
+    "chat_template_content_format": only("auto", "openai"),
+    # How many answers, and what comes with them.
+    **dict.fromkeys(("n", "best_of"), only(1)),
+    **dict.fromkeys(("logprobs", "echo", "use_beam_search", "return_tokens_as_token_ids"), only(False)),
+    **dict.fromkeys(("include_stop_str_in_output", "no_stop_trim", "continue_final_message"), only(False)),
+    **dict.fromkeys(("top_logprobs", "min_tokens"), only(0)),
+    "add_generation_prompt": only(True),
+    "modalities": only(["text"]),
+    **dict.fromkeys(("prompt_logprobs", "audio", "truncate_prompt_tokens"), nothing),
+    # What may be in the answer.
+    "logit_bias": _no_bias,
+    "response_format": only({"type": "text"}),
+    "verbosity": only("medium"),
+    "reasoning_effort": only("none"),
+    **dict.fromkeys(("bad_words", "logits_processors", "allowed_token_ids"), only([])),
+    **dict.fromkeys(("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"), nothing),
+    **dict.fromkeys(("regex", "ebnf", "json_schema", "thinking_token_budget"), nothing),
+    # What the model is shown.
+    "tool_choice": only("auto"),
+    "parallel_tool_calls": only(True),
+    "functions": only([]),
+    "function_call": only("auto", "none"),
+    "documents": only([]),
+    **dict.fromkeys(("media_io_kwargs", "vllm_xargs", "kv_transfer_params"), only({})),
+    **dict.fromkeys(("chat_template", "web_search_options", "lora_path"), nothing),
+}
+WITHOUT_TOOLS = {"tool_choice": only("auto", "none"), "parallel_tool_calls": only(True, False)}
+PROCESSOR_KWARGS = {"use_fast": anything}  # mm_processor_kwargs, beside the options of pictures and clips
+TEMPLATE_KWARGS = {"add_generation_prompt": only(True), "enable_thinking": only(False)}  # chat_template_kwargs
+MESSAGE = {
+    **dict.fromkeys(("id", "annotations", "cache_control"), anything),
+    **dict.fromkeys(("refusal", "reasoning", "reasoning_content"), only("")),
+    **dict.fromkeys(("prefix", "partial"), only(False)),
+    **dict.fromkeys(("audio", "function_call"), nothing),
+}
+ITEM = dict.fromkeys(("id", "uuid", "annotations", "cache_control", "logprobs"), anything)
+URL = {"format": anything}  # beside "url" and "detail"
+
+
+def read_keys(given: Mapping, table: Mapping[str, Callable[[Any], bool]], where: str) -> dict:
+    """`given` without the keys of the table, which change nothing. Raises InputError for one that would."""
+    for key, value in given.items():
+        if key in table and not table[key](value):
+            raise InputError(f"{where}: {key} is {shown(value)}, which would change the answer; it is not supported")
+    return {key: value for key, value in given.items() if key not in table}

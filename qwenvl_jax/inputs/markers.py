@@ -1,0 +1,85 @@
+"""Puts the media that stand beside a record's messages into them, in place of `<image>` and `<video>`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwenvl_jax.errors import BadRecord
+
+_SOURCES = ("image", "image_url", "video", "video_url", "url", "path")
+
+
+def with_media(messages: list, given: Mapping, folder: Path | None) -> list:
+    """The messages with the record's media in place of markers, and relative paths starting from `folder`.
+
+    given: the record; `image`, `images`, `video`, `videos` and `data_path` are read. Raises BadRecord.
+    Only user and tool messages hold markers. The line break before and after a marker is removed with it: datasets
+    write them, prompts do not. Media without any marker stand before the first user's text, as in TRL and ms-swift.
+    """
+    beside = {kind: [*_as_list(given.get(kind)), *_as_list(given.get(kind + "s"))] for kind in ("image", "video")}
+    has_markers = any(beside.values()) or "conversations" in given or "conversation" in given
+    if "data_path" in given:  # of Qwen's own training code
+        folder = (folder or Path()) / str(given["data_path"])
+    if "conversations" not in given:  # there, LLaVA, Qwen and LLaMA-Factory refuse media without a marker
+        messages = _with_missing_markers(messages, beside)
+    used: dict[str, int] = {"image": 0, "video": 0}
+
+    def next_source(kind: str):
+        used[kind] += 1
+        return beside[kind][used[kind] - 1] if used[kind] <= len(beside[kind]) else ""
+
+    def with_source(item):
+        if not isinstance(item, Mapping):
+            return item
+        sources = {k: item[k] for k in _SOURCES if item.get(k) is not None}
+        if not sources and item.get("type") in list(used) and item.get("base64") is None:
+            sources = {item["type"]: next_source(item["type"])}
+        return {**item, **{k: _resolved(source, folder) for k, source in sources.items()}}
+
+    out = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, list | tuple):
+            message = {**message, "content": [with_source(item) for item in content]}
+        elif isinstance(content, str) and has_markers and message.get("role") in ("user", "tool"):
+            parts = re.split(r"\n?<(image|video)>\n?", content)  # text at even indices, kinds at odd ones
+            if len(parts) > 1:
+                items = ({"type": p} if i % 2 else {"type": "text", "text": p} for i, p in enumerate(parts) if p)
+                message = {**message, "content": [with_source(item) for item in items]}
+        out.append(message)
+    for kind, count in used.items():
+        if count != len(beside[kind]):
+            raise BadRecord("placeholders", f"messages refer to {count} {kind}s; the record has {len(beside[kind])}")
+    return out
+
+
+def _with_missing_markers(messages: list, beside: dict[str, list]) -> list:
+    """Adds the markers of media that no message refers to, if the first user's content is a text."""
+    contents = [m.get("content") for m in messages if isinstance(m, Mapping)]
+    texts = "".join(c for c in contents if isinstance(c, str))
+    items = [i for c in contents if isinstance(c, list | tuple) for i in c if isinstance(i, Mapping)]
+    used = {str(i.get("type")).removesuffix("_url") for i in items} | {k for k in beside if f"<{k}>" in texts}
+    missing = "".join(f"<{kind}>" * len(media) for kind, media in beside.items() if kind not in used)
+    first = next((i for i, m in enumerate(messages) if isinstance(m, Mapping) and m.get("role") == "user"), None)
+    if not missing or first is None or not isinstance(messages[first]["content"], str):
+        return messages
+    message = {**messages[first], "content": missing + messages[first]["content"]}
+    return [*messages[:first], message, *messages[first + 1 :]]
+
+
+def _as_list(value) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _resolved(source, folder: Path | None):
+    if isinstance(source, Mapping) and "url" in source:
+        return {**source, "url": _resolved(source["url"], folder)}
+    if isinstance(source, Mapping) and source.keys() <= {"bytes", "path"}:  # a picture of Hugging Face datasets
+        stored = source.get("bytes")
+        return _resolved(source.get("path", ""), folder) if stored is None else stored
+    if isinstance(source, list | tuple):  # the frames of a clip
+        return [_resolved(s, folder) for s in source]
+    if folder is None or not isinstance(source, str) or re.match(r"(?i)[a-z][a-z0-9+.-]*://|data:", source):
+        return source
+    return str(folder / source)

@@ -1,0 +1,231 @@
+"""Decodes untrusted pictures: which formats are opened, within which bounds, and what is seen of every mode.
+
+What a person would see counts: transparency shows white, 16 bits are scaled to 8, and the picture stands upright.
+"""
+
+import math
+import re
+import struct
+
+import numpy as np
+from PIL import Image
+
+from qwenvl_jax.errors import MediaError
+from qwenvl_jax.inputs.preprocessing import MAX_PIXELS, check_aspect
+
+# The formats that are opened, and the bytes of memory per pixel that Pillow 13 takes to decode them (measured).
+# Other readers of Pillow are not worth the risk: EPS runs Ghostscript, ICO and PSD are decoded on opening, and few are
+# fuzzed. JPEG brings MPO.
+_BYTES = {
+    "JPEG": 4,
+    "PNG": 4,
+    "WEBP": 16,
+    "GIF": 2,
+    "BMP": 4,
+    "DIB": 4,
+    "TIFF": 5,
+    "PPM": 5,
+    "JPEG2000": 26,
+    "AVIF": 13,
+}
+_PROGRESSIVE = 12  # a progressive JPEG: all its coefficients are in memory
+_OTHER = 4  # a picture that is decoded already, or was opened by someone else
+_RGB, _OTHER_MODE = 4, 9  # and to turn it upright and convert it
+_SCANS = 1 << 32  # most pixels times scans of a progressive JPEG, which is decoded once per scan: some seconds
+_SLOW = 1 << 22  # pixels of the forms of PPM that Pillow decodes in Python, at a microsecond each
+_FILES = {  # the start of files that people have and that are not opened
+    rb"....ftyp(hei|hev|mif1|msf1)": "a HEIC picture",
+    rb"\xff\n|\0\0\0\x0cJXL ": "a JPEG XL picture",
+    rb"%PDF": "a PDF document",
+    rb"\s*(<\?xml|<svg)": "an SVG drawing",
+    rb"(?i)\s*<(!doctype html|html|head)": "a web page",
+    rb"%!PS|\xc5\xd0\xd3\xc6": "an EPS or PostScript file",
+    rb"8BPS": "a Photoshop file",
+    rb"\0\0[\1\2]\0": "an icon (ICO)",
+    rb"gimp xcf": "a GIMP file",
+    rb"\x76\x2f\x31\x01": "an OpenEXR picture",
+    rb"#\?RADIANCE": "a Radiance picture",
+    rb"DDS ": "a DDS texture",
+    rb"SIMPLE  =": "a FITS picture",
+    rb"....ftyp(?!avif|avis)|\x1aE\xdf\xa3|RIFF....AVI ": "a video, to be given as one",
+}  # fmt: skip
+_UPRIGHT = {  # EXIF orientation → the transpose that undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def identify(file) -> Image.Image:
+    """The picture of a binary file, of which only the header was read. Raises MediaError that names what it is instead.
+
+    Image.open would do the same, but tries more formats, and warns about sizes by its own limit.
+    """
+    Image.init()
+    start = file.read(64)
+    if not start:
+        raise MediaError("is empty")
+    prefix = start[:16].ljust(16, b"\0")  # Pillow unpacks numbers from it without checking its length
+    failed = ""
+    for kind in _BYTES:
+        opener, accepts = Image.OPEN[kind]
+        if accepts and accepts(prefix) is not True:
+            continue  # False, or a str: this Pillow was built without the format
+        file.seek(0)
+        try:
+            return opener(file, None)
+        except Exception as e:  # on a damaged header Pillow raises anything, struct.error included
+            failed = f"{kind}: {e}"
+    for pattern, what in _FILES.items():
+        if re.match(pattern, start, re.DOTALL):
+            raise MediaError(f"is {what}; give a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 picture")
+    if failed:
+        raise MediaError(
+            f"not a picture that can be opened: it is damaged, or its pixels are of a rare form ({failed})"
+        )
+    raise MediaError("not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF, …), or damaged")
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises MediaError for a picture that is empty, too large or too narrow."""
+    if width * height > MAX_PIXELS:
+        raise MediaError(f"{width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels in all")
+    check_aspect(width, height)
+
+
+def cost(image: Image.Image) -> int:
+    """Bytes of memory that `decode` takes at most. Raises MediaError for a file that asks for far more work."""
+    file = getattr(image, "fp", None)
+    undecoded = file is not None and not file.closed
+    area, kind = image.width * image.height, image.format if undecoded else None
+    after = _RGB if image.mode == "RGB" and "transparency" not in image.info else _OTHER_MODE
+    if kind == "JPEG" and image.info.get("progressive"):
+        scans = _bytes_of(image).count(b"\xff\xda")
+        if scans > 20 and scans * area > _SCANS:
+            raise MediaError(f"cannot be decoded ({scans} scans; save it again)")
+        return (_PROGRESSIVE + after) * area
+    if kind == "TIFF":  # a tile is decoded whole, also where it is larger than the picture
+        sides = [image.tag_v2.get(tag, 0) for tag in (322, 323)]
+        if not all(isinstance(s, int) for s in sides) or math.prod(sides) > max(4 * area, 1 << 22):
+            raise MediaError("cannot be decoded (its tiles are larger than the picture)")
+    if kind == "JPEG2000" and not _plain(_bytes_of(image), image.width, image.height):
+        raise MediaError("cannot be decoded (JPEG 2000 with tiny precincts or code-blocks; save it again)")
+    if kind == "PPM" and image.tile and image.tile[0].codec_name != "raw" and area > _SLOW:
+        raise MediaError(f"cannot be decoded (more than {_SLOW:,} pixels of this form of PPM; save it again)")
+    return (_BYTES.get(kind or "", _OTHER) + after) * area
+
+
+def _plain(data: bytes, width: int, height: int) -> bool:
+    """Whether a JPEG 2000 file has no more precincts and code-blocks than files of real programs have.
+
+    OpenJPEG takes a kilobyte for each, so those of a few pixels would take up to 1.6 KB per pixel. The markers are
+    those of ISO 15444-1, annex A: COD and COC say the sizes, in the main header and in that of any tile.
+    """
+    for start in re.finditer(b"\xff\x4f\xff\x51", data):  # SOC, SIZ
+        at, tile = start.end() - 2, 0
+        while at + 14 <= len(data):
+            marker, length = struct.unpack_from(">HH", data, at)
+            if marker == 0xFF90:  # SOT: the length of this part of a tile
+                tile, size = at, struct.unpack_from(">I", data, at + 6)[0]
+            if marker == 0xFF93:  # SOD: compressed data
+                at = tile + size if tile and size >= 14 else len(data)
+                continue
+            if marker == 0xFF53 and width * height > 1 << 20:  # COC
+                return False
+            if marker == 0xFF52 and width * height > 1 << 16:  # COD
+                levels, block = data[at + 9], data[at + 10] + data[at + 11] + 4
+                precincts = 0
+                for level, log in enumerate(data[at + 14 : at + 15 + levels] if data[at + 4] & 1 else b""):
+                    down = levels - level
+                    precincts += ((width >> down + (log & 15)) + 1) * ((height >> down + (log >> 4)) + 1)
+                if block < 8 or precincts > width * height // 512 + 4096:
+                    return False
+            at += 2 + max(length, 2)
+    return True
+
+
+def _bytes_of(image) -> bytes:
+    at = image.fp.tell()
+    image.fp.seek(0)
+    data = image.fp.read()
+    image.fp.seek(at)
+    return data
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """The whole picture, upright, as RGB. Raises MediaError."""
+    try:
+        raw = image.tile[0].args if getattr(image, "tile", None) else None
+        image.load()
+        try:
+            orientation = image.getexif().get(0x0112)
+        except Exception:  # the EXIF block is damaged, the pixels may still be good
+            orientation = None
+        if isinstance(orientation, int) and orientation in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[orientation])
+        return _as_rgb(image, raw)
+    except Exception as e:  # decoders raise anything on damaged data
+        raise MediaError(f"cannot be decoded ({e})") from e
+
+
+def _as_rgb(image: Image.Image, raw) -> Image.Image:
+    """What a person sees of a picture of any mode. raw: how a PNG stores its pixels ("L;4"), if known."""
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and key is None:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _shades(image, key)
+    if key is not None:  # a colour, an index or the alpha of each index; `convert` reads it
+        image = image.copy()
+        if raw in ("L;2", "L;4"):  # the key is not scaled as the pixels are
+            key = key * {"L;2": 85, "L;4": 17}[raw]
+        elif isinstance(key, tuple) and (raw == "RGB;16B" or max(key) > 255):
+            key = tuple(value >> 8 for value in key)
+        image.info["transparency"] = key
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    premultiplied = {"La": "LA", "RGBa": "RGBA"}
+    image = image.convert(premultiplied.get(image.mode, image.mode)).convert("RGBA")
+    canvas = Image.new("RGB", image.size, (255, 255, 255))
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
+
+
+def _shades(image: Image.Image, key) -> Image.Image:
+    """Gray of 8 bits from whole numbers or floats. Values that are not finite are black; the key's are white."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))
+    if bits == (32,) and tags.get(339, (1,)) == (1,):  # Pillow reads unsigned numbers as signed ones
+        values = values.view(np.uint32)
+    if image.mode.startswith("I;"):
+        low, high = 0.0, float((1 << bits[0]) - 1)
+    else:
+        low, high = _range(values)
+    out = np.empty(values.shape, np.uint8)
+    for at in range(0, len(values), 256):  # in strips, for less memory
+        strip = values[at : at + 256].astype(np.float64)
+        strip = np.nan_to_num((strip - low) * (255 / (high - low)), nan=0.0, posinf=0.0, neginf=0.0)
+        out[at : at + 256] = (strip + 0.5).clip(0, 255)
+        if tags.get(262) == 0:  # WhiteIsZero, which Pillow undoes for 8 bits only
+            out[at : at + 256] ^= 255
+        if isinstance(key, int):
+            out[at : at + 256][values[at : at + 256] == key] = 255
+    return Image.fromarray(out).convert("RGB")
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """Which values are black and white, if nothing declares it: the first usual range that holds all, or their own.
+
+    The usual ranges are 0 … 1 (floats), 0 … 255 and 0 … 65535 (whole numbers).
+    """
+    whole = values.dtype.kind in "iu"
+    finite = values if whole else values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    for top in (255.0, 65535.0) if whole else (1.0, 255.0):
+        if low >= 0 and high <= top:
+            return 0.0, top
+    return low, max(high, np.nextafter(low, np.inf))

@@ -1,0 +1,269 @@
+"""Boxes in texts: both forms, three kinds of coordinates, and which picture a box belongs to."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from make_tiny import small_config
+from PIL import Image
+from tiny import FAMILIES, tiny_config
+
+from qwenvl_jax import cli
+from qwenvl_jax.answers.boxes import Box, Sizes, from_model, parse_boxes, sizes, to_model
+from qwenvl_jax.demo import SAMPLES
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.eval.evaluator import Evaluator
+from qwenvl_jax.families import family_of
+from qwenvl_jax.inputs.messages import map_texts, normalize
+from qwenvl_jax.inputs.processor import Processor
+from qwenvl_jax.train.records import BadRecord, PackShape, RecordProcessor
+from qwenvl_jax.types import Grid, Visual
+
+CAT = Box("cat", 1, 2, 30, 40)
+BOX = '{"bbox_2d": [1, 2, 30, 40], "label": "cat"}'
+SHAPE = PackShape(rows=1, tokens=2048, lanes=1, patches=4096)
+PHOTO = Sizes(original=(4000, 3000), resized=(952, 728))
+RESIZED, THOUSANDTHS = "resized", "thousandths"
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        (f"[{BOX}]", [CAT]),
+        (f"```json\n[\n\t{BOX},\n\t{BOX}\n]\n```", [CAT, CAT]),
+        (f"```json\n[{BOX}", [CAT]),  # cut off behind a box,
+        (f'[{BOX}, {{"bbox_2d": [1, 2, 3', [CAT]),  # in a box,
+        (f"[{BOX[:-1]}", [CAT]),  # before its brace
+        (f"Here: [{BOX}, {BOX},] I see two.", [CAT, CAT]),
+        (f"[{BOX} {BOX}]", [CAT, CAT]),
+        ("[{'label': 'cat', 'bbox_2d': [1,2 , 30,40]}]", [CAT]),
+        (BOX, [CAT]),
+        ("[]", []),
+        ("", []),
+        ("none", []),
+        ("3", []),
+        ('["x", null, [1]]', []),
+        ('[{"bbox_2d": [1, 2, 30], "label": "cat"}]', []),
+        ('[{"bbox_2d": [1, 2, 30, "40"], "label": "cat"}]', []),
+        ('[{"bbox_2d": [1, 2, 30, true], "label": "cat"}]', []),
+        ('[{"bbox_2d": [1, 2, 30, 1e999], "label": "cat"}]', []),
+        ('[{"bbox_2d": [1, 2, 30, NaN], "label": "cat"}]', []),
+        ('[{"bbox_2d": [1, 2, 30, 40]}]', []),
+        ('[{"bbox_2d": [1, 2, 30, 40], "label": "{a} \\"é\\""}]', [CAT._replace(label='{a} "é"')]),
+        ("[" * 100_000, []),
+        ("<|object_ref_start|>cat<|object_ref_end|><|box_start|>(1,2),(30,40)<|box_end|>", [CAT]),
+        ("cat(1,2),(30,40)", [CAT]),  # without the control tokens
+        ("<|object_ref_start|>cat<|object_ref_end|><|box_start|>(1,2),(30,40)<|box_end|>" * 2, [CAT, CAT]),
+        ("cat(1,2),(30,40)(1,2),(30,40)", [CAT, CAT]),
+        ("dog (5, 6), (7, 8); cat (1, 2), (30, 40)", [Box("dog", 5, 6, 7, 8), CAT]),
+        ("(1,2)", []),
+    ],
+)
+def test_parse_boxes(text, want):
+    assert parse_boxes(text) == want
+
+
+def json_box(*numbers):
+    return json.dumps([{"bbox_2d": list(numbers), "label": "cat"}])
+
+
+def marked(x1, y1, x2, y2):
+    return f"<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
+
+
+@pytest.mark.parametrize("write", [json_box, marked])
+@pytest.mark.parametrize(
+    "config, source, numbers, want",
+    [
+        (RESIZED, "original", (3000, 0, 3900, 3000), (714, 0, 928, 728)),
+        (RESIZED, "original", (3000.0, 0.4, 3900.2, 3000), (714, 0, 928, 728)),
+        (RESIZED, "thousandths", (750, 0, 975, 1000), (714, 0, 928, 728)),
+        (RESIZED, "resized", (714, 0, 928.5, 728), (714, 0, 928.5, 728)),  # untouched
+        (RESIZED, None, (714, 0, 928, 728), (714, 0, 928, 728)),
+        (THOUSANDTHS, "original", (3000, 0, 3900, 3000), (750, 0, 975, 1000)),
+        (THOUSANDTHS, "resized", (714, 0, 952, 728), (750, 0, 1000, 1000)),
+        (THOUSANDTHS, None, (714, 0, 1000, 728), (714, 0, 1000, 728)),
+    ],
+)
+def test_records_are_converted(write, config, source, numbers, want):
+    assert to_model(f"See {write(*numbers)}, 5000 m.", [PHOTO], config, source) == f"See {write(*want)}, 5000 m."
+
+
+def test_answers_are_converted():
+    text = f"2 cats: {json_box(714, 0, 928, 728)} and (0,0),(960,-3), in 2024"
+    assert (
+        from_model(text, PHOTO, RESIZED, "original")
+        == f"2 cats: {json_box(3000, 0, 3899, 3000)} and (0,0),(4000,0), in 2024"
+    )
+    assert from_model("(750,0),(975,1000)", PHOTO, THOUSANDTHS, "original") == "(3000,0),(3900,3000)"
+    assert from_model(json_box(7.5, 0, 8, 9), PHOTO, RESIZED, "resized") == json_box(7.5, 0, 8, 9)
+
+
+def test_other_forms_of_the_same_keys():
+    assert to_model('{"point_2d": [4000, 1500]}', [PHOTO], RESIZED, "original") == '{"point_2d": [952, 364]}'
+    nested = '{"bbox_2d": [[0, 0, 4000, 3000],\n [0, 0, 2000, 1500]]}'
+    assert to_model(nested, [PHOTO], RESIZED, "original") == '{"bbox_2d": [[0, 0, 952, 728],\n [0, 0, 476, 364]]}'
+    escaped = json.dumps({"arguments": '{"bbox_2d": [0, 0, 4000, 3000]}'})
+    assert "[0, 0, 952, 728]" in to_model(escaped, [PHOTO], RESIZED, "original")
+    quad = "<|quad_start|>(0,0),(4000,0),(4000,3000),(0,3000)<|quad_end|>"
+    assert to_model(quad, [PHOTO], THOUSANDTHS, "original").count("1000") == 4
+    assert to_model("click(<|box_start|>(2000,1500)<|box_end|>)", [PHOTO], THOUSANDTHS, "original") == (
+        "click(<|box_start|>(500,500)<|box_end|>)"
+    )
+    for text in (
+        'Answer as {"bbox_2d": [x1, y1, x2, y2]}.',
+        "f(1, 2)",
+        "(1, 2)",
+        '"bbox": [4000, 1, 2, 3]',
+        "[5000, 5000]",
+    ):
+        assert to_model(text, [PHOTO], RESIZED, "original") == text
+
+
+@pytest.mark.parametrize("write", [json_box, marked])
+@pytest.mark.parametrize(
+    "config, source, numbers, said",
+    [
+        (RESIZED, "original", (3000, 0, 4001, 3000), "4000 × 3000 pixels, original"),
+        (RESIZED, "original", (3000, -1, 3500, 3000), "4000 × 3000 pixels, original"),
+        (RESIZED, "original", (3500, 0, 3000, 3000), "corners exchanged"),
+        (RESIZED, "thousandths", (0, 0, 1001, 10), "0 … 1000"),
+        (RESIZED, None, (3000, 0, 3900, 728), 'say which coordinates they are: "boxes": "original"'),
+        (THOUSANDTHS, None, (3000, 0, 3900, 728), "0 … 1000"),
+    ],
+)
+def test_boxes_outside_are_refused(write, config, source, numbers, said):
+    with pytest.raises(InputError, match=said):
+        to_model(write(*numbers), [PHOTO], config, source)
+
+
+def test_plain_numbers_are_boxes_only_if_the_record_says_so():
+    text = "the points (5000,1),(6000,2)"
+    assert to_model(text, [PHOTO], RESIZED, None) == text
+    with pytest.raises(InputError, match="outside"):
+        to_model(text, [PHOTO], RESIZED, "original")
+
+
+def test_several_pictures():
+    small = Sizes((400, 300), (392, 308))
+    box = json_box(0, 0, 4000, 3000)
+    assert to_model(box, [PHOTO, PHOTO], RESIZED, "original") == json_box(0, 0, 952, 728)
+    with pytest.raises(InputError, match="2 pictures of different sizes"):
+        to_model(box, [PHOTO, small], RESIZED, "original")
+    with pytest.raises(InputError, match="no picture"):
+        to_model(box, [], RESIZED, "original")
+    assert to_model(box, [], RESIZED, None) == box
+    assert to_model(json_box(0, 0, 900, 700), [small, PHOTO], RESIZED, None) == json_box(0, 0, 900, 700)
+
+
+def test_a_text_is_about_the_latest_pictures():
+    image = {"type": "image", "image": "a.png"}
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [image, {"type": "text", "text": "a"}, {"video": "b.mp4"}]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "user", "content": [{"text": "d"}, image]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "e"}], "weight": 0},
+        {"role": "assistant", "content": None, "tool_calls": []},
+    ]
+    seen = {}
+    changed = map_texts(messages, lambda text, pictures: seen.update({text: list(pictures)}) or text.upper())
+    assert seen == {"s": [], "a": [0, 1], "b": [0, 1], "c": [0, 1], "d": [2], "e": [2]}
+    assert changed[1]["content"] == [image, {"type": "text", "text": "A"}, {"video": "b.mp4"}]
+    assert changed[5] == {"role": "assistant", "content": [{"type": "output_text", "text": "E"}], "weight": 0}
+    assert normalize(changed[:5])[0][0]["content"] == "S"
+
+
+def test_sizes():
+    patches = np.zeros((0, 0), np.uint8)
+    config = tiny_config("qwen2_5_vl")
+    p = config.vision.patch_size
+    assert sizes(Visual(patches, Grid(1, 4, 6), "image", 0, (40, 30)), config) == Sizes((40, 30), (6 * p, 4 * p))
+    assert sizes(Visual(patches, Grid(2, 4, 6), "video", 1), config) == Sizes((6 * p, 4 * p), (6 * p, 4 * p))
+
+
+FORMS = [
+    ("original", (3000, 150, 3900, 3000)),
+    ("resized", (714, 35, 928, 700)),
+    ("thousandths", (750, 50, 975, 1000)),
+]
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.new("RGB", PHOTO.original).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def processor(request, tokenizer_dir):
+    return Processor.from_dir(tokenizer_dir, small_config(request.param))
+
+
+def record(photo, coordinates, numbers, **more):
+    question = {"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "Where?"}]}
+    answer = {"role": "assistant", "content": json_box(*numbers)}
+    return {"messages": [question, answer], "boxes": coordinates, "metric": "iou"} | more
+
+
+def learnt(processor, record, **options):
+    process = RecordProcessor(processor, SHAPE, options={"max_pixels": 700_000} | options)
+    (sample,) = process(record)
+    return processor.decode(sample.tokens[sample.weights > 0])
+
+
+def test_a_large_photo_is_trained_and_scored_alike(processor, photo):
+    """4000 × 3000 pixels at max_pixels 700,000, with the same box in all three coordinates."""
+    target = family_of(processor.config).BOXES
+    want = json_box(*dict(FORMS)[target])
+    records = [record(photo, *form) for form in FORMS]
+    assert [learnt(processor, r) for r in records] == [want] * 3
+    assert learnt(processor, record(photo, None, FORMS[0][1]), boxes="original") == want
+    assert learnt(processor, record(photo, *FORMS[1]), boxes="original") == want  # the record's own word wins
+
+    prediction = want if target == "resized" else "cat<|box_start|>(750,50),(975,1000)<|box_end|>"
+    answers = [SimpleNamespace(text=prediction, finish_reason="stop")] * 3
+    engine = SimpleNamespace(processor=processor, max_batch=4, max_length=4096, generate=lambda *a, **o: answers)
+    engine.params, engine.generation, engine.config = {}, {}, processor.config
+    report = Evaluator(engine, records, encoding={"max_pixels": 700_000}).report({})
+    assert [a.score for a in report.answers] == [1, 1, 1]
+
+
+def test_a_box_outside_is_refused_with_its_line(processor, photo, tmp_path):
+    bad = record(photo, "original", (3000, 0, 4100, 3000))
+    with pytest.raises(BadRecord, match="outside its picture \\(4000 × 3000 pixels, original\\)") as caught:
+        learnt(processor, bad)
+    assert caught.value.reason == "boxes"
+    with pytest.raises(BadRecord, match="outside its picture"):
+        learnt(processor, record(photo, None, (3000, 0, 3900, 3000)))
+    with pytest.raises(BadRecord, match="boxes is 'pixels'; it must be one of original, resized, thousandths"):
+        learnt(processor, bad | {"boxes": "pixels"})
+    (tmp_path / "q.jsonl").write_text(json.dumps(record(photo, *FORMS[0])) + "\n" + json.dumps(bad) + "\n")
+    engine = SimpleNamespace(processor=processor, max_batch=4, max_length=4096, params={})
+    engine.generation, engine.config = {}, processor.config
+    with pytest.raises(InputError, match=r"q.jsonl:2: the box .* outside its picture"):
+        Evaluator(engine, tmp_path / "q.jsonl", encoding={"max_pixels": 700_000}).report({})
+
+
+def test_answers_in_original_pixels(photo, capsys):
+    """The demo's answer about an enlarged picture, in both coordinates."""
+    image = Image.open(SAMPLES / "scene.png")
+    large = Path(photo).with_name("large.png")
+    image.resize((image.width * 3, image.height * 2)).save(large)
+    size = f"--resized-width={image.width // 28 * 28} --resized-height={image.height // 28 * 28}".split()
+    command = ["generate", "--image", str(large), "--prompt", "Find the boxes of: strawberry", "--json", *size]
+    texts = []
+    for more in ([], ["--boxes", "original"]):
+        assert cli.main(command + more) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    resized, original = map(parse_boxes, texts)
+    assert resized and [box.label for box in resized] == [box.label for box in original]
+    place = Sizes((image.width * 3, image.height * 2), (image.width // 28 * 28, image.height // 28 * 28))
+    for a, b in zip(resized, original, strict=True):
+        assert b[1:] == tuple(round(n * place.original[i % 2] / place.resized[i % 2]) for i, n in enumerate(a[1:]))
+    assert cli.main(["generate", "--prompt", "Where?", "--boxes", "original"]) == 2
+    assert "the prompt has no picture" in capsys.readouterr().err

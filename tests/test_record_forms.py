@@ -1,0 +1,408 @@
+"""Every form of record that training frameworks write: what is learnt of it, token for token, and what is refused."""
+
+import io
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+from make_tiny import small_config
+from PIL import Image
+
+from qwenvl_jax.errors import BadRecord, InputError
+from qwenvl_jax.eval.questions import read_questions
+from qwenvl_jax.inputs.processor import Processor
+from qwenvl_jax.inputs.records import HARMLESS, conversation, preference
+from qwenvl_jax.inputs.source import open_source
+from qwenvl_jax.train.records import PackShape, RecordProcessor
+
+CONFIG = small_config("qwen2_5_vl")
+SHAPE = PackShape(rows=1, tokens=512, lanes=2, patches=256)
+DEFAULT = "You are a helpful assistant."
+WEATHER = {"name": "weather", "description": "Tell the weather", "parameters": {"type": "object", "properties": {}}}
+TOOL = {"type": "function", "function": WEATHER}
+CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
+CALLED = f"<tool_call>\n{CALL}\n</tool_call>"
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer_dir) -> Processor:
+    return Processor.from_dir(tokenizer_dir, CONFIG)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("media")
+    for i, name in enumerate(("a.png", "b.png")):
+        picture(i).save(path / name)
+    return path
+
+
+def picture(seed=0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (56, 56 + 28 * seed, 3), np.uint8))
+
+
+def png(seed=0) -> bytes:
+    file = io.BytesIO()
+    picture(seed).save(file, "png")
+    return file.getvalue()
+
+
+def say(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def turn(speaker, value, **more):
+    return {"from": speaker, "value": value, **more}
+
+
+ASK, REPLY = say("user", "Q"), say("assistant", "A")
+PAIR = [turn("human", "Q"), turn("gpt", "A")]
+SEE = "<|vision_start|><|image_pad|><|vision_end|>"
+FILM = "<|vision_start|><|video_pad|><|vision_end|>"
+
+# (record, the prompt as rendered with what is learnt in «»). Without a system prompt, the template's default stands.
+FORMS = {
+    # OpenAI
+    "messages": ({"messages": [ASK, REPLY]}, "user:Q|assistant:«A"),
+    "system in messages": ({"messages": [say("system", "S"), ASK, REPLY]}, "system:S|user:Q|assistant:«A"),
+    "developer": ({"messages": [say("developer", "S"), ASK, REPLY]}, "system:S|user:Q|assistant:«A"),
+    "weight": (
+        {"messages": [ASK, {**REPLY, "weight": 0}, say("user", "R"), say("assistant", "B", weight=1)]},
+        "user:Q|assistant:A|user:R|assistant:«B",
+    ),
+    "tools": (
+        {"messages": [ASK, say("assistant", None, tool_calls=[{"id": "1", "type": "function", "function": {
+            "name": "weather", "arguments": '{"city": "Rome"}'}}]), say("tool", "18", tool_call_id="1"), REPLY],
+         "tools": [TOOL], "parallel_tool_calls": False},
+        f"tools|user:Q|assistant:«{CALLED}|user:<tool_response>\n18\n</tool_response>|assistant:«A",
+    ),
+    "functions": (
+        {"messages": [ASK, {"role": "assistant", "function_call": {"name": "weather", "arguments": '{"city": "Rome"}'}},
+                      say("function", "18", name="weather"), REPLY], "functions": [WEATHER]},
+        f"tools|user:Q|assistant:«{CALLED}|user:<tool_response>\n18\n</tool_response>|assistant:«A",
+    ),
+    "nulls of a table": (
+        {"messages": [{**ASK, "tool_calls": None, "weight": None}, {**REPLY, "name": None}], "tools": None,
+         "system": "", "images": [], "chosen": None},
+        "user:Q|assistant:«A",
+    ),
+    # LLaMA-Factory
+    "sharegpt": ({"conversations": PAIR, "system": "S"}, "system:S|user:Q|assistant:«A"),
+    "sharegpt tools": (
+        {"conversations": [turn("human", "Q"), turn("function_call", CALL), turn("observation", "18"),
+                           turn("gpt", "A")], "system": "S", "tools": json.dumps([WEATHER])},
+        f"tools:S|user:Q|assistant:«{CALLED}|user:<tool_response>\n18\n</tool_response>|assistant:«A",
+    ),
+    "sharegpt parallel calls": (
+        {"conversations": [turn("human", "Q"), turn("function_call", f"[{CALL}, {CALL}]"), turn("observation", "18"),
+                           turn("gpt", "A")], "tools": json.dumps([TOOL])},
+        f"tools|user:Q|assistant:«{CALLED}\n{CALLED}|user:<tool_response>\n18\n</tool_response>|assistant:«A",
+    ),
+    "alpaca": ({"instruction": "Q", "input": "", "output": "A"}, "user:Q|assistant:«A"),
+    "alpaca input": (
+        {"instruction": "Q", "input": "I", "output": "A", "system": "S", "history": [["H", "B"]]},
+        "system:S|user:H|assistant:«B|user:Q\nI|assistant:«A",
+    ),
+    "alpaca pictures": (
+        {"instruction": "<image>Q", "input": "", "output": "A", "images": ["a.png"]}, f"user:{SEE}Q|assistant:«A",
+    ),
+    "gpteacher": ({"instruction": "Q", "response": "A"}, "user:Q|assistant:«A"),
+    # ms-swift
+    "query": (
+        {"system": "S", "query": "Q", "response": "A", "history": [["H", "B"]]},
+        "system:S|user:H|assistant:«B|user:Q|assistant:«A",
+    ),
+    "conversation": (
+        {"system": "S", "conversation": [{"human": "Q", "assistant": "A"}, {"human": "R", "assistant": "B"}]},
+        "system:S|user:Q|assistant:«A|user:R|assistant:«B",
+    ),
+    "loss": (
+        {"messages": [ASK, {**REPLY, "loss": False}, say("user", "R"), say("assistant", "B", loss=True)],
+         "channel": "chat"},
+        "user:Q|assistant:A|user:R|assistant:«B",
+    ),
+    "tool_call": (
+        {"messages": [ASK, say("assistant", "Think\n"), say("tool_call", CALL), say("tool_call", CALL),
+                      say("tool_response", "18"), say("tool_response", "19"), REPLY], "tools": json.dumps([TOOL])},
+        f"tools|user:Q|assistant:«Think\n{CALLED}\n{CALLED}|user:<tool_response>\n18\n</tool_response>\n"
+        "<tool_response>\n19\n</tool_response>|assistant:«A",
+    ),
+    "swift pictures": (
+        {"messages": [say("user", "<image>x<video>"), REPLY], "images": ["a.png"], "videos": [["a.png", "a.png"]]},
+        f"user:{SEE}x{FILM}|assistant:«A",
+    ),
+    "swift without a marker": ({"query": "Q", "response": "A", "images": ["a.png"]}, f"user:{SEE}Q|assistant:«A"),
+    # TRL
+    "completion of texts": ({"prompt": "Q", "completion": "A"}, "user:Q|assistant:«A"),
+    "completion of messages": (
+        {"prompt": [say("system", "S"), say("user", "H"), say("assistant", "B"), ASK], "completion": [REPLY]},
+        "system:S|user:H|assistant:B|user:Q|assistant:«A",
+    ),
+    "completion and pictures": (
+        {"prompt": [ASK], "completion": [REPLY], "images": [{"bytes": png(), "path": "gone.png"}]},
+        f"user:{SEE}Q|assistant:«A",
+    ),
+    "completion and items": (
+        {"prompt": [say("user", [{"type": "text", "text": "Q", "image": None}, {"type": "image", "text": None}])],
+         "completion": [say("assistant", [{"type": "text", "text": "A"}])], "image": picture()},
+        f"user:Q{SEE}|assistant:«A",
+    ),
+    "messages and pictures": (
+        {"messages": [ASK, REPLY], "images": [picture(), picture(1)]}, f"user:{SEE}{SEE}Q|assistant:«A",
+    ),
+    "trl tools": (
+        {"prompt": [ASK], "completion": [say("assistant", None, tool_calls=[{"function": json.loads(CALL)}])],
+         "tools": [TOOL]},
+        f"tools|user:Q|assistant:«{CALLED}",
+    ),
+    # axolotl
+    "train": (
+        {"messages": [{**ASK, "train": False}, {**REPLY, "train": False}, say("user", "R"), say("assistant", "B")]},
+        "user:Q|assistant:A|user:R|assistant:«B",
+    ),
+    "training": (
+        {"conversations": [turn("human", "Q"), turn("gpt", "A", training=True), turn("human", "R"),
+                           turn("gpt", "B", training=False)]},
+        "user:Q|assistant:«A|user:R|assistant:B",
+    ),
+    "role and content": ({"conversations": [ASK, REPLY]}, "user:Q|assistant:«A"),
+    "role and value": (
+        {"conversations": [{"role": "user", "value": "Q"}, {"role": "assistant", "value": "A"}]}, "user:Q|assistant:«A",
+    ),
+    "open orca": ({"system_prompt": "S", "question": "Q", "response": "A"}, "system:S|user:Q|assistant:«A"),
+    "question and answer": (
+        {"question": "Q", "category": "x", "answer": "A", "image": "a.png"}, f"user:{SEE}Q|assistant:«A",
+    ),
+    # LLaVA and Qwen
+    "llava": (
+        {"id": "1", "image": "a.png", "conversations": [turn("human", "<image>\nQ"), turn("gpt", "A")]},
+        f"user:{SEE}Q|assistant:«A",
+    ),
+    "llava of text": ({"id": 1, "model": "", "conversations": PAIR}, "user:Q|assistant:«A"),
+    "qwen": (
+        {"image": ["a.png", "b.png"], "conversations": [turn("human", "<image>\n<image>\nQ"), turn("gpt", "A")]},
+        f"user:{SEE}{SEE}Q|assistant:«A",
+    ),
+    "qwen data_path": (
+        {"data_path": "..", "image": "NAME/a.png", "conversations": [turn("human", "<image>Q"), turn("gpt", "A")]},
+        f"user:{SEE}Q|assistant:«A",
+    ),
+    "messages as text": ({"messages": json.dumps([ASK, REPLY])}, "user:Q|assistant:«A"),
+}  # fmt: skip
+
+
+def expected(processor, form: str) -> tuple[str, list[str]]:
+    """The whole prompt, and the parts of it that are learnt."""
+    text, learnt = "", []
+    turns = re.split(r"\|(?=user:|assistant:)", form)
+    if ":" in turns[0] and not turns[0].startswith(("system:", "tools")):
+        turns.insert(0, f"system:{DEFAULT}")
+    for one in turns:
+        role, _, content = one.partition(":")
+        if role == "tools":
+            system = processor.render([say("system", content or DEFAULT), ASK], tools=[TOOL])
+            text += system[: system.index("<|im_start|>user")]
+            continue
+        if content.startswith("«"):
+            content = content[1:]
+            learnt.append(content + "<|im_end|>")
+        text += f"<|im_start|>{role}\n{content}<|im_end|>\n"
+    return text, learnt
+
+
+def trained(processor, segment) -> tuple[str, list[str]]:
+    ids, weights = [], []
+    for token, weight in zip(segment.tokens, segment.weights, strict=True):
+        if not (ids and token == ids[-1] and token in (CONFIG.image_token_id, CONFIG.video_token_id)):
+            ids.append(int(token))
+            weights.append(weight)
+    places = np.flatnonzero(weights)
+    runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+    decode = lambda run: processor.decode([ids[i] for i in run], skip_special_tokens=False)  # noqa: E731
+    return decode(range(len(ids))), [decode(run) for run in runs]
+
+
+def in_folder(record, folder):
+    return json.loads(json.dumps(record).replace("NAME", folder.name)) if "data_path" in record else record
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_is_learnt(processor, folder, name):
+    record, form = FORMS[name]
+    (segment,) = RecordProcessor(processor, SHAPE, folder=folder)(in_folder(record, folder))
+    assert trained(processor, segment) == expected(processor, form)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_evaluation_reads_the_same(processor, folder, name):
+    """The question is the conversation without its last message, which is the answer."""
+    record, form = FORMS[name]
+    (question,) = read_questions([in_folder(record, folder)])
+    messages, _, tools = conversation(in_folder(record, folder), None)
+    assert question.messages == messages[:-1] and question.tools == tools
+    if "tool_calls" not in messages[-1]:
+        assert question.answers == ("B" if form.endswith("B") else "A",)
+
+
+PAIRS = {
+    "trl": {"prompt": [ASK], "chosen": [say("assistant", "good")], "rejected": [say("assistant", "bad")]},
+    "trl of texts": {"prompt": "Q", "chosen": "good", "rejected": "bad", "score_chosen": 9.0},
+    "implicit prompt": {"chosen": [ASK, say("assistant", "good")], "rejected": [ASK, say("assistant", "bad")]},
+    "the prompt in both": {"prompt": "Q", "prompt_id": "1", "chosen": [ASK, say("assistant", "good")],
+                           "rejected": [ASK, say("assistant", "bad")]},
+    "sharegpt": {"conversations": [turn("human", "Q")], "chosen": turn("gpt", "good"), "rejected": turn("gpt", "bad")},
+    "alpaca": {"instruction": "Q", "input": "", "chosen": "good", "rejected": "bad"},
+    "swift": {"messages": [ASK, say("assistant", "good")], "rejected_response": "bad"},
+    "swift query": {"query": "Q", "response": "good", "rejected_response": "bad"},
+    "swift messages": {"messages": [ASK, say("assistant", "good")],
+                       "rejected_messages": [ASK, say("assistant", "bad")]},
+    "openai": {"input": {"messages": [ASK], "tools": [], "parallel_tool_calls": True},
+               "preferred_output": [say("assistant", "good")], "non_preferred_output": [say("assistant", "bad")]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_preferences(processor, name):
+    segments = RecordProcessor(processor, SHAPE, preferences=True)(PAIRS[name])
+    for segment, text in zip(segments, ("good", "bad"), strict=True):
+        assert trained(processor, segment) == expected(processor, f"user:Q|assistant:«{text}")
+    with pytest.raises(BadRecord, match=r'is a preference .* set task = "dpo"'):
+        conversation(PAIRS[name], None)
+
+
+@pytest.mark.parametrize("name", ["trl", "alpaca", "swift"])
+def test_of_a_preference_the_system_prompt_and_history_count(processor, name):
+    record = PAIRS[name] | {"system": "S"}
+    record |= {"history": [["H", "B"]]} if name == "alpaca" else {}
+    history = "user:H|assistant:B|" if name == "alpaca" else ""
+    for segment, text in zip(RecordProcessor(processor, SHAPE, preferences=True)(record), ("good", "bad"), strict=True):
+        assert trained(processor, segment) == expected(processor, f"system:S|{history}user:Q|assistant:«{text}")
+
+
+CHAT = {"messages": [ASK, REPLY]}
+REFUSED = [
+    ({"text": "raw"}, "'text': raw text has no turns"),
+    ({"completion": "A"}, "has none of 'messages'"),
+    ({"prompt": [ASK, REPLY]}, "no assistant message to learn from; the answer's key is 'completion'"),
+    ({"query": "Q"}, "the answer's key is 'completion'"),
+    ({"messages": [ASK], "answer": "A"}, "'answer' is for evaluation"),
+    ({"question": "Q", "answer": ["A", "B"]}, "'answer' is for evaluation"),
+    ({"segments": [{"label": True, "text": "x"}]}, "'segments': parts of a text without turns"),
+    ({"input_ids": [1], "labels": [1]}, "'input_ids': tokens of another program"),
+    ({"prompt": "Q", "completions": ["a"], "labels": [True]}, "'labels'"),
+    ({"prompt": "Q", "completion": "A", "label": True}, "'label': records with a label (KTO"),
+    ({"prompt": "Q", "completion": "A", "label": False}, "--columns label="),
+    ({"instruction": "Q", "output": "A", "kto_tag": False}, "'kto_tag': KTO is not supported"),
+    (CHAT | {"objects": {"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}}, "'objects': boxes beside the messages"),
+    (CHAT | {"audios": ["a.wav"]}, "'audios': the model cannot hear"),
+    (CHAT | {"chat_template_kwargs": {"enable_thinking": False}}, "'chat_template_kwargs': the chat template takes no"),
+    (CHAT | {"weight": 0.5}, "'weight': weights are of messages"),
+    (CHAT | {"train_on_eos": "none"}, "'train_on_eos': the end of a learnt message"),
+    (CHAT | {"rejected_images": ["a.png"], "rejected_response": "B"}, "'rejected_images'"),
+    (CHAT | {"persona": "pirate"}, "unknown key 'persona'; rename it with --columns persona=NAME, or pass over it with "
+                                   "--columns persona="),
+    (CHAT | {"b": 1, "a": 2}, "unknown keys 'a', 'b'; rename it with --columns a=NAME, or pass over it with "
+                              "--columns a= --columns b="),
+    ({"mesages": [ASK, REPLY]}, "unknown key 'mesages'; did you mean 'messages'?"),
+    (CHAT | {"prompt": "Q"}, "has both 'messages' and 'prompt'"),
+    (CHAT | {"response": "A"}, "has both 'messages' and 'response'"),
+    (CHAT | {"history": [["a", "b"]]}, "has both 'messages' and 'history'"),
+    ({"query": "Q", "response": "A", "output": "B"}, "has both 'response' and 'output'"),
+    ({"query": "Q", "response": ["A", "B"]}, "'response' must be a text, a message or a list of"),
+    ({"query": 5, "response": "A"}, "'query' is of type int; it must be a text"),
+    ({"query": "Q", "response": "A", "history": [["a"]]}, "'history' must be a list of [question, answer]"),
+    ({"query": "Q", "response": "A", "history": {"a": "b"}}, "'history' must be a list of [question, answer]"),
+    ({"prompt": [ASK, say("assistant", "{")], "completion": "A"}, "'prompt' ends with an assistant message"),
+    (CHAT | {"system": 5}, "'system' is of type int"),
+    ({"messages": [say("system", "T"), ASK, REPLY], "system": "S"}, "has two system prompts"),
+    (CHAT | {"tools": [TOOL], "functions": [WEATHER]}, "has both 'tools' and 'functions'"),
+    (CHAT | {"tools": "[{]"}, "'tools' is text and not readable as JSON"),
+    ({"messages": "[{]"}, "'messages' is text and not readable as JSON"),
+    ({"conversations": [turn("human", "Q"), turn("function_call", "weather(Rome)")]}, "message 1 is a call and"),
+    ({"conversations": [turn("human", "Q"), turn("function_call", "{broken")]}, "message 1 is text and not readable"),
+    ({"conversations": [turn("function", "Q")]}, "message 0 is from 'function'"),
+    ({"messages": [ASK, say("assistant", "A", thinking="hm")]}, "message 1 has the unknown key 'thinking'"),
+    ({"messages": [ASK, say("assistant", "A", train_detail=[{"train": False}])]}, "the unknown key 'train_detail'"),
+    ({"messages": [ASK, say("assistant", "A", channel="analysis")]}, "message 1 has the unknown key 'channel'"),
+    ({"messages": [ASK, say("assistant", "A", weight=0.5)]}, "message 1 has weight 0.5; it must be 0 or 1"),
+    ({"messages": [ASK, say("assistant", "A", train="yes")]}, "message 1 has train 'yes'"),
+    ({"messages": [ASK, say("assistant", "A", weight=1, loss=False)]}, "'weight' and 'loss', which contradict"),
+    ({"messages": [say("user", "Q", train=True), REPLY]}, "message 0 is a user message with train True; only the"),
+    ({"messages": [ASK, say("assistant", "B", loss=False), say("tool_call", CALL)]}, "message 2 is part of"),
+    ({"conversation": [{"human": "Q", "assistant": "A", "mood": "x"}]}, "message 0 has the unknown key 'mood'"),
+    ([CHAT, CHAT], "a list of 2 records, as packing tools write"),
+    ("text", "a record is a JSON object; this one is of type str"),
+    (None, "a record is a JSON object; this one is of type NoneType"),
+    ({"messages": [say("user", [{"type": "text", "text": "Q"}]), REPLY], "image": "a.png"}, "refer to 0 images"),
+    ({"conversations": PAIR, "image": "a.png"}, "refer to 0 images; the record has 1"),
+    ({"messages": [say("user", "<image>Q"), REPLY], "images": ["a.png", "b.png"]}, "refer to 1 images"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record, says", REFUSED, ids=[str(i) for i in range(len(REFUSED))])
+def test_what_could_matter_is_refused(processor, folder, record, says):
+    with pytest.raises(BadRecord) as e:
+        RecordProcessor(processor, SHAPE, folder=folder)(record)
+    assert says in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "record, says",
+    [
+        (PAIRS["trl"] | {"completion": "A"}, "has both 'chosen' and 'completion'"),
+        (PAIRS["swift"] | {"chosen": "A"}, "remove one"),
+        ({"messages": [ASK], "rejected_response": "bad"}, "needs the better reply as the last message"),
+        ({"messages": [ASK, REPLY], "chosen": "good", "rejected": "bad"}, "must not end with an assistant message"),
+        ({"prompt": "Q", "chosen": [say("user", "P"), REPLY], "rejected": "bad"}, "'chosen' begins with a user"),
+        ({"chosen": [ASK, REPLY], "rejected": [ASK, REPLY]}, "are the same conversation"),
+        ({"chosen": "Human: Q\n\nAssistant: A", "rejected": "Human: Q\n\nAssistant: B"}, "without a prompt"),
+        ({"prompt": "Q", "chosen": "good"}, "'rejected' must be a text"),
+        (PAIRS["trl"] | {"margin": 0.5}, "unknown key 'margin'"),
+    ],
+)  # fmt: skip
+def test_bad_preferences(record, says):
+    with pytest.raises(BadRecord) as e:
+        preference(record, None)
+    assert says in str(e.value)
+
+
+@pytest.mark.parametrize("key", sorted(HARMLESS))
+def test_harmless_keys_change_nothing(key):
+    assert conversation(CHAT | {key: "anything"}, None) == conversation(CHAT, None)
+
+
+@pytest.mark.parametrize(
+    "columns, record",
+    [
+        (["persona=", "mood="], CHAT | {"persona": "x", "mood": "y"}),
+        (["caption=response", "ask=query"], {"ask": "Q", "caption": "A"}),
+        (["text="], CHAT | {"text": "<|im_start|>user"}),
+        (["chosen=completion", "rejected="], {"prompt": "Q", "chosen": "A", "rejected": "B"}),
+    ],
+)
+def test_columns_say_how_to_go_on(columns, record):
+    source = open_source([record], columns)
+    assert conversation(source[0], None) == conversation(CHAT, None)
+    assert read_questions([record], columns=columns)[0].answers == ("A",)
+
+
+@pytest.mark.parametrize("columns", [["persona"], ["=x"], [""]])
+def test_bad_columns(columns):
+    with pytest.raises(InputError, match="must be OLD=NEW"):
+        open_source([CHAT], columns)
+    with pytest.raises(InputError, match="which the record has already"):
+        read_questions([{"query": "Q", "prompt": "P"}], columns=["prompt=query"])
+
+
+def test_pictures_of_every_kind(processor, folder):
+    """A path, bytes, a PIL image, and what tables hold: {"bytes", "path"} with either."""
+    stored = [{"bytes": png(), "path": None}, {"bytes": None, "path": "a.png"}, {"path": "a.png"}, {"bytes": png()}]
+    for image in ["a.png", png(), picture(), *stored]:
+        record = {"query": "<image>Q", "response": "A", "images": [image]}
+        (segment,) = RecordProcessor(processor, SHAPE, folder=folder)(record)
+        np.testing.assert_array_equal(
+            segment.visuals[0].patches, processor.encode([say("user", [{"image": picture()}])]).visuals[0].patches
+        )
+    assert pickle.loads(pickle.dumps(BadRecord("a", "b"))).reason == "a"

@@ -1,0 +1,398 @@
+"""Where records come from: JSON arrays, Parquet, datasets, patterns and lists, beside JSONL (tests/test_data.py)."""
+
+import builtins
+import io
+import json
+import pickle
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from make_tiny import small_config
+from PIL import Image
+
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.eval.questions import read_questions
+from qwenvl_jax.inputs.processor import Processor
+from qwenvl_jax.inputs.source import open_source
+from qwenvl_jax.train.data import Dataset
+from qwenvl_jax.train.options import TrainOptions
+from qwenvl_jax.train.records import PackShape
+
+SHAPE = PackShape(rows=1, tokens=128, lanes=1, patches=64)
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer_dir) -> Processor:
+    return Processor.from_dir(tokenizer_dir, small_config("qwen2_5_vl"))
+
+
+def png(seed=0) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (56, 56, 3), np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+def qa(i: int, **more) -> dict:
+    return {"query": f"Q{i}é", "response": f"A{i}", **more}
+
+
+def lines(path: Path, *records) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+    return path
+
+
+def everything(source) -> list:
+    return [(source.where(i), source[i]) for i in range(len(source))]
+
+
+def answers(data, **more) -> list:
+    return [q.answers[0] for q in read_questions(data, **more)]
+
+
+def learnt(processor, data, **more) -> list[str]:
+    """The answers that one epoch trains on."""
+    dataset = Dataset(data, processor, SHAPE, epochs=1, shuffle=False, **more)
+    return [text for batch in dataset for text in processor.decode(batch.targets[batch.weights > 0]).split("A") if text]
+
+
+# ------------------------------------------------------------------------------------------ JSON arrays
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("ascii_only", [True, False])
+@pytest.mark.parametrize("around", ["{}", "\ufeff{}", " \r\n{}\n\n"])
+def test_an_array(tmp_path, indent, ascii_only, around):
+    records = [qa(i, note='é\u20ac\U0001f600 \\" ] }') for i in range(9)] + [7, "x", [], None]
+    path = tmp_path / "a.json"
+    path.write_text(around.format(json.dumps(records, indent=indent, ensure_ascii=ascii_only)), "utf-8")
+    source = open_source(path)
+    assert everything(source) == [(f"{path}[{i}]", record) for i, record in enumerate(records)]
+    assert everything(pickle.loads(pickle.dumps(source))) == everything(source)
+    assert source.identity["bytes"] == path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("[", "a JSON array that is not readable"),
+        ("[1 2]", "Expecting ',' or ']'"),
+        ("[1, ]", "not readable"),
+        ("[1", "not readable"),
+        ('[{"a": }]', "line 1 column 8"),
+        ("[" * 100000, "not readable"),
+        ("[1]\n[2]", "goes on after its array"),
+    ],
+)
+def test_a_damaged_array(tmp_path, text, says):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=r"a\.json") as e:
+        open_source(tmp_path / "a.json")
+    assert says in str(e.value)
+
+
+def test_an_array_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("qwenvl_jax.inputs.source.MAX_IN_MEMORY", 4)
+    (tmp_path / "a.json").write_text("[1, 2]")
+    with pytest.raises(InputError, match=r"so write one record per line, as jq -c '\.\[\]'"):
+        open_source(tmp_path / "a.json")
+
+
+def test_an_array_is_trained_on_and_evaluated(processor, tmp_path):
+    path = tmp_path / "a.json"
+    (tmp_path / "a.png").write_bytes(png())
+    path.write_text(json.dumps([qa(1, image="a.png"), qa(2), {"query": "Q"}]))
+    with pytest.raises(InputError, match=r"a\.json\[2\]: has no 'answer'"):
+        read_questions(path)
+    with pytest.raises(InputError, match=r"a\.json\[2\]: no assistant message"):
+        learnt(processor, path)
+    assert learnt(processor, path, on_error="skip") == ["1", "2"]
+
+
+# ------------------------------------------------------------------------------------------ several files
+
+
+def test_patterns_and_lists(processor, tmp_path):
+    for name, i in (("b", 2), ("a", 1), ("c", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(png(i))
+        lines(tmp_path / name / "part.jsonl", qa(i, image="x.png"))
+    (tmp_path / "d.json").write_text(json.dumps([qa(4), qa(5)]))
+    data = [str(tmp_path / "*" / "part.jsonl"), tmp_path / "d.json"]
+    source = open_source(data)
+    assert [r["response"] for _, r in everything(source)] == ["A1", "A2", "A3", "A4", "A5"]
+    assert source.folder(1) == tmp_path / "b" and source.where(4) == f"{tmp_path}/d.json[1]"
+    assert answers(data) == ["A1", "A2", "A3", "A4", "A5"]
+    assert learnt(processor, data) == ["1", "2", "3", "4", "5"]
+    assert read_questions(data)[2].messages[0]["content"][0] == {"type": "image", "image": f"{tmp_path}/c/x.png"}
+    same, other = open_source(data), open_source(data[::-1])
+    assert same.identity == source.identity != other.identity
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("none.jsonl", "No such file"),
+        ("*.jsonl", "no file matches the pattern"),
+        ("", "a directory that save_to_disk did not write; give its files, as in"),
+        ("a.csv", "tables of text are not read"),
+        ("a.jsonl.gz", "is compressed (gzip); unpack it first"),
+    ],
+)
+def test_what_is_no_source(tmp_path, name, says):
+    (tmp_path / "a.csv").write_text("a,b\n")
+    (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00")
+    with pytest.raises(InputError) as e:
+        open_source(str(tmp_path / name))
+    assert says in str(e.value) and str(tmp_path) in str(e.value)
+
+
+@pytest.mark.parametrize("data", [5, {"a": 1}, iter([]), None])
+def test_objects_that_are_no_sequence(data):
+    with pytest.raises(InputError, match="give a path, or a sequence"):
+        open_source(data)
+
+
+def test_options_take_one_or_several(tmp_path):
+    assert TrainOptions(data="a.jsonl").data == ("a.jsonl",)
+    (tmp_path / "run.toml").write_text('data = ["a.jsonl", "b/*.parquet"]\neval_data = "c.json"\ncolumns = ["x="]\n')
+    options = TrainOptions.read(tmp_path / "run.toml")
+    assert (options.data, options.eval_data, options.columns) == (("a.jsonl", "b/*.parquet"), ("c.json",), ("x=",))
+    (tmp_path / "again.toml").write_text(options.to_toml())
+    assert TrainOptions.read(tmp_path / "again.toml") == options
+
+
+# ------------------------------------------------------------------------------------------ without the extra
+
+
+def test_the_extra_is_named(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def absent(name, *args):
+        if name.partition(".")[0] in ("pyarrow", "datasets"):
+            raise ImportError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1....PAR1")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    for data in (tmp_path / "a.parquet", tmp_path / "saved", "user/name"):
+        with pytest.raises(InputError, match=r"needs the extra `datasets`: pip install 'qwenvl-jax\[datasets\]'"):
+            open_source(data)
+    with pytest.raises(InputError, match="runs/train: there is no such file; as a dataset of the hub"):
+        open_source("runs/train")
+
+
+# ------------------------------------------------------------------------------------------ Parquet
+
+
+def table(path: Path, records: list, group: int = 2) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=group)
+    return path
+
+
+def test_parquet(processor, tmp_path, monkeypatch):
+    records = [qa(i, image={"bytes": png(i), "path": "x.png"}) for i in range(7)]
+    path = table(tmp_path / "a.parquet", records)
+    source = open_source(path)
+    assert everything(source) == [(f"{path}[{i}]", record) for i, record in enumerate(records)]
+    assert everything(pickle.loads(pickle.dumps(source))) == everything(source)
+    assert answers(path) == [f"A{i}" for i in range(7)]
+    assert learnt(processor, path) == [str(i) for i in range(7)]
+    with pytest.raises(IndexError):
+        source[7]
+    part = source._parts[0]
+    assert len(part._cache) == 4  # all groups fit
+    monkeypatch.setattr("qwenvl_jax.inputs.tables._CACHED", 1)
+    assert source[6]["response"] == "A6" and list(part._cache) == [3]
+
+
+def test_a_row_group_has_a_limit(tmp_path, monkeypatch):
+    path = table(tmp_path / "a.parquet", [qa(i) for i in range(5)])
+    monkeypatch.setattr("qwenvl_jax.inputs.tables.MAX_GROUP", 10)
+    with pytest.raises(InputError, match=r"row group 0 has .*row_group_size"):
+        open_source(path)
+
+
+def test_a_table_gives_every_row_the_keys_of_all(tmp_path):
+    """Their values are null, and count as absent: also in messages, items and the parameters of tools."""
+    call = {"function": {"name": "f", "arguments": {"city": "Rome"}}}
+    see = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Q"}]
+    tools = [
+        {"type": "function", "function": {"name": n, "parameters": {"properties": {n: {"type": "string"}}}}}
+        for n in "fg"
+    ]
+    messages = [{"role": "user", "content": see}, {"role": "assistant", "content": [], "tool_calls": [call]}]
+    record = {"messages": messages, "tools": tools, "answer": "A"}
+    no_chat, no_query = dict.fromkeys(record), dict.fromkeys(qa(1))
+    path = table(tmp_path / "a.parquet", [record | no_query, qa(1) | no_chat])
+    first, second = (record for _, record in everything(open_source(path)))
+    assert (first, second) == (record, qa(1))
+    assert answers(path) == ["A", "A1"]
+
+
+def test_a_damaged_table(tmp_path):
+    path = table(tmp_path / "a.parquet", [qa(i) for i in range(50)], 10)
+    good, identity = path.read_bytes(), open_source(path).identity
+    path.write_bytes(good[:-30] + b"\0" * 30)
+    with pytest.raises(InputError, match="not a readable Parquet file"):
+        open_source(path)
+    path.write_bytes(good[:4] + b"\xff" * 60 + good[64:])
+    with pytest.raises(InputError, match="row group 0 is damaged"):
+        open_source(path)[0]
+    assert open_source(table(path, [qa(i + 1) for i in range(50)], 10)).identity != identity
+
+
+# ------------------------------------------------------------------------------------------ datasets
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    return pytest.importorskip("datasets")
+
+
+def with_pictures(datasets):
+    features = datasets.Features(
+        {"query": datasets.Value("string"), "response": datasets.Value("string"), "images": [datasets.Image()]}
+    )
+    return datasets.Dataset.from_list([qa(i, images=[{"bytes": png(i), "path": None}]) for i in range(3)], features)
+
+
+def test_a_saved_dataset(processor, datasets, tmp_path):
+    """Pictures stay bytes until the package itself decodes them."""
+    saved = with_pictures(datasets)
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": saved, "test": saved.select([2])}).save_to_disk(tmp_path / "two")
+    expected = [qa(i, images=[{"bytes": png(i)}]) for i in range(3)]
+    source = open_source(tmp_path / "one")
+    assert everything(source) == [(f"{tmp_path}/one[{i}]", r) for i, r in enumerate(expected)]
+    assert source.identity == open_source(str(tmp_path / "one")).identity != {}
+    assert everything(pickle.loads(pickle.dumps(source))) == everything(source)
+    assert source.folder(0) == tmp_path / "one"
+    for data in (tmp_path / "one", f"{tmp_path}/two", saved):
+        assert learnt(processor, data) == ["0", "1", "2"]
+    assert answers(f"{tmp_path}/two:test") == ["A2"]
+    assert answers([tmp_path / "one", f"{tmp_path}/two:test"]) == ["A0", "A1", "A2", "A2"]
+    with pytest.raises(InputError, match=r"name one of its splits: .*two:train, .*two:test"):
+        open_source(f"{tmp_path}/two:dev")
+    with pytest.raises(InputError, match="is a single split; leave out ':dev'"):
+        open_source(f"{tmp_path}/one:dev")
+    with pytest.raises(InputError, match="such as one split of it"):
+        open_source(datasets.DatasetDict({"train": saved}))
+    (tmp_path / "one" / "state.json").write_text("{")
+    with pytest.raises(InputError, match="one: cannot be opened as a dataset"):
+        open_source(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "name, called", [("u/n", (None, "train")), ("u/n:test", (None, "test")), ("u/n.x:cfg:test", ("cfg", "test"))]
+)
+def test_a_dataset_of_the_hub(processor, datasets, monkeypatch, name, called):
+    calls = []
+
+    def load_dataset(path, config, split):
+        calls.append((path, (config, split)))
+        return with_pictures(datasets)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert answers(name) == ["A0", "A1", "A2"] and calls == [(name.split(":")[0], called)]
+    assert learnt(processor, name) == ["0", "1", "2"]
+    assert open_source(name).where(1) == f"{name}[1]"
+
+
+@pytest.fixture
+def stream(datasets, monkeypatch):
+    """A hub whose datasets are streamed, in 5 shards of 8 records."""
+    rows = datasets.Dataset.from_list([qa(i, note=None) for i in range(40)])
+    rows = rows.map(lambda r: {"response": f"{r['response']} ", "mood": "x"})
+
+    def load_dataset(path, config, split, streaming):
+        assert streaming
+        return rows.to_iterable_dataset(num_shards=5)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return open_source("u/n", ["mood="], streaming=True)
+
+
+def of_batches(processor, batches) -> list[str]:
+    texts = [processor.decode(batch.targets[batch.weights > 0]) for batch in batches]
+    return [number.strip() for text in texts for number in text.split("A") if number]
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_a_stream_is_shuffled_and_resumed(processor, stream, threads):
+    how = dict(seed=3, epochs=2, threads=threads)
+    data = Dataset(stream, processor, SHAPE, **how)
+    batches, states = [], []
+    for batch in data:
+        batches.append(batch)
+        states.append(json.loads(json.dumps(data.get_state())))
+    whole = of_batches(processor, batches)
+    assert sorted(whole[:40], key=int) == sorted(whole[40:], key=int) == [str(i) for i in range(40)]
+    assert whole[:40] != whole[40:] and np.isnan(data.epoch)
+    for at in (2, len(batches) // 2 + 1):
+        again = Dataset(stream, processor, SHAPE, **how)
+        again.set_state(states[at])
+        assert of_batches(processor, [next(again)]) == of_batches(processor, [batches[at + 1]])
+        again.close()
+    in_order = Dataset(stream, processor, SHAPE, epochs=1, shuffle=False)
+    assert of_batches(processor, in_order) == [str(i) for i in range(40)]
+
+
+def test_what_a_stream_cannot_do(processor, stream, datasets, tmp_path):
+    for more in (dict(workers=1), dict(shard=(0, 2))):
+        with pytest.raises(InputError, match="is streamed; read it in one process"):
+            Dataset(stream, processor, SHAPE, **more)
+    with pytest.raises(InputError, match="a streamed dataset stands alone"):
+        open_source(["u/n", lines(tmp_path / "a.jsonl", qa(1))], streaming=True)
+    with pytest.raises(InputError, match="is streamed, so it has no length; save it with save_to_disk"):
+        read_questions(stream)
+    empty = datasets.Dataset.from_list([qa(1)]).to_iterable_dataset().filter(lambda r: False)
+    with pytest.raises(InputError, match="dataset: has no records"):
+        next(Dataset(empty, processor, SHAPE))
+
+    def broken():
+        yield qa(1)
+        raise ConnectionError("no network")
+
+    data = Dataset(datasets.IterableDataset.from_generator(broken), processor, SHAPE, shuffle=False)
+    with pytest.raises(InputError, match=r"dataset: cannot be read further \(.*no network"):
+        next(data)
+
+
+def test_bad_records_of_a_stream(processor, datasets, monkeypatch):
+    monkeypatch.setattr("qwenvl_jax.train.data._STREAM_PATIENCE", 3)
+    rows = datasets.Dataset.from_list([qa(1), {"query": "Q", "response": None}, qa(3)]).to_iterable_dataset()
+    with pytest.raises(InputError, match="dataset, record 1 of the stream: no assistant message"):
+        list(Dataset(rows, processor, SHAPE, shuffle=False))
+    skipping = dict(shuffle=False, on_error="skip")
+    assert learnt(processor, rows, on_error="skip") == ["1", "3"]
+    with pytest.raises(InputError, match="record 0 of the stream: columns renames 'query' to 'response'"):
+        list(Dataset(rows, processor, SHAPE, columns=["query=response"], shuffle=False))
+    bad = datasets.Dataset.from_list([{"query": "Q"}]).to_iterable_dataset()
+    with pytest.raises(InputError, match="none of 3 records can be used"):
+        list(Dataset(bad, processor, SHAPE, **skipping))
+
+
+def test_a_hub_that_does_not_answer(datasets, monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError, match=r"u/n: cannot be opened as a dataset \(no network\)"):
+        open_source("u/n")
+
+
+def test_a_missing_module_is_not_imported_for_lists(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert answers([qa(1)]) == ["A1"]
+    rows = SimpleNamespace(__len__=lambda: 0)
+    with pytest.raises(InputError, match="records are of type SimpleNamespace"):
+        open_source(rows)
