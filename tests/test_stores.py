@@ -90,6 +90,14 @@ def test_a_missing_library_is_named_before_any_work(url, library, tmp_path, monk
     assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
 
 
+def test_several_processes_need_a_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    argv = ["train", "--model", "demo", "--data", "d.jsonl", "--output", "gs://bucket/run", "--distributed"]
+    assert cli.main(argv) == 2
+    assert "gs://bucket/run: several processes need a directory that all of them see" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_written_locally_only(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for argv in (["eval", "d.jsonl", "--output", "gs://a/b"], ["plot", "run", "-o", "s3://a/b.png"]):

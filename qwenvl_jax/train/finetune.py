@@ -16,7 +16,7 @@ from qwenvl_jax.options import given
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import make_run_mesh, train
-from qwenvl_jax.train.mirror import Mirror, open_mirror
+from qwenvl_jax.train.mirror import Mirror, check_shared, open_mirror
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape
 from qwenvl_jax.train.run import Run, last_step
@@ -37,6 +37,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, Records, dict], 
         if not getattr(options, name):
             raise OptionsError(f"{name} is missing; give --{name} or set it in the TOML file")
     if options.distributed:
+        check_shared(options.output)
         distributed.initialize()
     with contextlib.closing(open_mirror(options.output)) as mirror:
         stopped = _finetune(options, mirror, evaluator)

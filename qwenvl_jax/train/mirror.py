@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path, PurePosixPath
 
 from qwenvl_jax import stores
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.stores import LAST, PARTIAL, join
 
 CHECKPOINTS = "checkpoints"
@@ -42,6 +42,12 @@ class Mirror:
 
 
 _OPEN: dict[str, "_StoreMirror"] = {}  # of this process: finetuning and its loop share one
+
+
+def check_shared(directory) -> None:
+    """Raises OptionsError if several processes cannot write the directory together."""
+    if stores.as_url(directory):
+        raise OptionsError(f"{directory}: several processes need a directory that all of them see; mount the bucket")
 
 
 def open_mirror(directory) -> Mirror:

@@ -22,7 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 from qwenvl_jax import stores
 from qwenvl_jax.errors import CheckpointError, InputError, OptionsError
 from qwenvl_jax.params.checkpoint import is_full
-from qwenvl_jax.train.mirror import CHECKPOINTS, open_mirror
+from qwenvl_jax.train.mirror import CHECKPOINTS, check_shared, open_mirror
 from qwenvl_jax.train.options import TrainOptions
 
 OPTIONS, METRICS, BOARD = "train.toml", "metrics.jsonl", "tensorboard"
@@ -38,8 +38,8 @@ class Run:
     def __init__(self, options: TrainOptions):
         if not options.output:
             raise OptionsError("output is missing; it names the directory of the run")
-        if jax.process_count() > 1 and stores.as_url(options.output):
-            raise OptionsError(f"{options.output}: several processes need a directory that all of them see; mount it")
+        if jax.process_count() > 1:
+            check_shared(options.output)
         self._mirror = open_mirror(options.output)
         self.path = self._mirror.path
         self._options, self._metrics, self._board = options, None, None
