@@ -38,7 +38,7 @@ def stages(args, results: Path, expected: Path) -> list[Stage]:
     train += ["--assets", str(args.assets)] if args.assets else []
     model = ["model.py", *out, "--random", "--platform", args.platform, "--seconds", "{seconds}"]
     if args.rehearse:
-        small = "--size demo --new 4 --tokens 128 --patches 64 --picture 64 --lora 128 --rounds 1".split()
+        small = "--small --size demo --new 4 --tokens 128 --patches 64 --picture 64 --lora 128 --rounds 1".split()
         train += "--rows 4 --workers 1 --questions 1 --batch 8 --trial 4 --warmup 1 --most 8 --reserve 5".split()
         return [
             Stage("ceilings", ["gpu_ceilings.py", *out, "--platform", "cpu", "--small"], 60, 5),

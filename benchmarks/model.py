@@ -203,8 +203,7 @@ def measure(args, folder: str) -> list:
     directory = None if args.random else str(write_checkpoint(Path(folder) / "model", config))
     settings = dict(size=args.size, family=config.family, directory=directory)
     ours = dict(settings, dtype=config.dtype, buckets=buckets(config, args), rows=max(args.rows))
-    rehearsal = args.random and args.platform == "cpu"
-    ceilings = dict(device=device, dtype=config.dtype, small=rehearsal)
+    ceilings = dict(device=device, dtype=config.dtype, small=args.small)
     start = {"machine": lambda: Side("machine", args.platform, **ceilings)}
     start["here"] = lambda: Side("here", args.platform, **ours)
     dtypes = peers(config, args)
@@ -280,6 +279,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the weights (default: the model's)")
     parser.add_argument("--platform", choices=("cpu", "gpu", "tpu"), default="cpu")
     parser.add_argument("--random", action="store_true", help="make the weights on the device (always on accelerators)")
+    parser.add_argument("--small", action="store_true", help="measure the ceilings on small arrays, for a rehearsal")
     parser.add_argument("--alone", action="store_true", help="without transformers")
     parser.add_argument("--apart", action="store_true", help="one side in memory at a time")
     parser.add_argument("--seconds", type=float, help="seconds for all jobs; jobs beyond that are skipped")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, install
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.preprocessing import Preprocessing, pixel_table
 from qwenvl_jax.model import decoder, qwenvl
@@ -98,7 +98,7 @@ def reference_inputs(samples: list[Sample], config: Config, side: str = "right")
             patches = np.concatenate([v.patches for v in visuals])
             out[values] = torch.tensor(reference_pixels(patches, config))
             out[f"{kind}_grid_thw"] = torch.tensor([list(v.grid) for v in visuals])
-            if kind == "video" and config.family == "qwen2_5_vl":
+            if kind == "video" and config.vision.tokens_per_second is not None:
                 out["second_per_grid_ts"] = torch.tensor([v.seconds_per_grid for v in visuals])
     return out
 
@@ -149,7 +149,7 @@ def load_reference(path):
 def verify(path, image, prompt: str = "Describe this picture.", max_new_tokens: int = 16) -> list[Stage]:
     """Compares this library with the reference on a checkpoint directory and one picture.
 
-    Both run in float32 on their framework's default device. Needs `pip install qwenvl-jax[parity]`. Raises InputError
+    Both run in float32 on their framework's default device. Needs the extra `parity`. Raises InputError
     without it, for an Orbax checkpoint, and for a picture that the reference refuses.
     """
     try:
@@ -157,10 +157,10 @@ def verify(path, image, prompt: str = "Describe this picture.", max_new_tokens: 
         import transformers
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     except ImportError as e:
-        raise InputError(f"verify compares with torch, which is missing ({e}); pip install 'qwenvl-jax[parity]'") from e
+        raise InputError(f"verify compares with PyTorch, but {e}: {install('parity')}") from e
     if not transformers.__version__.startswith("4.51."):
         version = transformers.__version__
-        raise InputError(f"verify needs transformers 4.51.3, not {version}: pip install 'qwenvl-jax[parity]'")
+        raise InputError(f"verify needs transformers 4.51.3, not {version}: {install('parity')}")
     from qwenvl_jax.inputs.media import load_image
     from qwenvl_jax.inputs.processor import Processor
     from qwenvl_jax.params.checkpoint import MARKER, load, read_config

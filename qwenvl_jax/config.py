@@ -15,6 +15,7 @@ from qwenvl_jax.errors import CheckpointError
 ROPES = ("sections", "interleaved")
 NORMS = ("rms", "layer")
 DTYPES = ("bfloat16", "float16", "float32")
+MAX_JSON = 64 << 20  # bytes of a checkpoint's JSON or text file; Qwen's tokenizer.json has 7 MB
 GROUPS = ("vision", "merger", "llm")  # of parameters, for learning rates, freezing and adapters
 VISION_ACTIVATIONS = ("silu", "gelu", "quick_gelu")
 TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -75,7 +76,7 @@ class VisionConfig:
     hidden_act: str = "silu"
     window_size: int | None = 112  # pixels; None: every block attends to whole frames
     fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
-    tokens_per_second: float = 2  # t positions per second of video; unused by families that count grid steps
+    tokens_per_second: float | None = 2  # t positions per second of video; None: t positions count grid steps
     # Patches reach the device as uint8 and are normalised there. `read_config` of params/directory.py reads these from
     # preprocessor_config.json.
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -145,6 +146,8 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
 
 def read_text(path: Path) -> str:
     try:
+        if path.stat().st_size > MAX_JSON:
+            raise CheckpointError(f"{path}: larger than {MAX_JSON >> 20} MiB, the limit for such a file")
         return path.read_text("utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}; a checkpoint directory needs it") from None

@@ -2,6 +2,8 @@
 
 from typing import Self
 
+_NAME = "qwenvl-jax"
+
 
 class InputError(ValueError):
     """Unusable input; the message names it and says what to do."""
@@ -76,3 +78,51 @@ def shown(value) -> str:
     except ValueError:  # Python refuses to print more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra of this package from where the package came: a clone, a wheel, git, an index.
+
+    For a message. pip writes the origin to `direct_url.json` (PEP 610); the installer's name is in `INSTALLER`.
+    """
+    import json
+    import shlex
+    from importlib import metadata
+    from pathlib import Path
+    from urllib.parse import unquote, urlsplit
+
+    clone = Path(__file__).resolve().parents[1]
+    try:
+        package = metadata.distribution(_NAME)
+        uv = (package.read_text("INSTALLER") or "").strip() == "uv"
+        origin = json.loads(package.read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, OSError, ValueError):
+        package, uv, origin = None, False, {}
+    pip = "uv pip install" if uv else "pip install"
+    if (clone / "pyproject.toml").is_file():
+        return f"{pip} -e {shlex.quote(f'{clone}[{extra}]')}"
+    url = urlsplit(origin.get("url", ""))
+    if url.scheme == "file" and "vcs_info" not in origin:
+        path = Path(unquote(url.path))
+        if path.exists():
+            return f"{pip} {shlex.quote(f'{path}[{extra}]')}"
+        return f"{pip} {' '.join(map(shlex.quote, _requirements(package, extra)))}"
+    if "vcs_info" not in origin:
+        source = f" @ {url.geturl()}" if url.scheme else ""
+    else:
+        vcs = origin["vcs_info"]
+        source = f" @ {vcs['vcs']}+{url.geturl()}@{vcs.get('requested_revision') or vcs['commit_id']}"
+        source += f"#subdirectory={origin['subdirectory']}" if "subdirectory" in origin else ""
+    return f"{pip} {shlex.quote(f'{_NAME}[{extra}]{source}')}"
+
+
+def _requirements(package, extra: str) -> list[str]:
+    """What an extra requires, for a package whose origin is gone. `qwenvl-jax[a]` within an extra is followed."""
+    found: list[str] = []
+    for line in package.requires or ():
+        requirement, _, marker = (part.strip() for part in line.partition(";"))
+        if marker.replace("'", '"') == f'extra == "{extra}"':
+            name, _, inner = requirement.partition("[")
+            inner = inner.split("]")[0].split(",") if name == _NAME else ()
+            found += [r for i in inner for r in _requirements(package, i)] or [requirement]
+    return list(dict.fromkeys(found))

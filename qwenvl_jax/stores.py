@@ -24,7 +24,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, install
 
 LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
 # The last one is what Orbax itself writes to gs:// when a checkpoint is complete.
@@ -231,8 +231,7 @@ def filesystem(url: str):
         else:
             from s3fs import S3FileSystem as FileSystem
     except ImportError as e:
-        library = LIBRARIES[scheme]
-        raise InputError(f"{url}: {scheme}:// needs {library}: pip install 'qwenvl-jax[stores]'") from e
+        raise InputError(f"{url}: {scheme}:// needs {LIBRARIES[scheme]}: {install('stores')}") from e
     return FileSystem(use_listings_cache=False)  # the same object for each call, by fsspec
 
 

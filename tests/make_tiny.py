@@ -1,6 +1,6 @@
 """Writes a small checkpoint of random weights, laid out like the published ones, to try the package without them.
 
-    python tests/make_tiny.py DIR [--family qwen2_vl|qwen2_5_vl]
+    python tests/make_tiny.py DIR [--family qwen2_vl|qwen2_5_vl]    # needs the library safetensors: extra `test`
 
 The tokenizer, chat template and preprocessor settings are the real ones, from tests/data/tokenizer; so is the
 vocabulary's size. Everything else is narrow and shallow: 7 million parameters, 15 MB.

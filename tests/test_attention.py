@@ -23,7 +23,10 @@ def problem(seed: int, B: int, T: int, K: int, G: int, H: int):
 
 
 def value_and_grads(attend, q, k, v, segments, w):
-    return jax.value_and_grad(lambda *qkv: jnp.sum(attend(*qkv, segments) * w), (0, 1, 2))(q, k, v)
+    def total(q, k, v, segments, w):
+        return jnp.sum(attend(q, k, v, segments) * w)
+
+    return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v, segments, w)
 
 
 @pytest.mark.slow
@@ -38,8 +41,8 @@ def value_and_grads(attend, q, k, v, segments, w):
 def test_kernels_equal_plain_attention(kernel, seed, shape, width, causal):
     """Forward and backward; the kernels are interpreted."""
     args = problem(seed, *shape, width)
-    got = value_and_grads(lambda *a: kernel(*a, causal=causal, interpret=True), *args)
-    want = value_and_grads(lambda *a: attention.attention(*a, causal=causal), *args)
+    got = value_and_grads(partial(kernel, causal=causal, interpret=True), *args)
+    want = value_and_grads(partial(attention.attention, causal=causal), *args)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(b))))
 

@@ -5,9 +5,16 @@ import inspect
 import io
 import json
 import os
+import pty
+import queue
+import re
+import select
+import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import jax
@@ -17,9 +24,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from qwenvl_jax import cli
+from qwenvl_jax.cli import chat as chat_verb
 from qwenvl_jax.cli import converse
 from qwenvl_jax.demo import SAMPLES
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, install
 from qwenvl_jax.families import PRESETS, to_dict
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.options import MediaOptions
@@ -35,10 +43,15 @@ class FakeEngine:
     """
 
     def __init__(self, *answers):
-        self.answers, self.calls, self.request = list(answers), [], None
+        self.answers, self.calls, self.request, self.compiling = list(answers), [], None, None
 
     def encode(self, messages):
         return json.loads(json.dumps(messages))
+
+    def attach(self, kind, where):
+        if where.endswith("bad.png"):
+            raise InputError(f"{where}: not a picture")
+        return where, f"{where}: {kind}, 56 × 28 pixels, 2 tokens"
 
     def stream(self, conversation, options):
         self.calls.append((conversation, options))
@@ -59,7 +72,7 @@ def engine(monkeypatch):
 
     def encoder(args, request=None):
         fake.request = request
-        return "m", fake.encode
+        return "m", fake.encode, fake.attach
 
     monkeypatch.setattr(converse, "encoder", encoder)
     monkeypatch.setattr(converse, "engine", lambda path, args, mesh: fake)
@@ -358,7 +371,7 @@ def test_a_missing_platform(engine, monkeypatch, capsys, error):
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     assert cli.main(["generate", "--prompt", "?"]) == 2
     err = capsys.readouterr().err
-    assert "there are no tpu devices here. Set JAX_PLATFORMS=cpu" in err and "pip install 'qwenvl-jax[tpu]'" in err
+    assert "there are no tpu devices here. Set JAX_PLATFORMS=cpu" in err and install("tpu") in err
 
 
 def test_another_process_that_is_gone_is_no_bug(engine, monkeypatch, capsys):
@@ -409,38 +422,219 @@ def text(turn):
     return turn["content"] if isinstance(turn["content"], str) else turn["content"][-1]["text"]
 
 
+def said(engine):
+    """(texts, images and videos) of the conversation of every call."""
+    conversations = [c for c, _ in engine.calls]
+    media = [
+        [i[i["type"]] for t in c if isinstance(t["content"], list) for i in t["content"][:-1]] for c in conversations
+    ]
+    return [[text(t) for t in c] for c in conversations], media
+
+
 def test_chat_remembers_and_resets(engine, files, monkeypatch, capsys):
     engine.answers = [["one"], ["two"], ["three"]]
     image = str(files / "a.png")
     assert chat(monkeypatch, f"/image '{image}'", "first", "", "second", "/reset", "third", "/quit", "never") == 0
-    conversations = [c for c, _ in engine.calls]
-    assert [[text(t) for t in c] for c in conversations] == [
-        ["S", "first"],
-        ["S", "first", "one", "second"],
-        ["S", "third"],
-    ]
-    assert conversations[0][1]["content"][0] == {"type": "image", "image": image}
-    assert len(conversations[1][3]["content"]) == 1  # the picture belongs to the first turn only
+    assert said(engine) == ([["S", "first"], ["S", "first", "one", "second"], ["S", "third"]], [[image], [image], []])
+    assert len(engine.calls[1][0][3]["content"]) == 1  # the picture belongs to the first turn only
     assert all(options == GenerateOptions(temperature=0.0) for _, options in engine.calls)
-    assert capsys.readouterr().out == "one\ntwo\nthree\n"
+    assert capsys.readouterr().out == f"attached {image}: image, 56 × 28 pixels, 2 tokens\none\ntwo\nthree\n"
 
 
 def test_chat_ctrl_c_stops_the_answer_only(engine, monkeypatch, capsys):
     engine.answers = [["half", KeyboardInterrupt], ["whole"]]
-    assert chat(monkeypatch, "a", KeyboardInterrupt, "b") == 0
-    assert [text(t) for t in engine.calls[1][0]] == ["S", "a", "half", "b"]
-    assert "half\n" in capsys.readouterr().out
+    assert chat(monkeypatch, "a", "b", KeyboardInterrupt, "c", KeyboardInterrupt, KeyboardInterrupt, "never") == 130
+    assert said(engine)[0] == [["S", "a"], ["S", "a", "half", "b"], ["S", "a", "half", "b", "whole", "c"]]
+    assert "half\nstopped; Ctrl-C again ends the chat\n" in capsys.readouterr().out
 
 
-def test_chat_survives_bad_input(engine, files, monkeypatch, capsys):
-    image = str(files / "a.png")
-    engine.answers = [[InputError("a.png: not an image")], ["ok"]]
-    assert chat(monkeypatch, "/image nowhere.png", "/image", "/dance", f"/image {image}", "a", "b") == 0
-    out, err = capsys.readouterr()
-    assert "nowhere.png: no such file" in err and "/image needs a file" in err and "not an image" in err
-    assert "/quit" in out
-    assert [text(t) for t in engine.calls[1][0]] == ["S", "b"]
-    assert len(engine.calls[1][0][1]["content"]) == 1  # the picture went with the turn that failed
+def test_chat_ctrl_c_twice_leaves_while_an_answer_runs(engine, monkeypatch, capsys):
+    engine.answers = [[KeyboardInterrupt]]
+    assert chat(monkeypatch, "a", KeyboardInterrupt, "never") == 130
+    assert len(engine.calls) == 1
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, InputError("too long"), MemoryError()])
+def test_chat_keeps_the_message_of_a_turn_that_failed(engine, files, monkeypatch, capsys, failure):
+    a, b = str(files / "a.png"), str(files / "b.png")
+    engine.answers = [["one"], [failure], [failure], ["two"], ["three"]]
+    lines = ["zero", f"/image {a}", "first", f"/image {b}", "/retry", "other", "/retry"]
+    assert chat(monkeypatch, *lines) == 0
+    texts, media = said(engine)
+    before = ["S", "zero", "one"]
+    assert texts[1:] == [[*before, "first"]] * 2 + [[*before, "other"]] * 2
+    assert media[1:] == [[a], [a, b], [a, b], [a, b]]
+    err = capsys.readouterr().err
+    assert "your message and 1 attachment(s) stayed here; /retry sends it again" in err
+    assert failure is KeyboardInterrupt or "qwenvl: " in err
+
+
+def test_chat_lists_and_drops_attachments(engine, files, monkeypatch, capsys):
+    a, b = str(files / "a.png"), str(files / "b.png")
+    lines = ["/image", f"/image {a}", "one", f"/image {b}", "/image", "/drop", "two", "/retry", "/dance", "/help"]
+    assert chat(monkeypatch, *lines) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("nothing is attached;")
+    assert f"sent: {a}: image, 56 × 28 pixels, 2 tokens\nwith the next message: {b}: image" in out
+    assert "/dance: no such command" in out and "/reset        forget" in out
+    assert said(engine)[1] == [[a], [a], [a]]
+
+
+def test_chat_reads_several_lines(engine, monkeypatch):
+    assert chat(monkeypatch, '"""one', "", "  two", 'three"""', '"""four"""', '"""five') == 0
+    assert [texts[-1] for texts in said(engine)[0]] == ["one\n\n  two\nthree", "four", "five"]
+
+
+def test_chat_reads_paths_as_terminals_paste_them(engine, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("my photo.png", "it's.png", "b.png", "bad.png"):
+        (tmp_path / name).touch()
+    spaced, quote, b = (str(tmp_path / name) for name in ("my photo.png", "it's.png", "b.png"))
+    forms = {
+        spaced: [spaced],
+        f"'{spaced}' ": [spaced],
+        f'"{spaced}"': [spaced],
+        spaced.replace(" ", "\\ "): [spaced],
+        "~/my photo.png": [spaced],
+        "~/my\\ photo.png ~/b.png": [spaced, b],
+        f"file://{spaced.replace(' ', '%20')}": [spaced],
+        quote: [quote],
+        quote.replace("'", "\\'"): [quote],
+        "'" + quote.replace("'", "'\\''") + "' " + b: [quote, b],
+        "https://host/a.png?x='1'": ["https://host/a.png?x='1'"],
+        "data:image/png;base64,AA": ["data:image/png;base64,AA"],
+        "~/bad.png": [],
+        "~/no photo.png": [],
+        "~/b.png ~/gone.png": [],
+    }
+    assert chat(monkeypatch, *(line for form in forms for line in (f"/image {form}", "?", "/reset"))) == 0
+    assert said(engine)[1] == list(forms.values())
+    err = capsys.readouterr().err
+    for says in ("bad.png: not a picture", "no photo.png: no such file", "gone.png: no such file"):
+        assert says in err
+
+
+def test_chat_opens_an_attachment_once(tmp_path, monkeypatch, capsys):
+    """Bad files are refused when they are attached; a good one may be gone later."""
+    image, large = tmp_path / "a.png", tmp_path / "large.png"
+    Image.new("RGB", (56, 28), "red").save(image)
+    Image.new("RGB", (84, 84)).save(large)
+    (tmp_path / "bad.png").write_bytes(b"x")
+    args = cli.build_parser().parse_args(["chat", "--max-pixels", "3136"])
+    _, encode, attach = converse.encoder(args)
+    visual, says = attach("image", str(image))
+    assert says == f"{image}: image, 56 × 28 pixels, 2 tokens"
+    assert attach("image", str(large))[1] == f"{large}: image, 84 × 84 pixels, resized to 56 × 56 pixels, 4 tokens"
+    clip = SAMPLES / "clip.mp4"
+    assert re.fullmatch(
+        rf"{clip}: video, 16 frames over 8 seconds of 56 × 56 pixels, 32 tokens", attach("video", str(clip))[1]
+    )
+    with pytest.raises(InputError, match=r"bad\.png: not a picture"):
+        attach("image", str(tmp_path / "bad.png"))
+    by_path = encode([converse.user_turn([("image", str(image))], "?")])
+    image.unlink()
+    item = {"type": "image", "image": visual}
+    kept = encode([{"role": "user", "content": [item, {"type": "text", "text": "?"}]}])
+    assert np.array_equal(kept.tokens, by_path.tokens)
+    assert np.array_equal(kept.visuals[0].patches, by_path.visuals[0].patches)
+
+
+class Terminal:
+    """A process on a terminal of its own."""
+
+    def __init__(self, *argv, **env):
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            os.execve(argv[0], argv, os.environ | env)
+        self.seen, self.at = "", 0
+
+    def wait(self, for_text: str, then: bytes = b"") -> None:
+        """Reads until the text comes, then types `then`."""
+        deadline = time.monotonic() + 60
+        while (found := self.seen.find(for_text, self.at)) < 0:
+            assert time.monotonic() < deadline and self.read(), f"no {for_text!r} in {self.seen[-2000:]}"
+        self.at = found + len(for_text)
+        os.write(self.fd, then)
+
+    def read(self) -> bool:
+        """Reads what there is; False at the end."""
+        if select.select([self.fd], [], [], 0.1)[0]:
+            try:
+                self.seen += os.read(self.fd, 1 << 16).decode(errors="replace")
+            except OSError:  # the other side is closed
+                return False
+        return True
+
+    def close(self) -> int:
+        """The exit code."""
+        while self.read():
+            pass
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.mark.parametrize("toolkit, keys, code", [("", b"\x15\x04", 0), ("", b"\x03", 130), ("None", b"/quit\r", 0)])
+def test_chat_is_left_while_a_program_compiles(toolkit, keys, code):
+    """With prompt_toolkit and without. A normal exit would crash in XLA's threads."""
+    hide = f"import sys; sys.modules['prompt_toolkit'] = {toolkit}; " if toolkit else "import sys; "
+    run = f"{hide}from qwenvl_jax.cli import main; sys.argv[1:] = ['chat']; sys.exit(main())"
+    t = Terminal(sys.executable, "-c", run, JAX_ENABLE_COMPILATION_CACHE="0", PROMPT_TOOLKIT_NO_CPR="1", XLA_FLAGS="")
+    t.wait(">", b"/image demo:scene.png\r")
+    t.wait("140 × 140 pixels, 25 tokens", b"How many strawberries are there?\r")
+    t.wait("compiling…", b"\x03")
+    t.wait("your message and 1 attachment(s) stayed here; /retry sends it again")
+    t.wait("stopped; Ctrl-C again ends the chat")
+    t.wait(">", keys)
+    assert t.close() == code, t.seen
+    end = t.seen[t.at :]
+    assert "Traceback" not in t.seen and "SIG" not in end and "symbolize" not in end
+
+
+def test_chat_on_a_terminal():
+    """The message of a stopped turn is offered again, "compiling…" goes, and the answer comes."""
+    t = Terminal(
+        sys.executable,
+        "-m",
+        "qwenvl_jax.cli",
+        "chat",
+        "--temperature",
+        "0",
+        PROMPT_TOOLKIT_NO_CPR="1",
+        JAX_ENABLE_COMPILATION_CACHE="0",
+    )
+    t.wait(">", b"/image demo:scene.png\r")
+    t.wait("25 tokens", b"How many strawberries are there?\x1b\r\r")  # Alt-Enter begins a line
+    t.wait("compiling…", b"\x03")
+    t.wait("Ctrl-C again")
+    t.wait("How many strawberries are there?", b"\r")
+    t.wait("3\r\n")
+    t.wait(">", b"\x1b[A\x15/image\r")
+    t.wait("sent: ")
+    t.wait(">", b"\x04")
+    assert t.close() == 0
+    said = t.seen.count("compiling…")
+    assert said and t.seen.count("\b" * len("compiling…")) == 2 * said
+
+
+def test_compiling_is_said_where_it_fits(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    engine, pieces = SimpleNamespace(compiling="step"), queue.SimpleQueue()
+    status = chat_verb._Status()
+    threading.Timer(0.4, pieces.put, ["piece"]).start()
+    assert status.get(pieces, engine, "a\nb") == "piece"
+    erased = "compiling…" + "\b" * 10 + " " * 10 + "\b" * 10
+    assert capsys.readouterr().out == erased
+    status.show(engine, "x" * 15)
+    engine.compiling = None
+    status.show(engine, "")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_lost_ctrl_c_comes_again():
+    with pytest.raises(KeyboardInterrupt):
+        cli._interrupt_again(SimpleNamespace(exc_type=KeyboardInterrupt))
+        time.sleep(5)
 
 
 # --- the other verbs ------------------------------------------------------------------------------------
@@ -449,7 +643,11 @@ def test_chat_survives_bad_input(engine, files, monkeypatch, capsys):
 def test_verify_without_torch(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["verify", "ckpt", "--image", "a.png"]) == 2
-    assert "pip install 'qwenvl-jax[parity]'" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err == f"qwenvl: verify needs torch and transformers, which are not installed: {install('parity')}\n"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else name)
+    assert cli.main(["verify", "ckpt", "--image", "a.png"]) == 2
+    assert "verify needs torch, which is not installed: " in capsys.readouterr().err
 
 
 def test_verify_says_what_failed(monkeypatch, capsys):
@@ -459,6 +657,17 @@ def test_verify_says_what_failed(monkeypatch, capsys):
     monkeypatch.setattr("qwenvl_convert.parity", sys.modules["qwenvl_convert.parity"], raising=False)
     assert cli.main(["verify", "ckpt", "--image", "a.png"]) == 1
     assert capsys.readouterr().out.splitlines()[1].split() == ["logits", "3×160", "5.0e-01", "1e-04", "FAILED"]
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_has_examples_that_parse(verb, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([verb, "--help"])
+    out = capsys.readouterr().out
+    assert cli.VERBS[verb].EXAMPLES
+    for example in cli.VERBS[verb].EXAMPLES:
+        assert f"  {example}\n" in out
+        assert cli.build_parser().parse_args(shlex.split(example)[1:]).command == verb
 
 
 def test_the_installed_command():

@@ -18,7 +18,7 @@ from qwenvl_convert import peft
 
 from qwenvl_jax import cli
 from qwenvl_jax.cli import plot
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, install
 from qwenvl_jax.params import checkpoint, lora
 from qwenvl_jax.params.precision import Precision
 from qwenvl_jax.train import finetune, options, run, step
@@ -184,7 +184,7 @@ def test_plot_says_what_is_missing(tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match="cannot be written"):
         plot.draw({"a": [{"step": 1, "loss": 1.0}]}, tmp_path / "no" / "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(InputError, match=re.escape("pip install 'qwenvl-jax[train]'")):
+    with pytest.raises(InputError, match=re.escape(install("train"))):
         plot.draw({"a": [{"step": 1, "loss": 1.0}]}, tmp_path / "x.png")
 
 

@@ -3,14 +3,15 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from tiny import FAMILIES, tiny_config
 
-from qwenvl_jax.cli.info import PARAMETERS
+from qwenvl_jax.cli.info import PARAMETERS, describe
 from qwenvl_jax.config import NORMS, VISION_ACTIVATIONS, YarnConfig
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.families import PRESETS, from_dict, to_dict
+from qwenvl_jax.families import PRESETS, from_dict, merge_presets, to_dict
 from qwenvl_jax.model import vision
 from qwenvl_jax.params.directory import read_config
 from qwenvl_jax.params.specs import count_params
@@ -19,6 +20,20 @@ from qwenvl_jax.params.specs import count_params
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameter_counts_are_exact(name):
     assert count_params(PRESETS[name]) == PARAMETERS[name]
+
+
+def test_two_families_cannot_share_the_name_of_a_preset():
+    one, two = (
+        SimpleNamespace(PRESETS={"a": tiny_config("qwen2_vl")}),
+        SimpleNamespace(PRESETS={"b": 1, "a": tiny_config("qwen2_5_vl")}),
+    )
+    with pytest.raises(ValueError, match="preset 'a' is in qwen2_vl and in qwen2_5_vl; rename one"):
+        merge_presets([one, two])
+
+
+def test_info_of_a_preset_without_a_count(monkeypatch):
+    monkeypatch.setitem(PRESETS, "new", PRESETS["qwen2-vl-2b"])
+    assert describe("new") == describe("qwen2-vl-2b")
 
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), *(tiny_config(f) for f in FAMILIES)])

@@ -273,6 +273,7 @@ def test_a_disk_that_fills_up_while_tensors_are_written(orbax, monkeypatch, tmp_
 # Where a signal hits: a function, and at which of its calls.
 POINTS = {
     "to_orbax": [
+        ("fcntl", "", "flock", 1),  # the directory is made, but not locked yet
         ("qwenvl_convert.hf", "HfSource", "read", 1),
         ("qwenvl_convert.hf", "HfSource", "read", 40),
         ("qwenvl_convert.orbax", "", "copy_side_files", 1),
@@ -280,6 +281,7 @@ POINTS = {
         ("os", "", "rename", 2),  # the first is Orbax's own, inside
     ],
     "to_hf": [
+        ("fcntl", "", "flock", 1),
         ("qwenvl_convert.safetensors", "Writer", "write_rows", 1),
         ("qwenvl_convert.safetensors", "Writer", "write_rows", 40),
         ("qwenvl_convert.safetensors", "Writer", "finish", 1),

@@ -106,7 +106,10 @@ def processor(tmp_path_factory):
 def gray(monkeypatch):
     """Backgrounds that no emoji of the stand-ins can be mistaken for."""
     for module in (scenes, clips):
-        plain = lambda rng, w, h: (Image.new("RGB", (w, h), (127,) * 3), np.full(3, 127))  # noqa: E731
+
+        def plain(rng, w, h):
+            return Image.new("RGB", (w, h), (127,) * 3), np.full(3, 127)
+
         monkeypatch.setattr(module, "background", plain)
 
 
@@ -365,7 +368,9 @@ def test_held_out_texts(assets):
 
 
 def test_text_is_not_cut_off(assets, monkeypatch):
-    white = lambda rng, w, h: (Image.new("RGB", (w, h), "white"), np.full(3, 255))  # noqa: E731
+    def white(rng, w, h):
+        return Image.new("RGB", (w, h), "white"), np.full(3, 255)
+
     monkeypatch.setattr(lines, "background", white)
     monkeypatch.setattr(lines, "grain", lambda rng, image: image)
     rng = np.random.default_rng(0)

@@ -123,18 +123,22 @@ def test_the_loss_is_cross_entropy_and_what_is_told(assets, processor):  # noqa:
     config = demo_config()
     params = init(config, jax.random.key(0))
     batch = next(Lessons(Scenes(assets, turns=4), processor, SHAPE))
-    loss = jax.jit(lambda p, b: demo_loss(config, p, b))
-    total, weight, metrics = loss(params, batch)
+
+    def told(params, batch):
+        total, weight, metrics = demo_loss(config, params, batch)
+        return total, (weight, metrics)
+
+    loss = jax.jit(jax.value_and_grad(told, has_aux=True))
+    (total, (weight, metrics)), grads = loss(params, batch)
     entropy, expected, _ = jax.jit(lambda p, b: sft_loss(config, p, b))(params, batch)
     np.testing.assert_allclose(metrics["cross_entropy"], entropy, rtol=1e-5)
     assert weight == expected and total > entropy
     assert all(np.isfinite(v) for v in metrics.values())
     # Nobody is told where in a text a name is; a random model may have no word right.
     assert {name for name, v in metrics.items() if v <= 0} <= {"named_index", "accuracy"}
-    grads = jax.jit(jax.grad(lambda p: demo_loss(config, p, batch)[0] / weight))(params)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
-    nudged = jax.tree.map(lambda w, g: w - 1e-4 * g, params, grads)
-    assert loss(nudged, batch)[0] < total
+    nudged = jax.tree.map(lambda w, g: w - 1e-4 * g / weight, params, grads)
+    assert loss(nudged, batch)[0][0] < total
     # Nothing known: their places are told all the same, and nothing else.
-    blank, *_ = loss(params, batch._replace(facts=np.full_like(batch.facts, np.nan)))
+    (blank, _), _ = loss(params, batch._replace(facts=np.full_like(batch.facts, np.nan)))
     assert entropy < blank < total

@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import MappingProxyType
 
@@ -681,3 +682,18 @@ def test_weights_on_a_mesh_give_the_same_answers(compilations):
     with jax.transfer_guard("disallow"):
         assert [r.token_ids for r in engine.generate(samples, **options)] == expected
     assert len(compilations) == sum(engine.traces.values()), (len(compilations), engine.traces)
+
+
+def test_the_program_that_is_compiled_is_named():
+    engine, seen, done = Engine(model(), max_batch=1), set(), threading.Event()
+
+    def watch():
+        while not done.wait(0.001):
+            seen.add(engine.compiling)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    engine.generate(mixed_samples(engine.config)[:1], max_new_tokens=2)
+    done.set()
+    watcher.join()
+    assert {"prefill", "step"} <= seen and engine.compiling is None

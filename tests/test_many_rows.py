@@ -88,7 +88,10 @@ def test_norms(kind, rows):
     x, g, scale, bias = random(rows, D), random(rows, D, seed=1), 1 + random(D) / 5, random(D, seed=1)
     weights = {"scale": scale} | ({"bias": bias} if kind is LayerNorm else {})
     norm = kind(EPS, "float32")
-    f = lambda x, weights: norm.apply({"params": weights}, x)  # noqa: E731
+
+    def f(x, weights):
+        return norm.apply({"params": weights}, x)
+
     out, (x_grad, grads) = with_gradients(f, g, x, weights)
 
     x, g, scale, bias = (a.astype(np.float64) for a in (x, g, scale, bias))
@@ -156,7 +159,10 @@ def test_attention_in_one_long_row(rows):
     """The CPU's form: pictures or conversations in one row, each its own segment."""
     arrays = [random(rows, 8, seed=i) for i in range(4)]
     segments = (np.arange(rows, dtype=np.int32) // 24 + 1)[None]
-    f = lambda *qkv: attention.attention(*qkv, segments, causal=False)  # noqa: E731
+
+    def f(*qkv):
+        return attention.attention(*qkv, segments, causal=False)
+
     q, k, v, g = (a[None, :, None] for a in arrays)
     out, grads = with_gradients(f, g, q, k, v)
     for got, want in zip((out, *grads), exact_attention(*arrays, 24), strict=True):

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import re
+from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 
-from qwenvl_jax import cli
+from qwenvl_jax import cli, errors
 from qwenvl_jax.cli.generate import read_request
-from qwenvl_jax.errors import BadRecord, CheckpointError, ContextError, InputError, MediaError, OptionsError
+from qwenvl_jax.errors import BadRecord, CheckpointError, ContextError, InputError, MediaError, OptionsError, install
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.fields import REQUEST
@@ -223,3 +225,55 @@ def test_version(capsys):
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"qwenvl-jax {qwenvl_jax.__version__}\n"
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", qwenvl_jax.__version__)
+
+
+@pytest.mark.parametrize(
+    "origin, installer, command",
+    [
+        (None, "pip", "pip install 'qwenvl-jax[video]'"),
+        (None, "uv", "uv pip install 'qwenvl-jax[video]'"),
+        ("not JSON", "pip", "pip install 'qwenvl-jax[video]'"),
+        ({"url": "file://{here}/my%20clone", "dir_info": {}}, "pip", "pip install '{here}/my clone[video]'"),
+        ({"url": "file://{here}/x-1.whl", "archive_info": {}}, "pip", "pip install '{here}/x-1.whl[video]'"),
+        ({"url": "file://{here}/gone.whl", "archive_info": {}}, "pip", "pip install 'av>=14' pillow"),
+        (
+            {"url": "https://host/x-1.whl", "archive_info": {}},
+            "pip",
+            "pip install 'qwenvl-jax[video] @ https://host/x-1.whl'",
+        ),
+        (
+            {"url": "https://host/x", "vcs_info": {"vcs": "git", "commit_id": "ab", "requested_revision": "v1"}},
+            "pip",
+            "pip install 'qwenvl-jax[video] @ git+https://host/x@v1'",
+        ),
+        (
+            {"url": "file://{here}/repo", "vcs_info": {"vcs": "git", "commit_id": "ab"}, "subdirectory": "sub"},
+            "pip",
+            "pip install 'qwenvl-jax[video] @ git+file://{here}/repo@ab#subdirectory=sub'",
+        ),
+    ],
+)
+def test_the_command_that_installs_an_extra(origin, installer, command, tmp_path, monkeypatch):
+    """It names the place that the installed package came from."""
+    (tmp_path / "my clone").mkdir()
+    (tmp_path / "x-1.whl").touch()
+    origin = json.dumps(origin) if isinstance(origin, dict) else origin
+    files = {"INSTALLER": f"{installer}\n", "direct_url.json": origin and origin.replace("{here}", str(tmp_path))}
+    requires = ["jax", "qwenvl-jax[more]; extra == 'video'", 'av>=14; extra == "more"', 'pillow; extra == "more"']
+    package = SimpleNamespace(read_text=files.get, requires=requires)
+    monkeypatch.setattr(metadata, "distribution", lambda name: package)
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "site-packages/qwenvl_jax/errors.py"))
+    assert install("video") == command.replace("{here}", str(tmp_path))
+
+
+def test_the_command_that_installs_an_extra_of_a_clone(tmp_path, monkeypatch):
+    """Also where the clone is on the path without an installation."""
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "qwenvl_jax/errors.py"))
+    assert install("a") == "pip install 'qwenvl-jax[a]'"
+    (tmp_path / "pyproject.toml").touch()
+    assert install("a") == f"pip install -e '{tmp_path}[a]'"

@@ -95,7 +95,7 @@ def test_wheel_and_sdist(tmp_path):
     """Both have every module, the licence and the two commands; the wheel has no tests and no scripts of the demo."""
     source = tmp_path / "source"
     source.mkdir()
-    tracked = ["pyproject.toml", "README.md", "LICENSE", "qwenvl_jax/py.typed", *code_files()]
+    tracked = ["pyproject.toml", "README.md", "LICENSE", "qwenvl_jax/py.typed", "convert/py.typed", *code_files()]
     tracked += [f"{p.relative_to(ROOT)}" for p in (ROOT / "qwenvl_jax").rglob("__init__.py")]
     for name in tracked:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def test_wheel_and_sdist(tmp_path):
         names = set(z.namelist())
         entry_points = z.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
     expected = {re.sub("^convert/", "qwenvl_convert/", n) for n in code_files()}
-    assert expected | data | {"qwenvl_jax/py.typed"} <= names
+    assert expected | data | {"qwenvl_jax/py.typed", "qwenvl_convert/py.typed"} <= names
     demo = {n for n in names if n.startswith("qwenvl_jax/demo/")}
     assert {n for n in demo if n.endswith(".py")} == {"qwenvl_jax/demo/__init__.py"}
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"qwenvl_jax", "qwenvl_convert"}
@@ -143,34 +143,51 @@ def test_wheel_and_sdist(tmp_path):
 SCRIPTS = ("conversion.py", "preprocessing.py", "training.py", "model.py", "__main__.py")
 
 
+HELP = """
+import runpy, sys
+sys.path[0], scripts = "benchmarks", sys.argv[1:]
+for script in scripts:
+    sys.argv = [script, "--help"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as e:
+        assert not e.code
+"""
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_benchmarks_start(script):
-    run = subprocess.run([sys.executable, f"benchmarks/{script}", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0 and "usage" in run.stdout, run.stderr
+def test_benchmarks_start():
+    """In one process, which imports torch, transformers and PEFT once."""
+    command = [sys.executable, "-c", HELP, *(f"benchmarks/{script}" for script in SCRIPTS)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.findall(r"^usage: (\S+)", run.stdout, re.M) == list(SCRIPTS)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("more", "peers"),
-    [("", {"transformers float32"}), ("--apart --dtype bfloat16", {"transformers float32", "transformers bfloat16"})],
+    [
+        ("--rows 1 2", {"transformers float32"}),
+        # Apart, each side runs the same jobs in the same way; `picture` is a prefill and the vision tower.
+        (
+            "--apart --dtype bfloat16 --jobs decode picture lora",
+            {"transformers float32", "transformers bfloat16"},
+        ),
+    ],
 )
 def test_the_benchmark_of_the_model_runs(more, peers, tmp_path):
     """The smallest size; the benchmark itself checks that the first tokens of both sides agree."""
-    small = "--size demo --rows 1 2 --tokens 64 --patches 64 --picture 64 --new 16 --rounds 1"
+    small = "--small --size demo --tokens 64 --patches 64 --picture 64 --new 16 --rounds 1"
     command = f"{sys.executable} benchmarks/model.py {small} {more} --output {tmp_path / 'lines'}"
     run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
     jobs = {line["job"]: line for line in lines if "job" in line}
     *compared, lora = jobs
-    assert [job.split(",")[0] for job in compared] == [
-        "decode",
-        "decode",
-        "prefill",
-        "vision tower",
-        "picture of 64 patches to first token",
-    ]
+    picture = "picture of 64 patches to first token"
+    every = ["decode", "decode", "prefill", "vision tower", picture]
+    assert [job.split(",")[0] for job in compared] == (["decode", picture] if "--jobs" in more else every)
     assert all(jobs[job]["peers"].keys() == peers and jobs[job]["peer"] in peers for job in compared)
     assert "peers" not in jobs[lora] and 0 < jobs[lora]["share"] < 1
     assert all(f"| {job} |" in run.stdout for job in jobs)

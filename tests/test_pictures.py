@@ -252,10 +252,10 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_refused_at_once(name):
     data, message = BOMBS[name]
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(InputError, match=message):
         image_visual(data, P)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_memory_is_counted_for_the_whole_conversation():

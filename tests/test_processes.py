@@ -20,6 +20,7 @@ from qwenvl_jax.params import checkpoint
 from qwenvl_jax.train import run
 
 pytestmark = pytest.mark.slow
+FEW = 3
 MESHES = {1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 1, 2)}
 
 
@@ -39,6 +40,13 @@ def work(tmp_path_factory) -> Path:
     user = {"role": "user", "content": [{"type": "image", "image": "red.png"}, {"type": "text", "text": "Colour?"}]}
     record = {"messages": [user, {"role": "assistant", "content": "red"}]}
     (work / "data.jsonl").write_text((json.dumps(record) + "\n") * 4)
+    gone = user | {"content": [{"type": "image", "image": "gone.png"}, {"type": "text", "text": "?"}]}
+    asked = [
+        record,
+        {"messages": [gone], "answer": "x"},
+        *({"messages": [user], "answer": a} for a in ("blue", "green")),
+    ]
+    (work / "eval.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
     (work / "run.toml").write_text(
         f'model = "{work / "model"}"\ndata = "{work / "data.jsonl"}"\nrows = 4\ntokens = 64\nlanes = 4\npatches = 64\n'
         'dtype = "float32"\nschedule = "constant"\nlearning_rate = 1e-3\nremat = false\nfreeze = ["vision"]\n'
@@ -49,7 +57,7 @@ def work(tmp_path_factory) -> Path:
 def child(work: str, output: str, steps: str, count: str) -> None:
     """The program of each process: prints how much of the decoder it read, the answer (first process only), and trains.
 
-    With 0 steps it loads and answers forever instead."""
+    With 0 steps it loads and answers forever instead; with more than FEW it only trains."""
     data, fsdp, tensor = MESHES[int(count)]
     several = ["--distributed"] if int(count) > 1 else []
     read, source = [], checkpoint.OrbaxSource.read
@@ -63,9 +71,14 @@ def child(work: str, output: str, steps: str, count: str) -> None:
     ask = ["--image", f"{work}/red.png", "--prompt", "Colour?", "--temperature", "0", "--max-new-tokens", "6"]
     shape = ["--mesh", f"{data}x{fsdp}x{tensor}"]
     generate = ["generate", "--model", f"{work}/model", "--dtype", "float32", "--json", *ask, *shape, *several]
-    assert cli.main(generate) == 0
+    if int(steps) <= FEW:
+        assert cli.main(generate) == 0
     while steps == "0":  # with a seed that they agree on
         assert cli.main([*generate, "--temperature", "1"]) == 0
+    score = ["eval", f"{work}/eval.jsonl", "--model", f"{work}/model", "--dtype", "float32", "--json", *shape, *several]
+    score += ["--output", f"{output}-answers.jsonl", "--on-bad-record", "skip", "--max-new-tokens", "6", "--batch", "2"]
+    for limit in [] if steps.startswith("100") else ["1", "9"]:  # the second goes on from the first
+        assert cli.main([*score, "--limit", limit]) == 0
     print(json.dumps({"read": sum(read)}), flush=True)
     sizes = ["--mesh-data", str(data), "--mesh-fsdp", str(fsdp), "--mesh-tensor", str(tensor)]
     sys.exit(cli.main(["train", f"{work}/run.toml", "--output", output, "--steps", steps, *sizes, *several]))
@@ -88,13 +101,17 @@ def start(work: Path, output: Path, steps: int, count: int) -> list[subprocess.P
 
 
 def together(work: Path, count: int) -> tuple[list[int], list[float], list[int]]:
-    """(tokens, losses, bytes of the decoder that each process read)."""
+    """(tokens and answers, losses, bytes of the decoder that each process read)."""
     output = work / f"run{count}"
-    ends = [(*p.communicate(timeout=300), p.returncode) for p in start(work, output, 3, count)]
+    ends = [(*p.communicate(timeout=300), p.returncode) for p in start(work, output, FEW, count)]
     assert all(code == 0 for *_, code in ends), ends
     printed = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, *_ in ends]
-    assert [len(lines) for lines in printed] == [2] + [1] * (count - 1)  # only the first process prints the answer
-    return printed[0][0]["token_ids"], [m["loss"] for m in run.read_metrics(output)], [p[-1]["read"] for p in printed]
+    assert [len(lines) for lines in printed] == [4] + [1] * (count - 1)  # only the first process prints the answer
+    tokens, first, second, _ = printed[0]
+    assert (first["overall"]["n"], second["overall"]["n"], second["skipped"]) == (1, 3, {"media": 1})
+    answers = [json.loads(line) for line in (work / f"{output.name}-answers.jsonl").read_text().splitlines()]
+    said = [tokens["token_ids"], *((a["id"], a["prediction"]) for a in answers)]
+    return said, [m["loss"] for m in run.read_metrics(output)], [p[-1]["read"] for p in printed]
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,9 @@ def found_in_ids(ids) -> np.ndarray:
 
 
 def random_record(rng) -> dict:
-    text = lambda: " ".join(TEXTS[i] for i in rng.integers(0, len(TEXTS), rng.integers(1, 3)))  # noqa: E731
+    def text():
+        return " ".join(TEXTS[i] for i in rng.integers(0, len(TEXTS), rng.integers(1, 3)))
+
     messages = [{"role": "system", "content": text()}] if rng.integers(2) else []
     for _ in range(rng.integers(1, 4)):
         items = [{"type": "text", "text": text()}]

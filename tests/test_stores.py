@@ -17,7 +17,7 @@ from PIL import Image
 
 import qwenvl_jax
 from qwenvl_jax import cli, stores
-from qwenvl_jax.errors import CheckpointError, InputError, MediaError
+from qwenvl_jax.errors import CheckpointError, InputError, MediaError, install
 from qwenvl_jax.inputs.media import load_image
 from qwenvl_jax.train.mirror import open_mirror
 from qwenvl_jax.train.run import read_metrics
@@ -76,7 +76,7 @@ def test_a_missing_library_is_named_before_any_work(url, library, tmp_path, monk
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    sentence = f"needs {library}: pip install 'qwenvl-jax[stores]'"
+    sentence = f"needs {library}: {install('stores')}"
     for argv in (
         ["train", "--model", "demo", "--data", "d.jsonl", "--output", url],
         ["convert", "demo", url, "--to", "orbax"],

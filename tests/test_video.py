@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import struct
 import sys
 import wave
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, install
 from qwenvl_jax.inputs import video
 from qwenvl_jax.inputs.media import image_visual
 from qwenvl_jax.inputs.options import MediaOptions
@@ -497,7 +498,7 @@ def test_decoding_ends_at_its_deadline(tmp_path):
 
 def test_without_pyav(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(InputError, match=r"pip install 'qwenvl-jax\[video\]'"):
+    with pytest.raises(InputError, match=re.escape(install("video"))):
         video_visual(CLIP, P)
     assert video_visual([frame(0)], P).grid.t == 1  # frame lists need no decoder
 

@@ -1,6 +1,7 @@
 """Window attention on TPUs: the kernel against plain XLA, and the cost of compiled layers of the tower."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import re
@@ -32,8 +33,8 @@ def problem(seed: int, R: int, blocks: int, slots: int, heads: int, H: int):
 
 
 def value_and_grads(attend, qkv, cos, sin, windows, w):
-    f = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(attend(*a, windows) * w), (0, 1, 2)))
-    return attend(qkv, cos, sin, windows), f(qkv, cos, sin)
+    f = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(attend(*a[:4]) * a[4]), (0, 1, 2)))
+    return attend(qkv, cos, sin, windows), f(qkv, cos, sin, windows, w)
 
 
 def assert_same(got, want):
@@ -51,8 +52,8 @@ def assert_same(got, want):
 def test_the_kernel_equals_plain_attention(seed, shape, width):
     """Forward and backward; the kernel is interpreted."""
     args, sizes = problem(seed, *shape, width), dict(heads=shape[3], slots=shape[2])
-    kernel = lambda *a: window_kernel.kernel(*a, **sizes, interpret=True)  # noqa: E731
-    plain = lambda *a: window_kernel.plain(*a, **sizes)  # noqa: E731
+    kernel = functools.partial(window_kernel.kernel, **sizes, interpret=True)
+    plain = functools.partial(window_kernel.plain, **sizes)
     assert_same(value_and_grads(kernel, *args), value_and_grads(plain, *args))
 
 

@@ -45,6 +45,7 @@ def tiny_config(family: str, text: dict | None = None, vision: dict | None = Non
         hidden_act="quick_gelu" if two else "silu",
         window_size=None if two else 112,
         fullatt_block_indexes=() if two else (1, 3),
+        tokens_per_second=None if two else 2,
     ) | (vision or {})
     parts = dict(family=family, text=TextConfig(**text), vision=VisionConfig(**vision), dtype="float32")
     return Config(**parts | TOKENS | top)

@@ -9,7 +9,10 @@ import contextlib
 import gc
 import io
 import os
+import signal
 import sys
+import textwrap
+import threading
 import traceback
 
 import qwenvl_jax
@@ -30,9 +33,40 @@ def main(argv: list[str] | None = None) -> int:
 
     0: done; 1: a bug or a failed check; 2: bad input; 75: SIGTERM stopped training, run it again; 130: Ctrl-C.
     """
+    ended: list[int] = []
     if argv is None:
-        _collect_rarely()
+        gc.set_threshold(10_000, *gc.get_threshold()[1:])  # jax's many objects live on; scanning them takes time
+        sys.unraisablehook = _interrupt_again
+        atexit.register(_leave, ended)  # before jax registers its own handlers, so it runs after them
     args = build_parser().parse_args(argv)
+    ended.append(_run(args))
+    return ended[0]
+
+
+def _interrupt_again(unraisable) -> None:
+    """Repeats a Ctrl-C that was lost. Python drops an exception in a callback of the garbage collector; jax has one."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        main_thread = threading.main_thread().ident
+        threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _leave(ended: list[int]) -> None:
+    """Ends the process without Python's teardown, if a verb has run. ended: its exit code.
+
+    XLA's threads may still compile or compute, for example after Ctrl-C or past an answer's end. At a normal exit, C++
+    destroys what they use, and the process crashes. jax's handlers, which leave a group of processes, have run by now.
+    """
+    if ended:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(ended[0])
+
+
+def _run(args) -> int:
+    """Runs the verb and returns its exit code; an error becomes a sentence."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # If the terminal's encoding lacks a character, print the rest of the answer.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -59,12 +93,6 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
 
-def _collect_rarely() -> None:
-    """Makes garbage collection rare: jax's many objects live on, and scanning them takes 1/5 of a short command."""
-    gc.set_threshold(10_000, *gc.get_threshold()[1:])
-    atexit.register(gc.freeze)  # the collection at exit skips frozen objects
-
-
 def convert_main(argv: list[str] | None = None) -> int:
     """`qwenvl-convert …` is `qwenvl convert …`."""
     return main(["convert", *(sys.argv[1:] if argv is None else argv)])
@@ -82,8 +110,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qwenvl-jax {qwenvl_jax.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, verb in VERBS.items():
-        epilog = _CACHE if verb in _COMPILING else None
-        sub = commands.add_parser(name, help=verb.HELP, description=verb.HELP, epilog=epilog, allow_abbrev=False)
+        cache = ("", textwrap.fill(_CACHE, 80)) if verb in _COMPILING else ()
+        epilog = "\n".join(("examples:", *(f"  {example}" for example in verb.EXAMPLES), *cache))
+        sub = commands.add_parser(
+            name,
+            help=verb.HELP,
+            description=verb.HELP,
+            epilog=epilog.replace("%", "%%"),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         # SUPPRESS: otherwise this default would overwrite `qwenvl --debug generate`.
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         verb.add_arguments(sub)

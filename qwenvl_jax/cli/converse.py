@@ -4,8 +4,9 @@ import math
 
 from qwenvl_jax.cli.errors import enable_compile_cache
 from qwenvl_jax.demo import SAMPLES
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import ContextError, InputError
 from qwenvl_jax.infer.options import GenerateOptions, tokens_left
+from qwenvl_jax.inputs.messages import Media
 from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
 from qwenvl_jax.options import add_flags, build, given, names
 
@@ -39,7 +40,10 @@ def sampling(args, request: dict | None = None) -> GenerateOptions:
 
 
 def encoder(args, request: dict | None = None):
-    """(checkpoint directory, messages → Sample). It reads no weights, so bad input is an error at once."""
+    """(checkpoint directory, messages → Sample, a function that opens an attachment).
+
+    It reads no weights, so bad input is an error at once.
+    """
     from qwenvl_jax import Processor
     from qwenvl_jax.params import directory
 
@@ -58,7 +62,26 @@ def encoder(args, request: dict | None = None):
         tokens_left(sample, config.text.context)
         return sample
 
-    return path, encode
+    def attach(kind, where):
+        """(the Visual of an image or video, its name, size and tokens as a sentence); it can stand in a message."""
+        from qwenvl_jax.inputs.media import load_image
+
+        p = processor.preprocessing
+        source = load_image(where) if kind == "image" else where
+        media = {name: value for name, value in options.items() if name in names(MediaOptions)}
+        (visual,) = processor.open([Media(kind, source, {}, kind)], build(MediaOptions, media))
+        grid, tokens = visual.grid, visual.grid.patches // config.vision.merge_unit
+        if tokens >= config.text.context:
+            raise ContextError(f"{where}: takes {tokens:,} tokens; the model's context is {config.text.context:,}")
+        size = f"{grid.w * p.patch_size} × {grid.h * p.patch_size} pixels"
+        if kind == "video":
+            seconds = f" over {grid.t * visual.seconds_per_grid:.3g} seconds" if visual.seconds_per_grid else ""
+            size = f"{grid.t * p.temporal_patch_size} frames{seconds} of {size}"
+        elif size != (original := f"{source.width} × {source.height} pixels"):
+            size = f"{original}, resized to {size}"
+        return visual, f"{where}: {kind}, {size}, {tokens:,} tokens"
+
+    return path, encode, attach
 
 
 def mesh(args):

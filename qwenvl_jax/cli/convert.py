@@ -4,6 +4,10 @@ from qwenvl_jax.cli.errors import OK
 from qwenvl_jax.errors import InputError
 
 HELP = "Convert a Hugging Face checkpoint to Orbax, or back."
+EXAMPLES = (
+    "qwenvl convert Qwen/Qwen2.5-VL-3B-Instruct qwen-3b --to orbax",
+    "qwenvl convert RUN/final qwen-tuned --to hf",
+)
 
 
 def add_arguments(parser) -> None:

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, install
 from qwenvl_jax.infer import compile_cache
 
 OK, FAILED, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
@@ -45,7 +45,7 @@ def explain(error: Exception) -> tuple[int, str]:
         platform = os.environ.get("JAX_PLATFORMS") or "usable"
         return BAD_INPUT, (
             f"there are no {platform} devices here. Set JAX_PLATFORMS=cpu, or on a machine that has them "
-            "pip install 'qwenvl-jax[tpu]' or 'qwenvl-jax[cuda]'"
+            f"{install('tpu')} (or the extra cuda)"
         )
     return FAILED, f"unexpected {type(error).__name__}: {text[:300]} (--debug shows where; please report it)"
 

@@ -17,6 +17,10 @@ from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
 from qwenvl_jax.options import add_flags, given
 
 HELP = "Answer questions from files and score the answers."
+EXAMPLES = (
+    "qwenvl eval questions.jsonl",
+    "qwenvl eval questions.jsonl --model CKPT --metric iou --output answers.jsonl",
+)
 
 
 def add_arguments(parser) -> None:

@@ -16,6 +16,11 @@ from qwenvl_jax.inputs.options import VIDEO
 from qwenvl_jax.options import check_names, names
 
 HELP = "Answer one conversation; the answer streams to stdout."
+EXAMPLES = (
+    'qwenvl generate --image demo:scene.png --prompt "How many strawberries are there?"',
+    "qwenvl generate --model Qwen/Qwen2.5-VL-3B-Instruct --video clip.mp4 --nframes 16 --prompt 'What happens?'",
+    "qwenvl generate --messages request.json --json",
+)
 _SYNONYMS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "num_frames": "nframes"}
 # Keys of a request body that hold options, and the keys that change nothing there.
 _NESTED: dict[str, tuple[tuple[str, ...], dict]] = {
@@ -71,7 +76,7 @@ def run(args) -> int:
         messages.insert(0, {"role": "system", "content": args.system})
     options = converse.sampling(args, request)
     mesh = converse.mesh(args)  # before the model is read: a wrong mesh is an error at once
-    path, encode = converse.encoder(args, request | ({} if tools is None else {"tools": tools}))
+    path, encode, _ = converse.encoder(args, request | ({} if tools is None else {"tools": tools}))
     sample = encode(messages)
     place = None if args.boxes is None else _place(sample, directory.read_config(path))
     engine = converse.engine(path, args, mesh)

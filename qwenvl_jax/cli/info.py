@@ -1,6 +1,7 @@
 """`qwenvl info`: describes a checkpoint from its config and the headers of its weight files.
 
-Importing this file does not import numpy, and `describe` does not import jax.
+Importing this file does not import numpy, and `describe` does not import jax, except to count the
+parameters of a preset that PARAMETERS lacks.
 """
 
 import collections
@@ -14,7 +15,11 @@ from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.precision import on_cpu
 
 HELP = "Describe a checkpoint, reading only its headers."
-# `count_params` of params/specs.py needs jax; a test compares.
+EXAMPLES = (
+    "qwenvl info CKPT",
+    "qwenvl info qwen2.5-vl-7b --json",
+)
+# `count_params` of params/specs.py needs jax, which takes a second to import; a test compares.
 PARAMETERS = {
     "qwen2-vl-2b": 2_208_985_600,
     "qwen2-vl-7b": 8_291_375_616,
@@ -56,7 +61,12 @@ def describe(path_or_preset) -> dict:
 
     config = PRESETS.get(str(path_or_preset))
     if config:
-        return _facts(config, "preset", {config.dtype: PARAMETERS[str(path_or_preset)]}, {})
+        count = PARAMETERS.get(str(path_or_preset))
+        if count is None:  # a new family's
+            from qwenvl_jax.params.specs import count_params
+
+            count = count_params(config)
+        return _facts(config, "preset", {config.dtype: count}, {})
     if not directory.named(path_or_preset):
         raise InputError(f"{path_or_preset}: no such directory or preset; presets are {', '.join(PRESETS)}")
     path = directory.find(path_or_preset, weights=False)

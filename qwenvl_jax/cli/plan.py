@@ -9,6 +9,10 @@ from qwenvl_jax.cli.errors import FAILED, OK, mute_libraries
 from qwenvl_jax.errors import InputError
 
 HELP = "Does a job fit on a TPU slice or GPUs, and how fast at best? Compiles without the hardware."
+EXAMPLES = (
+    "qwenvl plan --model qwen2.5-vl-7b --target v5e-8",
+    "qwenvl plan --model qwen2.5-vl-7b --target h100 --task train --lora 16 --search",
+)
 # The flags of each task.
 _TAKES: dict[str, tuple[str, ...]] = {
     "decode": ("batch", "context"),

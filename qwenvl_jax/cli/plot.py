@@ -4,9 +4,13 @@ import math
 from pathlib import Path
 
 from qwenvl_jax.cli.errors import OK
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, install
 
 HELP = "Plot the metrics of training runs."
+EXAMPLES = (
+    "qwenvl plot RUN",
+    "qwenvl plot RUN OTHER_RUN --output compared.png",
+)
 _COLUMNS = 3
 # Keys of a line that get no panel.
 _BOOKKEEPING = ("step", "weight", "tokens", "epoch", "skipped_steps")
@@ -38,7 +42,7 @@ def draw(runs: dict[str, list[dict]], output) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
-        raise InputError("plot draws with matplotlib, which is not installed: pip install 'qwenvl-jax[train]'") from e
+        raise InputError(f"plot draws with matplotlib, which is not installed: {install('train')}") from e
     keys = [k for lines in runs.values() for line in lines for k in line if k not in _BOOKKEEPING]
     panels = sorted(dict.fromkeys(keys), key=lambda k: (k != "loss", not k.startswith("eval/")))
     if not panels:

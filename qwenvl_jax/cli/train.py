@@ -10,6 +10,10 @@ from qwenvl_jax.options import add_flags, given
 from qwenvl_jax.train.options import TrainOptions
 
 HELP = "Fine-tune a model. Run the same command again to resume."
+EXAMPLES = (
+    "qwenvl train run.toml",
+    "qwenvl train run.toml --learning-rate 2e-5 --steps 500",
+)
 
 
 def add_arguments(parser) -> None:

@@ -3,9 +3,10 @@
 import importlib.util
 
 from qwenvl_jax.cli.errors import FAILED, OK, enable_compile_cache
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, install
 
 HELP = "Compare this package with PyTorch, stage by stage, on your weights."
+EXAMPLES = ("qwenvl verify CKPT --image photo.jpg",)
 
 
 def add_arguments(parser) -> None:
@@ -16,10 +17,8 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     missing = [m for m in ("torch", "transformers") if importlib.util.find_spec(m) is None]
     if missing:
-        raise InputError(
-            f"verify compares with PyTorch, and {' and '.join(missing)} is not installed: "
-            "pip install 'qwenvl-jax[parity]'"
-        )
+        are = "is" if len(missing) == 1 else "are"
+        raise InputError(f"verify needs {' and '.join(missing)}, which {are} not installed: {install('parity')}")
     from qwenvl_convert import parity
 
     enable_compile_cache()

@@ -252,7 +252,7 @@ def _agreed(encoded: list) -> list:
     from jax.experimental import multihost_utils
 
     mine = np.array([isinstance(one, InputError) for one in encoded])
-    failed: list[bool] = np.asarray(multihost_utils.process_allgather(mine)).any(0).tolist()
+    failed: Any = np.asarray(multihost_utils.process_allgather(mine)).any(0)
     other = InputError("a record cannot be used in another process")
     return [other if f and not m else one for one, f, m in zip(encoded, failed, mine, strict=True)]
 

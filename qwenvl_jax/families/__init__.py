@@ -12,7 +12,20 @@ from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.families import qwen2_5_vl, qwen2_vl
 
 FAMILIES = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl}  # by model_type
-PRESETS = {name: config for family in FAMILIES.values() for name, config in family.PRESETS.items()}
+
+
+def merge_presets(families) -> dict[str, Config]:
+    """The presets of all families in one dict. Raises ValueError for a name that two of them have."""
+    presets: dict[str, Config] = {}
+    for family in families:
+        for name, config in family.PRESETS.items():
+            if name in presets:
+                raise ValueError(f"preset {name!r} is in {presets[name].family} and in {config.family}; rename one")
+            presets[name] = config
+    return presets
+
+
+PRESETS = merge_presets(FAMILIES.values())
 
 
 def family_of(config: Config):

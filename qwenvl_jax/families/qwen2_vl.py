@@ -7,7 +7,7 @@ from qwenvl_jax.families import shared
 from qwenvl_jax.types import Visual
 
 BOXES = "thousandths"  # 0 … 1000 along each side of the picture
-_TOWER = dict(norm="layer", gated_mlp=False, window_size=None, fullatt_block_indexes=())
+_TOWER = dict(norm="layer", gated_mlp=False, window_size=None, fullatt_block_indexes=(), tokens_per_second=None)
 
 tensor_names = shared.tensor_names
 

@@ -91,6 +91,11 @@ class Engine:
         return dict(self._programs.traces)
 
     @property
+    def compiling(self) -> str | None:
+        """The program that another thread compiles at this moment, or None."""
+        return self._programs.compiling
+
+    @property
     def padding(self) -> dict[str, float]:
         """The share of padding in everything computed so far, for prompts ("text") and the vision tower ("vision")."""
         return {name: float(1 - self._real[name] / slots) for name, slots in self._slots.items()}

@@ -5,6 +5,7 @@
 follows from T, so no program depends on image sizes and text lengths together.
 """
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ class Programs:
         """buckets: of T and S, rising; mesh: that of the parameters, None for one device."""
         self.config, self.buckets, self.mesh = config, tuple(buckets), mesh
         self.traces = Counter()
+        self.compiling: str | None = None  # the program that is being traced and compiled; other threads may read it
         variant = ("sample", "logprobs")
         on_gpu = (jax.devices() if mesh is None else mesh.devices.flat)[0].platform in ("gpu", "cuda")
         self.vision = self._program(self._vision)
@@ -65,15 +67,18 @@ class Programs:
         @functools.wraps(f)
         def traced(*args, **kwargs):
             self.traces[name] += 1
+            self.compiling = name
             return f(*args, **kwargs)
 
         jitted = jax.jit(traced, **options)
-        if self.mesh is None:
-            return jitted
+        mesh = contextlib.nullcontext if self.mesh is None else functools.partial(jax.set_mesh, self.mesh)
 
         def call(*args, **kwargs):
-            with jax.set_mesh(self.mesh):
-                return jitted(*args, **kwargs)
+            try:
+                with mesh():
+                    return jitted(*args, **kwargs)
+            finally:
+                self.compiling = None
 
         call.lower = jitted.lower  # for `plan`, which sets the mesh itself
         return call

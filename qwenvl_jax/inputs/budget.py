@@ -1,11 +1,12 @@
 """What the pictures and clips of one conversation may take, all together."""
 
+import math
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qwenvl_jax.errors import MediaError
+from qwenvl_jax.errors import ContextError, MediaError
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
 
 BYTES, MEMORY, SECONDS = 512, 1024, 60  # the defaults of media_bytes (MiB), media_memory (MiB) and media_seconds
@@ -22,7 +23,9 @@ class Budget:
     well enough (`pictures.cost`, `video._decode`).
     """
 
-    def __init__(self, options: MediaOptions = DEFAULT):
+    def __init__(self, options: MediaOptions = DEFAULT, most_patches: float = math.inf):
+        """most_patches: bytes of the patches that fit into the model's context."""
+        self._most_patches = most_patches
         self._bytes_limit = (options.media_bytes or BYTES) << 20
         self.memory_limit = (options.media_memory or MEMORY) << 20
         self._seconds = options.media_seconds or SECONDS
@@ -55,9 +58,11 @@ class Budget:
         """Takes memory: `passing` bytes for the block and `kept` for good. Waits for decoders in other threads.
 
         held: `passing` of a block that this one is in.
-        Raises MediaError if there is too little even without them.
+        Raises MediaError if there is too little even without them, ContextError if the patches exceed the context.
         """
         with self._change:
+            if self._kept + kept > self._most_patches:
+                raise ContextError("pictures and clips are longer than the context; lower max_pixels, or use fewer")
             while True:
                 if (needed := self._kept + kept + passing + held) > self.memory_limit:
                     limit = f"the limit is {self.memory_limit >> 20:,} MiB"

@@ -17,11 +17,11 @@ import jinja2
 import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
-import jinja2.sandbox
 
 from qwenvl_jax.config import read_json, read_text
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.inputs.messages import strings
+from qwenvl_jax.inputs.sandbox import Sandbox, clock
 
 
 class _Generation(jinja2.ext.Extension):
@@ -46,10 +46,12 @@ def _raise(message):
 @lru_cache(maxsize=16)
 def _compile(source: str) -> tuple[jinja2.Template, frozenset[str]]:
     """The template and the names of the variables it reads. Templates are untrusted code, so they run in a sandbox."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    environment = Sandbox(
+        {"tojson": _tojson},
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
     )
-    environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
@@ -74,7 +76,7 @@ class ChatTemplate:
         for source in self.sources.values():
             try:
                 _compile(source)
-            except (jinja2.TemplateError, RecursionError) as e:
+            except Exception as e:  # Python, which compiles it, raises anything too
                 raise CheckpointError(f"{self.origin}: not a valid chat template ({e})") from e
 
     @classmethod
@@ -127,7 +129,8 @@ class ChatTemplate:
         try:
             # Flags come last, so that a file's variables cannot override them.
             values = {**self.variables, "messages": messages, "tools": tools, "documents": None, **flags}
-            return _compile(source)[0].render(values)
+            with clock():
+                return _compile(source)[0].render(values)
         except Exception as e:  # a template can raise anything
             raise CheckpointError(f"{self.origin}: the chat template failed: {e}") from e
 

@@ -13,14 +13,14 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from qwenvl_jax.answers.boxes import check_coordinates, sizes, to_model
-from qwenvl_jax.config import Config, read_json
-from qwenvl_jax.errors import CheckpointError, InputError, shown
+from qwenvl_jax.config import MAX_JSON, Config, read_json
+from qwenvl_jax.errors import CheckpointError, ContextError, InputError, shown
 from qwenvl_jax.families import family_of
 from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.chat import ChatTemplate, prompt_parts
 from qwenvl_jax.inputs.layout import find_placeholders, make_sample
 from qwenvl_jax.inputs.media import image_visual
-from qwenvl_jax.inputs.messages import Media, check_tools, map_texts, normalize
+from qwenvl_jax.inputs.messages import Media, check_tools, map_texts, normalize, strings
 from qwenvl_jax.inputs.options import DEFAULT, FRAMES, IMAGE, VIDEO, MediaOptions
 from qwenvl_jax.inputs.preprocessing import PREPROCESSOR_FILE, Preprocessing, read_preprocessing
 from qwenvl_jax.inputs.video import video_visual
@@ -29,6 +29,7 @@ from qwenvl_jax.types import Sample, Visual
 
 _TURN_START, _TURN_END, _ASSISTANT = "<|im_start|>", "<|im_end|>", "assistant\n"  # ChatML, as in every family
 RULE_FILE, RULE = "tokenizer_config.json", "allow_control_tokens"  # our key, beside the tokenizer's own
+_TOKEN_LETTERS = 128  # in the longest token of Qwen's vocabulary
 _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
 
 
@@ -133,9 +134,20 @@ class Processor:
     def prompt(self, messages, *, tools=None, add_generation_prompt=False, **flags) -> Prompt:
         """The first half of `encode`, with its options: everything except opening the media."""
         normal, media = normalize(messages)
+        self._check_text(normal, tools)
         tokens, turns = self._ids(self._parts(normal, tools, add_generation_prompt=add_generation_prompt, **flags))
         placeholders = find_placeholders(tokens, [m.kind for m in media], self.config)
         return Prompt(tokens, turns, placeholders, media)
+
+    def _check_text(self, normal: list[dict], tools) -> None:
+        """Raises ContextError for a conversation that cannot fit into the context, before it is rendered."""
+        context, length = self.config.text.context, 0
+        if len(normal) > context:
+            raise ContextError(f"{len(normal):,} messages; the context has {context:,} tokens")
+        for text in strings([normal, check_tools(tools)]):
+            length += len(text)
+            if length > context * _TOKEN_LETTERS:
+                raise ContextError(f"the text has over {length - 1:,} letters; the context has {context:,} tokens")
 
     def boxes_to_model(self, messages, visuals: Sequence[Visual], source: str | None) -> list[dict]:
         """Messages with the boxes of their texts in the model's coordinates: see `answers.boxes.to_model`."""
@@ -179,14 +191,20 @@ class Processor:
         return tokens, np.array(turns, np.int32)
 
     def open(self, media: Sequence[Media], options: MediaOptions = DEFAULT) -> tuple[Visual, ...]:
-        """The second half of `encode`: pictures and clips as patches, all within the limits of `options`."""
-        budget = Budget(options)
+        """The second half of `encode`: pictures and clips as patches, all within the limits of `options`.
+
+        A source that is a Visual already stays.
+        """
+        c, p = self.config.text.context, self.preprocessing
+        budget = Budget(options, most_patches=3 * p.temporal_patch_size * c * p.factor**2)
         if len(media) < 2:  # without a thread
             return tuple(self._visual(m, options, budget) for m in media)
         with ThreadPoolExecutor(min(_LOADERS, len(media))) as pool:
             return tuple(pool.map(lambda m: self._visual(m, options, budget), media))
 
     def _visual(self, media: Media, options: MediaOptions, budget: Budget) -> Visual:
+        if isinstance(media.source, Visual):  # opened before, with options of its own
+            return media.source
         names, load = (IMAGE, image_visual) if media.kind == "image" else (VIDEO, video_visual)
         if media.kind == "video" and isinstance(media.source, list | tuple | np.ndarray):
             names = FRAMES
@@ -205,6 +223,8 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.exists():
         return _build_tokenizer(path)
+    if file.stat().st_size > MAX_JSON:
+        raise CheckpointError(f"{file}: larger than {MAX_JSON >> 20} MiB, the limit for a tokenizer")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qwenvl_jax.errors import InputError, MediaError, OptionsError
+from qwenvl_jax.errors import InputError, MediaError, OptionsError, install
 from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.fetch import locate, name_of
 from qwenvl_jax.inputs.media import as_visual, empty_patches, fill, load_image, resize
@@ -290,7 +290,7 @@ def _opener(data: bytes | Path, budget: Budget) -> Callable:
     try:
         import av
     except ImportError as e:
-        raise MediaError("reading a video file needs PyAV: pip install 'qwenvl-jax[video]'") from e
+        raise MediaError(f"reading a video file needs PyAV: {install('video')}") from e
 
     def packets(container, stream):
         for packet in container.demux(stream):

@@ -209,17 +209,27 @@ def staged(path, nbytes: int, outside: Path | None = None):
         raise CheckpointError(f"{path}: is inside {outside}, the checkpoint that is read; choose a place outside of it")
     work = path.with_name(path.name + PARTIAL)
     need = nbytes + (64 << 20)
+    undecided = True  # whether the directory may be one that this call made and does not hold yet
+
+    def unmake() -> None:
+        if undecided:  # Ctrl-C came between the two
+            with contextlib.suppress(OSError):
+                work.rmdir()
+
     with contextlib.ExitStack() as cleanup:
+        cleanup.callback(unmake)
         try:
             work.mkdir(exist_ok=True)
             lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
             cleanup.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
+            undecided = False
             raise CheckpointError(f"{path}: another process is writing it") from e
         except OSError as e:
             raise CheckpointError(f"{path}: cannot be written ({e.strerror})") from e
         cleanup.callback(_remove, work)
+        undecided = False
         _empty(work)
         free = shutil.disk_usage(work).free
         if free < need:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.errors import BadRecord, InputError, OptionsError
+from qwenvl_jax.errors import BadRecord, InputError, OptionsError, install
 from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.pack import Segment, fill_lanes, index_by_visual, pack_rows, split_frames
 from qwenvl_jax.inputs.processor import Processor
@@ -191,7 +191,7 @@ class Dataset:
         try:
             import grain
         except ImportError as e:
-            raise InputError("reading training data needs Grain: pip install 'qwenvl-jax[train]'") from e
+            raise InputError(f"reading training data needs Grain: {install('train')}") from e
         index, count = self._order["shard"]
         ds = grain.MapDataset.range(self._order["records"])
         if self._order["shuffle"]:
