@@ -24,7 +24,10 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    from qwenvl_jax import stores
     from qwenvl_jax.train.run import read_metrics
+
+    stores.refuse("--output", args.output)
 
     draw({run: read_metrics(run) for run in args.runs}, args.output)
     print(args.output)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 from qwenvl_convert.orbax import save_hf
@@ -19,6 +18,7 @@ from qwenvl_jax.params import checkpoint, directory, lora
 from qwenvl_jax.params.directory import Located
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import make_run_mesh, train
+from qwenvl_jax.train.mirror import Mirror, check_shared, open_mirror
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape
 from qwenvl_jax.train.run import Run, last_step
@@ -38,16 +38,24 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, Records, dict], 
     for name in ("model", "data", "output"):
         if not getattr(options, name):
             raise OptionsError(f"{name} is missing; give --{name} or set it in the TOML file")
-    final, adapter = (Path(options.output).expanduser() / name for name in (FINAL, ADAPTER))
     if options.distributed:
+        check_shared(options.output)
         distributed.initialize()
-    step = last_step(options.output)
+    with contextlib.closing(open_mirror(options.output)) as mirror:
+        stopped = _finetune(options, mirror, evaluator)
+        mirror.push(progress=True)
+        return stopped
+
+
+def _finetune(options: TrainOptions, mirror: Mirror, evaluator) -> int | None:
+    final, adapter = (mirror.path / name for name in (FINAL, ADAPTER))
+    step = last_step(mirror.path)
     for done in (final, adapter):
         if done.is_dir() and step < options.steps:
             raise InputError(f"{done} exists, after {step} steps; move it away to train to step {options.steps}")
     with Run(options):  # refuses another run's directory before any weights are read
         if final.is_dir():
-            _say(f"already finished: {final}")
+            _say(f"already finished: {mirror.name(final)}")
             return None
     records, questions = _open(options)
     source = directory.locate(options.model)
@@ -73,7 +81,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, Records, dict], 
         if not adapter.exists():
             whole = _with_earlier(model.config, params, source)
             save_adapter(model.config, whole, adapter, base_name=source.name, layout=options.adapter_layout)
-            _say(f"adapter for PEFT: {adapter}")
+            _say(f"adapter for PEFT: {mirror.name(adapter)}")
         params = lora.merge(params)
     stored = directory.read_config(source.path)  # the result has the dtype of the checkpoint
     params = jax.tree.map(lambda w: w.astype(stored.dtype), params)
@@ -82,7 +90,7 @@ def finetune(options: TrainOptions, evaluator: Callable[[Model, Records, dict], 
         save_hf(model, final, base=source)
     else:
         checkpoint.save(model, final, files_from=source.path)
-    _say(f"model of step {result.step}: {final}")
+    _say(f"model of step {result.step}: {mirror.name(final)}")
     return None
 
 

@@ -19,11 +19,13 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from qwenvl_jax import stores
 from qwenvl_jax.errors import CheckpointError, InputError, OptionsError
 from qwenvl_jax.params.checkpoint import is_full
+from qwenvl_jax.train.mirror import CHECKPOINTS, check_shared, open_mirror
 from qwenvl_jax.train.options import TrainOptions
 
-OPTIONS, CHECKPOINTS, METRICS, BOARD = "train.toml", "checkpoints", "metrics.jsonl", "tensorboard"
+OPTIONS, METRICS, BOARD = "train.toml", "metrics.jsonl", "tensorboard"
 _DELETED = "deleted"
 
 
@@ -36,18 +38,23 @@ class Run:
     def __init__(self, options: TrainOptions):
         if not options.output:
             raise OptionsError("output is missing; it names the directory of the run")
-        self.path = Path(options.output).expanduser().absolute()
+        if jax.process_count() > 1:
+            check_shared(options.output)
+        self._mirror = open_mirror(options.output)
+        self.path = self._mirror.path
         self._options, self._metrics, self._board = options, None, None
         self._writes = jax.process_index() == 0
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as e:
+            self._mirror.close()
             raise InputError(f"{self.path}: not usable as the directory of a run ({e.strerror})") from e
         try:
             self._open(options)
         except BaseException:
             os.close(self._lock)
+            self._mirror.close()
             raise
 
     def _open(self, options: TrainOptions) -> None:
@@ -81,6 +88,7 @@ class Run:
         if self._writes:
             _replace(self.path / OPTIONS, [self._options.to_toml()])
             _replace(self.path / METRICS, _lines_up_to(self.path / METRICS, self.step))
+            self._mirror.push()
 
     def evaluation(self, step: int) -> dict | None:
         """The metrics of a checkpoint's evaluation, None if there was none."""
@@ -115,6 +123,7 @@ class Run:
             self._delete_old()
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         self._manager.save(step, args=args, metrics=metrics, force=True)
+        self._mirror.push_after(self.path / CHECKPOINTS / str(step))
         self.step = step
 
     def restore(self, like: dict, step: int) -> tuple[dict, dict]:
@@ -151,6 +160,7 @@ class Run:
             if is_full(e):
                 raise InputError(f"{self.path}: the disk is full; free some space and resume the run") from e
             raise
+        self._mirror.push()
 
     def __enter__(self):
         return self
@@ -163,8 +173,11 @@ class Run:
                     self._delete_old()
             for file in filter(None, (self._metrics, self._board)):
                 file.close()
+            if kind is None:
+                self._mirror.push()
         finally:
             os.close(self._lock)
+            self._mirror.close()
 
 
 def last_step(output) -> int:
@@ -175,7 +188,8 @@ def last_step(output) -> int:
 
 def read_metrics(run) -> list[dict]:
     """The lines of metrics.jsonl. run: the directory of a run, or the file. Raises InputError if there is none."""
-    file = Path(run).expanduser()
+    url = stores.as_url(run)
+    file = stores.fetch(url if url.endswith(METRICS) else f"{url}/{METRICS}") if url else Path(run).expanduser()
     file = file / METRICS if file.is_dir() else file
     if not file.is_file():
         raise InputError(f"{run}: not the directory of a run; it has no {METRICS}")
