@@ -8,7 +8,8 @@ The model: `forward`, `make_mesh`.
 Generation: `Engine`, `GenerateOptions`.
 Training: `TrainOptions`, `Dataset`, `PackShape`, `finetune`, `read_metrics`, and `qwenvl_jax.train.loop.train`.
 Evaluation: `evaluate`, `Evaluator`.
-Errors: `InputError`, `CheckpointError`, `MediaError`, `OptionsError`, `ContextError`; each has a `code`.
+Errors: `InputError`, `CheckpointError`, `MediaError`, `OptionsError`, `ContextError`, `NonFiniteError`; each has a
+`code`.
 
 `train` is a package, so the function is not importable from here. The modules that the notebooks import by their path
 (`eval.metrics`, `params.lora`, `cli.info`, `cli.plot`) are public too.
@@ -38,7 +39,7 @@ _HOME = {
     "train.finetune": ("finetune",),
     "train.run": ("read_metrics",),
     "eval.evaluator": ("evaluate", "Evaluator"),
-    "errors": ("InputError", "CheckpointError", "MediaError", "OptionsError", "ContextError"),
+    "errors": ("InputError", "CheckpointError", "MediaError", "OptionsError", "ContextError", "NonFiniteError"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULES)

@@ -8,12 +8,14 @@ seconds (20 for clips). The named bombs come first. Exit code 1: something else 
 """
 
 import argparse
+import base64
 import copy
 import json
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import struct
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from PIL import Image
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 HERE = Path(__file__).resolve().parent
 MEDIA = HERE / "data" / "media"
+DEMO = HERE.parent / "qwenvl_jax" / "demo" / "checkpoint"
 MEMORY = 1536  # MiB
 SECONDS = {"clips": 20.0}
 NUMBERS = (0, 1, 2, 3, 7, 127, 128, 255, 256, 32767, 32768, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
@@ -186,14 +189,14 @@ def clips(folder: Path):
 def checkpoints(folder: Path):
     """Files of a checkpoint or adapter, one of which is changed; it is opened without its weights, or with them."""
     import jax
-    from make_tiny import make_tiny
     from qwenvl_convert import hf, peft
     from test_sandbox import BOMBS
 
     from qwenvl_jax.inputs.processor import Processor
     from qwenvl_jax.params import directory, lora
 
-    path = make_tiny(folder / "checkpoint")
+    path = folder / "checkpoint"
+    shutil.copytree(DEMO, path)
     config = directory.read_config(path)
     params = hf.read_params(path, config, progress=False)
     adapter = folder / "adapter"
@@ -237,19 +240,19 @@ def checkpoints(folder: Path):
     return {f"template: {name}": lambda s=source: with_template(s) for name, (source, _) in BOMBS.items()}, case
 
 
-def _processor(folder: Path):
-    from make_tiny import copy_tokenizer, small_config
-
+def _processor():
     from qwenvl_jax.inputs.processor import Processor
+    from qwenvl_jax.params import directory
 
-    copy_tokenizer(folder / "tokenizer")
-    return Processor.from_dir(folder / "tokenizer", small_config("qwen2_5_vl"))
+    return Processor.from_dir(DEMO, directory.read_config(DEMO))
 
 
 def messages(folder: Path):
+    import test_pictures
+
     from qwenvl_jax.cli.generate import read_request
 
-    processor, photo = _processor(folder), str(MEDIA / "coffee.jpg")
+    processor, photo = _processor(), str(MEDIA / "coffee.jpg")
     image = {"type": "image", "image": photo, "max_pixels": 7840}
     call = {"function": {"name": "f", "arguments": '{"a": 1}'}}
     valid = [
@@ -280,7 +283,9 @@ def messages(folder: Path):
     deep: list = []
     for _ in range(100_000):
         deep = [deep]
+    webp = "data:image/webp;base64," + base64.b64encode(test_pictures.webp(5000)).decode()
     bombs = {
+        "eight webp of 34 bytes side by side": lambda: run(user(*[{"image": webp, "max_pixels": 784}] * 8)),
         "a thousand enlarged pictures": lambda: run(user(*[{"image": photo, "min_pixels": 10**7}] * 1000)),
         "eight small pictures, enlarged": lambda: run(user(*[{"image": photo, "min_pixels": 8 * 10**7}] * 8)),
         "ten million letters": lambda: run(user({"text": "a b " * 2_500_000})),
@@ -296,7 +301,7 @@ def records(folder: Path):
 
     photo = str(MEDIA / "coffee.jpg")
     process = RecordProcessor(
-        _processor(folder), PackShape(rows=1, tokens=4096, lanes=4, patches=4096), options={"max_pixels": 784 * 16}
+        _processor(), PackShape(rows=1, tokens=4096, lanes=4, patches=4096), options={"max_pixels": 784 * 16}
     )
     valid = [
         {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]},
@@ -359,6 +364,8 @@ def campaign(kind: str, count: int, seed: int = 0, first: int = 0, bombs: bool =
             cases.append((f"{kind} {n}", lambda n=n: case(random.Random(f"{kind} {seed} {n}"))))
         for name, run in cases:
             outcome, seconds, memory, message = attempt(name, run)
+            if seconds > limit:  # other programs may have slowed it
+                outcome, seconds, memory, message = attempt(name, run)
             outcomes[outcome] += 1
             slowest, largest = max(slowest, (seconds, name)), max(largest, (memory, name))
             if outcome == "FAULT":

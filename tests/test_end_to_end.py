@@ -77,14 +77,13 @@ def scaled(path, changes) -> str:
     return str(path)
 
 
+OVERFLOW = {"1.mlp.up_proj.weight": 2000, "1.mlp.down_proj.weight": 2000}
+
+
 @pytest.mark.parametrize(
     ("changes", "dtype", "says"),
     [
-        (
-            {"layers.1.mlp.up_proj.weight": 2000, "layers.1.mlp.down_proj.weight": 2000},
-            "float16",
-            "float16 ends at 65504",
-        ),
+        (OVERFLOW, "float16", "float16 ends at 65504"),
         ({"layers.0.mlp.up_proj.weight": 1e6}, "float16", "the weight decoder/layers/up_proj/kernel holds them"),
         ({"layers.2.mlp.down_proj.weight": np.nan}, "float32", "the weight decoder/layers/down_proj/kernel holds them"),
         ({"layers.1.input_layernorm.weight": np.inf}, "float32", "the weight decoder/layers/input_layernorm/scale"),
@@ -95,18 +94,16 @@ def test_numbers_that_are_not_finite(tmp_path, capsys, monkeypatch, changes, dty
     """No answer, no score: generate (streamed or not), eval and chat say why."""
     model = ["--model", scaled(tmp_path / "model", changes), "--dtype", dtype]
     (tmp_path / "q.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}], "answer": "x"}\n')
-    for argv in (
-        ["generate", "--prompt", "Hi"],
-        ["generate", "--prompt", "Hi", "--json"],
-        ["eval", f"{tmp_path}/q.jsonl"],
-    ):
+    ask = ["generate", "--prompt", "Hi"]
+    for argv in [ask, [*ask, "--json"], ["eval", f"{tmp_path}/q.jsonl", "--json"]][: 3 if changes is OVERFLOW else 1]:
         assert cli.main([*argv, *model]) == 2
         out, err = capsys.readouterr()
         assert says in err and "the model computed NaN or infinity" in err and "Load the checkpoint with dtype" in err
         assert not out.strip() and err.count("\n") == 1
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
-    assert cli.main(["chat", *model]) == 0
-    assert says in capsys.readouterr().err
+    if changes is OVERFLOW:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+        assert cli.main(["chat", *model]) == 0
+        assert says in capsys.readouterr().err
 
 
 @one_family

@@ -269,6 +269,15 @@ def test_eos_ends_the_text_and_is_not_in_it(monkeypatch):
     assert (r.text, r.token_ids, r.finish_reason) == ("okmore", ids, "length")
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_stop_string_that_is_a_control_token_ends_the_text_too(monkeypatch, skip):
+    ids = [*b"ok", 157, *b"more"]
+    (s,) = texts(np.random.default_rng(0), 8)
+    options = dict(stop=["<box>"], skip_special_tokens=skip, max_new_tokens=7)
+    (r,) = scripted(monkeypatch, ids).generate([s], **options)
+    assert (r.text, r.token_ids, r.finish_reason) == ("ok", ids[:3], "stop")
+
+
 @functools.cache
 def cramped():
     return Engine(model(), max_batch=2, max_length=100, ladder=Ladder(rows=(2,), tokens=(64,)))

@@ -520,7 +520,7 @@ def test_bad_items_are_counted_and_named(tiny_checkpoint, tmp_path, capsys, echo
     assert Evaluator(model, file)(model.params) == {
         "eval/default/exact": 1,
         "eval/skipped/media": 1,
-        "eval/skipped/not finite": 1,
+        "eval/skipped/not_finite": 1,
         "eval/overall": 1,
     }
     with pytest.raises(InputError, match=r"q.jsonl:2: .*broken.png"):

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import os
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ import pytest
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs import fetch, media
+from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.fetch import locate, name_of
 from qwenvl_jax.inputs.media import image_visual, load_image
 from qwenvl_jax.inputs.options import MediaOptions
@@ -59,6 +61,12 @@ def server(monkeypatch):
 
         def do_moved_in_circles(self):
             self.redirect("/moved-in-circles")
+
+        def do_moved_with_a_body(self):
+            self.redirect("/coffee.jpg")
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(1 << 16))
 
         def do_broken_off(self):
             self.reply(PHOTO.read_bytes()[:1000], length=PHOTO.stat().st_size)
@@ -167,6 +175,59 @@ def test_download_errors_name_the_url(server, monkeypatch, address, message):
     with pytest.raises(InputError, match=message) as error:
         load_image(f"{server}/{address}")
     assert f"{server}/{address}" in str(error.value)
+
+
+def test_the_body_of_a_redirect_is_not_read(server):
+    assert locate(f"{server}/moved-with-a-body", 1 << 20) == PHOTO.read_bytes()
+
+
+def test_a_handshake_ends_at_the_deadline(monkeypatch):
+    """A server that sends one byte at a time of what seems to be a TLS record."""
+    monkeypatch.setattr(fetch, "FETCH_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def trickle():
+            connection = server.accept()[0]
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"\x16\x03\x03\x40\x00")
+                while True:
+                    connection.sendall(b"\x02")
+                    time.sleep(0.02)
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        start = time.monotonic()
+        with pytest.raises(InputError, match=r"not downloaded within 0\.3 seconds"):
+            load_image(f"https://127.0.0.1:{server.getsockname()[1]}/a.png")
+        assert time.monotonic() - start < 10  # a record has 16384 bytes: over five minutes
+        thread.join()
+
+
+def test_all_addresses_of_a_host_share_the_deadline(monkeypatch):
+    places = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (f"10.0.0.{i}", 80)) for i in range(200)]
+    limits = []
+
+    def connect(place, timeout, source):
+        limits.append(timeout)
+        time.sleep(0.05)
+        raise TimeoutError
+
+    monkeypatch.setattr(fetch, "FETCH_SECONDS", 0.3)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: places)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(InputError, match=r"not downloaded within 0\.3 seconds"):
+        load_image("http://many.example/a.png")
+    assert len(limits) <= 6 and limits == sorted(limits, reverse=True)
+
+
+def test_downloads_take_from_the_budget_of_the_conversation(server):
+    budget = Budget(MediaOptions(media_bytes=1))
+    size = PHOTO.stat().st_size
+    for _ in range((1 << 20) // size):
+        locate(f"{server}/coffee.jpg", 1 << 20, budget)
+    with pytest.raises(InputError, match=r"coffee\.jpg: .* are larger than 1 MiB; .*media_bytes"):
+        locate(f"{server}/coffee.jpg", 1 << 20, budget)
 
 
 def test_declared_length_over_the_limit_is_refused_before_the_body(server):

@@ -24,8 +24,10 @@ from qwenvl_jax.types import Batch, TrainBatch, VisionBatch
 
 ROWS = (32_768, 32_769, 65_537, 131_072)
 EPS = 1e-6
-# The flags of conftest.py turn off most of XLA's optimizations.
+# The flags of conftest.py turn off most of XLA's optimizations, and the emitters that users get with jaxlib 0.10.
 OPTIONS = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+if jaxlib.__version__.startswith("0.10."):
+    OPTIONS["xla_cpu_use_fusion_emitters"] = True
 
 
 def compiled(f):

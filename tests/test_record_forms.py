@@ -13,7 +13,7 @@ from PIL import Image
 from qwenvl_jax.errors import BadRecord, InputError
 from qwenvl_jax.eval.questions import read_questions
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.records import HARMLESS, conversation, preference
+from qwenvl_jax.inputs.records import _KNOWN, _REFUSED, HARMLESS, conversation, preference
 from qwenvl_jax.inputs.source import open_source
 from qwenvl_jax.train.records import PackShape, RecordProcessor
 
@@ -406,3 +406,53 @@ def test_pictures_of_every_kind(processor, folder):
             segment.visuals[0].patches, processor.encode([say("user", [{"image": picture()}])]).visuals[0].patches
         )
     assert pickle.loads(pickle.dumps(BadRecord("a", "b"))).reason == "a"
+
+
+ODD = [None, True, 0, 1.5, "", "x", "<image>", "[", "[1]", "{}", '[{"role": "user"}]', [], [1], [[1, 2]], {}, {"a": 1}]
+NAMES = [
+    *_KNOWN,
+    *_REFUSED,
+    "id",
+    "role",
+    "content",
+    "from",
+    "value",
+    "weight",
+    "function_call",
+    "tool_calls",
+    "type",
+    "url",
+]
+
+
+def odd(rng, depth=0):
+    kind = rng.integers(4 if depth < 4 else 1)
+    if kind == 0:
+        return ODD[rng.integers(len(ODD))]
+    if kind == 1:
+        return [odd(rng, depth + 1) for _ in range(rng.integers(3))]
+    return {NAMES[rng.integers(len(NAMES))]: odd(rng, depth + 1) for _ in range(rng.integers(1, 4))}
+
+
+def spoilt(value, rng):
+    """The value with one of its parts replaced."""
+    if rng.integers(4) == 0 or not isinstance(value, dict | list) or not value:
+        return odd(rng)
+    keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+    out, key = value.copy(), keys[rng.integers(len(keys))]
+    out[key] = spoilt(value[key], rng)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_odd_records_are_refused_by_name(processor, folder, seed):
+    """Whatever a record holds: samples or BadRecord."""
+    rng = np.random.default_rng(seed)
+    forms = [record for record, _ in FORMS.values()] + list(PAIRS.values())
+    for _ in range(100):
+        record = odd(rng) if rng.integers(4) == 0 else spoilt(forms[rng.integers(len(forms))], rng)
+        for preferences in (False, True):
+            try:
+                RecordProcessor(processor, SHAPE, preferences=preferences, folder=folder)(record)
+            except BadRecord as e:
+                assert str(e)

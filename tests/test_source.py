@@ -13,6 +13,7 @@ import pytest
 from make_tiny import small_config
 from PIL import Image
 
+from qwenvl_jax import cli
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.questions import read_questions
 from qwenvl_jax.inputs.processor import Processor
@@ -138,11 +139,13 @@ def test_patterns_and_lists(processor, tmp_path):
         ("*.jsonl", "no file matches the pattern"),
         ("", "a directory that save_to_disk did not write; give its files, as in"),
         ("a.csv", "tables of text are not read"),
+        ("one.json", "one JSON object over several lines"),
         ("a.jsonl.gz", "is compressed (gzip); unpack it first"),
     ],
 )
 def test_what_is_no_source(tmp_path, name, says):
     (tmp_path / "a.csv").write_text("a,b\n")
+    (tmp_path / "one.json").write_text(json.dumps(qa(1), indent=2))
     (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00")
     with pytest.raises(InputError) as e:
         open_source(str(tmp_path / name))
@@ -162,6 +165,29 @@ def test_options_take_one_or_several(tmp_path):
     assert (options.data, options.eval_data, options.columns) == (("a.jsonl", "b/*.parquet"), ("c.json",), ("x=",))
     (tmp_path / "again.toml").write_text(options.to_toml())
     assert TrainOptions.read(tmp_path / "again.toml") == options
+
+
+def test_flags_take_data_and_columns(tmp_path, capsys):
+    """A bad key of the data is told before the model is looked for, and the sentence says how to go on."""
+    (tmp_path / "a.json").write_text(json.dumps([qa(1, mood="x")]))
+    argv = ["eval", str(tmp_path / "*.json"), "--model", str(tmp_path / "none")]
+    assert cli.main(argv) == 2
+    assert "a.json[0]: unknown key 'mood'; rename it with --columns mood=NAME" in capsys.readouterr().err
+    assert cli.main([*argv, "--columns", "mood="]) == 2
+    assert "none" in capsys.readouterr().err
+    argv = [
+        "train",
+        "--data",
+        str(tmp_path / "a.json"),
+        "--model",
+        str(tmp_path / "none"),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert cli.main([*argv, "--data", str(tmp_path / "b.json")]) == 2
+    assert "b.json: cannot be read" in capsys.readouterr().err
+    assert cli.main([*argv, "--columns", "mood"]) == 2
+    assert "columns has 'mood'; it must be OLD=NEW" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ without the extra
@@ -386,7 +412,9 @@ def test_a_hub_that_does_not_answer(datasets, monkeypatch):
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(InputError, match=r"u/n: cannot be opened as a dataset \(no network\)"):
+    with pytest.raises(
+        InputError, match=r"no such file, and as a dataset of the hub: u/n: cannot be opened as a dataset \(no"
+    ):
         open_source("u/n")
 
 

@@ -65,7 +65,7 @@ class Report:
         named: dict[str, float] = {}
         for s in self.scores:
             named |= {f"eval/{s.task}/{name}": value for name, value in {s.metric: s.value, **s.details}.items()}
-        named |= {f"eval/skipped/{reason}": float(n) for reason, n in self.skipped.items()}
+        named |= {f"eval/skipped/{reason.replace(' ', '_')}": float(n) for reason, n in self.skipped.items()}
         return named | {"eval/overall": self.overall.value}
 
     def to_dict(self) -> dict:

@@ -105,7 +105,7 @@ def _fetch(url: str, max_bytes: int, budget: Budget) -> bytes:
     except (OSError, http.client.HTTPException, ValueError) as e:
         if isinstance(e, urllib.error.HTTPError):
             e.close()
-        if connections.late.is_set() or isinstance(e, TimeoutError):
+        if connections.late.is_set() or isinstance(getattr(e, "reason", e), TimeoutError):  # URLError wraps it
             raise MediaError(f"not downloaded within {seconds:g} seconds") from e
         raise MediaError(f"cannot be downloaded ({e})") from e
     finally:

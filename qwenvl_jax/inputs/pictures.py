@@ -188,8 +188,10 @@ def _as_rgb(image: Image.Image, raw) -> Image.Image:
         image.info["transparency"] = key
     if not image.has_transparency_data:
         return image.convert("RGB")
-    premultiplied = {"La": "LA", "RGBa": "RGBA"}
-    image = image.convert(premultiplied.get(image.mode, image.mode)).convert("RGBA")
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert(image.mode.upper())
+    if image.mode != "RGBA":  # `convert` would copy it
+        image = image.convert("RGBA")
     canvas = Image.new("RGB", image.size, (255, 255, 255))
     canvas.paste(image, mask=image.getchannel("A"))
     return canvas

@@ -17,7 +17,7 @@ import jinja2.nodes
 import jinja2.sandbox
 import jinja2.visitor
 
-SECONDS = 10.0  # for one rendering; Qwen's template takes a millisecond for a hundred messages
+SECONDS = 5.0  # for one rendering; Qwen's template takes a millisecond for a hundred messages
 MAX_TEMPLATE = 1 << 20  # characters
 MAX_TEXT = 1 << 24  # characters of any text, items of any list
 _METHODS = re.compile(

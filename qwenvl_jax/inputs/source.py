@@ -187,6 +187,9 @@ class JsonFile:
             return
         self._starts = np.concatenate(starts)
         self._ends = np.append(self._starts[1:], size)
+        if len(self._starts) > 1 and self._item(0).strip() == b"{":
+            said = "holds one JSON object over several lines"
+            raise InputError(f"{self.path}: {said}; write a JSON array of records, or one record per line")
         blank = [i for i in np.flatnonzero(np.concatenate(maybe_blank)) if not self._item(i).strip()]
         self._lines = np.delete(np.arange(len(self._starts)), blank) + 1
         self._starts, self._ends = np.delete(self._starts, blank), np.delete(self._ends, blank)

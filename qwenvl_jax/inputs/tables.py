@@ -10,12 +10,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from qwenvl_jax.errors import BadRecord, InputError
+from qwenvl_jax.errors import BadRecord, InputError, install
 
 MAX_GROUP = 512 << 20  # bytes of a row group, which is read whole
 _CACHED = 256 << 20  # bytes of row groups that a Parquet file keeps
 SHUFFLED = 256  # rows of a stream that are shuffled at a time, in memory
-_EXTRA = "needs the extra `datasets`: pip install 'qwenvl-jax[datasets]'"
 
 
 class ParquetFile:
@@ -73,7 +72,7 @@ class ParquetFile:
             import pyarrow
             from pyarrow import parquet
         except ImportError as e:
-            raise InputError(f"{self.path}: reading Parquet {_EXTRA}") from e
+            raise InputError(f"{self.path}: reading Parquet needs the extra `datasets`: {install('datasets')}") from e
         self._lock, self._cache = threading.Lock(), OrderedDict()
         try:
             self._file = parquet.ParquetFile(self.path)
@@ -143,10 +142,14 @@ def hub(name: str, rest: list[str], streaming: bool = False) -> Rows | Stream:
     try:
         datasets = _datasets(name)
     except InputError as e:
-        raise InputError(f"{name}: there is no such file; as a dataset of the hub, {_EXTRA}") from e
+        needs = f"a dataset of the hub needs the extra `datasets`: {install('datasets')}"
+        raise InputError(f"{name}: there is no such file; {needs}") from e
     config, split = (rest[0] if rest[1:] else None), (rest[-1] if rest else "train")
     whole, how = ":".join((name, *rest)), {"streaming": True} if streaming else {}
-    return _split(lambda: datasets.load_dataset(name, config, split=split, **how), whole, None, None)
+    try:
+        return _split(lambda: datasets.load_dataset(name, config, split=split, **how), whole, None, None)
+    except InputError as e:
+        raise InputError(f"there is no such file, and as a dataset of the hub: {e}") from e
 
 
 def _split(load, name: str, split: str | None, folder: Path | None) -> Rows | Stream:
@@ -173,5 +176,5 @@ def _datasets(name: str):
     try:
         import datasets
     except ImportError as e:
-        raise InputError(f"{name}: reading datasets {_EXTRA}") from e
+        raise InputError(f"{name}: reading datasets needs the extra `datasets`: {install('datasets')}") from e
     return datasets
