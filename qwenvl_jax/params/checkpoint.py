@@ -56,7 +56,7 @@ def load(path_or_id, *, adapter=(), mesh=None, dtype=None, revision: str | None 
     shardings = None if mesh is None else param_shardings(specs(config), mesh)
     chosen = precision_of(config, mesh) if dtype is None else Precision(_known_dtype(dtype), _known_dtype(dtype))
     config = config.replace(dtype=chosen.compute)
-    processor = Processor.from_dir(path, config)  # before the weights, because it fails quickly
+    processor = Processor.from_dir(path, config, located.adapters)  # before the weights, because it fails quickly
     with open_source(located, config) as source:
         params = to_devices(source, shardings, chosen.weights, progress)
     if progress and chosen.reason:
@@ -122,7 +122,7 @@ def save(model: Model, path, *, files_from=None) -> None:
         if files_from is not None:
             copy_side_files(files_from, work)
             (work / "README.md").unlink(missing_ok=True)  # it describes other weights
-            write_rule(model.processor, work)
+            write_rule(getattr(model.processor, RULE, False), work)
         stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # not the compute dtype, on CPUs
         write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
         write_json(work / "generation_config.json", dict(model.generation))
@@ -187,9 +187,8 @@ def write_json(file: Path, data: dict) -> None:
     file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def write_rule(processor, directory: Path) -> None:
-    """Writes how the processor treats control tokens into the tokenizer's settings, unless they say so already."""
-    rule = getattr(processor, RULE, False)
+def write_rule(rule: bool, directory: Path) -> None:
+    """Writes whether control tokens in texts take effect into the tokenizer's settings, unless they say so already."""
     settings = read_json(directory / RULE_FILE, missing={})
     if settings.get(RULE, False) != rule:
         write_json(directory / RULE_FILE, settings | {RULE: rule})

@@ -80,7 +80,8 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator) -> int | None:
     if options.lora_rank:
         if not adapter.exists():
             whole = _with_earlier(model.config, params, source)
-            save_adapter(model.config, whole, adapter, base_name=source.name, layout=options.adapter_layout)
+            how = dict(base_name=source.name, layout=options.adapter_layout)
+            save_adapter(model.config, whole, adapter, allow_control_tokens=model.processor.allow_control_tokens, **how)
             _say(f"adapter for PEFT: {mirror.name(adapter)}")
         params = lora.merge(params)
     stored = directory.read_config(source.path)  # the result has the dtype of the checkpoint
