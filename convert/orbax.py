@@ -20,7 +20,7 @@ from qwenvl_convert.safetensors import Writer
 
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.families import to_dict
-from qwenvl_jax.inputs.processor import Processor
+from qwenvl_jax.inputs.processor import RULE, Processor, read_rule
 from qwenvl_jax.params.checkpoint import (
     CHUNK_BYTES,
     PIECE_BYTES,
@@ -64,6 +64,7 @@ def to_orbax(src, dst, *, adapter=(), progress: bool = True) -> None:
             checkpointer.save(work / PARAMS, unflatten(source.leaves))
         copy_side_files(src, work)
         if located.adapters:
+            write_rule(read_rule(located.path, *located.adapters), work)
             (work / "README.md").write_text(card(located.name), "utf-8")
         write_json(work / MARKER, {"format": FORMAT})
 
@@ -153,7 +154,7 @@ def save_hf(model: Model, dst, *, base: Located, layout: str = "hub", max_shard_
     with staged(dst, source.nbytes, base.path) as work:
         _write_hf(source, model.config, work, layout, max_shard_bytes, False)
         copy_side_files(base.path, work)
-        write_rule(model.processor, work)
+        write_rule(getattr(model.processor, RULE, False), work)
         write_json(work / "config.json", to_dict(model.config.replace(dtype=dtype)))
         write_json(work / "generation_config.json", dict(model.generation))
         (work / "README.md").write_text(card(base.name), "utf-8")
@@ -165,6 +166,7 @@ def _to_hf(located: Located, dst, layout: str, max_shard_bytes: int, progress: b
         _write_hf(source, config, work, layout, max_shard_bytes, progress)
         copy_side_files(located.path, work)
         if located.adapters:
+            write_rule(read_rule(located.path, *located.adapters), work)
             (work / "README.md").write_text(card(located.name), "utf-8")
 
 

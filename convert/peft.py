@@ -18,7 +18,7 @@ from qwenvl_convert.safetensors import Reader, Tensor, Writer
 
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError, shown
-from qwenvl_jax.params.checkpoint import staged, write_json
+from qwenvl_jax.params.checkpoint import staged, write_json, write_rule
 from qwenvl_jax.params.directory import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, find
 from qwenvl_jax.params.lora import attach, is_alpha, is_rank, linears, split
 from qwenvl_jax.params.place import Leaf, Source
@@ -37,12 +37,15 @@ _VARIANTS = ("mica",)
 _SECONDS = 5  # for matching the patterns of one file
 
 
-def save_adapter(config: Config, params: dict, path, *, base_name: str, layout: str = "nested") -> None:
+def save_adapter(
+    config: Config, params: dict, path, *, base_name: str, layout: str = "nested", allow_control_tokens: bool = False
+) -> None:
     """Writes the adapter in `params` as a new directory that PEFT loads: its settings, its weights and a model card.
 
     base_name: the base model, a hub id or a directory.
     layout: module names of transformers from 4.52 on ("nested") or before ("hub"). PEFT of the other one opens the
         directory too, but leaves out modules with no more than a warning.
+    allow_control_tokens: the rule that it was trained with, which `load` follows.
     lora_alpha is the adapter's scale · r, however the scale was derived.
     Raises InputError if there is no adapter, if `path` exists, or if the disk is full.
     """
@@ -87,6 +90,7 @@ def save_adapter(config: Config, params: dict, path, *, base_name: str, layout: 
     with staged(path, sum(t.nbytes for t in tensors.values())) as work:
         write_json(work / SETTINGS, settings)
         (work / "README.md").write_text(card(base_name, "peft"), "utf-8")
+        write_rule(allow_control_tokens, work)
         shapes = {name: (t.dtype, t.shape) for name, t in tensors.items()}
         with Writer(work, shapes, sys.maxsize, WEIGHTS) as writer:
             for name, t in tensors.items():

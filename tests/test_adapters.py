@@ -192,6 +192,16 @@ def test_an_adapter_trained_on_an_adapter_is_one_of_the_base(home, tmp_path):
     assert_close(params_of(tmp_path / "both"), lora.merge(second))
 
 
+def test_an_adapter_keeps_its_rule_for_control_tokens(home, tmp_path):
+    path, model, adapted = home
+    how = dict(base_name=str(path / "base"), allow_control_tokens=True)
+    peft.save_adapter(model.config, adapted, tmp_path / "adapter", **how)
+    assert qwenvl_jax.load(tmp_path / "adapter", progress=False).processor.allow_control_tokens
+    assert not qwenvl_jax.load(path / "adapter", progress=False).processor.allow_control_tokens
+    orbax.merge(tmp_path / "adapter", tmp_path / "merged", progress=False)
+    assert qwenvl_jax.load(tmp_path / "merged", progress=False).processor.allow_control_tokens
+
+
 # Where an adapter's base is
 
 

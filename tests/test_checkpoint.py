@@ -396,30 +396,6 @@ def test_demo_is_the_packaged_one(monkeypatch, tmp_path):
     assert checkpoint.find("./demo") == checkpoint.find(Path("demo")) == here / "demo"
 
 
-def test_hub_id(monkeypatch, tokenizer_dir, tmp_path):
-    import huggingface_hub
-
-    hf_checkpoint(tmp_path / "hf", tokenizer_dir)
-    asked = []
-
-    def download(repo, allow_patterns):
-        asked.append((repo, allow_patterns))
-        return str(tmp_path / "hf")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert qwenvl_jax.load("Qwen/Qwen2-VL-2B-Instruct").config.family == "qwen2_5_vl"
-    ((repo, patterns),) = asked
-    assert repo == "Qwen/Qwen2-VL-2B-Instruct"
-    assert "*.safetensors" in patterns and not any("bin" in p or p == "*" for p in patterns)
-
-    def offline(repo, allow_patterns):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot reach the hub\nand more")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(InputError, match=r"^Qwen/none: no such directory, .*Cannot reach the hub\)$"):
-        qwenvl_jax.load("Qwen/none")
-
-
 @pytest.fixture
 def ours(tmp_path):
     config = tiny_config("qwen2_5_vl")

@@ -542,10 +542,14 @@ def test_chat_opens_an_attachment_once(tmp_path, monkeypatch, capsys):
 class Terminal:
     """A process on a terminal of its own."""
 
+    # `subprocess` starts it without the fork that jax warns of; the child makes the terminal its own.
+    OWN = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+
     def __init__(self, *argv, **env):
-        self.pid, self.fd = pty.fork()
-        if not self.pid:
-            os.execve(argv[0], argv, os.environ | env)
+        self.fd, side = pty.openpty()
+        how = dict(stdin=side, stdout=side, stderr=side, start_new_session=True, env=os.environ | env)
+        self.process = subprocess.Popen([sys.executable, "-c", self.OWN, *argv], **how)
+        os.close(side)
         self.seen, self.at = "", 0
 
     def wait(self, for_text: str, then: bytes = b"") -> None:
@@ -570,7 +574,7 @@ class Terminal:
         while self.read():
             pass
         os.close(self.fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.process.wait()
 
 
 @pytest.mark.parametrize("toolkit, keys, code", [("", b"\x15\x04", 0), ("", b"\x03", 130), ("None", b"/quit\r", 0)])

@@ -578,8 +578,8 @@ def test_killed_ten_times_no_answer_is_lost_or_doubled(tiny_checkpoint, tmp_path
         while lines() < goal and process.poll() is None:
             time.sleep(0.001 * rng.randrange(1, 30))
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        said = process.communicate()[0]
+        assert process.returncode == -signal.SIGKILL, said
         now = output.read_bytes()
         assert now.startswith(before)  # nothing is lost
         before = now[: now.rindex(b"\n") + 1]

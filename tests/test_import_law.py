@@ -1,7 +1,8 @@
 """The import law: which module may see which, read from the syntax trees so that nothing need be imported.
 
-`types, errors, options, config` <- `sharding`, `families`, `answers` <- `inputs`, `model` <- `params` <- `convert` <-
-`infer`, `train` <- `eval`, `serve`, `plan` <- `cli`. `inputs`, `families`: no jax. `infer` and `train` never meet.
+`types, errors, options, stores, config` <- `sharding`, `families`, `answers` <- `inputs`, `model` <- `params` <-
+`convert` <- `infer`, `train` <- `eval`, `serve`, `plan` <- `cli`. `inputs`, `families`: no jax. `infer` and `train`
+never meet.
 """
 
 import ast
@@ -13,11 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = {"types", "errors", "options", "config"}
+BASE = {"types", "errors", "options", "config", "stores"}
 MAY_SEE = {
     "types": set(),
     "errors": set(),
     "options": {"errors"},
+    "stores": {"errors"},
     "config": {"types", "errors"},
     "families": BASE,
     "inputs": BASE | {"families", "answers"},
@@ -75,7 +77,7 @@ def test_module_keeps_the_law(module):
     for name, top in imports(MODULES[module], module):
         root = name.split(".")[0]
         if root in ("jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"):
-            light = ("inputs", "answers", "families", "config", "types", "errors", "options", "")
+            light = ("inputs", "answers", "families", "config", "types", "errors", "options", "stores", "")
             assert mine not in light, f"{module} imports {name}"
         if root == "flax":
             assert mine == "model", f"{module} imports {name}"

@@ -315,10 +315,10 @@ def test_bytes_and_seconds_are_counted_for_the_whole_conversation(tmp_path):
     path.write_bytes(data)
     for given in (data, path):
         budget = Budget(MediaOptions(media_bytes=1))
-        load_image(given, budget)
+        image_visual(given, P, budget=budget)
         with pytest.raises(InputError, match=r"are larger than 1 MiB; .* raise media_bytes"):
-            load_image(given, budget)
+            image_visual(given, P, budget=budget)
     budget = Budget(MediaOptions(media_seconds=0.01))
     time.sleep(0.02)
     with pytest.raises(InputError, match=r"took longer than 0\.01 seconds; .* raise media_seconds"):
-        load_image(data, budget)
+        image_visual(data, P, budget=budget)

@@ -73,7 +73,7 @@ def encoder(args, request: dict | None = None):
         options["boxes"] = args.boxes
     found = located(args)
     config = directory.read_config(found.path)
-    processor = Processor.from_dir(found.path, config)
+    processor = Processor.from_dir(found.path, config, found.adapters)
 
     def encode(messages):
         sample = processor.encode(messages, **options)

@@ -4,6 +4,7 @@ import json
 import sys
 from functools import partial
 
+from qwenvl_jax import stores
 from qwenvl_jax.cli.errors import OK
 from qwenvl_jax.errors import InputError, OptionsError, install
 from qwenvl_jax.inputs.options import MediaOptions
@@ -32,6 +33,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    stores.refuse("--output", args.output)
     if args.limit is not None and args.limit < 1:
         raise OptionsError(f"limit is {args.limit}; it must be at least 1")
     options = TrainOptions(**given(args, TrainOptions, only=_OPTIONS))
@@ -42,9 +44,8 @@ def run(args) -> int:
     from qwenvl_jax.params import directory
     from qwenvl_jax.train.survey import survey
 
-    path = directory.locate(args.model).path
-    processor = Processor.from_dir(path, directory.read_config(path))
-
+    path, _, adapters = directory.locate(args.model, weights=False)
+    processor = Processor.from_dir(path, directory.read_config(path), adapters)
     progress = partial(tqdm, desc="reading", unit=" records", disable=None)
     found = survey(args.data, processor, options, limit=args.limit, progress=progress)
     facts = describe(found, options, processor.config)

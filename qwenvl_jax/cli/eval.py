@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from qwenvl_jax import stores
 from qwenvl_jax.answers.boxes import COORDINATES
 from qwenvl_jax.cli import converse
 from qwenvl_jax.cli.errors import OK, enable_compile_cache, one_of_several
@@ -101,6 +102,7 @@ def run(args) -> int:
 
 
 def _output(args) -> Path:
+    stores.refuse("--output", args.output)
     output = Path(args.output)
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"--output {output}: is a directory, or there is no directory {output.parent}")

@@ -33,7 +33,7 @@ PARAMETERS = {
 
 
 def add_arguments(parser) -> None:
-    text = "checkpoint directory, or a preset such as qwen2.5-vl-7b (default: demo)"
+    text = "checkpoint directory, hub id, gs:// or s3:// URL, or a preset such as qwen2.5-vl-7b (default: demo)"
     parser.add_argument("checkpoint", nargs="?", default="demo", metavar="CKPT", help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -45,7 +45,9 @@ def run(args) -> int:
 
 
 def describe(path_or_preset) -> dict:
-    """Facts about a checkpoint directory of either format, "demo", or one of `PRESETS`, as JSON values.
+    """Facts about a checkpoint directory of either format, a URL, a hub id, "demo" or a preset, as JSON values.
+
+    Of one that is not here, only the small files and the headers of the weight files are read.
 
     Keys: family; boxes (their coordinates in answers: "resized" or "thousandths"); preset (with the same sizes, or
     None); format ("hf", "orbax", "preset"); parameters; dtypes {name: parameters}; files {name: bytes}; bytes; context;
@@ -57,7 +59,7 @@ def describe(path_or_preset) -> dict:
     from qwenvl_convert.safetensors import DTYPES, Reader
 
     from qwenvl_jax.families import PRESETS
-    from qwenvl_jax.params import directory
+    from qwenvl_jax.params import directory, remote
 
     config = PRESETS.get(str(path_or_preset))
     if config:
@@ -67,23 +69,25 @@ def describe(path_or_preset) -> dict:
 
             count = count_params(config)
         return _facts(config, "preset", {config.dtype: count}, {})
-    if path_or_preset != directory.DEMO and not Path(path_or_preset).is_dir():
+    if not directory.named(path_or_preset):
         raise InputError(f"{path_or_preset}: no such directory or preset; presets are {', '.join(PRESETS)}")
-    path, _, adapters = directory.locate(path_or_preset)
+    path, name, adapters = directory.locate(path_or_preset, weights=False)
     config, dtypes = directory.read_config(path, quantised=True), collections.Counter[str]()
     if (path / directory.MARKER).is_file():
-        form, files = "orbax", sorted(f for f in (path / directory.PARAMS).rglob("*") if f.is_file())
+        path = directory.find(path_or_preset)  # one in a store is copied: its sizes are not in the small files
+        form, found = "orbax", {f for f in (path / directory.PARAMS).rglob("*") if f.is_file()}
+        files = {str(f.relative_to(path)): f.stat().st_size for f in sorted(found)}
         for shape, dtype in directory.stored_arrays(path).values():
             dtypes[str(dtype)] += math.prod(shape)
     else:
         form = "hf"
-        with Reader(path) as reader:
-            files = sorted({t.file for t in reader.tensors.values()})
+        with remote.headers(name, path) as path, Reader(path) as reader:
+            found = {t.file for t in reader.tensors.values()}
+            files = {f.name: f.stat().st_size for f in sorted(found)}
             for tensor in reader.tensors.values():
                 dtype = DTYPES.get(tensor.dtype)
                 dtypes[dtype.name if dtype else tensor.dtype] += math.prod(tensor.shape)
-    sizes = {str(f.relative_to(path)): f.stat().st_size for f in files}
-    return _facts(config, form, dict(dtypes), sizes) | {"adapters": [_adapter(config, a) for a in adapters]}
+    return _facts(config, form, dict(dtypes), files) | {"adapters": [_adapter(config, a) for a in adapters]}
 
 
 def _adapter(config: Config, path: Path) -> dict:

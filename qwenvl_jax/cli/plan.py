@@ -24,7 +24,12 @@ _TAKES: dict[str, tuple[str, ...]] = {
 
 def add_arguments(parser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="NAME_OR_DIR", help="preset such as qwen2.5-vl-7b, or checkpoint directory")
+    add(
+        "--model",
+        required=True,
+        metavar="NAME_OR_DIR",
+        help="preset (qwen2.5-vl-7b, …), checkpoint directory or hub id",
+    )
     add("--target", required=True, help="v5e-8, v6e-4, v5p-128, h200, h100x8, …; with --search, v6e or h100")
     add(
         "--task",

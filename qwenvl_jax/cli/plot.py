@@ -34,10 +34,12 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    from qwenvl_jax import stores
     from qwenvl_jax.train.run import read_metrics
 
-    places = {Path(run).expanduser().resolve(): run for run in args.runs}  # a run that is named twice is drawn once
-    draw({run: read_metrics(run) for run in places.values()}, args.output)
+    stores.refuse("--output", args.output)
+    places = {stores.as_url(run) or Path(run).expanduser().resolve(): run for run in args.runs}
+    draw({run: read_metrics(run) for run in places.values()}, args.output)  # each once, even if it is named twice
     print(args.output)
     return OK
 

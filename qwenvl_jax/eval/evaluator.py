@@ -274,7 +274,7 @@ def _check(questions: Sequence[Question], processor, encoding: Mapping) -> None:
     for q in questions:
         try:
             for media in processor.prompt(q.messages, tools=q.tools, add_generation_prompt=True, **flags).media:
-                if isinstance(media.source, str) and not re.match("(?i)https?:|data:", media.source):
+                if isinstance(media.source, str) and not re.match("(?i)(https?|gs|s3):|data:", media.source):
                     locate(media.source, 0)
         except InputError as e:
             raise e.at(q.where) from e

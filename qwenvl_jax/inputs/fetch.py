@@ -14,6 +14,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from qwenvl_jax import stores
 from qwenvl_jax.errors import InputError, MediaError
 from qwenvl_jax.inputs.budget import Budget
 
@@ -57,8 +58,16 @@ def _locate(source, max_bytes: int, budget: Budget) -> bytes | Path:
         return _from_data_url(source, max_bytes, budget)
     if scheme in ("http", "https"):
         return _fetch(source, max_bytes, budget)
+    if scheme in stores.LIBRARIES:
+        try:
+            data = stores.read(source, max_bytes, min(FETCH_SECONDS, budget.left()))
+        except InputError as e:
+            raise MediaError(str(e).removeprefix(f"{source}: ")) from e
+        budget.read(len(data))
+        return data
     if scheme not in (None, "file"):
-        raise MediaError(f"{scheme}:// is not supported; use a path, file://, http(s):// or data:")
+        known = "a path, file://, http(s)://, gs://, s3:// or data:"
+        raise MediaError(f"{scheme}:// is not supported; use {known}")
     path = Path(source)
     try:
         if scheme:

@@ -5,7 +5,8 @@ Patches stay uint8 until the device normalises them: a quarter of the bytes to m
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 from PIL import Image
@@ -35,41 +36,58 @@ def image_visual(
         height, width = target_size(height, width, p, options)
         return 3 * height * width * p.temporal_patch_size
 
-    image = load_image(source, budget, patch_bytes)
-    height, width = target_size(image.height, image.width, p, options)
+    with opened(source, budget, patch_bytes) as image:
+        height, width = target_size(image.height, image.width, p, options)
+        size, image = image.size, resize(image, height, width)
     patches = empty_patches(1, height, width, p)
-    fill(patches[0], resize(image, height, width), range(p.temporal_patch_size))
-    return as_visual(patches, "image")._replace(size=image.size)
+    fill(patches[0], image, range(p.temporal_patch_size))
+    return as_visual(patches, "image")._replace(size=size)
 
 
-def load_image(
-    source, budget: Budget | None = None, keep: Callable[[int, int], int] = lambda width, height: 0
-) -> Image.Image:
+def load_image(source) -> Image.Image:
     """The picture as an upright RGB PIL image, as a person sees it: transparency is white, 16 bits are scaled to 8.
 
     source: path, file:// or http(s) URL, base64 data: URL, bytes, PIL image, or uint8 array [H, W], [H, W, 3] or
         [H, W, 4]. Of an animation or a file of several pages, the first is taken. Colour profiles are ignored.
-    budget: what is taken from; keep(width, height): bytes of memory to keep for what the caller makes of the picture.
     The size is checked before the pixels are decoded. Raises MediaError that names the source.
     """
-    name, budget = name_of(source), budget or Budget()
+    with opened(source, Budget()) as image:
+        return image
+
+
+@contextmanager
+def opened(source, budget: Budget, keep: Callable[[int, int], int] = lambda width, height: 0) -> Iterator[Image.Image]:
+    """`load_image` within a budget, whose memory the picture takes until the block ends.
+
+    keep(width, height): bytes to keep for what the caller makes of the picture.
+    """
     data = source if isinstance(source, Image.Image | np.ndarray) else locate(source, MAX_IMAGE_BYTES, budget)
-    try:
-        if isinstance(data, Image.Image):
-            return _decoded(data, budget, keep)
-        if isinstance(data, np.ndarray):
-            return _decoded(_from_array(data), budget, keep)
-        if isinstance(data, bytes):
-            return _decoded(pictures.identify(io.BytesIO(data)), budget, keep)
-        if (size := data.stat().st_size) > MAX_IMAGE_BYTES:
-            raise MediaError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB, the limit for a picture")
-        budget.read(size)
-        with data.open("rb") as file:
-            return _decoded(pictures.identify(file), budget, keep)
-    except OSError as e:
-        raise MediaError(f"{name}: cannot be read ({e.strerror or e})") from e
-    except InputError as e:
-        raise e.at(name) from e
+    with ExitStack() as stack:
+        try:
+            image = _identified(data, budget, stack)
+            pictures.check_size(image.width, image.height)
+            kept = keep(image.width, image.height)
+            budget.left()
+            stack.enter_context(budget.memory(pictures.cost(image), kept))
+            image = pictures.decode(image)
+        except OSError as e:
+            raise MediaError(f"{name_of(source)}: cannot be read ({e.strerror or e})") from e
+        except InputError as e:
+            raise e.at(name_of(source)) from e
+        yield image
+
+
+def _identified(data, budget: Budget, stack: ExitStack) -> Image.Image:
+    if isinstance(data, Image.Image):
+        return data
+    if isinstance(data, np.ndarray):
+        return _from_array(data)
+    if isinstance(data, bytes):
+        return pictures.identify(io.BytesIO(data))
+    if (size := data.stat().st_size) > MAX_IMAGE_BYTES:
+        raise MediaError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB, the limit for a picture")
+    budget.read(size)
+    return pictures.identify(stack.enter_context(data.open("rb")))
 
 
 def _from_array(source: np.ndarray) -> Image.Image:
@@ -78,14 +96,6 @@ def _from_array(source: np.ndarray) -> Image.Image:
         raise MediaError(f"an array must be uint8 [H, W], [H, W, 3] or [H, W, 4], not {shape}")
     pictures.check_size(source.shape[1], source.shape[0])
     return Image.fromarray(np.ascontiguousarray(source))
-
-
-def _decoded(image: Image.Image, budget: Budget, keep: Callable) -> Image.Image:
-    pictures.check_size(image.width, image.height)
-    kept = keep(image.width, image.height)
-    budget.left()
-    with budget.memory(pictures.cost(image), kept):
-        return pictures.decode(image)
 
 
 def resize(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -67,9 +67,11 @@ class Processor:
         self.tokenizer.encode_special_tokens = True  # pickling a tokenizer drops the setting
 
     @classmethod
-    def from_dir(cls, path, config: Config) -> "Processor":
+    def from_dir(cls, path, config: Config, adapters: Sequence[Path] = ()) -> "Processor":
         """Reads the tokenizer, chat template and preprocessor config of a checkpoint directory.
 
+        adapters: directories of adapters in this checkpoint; the rule for control tokens is that of the last one that
+            has a rule.
         Raises CheckpointError that names a file that is missing, unreadable or contradicts `config`.
         """
         path = Path(path)
@@ -78,9 +80,7 @@ class Processor:
             raise CheckpointError(f"{path} has no {PREPROCESSOR_FILE}; {_COPY}")
         tokenizer = _read_tokenizer(path)
         tokenizer.encode_special_tokens = True
-        rule = read_json(path / RULE_FILE, missing={}).get(RULE, False)
-        if not isinstance(rule, bool):
-            raise CheckpointError(f"{path / RULE_FILE}: {RULE} is {shown(rule)}; it must be true or false")
+        rule = read_rule(path, *adapters)
         return cls(tokenizer, ChatTemplate.from_dir(path), preprocessing, config, rule)
 
     @cached_property
@@ -218,6 +218,17 @@ class Processor:
             return load(media.source, self.preprocessing, MediaOptions(**chosen), budget)
         except InputError as e:
             raise e.at(media.where) from e
+
+
+def read_rule(*folders: Path) -> bool:
+    """Whether control tokens in texts take effect: what the last folder says that says it."""
+    rule = False
+    for file in (folder / RULE_FILE for folder in folders):
+        own = read_json(file, missing={}).get(RULE)
+        if own is not None and not isinstance(own, bool):
+            raise CheckpointError(f"{file}: {RULE} is {shown(own)}; it must be true or false")
+        rule = rule if own is None else own
+    return rule
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

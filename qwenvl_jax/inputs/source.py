@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from qwenvl_jax import stores
 from qwenvl_jax.errors import BadRecord, InputError, OptionsError
 from qwenvl_jax.inputs.tables import ParquetFile, Rows, Stream, hub, saved
 
@@ -115,6 +116,11 @@ def _renames(columns: Sequence[str]) -> dict[str, str]:
 
 
 def _open(name: str, streaming: bool) -> list:
+    if url := stores.as_url(name):
+        parts = _open(str(stores.fetch(url)), streaming)
+        for part in parts:
+            part.name, part.folder = url, stores.folder(url).parent
+        return parts
     if os.path.isdir(name):
         return [saved(name, None)]
     if os.path.exists(name):

@@ -19,7 +19,7 @@ from PIL import Image
 from qwenvl_jax.errors import InputError, MediaError, OptionsError, install
 from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.fetch import locate, name_of
-from qwenvl_jax.inputs.media import as_visual, empty_patches, fill, load_image, resize
+from qwenvl_jax.inputs.media import as_visual, empty_patches, fill, opened, resize
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
 from qwenvl_jax.inputs.preprocessing import MAX_PIXELS, Preprocessing, target_size
 from qwenvl_jax.types import Visual
@@ -141,8 +141,9 @@ def _from_frames(frames: Sequence, p: Preprocessing, o: MediaOptions, budget: Bu
     patches = None
     for i, frame in enumerate(frames):
         try:
-            image = load_image(frame, budget)
-            height, width = target_size(image.height, image.width, p, o)
+            with opened(frame, budget) as image:
+                height, width = target_size(image.height, image.width, p, o)
+                size, image = image.size, resize(image, height, width)
         except InputError as e:
             raise e.at(f"frame {i}") from e
         if patches is None:
@@ -153,8 +154,8 @@ def _from_frames(frames: Sequence, p: Preprocessing, o: MediaOptions, budget: Bu
             raise MediaError(f"frame {i} ({name_of(frame)}) would be resized to {sizes}; {hint}")
         spare = len(patches) * per_step - len(frames) if i == len(frames) - 1 else 0
         slot = i % per_step
-        fill(patches[i // per_step], resize(image, height, width), range(slot, slot + 1 + spare))
-    return _as_clip(patches, per_step / (o.fps or DEFAULT_FPS))._replace(size=image.size)
+        fill(patches[i // per_step], image, range(slot, slot + 1 + spare))
+    return _as_clip(patches, per_step / (o.fps or DEFAULT_FPS))._replace(size=size)
 
 
 def _as_clip(patches: np.ndarray, seconds_per_grid: float) -> Visual:

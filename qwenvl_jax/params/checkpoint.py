@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from qwenvl_jax import stores
 from qwenvl_jax.config import DTYPES, Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import to_dict
@@ -36,24 +37,26 @@ CHUNK_BYTES = 16 << 20  # small, so that a process reads little more than its ow
 PIECE_BYTES = 64 << 20  # in memory at a time, unless one layer is larger
 
 
-def load(path_or_id, *, adapter=(), mesh=None, dtype=None, progress: bool = True) -> Model:
+def load(path_or_id, *, adapter=(), mesh=None, dtype=None, revision: str | None = None, progress: bool = True) -> Model:
     """Loads a checkpoint: a Hugging Face directory, one written by `save` or `qwenvl convert`, a hub id, or "demo".
 
-    path_or_id may be an adapter in PEFT's format: then its base is loaded and the adapter is merged into it.
-    adapter: an adapter to merge, a directory or a hub id; or several, which are merged in order.
+    path_or_id: as for `find`, so also "gs://…", "s3://…" and "ID@REVISION". It may be an adapter in PEFT's format: then
+        its base is loaded and the adapter is merged into it.
+    adapter: an adapter to merge, named in the same way; or several, which are merged in order.
     mesh: lay the parameters out over it (sharding.make_mesh); None puts them on the first device.
     dtype: cast the weights to it and compute in it ("bfloat16"). None keeps the checkpoint's. CPUs multiply 16 bits
         slowly, so they compute 16-bit checkpoints in float32 (`precision_of`); `save` may then write float32.
+    revision: branch, tag or commit of a hub id. The model is of one commit, even if the branch moves meanwhile.
     Raises InputError if it is not a complete checkpoint of a supported model, or if the mesh does not divide it.
     """
     from qwenvl_jax.inputs.processor import Processor
 
-    located = locate(path_or_id, *([adapter] if isinstance(adapter, str | Path) else adapter))
+    located = locate(path_or_id, *([adapter] if isinstance(adapter, str | Path) else adapter), revision=revision)
     path, config = located.path, read_config(located.path)
     shardings = None if mesh is None else param_shardings(specs(config), mesh)
     chosen = precision_of(config, mesh) if dtype is None else Precision(_known_dtype(dtype), _known_dtype(dtype))
     config = config.replace(dtype=chosen.compute)
-    processor = Processor.from_dir(path, config)  # before the weights, because it fails quickly
+    processor = Processor.from_dir(path, config, located.adapters)  # before the weights, because it fails quickly
     with open_source(located, config) as source:
         params = to_devices(source, shardings, chosen.weights, progress)
     if progress and chosen.reason:
@@ -84,7 +87,7 @@ def precision_of(config: Config, mesh=None) -> Precision:
 
 
 def save(model: Model, path, *, files_from=None) -> None:
-    """Writes a model as a new directory `path`: its parameters, config and generation settings.
+    """Writes a model as a new directory `path`, or at a URL: its parameters, config and generation settings.
 
     files_from: a checkpoint directory whose tokenizer, template and preprocessor files are copied. Without them, `load`
     cannot read the directory, but `restore` and `qwenvl convert` can.
@@ -119,7 +122,7 @@ def save(model: Model, path, *, files_from=None) -> None:
         if files_from is not None:
             copy_side_files(files_from, work)
             (work / "README.md").unlink(missing_ok=True)  # it describes other weights
-            write_rule(model.processor, work)
+            write_rule(getattr(model.processor, RULE, False), work)
         stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # not the compute dtype, on CPUs
         write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
         write_json(work / "generation_config.json", dict(model.generation))
@@ -184,9 +187,8 @@ def write_json(file: Path, data: dict) -> None:
     file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def write_rule(processor, directory: Path) -> None:
-    """Writes how the processor treats control tokens into the tokenizer's settings, unless they say so already."""
-    rule = getattr(processor, RULE, False)
+def write_rule(rule: bool, directory: Path) -> None:
+    """Writes whether control tokens in texts take effect into the tokenizer's settings, unless they say so already."""
     settings = read_json(directory / RULE_FILE, missing={})
     if settings.get(RULE, False) != rule:
         write_json(directory / RULE_FILE, settings | {RULE: rule})
@@ -205,8 +207,13 @@ def staged(path, nbytes: int, outside: Path | None = None):
 
     nbytes: the size to check against the free space first. Leftovers of a killed run are removed.
     outside: a directory that `path` must not be in.
+    `path` may be a URL, to which the directory is copied when it is complete.
     Raises InputError if `path` exists, if another process is writing it, or if the disk is full.
     """
+    if url := stores.as_url(path):
+        with stores.new_directory(url) as here, staged(here, nbytes) as work:
+            yield work
+        return
     path = Path(path).expanduser().absolute()
     if os.path.lexists(path):
         raise CheckpointError(f"{path}: exists already; choose another name, or remove it first")

@@ -27,7 +27,6 @@ ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safete
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
 _LOG = logging.getLogger(__name__)
-_HUB_FILES = (*SIDE_FILES, "*.safetensors", f"{PARAMS}/**")
 
 
 class Located(NamedTuple):
@@ -38,38 +37,49 @@ class Located(NamedTuple):
     adapters: tuple[Path, ...] = ()
 
 
-def find(path_or_id) -> Path:
-    """The checkpoint's directory; a hub id such as "Qwen/Qwen2-VL-2B-Instruct" is downloaded first.
+def find(path_or_id, *, revision: str | None = None, weights: bool = True) -> Path:
+    """The checkpoint's directory. One on the hub or in an object store is copied to a cache first.
 
-    "demo" is always the package's small checkpoint; "./demo" is a directory. Raises CheckpointError if it is not found.
+    path_or_id: a directory, "gs://…", "s3://…", a hub id such as "Qwen/Qwen2-VL-2B-Instruct", or "ID@REVISION".
+        "demo" is always the package's small checkpoint; "./demo" is a directory.
+    weights: False copies the small files only. Otherwise they are judged before the weights are copied.
+    Raises CheckpointError if it is not found.
     """
+    from qwenvl_jax.params import remote
+
     if path_or_id == DEMO:
         path = PACKAGE / "demo" / "checkpoint"
         if not path.is_dir():
             raise CheckpointError(f"{DEMO}: this installation has no demo checkpoint; name a directory or a hub id")
         return path
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    if path.is_dir() and revision is None:
         return path.absolute()
-    if path.exists():
+    if path.exists() and not path.is_dir():
         raise CheckpointError(_a_file(path))
-    if not HUB_ID.fullmatch(str(path_or_id)):
+    place = remote.place_of(path_or_id, revision)
+    if place is None:
         raise CheckpointError(f"{path}: no such directory")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=list(_HUB_FILES)))
-    except Exception as e:  # the type depends on huggingface_hub's version and http library
-        raise CheckpointError(f"{path_or_id}: no such directory, and not on the hub ({first_line(e)})") from e
+    return remote.fetch(place, weights=weights)
 
 
-def locate(path_or_id, *adapters) -> Located:
-    """Finds a model and its adapters, each a directory or a hub id.
+def named(path_or_id) -> bool:
+    """Whether this names a checkpoint by its form, or a directory that exists."""
+    from qwenvl_jax.params import remote
+
+    return path_or_id == DEMO or Path(path_or_id).expanduser().is_dir() or remote.place_of(path_or_id) is not None
+
+
+def locate(path_or_id, *adapters, revision: str | None = None, weights: bool = True) -> Located:
+    """Finds a model and its adapters, each named as for `find`.
 
     If `path_or_id` is an adapter, its base is opened and the adapter comes first. `adapters` are applied after it.
+    revision, weights: as for `find`; those of adapters are always there.
     Raises CheckpointError if one of them, or a base, is not found.
     """
-    name, path = path_or_id, find(path_or_id)
+    from qwenvl_jax.stores import as_url
+
+    name, path = path_or_id, find(path_or_id, revision=revision, weights=weights)
     own: list[Path] = []
     chain = [find(adapter) for adapter in adapters]
     for adapter in chain:
@@ -83,13 +93,15 @@ def locate(path_or_id, *adapters) -> Located:
             raise CheckpointError(f"{both}; move {ADAPTER_SETTINGS} away, or apply it too: --adapter {path}")
         if path in own:
             raise CheckpointError(f"{path}: this adapter's base is an adapter of it; name the base with --model")
+        own.insert(0, path if weights else find(name))
         name = _base_of(path)
         _LOG.warning("%s is an adapter; its base model is %s", path.name, name)
-        own.insert(0, path)
-        path = find(name)
+        path = find(name, weights=weights)
     cached = _CACHED.search(str(path))
     named = f"{cached[1]}/{cached[2]}" if cached else str(name)
-    return Located(path, named if HUB_ID.fullmatch(named) and not Path(named).is_dir() else str(path), (*own, *chain))
+    if not as_url(named) and (Path(named).is_dir() or not HUB_ID.fullmatch(named)):
+        named = str(path)
+    return Located(path, named, (*own, *chain))
 
 
 def _base_of(adapter: Path):

@@ -9,7 +9,6 @@ import re
 import time
 from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -26,7 +25,7 @@ from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import slots_needed
 from qwenvl_jax.inputs.pack import cover
 from qwenvl_jax.params import lora
-from qwenvl_jax.params.directory import DEMO, locate, read_config
+from qwenvl_jax.params.directory import locate, named, read_config
 from qwenvl_jax.params.specs import abstract_params, check_mesh, param_shardings, specs, specs_of
 from qwenvl_jax.plan.hardware import CHIPS, GIB, Target, devices
 from qwenvl_jax.plan.hlo import Program
@@ -207,12 +206,12 @@ def search(job: Job, kind: str, *, progress: bool = True) -> dict:
 
 
 def resolve_model(name: str) -> Config:
-    """The configuration of a preset ("qwen2.5-vl-7b") or a checkpoint directory. Nothing is downloaded."""
+    """The configuration of a preset ("qwen2.5-vl-7b"), or of a checkpoint, without its weights."""
     if name in PRESETS:
         return PRESETS[name]
-    if name != DEMO and not Path(name).is_dir():
+    if not named(name):
         raise InputError(f"{name}: no such directory or preset; presets are {', '.join(PRESETS)}")
-    return read_config(locate(name).path)
+    return read_config(locate(name, weights=False).path)
 
 
 def _shaped(mesh: Mesh, dims: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:

@@ -17,6 +17,7 @@ from qwenvl_jax.params import checkpoint, directory, lora
 from qwenvl_jax.params.directory import Located
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import OnMetrics, make_run_mesh, train
+from qwenvl_jax.train.mirror import Mirror, check_shared, open_mirror
 from qwenvl_jax.train.optimizer import settled
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape
@@ -45,20 +46,28 @@ def finetune(
     for name in ("model", "data", "output"):
         if not getattr(options, name):
             raise OptionsError(f"{name} is missing; give --{name} or set it in the TOML file")
-    final, adapter = (Path(options.output).expanduser() / name for name in (FINAL, ADAPTER))
     if options.distributed:
+        check_shared(options.output)
         distributed.initialize()
     options, _ = settled(options, optimizer), make_run_mesh(options)
+    with contextlib.closing(open_mirror(options.output)) as mirror:
+        stopped = _finetune(options, mirror, evaluator, dict(optimizer=optimizer, on_metrics=on_metrics))
+        mirror.push(progress=True)
+        return stopped
+
+
+def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> int | None:
+    final, adapter = (mirror.path / name for name in (FINAL, ADAPTER))
     with Run(options) as run:  # refuses another run's directory before any weights are read
         if run.before is not None and run.before.length != options.length:
-            _set_aside(run.step, final, adapter)
+            _set_aside(mirror, run.step, final, adapter)
         else:
             for done in (final, adapter):
                 if done.is_dir() and run.step < (options.steps or 1):
                     steps = f"after {run.step} steps"
-                    raise InputError(f"{done} exists, {steps}; move it away to train for {options.length}")
+                    raise InputError(f"{mirror.name(done)} exists, {steps}; move it away to train for {options.length}")
             if final.is_dir():
-                _say(f"already finished: {final}")
+                _say(f"already finished: {mirror.name(final)}")
                 return None
     records, questions = _open(options)
     source = directory.locate(options.model)
@@ -69,7 +78,6 @@ def finetune(
             if evaluator is None:
                 raise OptionsError("eval_data needs an evaluator")
             evaluate = evaluator(model, questions, options.encoding)
-        more = dict(optimizer=optimizer, on_metrics=on_metrics)
         result = train(model, data, options, evaluate=evaluate, donate=True, **more)
     if result.signal is not None:
         _say(f"stopped after step {result.step}; the same command resumes the run")
@@ -83,8 +91,9 @@ def finetune(
     if options.lora_rank:
         if not adapter.exists():
             whole = _with_earlier(model.config, params, source)
-            save_adapter(model.config, whole, adapter, base_name=source.name, layout=options.adapter_layout)
-            _say(f"adapter for PEFT: {adapter}")
+            how = dict(base_name=source.name, layout=options.adapter_layout)
+            save_adapter(model.config, whole, adapter, allow_control_tokens=model.processor.allow_control_tokens, **how)
+            _say(f"adapter for PEFT: {mirror.name(adapter)}")
         params = lora.merge(params)
     stored = directory.read_config(source.path)  # the result has the dtype of the checkpoint
     params = jax.tree.map(lambda w: w.astype(stored.dtype), params)
@@ -93,11 +102,11 @@ def finetune(
         save_hf(model, final, base=source)
     else:
         checkpoint.save(model, final, files_from=source.path)
-    _say(f"model of step {result.step}: {final}")
+    _say(f"model of step {result.step}: {mirror.name(final)}")
     return None
 
 
-def _set_aside(step: int, *results: Path) -> None:
+def _set_aside(mirror: Mirror, step: int, *results: Path) -> None:
     """Renames the results of a run that ended after `step` steps and goes on now."""
     if jax.process_index() > 0:
         return
@@ -105,9 +114,10 @@ def _set_aside(step: int, *results: Path) -> None:
         if result.is_dir():
             former = result.with_name(f"{result.name}-{step}")
             if former.exists():
-                raise InputError(f"{former} exists; move it away, since {result} is to get this name")
-            result.rename(former)
-            _say(f"the result after {step} steps is now {former}")
+                names = mirror.name(former), mirror.name(result)
+                raise InputError(f"{names[0]} exists; move it away, since {names[1]} is to get this name")
+            mirror.rename(result, former)
+            _say(f"the result after {step} steps is now {mirror.name(former)}")
 
 
 def _with_earlier(config: Config, params: dict, source: Located) -> dict:

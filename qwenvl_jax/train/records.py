@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qwenvl_jax import stores
 from qwenvl_jax.answers.boxes import check_coordinates
 from qwenvl_jax.errors import BadRecord, InputError
 from qwenvl_jax.inputs.layout import Lanes, make_sample, slots_needed
@@ -48,7 +49,7 @@ class RecordProcessor:
         check_coordinates(self.boxes)
         check_names(options, (*names(MediaOptions), *flags))
         self.processor, self.shape, self.preferences = processor, shape, preferences
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else stores.folder(folder)
         self.flags = {k: options.pop(k) for k in flags if k in options}
         self.options = MediaOptions(**options)
 

@@ -19,11 +19,13 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from qwenvl_jax import stores
 from qwenvl_jax.errors import CheckpointError, InputError, OptionsError
 from qwenvl_jax.params.checkpoint import is_full
+from qwenvl_jax.train.mirror import CHECKPOINTS, check_shared, open_mirror
 from qwenvl_jax.train.options import TrainOptions
 
-OPTIONS, CHECKPOINTS, METRICS, BOARD = "train.toml", "checkpoints", "metrics.jsonl", "tensorboard"
+OPTIONS, METRICS, BOARD = "train.toml", "metrics.jsonl", "tensorboard"
 _DELETED = "deleted"
 
 
@@ -36,7 +38,10 @@ class Run:
     def __init__(self, options: TrainOptions):
         if not options.output:
             raise OptionsError("output is missing; it names the directory of the run")
-        self.path = Path(options.output).expanduser().absolute()
+        if jax.process_count() > 1:
+            check_shared(options.output)
+        self._mirror = open_mirror(options.output)
+        self.path = self._mirror.path
         self._options, self._metrics, self._board = options, None, None
         self._writes, self._locked = jax.process_index() == 0, False
         self._made = not self.path.exists()
@@ -44,6 +49,7 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as e:
+            self._mirror.close()
             raise InputError(f"{self.path}: not usable as the directory of a run ({e.strerror})") from e
         try:
             self._open(options)
@@ -91,6 +97,7 @@ class Run:
         if self._writes:
             _replace(self.path / OPTIONS, [self._options.to_toml()])
             _replace(self.path / METRICS, _lines_up_to(self.path / METRICS, self.step))
+            self._mirror.push()
 
     def evaluation(self, step: int) -> dict | None:
         """The metrics of a checkpoint's evaluation, None if there was none."""
@@ -125,6 +132,7 @@ class Run:
             self._delete_old()
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
         self._manager.save(step, args=args, metrics=metrics, force=True)
+        self._mirror.push_after(self.path / CHECKPOINTS / str(step))
         self.step = step
 
     def progress(self, step: int) -> dict:
@@ -166,6 +174,7 @@ class Run:
             if is_full(e):
                 raise InputError(f"{self.path}: the disk is full; free some space and resume the run") from e
             raise
+        self._mirror.push()
 
     def __enter__(self):
         return self
@@ -180,6 +189,8 @@ class Run:
                     self._delete_old()
             for file in filter(None, (self._metrics, self._board)):
                 file.close()
+            if kind is None:
+                self._mirror.push()
         finally:
             self._close()
 
@@ -190,6 +201,7 @@ class Run:
                 with contextlib.suppress(OSError):
                     empty.rmdir()
         os.close(self._lock)
+        self._mirror.close()
 
 
 def last_step(output) -> int:
@@ -200,7 +212,8 @@ def last_step(output) -> int:
 
 def read_metrics(run) -> list[dict]:
     """The lines of metrics.jsonl. run: the directory of a run, or the file. Raises InputError if there is none."""
-    file = Path(run).expanduser()
+    url = stores.as_url(run)
+    file = stores.fetch(url if url.endswith(METRICS) else f"{url}/{METRICS}") if url else Path(run).expanduser()
     file = file / METRICS if file.is_dir() else file
     if not file.is_file():
         raise InputError(f"{run}: not the directory of a run; it has no {METRICS}")
