@@ -43,8 +43,8 @@ def data(tmp_path):
 SHAPE = ["--rows", "2", "--tokens", "128", "--lanes", "2", "--patches", "128"]
 
 
-def facts_of(capsys, data, *more) -> dict:
-    assert cli.main(["data", str(data), *SHAPE, "--json", *more]) == 0
+def facts_of(capsys, *given) -> dict:
+    assert cli.main(["data", *map(str, given), *SHAPE, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -111,6 +111,18 @@ def test_suggestions_hold_all(task, data, processor):
     if task == "sft":  # text needs one lane, as small as can be
         expected = PackShape(7, 128, 1, processor.config.vision.block_slots, 64)
         assert suggest(words.measured, TrainOptions(rows=7, tokens=128), processor.config, 1.0) == expected
+
+
+def test_several_files_with_other_names(data, capsys):
+    other = data.with_name("other.jsonl")
+    other.write_text(json.dumps({"query": "q", "caption": "a b", "mood": 1}) + "\n")
+    columns = ["--columns", "caption=response", "--columns", "mood="]
+    facts = facts_of(capsys, data, other, *columns)
+    assert (facts["records"], facts["usable"], facts["forms"]["query + response"]) == (48, 41, 1)
+    assert facts["bad"]["too long"]["first"][0].startswith(f"{data}:41: ")
+    assert facts_of(capsys, data.parent / "*.jsonl", *columns) == facts
+    facts = facts_of(capsys, data, other)
+    assert facts["bad"]["unknown key"]["first"][0].startswith(f"{other}:1: ")
 
 
 def test_what_cannot_be(data, capsys, tmp_path):

@@ -370,6 +370,28 @@ def test_epochs_end_as_their_steps_do(tmp_path):
         loop.train(model(), Batches(), by_epochs(tmp_path / "epochs", 2))
 
 
+class Streamed(Epochs):
+    epoch = math.nan  # how far a stream is read is not known
+
+
+@pytest.mark.parametrize("how", [{}, dict(schedule="constant", cooldown=2)])
+def test_the_rate_of_a_stream_cannot_fall(tmp_path, how):
+    with pytest.raises(InputError, match="epochs is 2, but a stream does not say how long it is"):
+        loop.train(model(), Streamed(2), by_epochs(tmp_path, 2, **how))
+    assert not list(tmp_path.iterdir())
+
+
+def test_epochs_of_a_stream(tmp_path, capsys):
+    """With a constant rate the run ends where the stream does, and may go on after it."""
+    for epochs in (1, 2):
+        result = loop.train(model(), Streamed(epochs), by_epochs(tmp_path, epochs, schedule="constant"))
+        assert result.step == 3 * epochs
+    lines = exactly(tmp_path)
+    assert not any("epoch" in line for line in lines)
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0, *[1e-2] * 5])  # one step of warmup
+    assert "step 6: loss" in capsys.readouterr().err
+
+
 def test_the_last_step_of_an_epoch_may_be_smaller(tmp_path):
     """Five batches in steps of four; a constant rate may go on for more epochs."""
     constant = dict(schedule="constant", accumulate=4, warmup=0, save_every=1)
