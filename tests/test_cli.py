@@ -157,7 +157,7 @@ def test_every_option_of_encode_is_an_option_here(monkeypatch, tmp_path):
             raise InputError("enough")
 
     monkeypatch.setattr("qwenvl_jax.params.directory.read_config", lambda path: None)
-    monkeypatch.setattr(Processor, "from_dir", lambda path, config, adapters=(): Recorder())
+    monkeypatch.setattr(Processor, "from_dir", lambda path, config, adapters: Recorder())
     (tmp_path / "tools.json").write_text('[{"type": "function"}]')
     values = {
         "min_pixels": 1, "max_pixels": 2, "resized_height": 3, "resized_width": 4, "total_pixels": 5,

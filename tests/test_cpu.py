@@ -19,6 +19,8 @@ from qwenvl_jax.types import Model
 
 
 class NoText:
+    allow_control_tokens, control_tokens = False, {}
+
     def decode(self, ids, **_):
         return ""
 
