@@ -21,6 +21,7 @@ from qwenvl_jax.types import Model, Sample
 
 _LOG = logging.getLogger(__name__)
 _LOADERS = 8  # threads that encode the next questions meanwhile
+_GO_ON = "the same command goes on after the record is mended; --on-bad-record skip goes on without it"
 _AHEAD = 4  # batches encoded at a time; only their images are in memory
 
 
@@ -139,7 +140,7 @@ class Evaluator:
         bad = list(self._unread)
         for error in bad:
             _LOG.warning("%s; skipped", error)
-        for batch in self._answer(engine, todo):
+        for batch in self._answer(engine, todo, bad_last=bool(ids)):
             said = {i: one for i, one in batch.items() if not isinstance(one, InputError)}
             new = {i: score(question, text, reason, self._clean) for i, (question, text, reason) in said.items()}
             answers |= new
@@ -147,7 +148,7 @@ class Evaluator:
                 journal.add((ids[i], answer.to_dict()) for i, answer in new.items())
             for error in (one for one in batch.values() if isinstance(one, InputError)):
                 if on_bad == "stop":
-                    raise error
+                    raise _with_rest(error, journal)
                 _LOG.warning("%s; skipped", error)
                 bad.append(error)
         if not answers:
@@ -174,8 +175,11 @@ class Evaluator:
         except InputError as e:
             return e.at(q.where)
 
-    def _answer(self, engine, todo: list[int]) -> Iterator[dict[int, Any]]:
-        """Batches of {index: (question, text, finish_reason) or an InputError}."""
+    def _answer(self, engine, todo: list[int], bad_last: bool) -> Iterator[dict[int, Any]]:
+        """Batches of {index: (question, text, finish_reason) or an InputError}.
+
+        bad_last: the bad records of a window come after its answers, so that the answers are kept if these end the run.
+        """
         from tqdm import tqdm
 
         if not todo:
@@ -194,12 +198,15 @@ class Evaluator:
                 encoded = pool.map(encode, following)  # starts now, while this window is answered
                 bad = {i: one for i, one in pairs.items() if isinstance(one, InputError)}
                 bar.update(len(bad))
-                yield bad
+                if not bad_last:
+                    yield bad
                 by_length = sorted(pairs.keys() - bad.keys(), key=lambda i: (len(pairs[i][0].tokens), i))
                 for at in range(0, len(by_length), self._batch):
                     batch = {i: pairs.pop(i) for i in by_length[at : at + self._batch]}
                     bar.update(len(batch))
                     yield self._generate(engine, batch)
+                if bad_last:
+                    yield bad
 
     def _generate(self, engine, batch: dict[int, tuple[Sample, Question]]) -> dict[int, Any]:
         why = ""
@@ -220,6 +227,13 @@ def _settings(options) -> dict:
     unused = {"n", "logprobs", "seed", *(("top_k", "top_p", "min_p") if options.greedy else ())}
     values = {name: value for name, value in vars(options).items() if name not in unused}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _with_rest(error: InputError, journal: Journal | None) -> InputError:
+    """The error that ends a run, with the place of the answers so far."""
+    if journal:
+        error.args = (f"{error}. The answers so far are in {journal.path}; {_GO_ON}",)
+    return error
 
 
 def _reason(error: InputError) -> str:
