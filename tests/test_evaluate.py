@@ -484,6 +484,42 @@ def test_answers_of_another_evaluation_are_refused(tiny_checkpoint, tmp_path, ca
 
 
 @only_new
+def test_answers_follow_pictures_and_preprocessing_but_not_the_working_directory(
+    tiny_checkpoint, tmp_path, capsys, echo, monkeypatch
+):
+    model = make_tiny(tmp_path / "model", "qwen2_5_vl")
+    folder, elsewhere = tmp_path / "d", tmp_path / "elsewhere"
+    for path in (folder, elsewhere):
+        path.mkdir()
+    noise = Image.effect_noise((84, 56), 90)
+    noise.save(folder / "a.png")
+    clip = {"type": "video", "video": ["a.png", "a.png"], "fps": 2}
+    record = {"messages": [ask("Read.", {"type": "image", "image": "a.png"}, clip)], "answer": "x"}
+    file, output = write(folder / "q.jsonl", record), tmp_path / "answers.jsonl"
+    rest = ("--model", model, "--output", output)
+    monkeypatch.chdir(folder)
+    assert run_eval(capsys, "q.jsonl", *rest)[0] == 0
+    monkeypatch.chdir(elsewhere)
+    assert run_eval(capsys, "../d/q.jsonl", *rest)[0] == 0 and run_eval(capsys, file, *rest)[0] == 0
+    assert len(echo.asked) == 1
+    for key, value in (("metric", "anls"), ("task", "t"), ("answer", "y")):
+        write(file, {**record, key: value})
+        code, _, err = run_eval(capsys, file, *rest)
+        assert code == 2 and f":1: the {key} of {file}:1 was " in err and f" and is {value!r}" in err
+    write(file, record)
+    settings = model / "preprocessor_config.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps(json.loads(before) | {"max_pixels": 56 * 56}))
+    code, _, err = run_eval(capsys, file, *rest)
+    assert code == 2 and "another model (weights, config, preprocessing" in err
+    settings.write_text(before)
+    assert run_eval(capsys, file, *rest)[0] == 0
+    noise.transpose(Image.Transpose.ROTATE_180).save(folder / "a.png")
+    code, _, err = run_eval(capsys, file, *rest)
+    assert code == 2 and f"an image or video of {file}:1 has changed" in err and len(echo.asked) == 1
+
+
+@only_new
 def test_bad_items_are_counted_and_named(tiny_checkpoint, tmp_path, capsys, echo):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
 

@@ -126,7 +126,8 @@ class Evaluator:
             model = fingerprint(engine.config, engine.processor, engine.params)
             if jax.process_index():  # process 0 writes
                 return self._run(engine, on_bad, ids=ids)
-            with Journal(output, model, self._identity, ids, overwrite=overwrite) as journal:
+            asked = dict(zip(ids, self._all, strict=True))
+            with Journal(output, model, self._identity, asked, overwrite=overwrite) as journal:
                 return self._run(engine, on_bad, journal, ids)
         finally:
             engine.params = own if self._model is None else None

@@ -4,31 +4,39 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, shown
+from qwenvl_jax.eval.metrics import BOXES
 from qwenvl_jax.eval.questions import Question
+from qwenvl_jax.inputs.messages import normalize
 
 _START = b'{"id": "'  # of every line
+_PROMPT = 8  # letters of an id that depend on the prompt alone
+_ANEW = "give another --output, or --overwrite"
 _KEYS = {"id": str, "model": str, "options": dict, "answer": str | list, "prediction": str, "finish_reason": str}
 
 
 class Journal:
     """A JSONL file of answers, open for appending: a context manager. A line is on the disk when `add` returns.
 
-    Each line starts with the question's id, the model's fingerprint and the options; `report.Answer.to_dict` follows.
-    ids: of all questions that the file may answer. `answered`: the lines found there, by id. A half-written last line
-    is dropped. overwrite: drop whatever the file holds.
-    Raises InputError if the file holds anything else, or answers of another model, other options or other questions.
+    Each line starts with the question's id, the model's fingerprint, the options and a checksum of the sizes and times
+    of the question's pictures and clips; `report.Answer.to_dict` follows.
+    questions: all that the file may answer, by id (see `question_ids`). `answered`: the lines found there, by id. A
+    half-written last line is dropped. overwrite: drop whatever the file holds.
+    Raises InputError if the file holds anything else, or answers of another model, other options, other questions or
+    other pictures.
     """
 
-    def __init__(self, path, model: str, options: dict, ids: Sequence[str], *, overwrite: bool = False):
-        self.path, self._ids = Path(path), dict.fromkeys(ids)
+    def __init__(self, path, model: str, options: dict, questions: Mapping[str, Question], *, overwrite: bool = False):
+        self.path, self._questions = Path(path), questions
+        self._media = {name: _media_state(q) for name, q in questions.items()}  # before they are opened
         self._run: dict[str, Any] = {"model": model, "options": options}
         self.answered: dict[str, dict] = {}
         try:
@@ -75,30 +83,52 @@ class Journal:
         if not isinstance(value, dict) or not all(isinstance(value.get(k), kind) for k, kind in _KEYS.items()):
             raise self._foreign(where)
         if value["model"] != self._run["model"]:
-            raise InputError(f"{where}: is the answer of another model; give another --output, or --overwrite")
+            said = "another model (weights, config, preprocessing, tokenizer or chat template)"
+            raise InputError(f"{where}: is the answer of {said}; {_ANEW}")
         old, new = value["options"], self._run["options"]
         if changed := [name for name in sorted(old | new) if old.get(name) != new.get(name)]:
             was = ", ".join(f"{name} was {old.get(name)} and is {new.get(name)}" for name in changed)
-            raise InputError(f"{where}: was answered with other options ({was}); give another --output, or --overwrite")
-        if value["id"] not in self._ids:
-            raise InputError(f"{where}: answers a question that is not asked; give another --output, or --overwrite")
+            raise InputError(f"{where}: was answered with other options ({was}); {_ANEW}")
+        if value["id"] not in self._questions:
+            raise InputError(f"{where}: {self._why_not_asked(value)}; {_ANEW}")
+        if value.get("media", "") != self._media[value["id"]]:
+            asked = self._questions[value["id"]].where
+            raise InputError(f"{where}: an image or video of {asked} has changed since it was answered; {_ANEW}")
         return value
+
+    def _why_not_asked(self, line: dict) -> str:
+        """What has changed, if the same prompt is still asked."""
+        q = next((q for name, q in self._questions.items() if name[:_PROMPT] == line["id"][:_PROMPT]), None)
+        if q is None:
+            return "answers a question that is not asked"
+        golds = q.answers[0] if len(q.answers) == 1 else list(q.answers)
+        pairs = {"metric": (line.get("metric"), q.metric), "task": (line.get("task"), q.task)}
+        if q.metric != BOXES:  # a line has them in the model's coordinates
+            pairs["answer"] = line["answer"], golds
+        for name, (old, new) in pairs.items():
+            if old != new:
+                return f"the {name} of {q.where} was {shown(old)} and is {shown(new)}"
+        return f"the right answer of {q.where}, or the coordinates of its boxes, have changed"
 
     @staticmethod
     def _foreign(where: str) -> InputError:
-        return InputError(f"{where}: is not an answer of an evaluation; give another --output, or --overwrite")
+        return InputError(f"{where}: is not an answer of an evaluation; {_ANEW}")
 
     def add(self, answers: Iterable[tuple[str, dict]]) -> None:
         """Appends answers: pairs of a question's id and `Answer.to_dict()`."""
-        self._write(self._file, [{"id": name, **self._run, **answer} for name, answer in answers])
+        self._write(self._file, [self._line(name, answer) for name, answer in answers])
+
+    def _line(self, name: str, answer: dict) -> dict:
+        media = {"media": self._media[name]} if self._media[name] else {}
+        return {"id": name, **self._run, **media, **answer}
 
     def finish(self, answers: Iterable[tuple[str, dict]]) -> None:
         """Puts all answers into the order of the questions. The file is replaced as a whole."""
-        now = self.answered | {name: {"id": name, **self._run, **answer} for name, answer in answers}
+        now = self.answered | {name: self._line(name, answer) for name, answer in answers}
         work = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
         try:
             with work.open("wb") as file:
-                self._write(file, [now[name] for name in self._ids if name in now])
+                self._write(file, [now[name] for name in self._questions if name in now])
             os.replace(work, self.path)
         finally:
             work.unlink(missing_ok=True)
@@ -119,16 +149,59 @@ class Journal:
 
 
 def question_ids(questions: Sequence[Question]) -> list[str]:
-    """A name for each question, from what it asks and its right answers. Equal questions are numbered."""
+    """A name for each question, from what it asks and its right answers. Equal questions are numbered.
+
+    It does not depend on the working directory. The first _PROMPT letters depend on the prompt alone.
+    """
     seen: Counter[str] = Counter()
     ids = []
     for q in questions:
-        parts = [q.messages, q.tools, q.answers, q.metric, q.task, q.boxes]
-        asked = json.dumps(parts, default=_as_json, sort_keys=True)
-        name = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        messages, media = _read(q)
+        prompt = [messages, [[m.kind, _absolute(m.source), m.options] for m in media], q.tools]
+        name = _digest(prompt)[:_PROMPT] + _digest([q.answers, q.metric, q.task, q.boxes])[: 16 - _PROMPT]
         seen[name] += 1
         ids.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
     return ids
+
+
+def _digest(value) -> str:
+    text = json.dumps(value, default=_as_json, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _read(question: Question) -> tuple[list, list]:
+    """The messages without their media, and the media. Messages that cannot be asked stay as they are."""
+    try:
+        return normalize(question.messages)
+    except InputError:
+        return question.messages, []
+
+
+def _local(source) -> str | None:
+    """The path of a picture or clip, if it is a file of this machine."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    path = re.sub("(?i)^file://(localhost(?=/))?", "", os.fspath(source))
+    return None if re.match("(?i)[a-z][a-z0-9+.-]*://|data:", path) else os.path.abspath(path)
+
+
+def _absolute(source):
+    if isinstance(source, list | tuple):  # the frames of a clip
+        return [_absolute(s) for s in source]
+    return _local(source) or source
+
+
+def _media_state(question: Question) -> str:
+    """A checksum of the sizes and times of the question's local files; "" if it has none."""
+    sources = [s for m in _read(question)[1] for s in (m.source if isinstance(m.source, list | tuple) else [m.source])]
+    states: list = []
+    for path in filter(None, map(_local, sources)):
+        try:
+            state = os.stat(path)
+            states.append([state.st_size, state.st_mtime_ns])
+        except (OSError, ValueError):  # missing, or no path at all
+            states.append(None)
+    return _digest(states)[:16] if states else ""
 
 
 def _as_json(value):
@@ -138,9 +211,11 @@ def _as_json(value):
 
 
 def fingerprint(config, processor, params: dict) -> str:
-    """A name for a model: it changes with any weight, the config or the chat template, but not with the mesh."""
+    """A name for a model. It changes with any weight, the config and all that makes prompts, but not with the mesh."""
     sums = {path: int(total) for path, total in _sums()(params).items()}
-    parts = repr(config), sorted(processor.template.sources.items()), sorted(sums.items())
+    template = sorted(processor.template.sources.items()), sorted(processor.template.variables.items())
+    tokenizer = processor.tokenizer.to_str(), processor.allow_control_tokens
+    parts = repr(config), repr(processor.preprocessing), tokenizer, template, sorted(sums.items())
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
