@@ -240,6 +240,12 @@ def test_what_a_record_may_be(tmp_path):
     assert score(d, BOX).score == 1
 
 
+def test_nulls_and_numbers_of_tables(tmp_path):
+    records = ({"query": "?", "answer": "x", "metric": None, "task": task} for task in (None, 3, 4.0, "t"))
+    questions = read_questions(write(tmp_path / "q.jsonl", *records), metric="anls")
+    assert [(q.task, q.metric) for q in questions] == [(task, "anls") for task in ("default", "3", "4", "t")]
+
+
 @pytest.mark.parametrize(
     "record, complaint",
     [
@@ -250,7 +256,10 @@ def test_what_a_record_may_be(tmp_path):
         ({"messages": [{"role": "assistant", "content": "x"}]}, "no question"),
         ({"messages": [ask("?")], "answer": "x", "metric": "bleu"}, "metric is 'bleu'"),
         ({"messages": [ask("?")], "answer": "x", "metric": ["iou"]}, "metric is"),
-        ({"messages": [ask("?")], "answer": "x", "task": 3}, "task is 3"),
+        ({"messages": [ask("?")], "answer": "x", "task": [3]}, "task is [3]"),
+        ({"messages": [ask("?")], "answer": "x", "task": True}, "task is True"),
+        ('{"query": "?", "answer": "x", "task": "\\ud800"}', "task has half of a surrogate pair (\\ud800)"),
+        ('{"query": "?", "answer": ["x", "a\\udfff"]}', "answer has half of a surrogate pair (\\udfff)"),
         ({"messages": [ask("?")], "answer": {}}, "must be a text or a number"),
         ({"messages": [ask("?")], "answer": []}, "must be a text or a number"),
         ({"messages": [ask("?")], "answer": "soon", "metric": "seconds"}, "must contain a time"),
@@ -596,6 +605,43 @@ def test_control_tokens_of_gold_and_answer_are_treated_alike(tiny_checkpoint, tm
                 report = evaluate(Box(own), records, encoding=encoding, **options)
                 kept = not options.get("skip_special_tokens", not encoding.get("allow_control_tokens", rule))
                 assert report.overall.value == 1 and report.answers[0].prediction == (gold if kept else "(1,2)")
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>'
+
+
+@only_new
+@pytest.mark.parametrize("text", ["", "I look. "])
+def test_the_gold_of_a_tool_call_is_what_the_template_writes(tiny_checkpoint, text):
+    model = checkpoint.load(tiny_checkpoint, progress=False)
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": "é"}'}}
+    reply = {"role": "assistant", "content": text, "tool_calls": [call]}
+    first = {"from": "function_call", "value": json.dumps({"name": "f", "arguments": {"a": "é"}})}
+    records = [{"conversations": [{"from": "human", "value": "x"}, first]}, {"messages": [ask("x"), reply]}]
+    one, two = Evaluator(model, records).questions
+    assert one.answers == (CALL,) and two.answers == (f"{text}\n{CALL}" if text else CALL,)
+    assert score(one, "").score == 0 and score(one, CALL).score == 1
+
+
+@only_new
+def test_scores_are_printed_even_if_the_answers_cannot_be_put_into_order(tiny_checkpoint, tmp_path, capsys, echo):
+    file = numbers(tmp_path / "q.jsonl", "a", "b")
+    long, target, link = tmp_path / ("x" * 251), tmp_path / "target.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(target)
+    for output in (long, link, long):
+        code, scores, err = run_eval(capsys, file, "--model", tiny_checkpoint, "--output", output)
+        assert code == 0 and scores["overall"]["n"] == 2 and output.read_text().count("\n") == 2
+        assert ("has all answers, but not in the order" in err) == (output == long) and err.count("\n") <= 1
+    assert link.is_symlink() and target.is_file() and len(echo.asked) == 4
+
+
+@only_new
+def test_a_file_name_that_is_not_utf_8(tiny_checkpoint, tmp_path, capsys, echo):
+    file, output = numbers(tmp_path / os.fsdecode(b"q\xe4.jsonl"), "a"), tmp_path / "answers.jsonl"
+    for _ in range(2):
+        code, scores, _ = run_eval(capsys, file, "--model", tiny_checkpoint, "--output", output)
+        assert code == 0 and scores["overall"]["n"] == 1 and json.loads(output.read_text("utf-8"))["answer"] == "a"
+    assert len(echo.asked) == 1
 
 
 KILLED = """

@@ -72,11 +72,11 @@ class Evaluator:
             raise OptionsError(f"batch is {batch} and limit {limit}; they must be at least 1")
         if on_bad not in ("stop", "skip"):
             raise OptionsError(f"on_bad is {on_bad!r}; it must be 'stop' or 'skip'")
-        read = read_all(records, metric)
+        self._encoding, self._progress, self._on_bad = dict(encoding or {}), progress, on_bad
+        read = [_with_calls(one, model.processor, self._encoding) for one in read_all(records, metric)]
         self._all = [one for one in read if isinstance(one, Question)]
         self.questions = [one for one in read[:limit] if isinstance(one, Question)]
         self._unread = [one for one in read[:limit] if isinstance(one, InputError)]
-        self._encoding, self._progress, self._on_bad = dict(encoding or {}), progress, on_bad
         if on_bad == "stop":
             for error in self._unread:
                 raise error
@@ -156,7 +156,10 @@ class Evaluator:
             raise InputError(f"no question could be answered; the first: {bad[0]}")
         order = sorted(answers)
         if journal:
-            journal.finish((ids[i], answers[i].to_dict()) for i in order)
+            try:
+                journal.finish((ids[i], answers[i].to_dict()) for i in order)
+            except InputError as e:
+                _LOG.warning("%s", e)
         return report([answers[i] for i in order], Counter(map(_reason, bad)))
 
     def _stored(self, question: Question, line: dict) -> Answer:
@@ -279,6 +282,24 @@ def _with_model_boxes(question: Question, sample: Sample, processor, coordinates
     told = [*question.messages, {"role": "assistant", "content": question.answers[0]}]
     gold = processor.boxes_to_model(told, sample.visuals, coordinates)[-1]["content"]
     return question._replace(answers=(gold,))
+
+
+def _with_calls(question, processor, encoding: Mapping):
+    """A question whose answer has tool calls, with the text that the template writes for them: what training learns.
+
+    Other questions, and errors, stay as they are. If the template writes no such text, this returns an InputError.
+    """
+    if not isinstance(question, Question) or question.reply is None:
+        return question
+    flags = {name: encoding[name] for name in names(PromptOptions) if name in encoding}
+    try:
+        prompt = processor.prompt([*question.messages, question.reply], tools=question.tools, **flags)
+    except InputError as e:
+        return e.at(question.where)
+    last = prompt.tokens[prompt.turns == max(prompt.turns.max(), 1)]
+    if not (text := processor.decode(last[:-1], False)).strip():  # without <|im_end|>
+        return InputError(f"{question.where}: the chat template writes no text for the tool calls; give an 'answer'")
+    return question._replace(answers=(text,), reply=None)
 
 
 def _check(questions: Sequence[Question], processor, encoding: Mapping) -> None:

@@ -1,5 +1,6 @@
 """The file of an evaluation's answers. It grows as answers come, and a killed evaluation goes on from it."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -35,7 +36,7 @@ class Journal:
     """
 
     def __init__(self, path, model: str, options: dict, questions: Mapping[str, Question], *, overwrite: bool = False):
-        self.path, self._questions = Path(path), questions
+        self.path, self._questions = Path(os.path.realpath(path)), questions
         self._media = {name: _media_state(q) for name, q in questions.items()}  # before they are opened
         self._run: dict[str, Any] = {"model": model, "options": options}
         self.answered: dict[str, dict] = {}
@@ -123,19 +124,26 @@ class Journal:
         return {"id": name, **self._run, **media, **answer}
 
     def finish(self, answers: Iterable[tuple[str, dict]]) -> None:
-        """Puts all answers into the order of the questions. The file is replaced as a whole."""
+        """Puts all answers into the order of the questions. The file is replaced as a whole, or stays as it is.
+
+        Raises InputError if it cannot be replaced; no answer is lost then.
+        """
         now = self.answered | {name: self._line(name, answer) for name, answer in answers}
         work = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
         try:
             with work.open("wb") as file:
                 self._write(file, [now[name] for name in self._questions if name in now])
             os.replace(work, self.path)
+        except (OSError, InputError) as e:
+            why = e.strerror if isinstance(e, OSError) else e
+            raise InputError(f"{self.path}: has all answers, but not in the order of the questions ({why})") from e
         finally:
-            work.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                work.unlink()
 
     def _write(self, file, lines: list[dict]) -> None:
         try:
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+            file.write(b"".join(map(_encoded, lines)))
             file.flush()
             os.fsync(file.fileno())
         except OSError as e:
@@ -146,6 +154,13 @@ class Journal:
 
     def __exit__(self, *exception):
         self._file.close()
+
+
+def _encoded(line: dict) -> bytes:
+    try:
+        return (json.dumps(line, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # the name of a file that is not UTF-8
+        return (json.dumps(line) + "\n").encode()
 
 
 def question_ids(questions: Sequence[Question]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from qwenvl_jax.answers.boxes import check_coordinates, parse_boxes
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 
@@ -20,6 +20,7 @@ class Question(NamedTuple):
     where: str  # "file:line", for errors
     tools: list | None = None
     boxes: str | None = None  # their coordinates in the messages and answers; None: the model's
+    reply: dict | None = None  # the assistant message with tool calls that is the answer; the template writes it
 
 
 def read_questions(records, metric: str = "exact", columns: Sequence[str] = ()) -> list[Question]:
@@ -57,22 +58,47 @@ def _question(record, source, index: int, metric: str) -> Question:
     from qwenvl_jax.inputs.records import conversation
 
     messages, _, tools = conversation(record, source.folder(index))
-    answer = record.get("answer")
+    answer, reply = record.get("answer"), None
     last = messages[-1]
     if isinstance(last, Mapping) and last.get("role") == "assistant":
         messages = messages[:-1]
-        answer = text_of(last) if answer is None else answer
+        if answer is None:
+            answer, reply = text_of(last), dict(last) if last.get("tool_calls") else None
     if answer is None:
         raise InputError("has no 'answer' and does not end with an assistant message; add one of them")
     if not messages:
         raise InputError("has no question before the answer; add a user message")
-    task, metric = record.get("task", "default"), record.get("metric", metric)
-    if not isinstance(task, str) or not task:
-        raise InputError(f"task is {task!r}; it must be a name")
+    task, metric = _task(record.get("task")), metric if record.get("metric") is None else record["metric"]
     if metric not in (*METRICS, BOXES):
         raise InputError(f"metric is {metric!r}; known are {', '.join((*METRICS, BOXES))}")
     check_coordinates(boxes := record.get("boxes"))
-    return Question(messages, _answers(answer, metric), task, metric, source.where(index), tools, boxes)
+    answers = _answers(answer, metric)
+    for text in answers:
+        _check_characters(text, "answer")
+    return Question(messages, answers, task, metric, source.where(index), tools, boxes, reply)
+
+
+def _task(task) -> str:
+    """The name of a task, which may be a number. None, as tables write it, counts as absent."""
+    if task is None:
+        return "default"
+    if isinstance(task, float) and task.is_integer():  # tables turn whole numbers with gaps into floats
+        task = int(task)
+    if isinstance(task, int) and not isinstance(task, bool) and abs(task) < 1 << 64:
+        task = str(task)
+    if not isinstance(task, str) or not task:
+        raise InputError(f"task is {shown(task)}; it must be a name")
+    _check_characters(task, "task")
+    return task
+
+
+def _check_characters(text: str, key: str) -> None:
+    """Raises InputError for half of a surrogate pair, which UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        half = ascii(text[e.start])[1:-1]
+        raise InputError(f"{key} has half of a surrogate pair ({half}), which is no character; remove it") from e
 
 
 def _answers(answer, metric: str) -> tuple[str, ...]:
