@@ -463,6 +463,37 @@ def test_an_evaluation_goes_on_where_it_stopped(tiny_checkpoint, tmp_path, capsy
 
 
 @only_new
+def test_a_pattern_that_matches_the_file_of_answers(tiny_checkpoint, tmp_path, capsys, echo):
+    file, output, pattern = numbers(tmp_path / "q.jsonl", "a", "b"), tmp_path / "answers.jsonl", tmp_path / "*.jsonl"
+    rest, questions = ("--model", tiny_checkpoint, "--output"), file.read_bytes()
+    output.touch()
+    for _ in range(2):
+        code, scores, _ = run_eval(capsys, pattern, *rest, output)
+        assert code == 0 and scores["overall"]["n"] == 2 and len(echo.asked) == 2
+    assert run_eval(capsys, pattern, *rest, output, "--overwrite")[0] == 0 and len(echo.asked) == 4
+    (tmp_path / "link.jsonl").symlink_to(file)
+    for path in (file, tmp_path / "link.jsonl"):
+        code, _, err = run_eval(capsys, pattern, *rest, path, "--overwrite")
+        assert code == 2 and f"is one of the files of questions (it matches {pattern})" in err
+        assert file.read_bytes() == questions
+    code, _, err = run_eval(capsys, tmp_path / "ans*", *rest, output)
+    assert code == 2 and "only --output" in err
+
+
+def test_counts_are_checked_and_kept_before_records_are_read(tmp_path, capsys, monkeypatch):
+    file = write(tmp_path / "q.jsonl", {"query": "?", "answer": "x"}, "{")
+    for flag, says in (("--batch", "batch is 0"), ("--limit", "limit 0")):
+        assert cli.main(["eval", str(file), "--model", str(tmp_path / "none"), flag, "0"]) == 2
+        assert says in capsys.readouterr().err
+    assert cli.main(["eval", str(file), "--model", str(tmp_path / "none")]) == 2
+    assert f"{file}:2: not readable" in capsys.readouterr().err
+    read: list = []
+    monkeypatch.setattr("qwenvl_jax.inputs.source._parse", lambda line: read.append(line) or json.loads(line))
+    assert cli.main(["eval", str(file), "--model", str(tmp_path / "none"), "--limit", "1"]) == 2
+    assert len(read) == 1
+
+
+@only_new
 def test_answers_of_another_evaluation_are_refused(tiny_checkpoint, tmp_path, capsys, echo):
     file, output = numbers(tmp_path / "q.jsonl", "a", "b"), tmp_path / "answers.jsonl"
     argv = (file, "--model", tiny_checkpoint, "--output", output)

@@ -3,9 +3,11 @@
 import builtins
 import io
 import json
+import os
 import pickle
 import re
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -425,3 +427,21 @@ def test_a_missing_module_is_not_imported_for_lists(monkeypatch):
     rows = SimpleNamespace(__len__=lambda: 0)
     with pytest.raises(InputError, match="records are of type SimpleNamespace"):
         open_source(rows)
+
+
+def test_pictures_of_a_pipe_start_at_the_working_directory(tmp_path):
+    record = qa(0, image="c/x.png")
+    read, write = os.pipe()
+    os.write(write, json.dumps(record).encode())
+    os.close(write)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_text, args=(json.dumps(record),))
+    writer.start()
+    file = os.open(lines(tmp_path / "q.jsonl", record), os.O_RDONLY)  # as in `qwenvl eval /dev/stdin < q.jsonl`
+    for name in (f"/dev/fd/{read}", fifo, f"/dev/fd/{file}"):
+        (question,) = read_questions(name)
+        assert question.messages[0]["content"][0] == {"type": "image", "image": "c/x.png"}
+    writer.join()
+    for descriptor in (read, file):
+        os.close(descriptor)

@@ -1,6 +1,8 @@
 """`qwenvl eval`: questions from files, scores as a table or JSON."""
 
+import glob
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +11,8 @@ from qwenvl_jax.answers.boxes import COORDINATES
 from qwenvl_jax.cli import converse
 from qwenvl_jax.cli.errors import OK, enable_compile_cache, one_of_several
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.eval.evaluator import evaluate
+from qwenvl_jax.eval.evaluator import check_counts, evaluate
+from qwenvl_jax.eval.journal import holds_answers
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 from qwenvl_jax.eval.questions import read_all
 from qwenvl_jax.infer.options import GenerateOptions
@@ -73,8 +76,11 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     sampling = given(args, GenerateOptions)
     GenerateOptions(**sampling)
+    check_counts(args.batch, args.limit)
     output = None if args.output is None else _output(args)
-    records = read_all(args.data, args.metric, args.columns)
+    data = args.data if output is None else [file for name in args.data for file in _without(output, name)]
+    # A file of answers may answer later questions too, so all must be known.
+    records = read_all(data, args.metric, args.columns, args.limit if output is None else None)
     for one in records[: args.limit] if args.on_bad_record == "stop" else ():  # before the weights are read
         if isinstance(one, InputError):
             raise one
@@ -106,6 +112,25 @@ def _output(args) -> Path:
     output = Path(args.output)
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"--output {output}: is a directory, or there is no directory {output.parent}")
-    if output.exists() and any(Path(file).exists() and output.samefile(file) for file in args.data):
-        raise InputError(f"--output {output}: is one of the files of questions; give another name")
     return output
+
+
+def _without(output: Path, name: str) -> list[str]:
+    """The questions that a name or pattern stands for. A pattern may match the file of answers, which is left out.
+
+    Raises InputError if --output is a file of questions.
+    """
+    path = os.path.expanduser(name)
+    if not output.exists() or stores.as_url(name):
+        return [name]
+    is_pattern = not os.path.exists(path) and glob.has_magic(path)
+    files = sorted(filter(os.path.isfile, glob.glob(path, recursive=True))) if is_pattern else [path]
+    same = [file for file in files if os.path.exists(file) and output.samefile(file)]
+    if not same:
+        return [name]
+    if not (is_pattern and holds_answers(output)):
+        matched = f" (it matches {name})" if is_pattern else ""
+        raise InputError(f"--output {output}: is one of the files of questions{matched}; give another name")
+    if not (files := [file for file in files if file not in same]):
+        raise InputError(f"{name}: only --output {output} matches the pattern; give a file of questions")
+    return files

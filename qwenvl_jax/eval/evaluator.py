@@ -68,8 +68,7 @@ class Evaluator:
             left out of the right answers too.
         Raises InputError that names the bad record. Images and videos are not opened here.
         """
-        if batch < 1 or (limit is not None and limit < 1):
-            raise OptionsError(f"batch is {batch} and limit {limit}; they must be at least 1")
+        check_counts(batch, limit)
         if on_bad not in ("stop", "skip"):
             raise OptionsError(f"on_bad is {on_bad!r}; it must be 'stop' or 'skip'")
         self._encoding, self._progress, self._on_bad = dict(encoding or {}), progress, on_bad
@@ -224,6 +223,11 @@ class Evaluator:
             if result.finish_reason == "error":
                 done[i] = NonFiniteError(f"{question.where}: the model computed NaN or infinity: {why}")
         return done
+
+
+def check_counts(batch: int, limit: int | None) -> None:
+    if batch < 1 or (limit is not None and limit < 1):
+        raise OptionsError(f"batch is {batch} and limit {limit}; they must be at least 1")
 
 
 def _settings(options) -> dict:

@@ -19,6 +19,7 @@ from qwenvl_jax.eval.questions import Question
 from qwenvl_jax.inputs.messages import normalize
 
 _START = b'{"id": "'  # of every line
+_MAX_LINE = 64 << 20  # bytes that are read to see what a file holds
 _PROMPT = 8  # letters of an id that depend on the prompt alone
 _ANEW = "give another --output, or --overwrite"
 _KEYS = {"id": str, "model": str, "options": dict, "answer": str | list, "prediction": str, "finish_reason": str}
@@ -103,7 +104,7 @@ class Journal:
         if q is None:
             return "answers a question that is not asked"
         golds = q.answers[0] if len(q.answers) == 1 else list(q.answers)
-        pairs = {"metric": (line.get("metric"), q.metric), "task": (line.get("task"), q.task)}
+        pairs: dict[str, tuple] = {"metric": (line.get("metric"), q.metric), "task": (line.get("task"), q.task)}
         if q.metric != BOXES:  # a line has them in the model's coordinates
             pairs["answer"] = line["answer"], golds
         for name, (old, new) in pairs.items():
@@ -154,6 +155,17 @@ class Journal:
 
     def __exit__(self, *exception):
         self._file.close()
+
+
+def holds_answers(path: Path) -> bool:
+    """Whether a file is empty or starts with an answer of an evaluation."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(_MAX_LINE)
+        value = json.loads(line or "{}")
+    except (OSError, ValueError, RecursionError):
+        return False
+    return not line or (isinstance(value, dict) and all(isinstance(value.get(k), kind) for k, kind in _KEYS.items()))
 
 
 def _encoded(line: dict) -> bytes:

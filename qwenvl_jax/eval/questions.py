@@ -35,13 +35,18 @@ def read_questions(records, metric: str = "exact", columns: Sequence[str] = ()) 
     return [one for one in read if isinstance(one, Question)]
 
 
-def read_all(records, metric: str = "exact", columns: Sequence[str] = ()) -> list[Question | InputError]:
-    """What `read_questions` returns, with the error of each bad record in its place. Errors may be `records` too."""
+def read_all(
+    records, metric: str = "exact", columns: Sequence[str] = (), limit: int | None = None
+) -> list[Question | InputError]:
+    """What `read_questions` returns, with the error of each bad record in its place. Errors may be `records` too.
+
+    limit: read the first `limit` records only.
+    """
     from qwenvl_jax.inputs.source import open_source  # imports numpy
 
     source = open_source(records, columns)
     read: list[Question | InputError] = []
-    for i in range(len(source)):
+    for i in range(len(source))[:limit]:
         try:
             one = source[i]
             read.append(one if isinstance(one, Question | InputError) else _question(one, source, i, metric))

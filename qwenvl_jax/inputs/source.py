@@ -27,6 +27,7 @@ from qwenvl_jax.inputs.tables import ParquetFile, Rows, Stream, hub, saved
 
 MAX_IN_MEMORY = 512 << 20  # bytes of a JSON array, which is read whole, and of a pipe
 _CHUNK = 1 << 20  # bytes; fits the CPU's cache
+_DESCRIPTORS = ("/dev", "/dev/fd", "/proc/self/fd")  # where open files have names, such as /dev/stdin
 _SPACE = re.compile(r"[ \t\n\r]*")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILES = (".json", ".jsonl", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow", ".toml", ".yaml")
@@ -159,11 +160,12 @@ class JsonFile:
 
     def __init__(self, path):
         self.path = self.name = Path(path)
-        self.folder, self._data, self._is_array = self.path.parent, None, False
+        self.folder = Path() if str(self.path.parent) in _DESCRIPTORS else self.path.parent
+        self._data, self._is_array = None, False
         try:
             self._file = os.open(self.path, os.O_RDONLY)
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
-                self._data = self._whole_pipe()
+                self.folder, self._data = Path(), self._whole_pipe()  # paths start at the working directory
             self._scan()
         except OSError as e:
             raise InputError(f"{path}: cannot be read ({e.strerror})") from e
