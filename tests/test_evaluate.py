@@ -18,7 +18,7 @@ from make_tiny import make_tiny
 from PIL import Image
 
 from qwenvl_jax import cli
-from qwenvl_jax.answers.boxes import Box
+from qwenvl_jax.answers.boxes import Box, parse_boxes
 from qwenvl_jax.errors import InputError, NonFiniteError
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.evaluator import Evaluator, evaluate
@@ -126,6 +126,17 @@ def test_seconds(prediction, gold, want):
 
 BOX = '{"bbox_2d": [1, 2, 30, 40], "label": "cat"}'
 CAT = Box("cat", 1, 2, 30, 40)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [BOX, [json.loads(BOX)], json.loads(BOX), f"```json\n[{BOX}]\n```", f"Here: [{BOX}]", "cat(1,2),(30,40)", "[]"],
+)
+def test_right_boxes_may_be_what_a_model_writes(answer):
+    (question,) = read_questions([{"messages": [ask("?")], "answer": answer, "metric": "iou"}])
+    want = [] if answer == "[]" else [CAT]
+    assert parse_boxes(question.answers[0]) == want
+    assert score(question, f"[{BOX}]" if want else "[]").score == 1
 
 
 def test_iou():
@@ -254,9 +265,8 @@ def test_what_a_record_may_be(tmp_path):
         ({"messages": [ask("?")], "answer": {}}, "must be a text or a number"),
         ({"messages": [ask("?")], "answer": []}, "must be a text or a number"),
         ({"messages": [ask("?")], "answer": "soon", "metric": "seconds"}, "must contain a time"),
-        ({"messages": [ask("?")], "answer": "[", "metric": "iou"}, "not readable as JSON"),
+        ({"messages": [ask("?")], "answer": "[", "metric": "iou"}, "answer must be a list of"),
         ({"messages": [ask("?")], "answer": '[{"bbox_2d": [1, 2]}]', "metric": "iou"}, "must be a list of"),
-        ({"messages": [ask("?")], "answer": BOX, "metric": "iou"}, "must be a list of"),
         ({"messages": [ask("?")], "image": "a.png", "answer": "x"}, "refer to 0 images; the record has 1"),
     ],
 )

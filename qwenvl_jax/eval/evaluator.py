@@ -258,12 +258,17 @@ def _agreed(encoded: list) -> list:
 
 
 def _with_model_boxes(question: Question, sample: Sample, processor, coordinates: str | None) -> Question:
-    """The question with its right boxes in the model's coordinates. Raises InputError for a box outside its picture."""
-    if question.metric != BOXES:
+    """The question with the boxes of its right answers in the model's coordinates.
+
+    Raises InputError for a box outside its picture.
+    """
+    if question.metric != BOXES and coordinates is None:
         return question
-    told = [*question.messages, {"role": "assistant", "content": question.answers[0]}]
-    gold = processor.boxes_to_model(told, sample.visuals, coordinates)[-1]["content"]
-    return question._replace(answers=(gold,))
+    golds = []
+    for answer in question.answers:
+        told = [*question.messages, {"role": "assistant", "content": answer}]
+        golds.append(processor.boxes_to_model(told, sample.visuals, coordinates)[-1]["content"])
+    return question._replace(answers=tuple(golds))
 
 
 def _check(questions: Sequence[Question], processor, encoding: Mapping) -> None:
