@@ -98,6 +98,14 @@ class Evaluator:
         """
         return self._report(params, "skip", None, False).metrics()
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the scores, without "eval/"."""
+        groups = dict.fromkeys((q.task, q.metric) for q in self.questions)
+        named = [f"{task}/{metric}" for task, metric in groups]
+        boxes = [f"{task}/{detail}" for task, metric in groups if metric == BOXES for detail in ("precision", "recall")]
+        return [*named, *boxes, "overall"]
+
     def report(self, params, *, output=None, overwrite: bool = False) -> Report:
         """Answers every question under these parameters and scores the answers.
 
