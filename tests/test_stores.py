@@ -167,6 +167,38 @@ def test_a_picture_is_read_within_its_limits(memory, monkeypatch):
     assert len(asked) == 1
 
 
+def stored(url: str, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        stores.write(f"{url}/{name}", text)
+
+
+def test_a_result_whose_upload_was_interrupted_is_written_anew(memory):
+    url = "s3://bucket/run"
+    step = {"checkpoints/2/state/a": "", "checkpoints/2/commit_success.txt": "", "checkpoints/4/old": ""}
+    stored(url, step | {"metrics.jsonl": "{}", "final/old": "", "final/sub/old": "", "tensorboard/events": ""})
+    with contextlib.closing(open_mirror(url)) as mirror:
+        assert stores.files_in(mirror.path) == ["checkpoints/2/state/a", "metrics.jsonl"]
+        for name in ("checkpoints/4/new", "final/config.json", "final/new"):
+            (mirror.path / name).parent.mkdir(exist_ok=True)
+            (mirror.path / name).write_text("new")
+        mirror.push()
+    names = sorted(name for name in stores.listing(url) if "/" in name)
+    whole = ["checkpoints/2/commit_success.txt", "checkpoints/2/state/a", "checkpoints/4/commit_success.txt"]
+    assert names == [*whole, "checkpoints/4/new", "final/config.json", "final/new", "tensorboard/events"]
+    with contextlib.closing(open_mirror(url)) as mirror:
+        assert "final/config.json" in stores.files_in(mirror.path)
+
+
+def test_a_result_is_renamed_over_an_interrupted_renaming(memory):
+    url = "s3://bucket/run"
+    stored(url, {"final/config.json": "", "final/w": "", "final-3/old": ""})
+    with contextlib.closing(open_mirror(url)) as mirror:
+        assert stores.files_in(mirror.path) == ["final/config.json"]
+        mirror.rename(mirror.path / "final", mirror.path / "final-3")
+        mirror.push()
+    assert sorted(stores.listing(url)) == ["final-3/config.json", "final-3/w", "owner.txt"]
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
