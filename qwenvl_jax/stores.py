@@ -17,8 +17,9 @@ import hashlib
 import os
 import re
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -79,15 +80,21 @@ def local(path) -> Path:
     return Path(path).expanduser() if url is None else fetch(url)
 
 
-def read(url: str, max_bytes: int, seconds: float) -> bytes:
-    """One object, in memory. Raises InputError if it is larger or takes longer, TimeoutError included."""
+def read(url: str, max_bytes: int, seconds: float, take: Callable[[int], None] = lambda size: None) -> bytes:
+    """One object, in memory. Raises InputError if it is larger or takes longer, TimeoutError included.
+
+    take(size): called before the content is read; it may raise InputError.
+    """
     from fsspec.asyn import sync
 
     with reaching(url):
-        fs = filesystem(url)
+        fs, end = filesystem(url), time.monotonic() + seconds
         size = sync(fs.loop, fs._info, url, timeout=seconds)["size"]
         if size > max_bytes:
             raise InputError(f"{url}: larger than {max_bytes >> 20} MiB")
+        take(size)
+        if (seconds := end - time.monotonic()) <= 0:
+            raise TimeoutError
         return sync(fs.loop, fs._cat_file, url, start=0, end=size, timeout=seconds) if size else b""
 
 

@@ -74,7 +74,7 @@ def test_an_adapter_is_a_model(home, capsys, caplog):
     path, model, adapted = home
     want = lora.merge(adapted)
     assert_close(qwenvl_jax.load(path / "adapter", progress=False).params, want)
-    assert f"adapter is an adapter; its base model is {path / 'base'}" in caplog.text
+    assert f"{path / 'adapter'}: an adapter; its base model is {path / 'base'}" in caplog.text
     assert_close(params_of(path / "orbax", path / "adapter"), want)
     twice = qwenvl_jax.load(path / "adapter", adapter=[path / "adapter"], progress=False)
     q = "decoder/layers/q_proj/kernel"
@@ -114,7 +114,7 @@ def test_merge_writes_a_complete_directory(home, tmp_path, capsys):
     assert cli.main(["merge", str(path / "adapter"), str(tmp_path / "out")]) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'out'}\n"
-    assert err == f"adapter is an adapter; its base model is {path / 'base'}\n"
+    assert err == f"{path / 'adapter'}: an adapter; its base model is {path / 'base'}\n"
     assert {f.name for f in (tmp_path / "out").iterdir()} == {f.name for f in (path / "base").iterdir()}
     assert_close(params_of(tmp_path / "out"), lora.merge(adapted))
     card = (tmp_path / "out" / "README.md").read_text()

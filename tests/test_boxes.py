@@ -1,6 +1,8 @@
 """Boxes in texts: both forms, three kinds of coordinates, and which picture a box belongs to."""
 
+import contextlib
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,11 +94,9 @@ def test_records_are_converted(write, config, source, numbers, want):
 
 
 def test_answers_are_converted():
-    text = f"2 cats: {json_box(714, 0, 928, 728)} and (0,0),(960,-3), in 2024"
-    assert (
-        from_model(text, PHOTO, RESIZED, "original")
-        == f"2 cats: {json_box(3000, 0, 3899, 3000)} and (0,0),(4000,0), in 2024"
-    )
+    text = f"2 cats: {json_box(714, 0, 928, 728)} and {marked(0, 0, 960, -3)}, in 2024; (7,8),(9,9)."
+    want = f"2 cats: {json_box(3000, 0, 3899, 3000)} and {marked(0, 0, 4000, 0)}, in 2024; (7,8),(9,9)."
+    assert from_model(text, PHOTO, RESIZED, "original") == want
     assert from_model("(750,0),(975,1000)", PHOTO, THOUSANDTHS, "original") == "(3000,0),(3900,3000)"
     assert from_model(json_box(7.5, 0, 8, 9), PHOTO, RESIZED, "resized") == json_box(7.5, 0, 8, 9)
 
@@ -112,14 +112,54 @@ def test_other_forms_of_the_same_keys():
     assert to_model("click(<|box_start|>(2000,1500)<|box_end|>)", [PHOTO], THOUSANDTHS, "original") == (
         "click(<|box_start|>(500,500)<|box_end|>)"
     )
-    for text in (
-        'Answer as {"bbox_2d": [x1, y1, x2, y2]}.',
-        "f(1, 2)",
-        "(1, 2)",
-        '"bbox": [4000, 1, 2, 3]',
-        "[5000, 5000]",
-    ):
-        assert to_model(text, [PHOTO], RESIZED, "original") == text
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("cat(0,0),(2000,1500)", "cat(0,0),(476,364)"),
+        ("(0,0),(2000,1500)", "(0,0),(476,364)"),
+        ("cat(0,0),(2000,1500)dog(0,0),(4000,3000)", "cat(0,0),(476,364)dog(0,0),(952,728)"),
+        ("[0, 0, 2000, 1500]", "[0, 0, 476, 364]"),
+        ("[[0, 0, 2000, 1500], [0, 0, 4000, 3000]]", "[[0, 0, 476, 364], [0, 0, 952, 728]]"),
+        ('{"coordinate": [2000, 1500]}', '{"coordinate": [476, 364]}'),
+        ("click(start_box='(2000,1500)')", "click(start_box='(476,364)')"),
+        ("<point>2000 1500</point>", "<point>476 364</point>"),
+        ("<|box_start|>[0, 0, 2000, 1500]<|box_end|>", "<|box_start|>[0, 0, 476, 364]<|box_end|>"),
+        ("<ref>cat</ref><box>[[0, 0, 2000, 1500]]</box>", "<ref>cat</ref><box>[[0, 0, 476, 364]]</box>"),
+        ('{"bbox_2d": ["0", "0", "2000", "1500"]}', '{"bbox_2d": ["0", "0", "476", "364"]}'),
+        ('{"point_2d": [[4000, 1500], [2000, 0]]}', '{"point_2d": [[952, 364], [476, 0]]}'),  # points have no order
+        ('{"bbox_2d": [x1, y1, x2, y2]}', None),
+        ('{"bbox_2d": [1, 2, 3]}', None),
+        ("The line goes through (10, 20), (300, 400). Slope?", None),
+        ("The line goes through (10,20),(300,400)", None),
+        ("exit (1,2),(3,4)", None),
+        ("f(1, 2) = 3", None),
+        ("[5000, 5000]", None),
+        ("In 2024, 4000 people", None),
+    ],
+)
+def test_other_forms_in_a_text_that_is_said_to_have_boxes(text, want):
+    assert to_model(text, [PHOTO], RESIZED, "original") == (text if want is None else want)
+    assert to_model(text, [PHOTO], RESIZED, None, learnt=False) == text
+    assert to_model(text, [], RESIZED, "original") == text  # before any picture
+
+
+def test_width_and_height_are_not_guessed():
+    with pytest.raises(InputError, match=r'may be \[x, y, width, height\] or two corners; write "bbox_2d"'):
+        to_model('{"bbox": [4000, 1, 2, 3]}', [PHOTO], RESIZED, "original")
+    assert to_model('{"bbox": [4000, 1, 2, 3]}', [PHOTO], RESIZED, None) == '{"bbox": [4000, 1, 2, 3]}'
+
+
+@pytest.mark.parametrize("text", ["(" + "1" * 50_000, '"bbox_2d": [' * 5_000, "[" * 50_000, "<box>" * 20_000])
+def test_long_texts_take_no_time(text):
+    start = time.perf_counter()
+    for source in (None, "original"):
+        with contextlib.suppress(InputError):
+            to_model(text, [PHOTO], RESIZED, source)
+    parse_boxes(text)
+    parse_boxes("bbox_2d" + text)
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("write", [json_box, marked])
@@ -139,11 +179,12 @@ def test_boxes_outside_are_refused(write, config, source, numbers, said):
         to_model(write(*numbers), [PHOTO], config, source)
 
 
-def test_plain_numbers_are_boxes_only_if_the_record_says_so():
-    text = "the points (5000,1),(6000,2)"
-    assert to_model(text, [PHOTO], RESIZED, None) == text
+def test_what_a_user_writes_is_not_checked():
+    """An example of the answer's form is no box."""
+    text = 'Reply like {"bbox_2d": [5120, 6000, 8000, 9000]}'
+    assert to_model(text, [PHOTO], RESIZED, None, learnt=False) == text
     with pytest.raises(InputError, match="outside"):
-        to_model(text, [PHOTO], RESIZED, "original")
+        to_model(text, [PHOTO], RESIZED, None)
 
 
 def test_several_pictures():
@@ -152,9 +193,7 @@ def test_several_pictures():
     assert to_model(box, [PHOTO, PHOTO], RESIZED, "original") == json_box(0, 0, 952, 728)
     with pytest.raises(InputError, match="2 pictures of different sizes"):
         to_model(box, [PHOTO, small], RESIZED, "original")
-    with pytest.raises(InputError, match="no picture"):
-        to_model(box, [], RESIZED, "original")
-    assert to_model(box, [], RESIZED, None) == box
+    assert to_model(box, [], RESIZED, None) == to_model(box, [], RESIZED, "original") == box
     assert to_model(json_box(0, 0, 900, 700), [small, PHOTO], RESIZED, None) == json_box(0, 0, 900, 700)
 
 
@@ -167,11 +206,32 @@ def test_a_text_is_about_the_latest_pictures():
         {"role": "user", "content": "c"},
         {"role": "user", "content": [{"text": "d"}, image]},
         {"role": "assistant", "content": [{"type": "output_text", "text": "e"}], "weight": 0},
-        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": "f"}}}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "g"}, {"name": "g"}]},
     ]
     seen = {}
-    changed = map_texts(messages, lambda text, pictures: seen.update({text: list(pictures)}) or text.upper())
-    assert seen == {"s": [], "a": [0, 1], "b": [0, 1], "c": [0, 1], "d": [2], "e": [2]}
+
+    def change(text, pictures, role):
+        seen[text] = list(pictures)
+        assert role == (
+            "assistant" if text in ("b", "e", "", "g", '{"x": "f"}') else "system" if text == "s" else "user"
+        )
+        return text.upper()
+
+    changed = map_texts(messages, change)
+    assert seen == {
+        "s": [],
+        "a": [0, 1],
+        "b": [0, 1],
+        "c": [0, 1],
+        "d": [2],
+        "e": [2],
+        '{"x": "f"}': [2],
+        "": [2],
+        "g": [2],
+    }
+    assert changed[6]["tool_calls"] == [{"function": {"name": "f", "arguments": {"X": "F"}}}]
+    assert changed[7]["tool_calls"] == [{"name": "f", "arguments": "G"}, {"name": "g"}]
     assert changed[1]["content"] == [image, {"type": "text", "text": "A"}, {"video": "b.mp4"}]
     assert changed[5] == {"role": "assistant", "content": [{"type": "output_text", "text": "E"}], "weight": 0}
     assert normalize(changed[:5])[0][0]["content"] == "S"
@@ -226,10 +286,14 @@ def test_a_large_photo_is_trained_and_scored_alike(processor, photo):
     assert learnt(processor, record(photo, *FORMS[1]), boxes="original") == want  # the record's own word wins
 
     prediction = want if target == "resized" else "cat<|box_start|>(750,50),(975,1000)<|box_end|>"
+    exact = [r | {"metric": "exact"} for r in records]
     answers = [SimpleNamespace(text=prediction, finish_reason="stop")] * 3
     engine = SimpleNamespace(processor=processor, max_batch=4, max_length=4096, generate=lambda *a, **o: answers)
     engine.params, engine.generation, engine.config = {}, {}, processor.config
     report = Evaluator(engine, records, encoding={"max_pixels": 700_000}).report({})
+    assert [a.score for a in report.answers] == [1, 1, 1]
+    answers[:] = [SimpleNamespace(text=want, finish_reason="stop")] * 3
+    report = Evaluator(engine, exact, encoding={"max_pixels": 700_000}).report({})
     assert [a.score for a in report.answers] == [1, 1, 1]
 
 

@@ -438,7 +438,8 @@ def test_chat_remembers_and_resets(engine, files, monkeypatch, capsys):
     assert said(engine) == ([["S", "first"], ["S", "first", "one", "second"], ["S", "third"]], [[image], [image], []])
     assert len(engine.calls[1][0][3]["content"]) == 1  # the picture belongs to the first turn only
     assert all(options == GenerateOptions(temperature=0.0) for _, options in engine.calls)
-    assert capsys.readouterr().out == f"attached {image}: image, 56 × 28 pixels, 2 tokens\none\ntwo\nthree\n"
+    attached = f"attached {image}: image, 56 × 28 pixels, 2 tokens"
+    assert capsys.readouterr().out == f"{attached}\none\ntwo\nthe conversation is empty\nthree\n"
 
 
 def test_chat_ctrl_c_stops_the_answer_only(engine, monkeypatch, capsys):
@@ -471,11 +472,13 @@ def test_chat_keeps_the_message_of_a_turn_that_failed(engine, files, monkeypatch
 
 def test_chat_lists_and_drops_attachments(engine, files, monkeypatch, capsys):
     a, b = str(files / "a.png"), str(files / "b.png")
-    lines = ["/image", f"/image {a}", "one", f"/image {b}", "/image", "/drop", "two", "/retry", "/dance", "/help"]
+    lines = ["/image", f"/image {a}", "one", f"/image {b}", "/image", "/drop", "/drop", "two", "/retry", "/dance"]
+    lines.append("/help")
     assert chat(monkeypatch, *lines) == 0
     out = capsys.readouterr().out
     assert out.startswith("nothing is attached;")
     assert f"sent: {a}: image, 56 × 28 pixels, 2 tokens\nwith the next message: {b}: image" in out
+    assert f"dropped {b}: image, 56 × 28 pixels, 2 tokens\nthe next message has no attachments\nok\n" in out
     assert "/dance: no such command" in out and "/reset        forget" in out
     assert said(engine)[1] == [[a], [a], [a]]
 
@@ -531,6 +534,10 @@ def test_chat_opens_an_attachment_once(tmp_path, monkeypatch, capsys):
     )
     with pytest.raises(InputError, match=r"bad\.png: not a picture"):
         attach("image", str(tmp_path / "bad.png"))
+    args = cli.build_parser().parse_args(["chat", "--media-memory", "1"])
+    Image.new("RGB", (1000, 1000)).save(large)
+    with pytest.raises(InputError, match=r"large\.png: .*the limit is 1 MiB"):
+        converse.encoder(args)[2]("image", str(large))
     by_path = encode([converse.user_turn([("image", str(image))], "?")])
     image.unlink()
     item = {"type": "image", "image": visual}
@@ -595,7 +602,7 @@ def test_chat_is_left_while_a_program_compiles(toolkit, keys, code):
 
 
 def test_chat_on_a_terminal():
-    """The message of a stopped turn is offered again, "compiling…" goes, and the answer comes."""
+    """/retry sends the message of a stopped turn, "compiling…" goes, and the answer comes."""
     t = Terminal(
         sys.executable,
         "-m",
@@ -610,7 +617,7 @@ def test_chat_on_a_terminal():
     t.wait("25 tokens", b"How many strawberries are there?\x1b\r\r")  # Alt-Enter begins a line
     t.wait("compiling…", b"\x03")
     t.wait("Ctrl-C again")
-    t.wait("How many strawberries are there?", b"\r")
+    t.wait(">", b"/retry\r")
     t.wait("3\r\n")
     t.wait(">", b"\x1b[A\x15/image\r")
     t.wait("sent: ")

@@ -18,7 +18,7 @@ from make_tiny import make_tiny
 from PIL import Image
 
 from qwenvl_jax import cli
-from qwenvl_jax.answers.boxes import Box
+from qwenvl_jax.answers.boxes import Box, parse_boxes
 from qwenvl_jax.errors import InputError, NonFiniteError
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.evaluator import Evaluator, evaluate
@@ -126,6 +126,17 @@ def test_seconds(prediction, gold, want):
 
 BOX = '{"bbox_2d": [1, 2, 30, 40], "label": "cat"}'
 CAT = Box("cat", 1, 2, 30, 40)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [BOX, [json.loads(BOX)], json.loads(BOX), f"```json\n[{BOX}]\n```", f"Here: [{BOX}]", "cat(1,2),(30,40)", "[]"],
+)
+def test_right_boxes_may_be_what_a_model_writes(answer):
+    (question,) = read_questions([{"messages": [ask("?")], "answer": answer, "metric": "iou"}])
+    want = [] if answer == "[]" else [CAT]
+    assert parse_boxes(question.answers[0]) == want
+    assert score(question, f"[{BOX}]" if want else "[]").score == 1
 
 
 def test_iou():
@@ -263,9 +274,8 @@ def test_nulls_and_numbers_of_tables(tmp_path):
         ({"messages": [ask("?")], "answer": {}}, "must be a text or a number"),
         ({"messages": [ask("?")], "answer": []}, "must be a text or a number"),
         ({"messages": [ask("?")], "answer": "soon", "metric": "seconds"}, "must contain a time"),
-        ({"messages": [ask("?")], "answer": "[", "metric": "iou"}, "not readable as JSON"),
+        ({"messages": [ask("?")], "answer": "[", "metric": "iou"}, "answer must be a list of"),
         ({"messages": [ask("?")], "answer": '[{"bbox_2d": [1, 2]}]', "metric": "iou"}, "must be a list of"),
-        ({"messages": [ask("?")], "answer": BOX, "metric": "iou"}, "must be a list of"),
         ({"messages": [ask("?")], "image": "a.png", "answer": "x"}, "refer to 0 images; the record has 1"),
     ],
 )
@@ -327,7 +337,9 @@ def test_evaluating_again_compiles_nothing_and_keeps_nothing(tiny_checkpoint, fo
     scores = evaluator(model.params)
     assert scores == first.metrics()
     tasks = ("ocr/anls", "clip/seconds", "echo/exact", "locate/iou", "locate/precision", "locate/recall", "overall")
-    assert [name for name in scores if not name.endswith(("/low", "/high"))] == [f"eval/{name}" for name in tasks]
+    points = [name for name in scores if not name.endswith(("/low", "/high"))]
+    assert points == [f"eval/{name}" for name in tasks] and len(scores) == len(points) + 2 * 5
+    assert sorted(evaluator.names) == sorted(tasks)
 
     # Each answer equals the engine's answer to that question alone. (The same engine, so nothing compiles.)
     engine = evaluator._engine

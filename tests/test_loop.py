@@ -244,6 +244,10 @@ def test_best_needs_its_metric(tmp_path):
     with pytest.raises(InputError, match="'score'; the evaluation returns exact, seconds"):
         loop.train(model(), Batches(), chosen, evaluate=evaluate)
     assert saved(tmp_path) == [2]  # the steps before the failure are saved
+    evaluate.names = ["exact", "seconds"]  # as an Evaluator has
+    with pytest.raises(InputError, match="'score'; the evaluation returns exact, seconds"):
+        loop.train(model(), Batches(), options(tmp_path / "other", best="score"), evaluate=evaluate)
+    assert not (tmp_path / "other").exists()
     result = loop.train(model(), Batches(), options(tmp_path, best="exact", eval_every=2), evaluate=evaluate)
     assert len(exactly(tmp_path)) == 12 and result.signal is None
 

@@ -1,5 +1,6 @@
 """Object stores: what is refused before any work, and everything on emulators of S3 and GCS on this machine."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -12,13 +13,18 @@ import time
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+from fsspec.implementations.memory import MemoryFileSystem
 from make_tiny import make_tiny
 from PIL import Image
 
 import qwenvl_jax
 from qwenvl_jax import cli, stores
 from qwenvl_jax.errors import CheckpointError, InputError, MediaError, install
+from qwenvl_jax.inputs.budget import Budget
+from qwenvl_jax.inputs.fetch import locate
 from qwenvl_jax.inputs.media import load_image
+from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.train.mirror import open_mirror
 from qwenvl_jax.train.run import read_metrics
 
@@ -119,6 +125,78 @@ def test_what_is_written_locally_only(tmp_path, monkeypatch, capsys):
 )
 def test_patterns(name, patterns, matched):
     assert stores.matches(name, patterns) == matched
+
+
+@pytest.fixture
+def memory(tmp_path, monkeypatch):
+    """The filesystem of s3:// in memory: everything but a store's own library."""
+
+    class Memory(MemoryFileSystem):
+        cachable, store, pseudo_dirs = False, {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + path.removeprefix("s3://").strip("/")
+
+        def find(self, path, **how):
+            return {key.lstrip("/"): info for key, info in super().find(path, **how).items()}
+
+    fs = AsyncFileSystemWrapper(Memory())
+    monkeypatch.setattr(stores, "filesystem", lambda url: fs)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return fs
+
+
+def test_a_picture_is_read_within_its_limits(memory, monkeypatch):
+    """Its size is taken from media_bytes before it is read, and all requests share one time limit."""
+    url, asked = "s3://bucket/a.png", []
+    memory.pipe_file(url, bytes(2 << 20))
+    content, info = memory._cat_file, memory._info
+
+    async def slow_info(*args, **how):
+        await asyncio.sleep(0.2)
+        return await info(*args, **how)
+
+    monkeypatch.setattr(memory, "_cat_file", lambda *args, **how: asked.append(args) or content(*args, **how))
+    assert len(locate(url, 4 << 20)) == 2 << 20 and len(asked) == 1
+    with pytest.raises(MediaError, match=r"a\.png: .* larger than 1 MiB; .* raise media_bytes"):
+        locate(url, 4 << 20, Budget(MediaOptions(media_bytes=1)))
+    monkeypatch.setattr(memory, "_info", slow_info)
+    with pytest.raises(InputError, match="no answer in time"):
+        stores.read(url, 4 << 20, 0.1)
+    assert len(asked) == 1
+
+
+def stored(url: str, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        stores.write(f"{url}/{name}", text)
+
+
+def test_a_result_whose_upload_was_interrupted_is_written_anew(memory):
+    url = "s3://bucket/run"
+    step = {"checkpoints/2/state/a": "", "checkpoints/2/commit_success.txt": "", "checkpoints/4/old": ""}
+    stored(url, step | {"metrics.jsonl": "{}", "final/old": "", "final/sub/old": "", "tensorboard/events": ""})
+    with contextlib.closing(open_mirror(url)) as mirror:
+        assert stores.files_in(mirror.path) == ["checkpoints/2/state/a", "metrics.jsonl"]
+        for name in ("checkpoints/4/new", "final/config.json", "final/new"):
+            (mirror.path / name).parent.mkdir(exist_ok=True)
+            (mirror.path / name).write_text("new")
+        mirror.push()
+    names = sorted(name for name in stores.listing(url) if "/" in name)
+    whole = ["checkpoints/2/commit_success.txt", "checkpoints/2/state/a", "checkpoints/4/commit_success.txt"]
+    assert names == [*whole, "checkpoints/4/new", "final/config.json", "final/new", "tensorboard/events"]
+    with contextlib.closing(open_mirror(url)) as mirror:
+        assert "final/config.json" in stores.files_in(mirror.path)
+
+
+def test_a_result_is_renamed_over_an_interrupted_renaming(memory):
+    url = "s3://bucket/run"
+    stored(url, {"final/config.json": "", "final/w": "", "final-3/old": ""})
+    with contextlib.closing(open_mirror(url)) as mirror:
+        assert stores.files_in(mirror.path) == ["final/config.json"]
+        mirror.rename(mirror.path / "final", mirror.path / "final-3")
+        mirror.push()
+    assert sorted(stores.listing(url)) == ["final-3/config.json", "final-3/w", "owner.txt"]
 
 
 def free_port() -> int:

@@ -1,17 +1,20 @@
 """Boxes in texts, and the coordinates that they are in.
 
-Two forms are read, in texts of people and models alike:
+These forms are read, in texts of people and models alike, and in the arguments of tool calls:
 
-    {"bbox_2d": [x1, y1, x2, y2], "label": "cat"}, {"point_2d": [x, y]}                              Qwen2.5-VL
-    <|object_ref_start|>cat<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>                  Qwen2-VL
+    {"bbox_2d": [x1, y1, x2, y2], "label": "cat"}, {"point_2d": [x, y]}, {"coordinate": [x, y]}          Qwen2.5-VL
+    <|object_ref_start|>cat<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>                     Qwen2-VL
+    cat(x1,y1),(x2,y2) or [x1, y1, x2, y2], as the whole text
+    click(start_box='(x,y)'), <point>x y</point>, <box>[[x1, y1, x2, y2]]</box>                      UI-TARS and others
 
 A model writes boxes in the coordinates of its family, `families.BOXES`. Datasets often have pixels of the stored
 picture, which is larger than the resized picture that the model sees.
 """
 
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qwenvl_jax.config import Config
@@ -22,14 +25,21 @@ from qwenvl_jax.types import Visual
 # thousandths: 0 to 1000 along each side.
 COORDINATES = ("original", "resized", "thousandths")
 
-_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+_NUMBER = r"[+-]?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(?:[eE][+-]?[0-9]{1,3})?"
 _PAIR = rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)"
 _NUMBERS = re.compile(_NUMBER)
-_JSON = r"""(?P<key>["'](?:bbox|point)_2d\\?["']\s*:\s*)\[(?=[^\]]*[0-9])[-+.0-9eE,\s\[\]]*\]"""
-_MARKED = rf"(?P<mark><\|(?:box|quad)_start\|>\s*){_PAIR}(?:\s*,\s*{_PAIR})*"
-_BARE = rf"{_PAIR}(?:\s*,\s*{_PAIR})+"  # the second form after its control tokens were left out
-_CERTAIN = re.compile(f"{_JSON}|{_MARKED}")
-_ANY = re.compile(f"{_JSON}|{_MARKED}|{_BARE}")
+_LIST = r"""\[[-+.0-9eE,\s\[\]"']*\]"""
+_RUN = r"[-+.0-9eE,\s()\[\]]*"
+# What makes numbers a box in any text; and what does so only in a text that is said to have boxes.
+_CERTAIN = re.compile(
+    rf"""(?P<key>["'](?P<name>bbox_2d|point_2d)\\?["']\s*:\s*){_LIST}|(?P<mark><\|(?:box|quad)_start\|>){_RUN}"""
+)
+_LIKELY = re.compile(
+    rf"""(?P<key>["'](?P<name>bbox_2d|point_2d|coordinate|bbox)\\?["']\s*:\s*){_LIST}"""
+    rf"""|(?P<mark><\|(?:box|quad)_start\|>|<box>|<point>|\b(?:(?:start|end)_(?:box|point)|point)=["']){_RUN}"""
+)
+_BARE = re.compile(r"(?P<key>(?P<name>(?P<mark>)))(?<![\s(,])\([0-9]{1,9},[0-9]{1,9}\),\([0-9]{1,9},[0-9]{1,9}\)")
+_WHOLE = re.compile(rf"(?P<key>(?P<name>(?P<mark>)))\s*{_LIST}\s*")
 
 
 class Box(NamedTuple):
@@ -64,32 +74,35 @@ def sizes(visual: Visual, config: Config) -> Sizes:
     return Sizes(visual.size or resized, resized)
 
 
-def to_model(text: str, pictures: Sequence[Sizes], target: str, source: str | None) -> str:
+def to_model(text: str, pictures: Sequence[Sizes], target: str, source: str | None, learnt: bool = True) -> str:
     """A text of a record with its boxes in the model's coordinates, `target`, rounded to whole numbers.
 
-    pictures: the pictures that the text may be about.
-    source: the coordinates of the text's boxes. None: the model's, and only a JSON key or <|box_start|> makes
-        numbers a box, since the text may be about anything.
+    pictures: the pictures that the text may be about. A text before any picture is not changed.
+    source: the coordinates of the text's boxes. None: the model's, which are only checked, and only in a `learnt` text.
     Raises InputError for a box outside its picture or with its corners exchanged, and for a box that may belong to
     pictures of different sizes.
     """
     places = list(dict.fromkeys(pictures))
 
-    def change(found: re.Match) -> str:
-        numbers = [float(n) for n in _NUMBERS.findall(found[0][_head(found) :])]
+    def change(found: re.Match, numbers: list[float]) -> str:
         if source is None:
-            if places and not any(_inside(numbers, place.of(target)) for place in places):
-                hint = 'say which coordinates they are: "boxes": "original"' if target == "resized" else ""
-                raise InputError(_outside(found[0], places[0], target, hint))
+            if not any(_inside(found, numbers, place.of(target)) for place in places):
+                hint = 'say which coordinates they are: "boxes": "original"'
+                raise InputError(f"{_outside(found[0], places[0], target)}; {hint}")
             return found[0]
-        if len(places) != 1:
-            what = "no picture" if not places else f"{len(places)} pictures of different sizes"
+        if found["name"] == "bbox":
+            said = f"the box {_short(found[0])} may be [x, y, width, height] or two corners"
+            raise InputError(f'{said}; write "bbox_2d": [x1, y1, x2, y2], or leave out boxes')
+        if len(places) > 1:
+            what = f"{len(places)} pictures of different sizes"
             raise InputError(f"a box ({_short(found[0])}) may belong to {what}; its coordinates cannot be converted")
-        if not _inside(numbers, places[0].of(source)):
+        if not _inside(found, numbers, places[0].of(source)):
             raise InputError(_outside(found[0], places[0], source))
         return _scaled(found, places[0].of(source), places[0].of(target))
 
-    return (_CERTAIN if source is None else _ANY).sub(change, text)
+    if not places or (source is None and not learnt):
+        return text
+    return _replaced(text, change, certain=source is None)
 
 
 def from_model(text: str, picture: Sizes, source: str, target: str) -> str:
@@ -97,7 +110,23 @@ def from_model(text: str, picture: Sizes, source: str, target: str) -> str:
 
     source: the model's coordinates.
     """
-    return _ANY.sub(lambda found: _scaled(found, picture.of(source), picture.of(target)), text)
+    return _replaced(text, lambda found, _: _scaled(found, picture.of(source), picture.of(target)))
+
+
+def _replaced(text: str, change: Callable[[re.Match, list[float]], str], certain: bool = False) -> str:
+    """The text with `change(match, its numbers)` in place of each box."""
+
+    def one(found: re.Match) -> str:
+        numbers = [float(n) for n in _NUMBERS.findall(found[0], _head(found)) if math.isfinite(float(n))]
+        return change(found, numbers) if numbers and len(numbers) % 2 == 0 else found[0]
+
+    if certain:
+        return _CERTAIN.sub(one, text)
+    if whole := _WHOLE.fullmatch(text):
+        return one(whole) if len(_NUMBERS.findall(text)) % 4 == 0 else text
+    if text.rstrip().endswith(")"):  # "cat(1,2),(3,4)" is a box, "the points (1,2),(3,4)" in a sentence are not
+        text = _BARE.sub(one, text)
+    return _LIKELY.sub(one, text)
 
 
 def parse_boxes(text: str) -> list[Box]:
@@ -153,9 +182,10 @@ def _head(found: re.Match) -> int:
     return len(found["key"] or found["mark"] or "")
 
 
-def _inside(numbers: list[float], limits: tuple[int, int]) -> bool:
-    """Whether every point is in the picture and, of two points, the second is not left of or above the first."""
-    in_order = len(numbers) != 4 or (numbers[0] <= numbers[2] and numbers[1] <= numbers[3])
+def _inside(found: re.Match, numbers: list[float], limits: tuple[int, int]) -> bool:
+    """Whether every point is in the picture and the second corner of a box is not left of or above the first."""
+    is_box = len(numbers) == 4 and found["name"] not in ("point_2d", "coordinate")
+    in_order = not is_box or (numbers[0] <= numbers[2] and numbers[1] <= numbers[3])
     return in_order and all(0 <= n <= limits[i % 2] for i, n in enumerate(numbers))
 
 
@@ -172,11 +202,10 @@ def _scaled(found: re.Match, source: tuple[int, int], target: tuple[int, int]) -
     return found[0][:head] + _NUMBERS.sub(scale, found[0][head:])
 
 
-def _outside(box: str, picture: Sizes, coordinates: str, hint: str = "") -> str:
+def _outside(box: str, picture: Sizes, coordinates: str) -> str:
     width, height = picture.of(coordinates)
     where = "0 … 1000 along each side" if coordinates == "thousandths" else f"{width} × {height} pixels, {coordinates}"
-    text = f"the box {_short(box)} is outside its picture ({where}) or has its corners exchanged"
-    return f"{text}; {hint}" if hint else text
+    return f"the box {_short(box)} is outside its picture ({where}) or has its corners exchanged"
 
 
 def _short(box: str) -> str:

@@ -63,8 +63,7 @@ def run(args) -> int:
     interrupted = False  # whether the last event was a Ctrl-C
     while True:
         try:
-            line = _message(read, chat.unsent if chat.refused else "")
-            chat.refused = False
+            line = _message(read)
         except EOFError:
             return OK
         except KeyboardInterrupt:
@@ -95,7 +94,7 @@ class Chat:
 
     def reset(self) -> None:
         self._messages, self._sent, self._draft = list(self._opening), list[Attachment](), list[Attachment]()
-        self.unsent, self.refused = "", False  # the text of a message without an answer; whether it was the last one
+        self._unsent = ""  # the text of a message without an answer
 
     def obey(self, line: str) -> None:
         """Runs a command, or sends a message. Raises KeyboardInterrupt after it has put everything in order."""
@@ -104,10 +103,11 @@ class Chat:
             return
         if word == "/reset":
             self.reset()
+            print("the conversation is empty")
         elif word in ("/image", "/video"):
             self._add(word[1:], rest.strip()) if rest.strip() else self._list()
         elif word == "/drop":
-            self._draft = []
+            self._drop()
         elif word == "/retry":
             self._retry()
         elif word == "/help":
@@ -134,23 +134,29 @@ class Chat:
         if not (self._sent or self._draft):
             print("nothing is attached; /image FILE attaches an image, /video FILE a video")
 
+    def _drop(self) -> None:
+        for attachment in self._draft:
+            print(f"dropped {attachment.text}")
+        if not self._draft:
+            print("the next message has no attachments")
+        self._draft = []
+
     def _send(self, text: str) -> None:
         media = [{"type": a.kind, a.kind: a.visual} for a in self._draft]
         turn = {"role": "user", "content": [*media, {"type": "text", "text": text}]}
-        self.unsent, count = text, len(self._messages)
+        self._unsent, count = text, len(self._messages)
         try:
             self._answer(self._messages, turn)
         finally:  # also after Ctrl-C
             if len(self._messages) > count:
-                self._sent, self._draft, self.unsent = self._sent + self._draft, [], ""
+                self._sent, self._draft, self._unsent = self._sent + self._draft, [], ""
             else:
-                self.refused = True
                 kept = f" and {len(self._draft)} attachment(s)" if self._draft else ""
                 print(f"your message{kept} stayed here; /retry sends it again", file=sys.stderr, flush=True)
 
     def _retry(self) -> None:
-        if self.unsent:
-            self._send(self.unsent)
+        if self._unsent:
+            self._send(self._unsent)
         elif len(self._messages) > len(self._opening):
             self._answer(self._messages[:-2], self._messages[-2])
         else:
@@ -282,15 +288,15 @@ def _remote(text: str) -> bool:
     return ("://" in text and not text.startswith("file://")) or text.startswith(("data:", "demo:"))
 
 
-def _message(read: Callable[[str, str], str], default: str) -> str:
+def _message(read: Callable[[str], str]) -> str:
     """The next message or command. Between two triple quotes it has several lines."""
-    line = read("> ", default).strip()
+    line = read("> ").strip()
     if not line.startswith(_BLOCK):
         return line
     lines = [line.removeprefix(_BLOCK)]
     while not lines[-1].rstrip().endswith(_BLOCK):
         try:
-            lines.append(read("… ", ""))
+            lines.append(read("… "))
         except EOFError:
             break
     return "\n".join(lines).strip().removesuffix(_BLOCK).strip()
@@ -305,15 +311,15 @@ def _prompt_toolkit():
     return prompt_toolkit
 
 
-def _reader() -> Callable[[str, str], str]:
-    """(prompt, text to begin with) → a line. On a terminal it has history, and with prompt_toolkit several lines."""
+def _reader() -> Callable[[str], str]:
+    """Prompt → a line. On a terminal it has history, and with prompt_toolkit several lines."""
     if not sys.stdin.isatty():
-        return lambda prompt, default: input()
+        return lambda prompt: input()
     toolkit = _prompt_toolkit() if sys.stdout.isatty() else None
     if toolkit is None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - gives input() its line editing and history
-        return lambda prompt, default: input(prompt)
+        return input
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
@@ -322,5 +328,4 @@ def _reader() -> Callable[[str, str], str]:
     def _(event):
         event.current_buffer.insert_text("\n")
 
-    session = toolkit.PromptSession(key_bindings=keys)
-    return lambda prompt, default: session.prompt(prompt, default=default)
+    return toolkit.PromptSession(key_bindings=keys).prompt

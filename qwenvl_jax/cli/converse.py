@@ -82,12 +82,9 @@ def encoder(args, request: dict | None = None):
 
     def attach(kind, where):
         """(the Visual of an image or video, its name, size and tokens as a sentence); it can stand in a message."""
-        from qwenvl_jax.inputs.media import load_image
-
         p = processor.preprocessing
-        source = load_image(where) if kind == "image" else where
         media = {name: value for name, value in options.items() if name in names(MediaOptions)}
-        (visual,) = processor.open([Media(kind, source, {}, kind)], build(MediaOptions, media))
+        (visual,) = processor.open([Media(kind, where, {}, kind)], build(MediaOptions, media))
         grid, tokens = visual.grid, visual.grid.patches // config.vision.merge_unit
         if tokens >= config.text.context:
             raise ContextError(f"{where}: takes {tokens:,} tokens; the model's context is {config.text.context:,}")
@@ -95,7 +92,7 @@ def encoder(args, request: dict | None = None):
         if kind == "video":
             seconds = f" over {grid.t * visual.seconds_per_grid:.3g} seconds" if visual.seconds_per_grid else ""
             size = f"{grid.t * p.temporal_patch_size} frames{seconds} of {size}"
-        elif size != (original := f"{source.width} × {source.height} pixels"):
+        elif visual.size and size != (original := f"{visual.size[0]} × {visual.size[1]} pixels"):
             size = f"{original}, resized to {size}"
         return visual, f"{where}: {kind}, {size}, {tokens:,} tokens"
 

@@ -70,8 +70,9 @@ def quiet(debug: bool):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     levels = {"": logging.CRITICAL, "absl": logging.CRITICAL, "jax": logging.CRITICAL, "qwenvl_jax": logging.WARNING}
     before = {name: logging.getLogger(name).level for name in levels}
-    shown = logging.StreamHandler(sys.stderr)
+    shown, none = logging.StreamHandler(sys.stderr), logging.NullHandler()
     try:
+        logging.getLogger().addHandler(none)  # without one, a library's first message adds a handler that prints all
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         logging.getLogger("qwenvl_jax").addHandler(shown)
@@ -80,6 +81,7 @@ def quiet(debug: bool):
             yield
     finally:
         logging.getLogger("qwenvl_jax").removeHandler(shown)
+        logging.getLogger().removeHandler(none)
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
 

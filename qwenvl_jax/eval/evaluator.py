@@ -98,6 +98,14 @@ class Evaluator:
         """
         return self._report(params, "skip", None, False).metrics()
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the scores, without "eval/"."""
+        groups = dict.fromkeys((q.task, q.metric) for q in self.questions)
+        named = [f"{task}/{metric}" for task, metric in groups]
+        boxes = [f"{task}/{detail}" for task, metric in groups if metric == BOXES for detail in ("precision", "recall")]
+        return [*named, *boxes, "overall"]
+
     def report(self, params, *, output=None, overwrite: bool = False) -> Report:
         """Answers every question under these parameters and scores the answers.
 
@@ -280,12 +288,17 @@ def _agreed(encoded: list) -> list:
 
 
 def _with_model_boxes(question: Question, sample: Sample, processor, coordinates: str | None) -> Question:
-    """The question with its right boxes in the model's coordinates. Raises InputError for a box outside its picture."""
-    if question.metric != BOXES:
+    """The question with the boxes of its right answers in the model's coordinates.
+
+    Raises InputError for a box outside its picture.
+    """
+    if question.metric != BOXES and coordinates is None:
         return question
-    told = [*question.messages, {"role": "assistant", "content": question.answers[0]}]
-    gold = processor.boxes_to_model(told, sample.visuals, coordinates)[-1]["content"]
-    return question._replace(answers=(gold,))
+    golds = []
+    for answer in question.answers:
+        told = [*question.messages, {"role": "assistant", "content": answer}]
+        golds.append(processor.boxes_to_model(told, sample.visuals, coordinates)[-1]["content"])
+    return question._replace(answers=tuple(golds))
 
 
 def _with_calls(question, processor, encoding: Mapping):

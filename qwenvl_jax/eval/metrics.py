@@ -13,7 +13,7 @@ from typing import NamedTuple
 from qwenvl_jax.answers.boxes import Box
 
 _Z = 1.959963984540054  # 97.5% quantile of the normal distribution: two-sided 95%
-_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+_NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 
 
 def exact(prediction: str, golds: Sequence[str], *, case_sensitive: bool = True) -> float:
@@ -128,20 +128,36 @@ def match_boxes(predicted: Sequence[Box], gold: Sequence[Box], *, threshold: flo
     def label(box):
         return unicodedata.normalize("NFC", box.label).strip().casefold()
 
-    fits = [[label(p) == label(g) and iou(p, g) >= threshold for g in gold] for p in predicted]
+    labels = [label(g) for g in gold]
+    fits = [
+        [i for i, g in enumerate(gold) if labels[i] == mine and iou(p, g) >= threshold]
+        for p, mine in ((p, label(p)) for p in predicted)
+    ]
     partner: dict[int, int] = {}  # gold → predicted
+    mate: dict[int, int] = {}  # predicted → gold
 
-    def place(p, tried):
-        """Pairs p with a gold box, re-pairing others if needed (augmenting paths); False if impossible."""
-        for g, fit in enumerate(fits[p]):
-            if fit and g not in tried:
-                tried.add(g)
-                if g not in partner or place(partner[g], tried):
-                    partner[g] = p
-                    return True
+    def place(p: int) -> bool:
+        """Pairs p with a gold box, re-pairing others if needed (an augmenting path); False if impossible."""
+        reached, queue = {}, [p]  # gold → the predicted box that it was reached from
+        while queue:
+            q = queue.pop()
+            for g in fits[q]:
+                if g in reached:
+                    continue
+                reached[g] = q
+                if g in partner:
+                    queue.append(partner[g])
+                    continue
+                end: int | None = g
+                while end is not None:
+                    q = reached[end]
+                    former = mate.get(q)
+                    mate[q], partner[end] = end, q
+                    end = former
+                return True
         return False
 
-    return Matched(sum(place(p, set()) for p in range(len(predicted))), len(predicted), len(gold))
+    return Matched(sum(place(p) for p in range(len(predicted))), len(predicted), len(gold))
 
 
 # --- intervals ------------------------------------------------------------------------------------------

@@ -60,11 +60,9 @@ def _locate(source, max_bytes: int, budget: Budget) -> bytes | Path:
         return _fetch(source, max_bytes, budget)
     if scheme in stores.LIBRARIES:
         try:
-            data = stores.read(source, max_bytes, min(FETCH_SECONDS, budget.left()))
+            return stores.read(source, max_bytes, min(FETCH_SECONDS, budget.left()), budget.read)
         except InputError as e:
             raise MediaError(str(e).removeprefix(f"{source}: ")) from e
-        budget.read(len(data))
-        return data
     if scheme not in (None, "file"):
         known = "a path, file://, http(s)://, gs://, s3:// or data:"
         raise MediaError(f"{scheme}:// is not supported; use {known}")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -50,27 +51,45 @@ def normalize(messages: Sequence[Mapping]) -> tuple[list[dict], list[Media]]:
     return [message for message, _ in read], [m for _, media in read for m in media]
 
 
-def map_texts(messages: Sequence[Mapping], change: Callable[[str, range], str]) -> list[dict]:
-    """The messages, which `normalize` accepts, with `change(text, pictures)` in place of each text.
+def map_texts(messages: Sequence[Mapping], change: Callable[[str, range, Any], str]) -> list[dict]:
+    """The messages, which `normalize` accepts, with `change(text, pictures, role)` in place of each text.
 
+    The arguments of tool calls are texts of the assistant, as JSON.
     pictures: which of the conversation's media the text may be about: those of its own message, else of the latest
         message before it that has some.
     """
     out: list[dict] = []
     pictures = range(0)
     for message in messages:
-        content = message.get("content")
+        content, role = message.get("content"), message.get("role")
         items = content if isinstance(content, list | tuple) else ()
         is_text = [_kind(_present(item), "") == "text" for item in items]
         if not all(is_text):
             pictures = range(pictures.stop, pictures.stop + is_text.count(False))
         if isinstance(content, str):
-            content = change(content, pictures)
+            content = change(content, pictures, role)
         elif items:
-            pairs = zip(items, is_text, strict=True)
-            content = [{**item, "text": change(item["text"], pictures)} if text else item for item, text in pairs]
+            content = [
+                {**item, "text": change(item["text"], pictures, role)} if text else item
+                for item, text in zip(items, is_text, strict=True)
+            ]
         out.append({**message, "content": content})
+        if isinstance(calls := message.get("tool_calls"), list | tuple):
+            told = partial(change, pictures=pictures, role=role)
+            out[-1]["tool_calls"] = [_with_arguments(call, told) for call in calls]
     return out
+
+
+def _with_arguments(call: Mapping, change: Callable[[str], str]) -> dict:
+    """A tool call with its arguments changed, which are JSON text or an object."""
+    if "function" in call:
+        return {**call, "function": _with_arguments(call["function"], change)}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        return {**call, "arguments": change(arguments)}
+    if not arguments:
+        return {**call}
+    return {**call, "arguments": json.loads(change(json.dumps(arguments, ensure_ascii=False)))}
 
 
 def _present(value: Mapping) -> dict:

@@ -154,7 +154,11 @@ class Processor:
         """Messages with the boxes of their texts in the model's coordinates: see `answers.boxes.to_model`."""
         places = [sizes(visual, self.config) for visual in visuals]
         target = family_of(self.config).BOXES
-        return map_texts(messages, lambda text, about: to_model(text, [places[i] for i in about], target, source))
+
+        def change(text: str, pictures: range, role) -> str:
+            return to_model(text, [places[i] for i in pictures], target, source, role == "assistant")
+
+        return map_texts(messages, change)
 
     def _parts(self, normal: list[dict], tools, *, allow_control_tokens: bool | None = None, **flags) -> list[str]:
         allow = self.allow_control_tokens if allow_control_tokens is None else allow_control_tokens

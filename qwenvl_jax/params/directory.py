@@ -95,7 +95,7 @@ def locate(path_or_id, *adapters, revision: str | None = None, weights: bool = T
             raise CheckpointError(f"{path}: this adapter's base is an adapter of it; name the base with --model")
         own.insert(0, path if weights else find(name))
         name = _base_of(path)
-        _LOG.warning("%s is an adapter; its base model is %s", path.name, name)
+        _LOG.warning("%s: an adapter; its base model is %s", path, name)
         path = find(name, weights=weights)
     cached = _CACHED.search(str(path))
     named = f"{cached[1]}/{cached[2]}" if cached else str(name)

@@ -83,6 +83,7 @@ def train(
     """
     if options.best and evaluate is None:
         raise OptionsError(f"best is {options.best!r}, a metric of the evaluation; give eval_data")
+    _check_best(options.best, getattr(evaluate, "names", None))  # before hours of training
     options, mesh = settled(options, optimizer), make_run_mesh(options)
     if options.epochs is not None and getattr(data, "epochs", None) != options.epochs:
         raise OptionsError(f"epochs is {options.epochs}; data must end after as many, as Dataset(…, epochs=…) does")
@@ -93,6 +94,11 @@ def train(
         loop.evaluate, loop.signals = evaluate, signals
         loop.on_metrics = (on_metrics,) if callable(on_metrics) else tuple(on_metrics)
         return loop.run_to_end()
+
+
+def _check_best(best: str | None, names) -> None:
+    if best and names is not None and best not in names:
+        raise OptionsError(f"best is {best!r}; the evaluation returns {', '.join(names)}")
 
 
 class _Loop:
@@ -299,8 +305,7 @@ class _Loop:
             metrics = evaluate(self.state.params)
         metrics = {name.removeprefix("eval/"): float(value) for name, value in metrics.items()}
         scores = {name: value for name, value in metrics.items() if not name.endswith(("/low", "/high"))}
-        if self.options.best and self.options.best not in metrics:
-            raise OptionsError(f"best is {self.options.best!r}; the evaluation returns {', '.join(scores)}")
+        _check_best(self.options.best, scores)
         self.progress.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         return metrics
 

@@ -88,14 +88,17 @@ class _StoreMirror(Mirror):
             self._held = undo.pop_all()
 
     def _pull(self, found: dict[str, stores.Object]) -> None:
-        """Copies complete checkpoints and loose files; of a finished model, only the file that says so."""
+        """Copies complete checkpoints and the run's own files; of a finished model, only the file that says so.
+
+        Of other directories, nothing is copied: a result whose upload was interrupted would look finished.
+        """
         wanted = {}
         for name, (size, _) in found.items():
             folder, last = _unit(name), PurePosixPath(name).name
             signs = [sign for sign in LAST if folder and f"{folder}/{sign}" in found]
             self._sent |= {folder} if signs else set()
             is_step = folder.startswith(f"{CHECKPOINTS}/")
-            needed = bool(signs) if is_step else not signs or last == signs[0]
+            needed = bool(signs) if is_step else not folder or last in signs[:1]
             if needed and last != COMMITTED and name != OWNER:
                 wanted[name] = self.path / name, size
         if wanted:
@@ -106,6 +109,7 @@ class _StoreMirror(Mirror):
 
     def rename(self, result: Path, former: Path) -> None:
         with self._busy:
+            stores.remove(self.name(former))  # left by an interrupted move
             stores.move(self.name(result), self.name(former))
             self._sent = self._sent - {result.name} | {former.name}
             result.rename(former)
@@ -122,6 +126,7 @@ class _StoreMirror(Mirror):
             for folder in whole:
                 if folder not in self._sent:
                     here, there = self.path / folder, f"{self.url}/{folder}"
+                    stores.remove(there)  # left by an interrupted upload
                     stores.upload(here, there, stores.files_in(here), progress=progress)
                     if folder.startswith(f"{CHECKPOINTS}/"):
                         stores.write(join(there, COMMITTED), "complete\n")
