@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from make_tiny import make_tiny
+from make_tiny import make_tiny, small_config
 from PIL import Image
 
 from qwenvl_jax import cli
@@ -22,9 +22,11 @@ from qwenvl_jax.answers.boxes import Box, parse_boxes
 from qwenvl_jax.errors import InputError, NonFiniteError
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.evaluator import Evaluator, evaluate
+from qwenvl_jax.eval.journal import fingerprint
 from qwenvl_jax.eval.questions import Question, read_questions
 from qwenvl_jax.eval.report import report, score
 from qwenvl_jax.infer.engine import Engine
+from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.params import checkpoint
 
 
@@ -569,6 +571,21 @@ def test_answers_follow_pictures_and_preprocessing_but_not_the_working_directory
     noise.transpose(Image.Transpose.ROTATE_180).save(folder / "a.png")
     code, _, err = run_eval(capsys, file, *rest)
     assert code == 2 and f"an image or video of {file}:1 has changed" in err and len(echo.asked) == 1
+
+
+def test_a_fingerprint_follows_all_that_makes_prompts(tokenizer_dir):
+    config = small_config("qwen2_5_vl")
+    one, other = (Processor.from_dir(tokenizer_dir, config) for _ in range(2))
+    name = fingerprint(config, one, {})
+    assert fingerprint(config, other, {}) == name
+    changed = [
+        replace(one, preprocessing=replace(one.preprocessing, max_pixels=10**6)),
+        replace(one, allow_control_tokens=True),
+        replace(one, template=replace(one.template, variables={"bos_token": "x"})),
+    ]
+    other.tokenizer.add_tokens(["zebra-crossing"])
+    names = {name, *(fingerprint(config, processor, {}) for processor in (*changed, other))}
+    assert len(names) == 5
 
 
 @only_new
