@@ -189,6 +189,10 @@ FORMS = {
         {"data_path": "..", "image": "NAME/a.png", "conversations": [turn("human", "<image>Q"), turn("gpt", "A")]},
         f"user:{SEE}Q|assistant:«A",
     ),
+    "a marker that is text": (
+        {"messages": [say("user", [{"type": "text", "text": "<image><audio>Q"}]), REPLY]},
+        "user:<image><audio>Q|assistant:«A",
+    ),
     "messages as text": ({"messages": json.dumps([ASK, REPLY])}, "user:Q|assistant:«A"),
 }  # fmt: skip
 
@@ -338,6 +342,15 @@ REFUSED = [
     ({"messages": [say("user", [{"type": "text", "text": "Q"}]), REPLY], "image": "a.png"}, "refer to 0 images"),
     ({"conversations": PAIR, "image": "a.png"}, "refer to 0 images; the record has 1"),
     ({"messages": [say("user", "<image>Q"), REPLY], "images": ["a.png", "b.png"]}, "refer to 1 images"),
+    ({"messages": [say("user", "<image>Q"), REPLY]}, "has 0 (<image> stands for one; if it is meant as text"),
+    ({"query": "<video>Q", "response": "A"}, "refer to 1 videos; the record has 0"),
+    ({"instruction": "Q", "input": "<image>", "output": "A", "images": []}, "refer to 1 images; the record has 0"),
+    ({"query": "Picture 1: <img>a.png</img>\nQ", "response": "A"}, "'<img>a.png</img>', another program's marker"),
+    ({"messages": [say("user", SEE + "Q"), REPLY], "images": ["a.png"]}, "message 0 has '<|vision_start|><|image_pad"),
+    ({"messages": [say("user", "<image 1>Q"), REPLY], "image": "a.png"}, "message 0 has '<image 1>', another program"),
+    ({"query": "<audio>Q", "response": "A"}, "the model cannot hear"),
+    ({"query": "Q", "response": "<ref-object> is at <bbox>"}, "message 1 has ms-swift's <ref-object>"),
+    ({"data_path": ["a"], "image": "a.png", "query": "Q", "response": "A"}, "'data_path' is ['a']; it must be one"),
 ]  # fmt: skip
 
 
