@@ -12,8 +12,10 @@ from PIL import Image
 
 from qwenvl_jax.errors import BadRecord, InputError
 from qwenvl_jax.eval.questions import read_questions
+from qwenvl_jax.inputs.fields import HARMLESS
+from qwenvl_jax.inputs.fields import REFUSED as REFUSED_KEYS
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.records import _KNOWN, _REFUSED, HARMLESS, conversation, preference
+from qwenvl_jax.inputs.records import _KNOWN, conversation, preference
 from qwenvl_jax.inputs.source import open_source
 from qwenvl_jax.train.records import PackShape, RecordProcessor
 
@@ -193,6 +195,13 @@ FORMS = {
         {"messages": [say("user", [{"type": "text", "text": "<image><audio>Q"}]), REPLY]},
         "user:<image><audio>Q|assistant:«A",
     ),
+    "prompt and completion as text": (
+        {"prompt": json.dumps([ASK], indent=1), "completion": json.dumps(REPLY)}, "user:Q|assistant:«A",
+    ),
+    "JSON that is no chat": (
+        {"prompt": '[{"role": "engineer"}]', "completion": "A"},
+        'user:[{"role": "engineer"}]|assistant:«A',
+    ),
     "messages as text": ({"messages": json.dumps([ASK, REPLY])}, "user:Q|assistant:«A"),
 }  # fmt: skip
 
@@ -257,6 +266,8 @@ PAIRS = {
     "the prompt in both": {"prompt": "Q", "prompt_id": "1", "chosen": [ASK, say("assistant", "good")],
                            "rejected": [ASK, say("assistant", "bad")]},
     "sharegpt": {"conversations": [turn("human", "Q")], "chosen": turn("gpt", "good"), "rejected": turn("gpt", "bad")},
+    "as text": {"prompt": json.dumps([ASK]), "chosen": json.dumps([say("assistant", "good")]),
+                "rejected": json.dumps([turn("gpt", "bad")])},
     "alpaca": {"instruction": "Q", "input": "", "chosen": "good", "rejected": "bad"},
     "swift": {"messages": [ASK, say("assistant", "good")], "rejected_response": "bad"},
     "swift query": {"query": "Q", "response": "good", "rejected_response": "bad"},
@@ -336,6 +347,9 @@ REFUSED = [
     ({"messages": [say("user", "Q", train=True), REPLY]}, "message 0 is a user message with train True; only the"),
     ({"messages": [ASK, say("assistant", "B", loss=False), say("tool_call", CALL)]}, "message 2 is part of"),
     ({"conversation": [{"human": "Q", "assistant": "A", "mood": "x"}]}, "message 0 has the unknown key 'mood'"),
+    ({"prompt": str([ASK]), "completion": "A"}, "'prompt' holds messages as Python prints them; write them as JSON"),
+    ([ASK, REPLY], 'a list of 2 messages; a record is an object, so write {"messages": […]}'),
+    (PAIR, "a list of 2 messages"),
     ([CHAT, CHAT], "a list of 2 records, as packing tools write"),
     ("text", "a record is a JSON object; this one is of type str"),
     (None, "a record is a JSON object; this one is of type NoneType"),
@@ -370,6 +384,10 @@ def test_what_could_matter_is_refused(processor, folder, record, says):
         ({"messages": [ASK, REPLY], "chosen": "good", "rejected": "bad"}, "must not end with an assistant message"),
         ({"prompt": "Q", "chosen": [say("user", "P"), REPLY], "rejected": "bad"}, "'chosen' begins with a user"),
         ({"chosen": [ASK, REPLY], "rejected": [ASK, REPLY]}, "are the same conversation"),
+        ({"prompt": "Q", "chosen": "A", "rejected": [say("assistant", [{"type": "text", "text": "A"}])]},
+         "are the same reply"),
+        ({"prompt": "Q", "chosen": [ASK, REPLY], "rejected": [ASK, REPLY]}, "are the same reply"),
+        ({"query": "Q", "response": "A", "rejected_response": "A"}, "are the same reply"),
         ({"chosen": "Human: Q\n\nAssistant: A", "rejected": "Human: Q\n\nAssistant: B"}, "without a prompt"),
         ({"prompt": "Q", "chosen": "good"}, "'rejected' must be a text"),
         (PAIRS["trl"] | {"margin": 0.5}, "unknown key 'margin'"),
@@ -424,7 +442,7 @@ def test_pictures_of_every_kind(processor, folder):
 ODD = [None, True, 0, 1.5, "", "x", "<image>", "[", "[1]", "{}", '[{"role": "user"}]', [], [1], [[1, 2]], {}, {"a": 1}]
 NAMES = [
     *_KNOWN,
-    *_REFUSED,
+    *REFUSED_KEYS,
     "id",
     "role",
     "content",

@@ -1,4 +1,4 @@
-"""Keys of requests, messages and items that programs send and that this package does not read: one table.
+"""Keys of requests, messages, items and records that programs write and that this package does not read: one table.
 
 A key is passed over where its value changes nothing here. Any other value is refused by name, because it would change
 the answer. The keys are those of OpenAI's chat completions, and of the servers that extend them (vLLM, SGLang).
@@ -81,3 +81,44 @@ def read_keys(given: Mapping, table: Mapping[str, Callable[[Any], bool]], where:
         if key in table and not table[key](value):
             raise InputError(f"{where}: {key} is {shown(value)}, which would change the answer; it is not supported")
     return {key: value for key, value in given.items() if key not in table}
+
+
+# ------------------------------------------------------------------------------------------ records
+
+# Keys that describe a record. They are passed over.
+HARMLESS = frozenset(
+    "id _id idx index uid uuid guid name key qid pid question_id image_id video_id prompt_id sample_id item_id "
+    "conversation_id conv_id source sources dataset dataset_name data_source subset config split category categories "
+    "subcategory topic domain type subject difficulty level tag tags keywords language lang license author "
+    "title metadata meta info extra_info comment comments note notes model model_name generator annotator created "
+    "created_at date time timestamp updated_at version hash md5 sha256 width height image_width image_height "
+    "image_size num_tokens token_count length channel line score_chosen score_rejected chosen_score rejected_score "
+    "chosen_model rejected_model parallel_tool_calls __index_level_0__ __key__ __url__".split()
+)
+HARMLESS_IN_MESSAGES = frozenset(
+    "id _id idx index uid uuid source created created_at date time timestamp metadata model hash turn turn_id "
+    "message_id parent_id".split()
+)
+_TOKENS = "tokens of another program cannot be checked against this model's; give the messages that they came from"
+REFUSED = {
+    "text": "raw text has no turns, and only the assistant's messages are trained on; write it as 'messages'",
+    "segments": "parts of a text without turns cannot be trained on; write them as 'messages', with \"weight\": 0 for "
+    "what is not to be learnt",
+    "input_ids": _TOKENS,
+    "token_ids": _TOKENS,
+    "labels": "labels of tokens or steps are not trained on; write what is to be learnt as 'messages'",
+    "completions": "rewards of steps are not trained on; write one 'completion'",
+    "label": "records with a label (KTO, classification) are not trained on; keep the good ones, or write pairs of "
+    "'chosen' and 'rejected' for DPO",
+    "kto_tag": "KTO is not supported; keep the good records, or write pairs of 'chosen' and 'rejected' for DPO",
+    "objects": "boxes beside the messages are not read; write them into the texts instead of <ref-object> and <bbox>",
+    "audio": "the model cannot hear; leave records with sound out",
+    "audios": "the model cannot hear; leave records with sound out",
+    "chat_template": "the checkpoint's own chat template is used",
+    "chat_template_kwargs": "the chat template takes no options from a record; write what they say into the messages",
+    "weight": 'weights are of messages, not of records; write a "weight" of 0 or 1 into the messages',
+    "loss": 'marks are of messages, not of records; write "loss": false into the messages',
+    "train": 'marks are of messages, not of records; write "train": false into the messages',
+    "train_on_eos": "the end of a learnt message is always learnt",
+    "rejected_images": "both replies of a preference are about the same pictures; put them into 'images'",
+}
