@@ -1,5 +1,6 @@
 """Every form of record that training frameworks write: what is learnt of it, token for token, and what is refused."""
 
+import base64
 import io
 import json
 import pickle
@@ -194,6 +195,11 @@ FORMS = {
     "a marker that is text": (
         {"messages": [say("user", [{"type": "text", "text": "<image><audio>Q"}]), REPLY]},
         "user:<image><audio>Q|assistant:«A",
+    ),
+    "anthropic's pictures": (
+        {"messages": [say("user", [{"type": "image", "source": {
+            "type": "base64", "media_type": "image/png", "data": base64.b64encode(png()).decode()}}]), REPLY]},
+        f"user:{SEE}|assistant:«A",
     ),
     "prompt and completion as text": (
         {"prompt": json.dumps([ASK], indent=1), "completion": json.dumps(REPLY)}, "user:Q|assistant:«A",

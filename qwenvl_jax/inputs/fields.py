@@ -24,7 +24,7 @@ def only(*values) -> Callable[[Any], bool]:
 
 
 def _no_bias(value) -> bool:
-    return isinstance(value, Mapping) and all(only(0)(bias) for bias in value.values())
+    return value == [] or (isinstance(value, Mapping) and all(only(0)(bias) for bias in value.values()))
 
 
 REQUEST: dict[str, Callable[[Any], bool]] = {
@@ -33,12 +33,18 @@ REQUEST: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), anything),
     **dict.fromkeys(("prediction", "priority", "request_id", "rid", "cache_salt", "return_token_ids"), anything),
     **dict.fromkeys(("include_reasoning", "separate_reasoning", "stream_reasoning"), anything),
+    **dict.fromkeys(("incremental_output", "timeout", "cache_prompt", "keep_alive", "session_id"), anything),
+    **dict.fromkeys(("provider", "extra_headers", "extra_query", "usage", "use_cache", "routing_key"), anything),
     # Only of use with another key, which is refused, or with another tokenizer.
     **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern", "length_penalty"), anything),
     **dict.fromkeys(("spaces_between_special_tokens", "add_special_tokens"), anything),
     "chat_template_content_format": only("auto", "openai"),
     # How many answers, and what comes with them.
-    **dict.fromkeys(("n", "best_of"), only(1)),
+    **dict.fromkeys(("n", "best_of", "num_return_sequences", "num_beams"), only(1)),
+    **dict.fromkeys(("return_hidden_states", "return_routed_experts", "background"), only(False)),
+    "detokenize": only(True),
+    "result_format": only("message"),
+    "suffix": only(""),
     **dict.fromkeys(("logprobs", "echo", "use_beam_search", "return_tokens_as_token_ids"), only(False)),
     **dict.fromkeys(("include_stop_str_in_output", "no_stop_trim", "continue_final_message"), only(False)),
     **dict.fromkeys(("top_logprobs", "min_tokens"), only(0)),
@@ -49,27 +55,42 @@ REQUEST: dict[str, Callable[[Any], bool]] = {
     "logit_bias": _no_bias,
     "response_format": only({"type": "text"}),
     "verbosity": only("medium"),
-    "reasoning_effort": only("none"),
+    "reasoning_effort": only("none", "minimal", "low"),  # the model does not reason
+    "thinking": only({"type": "disabled"}),
+    **dict.fromkeys(("enable_thinking", "enable_search"), only(False)),
+    "thinking_budget": only(0),
+    **dict.fromkeys(("typical_p", "repeat_penalty", "tfs_z"), only(1)),
+    **dict.fromkeys(("no_repeat_ngram_size", "mirostat", "top_a"), only(0)),
     **dict.fromkeys(("bad_words", "logits_processors", "allowed_token_ids"), only([])),
-    **dict.fromkeys(("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"), nothing),
-    **dict.fromkeys(("regex", "ebnf", "json_schema", "thinking_token_budget"), nothing),
+    **dict.fromkeys(("structured_outputs", "guided_json", "json_schema"), only({}, "")),
+    **dict.fromkeys(("guided_regex", "guided_choice", "guided_grammar", "regex", "ebnf", "grammar"), only("", [])),
+    "thinking_token_budget": nothing,
     # What the model is shown.
     "tool_choice": only("auto"),
     "parallel_tool_calls": only(True),
     "functions": only([]),
     "function_call": only("auto", "none"),
-    "documents": only([]),
-    **dict.fromkeys(("media_io_kwargs", "vllm_xargs", "kv_transfer_params"), only({})),
+    **dict.fromkeys(("documents", "plugins", "transforms"), only([])),
+    **dict.fromkeys(("media_io_kwargs", "vllm_xargs", "kv_transfer_params", "extra_body"), only({})),
+    "vl_high_resolution_images": only(False),
+    "truncation": only("disabled", False),
     **dict.fromkeys(("chat_template", "web_search_options", "lora_path"), nothing),
 }
+GREEDY = {"do_sample": only(False)}  # with a temperature of 0
+SAMPLED = {"do_sample": only(True)}  # with another temperature
 WITHOUT_TOOLS = {"tool_choice": only("auto", "none"), "parallel_tool_calls": only(True, False)}
-PROCESSOR_KWARGS = {"use_fast": anything}  # mm_processor_kwargs, beside the options of pictures and clips
+PROCESSOR_KWARGS = {
+    "use_fast": anything,
+    **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), only(True)),
+}  # mm_processor_kwargs, beside the options of pictures and clips
 TEMPLATE_KWARGS = {"add_generation_prompt": only(True), "enable_thinking": only(False)}  # chat_template_kwargs
 MESSAGE = {
-    **dict.fromkeys(("id", "annotations", "cache_control"), anything),
+    **dict.fromkeys(("id", "annotations", "cache_control", "timestamp", "created", "created_at"), anything),
+    **dict.fromkeys(("date", "time", "metadata", "model", "status", "finish_reason", "parsed"), anything),
     **dict.fromkeys(("refusal", "reasoning", "reasoning_content"), only("")),
     **dict.fromkeys(("prefix", "partial"), only(False)),
-    **dict.fromkeys(("audio", "function_call"), nothing),
+    "type": only("message"),
+    **dict.fromkeys(("audio", "function_call"), only({})),
 }
 ITEM = dict.fromkeys(("id", "uuid", "annotations", "cache_control", "logprobs"), anything)
 URL = {"format": anything}  # beside "url" and "detail"

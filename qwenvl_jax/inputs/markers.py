@@ -43,7 +43,8 @@ def with_media(messages: list, given: Mapping, folder: Path | None) -> list:
         if not isinstance(item, Mapping):
             return item
         sources = {k: item[k] for k in _SOURCES if item.get(k) is not None}
-        if not sources and item.get("type") in list(used) and item.get("base64") is None:
+        inline = item.get("base64") is not None or item.get("source") is not None
+        if not sources and item.get("type") in list(used) and not inline:
             sources = {item["type"]: next_source(item["type"])}
         return {**item, **{k: _resolved(source, folder) for k, source in sources.items()}}
 
