@@ -201,6 +201,27 @@ FORMS = {
             "type": "base64", "media_type": "image/png", "data": base64.b64encode(png()).decode()}}]), REPLY]},
         f"user:{SEE}|assistant:«A",
     ),
+    "history of messages": (
+        {"query": "Q", "response": "A", "history": [say("user", "H"), turn("gpt", "B")]},
+        "user:H|assistant:«B|user:Q|assistant:«A",
+    ),
+    "calls in tags": (
+        {"conversations": [turn("human", "Q"), turn("function_call", f"{CALLED}\n{CALLED}"), turn("observation", "18"),
+                           turn("gpt", "A")], "tools": json.dumps([TOOL])},
+        f"tools|user:Q|assistant:«{CALLED}\n{CALLED}|user:<tool_response>\n18\n</tool_response>|assistant:«A",
+    ),
+    "the cauldron": (
+        {"images": ["a.png"], "texts": [{"user": "Q", "assistant": "A", "source": "x"}]}, f"user:{SEE}Q|assistant:«A",
+    ),
+    "one system prompt, twice": (
+        {"messages": [say("system", [{"type": "text", "text": "S"}]), ASK, REPLY], "system": "S"},
+        "system:S|user:Q|assistant:«A",
+    ),
+    "keys about the picture": (
+        {"image": "a.png", "image_path": "x/a.png", "file_name": "a.png", "url": "http://h/a.png", "query": "Q",
+         "response": "A"}, f"user:{SEE}Q|assistant:«A",
+    ),
+    "an address of a text": ({"url": "https://h/page", "query": "Q", "response": "A"}, "user:Q|assistant:«A"),
     "prompt and completion as text": (
         {"prompt": json.dumps([ASK], indent=1), "completion": json.dumps(REPLY)}, "user:Q|assistant:«A",
     ),
@@ -272,6 +293,8 @@ PAIRS = {
     "the prompt in both": {"prompt": "Q", "prompt_id": "1", "chosen": [ASK, say("assistant", "good")],
                            "rejected": [ASK, say("assistant", "bad")]},
     "sharegpt": {"conversations": [turn("human", "Q")], "chosen": turn("gpt", "good"), "rejected": turn("gpt", "bad")},
+    "ultrafeedback": {"prompt": "Q", "prompt_id": "1", "messages": [ASK, say("assistant", "good")], "score_chosen": 9,
+                      "chosen": [ASK, say("assistant", "good")], "rejected": [ASK, say("assistant", "bad")]},
     "as text": {"prompt": json.dumps([ASK]), "chosen": json.dumps([say("assistant", "good")]),
                 "rejected": json.dumps([turn("gpt", "bad")])},
     "alpaca": {"instruction": "Q", "input": "", "chosen": "good", "rejected": "bad"},
@@ -327,6 +350,10 @@ REFUSED = [
     (CHAT | {"b": 1, "a": 2}, "unknown keys 'a', 'b'; rename it with --columns a=NAME, or pass over it with "
                               "--columns a= --columns b="),
     ({"mesages": [ASK, REPLY]}, "unknown key 'mesages'; did you mean 'messages'?"),
+    ({"question": "Q", "answer": "A", "questions": "x"}, "'questions'; rename it with"),
+    ({"image_path": "a.png", "query": "Q", "response": "A"}, "read it with --columns image_path=image, or pass over"),
+    ({"file_name": "a.PNG", "query": "Q", "response": "A"}, "'file_name' may be the record's picture"),
+    (CHAT | {"video_url": "http://h/x"}, "read it with --columns video_url=video"),
     (CHAT | {"prompt": "Q"}, "has both 'messages' and 'prompt'"),
     (CHAT | {"response": "A"}, "has both 'messages' and 'response'"),
     (CHAT | {"history": [["a", "b"]]}, "has both 'messages' and 'history'"),
@@ -396,7 +423,8 @@ def test_what_could_matter_is_refused(processor, folder, record, says):
         ({"query": "Q", "response": "A", "rejected_response": "A"}, "are the same reply"),
         ({"chosen": "Human: Q\n\nAssistant: A", "rejected": "Human: Q\n\nAssistant: B"}, "without a prompt"),
         ({"prompt": "Q", "chosen": "good"}, "'rejected' must be a text"),
-        (PAIRS["trl"] | {"margin": 0.5}, "unknown key 'margin'"),
+        (PAIRS["trl"] | {"mood": 0.5}, "unknown key 'mood'"),
+        (PAIRS["ultrafeedback"] | {"messages": [ASK, REPLY]}, "'messages', which is neither reply; pass over it with"),
     ],
 )  # fmt: skip
 def test_bad_preferences(record, says):
@@ -408,6 +436,14 @@ def test_bad_preferences(record, says):
 @pytest.mark.parametrize("key", sorted(HARMLESS))
 def test_harmless_keys_change_nothing(key):
     assert conversation(CHAT | {key: "anything"}, None) == conversation(CHAT, None)
+
+
+def test_an_answer_beside_a_reply(processor):
+    """Evaluation compares with the answer; training learns the reply."""
+    for record in ({"question": "Q", "response": "A", "answer": "B"}, CHAT | {"answer": "B"}):
+        assert read_questions([record])[0].answers == ("B",)
+        (segment,) = RecordProcessor(processor, SHAPE)(record)
+        assert trained(processor, segment) == expected(processor, "user:Q|assistant:«A")
 
 
 @pytest.mark.parametrize(

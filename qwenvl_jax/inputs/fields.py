@@ -114,8 +114,15 @@ HARMLESS = frozenset(
     "title metadata meta info extra_info comment comments note notes model model_name generator annotator created "
     "created_at date time timestamp updated_at version hash md5 sha256 width height image_width image_height "
     "image_size num_tokens token_count length channel line score_chosen score_rejected chosen_score rejected_score "
-    "chosen_model rejected_model parallel_tool_calls __index_level_0__ __key__ __url__".split()
+    "chosen_model rejected_model margin question_type answer_type ds_name origin_dataset origin original_id "
+    "data_id task_type parallel_tool_calls __index_level_0__ __key__ __url__".split()
 )
+# Keys that may hold a record's picture or clip, and those of them that do if their value is the name of one.
+MAYBE_MEDIA = frozenset(
+    "image_path image_paths image_file image_files image_name image_url image_urls img img_path img_url picture photo "
+    "video_path video_file video_name video_url file file_name filename url path".split()
+)
+MEDIA_BY_VALUE = frozenset("file file_name filename url path".split())
 HARMLESS_IN_MESSAGES = frozenset(
     "id _id idx index uid uuid source created created_at date time timestamp metadata model hash turn turn_id "
     "message_id parent_id".split()

@@ -8,6 +8,7 @@
     {any of these as the prompt, "chosen": reply, "rejected": reply}                                    a preference
     {any of these with a reply, "rejected_response": text}                                    ms-swift's preference
 
+`answer` is the right answer in evaluation, before any reply. Training learns the reply, and `answer` only without one.
 Beside them may stand `system`, `tools`, and media under image, images, video or videos (one, or a list). Media replace
 `<image>`, `<video>` and items without a source, in order. A message is not trained on if it has `"weight": 0` (OpenAI),
 `"loss": false` (ms-swift) or `"train": false` (axolotl). Another key that is not in `HARMLESS` is an error.
@@ -22,15 +23,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwenvl_jax.errors import BadRecord, shown
-from qwenvl_jax.inputs.fields import HARMLESS, HARMLESS_IN_MESSAGES, REFUSED
+from qwenvl_jax.inputs.fields import HARMLESS, HARMLESS_IN_MESSAGES, MAYBE_MEDIA, MEDIA_BY_VALUE, REFUSED
 from qwenvl_jax.inputs.markers import with_media
 
-_CHAT = ("messages", "conversations", "conversation")
+_CHAT = ("messages", "conversations", "conversation", "texts")
 _QUESTIONS = (*_CHAT, "prompt", "query", "question", "instruction", "input")
 _REPLIES = ("completion", "response", "output")
 _PAIRS = ("chosen", "rejected", "rejected_response", "rejected_messages")
 _TEXTS = (*_QUESTIONS[len(_CHAT) :], *_REPLIES, *_PAIRS)
 _LIKE_CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
+_MEDIA = {"image", "images", "video", "videos"}
+_MEDIA_NAME = re.compile(r"(?i)\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif|mp4|mkv|webm|mov|avi)\b")
 _OPENAI_PAIR = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
 _KNOWN = (
     *_QUESTIONS, *_REPLIES, *_PAIRS, "history", "system", "system_prompt", "tools", "functions", "image", "images",
@@ -106,14 +109,28 @@ def _keys(record) -> dict:
     for key, why in REFUSED.items():
         if key in given:
             raise BadRecord("unknown key", f"{key!r}: {why}; to train without it, {_pass_over(key)}")
-    if unknown := sorted({str(k) for k in given} - {*_KNOWN} - HARMLESS):
-        close = difflib.get_close_matches(unknown[0], _KNOWN, 1, 0.75)
+    _check_media_keys(given)
+    if unknown := sorted({str(k) for k in given} - {*_KNOWN} - HARMLESS - MAYBE_MEDIA):
+        close = difflib.get_close_matches(unknown[0], [k for k in _KNOWN if k not in given], 1, 0.75)
         hint = f"did you mean {close[0]!r}? Otherwise rename" if close else "rename"
         several = f"unknown keys {', '.join(map(repr, unknown))}" if unknown[1:] else f"unknown key {unknown[0]!r}"
         raise BadRecord(
             "unknown key", f"{several}; {hint} it with --columns {unknown[0]}=NAME, or {_pass_over(*unknown)}"
         )
     return given
+
+
+def _check_media_keys(given: dict) -> None:
+    """Raises BadRecord for a key that seems to hold the picture, if the record has no other."""
+    lists = [given[k] for k in _CHAT if isinstance(given.get(k), list | tuple)]
+    contents = [turn.get("content") for turns in lists for turn in turns if isinstance(turn, Mapping)]
+    if given.keys() & _MEDIA or any(isinstance(content, list | tuple) for content in contents):
+        return  # the keys describe the picture
+    for key in sorted(MAYBE_MEDIA & given.keys()):
+        if key not in MEDIA_BY_VALUE or _MEDIA_NAME.search(shown(given[key])):
+            new = "video" if "video" in key else "image"
+            said = f"{key!r} may be the record's picture, and is not read; read it with --columns {key}={new}"
+            raise BadRecord("unknown key", f"{said}, or {_pass_over(key)}")
 
 
 def _present(value: Mapping) -> dict:
@@ -198,7 +215,12 @@ def _pair(given: dict) -> tuple[list, list[list]]:
         return _common(chosen, rejected)
     if extra := next((k for k in _REPLIES if k in given), None):
         raise BadRecord("messages", f"has both 'chosen' and {extra!r}; {_pass_over(extra)}")
-    prompt = _turns({k: v for k, v in given.items() if k != "answer"})
+    whole = next((k for k in _CHAT if k in given and "prompt" in given), "answer")
+    if whole in _CHAT and _list(given[whole], whole) not in (chosen, rejected):
+        raise BadRecord(
+            "messages", f"has 'prompt', 'chosen' and {whole!r}, which is neither reply; {_pass_over(whole)}"
+        )
+    prompt = _turns({k: v for k, v in given.items() if k not in ("answer", whole)})
     n, mine = len(prompt), _not_learnt(prompt)  # datasets may repeat the prompt in both replies
     return prompt, [r[n:] if _not_learnt(r[:n]) == mine else r for r in (chosen, rejected)]
 
@@ -219,8 +241,10 @@ def _history(given: dict) -> list:
     """[[question, answer], …], learnt as the last answer is."""
     turns = []
     pairs = _json(given.get("history", []), "'history'")
+    if isinstance(pairs, list) and pairs and all(isinstance(p, Mapping) for p in pairs):
+        return _list(pairs, "history")
     if not isinstance(pairs, list | tuple) or any(not isinstance(p, list | tuple) or len(p) != 2 for p in pairs):
-        raise BadRecord("messages", "'history' must be a list of [question, answer]")
+        raise BadRecord("messages", "'history' must be a list of [question, answer], or of messages")
     for question, answer in pairs:
         turns.append({"role": "user", "content": _text(question, "history")})
         turns.append({"role": "assistant", "content": _text(answer, "history")})
@@ -280,7 +304,7 @@ def _message(turn, where: str):
     message: dict = {"role": "tool" if role == "function" else _ROLES[role]}
     content = given.pop("value", None)
     content = given.pop("content", None) if content is None else content
-    call = _json(content, where) if role in _CALLS else _json(given.pop("function_call", None), where)
+    call = _json(_untagged(content), where) if role in _CALLS else _json(given.pop("function_call", None), where)
     if isinstance(call, str):
         raise BadRecord("messages", f'{where} is a call and must be JSON: {{"name": …, "arguments": …}}')
     if call is not None:
@@ -295,6 +319,14 @@ def _message(turn, where: str):
         said = f"{where} has the unknown key {unknown[0]!r}, which is not read"
         raise BadRecord("unknown key", f"{said}; remove it, or write what it says into the content")
     return message | given
+
+
+def _untagged(text):
+    """Calls in Hermes' tags, `<tool_call>…</tool_call>`, as one JSON list. Any other value stays."""
+    head, *calls = text.split("<tool_call>") if isinstance(text, str) else ("",)
+    if head.strip() or not calls or not all(call.rstrip().endswith("</tool_call>") for call in calls):
+        return text
+    return f"[{', '.join(call.rstrip().removesuffix('</tool_call>') for call in calls)}]"
 
 
 def _mark(given: dict, role: str, where: str) -> int | None:
@@ -334,7 +366,7 @@ def _with_system(messages: list, given: dict) -> list:
         return messages
     texts: list = [_text(given[key], key) for key in keys]
     if _role(messages[0]) == "system":
-        texts.append(messages[0]["content"])
+        texts.append(_plain(messages[0])["content"])
         messages = messages[1:]
     if any(text != texts[0] for text in texts):
         raise BadRecord("messages", f"has two system prompts; {_pass_over(keys[-1])}")
