@@ -221,6 +221,10 @@ FORMS = {
         {"image": "a.png", "image_path": "x/a.png", "file_name": "a.png", "url": "http://h/a.png", "query": "Q",
          "response": "A"}, f"user:{SEE}Q|assistant:«A",
     ),
+    "keys about the picture of an item": (
+        {"messages": json.dumps([say("user", [{"type": "image", "image": "a.png"}]), REPLY]), "image_path": "x/a.png"},
+        f"user:{SEE}|assistant:«A",
+    ),
     "an address of a text": ({"url": "https://h/page", "query": "Q", "response": "A"}, "user:Q|assistant:«A"),
     "prompt and completion as text": (
         {"prompt": json.dumps([ASK], indent=1), "completion": json.dumps(REPLY)}, "user:Q|assistant:«A",

@@ -122,9 +122,11 @@ def _keys(record) -> dict:
 
 def _check_media_keys(given: dict) -> None:
     """Raises BadRecord for a key that seems to hold the picture, if the record has no other."""
-    lists = [given[k] for k in _CHAT if isinstance(given.get(k), list | tuple)]
-    contents = [turn.get("content") for turns in lists for turn in turns if isinstance(turn, Mapping)]
-    if given.keys() & _MEDIA or any(isinstance(content, list | tuple) for content in contents):
+    chats = [_json(given[k], repr(k)) if k in _CHAT else given[k] for k in (*_CHAT, "prompt") if k in given]
+    turns = [turn for chat in chats if isinstance(chat, list | tuple) for turn in chat if isinstance(turn, Mapping)]
+    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list | tuple)]
+    items = [item for content in contents for item in content if isinstance(item, Mapping)]
+    if given.keys() & _MEDIA or any(item.get("text") is None for item in items):
         return  # the keys describe the picture
     for key in sorted(MAYBE_MEDIA & given.keys()):
         if key not in MEDIA_BY_VALUE or _MEDIA_NAME.search(shown(given[key])):
