@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from qwenvl_jax import cli, errors
-from qwenvl_jax.cli.generate import read_request
+from qwenvl_jax.cli.generate import _read_messages, read_request
 from qwenvl_jax.errors import BadRecord, CheckpointError, ContextError, InputError, MediaError, OptionsError, install
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer.options import GenerateOptions
@@ -118,12 +118,30 @@ KEYS = {
     "prediction": ([{"type": "content", "content": "x"}], []),
     "logprobs": ([False], [True, 0]),
     "top_logprobs": ([0], [5, False]),
-    "logit_bias": ([{}, {"5": 0}], [{"5": -100}, [5]]),
+    "logit_bias": ([{}, [], {"5": 0}], [{"5": -100}, [5]]),
     "response_format": ([{"type": "text"}], [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, {}]),
     "modalities": ([["text"]], [["text", "audio"]]),
     "audio": ([], [{"voice": "x"}]),
     "verbosity": (["medium"], ["low"]),
-    "reasoning_effort": (["none"], ["high"]),
+    "reasoning_effort": (["none", "minimal", "low"], ["high"]),
+    "thinking": ([{"type": "disabled"}], [{"type": "enabled", "budget_tokens": 9}]),
+    "enable_thinking": ([False], [True, 0]),
+    "thinking_budget": ([0], [9]),
+    "vl_high_resolution_images": ([False], [True]),
+    "detokenize": ([True], [False]),
+    "suffix": ([""], ["x"]),
+    "num_beams": ([1], [4]),
+    "repeat_penalty": ([1.0], [1.1]),
+    "no_repeat_ngram_size": ([0], [3]),
+    "return_hidden_states": ([False], [True]),
+    "truncation": (["disabled"], ["auto"]),
+    "timeout": ([5], []),
+    "extra_body": ([{}], [{"top_k": 1}]),
+    "extra_headers": ([{"a": "b"}], []),
+    "keep_alive": (["5m", -1], []),
+    "provider": ([{"order": ["x"]}], []),
+    "plugins": ([[]], [[{"id": "web"}]]),
+    "regex": ([""], ["a+"]),
     "web_search_options": ([], [{}]),
     "tool_choice": (["auto", "none"], ["required", {"type": "function", "function": {"name": "f"}}]),
     "parallel_tool_calls": ([True, False], []),
@@ -142,9 +160,9 @@ KEYS = {
     "spaces_between_special_tokens": ([True, False], []),
     "documents": ([[]], [[{"title": "x"}]]),
     "chat_template": ([], ["{{ x }}"]),
-    "structured_outputs": ([], [{"json": {}}]),
-    "guided_json": ([], [{}]),
-    "guided_choice": ([], [["a", "b"]]),
+    "structured_outputs": ([{}], [{"json": {}}]),
+    "guided_json": ([{}], [{"type": "object"}]),
+    "guided_choice": ([[]], [["a", "b"]]),
     "bad_words": ([[]], [["a"]]),
     "allowed_token_ids": ([[]], [[1]]),
     "priority": ([0, 3], []),
@@ -152,7 +170,10 @@ KEYS = {
     "cache_salt": (["x"], []),
     "media_io_kwargs": ([{}], [{"video": {"num_frames": 4}}]),
     "chat_template_kwargs": ([{}, {"enable_thinking": False}], [{"enable_thinking": True}, {"tools": 1}, [1]]),
-    "mm_processor_kwargs": ([{}, {"use_fast": True}], [{"size": {"longest_edge": 9}}, {"temperature": 1}, "x"]),
+    "mm_processor_kwargs": (
+        [{}, {"use_fast": True, "do_resize": True}],
+        [{"do_resize": False}, {"size": {"longest_edge": 9}}, {"temperature": 1}, "x"],
+    ),
 }
 
 
@@ -166,13 +187,53 @@ def test_keys_of_a_request_that_change_nothing(key):
             read_request({key: value}, "m.json")
 
 
+@pytest.mark.parametrize(
+    "body, says",
+    [
+        ({"do_sample": False, "temperature": 0}, None),
+        ({"do_sample": True, "temperature": 0.5}, None),
+        ({"do_sample": True, "temperature": 0}, "do_sample is True, which would change"),
+        ({"do_sample": False, "temperature": 0.5}, "do_sample is False, which would change"),
+        ({"do_sample": False}, "do_sample is not read; set temperature"),
+    ],
+)
+def test_do_sample_must_agree_with_the_temperature(body, says):
+    if says is None:
+        assert read_request(body, "m.json") == {"temperature": body["temperature"]}
+        return
+    with pytest.raises(InputError, match=says):
+        read_request(body, "m.json")
+
+
+def test_messages_as_other_programs_write_them():
+    """Anthropic's sources, OpenAI's older role of a tool, and keys that only describe."""
+    sources = [{"type": "base64", "media_type": "image/png", "data": "QUJD"}, {"type": "url", "url": "http://h/a.png"}]
+    user = {"role": "user", "content": [{"type": "image", "source": s} for s in sources], "timestamp": 5}
+    tool = {"role": "function", "name": "f", "content": "18", "function_call": {}}
+    messages, media = normalize([user, tool])
+    assert [m.source for m in media] == ["data:image;base64,QUJD", "http://h/a.png"]
+    assert messages[1] == {"role": "tool", "name": "f", "content": "18"}
+    for source in ("a.png", {"type": "file", "file_id": "x"}, {"type": ["url"]}, {"type": "base64"}):
+        with pytest.raises(InputError, match="message 0 item 0: 'source' must be"):
+            normalize([{"role": "user", "content": [{"type": "image", "source": source}]}])
+
+
+def test_a_line_of_the_batch_api_is_named(tmp_path):
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}
+    (tmp_path / "m.json").write_text(json.dumps(line))
+    with pytest.raises(InputError, match=r"a line of OpenAI's Batch API; give its 'body'"):
+        _read_messages(SimpleNamespace(media=None, messages=str(tmp_path / "m.json"), system=None))
+
+
 def test_every_key_of_the_table_is_tried():
     common = (
         "guided_decoding_backend guided_whitespace_pattern guided_regex guided_grammar include_reasoning rid regex "
     )
     common += "separate_reasoning stream_reasoning return_token_ids return_tokens_as_token_ids no_stop_trim ebnf model "
     common += "logits_processors json_schema thinking_token_budget vllm_xargs kv_transfer_params lora_path messages "
-    common += "chat_template_content_format prompt_cache_retention"
+    common += "chat_template_content_format prompt_cache_retention incremental_output cache_prompt session_id usage "
+    common += "extra_query use_cache routing_key num_return_sequences return_routed_experts background result_format "
+    common += "enable_search typical_p tfs_z mirostat top_a grammar transforms"
     assert REQUEST.keys() == {*KEYS, *common.split()} - {"chat_template_kwargs", "mm_processor_kwargs"}
 
 

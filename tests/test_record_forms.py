@@ -1,5 +1,6 @@
 """Every form of record that training frameworks write: what is learnt of it, token for token, and what is refused."""
 
+import base64
 import io
 import json
 import pickle
@@ -12,8 +13,10 @@ from PIL import Image
 
 from qwenvl_jax.errors import BadRecord, InputError
 from qwenvl_jax.eval.questions import read_questions
+from qwenvl_jax.inputs.fields import HARMLESS
+from qwenvl_jax.inputs.fields import REFUSED as REFUSED_KEYS
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.records import _KNOWN, _REFUSED, HARMLESS, conversation, preference
+from qwenvl_jax.inputs.records import _KNOWN, conversation, preference
 from qwenvl_jax.inputs.source import open_source
 from qwenvl_jax.train.records import PackShape, RecordProcessor
 
@@ -189,6 +192,47 @@ FORMS = {
         {"data_path": "..", "image": "NAME/a.png", "conversations": [turn("human", "<image>Q"), turn("gpt", "A")]},
         f"user:{SEE}Q|assistant:«A",
     ),
+    "a marker that is text": (
+        {"messages": [say("user", [{"type": "text", "text": "<image><audio>Q"}]), REPLY]},
+        "user:<image><audio>Q|assistant:«A",
+    ),
+    "anthropic's pictures": (
+        {"messages": [say("user", [{"type": "image", "source": {
+            "type": "base64", "media_type": "image/png", "data": base64.b64encode(png()).decode()}}]), REPLY]},
+        f"user:{SEE}|assistant:«A",
+    ),
+    "history of messages": (
+        {"query": "Q", "response": "A", "history": [say("user", "H"), turn("gpt", "B")]},
+        "user:H|assistant:«B|user:Q|assistant:«A",
+    ),
+    "calls in tags": (
+        {"conversations": [turn("human", "Q"), turn("function_call", f"{CALLED}\n{CALLED}"), turn("observation", "18"),
+                           turn("gpt", "A")], "tools": json.dumps([TOOL])},
+        f"tools|user:Q|assistant:«{CALLED}\n{CALLED}|user:<tool_response>\n18\n</tool_response>|assistant:«A",
+    ),
+    "the cauldron": (
+        {"images": ["a.png"], "texts": [{"user": "Q", "assistant": "A", "source": "x"}]}, f"user:{SEE}Q|assistant:«A",
+    ),
+    "one system prompt, twice": (
+        {"messages": [say("system", [{"type": "text", "text": "S"}]), ASK, REPLY], "system": "S"},
+        "system:S|user:Q|assistant:«A",
+    ),
+    "keys about the picture": (
+        {"image": "a.png", "image_path": "x/a.png", "file_name": "a.png", "url": "http://h/a.png", "query": "Q",
+         "response": "A"}, f"user:{SEE}Q|assistant:«A",
+    ),
+    "keys about the picture of an item": (
+        {"messages": json.dumps([say("user", [{"type": "image", "image": "a.png"}]), REPLY]), "image_path": "x/a.png"},
+        f"user:{SEE}|assistant:«A",
+    ),
+    "an address of a text": ({"url": "https://h/page", "query": "Q", "response": "A"}, "user:Q|assistant:«A"),
+    "prompt and completion as text": (
+        {"prompt": json.dumps([ASK], indent=1), "completion": json.dumps(REPLY)}, "user:Q|assistant:«A",
+    ),
+    "JSON that is no chat": (
+        {"prompt": '[{"role": "engineer"}]', "completion": "A"},
+        'user:[{"role": "engineer"}]|assistant:«A',
+    ),
     "messages as text": ({"messages": json.dumps([ASK, REPLY])}, "user:Q|assistant:«A"),
 }  # fmt: skip
 
@@ -253,6 +297,10 @@ PAIRS = {
     "the prompt in both": {"prompt": "Q", "prompt_id": "1", "chosen": [ASK, say("assistant", "good")],
                            "rejected": [ASK, say("assistant", "bad")]},
     "sharegpt": {"conversations": [turn("human", "Q")], "chosen": turn("gpt", "good"), "rejected": turn("gpt", "bad")},
+    "ultrafeedback": {"prompt": "Q", "prompt_id": "1", "messages": [ASK, say("assistant", "good")], "score_chosen": 9,
+                      "chosen": [ASK, say("assistant", "good")], "rejected": [ASK, say("assistant", "bad")]},
+    "as text": {"prompt": json.dumps([ASK]), "chosen": json.dumps([say("assistant", "good")]),
+                "rejected": json.dumps([turn("gpt", "bad")])},
     "alpaca": {"instruction": "Q", "input": "", "chosen": "good", "rejected": "bad"},
     "swift": {"messages": [ASK, say("assistant", "good")], "rejected_response": "bad"},
     "swift query": {"query": "Q", "response": "good", "rejected_response": "bad"},
@@ -306,6 +354,10 @@ REFUSED = [
     (CHAT | {"b": 1, "a": 2}, "unknown keys 'a', 'b'; rename it with --columns a=NAME, or pass over it with "
                               "--columns a= --columns b="),
     ({"mesages": [ASK, REPLY]}, "unknown key 'mesages'; did you mean 'messages'?"),
+    ({"question": "Q", "answer": "A", "questions": "x"}, "'questions'; rename it with"),
+    ({"image_path": "a.png", "query": "Q", "response": "A"}, "read it with --columns image_path=image, or pass over"),
+    ({"file_name": "a.PNG", "query": "Q", "response": "A"}, "'file_name' may be the record's picture"),
+    (CHAT | {"video_url": "http://h/x"}, "read it with --columns video_url=video"),
     (CHAT | {"prompt": "Q"}, "has both 'messages' and 'prompt'"),
     (CHAT | {"response": "A"}, "has both 'messages' and 'response'"),
     (CHAT | {"history": [["a", "b"]]}, "has both 'messages' and 'history'"),
@@ -332,12 +384,24 @@ REFUSED = [
     ({"messages": [say("user", "Q", train=True), REPLY]}, "message 0 is a user message with train True; only the"),
     ({"messages": [ASK, say("assistant", "B", loss=False), say("tool_call", CALL)]}, "message 2 is part of"),
     ({"conversation": [{"human": "Q", "assistant": "A", "mood": "x"}]}, "message 0 has the unknown key 'mood'"),
+    ({"prompt": str([ASK]), "completion": "A"}, "'prompt' holds messages as Python prints them; write them as JSON"),
+    ([ASK, REPLY], 'a list of 2 messages; a record is an object, so write {"messages": […]}'),
+    (PAIR, "a list of 2 messages"),
     ([CHAT, CHAT], "a list of 2 records, as packing tools write"),
     ("text", "a record is a JSON object; this one is of type str"),
     (None, "a record is a JSON object; this one is of type NoneType"),
     ({"messages": [say("user", [{"type": "text", "text": "Q"}]), REPLY], "image": "a.png"}, "refer to 0 images"),
     ({"conversations": PAIR, "image": "a.png"}, "refer to 0 images; the record has 1"),
     ({"messages": [say("user", "<image>Q"), REPLY], "images": ["a.png", "b.png"]}, "refer to 1 images"),
+    ({"messages": [say("user", "<image>Q"), REPLY]}, "has 0 (<image> stands for one; if it is meant as text"),
+    ({"query": "<video>Q", "response": "A"}, "refer to 1 videos; the record has 0"),
+    ({"instruction": "Q", "input": "<image>", "output": "A", "images": []}, "refer to 1 images; the record has 0"),
+    ({"query": "Picture 1: <img>a.png</img>\nQ", "response": "A"}, "'<img>a.png</img>', another program's marker"),
+    ({"messages": [say("user", SEE + "Q"), REPLY], "images": ["a.png"]}, "message 0 has '<|vision_start|><|image_pad"),
+    ({"messages": [say("user", "<image 1>Q"), REPLY], "image": "a.png"}, "message 0 has '<image 1>', another program"),
+    ({"query": "<audio>Q", "response": "A"}, "the model cannot hear"),
+    ({"query": "Q", "response": "<ref-object> is at <bbox>"}, "message 1 has ms-swift's <ref-object>"),
+    ({"data_path": ["a"], "image": "a.png", "query": "Q", "response": "A"}, "'data_path' is ['a']; it must be one"),
 ]  # fmt: skip
 
 
@@ -357,9 +421,14 @@ def test_what_could_matter_is_refused(processor, folder, record, says):
         ({"messages": [ASK, REPLY], "chosen": "good", "rejected": "bad"}, "must not end with an assistant message"),
         ({"prompt": "Q", "chosen": [say("user", "P"), REPLY], "rejected": "bad"}, "'chosen' begins with a user"),
         ({"chosen": [ASK, REPLY], "rejected": [ASK, REPLY]}, "are the same conversation"),
+        ({"prompt": "Q", "chosen": "A", "rejected": [say("assistant", [{"type": "text", "text": "A"}])]},
+         "are the same reply"),
+        ({"prompt": "Q", "chosen": [ASK, REPLY], "rejected": [ASK, REPLY]}, "are the same reply"),
+        ({"query": "Q", "response": "A", "rejected_response": "A"}, "are the same reply"),
         ({"chosen": "Human: Q\n\nAssistant: A", "rejected": "Human: Q\n\nAssistant: B"}, "without a prompt"),
         ({"prompt": "Q", "chosen": "good"}, "'rejected' must be a text"),
-        (PAIRS["trl"] | {"margin": 0.5}, "unknown key 'margin'"),
+        (PAIRS["trl"] | {"mood": 0.5}, "unknown key 'mood'"),
+        (PAIRS["ultrafeedback"] | {"messages": [ASK, REPLY]}, "'messages', which is neither reply; pass over it with"),
     ],
 )  # fmt: skip
 def test_bad_preferences(record, says):
@@ -371,6 +440,14 @@ def test_bad_preferences(record, says):
 @pytest.mark.parametrize("key", sorted(HARMLESS))
 def test_harmless_keys_change_nothing(key):
     assert conversation(CHAT | {key: "anything"}, None) == conversation(CHAT, None)
+
+
+def test_an_answer_beside_a_reply(processor):
+    """Evaluation compares with the answer; training learns the reply."""
+    for record in ({"question": "Q", "response": "A", "answer": "B"}, CHAT | {"answer": "B"}):
+        assert read_questions([record])[0].answers == ("B",)
+        (segment,) = RecordProcessor(processor, SHAPE)(record)
+        assert trained(processor, segment) == expected(processor, "user:Q|assistant:«A")
 
 
 @pytest.mark.parametrize(
@@ -411,7 +488,7 @@ def test_pictures_of_every_kind(processor, folder):
 ODD = [None, True, 0, 1.5, "", "x", "<image>", "[", "[1]", "{}", '[{"role": "user"}]', [], [1], [[1, 2]], {}, {"a": 1}]
 NAMES = [
     *_KNOWN,
-    *_REFUSED,
+    *REFUSED_KEYS,
     "id",
     "role",
     "content",

@@ -200,7 +200,7 @@ FILM = {"type": "video", "video": ["a.png", "a.png", "a.png", "a.png"]}
          [user(SEEN, {"text": "What?"}), assistant("A")]),
         ({"messages": [user({"type": "image"}, {"text": "<image>?"}), assistant("A")], "image": "a.png"},
          [user(SEEN, {"text": "<image>?"}), assistant("A")]),
-        ({"messages": [user("an <image> tag"), assistant("A")]}, [user("an <image> tag"), assistant("A")]),
+        ({"messages": [user({"text": "an <image> tag"}), assistant("A")]}, [user("an <image> tag"), assistant("A")]),
         ({"messages": [user("?"), assistant("A")], "conversations": None, "chosen": None}, [user("?"), assistant("A")]),
         ({"messages": [user({"type": "image_url", "image_url": {"url": "a.png"}}, {"text": "?"}), assistant("A")]},
          [user(SEEN, {"text": "?"}), assistant("A")]),

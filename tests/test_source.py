@@ -1,12 +1,15 @@
 """Where records come from: JSON arrays, Parquet, datasets, patterns and lists, beside JSONL (tests/test_data.py)."""
 
 import builtins
+import bz2
 import io
 import json
+import lzma
 import os
 import pickle
 import re
 import sys
+import tarfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +153,37 @@ def test_what_is_no_source(tmp_path, name, says):
     (tmp_path / "a.csv").write_text("a,b\n")
     (tmp_path / "one.json").write_text(json.dumps(qa(1), indent=2))
     (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00")
+    with pytest.raises(InputError) as e:
+        open_source(str(tmp_path / name))
+    assert says in str(e.value) and str(tmp_path) in str(e.value)
+
+
+TAR = io.BytesIO()
+with tarfile.open(fileobj=TAR, mode="w") as archive:
+    archive.addfile(tarfile.TarInfo("a.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("a.jsonl", json.dumps(qa(1)).encode("utf-16"), "is text in UTF-16; write it as UTF-8"),
+        ("a.jsonl", json.dumps(qa(1)).encode("utf-16-le"), "is text in UTF-16"),
+        ("a.json", json.dumps([qa(1)]).encode("utf-16-be"), "is text in UTF-16"),
+        ("a.jsonl", json.dumps(qa(1)).encode("utf-32"), "is text in UTF-32"),
+        ("a.jsonl", json.dumps(qa(1)).encode("utf-32-be"), "is text in UTF-32"),
+        ("a.jsonl.xz", lzma.compress(b"{}"), "is compressed (xz); unpack it first"),
+        ("a.jsonl.bz2", bz2.compress(b"{}"), "is compressed (bzip2); unpack it first"),
+        ("a.tar", TAR.getvalue(), "is an archive (tar); unpack it first"),
+        ("a.arrow", b"\xff\xff\xff\xff\0", "is a file of Arrow; write one JSON object per line"),
+        ("a.bin", b"ARROW1\0\0", "is a file of Arrow"),
+        ("a.pkl", pickle.dumps([qa(1)]), "is a file of pickle"),
+        ("a.yaml", b"- messages: []\n", "records are not read from .yaml files"),
+        ("*", png(1), "a.png: is a picture, clip or page (PNG), not records; if a pattern found it, narrow the"),
+        ("a.mp4", b"\0\0\0\x18ftypmp42", "is a picture, clip or page (MP4)"),
+    ],
+)
+def test_other_kinds_of_files_are_named(tmp_path, name, content, says):
+    (tmp_path / ("a.png" if name == "*" else name)).write_bytes(content)
     with pytest.raises(InputError) as e:
         open_source(str(tmp_path / name))
     assert says in str(e.value) and str(tmp_path) in str(e.value)

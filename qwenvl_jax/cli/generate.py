@@ -11,7 +11,15 @@ from qwenvl_jax.cli import converse
 from qwenvl_jax.cli.errors import OK, one_of_several
 from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.infer.options import GenerateOptions
-from qwenvl_jax.inputs.fields import PROCESSOR_KWARGS, REQUEST, TEMPLATE_KWARGS, WITHOUT_TOOLS, read_keys
+from qwenvl_jax.inputs.fields import (
+    GREEDY,
+    PROCESSOR_KWARGS,
+    REQUEST,
+    SAMPLED,
+    TEMPLATE_KWARGS,
+    WITHOUT_TOOLS,
+    read_keys,
+)
 from qwenvl_jax.inputs.options import VIDEO
 from qwenvl_jax.options import check_names, names
 
@@ -125,6 +133,8 @@ def _read_messages(args) -> tuple[list[dict], dict]:
     messages = _read_json("--messages", args.messages)
     request = messages if isinstance(messages, dict) else {}  # an OpenAI request body
     if request:
+        if "messages" not in request and isinstance(request.get("body"), dict):
+            raise InputError(f"{name} is a line of OpenAI's Batch API; give its 'body' alone, the request")
         messages = request.get("messages")
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
         raise InputError(f'{name}: expected a list of messages such as {{"role": "user", "content": "Hi"}}')
@@ -138,6 +148,10 @@ def read_request(body: dict, name: str) -> dict:
     flags = tuple(n for n in names(GenerateOptions) if GenerateOptions.__dataclass_fields__[n].metadata["flag"])
     body = {key: value for key, value in body.items() if value is not None}
     table = REQUEST if body.get("tools") else REQUEST | WITHOUT_TOOLS
+    if "temperature" in body:
+        table = table | (SAMPLED if body["temperature"] else GREEDY)
+    elif "do_sample" in body:
+        raise InputError(f"{name}: do_sample is not read; set temperature, where 0 is greedy")
     given = read_keys(body, table, name)
     pairs = [pair for pair in given.items() if pair[0] not in _NESTED]
     for key, (known, same) in _NESTED.items():

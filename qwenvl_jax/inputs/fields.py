@@ -1,4 +1,4 @@
-"""Keys of requests, messages and items that programs send and that this package does not read: one table.
+"""Keys of requests, messages, items and records that programs write and that this package does not read: one table.
 
 A key is passed over where its value changes nothing here. Any other value is refused by name, because it would change
 the answer. The keys are those of OpenAI's chat completions, and of the servers that extend them (vLLM, SGLang).
@@ -24,7 +24,7 @@ def only(*values) -> Callable[[Any], bool]:
 
 
 def _no_bias(value) -> bool:
-    return isinstance(value, Mapping) and all(only(0)(bias) for bias in value.values())
+    return value == [] or (isinstance(value, Mapping) and all(only(0)(bias) for bias in value.values()))
 
 
 REQUEST: dict[str, Callable[[Any], bool]] = {
@@ -33,12 +33,18 @@ REQUEST: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), anything),
     **dict.fromkeys(("prediction", "priority", "request_id", "rid", "cache_salt", "return_token_ids"), anything),
     **dict.fromkeys(("include_reasoning", "separate_reasoning", "stream_reasoning"), anything),
+    **dict.fromkeys(("incremental_output", "timeout", "cache_prompt", "keep_alive", "session_id"), anything),
+    **dict.fromkeys(("provider", "extra_headers", "extra_query", "usage", "use_cache", "routing_key"), anything),
     # Only of use with another key, which is refused, or with another tokenizer.
     **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern", "length_penalty"), anything),
     **dict.fromkeys(("spaces_between_special_tokens", "add_special_tokens"), anything),
     "chat_template_content_format": only("auto", "openai"),
     # How many answers, and what comes with them.
-    **dict.fromkeys(("n", "best_of"), only(1)),
+    **dict.fromkeys(("n", "best_of", "num_return_sequences", "num_beams"), only(1)),
+    **dict.fromkeys(("return_hidden_states", "return_routed_experts", "background"), only(False)),
+    "detokenize": only(True),
+    "result_format": only("message"),
+    "suffix": only(""),
     **dict.fromkeys(("logprobs", "echo", "use_beam_search", "return_tokens_as_token_ids"), only(False)),
     **dict.fromkeys(("include_stop_str_in_output", "no_stop_trim", "continue_final_message"), only(False)),
     **dict.fromkeys(("top_logprobs", "min_tokens"), only(0)),
@@ -49,27 +55,42 @@ REQUEST: dict[str, Callable[[Any], bool]] = {
     "logit_bias": _no_bias,
     "response_format": only({"type": "text"}),
     "verbosity": only("medium"),
-    "reasoning_effort": only("none"),
+    "reasoning_effort": only("none", "minimal", "low"),  # the model does not reason
+    "thinking": only({"type": "disabled"}),
+    **dict.fromkeys(("enable_thinking", "enable_search"), only(False)),
+    "thinking_budget": only(0),
+    **dict.fromkeys(("typical_p", "repeat_penalty", "tfs_z"), only(1)),
+    **dict.fromkeys(("no_repeat_ngram_size", "mirostat", "top_a"), only(0)),
     **dict.fromkeys(("bad_words", "logits_processors", "allowed_token_ids"), only([])),
-    **dict.fromkeys(("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"), nothing),
-    **dict.fromkeys(("regex", "ebnf", "json_schema", "thinking_token_budget"), nothing),
+    **dict.fromkeys(("structured_outputs", "guided_json", "json_schema"), only({}, "")),
+    **dict.fromkeys(("guided_regex", "guided_choice", "guided_grammar", "regex", "ebnf", "grammar"), only("", [])),
+    "thinking_token_budget": nothing,
     # What the model is shown.
     "tool_choice": only("auto"),
     "parallel_tool_calls": only(True),
     "functions": only([]),
     "function_call": only("auto", "none"),
-    "documents": only([]),
-    **dict.fromkeys(("media_io_kwargs", "vllm_xargs", "kv_transfer_params"), only({})),
+    **dict.fromkeys(("documents", "plugins", "transforms"), only([])),
+    **dict.fromkeys(("media_io_kwargs", "vllm_xargs", "kv_transfer_params", "extra_body"), only({})),
+    "vl_high_resolution_images": only(False),
+    "truncation": only("disabled", False),
     **dict.fromkeys(("chat_template", "web_search_options", "lora_path"), nothing),
 }
+GREEDY = {"do_sample": only(False)}  # with a temperature of 0
+SAMPLED = {"do_sample": only(True)}  # with another temperature
 WITHOUT_TOOLS = {"tool_choice": only("auto", "none"), "parallel_tool_calls": only(True, False)}
-PROCESSOR_KWARGS = {"use_fast": anything}  # mm_processor_kwargs, beside the options of pictures and clips
+PROCESSOR_KWARGS = {
+    "use_fast": anything,
+    **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), only(True)),
+}  # mm_processor_kwargs, beside the options of pictures and clips
 TEMPLATE_KWARGS = {"add_generation_prompt": only(True), "enable_thinking": only(False)}  # chat_template_kwargs
 MESSAGE = {
-    **dict.fromkeys(("id", "annotations", "cache_control"), anything),
+    **dict.fromkeys(("id", "annotations", "cache_control", "timestamp", "created", "created_at"), anything),
+    **dict.fromkeys(("date", "time", "metadata", "model", "status", "finish_reason", "parsed"), anything),
     **dict.fromkeys(("refusal", "reasoning", "reasoning_content"), only("")),
     **dict.fromkeys(("prefix", "partial"), only(False)),
-    **dict.fromkeys(("audio", "function_call"), nothing),
+    "type": only("message"),
+    **dict.fromkeys(("audio", "function_call"), only({})),
 }
 ITEM = dict.fromkeys(("id", "uuid", "annotations", "cache_control", "logprobs"), anything)
 URL = {"format": anything}  # beside "url" and "detail"
@@ -81,3 +102,51 @@ def read_keys(given: Mapping, table: Mapping[str, Callable[[Any], bool]], where:
         if key in table and not table[key](value):
             raise InputError(f"{where}: {key} is {shown(value)}, which would change the answer; it is not supported")
     return {key: value for key, value in given.items() if key not in table}
+
+
+# ------------------------------------------------------------------------------------------ records
+
+# Keys that describe a record. They are passed over.
+HARMLESS = frozenset(
+    "id _id idx index uid uuid guid name key qid pid question_id image_id video_id prompt_id sample_id item_id "
+    "conversation_id conv_id source sources dataset dataset_name data_source subset config split category categories "
+    "subcategory topic domain type subject difficulty level tag tags keywords language lang license author "
+    "title metadata meta info extra_info comment comments note notes model model_name generator annotator created "
+    "created_at date time timestamp updated_at version hash md5 sha256 width height image_width image_height "
+    "image_size num_tokens token_count length channel line score_chosen score_rejected chosen_score rejected_score "
+    "chosen_model rejected_model margin question_type answer_type ds_name origin_dataset origin original_id "
+    "data_id task_type parallel_tool_calls __index_level_0__ __key__ __url__".split()
+)
+# Keys that may hold a record's picture or clip, and those of them that do if their value is the name of one.
+MAYBE_MEDIA = frozenset(
+    "image_path image_paths image_file image_files image_name image_url image_urls img img_path img_url picture photo "
+    "video_path video_file video_name video_url file file_name filename url path".split()
+)
+MEDIA_BY_VALUE = frozenset("file file_name filename url path".split())
+HARMLESS_IN_MESSAGES = frozenset(
+    "id _id idx index uid uuid source created created_at date time timestamp metadata model hash turn turn_id "
+    "message_id parent_id".split()
+)
+_TOKENS = "tokens of another program cannot be checked against this model's; give the messages that they came from"
+REFUSED = {
+    "text": "raw text has no turns, and only the assistant's messages are trained on; write it as 'messages'",
+    "segments": "parts of a text without turns cannot be trained on; write them as 'messages', with \"weight\": 0 for "
+    "what is not to be learnt",
+    "input_ids": _TOKENS,
+    "token_ids": _TOKENS,
+    "labels": "labels of tokens or steps are not trained on; write what is to be learnt as 'messages'",
+    "completions": "rewards of steps are not trained on; write one 'completion'",
+    "label": "records with a label (KTO, classification) are not trained on; keep the good ones, or write pairs of "
+    "'chosen' and 'rejected' for DPO",
+    "kto_tag": "KTO is not supported; keep the good records, or write pairs of 'chosen' and 'rejected' for DPO",
+    "objects": "boxes beside the messages are not read; write them into the texts instead of <ref-object> and <bbox>",
+    "audio": "the model cannot hear; leave records with sound out",
+    "audios": "the model cannot hear; leave records with sound out",
+    "chat_template": "the checkpoint's own chat template is used",
+    "chat_template_kwargs": "the chat template takes no options from a record; write what they say into the messages",
+    "weight": 'weights are of messages, not of records; write a "weight" of 0 or 1 into the messages',
+    "loss": 'marks are of messages, not of records; write "loss": false into the messages',
+    "train": 'marks are of messages, not of records; write "train": false into the messages',
+    "train_on_eos": "the end of a learnt message is always learnt",
+    "rejected_images": "both replies of a preference are about the same pictures; put them into 'images'",
+}

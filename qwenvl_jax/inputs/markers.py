@@ -5,22 +5,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwenvl_jax.errors import BadRecord
+from qwenvl_jax.errors import BadRecord, shown
 
 _SOURCES = ("image", "image_url", "video", "video_url", "url", "path")
+# Markers of other programs, in texts of users and tools.
+_FOREIGN = re.compile(
+    r"<img>[^<\n]{0,4096}</img>|<\|vision_start\|>(?:<\|(?:image|video)_pad\|>)+<\|vision_end\|>|<audio>|<\|(?:image|audio)_\d+\|>"
+    r"|<image[ _-]?\d+>|<ImageHere>|<image_placeholder>|<image_soft_token>|<start_of_image>|<IMG_CONTEXT>|<__media__>"
+)
+_BOXES = re.compile(r"<bbox>|<ref-object>")  # ms-swift's, in the texts of every role
+_AS_TEXT = 'if it is meant as text, write the content as [{"type": "text", "text": …}]'
 
 
 def with_media(messages: list, given: Mapping, folder: Path | None) -> list:
     """The messages with the record's media in place of markers, and relative paths starting from `folder`.
 
     given: the record; `image`, `images`, `video`, `videos` and `data_path` are read. Raises BadRecord.
-    Only user and tool messages hold markers. The line break before and after a marker is removed with it: datasets
-    write them, prompts do not. Media without any marker stand before the first user's text, as in TRL and ms-swift.
+    Only user and tool messages hold markers, in contents that are a text; items of text are taken as they are. The
+    line break before and after a marker is removed with it: datasets write them, prompts do not. Media without any
+    marker stand before the first user's text, as in TRL and ms-swift. Markers of other programs are refused.
     """
+    _check_foreign(messages)
     beside = {kind: [*_as_list(given.get(kind)), *_as_list(given.get(kind + "s"))] for kind in ("image", "video")}
-    has_markers = any(beside.values()) or "conversations" in given or "conversation" in given
     if "data_path" in given:  # of Qwen's own training code
-        folder = (folder or Path()) / str(given["data_path"])
+        if not isinstance(given["data_path"], str):
+            raise BadRecord("messages", f"'data_path' is {shown(given['data_path'])}; it must be one folder, as a text")
+        folder = (folder or Path()) / given["data_path"]
     if "conversations" not in given:  # there, LLaVA, Qwen and LLaMA-Factory refuse media without a marker
         messages = _with_missing_markers(messages, beside)
     used: dict[str, int] = {"image": 0, "video": 0}
@@ -33,7 +43,8 @@ def with_media(messages: list, given: Mapping, folder: Path | None) -> list:
         if not isinstance(item, Mapping):
             return item
         sources = {k: item[k] for k in _SOURCES if item.get(k) is not None}
-        if not sources and item.get("type") in list(used) and item.get("base64") is None:
+        inline = item.get("base64") is not None or item.get("source") is not None
+        if not sources and item.get("type") in list(used) and not inline:
             sources = {item["type"]: next_source(item["type"])}
         return {**item, **{k: _resolved(source, folder) for k, source in sources.items()}}
 
@@ -42,7 +53,7 @@ def with_media(messages: list, given: Mapping, folder: Path | None) -> list:
         content = message.get("content") if isinstance(message, Mapping) else None
         if isinstance(content, list | tuple):
             message = {**message, "content": [with_source(item) for item in content]}
-        elif isinstance(content, str) and has_markers and message.get("role") in ("user", "tool"):
+        elif isinstance(content, str) and message.get("role") in ("user", "tool"):
             parts = re.split(r"\n?<(image|video)>\n?", content)  # text at even indices, kinds at odd ones
             if len(parts) > 1:
                 items = ({"type": p} if i % 2 else {"type": "text", "text": p} for i, p in enumerate(parts) if p)
@@ -50,8 +61,28 @@ def with_media(messages: list, given: Mapping, folder: Path | None) -> list:
         out.append(message)
     for kind, count in used.items():
         if count != len(beside[kind]):
-            raise BadRecord("placeholders", f"messages refer to {count} {kind}s; the record has {len(beside[kind])}")
+            hint = "" if beside[kind] else f" (<{kind}> stands for one; {_AS_TEXT})"
+            said = f"messages refer to {count} {kind}s; the record has {len(beside[kind])}{hint}"
+            raise BadRecord("placeholders", said)
     return out
+
+
+def _check_foreign(messages: list) -> None:
+    """Raises BadRecord for a marker that would be learnt as characters."""
+    for i, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, str):
+            continue
+        if found := _BOXES.search(content):
+            said = f"message {i} has ms-swift's {found[0]}; write the object or its box into the text"
+            raise BadRecord("placeholders", f"{said}; {_AS_TEXT}")
+        if message.get("role") in ("user", "tool") and (found := _FOREIGN.search(content)):
+            what = (
+                "the model cannot hear" if "audio" in found[0] else "write <image> or <video> there, and the file into "
+            )
+            what += "" if "audio" in found[0] else "'images' or 'videos'"
+            said = f"message {i} has {shown(found[0])}, another program's marker of a picture, clip or sound; {what}"
+            raise BadRecord("placeholders", f"{said}; {_AS_TEXT}")
 
 
 def _with_missing_markers(messages: list, beside: dict[str, list]) -> list:

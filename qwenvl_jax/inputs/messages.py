@@ -12,7 +12,10 @@ from qwenvl_jax.inputs.fields import ITEM, MESSAGE, URL, read_keys
 from qwenvl_jax.inputs.options import IMAGE, VIDEO, MediaOptions
 from qwenvl_jax.options import check_names, checked
 
-_ROLES = {r: r for r in ("system", "user", "assistant", "tool")} | {"developer": "system"}  # OpenAI's synonym
+_ROLES = {r: r for r in ("system", "user", "assistant", "tool")} | {
+    "developer": "system",
+    "function": "tool",
+}  # OpenAI's
 _MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id"}
 _KINDS = {
     "text": "text", "input_text": "text", "output_text": "text",
@@ -21,7 +24,7 @@ _KINDS = {
 }  # fmt: skip
 _SOURCES = {
     "text": ("text",),
-    "image": ("image", "image_url", "url", "path", "base64"),
+    "image": ("image", "image_url", "url", "path", "base64", "source"),
     "video": ("video", "video_url", "url", "path"),
 }
 _OPTIONS = {"text": (), "image": IMAGE, "video": VIDEO}
@@ -148,6 +151,8 @@ def _item(item, where: str) -> tuple[dict, Media | None]:
         detail += [inner.pop("detail")] if "detail" in inner else []
         if not isinstance(source, str) or inner:
             raise InputError(f"{where}: {key!r} must be a string or {{'url': string}}")
+    if key == "source":
+        source = _anthropic(source, where)
     if any(d not in _DETAIL for d in detail):
         raise InputError(f"{where} has detail {detail[0]!r}; known are {', '.join(_DETAIL)}")
     if kind == "video" and not isinstance(source, str | bytes) and "sample_fps" in given:
@@ -163,6 +168,16 @@ def _item(item, where: str) -> tuple[dict, Media | None]:
         source = f"data:image;base64,{source}"
     # Templates read the key, not the data.
     return {"type": kind, kind: kind}, Media(kind, source, given, where)
+
+
+def _anthropic(source, where: str) -> str:
+    """The picture of Anthropic's {"type": "base64", "media_type": …, "data": …} or {"type": "url", "url": …}."""
+    kind = source.get("type") if isinstance(source, Mapping) else None
+    value = source.get({"base64": "data", "url": "url"}[kind]) if kind in ("base64", "url") else None
+    if not isinstance(value, str):
+        form = '{"type": "base64", "media_type": …, "data": …} or {"type": "url", "url": …}'
+        raise InputError(f"{where}: 'source' must be {form}")
+    return value if kind == "url" else f"data:image;base64,{value}"
 
 
 def _kind(given: dict, where: str) -> str:

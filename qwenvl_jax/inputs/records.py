@@ -8,67 +8,37 @@
     {any of these as the prompt, "chosen": reply, "rejected": reply}                                    a preference
     {any of these with a reply, "rejected_response": text}                                    ms-swift's preference
 
+`answer` is the right answer in evaluation, before any reply. Training learns the reply, and `answer` only without one.
 Beside them may stand `system`, `tools`, and media under image, images, video or videos (one, or a list). Media replace
 `<image>`, `<video>` and items without a source, in order. A message is not trained on if it has `"weight": 0` (OpenAI),
-`"loss": false` (ms-swift) or `"train": false` (axolotl). A key that is neither read nor in HARMLESS is an error.
+`"loss": false` (ms-swift) or `"train": false` (axolotl). Another key that is not in `HARMLESS` is an error.
 """
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwenvl_jax.errors import BadRecord, shown
+from qwenvl_jax.inputs.fields import HARMLESS, HARMLESS_IN_MESSAGES, MAYBE_MEDIA, MEDIA_BY_VALUE, REFUSED
 from qwenvl_jax.inputs.markers import with_media
 
-# Keys that describe a record. They are passed over.
-HARMLESS = frozenset(
-    "id _id idx index uid uuid guid name key qid pid question_id image_id video_id prompt_id sample_id item_id "
-    "conversation_id conv_id source sources dataset dataset_name data_source subset config split category categories "
-    "subcategory topic domain type subject difficulty level tag tags keywords language lang license author "
-    "title metadata meta info extra_info comment comments note notes model model_name generator annotator created "
-    "created_at date time timestamp updated_at version hash md5 sha256 width height image_width image_height "
-    "image_size num_tokens token_count length channel line score_chosen score_rejected chosen_score rejected_score "
-    "chosen_model rejected_model parallel_tool_calls __index_level_0__ __key__ __url__".split()
-)
-_HARMLESS_IN_MESSAGES = frozenset(
-    "id _id idx index uid uuid source created created_at date time timestamp metadata model hash turn turn_id "
-    "message_id parent_id".split()
-)
-_CHAT = ("messages", "conversations", "conversation")
+_CHAT = ("messages", "conversations", "conversation", "texts")
 _QUESTIONS = (*_CHAT, "prompt", "query", "question", "instruction", "input")
 _REPLIES = ("completion", "response", "output")
 _PAIRS = ("chosen", "rejected", "rejected_response", "rejected_messages")
+_TEXTS = (*_QUESTIONS[len(_CHAT) :], *_REPLIES, *_PAIRS)
+_LIKE_CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
+_MEDIA = {"image", "images", "video", "videos"}
+_MEDIA_NAME = re.compile(r"(?i)\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif|mp4|mkv|webm|mov|avi)\b")
 _OPENAI_PAIR = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
 _KNOWN = (
     *_QUESTIONS, *_REPLIES, *_PAIRS, "history", "system", "system_prompt", "tools", "functions", "image", "images",
     "video", "videos", "data_path", "answer", "boxes", "task", "metric",
 )  # fmt: skip
-_TOKENS = "tokens of another program cannot be checked against this model's; give the messages that they came from"
-_REFUSED = {
-    "text": "raw text has no turns, and only the assistant's messages are trained on; write it as 'messages'",
-    "segments": "parts of a text without turns cannot be trained on; write them as 'messages', with \"weight\": 0 for "
-    "what is not to be learnt",
-    "input_ids": _TOKENS,
-    "token_ids": _TOKENS,
-    "labels": "labels of tokens or steps are not trained on; write what is to be learnt as 'messages'",
-    "completions": "rewards of steps are not trained on; write one 'completion'",
-    "label": "records with a label (KTO, classification) are not trained on; keep the good ones, or write pairs of "
-    "'chosen' and 'rejected' for DPO",
-    "kto_tag": "KTO is not supported; keep the good records, or write pairs of 'chosen' and 'rejected' for DPO",
-    "objects": "boxes beside the messages are not read; write them into the texts instead of <ref-object> and <bbox>",
-    "audio": "the model cannot hear; leave records with sound out",
-    "audios": "the model cannot hear; leave records with sound out",
-    "chat_template": "the checkpoint's own chat template is used",
-    "chat_template_kwargs": "the chat template takes no options from a record; write what they say into the messages",
-    "weight": 'weights are of messages, not of records; write a "weight" of 0 or 1 into the messages',
-    "loss": 'marks are of messages, not of records; write "loss": false into the messages',
-    "train": 'marks are of messages, not of records; write "train": false into the messages',
-    "train_on_eos": "the end of a learnt message is always learnt",
-    "rejected_images": "both replies of a preference are about the same pictures; put them into 'images'",
-}
 _ROLES = {
     "human": "user", "user": "user",
     "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
@@ -113,6 +83,9 @@ def preference(record, folder: Path | None) -> tuple[Conversation, Conversation]
         if _role(reply[0]) in ("system", "user"):
             raise BadRecord("messages", f"{key!r} begins with a {_role(reply[0])} message that is not in the prompt")
     chosen, rejected = (_conversation([*prompt, *reply], given, folder) for reply in replies)
+    good, bad = ([_plain(m) for m in talk.messages[len(prompt) :]] for talk in (chosen, rejected))
+    if good == bad:
+        raise BadRecord("messages", "'chosen' and 'rejected' are the same reply; leave the record out")
     return chosen, rejected
 
 
@@ -122,25 +95,44 @@ def preference(record, folder: Path | None) -> tuple[Conversation, Conversation]
 def _keys(record) -> dict:
     """The keys of a record that say something. Raises BadRecord for one that is not read and could matter."""
     if isinstance(record, list | tuple) and record and all(isinstance(r, Mapping) for r in record):
+        if any(r.keys() & {"role", "from"} for r in record):
+            said = f"a list of {len(record)} messages"
+            raise BadRecord("unreadable", f'{said}; a record is an object, so write {{"messages": […]}}')
         said = f"a list of {len(record)} records, as packing tools write; rows are packed here"
         raise BadRecord("unreadable", f"{said}, so write one record per line (jq -c '.[]')")
     if not isinstance(record, Mapping):
         raise BadRecord("unreadable", f"a record is a JSON object; this one is of type {type(record).__name__}")
-    given = _present(record)
+    given = {key: _chat(value, key) for key, value in _present(record).items()}
     if isinstance(given.get("input"), Mapping):  # OpenAI's form of a preference
         given |= {k: given.pop(old) for k, old in _OPENAI_PAIR.items() if old in given}
         given |= _present(given.pop("input"))
-    for key, why in _REFUSED.items():
+    for key, why in REFUSED.items():
         if key in given:
             raise BadRecord("unknown key", f"{key!r}: {why}; to train without it, {_pass_over(key)}")
-    if unknown := sorted({str(k) for k in given} - {*_KNOWN} - HARMLESS):
-        close = difflib.get_close_matches(unknown[0], _KNOWN, 1, 0.75)
+    _check_media_keys(given)
+    if unknown := sorted({str(k) for k in given} - {*_KNOWN} - HARMLESS - MAYBE_MEDIA):
+        close = difflib.get_close_matches(unknown[0], [k for k in _KNOWN if k not in given], 1, 0.75)
         hint = f"did you mean {close[0]!r}? Otherwise rename" if close else "rename"
         several = f"unknown keys {', '.join(map(repr, unknown))}" if unknown[1:] else f"unknown key {unknown[0]!r}"
         raise BadRecord(
             "unknown key", f"{several}; {hint} it with --columns {unknown[0]}=NAME, or {_pass_over(*unknown)}"
         )
     return given
+
+
+def _check_media_keys(given: dict) -> None:
+    """Raises BadRecord for a key that seems to hold the picture, if the record has no other."""
+    chats = [_json(given[k], repr(k)) if k in _CHAT else given[k] for k in (*_CHAT, "prompt") if k in given]
+    turns = [turn for chat in chats if isinstance(chat, list | tuple) for turn in chat if isinstance(turn, Mapping)]
+    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list | tuple)]
+    items = [item for content in contents for item in content if isinstance(item, Mapping)]
+    if given.keys() & _MEDIA or any(item.get("text") is None for item in items):
+        return  # the keys describe the picture
+    for key in sorted(MAYBE_MEDIA & given.keys()):
+        if key not in MEDIA_BY_VALUE or _MEDIA_NAME.search(shown(given[key])):
+            new = "video" if "video" in key else "image"
+            said = f"{key!r} may be the record's picture, and is not read; read it with --columns {key}={new}"
+            raise BadRecord("unknown key", f"{said}, or {_pass_over(key)}")
 
 
 def _present(value: Mapping) -> dict:
@@ -152,6 +144,21 @@ def _present(value: Mapping) -> dict:
 
 def _pass_over(*keys: str) -> str:
     return "pass over it with " + " ".join(f"--columns {key}=" for key in keys[:8]) + ("…" if keys[8:] else "")
+
+
+def _chat(value, key: str):
+    """Messages that stand as JSON text where a text may stand too. Any other text stays."""
+    if key not in _TEXTS or not isinstance(value, str) or not _LIKE_CHAT.match(value):
+        return value
+    if value.lstrip("[{ \t\r\n")[:1] == "'":
+        raise BadRecord("messages", f"{key!r} holds messages as Python prints them; write them as JSON")
+    try:
+        read = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    turns = read if isinstance(read, list) else [read]
+    are_turns = (isinstance(t, Mapping) and (t.get("role") or t.get("from")) in (*_ROLES, "function") for t in turns)
+    return read if all(are_turns) else value
 
 
 def _json(value, where: str):
@@ -210,7 +217,12 @@ def _pair(given: dict) -> tuple[list, list[list]]:
         return _common(chosen, rejected)
     if extra := next((k for k in _REPLIES if k in given), None):
         raise BadRecord("messages", f"has both 'chosen' and {extra!r}; {_pass_over(extra)}")
-    prompt = _turns({k: v for k, v in given.items() if k != "answer"})
+    whole = next((k for k in _CHAT if k in given and "prompt" in given), "answer")
+    if whole in _CHAT and _list(given[whole], whole) not in (chosen, rejected):
+        raise BadRecord(
+            "messages", f"has 'prompt', 'chosen' and {whole!r}, which is neither reply; {_pass_over(whole)}"
+        )
+    prompt = _turns({k: v for k, v in given.items() if k not in ("answer", whole)})
     n, mine = len(prompt), _not_learnt(prompt)  # datasets may repeat the prompt in both replies
     return prompt, [r[n:] if _not_learnt(r[:n]) == mine else r for r in (chosen, rejected)]
 
@@ -231,8 +243,10 @@ def _history(given: dict) -> list:
     """[[question, answer], …], learnt as the last answer is."""
     turns = []
     pairs = _json(given.get("history", []), "'history'")
+    if isinstance(pairs, list) and pairs and all(isinstance(p, Mapping) for p in pairs):
+        return _list(pairs, "history")
     if not isinstance(pairs, list | tuple) or any(not isinstance(p, list | tuple) or len(p) != 2 for p in pairs):
-        raise BadRecord("messages", "'history' must be a list of [question, answer]")
+        raise BadRecord("messages", "'history' must be a list of [question, answer], or of messages")
     for question, answer in pairs:
         turns.append({"role": "user", "content": _text(question, "history")})
         turns.append({"role": "assistant", "content": _text(answer, "history")})
@@ -258,7 +272,7 @@ def _list(turns, key: str) -> list:
         where = f"message {i}" if key in (*_CHAT, "prompt") else f"{key} {i}"
         if isinstance(turn, Mapping) and not turn.keys() & {"role", "from"} and "assistant" in turn:
             pair = ((role, turn.get(role)) for role in ("system", "human", "user", "assistant"))  # ms-swift's
-            if odd := turn.keys() - {"system", "human", "user", "assistant"} - _HARMLESS_IN_MESSAGES:
+            if odd := turn.keys() - {"system", "human", "user", "assistant"} - HARMLESS_IN_MESSAGES:
                 raise BadRecord("messages", f"{where} has the unknown key {min(map(str, odd))!r}")
             out += [{"role": _ROLES[role], "content": text} for role, text in pair if text is not None]
         else:
@@ -282,7 +296,7 @@ def _message(turn, where: str):
     """A turn of any form in OpenAI's, with its mark as `weight`."""
     if not isinstance(turn, Mapping):
         return turn  # `normalize` names it
-    given = {k: v for k, v in turn.items() if v is not None and k not in _HARMLESS_IN_MESSAGES}
+    given = {k: v for k, v in turn.items() if v is not None and k not in HARMLESS_IN_MESSAGES}
     speaker = "from" if "from" in given else "role"
     role = given.pop(speaker, None)
     known = isinstance(role, str) and (role in _ROLES or (speaker, role) == ("role", "function"))
@@ -292,7 +306,7 @@ def _message(turn, where: str):
     message: dict = {"role": "tool" if role == "function" else _ROLES[role]}
     content = given.pop("value", None)
     content = given.pop("content", None) if content is None else content
-    call = _json(content, where) if role in _CALLS else _json(given.pop("function_call", None), where)
+    call = _json(_untagged(content), where) if role in _CALLS else _json(given.pop("function_call", None), where)
     if isinstance(call, str):
         raise BadRecord("messages", f'{where} is a call and must be JSON: {{"name": …, "arguments": …}}')
     if call is not None:
@@ -309,6 +323,14 @@ def _message(turn, where: str):
     return message | given
 
 
+def _untagged(text):
+    """Calls in Hermes' tags, `<tool_call>…</tool_call>`, as one JSON list. Any other value stays."""
+    head, *calls = text.split("<tool_call>") if isinstance(text, str) else ("",)
+    if head.strip() or not calls or not all(call.rstrip().endswith("</tool_call>") for call in calls):
+        return text
+    return f"[{', '.join(call.rstrip().removesuffix('</tool_call>') for call in calls)}]"
+
+
 def _mark(given: dict, role: str, where: str) -> int | None:
     """Takes the marks out of a message: 1 if it is learnt, 0 if not, None if nothing is said."""
     marks = {key: given.pop(key) for key in _MARKS if key in given}
@@ -321,6 +343,14 @@ def _mark(given: dict, role: str, where: str) -> int | None:
     if len({int(m) for m in marks.values()}) > 1:
         raise BadRecord("messages", f"{where} has {' and '.join(map(repr, marks))}, which contradict each other")
     return int(next(iter(marks.values()))) if marks else None
+
+
+def _plain(message):
+    """The message, with a content that is a list of texts as one text."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    items = content if isinstance(content, list | tuple) else [None]
+    texts = [i["text"] for i in items if isinstance(i, Mapping) and isinstance(i.get("text"), str)]
+    return {**message, "content": "".join(texts)} if len(texts) == len(items) else message
 
 
 def _role(message):
@@ -338,7 +368,7 @@ def _with_system(messages: list, given: dict) -> list:
         return messages
     texts: list = [_text(given[key], key) for key in keys]
     if _role(messages[0]) == "system":
-        texts.append(messages[0]["content"])
+        texts.append(_plain(messages[0])["content"])
         messages = messages[1:]
     if any(text != texts[0] for text in texts):
         raise BadRecord("messages", f"has two system prompts; {_pass_over(keys[-1])}")

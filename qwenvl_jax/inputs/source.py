@@ -31,7 +31,21 @@ _DESCRIPTORS = ("/dev", "/dev/fd", "/proc/self/fd")  # where open files have nam
 _SPACE = re.compile(r"[ \t\n\r]*")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILES = (".json", ".jsonl", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow", ".toml", ".yaml")
-_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5": "Zstandard", b"PK": "ZIP", b"BZ": "bzip2"}  # their first bytes
+# Other kinds of files by their first bytes. None of them can begin JSON.
+_PACKED = {
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"PK": "ZIP", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
+    b"7z\xbc\xaf": "7z", b"\x04\x22\x4d\x18": "LZ4", b"\x5d\0\0": "LZMA", b"Rar!": "RAR",
+}  # fmt: skip
+_UTF = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"{\0": "UTF-16", b"\0{": "UTF-16", b"[\0": "UTF-16",
+        b"\0[": "UTF-16", b"\0\0": "UTF-32"}  # fmt: skip
+_PICTURES = {
+    b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP or AVI", b"BM": "BMP", b"II*\0": "TIFF",
+    b"MM\0*": "TIFF", b"\x1a\x45\xdf\xa3": "Matroska", b"%PDF": "PDF",
+}  # fmt: skip
+_TABLES = {
+    b"ARROW1": "Arrow", b"FEA1": "Feather", b"\xff\xff\xff\xff": "Arrow", b"\x93NUMPY": "NumPy", b"\x89HDF": "HDF5",
+    b"SQLite": "SQLite", b"Obj\x01": "Avro", b"ORC": "ORC", b"\x80\x04": "pickle", b"\x80\x05": "pickle",
+}  # fmt: skip
 
 
 def open_source(data, columns: Sequence[str] = (), streaming: bool = False) -> "Records":
@@ -143,12 +157,34 @@ def _file(path: str):
         raise InputError(f"{path}: tables of text are not read; write one JSON object per line, or Parquet")
     if stat.S_ISREG(os.stat(path).st_mode):
         with contextlib.suppress(OSError), open(path, "rb") as file:
-            start = file.read(4)
-            if start == b"PAR1":
+            start = file.read(512)
+            if start[:4] == b"PAR1":
                 return ParquetFile(path)
-            if how := _PACKED.get(start[:2]):
-                raise InputError(f"{path}: is compressed ({how}); unpack it first")
+            if why := _not_json(path.lower(), start):
+                raise InputError(f"{path}: {why}")
     return JsonFile(path)
+
+
+def _not_json(name: str, start: bytes) -> str | None:
+    """Why a file with this name and these first bytes is not read, or None."""
+
+    def kind(table: dict[bytes, str]) -> str | None:
+        return next((what for magic, what in table.items() if start.startswith(magic)), None)
+
+    if what := kind(_PACKED):
+        return f"is compressed ({what}); unpack it first"
+    if start[257:262] == b"ustar":
+        return "is an archive (tar); unpack it first"
+    if (what := kind(_TABLES)) or name.endswith((".arrow", ".feather")):
+        return f"is a file of {what or 'Arrow'}; write one JSON object per line, Parquet, or use save_to_disk"
+    if start[4:8] == b"ftyp" or (what := kind(_PICTURES)):
+        said = f"is a picture, clip or page ({what or 'MP4'})"
+        return f"{said}, not records; if a pattern found it, narrow the pattern, as in *.jsonl"
+    if what := kind(_UTF):
+        return f"is text in {'UTF-32' if start[2:4] == bytes(2) else what}; write it as UTF-8"
+    if name.endswith((".yaml", ".yml", ".toml")) and not start.lstrip().startswith((b"{", b"[{")):
+        return f"records are not read from {name[name.rindex('.') :]} files; write one JSON object per line"
+    return None
 
 
 class JsonFile:
