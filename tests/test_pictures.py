@@ -229,6 +229,29 @@ def small_precincts() -> bytes:
     return bytes(data)
 
 
+def jpeg_2000_of_many_starts() -> bytes:
+    """A codestream in which the start of another one comes 60,000 times."""
+    data = encode(Image.new("RGB", (64, 64)), "JPEG2000", no_jp2=True)
+    return data[: 4 + struct.unpack_from(">H", data, 4)[0]] + (b"\xff\x4f\xff\x51\0\x08" + bytes(4)) * 60_000
+
+
+def jpeg_2000_of_hidden_precincts() -> bytes:
+    """Small precincts after a marker that has no length, and after a harmless codestream in a box of another kind."""
+    harmless = encode(Image.new("RGB", (2048, 2048)), "JPEG2000", no_jp2=True)
+    data = small_precincts()
+    at, size = data.index(b"jp2c") - 4, data.index(b"\xff\x52")
+    box = struct.pack(">I", len(harmless) + 8) + b"free" + harmless
+    return data[:at] + box + data[at:size] + b"\xff\x30" + data[size:]
+
+
+def mpo(jpeg: bytes) -> bytes:
+    """A JPEG as a file of several pictures, as cameras and telephones write it."""
+    image = Image.new("RGB", (16, 16))
+    data = encode(image, "MPO", save_all=True, append_images=[image])
+    at = data.index(b"MPF\0") - 4
+    return jpeg[:2] + data[at : at + 2 + struct.unpack_from(">H", data, at + 2)[0]] + jpeg[2:]
+
+
 def webp(side: int) -> bytes:
     """A lossless WebP of one colour in 34 bytes; its size is overwritten."""
     data = bytearray(encode(Image.new("RGBA", (16, 16)), "WEBP", lossless=True))
@@ -240,6 +263,9 @@ def webp(side: int) -> bytes:
 BOMBS = {
     "webp of few bytes": (webp(10000), r"would take [12],\d\d\d MiB of memory, the limit is 1,024 MiB.*media_memory"),
     "jpeg of many scans": (progressive(3000, 1500), "cannot be decoded .30.. scans"),
+    "mpo of many scans": (mpo(progressive(3000, 1500)), "cannot be decoded .30.. scans"),
+    "jpeg 2000 of many starts": (jpeg_2000_of_many_starts(), "damaged markers"),
+    "jpeg 2000 of hidden precincts": (jpeg_2000_of_hidden_precincts(), "damaged markers"),
     "gif of a huge canvas": (b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;", "65535 × 65535 pixels"),
     "tiff of huge tiles": (
         tiff(bytes(2048), 8, extra={322: 60000, 323: 60000, 324: 8, 325: 2048}.items()),

@@ -33,6 +33,8 @@ _OTHER = 4  # a picture that is decoded already, or was opened by someone else
 _RGB, _OTHER_MODE = 4, 9  # and to turn it upright and convert it
 _SCANS = 1 << 32  # most pixels times scans of a progressive JPEG, which is decoded once per scan: some seconds
 _SLOW = 1 << 22  # pixels of the forms of PPM that Pillow decodes in Python, at a microsecond each
+_MARKERS = 1 << 18  # of a JPEG 2000 file; a large one of many tiles has some ten thousand
+_KNOWN = {*range(0xFF50, 0xFF65), 0xFF74, 0xFF75, 0xFF77, 0xFF78, 0xFF90}  # its markers that have a length
 _FILES = {  # the start of files that people have and that are not opened
     rb"....ftyp(hei|hev|mif1|msf1)": "a HEIC picture",
     rb"\xff\n|\0\0\0\x0cJXL ": "a JPEG XL picture",
@@ -103,7 +105,7 @@ def cost(image: Image.Image) -> int:
     undecoded = file is not None and not file.closed
     area, kind = image.width * image.height, image.format if undecoded else None
     after = _RGB if image.mode == "RGB" and "transparency" not in image.info else _OTHER_MODE
-    if kind == "JPEG" and image.info.get("progressive"):
+    if kind in ("JPEG", "MPO") and image.info.get("progressive"):
         scans = _bytes_of(image).count(b"\xff\xda")
         if scans > 20 and scans * area > _SCANS:
             raise MediaError(f"cannot be decoded ({scans} scans; save it again)")
@@ -113,39 +115,63 @@ def cost(image: Image.Image) -> int:
         if not all(isinstance(s, int) for s in sides) or math.prod(sides) > max(4 * area, 1 << 22):
             raise MediaError("cannot be decoded (its tiles are larger than the picture)")
     if kind == "JPEG2000" and not _plain(_bytes_of(image), image.width, image.height):
-        raise MediaError("cannot be decoded (JPEG 2000 with tiny precincts or code-blocks; save it again)")
+        raise MediaError(
+            "cannot be decoded (JPEG 2000 with tiny precincts or code-blocks, or damaged markers; save it again)"
+        )
     if kind == "PPM" and image.tile and image.tile[0].codec_name != "raw" and area > _SLOW:
         raise MediaError(f"cannot be decoded (more than {_SLOW:,} pixels of this form of PPM; save it again)")
     return (_BYTES.get(kind or "", _OTHER) + after) * area
 
 
 def _plain(data: bytes, width: int, height: int) -> bool:
-    """Whether a JPEG 2000 file has no more precincts and code-blocks than files of real programs have.
+    """Whether a JPEG 2000 file has no more markers, precincts and code-blocks than files of real programs have.
 
-    OpenJPEG takes a kilobyte for each, so those of a few pixels would take up to 1.6 KB per pixel. The markers are
-    those of ISO 15444-1, annex A: COD and COC say the sizes, in the main header and in that of any tile.
+    OpenJPEG takes a kilobyte for each block, so those of a few pixels would take up to 1.6 KB per pixel. The markers
+    are those of ISO 15444-1, annex A: COD and COC give the sizes, in the main header or in that of any tile. Only the
+    first codestream is decoded, so only it is walked.
     """
-    for start in re.finditer(b"\xff\x4f\xff\x51", data):  # SOC, SIZ
-        at, tile = start.end() - 2, 0
-        while at + 14 <= len(data):
-            marker, length = struct.unpack_from(">HH", data, at)
-            if marker == 0xFF90:  # SOT: the length of this part of a tile
-                tile, size = at, struct.unpack_from(">I", data, at + 6)[0]
-            if marker == 0xFF93:  # SOD: compressed data
-                at = tile + size if tile and size >= 14 else len(data)
-                continue
-            if marker == 0xFF53 and width * height > 1 << 20:  # COC
+    at, tile, size = _codestream(data) + 2, 0, 0
+    for _ in range(_MARKERS):
+        if at + 14 > len(data):
+            return True  # the end, or a file that was cut off
+        marker, length = struct.unpack_from(">HH", data, at)
+        if marker == 0xFF93:  # SOD: compressed data, to the end of this part of a tile
+            if not size:
+                return True  # the last part, to the end of the file
+            if tile + size <= at:
                 return False
-            if marker == 0xFF52 and width * height > 1 << 16:  # COD
-                levels, block = data[at + 9], data[at + 10] + data[at + 11] + 4
-                precincts = 0
-                for level, log in enumerate(data[at + 14 : at + 15 + levels] if data[at + 4] & 1 else b""):
-                    down = levels - level
-                    precincts += ((width >> down + (log & 15)) + 1) * ((height >> down + (log >> 4)) + 1)
-                if block < 8 or precincts > width * height // 512 + 4096:
-                    return False
-            at += 2 + max(length, 2)
-    return True
+            at = tile + size
+            continue
+        if marker not in _KNOWN or length < 2:
+            return marker == 0xFFD9  # OpenJPEG searches on after unknown markers, which have no length
+        if marker == 0xFF90:  # SOT: the length of this part of a tile
+            tile, size = at, struct.unpack_from(">I", data, at + 6)[0]
+        if marker == 0xFF53 and width * height > 1 << 20:  # COC
+            return False
+        if marker == 0xFF52 and width * height > 1 << 16:  # COD
+            levels, block = data[at + 9], data[at + 10] + data[at + 11] + 4
+            precincts = 0
+            for level, log in enumerate(data[at + 14 : at + 15 + levels] if data[at + 4] & 1 else b""):
+                down = levels - level
+                precincts += ((width >> down + (log & 15)) + 1) * ((height >> down + (log >> 4)) + 1)
+            if block < 8 or precincts > width * height // 512 + 4096:
+                return False
+        at += 2 + length
+    return False
+
+
+def _codestream(data: bytes) -> int:
+    """Where the first codestream of a JPEG 2000 file starts: at once, or in the first jp2c box."""
+    at = 0
+    for _ in range(_MARKERS):
+        if data[at : at + 4] == b"\xff\x4f\xff\x51" or at + 16 > len(data):
+            break
+        size, kind, large = struct.unpack_from(">I4sQ", data, at)
+        header, size = (16, large) if size == 1 else (8, size)
+        at += header if kind == b"jp2c" else max(size, 8)
+        if kind == b"jp2c":
+            break
+    return at
 
 
 def _bytes_of(image) -> bytes:
