@@ -5,6 +5,7 @@ import struct
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -315,6 +316,45 @@ def test_decoders_side_by_side_wait_for_memory():
     first.__exit__(None, None, None)
     thread.join(5)
     assert order == ["first ends", "second"]
+
+
+def test_decoders_of_all_conversations_share_the_memory():
+    """Eight conversations decode side by side, and none loses its time to the others."""
+    lock, held, peak = threading.Lock(), 0, 0
+
+    def decode():
+        nonlocal held, peak
+        budget = Budget(MediaOptions(media_memory=1, media_seconds=0.1))
+        with budget.memory(600_000, kept=300_000):
+            with lock:
+                held += 600_000
+                peak = max(peak, held)
+            time.sleep(0.04)
+            with lock:
+                held -= 600_000
+        assert budget.left() > 0.01
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(decode) for _ in range(8)]:
+            done.result(10)
+    assert peak == 600_000
+
+
+def test_a_clip_does_not_wait_for_pictures_that_wait():
+    """The picture waits for another conversation's decoder, the clip for nothing of the picture's."""
+    mine, other = Budget(MediaOptions(media_memory=10, media_seconds=5)), Budget(MediaOptions(media_memory=10))
+    with mine.clip_decoder(4 << 20), other.memory(4 << 20):
+        picture = threading.Thread(target=_take, args=(mine, 5 << 20))
+        picture.start()
+        time.sleep(0.02)
+        mine.keep(5 << 20, in_clip=True)
+    picture.join(5)
+    assert not picture.is_alive()
+
+
+def _take(budget: Budget, passing: int):
+    with budget.memory(passing):
+        pass
 
 
 def test_two_clips_do_not_wait_for_each_other():
