@@ -4,6 +4,7 @@ import io
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, MediaError
 from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.media import image_visual, load_image
 from qwenvl_jax.inputs.options import MediaOptions
@@ -251,6 +252,61 @@ def mpo(jpeg: bytes) -> bytes:
     data = encode(image, "MPO", save_all=True, append_images=[image])
     at = data.index(b"MPF\0") - 4
     return jpeg[:2] + data[at : at + 2 + struct.unpack_from(">H", data, at + 2)[0]] + jpeg[2:]
+
+
+def of_many_segments() -> bytes:
+    """A JPEG with 30 MB of EXIF in 65 KB segments, which Pillow joins one by one."""
+    jpeg = encode(GRAY, "JPEG")
+    return jpeg[:2] + (b"\xff\xe1\xff\xffExif\0\0MM\0*\0\0\0\x08\0\0" + bytes(65517)) * 460 + jpeg[2:]
+
+
+def exif(entries: int) -> bytes:
+    """An EXIF block each of whose entries is the whole block."""
+    size = 8 + 2 + 12 * entries
+    body = b"".join(struct.pack(">HHII", i + 1000, 1, size, 0) for i in range(entries))
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", entries) + body
+
+
+FLOODS = {
+    "jpeg, segments": of_many_segments(),
+    "jpeg, fill": encode(GRAY, "JPEG").replace(b"\xff\xdb", b"\xff" * 1_000_000 + b"\xdb", 1),
+    "ppm, comment": b"P6\n#" + b"a" * 1_000_000 + b"\n1 1 255 abc",
+    "png, chunks": png(8, 0, bytes(256), *[(b"abCd", b"")] * 100_000),
+    "gif, comments": (g := encode(GRAY, "GIF"))[: g.index(b",")] + b"!\xfe\1a\0" * 100_000 + g[g.index(b",") :],
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_floods_in_headers_are_refused_at_once(name):
+    start = time.process_time()
+    with pytest.raises(InputError, match="has a header of too many parts or bytes; save it again"):
+        load_image(FLOODS[name])
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_that_would_be_copied_many_times_is_not_read(kind):
+    data = encode(GRAY.convert("RGB"), kind, exif=exif(4000))
+    tracemalloc.start()
+    try:
+        assert load_image(data).size == (256, 8)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000  # all copies would take 190 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_headers_are_read_within_the_time(monkeypatch):
+    budget = Budget(MediaOptions(media_seconds=30))
+    calls = iter([30.0] * 5)
+
+    def left():
+        if (seconds := next(calls, None)) is None:
+            raise MediaError("took longer")
+        return seconds
+
+    monkeypatch.setattr(budget, "left", left)
+    with pytest.raises(InputError, match="took longer"):
+        image_visual(png(8, 0, bytes(256), *[(b"abCd", b"")] * 10), P, budget=budget)
 
 
 def webp(side: int) -> bytes:

@@ -6,9 +6,10 @@ What a person would see counts: transparency shows white, 16 bits are scaled to 
 import math
 import re
 import struct
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from qwenvl_jax.errors import MediaError
 from qwenvl_jax.inputs.preprocessing import MAX_PIXELS, check_aspect
@@ -33,6 +34,10 @@ _OTHER = 4  # a picture that is decoded already, or was opened by someone else
 _RGB, _OTHER_MODE = 4, 9  # and to turn it upright and convert it
 _SCANS = 1 << 32  # most pixels times scans of a progressive JPEG, which is decoded once per scan: some seconds
 _SLOW = 1 << 22  # pixels of the forms of PPM that Pillow decodes in Python, at a microsecond each
+_HEADER_READS, _HEADER = 1 << 17, 16 << 20  # most reads and bytes of a header: colour profiles, EXIF, comments
+_TIFF_HEADER = 128 << 20  # Photoshop keeps its layers there
+_READS = 1 << 20  # most reads after the header; PNGs need a few for each chunk
+_EXIF = 64 << 20  # most bytes that Pillow makes of an EXIF block
 _MARKERS = 1 << 18  # of a JPEG 2000 file; a large one of many tiles has some ten thousand
 _KNOWN = {*range(0xFF50, 0xFF65), 0xFF74, 0xFF75, 0xFF77, 0xFF78, 0xFF90}  # its markers that have a length
 _FILES = {  # the start of files that people have and that are not opened
@@ -62,9 +67,45 @@ _UPRIGHT = {  # EXIF orientation → the transpose that undoes it
 }
 
 
-def identify(file) -> Image.Image:
+class _Watched:
+    """A binary file whose readers end: each read looks at the clock, and headers are bounded.
+
+    Pillow reads headers in Python, some of them byte by byte, and joins their parts.
+    """
+
+    def __init__(self, file, check: Callable[[], object]):
+        self._file, self._check = file, check
+        self._reads = self._bytes = math.inf
+
+    def limit(self, reads: float, count: float) -> None:
+        """How many reads and bytes are left. A read of the whole file counts no bytes."""
+        self._reads, self._bytes = reads, count
+
+    def read(self, size: int = -1) -> bytes:
+        self._check()
+        self._reads -= 1
+        data = self._file.read(size)
+        if size is not None and size >= 0:
+            self._bytes -= len(data)
+        if self._reads < 0 or self._bytes < 0:
+            raise MediaError("has a header of too many parts or bytes; save it again without its metadata")
+        return data
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+
+class _Jpeg(JpegImagePlugin.JpegImageFile):
+    """A JPEG, and the first picture of an MPO."""
+
+    def _read_dpi_from_exif(self) -> None:
+        """The resolution does not matter, and Pillow would keep a copy of the block for each of its entries."""
+
+
+def identify(file, check: Callable[[], object] = lambda: None) -> Image.Image:
     """The picture of a binary file, of which only the header was read. Raises MediaError that names what it is instead.
 
+    check: is called at every read, now and in `decode`; it may raise MediaError.
     Image.open would do the same, but tries more formats, and warns about sizes by its own limit.
     """
     Image.init()
@@ -78,8 +119,14 @@ def identify(file) -> Image.Image:
         if accepts and accepts(prefix) is not True:
             continue  # False, or a str: this Pillow was built without the format
         file.seek(0)
+        watched = _Watched(file, check)
+        watched.limit(_HEADER_READS, _TIFF_HEADER if kind == "TIFF" else _HEADER)
         try:
-            return opener(file, None)
+            image = (_Jpeg if kind == "JPEG" else opener)(watched, None)
+            watched.limit(_READS, math.inf)
+            return image
+        except MediaError:
+            raise
         except Exception as e:  # on a damaged header Pillow raises anything, struct.error included
             failed = f"{kind}: {e}"
     for pattern, what in _FILES.items():
@@ -188,14 +235,31 @@ def decode(image: Image.Image) -> Image.Image:
         raw = image.tile[0].args if getattr(image, "tile", None) else None
         image.load()
         try:
-            orientation = image.getexif().get(0x0112)
+            orientation = image.getexif().get(0x0112) if _exif_bytes(image.info) <= _EXIF else None
         except Exception:  # the EXIF block is damaged, the pixels may still be good
             orientation = None
         if isinstance(orientation, int) and orientation in _UPRIGHT:
             image = image.transpose(_UPRIGHT[orientation])
         return _as_rgb(image, raw)
+    except MediaError:
+        raise
     except Exception as e:  # decoders raise anything on damaged data
         raise MediaError(f"cannot be decoded ({e})") from e
+
+
+def _exif_bytes(info: dict) -> int:
+    """Bytes that Pillow copies out of an EXIF block. Entries may overlap, so it can be the block's size many times."""
+    data = info.get("exif")
+    if data is None:
+        data = bytes.fromhex("".join(info.get("Raw profile type exif", "").split("\n")[3:]))  # of a PNG
+    data = data.removeprefix(b"Exif\0\0")
+    order = "<" if data.startswith(b"II") else ">"
+    if len(data) < 10:
+        return 0
+    (start,) = struct.unpack_from(order + "I", data, 4)
+    (count,) = struct.unpack_from(order + "H", data, start)
+    ends = range(start + 14, min(start + 2 + 12 * count, len(data)) + 1, 12)
+    return sum(min(8 * struct.unpack_from(order + "I", data, end - 8)[0], len(data)) for end in ends)
 
 
 def _as_rgb(image: Image.Image, raw) -> Image.Image:
