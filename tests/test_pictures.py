@@ -1,6 +1,7 @@
 """What is seen of every mode and every kind of transparency, and the bounds of decoders."""
 
 import io
+import itertools
 import struct
 import threading
 import time
@@ -112,6 +113,15 @@ MODES = {  # mode → (picture, what is seen)
     "F, to 1": (Image.fromarray((RAMP / 255).astype(np.float32)), SEEN),
     "F, to 255": (Image.fromarray(RAMP.astype(np.float32)), SEEN),
     "F, other": (Image.fromarray((RAMP * 30.0 - 5000).astype(np.float32)), SEEN),
+    "I, 12 bits": (Image.fromarray((RAMP * 4095 // 255).astype(np.int32)), SEEN),
+    "I, slightly more than 8 bits": (Image.fromarray((RAMP + (RAMP == 255)).astype(np.int32)), SEEN),
+    "F, slightly more than 1": (Image.fromarray((RAMP / 254.9 - 0.0001).astype(np.float32)), SEEN),
+    "F, slightly more than 255": (Image.fromarray((RAMP * 1.001).astype(np.float32)), SEEN),
+    "F, an outlier": (
+        Image.fromarray(np.where(np.arange(2048).reshape(8, 256) == 9, 1e9, RAMP).astype(np.float32)),
+        {0: 0, 128: 128},
+    ),
+    "F, infinite": (Image.fromarray(np.where(RAMP == 7, np.inf, RAMP / 255).astype(np.float32)), SEEN | {7: 255}),
     "F, not finite": (Image.fromarray(np.where(RAMP == 7, np.nan, RAMP * 2.0).astype(np.float32)), SEEN | {7: 0}),
 }
 
@@ -147,6 +157,7 @@ FILES = {  # file → (bytes, what is seen)
     "jpeg 2000, 16 bits": (encode(Image.fromarray(DEEP), "JPEG2000"), SEEN),
     "jpeg, cmyk": (encode(GRAY.convert("RGB").convert("CMYK"), "JPEG", quality=100), SEEN),
     "pgm, 16 bits": (encode(Image.fromarray(DEEP), "PPM"), SEEN),
+    "pgm, 16 bits, dark": (encode(Image.fromarray(DEEP // 64), "PPM"), {0: 0, 128: 2, 255: 4}),
     "pgm, to 1000": (b"P5 256 8 1000\n" + (RAMP * 1000 // 255).astype(">u2").tobytes(), SEEN),
     "tiff, 12 bits": (tiff(twelve_bits(), 12), SEEN),
     "tiff, 16 bits": (tiff(DEEP.astype("<u2").tobytes(), 16), SEEN),
@@ -211,6 +222,16 @@ def test_pictures_that_are_open_or_decoded_already(kind, options):
     pixels = np.asarray(load_image(image))
     image.load()
     assert np.array_equal(np.asarray(load_image(image)), pixels)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_a_slightly_larger_value_changes_a_picture_slightly(kind):
+    """Values up to 1 … 100,000: the shade of a picture's middle does not jump."""
+    shades = []
+    for top in np.geomspace(1, 1e5, 400):
+        values = np.linspace(0, top, 64).astype(kind)[None].repeat(8, 0)
+        shades.append(int(np.asarray(load_image(Image.fromarray(values)))[0, 32, 0]))
+    assert max(abs(a - b) for a, b in itertools.pairwise(shades)) <= 12
 
 
 # --- bounds

@@ -288,19 +288,21 @@ def _as_rgb(image: Image.Image, raw) -> Image.Image:
 
 
 def _shades(image: Image.Image, key) -> Image.Image:
-    """Gray of 8 bits from whole numbers or floats. Values that are not finite are black; the key's are white."""
+    """Gray of 8 bits from whole numbers or floats. NaN is black, as is -inf; the key's values are white."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     bits = tags.get(258, (16,))
     if bits == (32,) and tags.get(339, (1,)) == (1,):  # Pillow reads unsigned numbers as signed ones
         values = values.view(np.uint32)
-    if image.mode.startswith("I;"):
+    if image.format == "PPM" and image.mode == "I":
+        low, high = 0.0, 65535.0
+    elif image.mode.startswith("I;"):
         low, high = 0.0, float((1 << bits[0]) - 1)
     else:
         low, high = _range(values)
     out = np.empty(values.shape, np.uint8)
     for at in range(0, len(values), 256):  # in strips, for less memory
         strip = values[at : at + 256].astype(np.float64)
-        strip = np.nan_to_num((strip - low) * (255 / (high - low)), nan=0.0, posinf=0.0, neginf=0.0)
+        strip = np.nan_to_num((strip - low) * (255 / (high - low)), nan=0.0, posinf=255.0, neginf=0.0)
         out[at : at + 256] = (strip + 0.5).clip(0, 255)
         if tags.get(262) == 0:  # WhiteIsZero, which Pillow undoes for 8 bits only
             out[at : at + 256] ^= 255
@@ -310,14 +312,20 @@ def _shades(image: Image.Image, key) -> Image.Image:
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    """Which values are black and white, if nothing declares it: the first usual range that holds all, or their own.
+    """Which values are black and white, if nothing declares it. Values beyond are shown as these.
 
-    The usual ranges are 0 … 1 (floats), 0 … 255 and 0 … 65535 (whole numbers).
+    Usual are 0 … 1 and 0 … 255 for floats, 0 … 255 for whole numbers; values may pass them by half. Otherwise the
+    largest value is white, and black is 0 or, of values that are clearly negative, the smallest. Between the cases the
+    range is interpolated, so a slightly larger value never makes a picture black. Rare outliers do not count.
     """
     whole = values.dtype.kind in "iu"
-    finite = values if whole else values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    for top in (255.0, 65535.0) if whole else (1.0, 255.0):
-        if low >= 0 and high <= top:
-            return 0.0, top
+    sample = values.ravel()[:: values.size >> 20 | 1]
+    sample = sample if whole else sample[np.isfinite(sample)]
+    if not sample.size:
+        return 0.0, 1.0
+    low, high = np.quantile(sample, (0.001, 0.999), method="nearest").astype(np.float64).tolist()
+    largest, white = ((382.5, 510), (255, 510)) if whole else ((1.5, 127.5, 382.5, 510), (1, 255, 255, 510))
+    top = high if high > 510 else float(np.exp(np.interp(np.log(max(high, 1e-9)), np.log(largest), np.log(white))))
+    signed = min(max(-4 * low / top - 1, 0.0), 1.0)
+    low, high = low * signed, top + (high - top) * signed
     return low, max(high, np.nextafter(low, np.inf))
