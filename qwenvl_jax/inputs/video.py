@@ -63,7 +63,9 @@ def video_visual(
 
     As in the reference, frames are sampled evenly by number, even if the frame rate varies. Frames are upright and have
     the file's aspect; transparent parts are white (WebM's are not decoded). Interlaced frames stay as they are. A file
-    of one frame is one grid step, or as many as `nframes` asks for. Raises MediaError or OptionsError that names the source.
+    of one frame is one grid step, or as many as `nframes` asks for.
+
+    Raises MediaError or OptionsError that names the source.
     """
     p, o, budget = preprocessing, options, budget or Budget(options)
     if isinstance(source, list | tuple) or (isinstance(source, np.ndarray) and source.ndim == 4):
