@@ -1,16 +1,19 @@
 """What is seen of every mode and every kind of transparency, and the bounds of decoders."""
 
 import io
+import itertools
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, MediaError
 from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.media import image_visual, load_image
 from qwenvl_jax.inputs.options import MediaOptions
@@ -110,6 +113,15 @@ MODES = {  # mode → (picture, what is seen)
     "F, to 1": (Image.fromarray((RAMP / 255).astype(np.float32)), SEEN),
     "F, to 255": (Image.fromarray(RAMP.astype(np.float32)), SEEN),
     "F, other": (Image.fromarray((RAMP * 30.0 - 5000).astype(np.float32)), SEEN),
+    "I, 12 bits": (Image.fromarray((RAMP * 4095 // 255).astype(np.int32)), SEEN),
+    "I, slightly more than 8 bits": (Image.fromarray((RAMP + (RAMP == 255)).astype(np.int32)), SEEN),
+    "F, slightly more than 1": (Image.fromarray((RAMP / 254.9 - 0.0001).astype(np.float32)), SEEN),
+    "F, slightly more than 255": (Image.fromarray((RAMP * 1.001).astype(np.float32)), SEEN),
+    "F, an outlier": (
+        Image.fromarray(np.where(np.arange(2048).reshape(8, 256) == 9, 1e9, RAMP).astype(np.float32)),
+        {0: 0, 128: 128},
+    ),
+    "F, infinite": (Image.fromarray(np.where(RAMP == 7, np.inf, RAMP / 255).astype(np.float32)), SEEN | {7: 255}),
     "F, not finite": (Image.fromarray(np.where(RAMP == 7, np.nan, RAMP * 2.0).astype(np.float32)), SEEN | {7: 0}),
 }
 
@@ -145,6 +157,7 @@ FILES = {  # file → (bytes, what is seen)
     "jpeg 2000, 16 bits": (encode(Image.fromarray(DEEP), "JPEG2000"), SEEN),
     "jpeg, cmyk": (encode(GRAY.convert("RGB").convert("CMYK"), "JPEG", quality=100), SEEN),
     "pgm, 16 bits": (encode(Image.fromarray(DEEP), "PPM"), SEEN),
+    "pgm, 16 bits, dark": (encode(Image.fromarray(DEEP // 64), "PPM"), {0: 0, 128: 2, 255: 4}),
     "pgm, to 1000": (b"P5 256 8 1000\n" + (RAMP * 1000 // 255).astype(">u2").tobytes(), SEEN),
     "tiff, 12 bits": (tiff(twelve_bits(), 12), SEEN),
     "tiff, 16 bits": (tiff(DEEP.astype("<u2").tobytes(), 16), SEEN),
@@ -211,6 +224,16 @@ def test_pictures_that_are_open_or_decoded_already(kind, options):
     assert np.array_equal(np.asarray(load_image(image)), pixels)
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_a_slightly_larger_value_changes_a_picture_slightly(kind):
+    """Values up to 1 … 100,000: the shade of a picture's middle does not jump."""
+    shades = []
+    for top in np.geomspace(1, 1e5, 400):
+        values = np.linspace(0, top, 64).astype(kind)[None].repeat(8, 0)
+        shades.append(int(np.asarray(load_image(Image.fromarray(values)))[0, 32, 0]))
+    assert max(abs(a - b) for a, b in itertools.pairwise(shades)) <= 12
+
+
 # --- bounds
 
 
@@ -229,6 +252,84 @@ def small_precincts() -> bytes:
     return bytes(data)
 
 
+def jpeg_2000_of_many_starts() -> bytes:
+    """A codestream in which the start of another one comes 60,000 times."""
+    data = encode(Image.new("RGB", (64, 64)), "JPEG2000", no_jp2=True)
+    return data[: 4 + struct.unpack_from(">H", data, 4)[0]] + (b"\xff\x4f\xff\x51\0\x08" + bytes(4)) * 60_000
+
+
+def jpeg_2000_of_hidden_precincts() -> bytes:
+    """Small precincts after a marker that has no length, and after a harmless codestream in a box of another kind."""
+    harmless = encode(Image.new("RGB", (2048, 2048)), "JPEG2000", no_jp2=True)
+    data = small_precincts()
+    at, size = data.index(b"jp2c") - 4, data.index(b"\xff\x52")
+    box = struct.pack(">I", len(harmless) + 8) + b"free" + harmless
+    return data[:at] + box + data[at:size] + b"\xff\x30" + data[size:]
+
+
+def mpo(jpeg: bytes) -> bytes:
+    """A JPEG as a file of several pictures, as cameras and telephones write it."""
+    image = Image.new("RGB", (16, 16))
+    data = encode(image, "MPO", save_all=True, append_images=[image])
+    at = data.index(b"MPF\0") - 4
+    return jpeg[:2] + data[at : at + 2 + struct.unpack_from(">H", data, at + 2)[0]] + jpeg[2:]
+
+
+def of_many_segments() -> bytes:
+    """A JPEG with 30 MB of EXIF in 65 KB segments, which Pillow joins one by one."""
+    jpeg = encode(GRAY, "JPEG")
+    return jpeg[:2] + (b"\xff\xe1\xff\xffExif\0\0MM\0*\0\0\0\x08\0\0" + bytes(65517)) * 460 + jpeg[2:]
+
+
+def exif(entries: int) -> bytes:
+    """An EXIF block each of whose entries is the whole block."""
+    size = 8 + 2 + 12 * entries
+    body = b"".join(struct.pack(">HHII", i + 1000, 1, size, 0) for i in range(entries))
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", entries) + body
+
+
+FLOODS = {
+    "jpeg, segments": of_many_segments(),
+    "jpeg, fill": encode(GRAY, "JPEG").replace(b"\xff\xdb", b"\xff" * 1_000_000 + b"\xdb", 1),
+    "ppm, comment": b"P6\n#" + b"a" * 1_000_000 + b"\n1 1 255 abc",
+    "png, chunks": png(8, 0, bytes(256), *[(b"abCd", b"")] * 100_000),
+    "gif, comments": (g := encode(GRAY, "GIF"))[: g.index(b",")] + b"!\xfe\1a\0" * 100_000 + g[g.index(b",") :],
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_floods_in_headers_are_refused_at_once(name):
+    start = time.process_time()
+    with pytest.raises(InputError, match="has a header of too many parts or bytes; save it again"):
+        load_image(FLOODS[name])
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_that_would_be_copied_many_times_is_not_read(kind):
+    data = encode(GRAY.convert("RGB"), kind, exif=exif(4000))
+    tracemalloc.start()
+    try:
+        assert load_image(data).size == (256, 8)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000  # all copies would take 190 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_headers_are_read_within_the_time(monkeypatch):
+    budget = Budget(MediaOptions(media_seconds=30))
+    calls = iter([30.0] * 5)
+
+    def left():
+        if (seconds := next(calls, None)) is None:
+            raise MediaError("took longer")
+        return seconds
+
+    monkeypatch.setattr(budget, "left", left)
+    with pytest.raises(InputError, match="took longer"):
+        image_visual(png(8, 0, bytes(256), *[(b"abCd", b"")] * 10), P, budget=budget)
+
+
 def webp(side: int) -> bytes:
     """A lossless WebP of one colour in 34 bytes; its size is overwritten."""
     data = bytearray(encode(Image.new("RGBA", (16, 16)), "WEBP", lossless=True))
@@ -240,6 +341,9 @@ def webp(side: int) -> bytes:
 BOMBS = {
     "webp of few bytes": (webp(10000), r"would take [12],\d\d\d MiB of memory, the limit is 1,024 MiB.*media_memory"),
     "jpeg of many scans": (progressive(3000, 1500), "cannot be decoded .30.. scans"),
+    "mpo of many scans": (mpo(progressive(3000, 1500)), "cannot be decoded .30.. scans"),
+    "jpeg 2000 of many starts": (jpeg_2000_of_many_starts(), "damaged markers"),
+    "jpeg 2000 of hidden precincts": (jpeg_2000_of_hidden_precincts(), "damaged markers"),
     "gif of a huge canvas": (b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0;", "65535 × 65535 pixels"),
     "tiff of huge tiles": (
         tiff(bytes(2048), 8, extra={322: 60000, 323: 60000, 324: 8, 325: 2048}.items()),
@@ -289,6 +393,45 @@ def test_decoders_side_by_side_wait_for_memory():
     first.__exit__(None, None, None)
     thread.join(5)
     assert order == ["first ends", "second"]
+
+
+def test_decoders_of_all_conversations_share_the_memory():
+    """Eight conversations decode side by side, and none loses its time to the others."""
+    lock, held, peak = threading.Lock(), 0, 0
+
+    def decode():
+        nonlocal held, peak
+        budget = Budget(MediaOptions(media_memory=1, media_seconds=0.1))
+        with budget.memory(600_000, kept=300_000):
+            with lock:
+                held += 600_000
+                peak = max(peak, held)
+            time.sleep(0.04)
+            with lock:
+                held -= 600_000
+        assert budget.left() > 0.01
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(decode) for _ in range(8)]:
+            done.result(10)
+    assert peak == 600_000
+
+
+def test_a_clip_does_not_wait_for_pictures_that_wait():
+    """The picture waits for another conversation's decoder, the clip for nothing of the picture's."""
+    mine, other = Budget(MediaOptions(media_memory=10, media_seconds=5)), Budget(MediaOptions(media_memory=10))
+    with mine.clip_decoder(4 << 20), other.memory(4 << 20):
+        picture = threading.Thread(target=_take, args=(mine, 5 << 20))
+        picture.start()
+        time.sleep(0.02)
+        mine.keep(5 << 20, in_clip=True)
+    picture.join(5)
+    assert not picture.is_alive()
+
+
+def _take(budget: Budget, passing: int):
+    with budget.memory(passing):
+        pass
 
 
 def test_two_clips_do_not_wait_for_each_other():

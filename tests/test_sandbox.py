@@ -11,6 +11,10 @@ from qwenvl_jax.inputs.chat import ChatTemplate
 USER = [{"role": "user", "content": "Hi"}]
 LARGE = "it makes a text or list of more than 16,777,216"
 LATE = "it takes longer than 0.2 seconds"
+KEPT = "{{% set s = 'a ' * 300000 %}}{{% set n = namespace(l=[]) %}}" + (
+    "{{% for i in range(9999) %}}{{% set n.l = n.l + [{}] %}}{{% endfor %}}"
+)
+KEPT_LARGE = "it makes texts and lists of more than 67,108,864 characters in all"
 DOUBLED = "{% set x = 'ab' %}" + "{% set x = x ~ x %}" * 40 + "{{ x }}"
 
 BOMBS = {
@@ -35,6 +39,17 @@ BOMBS = {
     "a method": ("{{ 'a'.ljust(10000000000) }}", "it calls ljust of a text"),
     "str.format": ("{{ '{:>10000000000}'.format(1) }}", "width of more than 9999"),
     "str.format, nested": ("{{ '{:{}}'.format(1, 10000000000) }}", "width of more than 9999"),
+    "a list of texts": (KEPT.format("(s ~ i)"), KEPT_LARGE),
+    "a list of added texts": (KEPT.format("(s + 'a')"), KEPT_LARGE),
+    "a list of slices": (KEPT.format("s[1:]"), KEPT_LARGE),
+    "a list of splits": (KEPT.format("s.split('a')"), KEPT_LARGE),
+    "a list of parts": (KEPT.format("(s ~ 'b').rpartition('b')"), KEPT_LARGE),
+    "a list of halves": (KEPT.replace("300000", "300000 ~ 'b'").format("s.split('b')"), KEPT_LARGE),
+    "a list of words": (KEPT.format("('a ' * 9999999).split()"), LARGE),
+    "a list of lines": (KEPT.format("('\n' * 9999999).splitlines()"), LARGE),
+    "a list of upper case": (KEPT.format("s.upper()"), KEPT_LARGE),
+    "a list of filtered texts": (KEPT.format("(s | upper)"), KEPT_LARGE),
+    "a list of long lists": (KEPT.format("[" + "s, " * 9999 + "s]"), KEPT_LARGE),
     "lorem ipsum": ("{{ lipsum(100000) }}", "lipsum"),
     "a block": ("{% set x %}{% for i in range(9) %}{{ 'a' * 9999999 }}{% endfor %}{% endset %}", "it "),
 }
@@ -42,8 +57,8 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end(monkeypatch, name):
-    monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     template, message = BOMBS[name]
+    monkeypatch.setattr(sandbox, "SECONDS", 2.0 if message == KEPT_LARGE else 0.2)
     start = time.process_time()
     with pytest.raises(CheckpointError, match=f"(?i){message}"):
         ChatTemplate({"default": template}).render(USER)

@@ -250,8 +250,13 @@ def test_one_frame_is_one_grid_step(tmp_path):
         assert (visual.grid, visual.seconds_per_grid) == (Grid(1, 4, 6), 1.0)
         assert np.round(numbers(visual)).tolist() == [0, 0]
     assert video_visual(tmp_path / "a.mp4", P, MediaOptions(fps=4, **SMALL)).seconds_per_grid == 0.5
-    with pytest.raises(InputError, match="nframes 4 rounds to 4 of the clip's 1 frames"):
-        video_visual(tmp_path / "a.mp4", P, MediaOptions(nframes=4))
+    repeated = video_visual(tmp_path / "a.mp4", P, MediaOptions(nframes=4, **SMALL))
+    assert (repeated.grid, np.round(numbers(repeated)).tolist()) == (Grid(2, 4, 6), [0] * 4)
+    for part in ({"video_start": 0}, {"video_start": 0, "video_end": 1}, {"video_end": 0.01}, {"video_start": 0.05}):
+        assert video_visual(tmp_path / "a.mp4", P, MediaOptions(**part, **SMALL)).grid == Grid(1, 4, 6)
+    for part in ({"video_start": 3}, {"video_start": 0.05, "video_end": 0.01}):
+        with pytest.raises(InputError, match=r"of 0\.10 seconds"):
+            video_visual(tmp_path / "a.mp4", P, MediaOptions(**part))
 
 
 def still(path: Path, pixels: np.ndarray, n: int, codec="libx264", pix_fmt="yuv444p", aspect=None) -> Path:

@@ -12,11 +12,20 @@ from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
 BYTES, MEMORY, SECONDS = 512, 1024, 60  # the defaults of media_bytes (MiB), media_memory (MiB) and media_seconds
 
 
+class _Decoders:
+    """The memory that the decoders of this process hold, those of other conversations included."""
+
+    passing = 0
+    change = threading.Condition()
+
+
 class Budget:
     """The bytes, the memory and the time that are left to the media of one conversation. Thread-safe.
 
     Every cost is asked for before it is spent, from sizes that headers declare. Threads that decode side by side share
     one budget: a decoder waits until the memory that it needs is free, and is refused if it can never be free.
+    Conversations that are loaded side by side share the decoders' memory: each one's limit holds for all decoders of
+    the process. The time of waiting for other conversations is given back.
 
     Decoders run in this process. A child process could be limited by the operating system, on Linux alone, at the
     price of its start (0.2 s) and a copy of the pixels. The headers of the formats that we open bound their decoders
@@ -32,7 +41,7 @@ class Budget:
         self._end = time.monotonic() + self._seconds
         self._bytes = 0
         self._kept = self._passing = self._clip_bytes = 0
-        self._change, self._clip = threading.Condition(), threading.Lock()
+        self._change, self._clip = _Decoders.change, threading.Lock()
 
     def left(self) -> float:
         """Seconds until the deadline. Raises MediaError once it has passed."""
@@ -67,16 +76,24 @@ class Budget:
                 if (needed := self._kept + kept + passing + held) > self.memory_limit:
                     limit = f"the limit is {self.memory_limit >> 20:,} MiB"
                     raise _over(f"would take {needed / 2**20:,.0f} MiB of memory, {limit}", "media_memory")
-                if self._passing - held + needed <= self.memory_limit:
+                if self._passing - held + needed > self.memory_limit:
+                    self._change.wait(self.left())
+                elif passing and _Decoders.passing and _Decoders.passing + passing > self.memory_limit:
+                    start, end = time.monotonic(), self._end
+                    self._change.wait()
+                    self._end = max(self._end, end + time.monotonic() - start)
+                else:
                     break
-                self._change.wait(self.left())
+            # All is taken at once: a picture that waits holds nothing that a clip could wait for.
             self._kept += kept
             self._passing += passing
+            _Decoders.passing += passing
         try:
             yield
         finally:
             with self._change:
                 self._passing -= passing
+                _Decoders.passing -= passing
                 self._change.notify_all()
 
     @contextmanager

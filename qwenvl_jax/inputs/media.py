@@ -83,11 +83,11 @@ def _identified(data, budget: Budget, stack: ExitStack) -> Image.Image:
     if isinstance(data, np.ndarray):
         return _from_array(data)
     if isinstance(data, bytes):
-        return pictures.identify(io.BytesIO(data))
+        return pictures.identify(io.BytesIO(data), budget.left)
     if (size := data.stat().st_size) > MAX_IMAGE_BYTES:
         raise MediaError(f"larger than {MAX_IMAGE_BYTES >> 20} MiB, the limit for a picture")
     budget.read(size)
-    return pictures.identify(stack.enter_context(data.open("rb")))
+    return pictures.identify(stack.enter_context(data.open("rb")), budget.left)
 
 
 def _from_array(source: np.ndarray) -> Image.Image:

@@ -6,9 +6,10 @@ What a person would see counts: transparency shows white, 16 bits are scaled to 
 import math
 import re
 import struct
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from qwenvl_jax.errors import MediaError
 from qwenvl_jax.inputs.preprocessing import MAX_PIXELS, check_aspect
@@ -33,6 +34,12 @@ _OTHER = 4  # a picture that is decoded already, or was opened by someone else
 _RGB, _OTHER_MODE = 4, 9  # and to turn it upright and convert it
 _SCANS = 1 << 32  # most pixels times scans of a progressive JPEG, which is decoded once per scan: some seconds
 _SLOW = 1 << 22  # pixels of the forms of PPM that Pillow decodes in Python, at a microsecond each
+_HEADER_READS, _HEADER = 1 << 17, 16 << 20  # most reads and bytes of a header: colour profiles, EXIF, comments
+_TIFF_HEADER = 128 << 20  # Photoshop keeps its layers there
+_READS = 1 << 20  # most reads after the header; PNGs need a few for each chunk
+_EXIF = 64 << 20  # most bytes that Pillow makes of an EXIF block
+_MARKERS = 1 << 18  # of a JPEG 2000 file; a large one of many tiles has some ten thousand
+_KNOWN = {*range(0xFF50, 0xFF65), 0xFF74, 0xFF75, 0xFF77, 0xFF78, 0xFF90}  # its markers that have a length
 _FILES = {  # the start of files that people have and that are not opened
     rb"....ftyp(hei|hev|mif1|msf1)": "a HEIC picture",
     rb"\xff\n|\0\0\0\x0cJXL ": "a JPEG XL picture",
@@ -60,9 +67,45 @@ _UPRIGHT = {  # EXIF orientation → the transpose that undoes it
 }
 
 
-def identify(file) -> Image.Image:
+class _Watched:
+    """A binary file whose readers end: each read looks at the clock, and headers are bounded.
+
+    Pillow reads headers in Python, some of them byte by byte, and joins their parts.
+    """
+
+    def __init__(self, file, check: Callable[[], object]):
+        self._file, self._check = file, check
+        self._reads = self._bytes = math.inf
+
+    def limit(self, reads: float, count: float) -> None:
+        """How many reads and bytes are left. A read of the whole file counts no bytes."""
+        self._reads, self._bytes = reads, count
+
+    def read(self, size: int = -1) -> bytes:
+        self._check()
+        self._reads -= 1
+        data = self._file.read(size)
+        if size is not None and size >= 0:
+            self._bytes -= len(data)
+        if self._reads < 0 or self._bytes < 0:
+            raise MediaError("has a header of too many parts or bytes; save it again without its metadata")
+        return data
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+
+class _Jpeg(JpegImagePlugin.JpegImageFile):
+    """A JPEG, and the first picture of an MPO."""
+
+    def _read_dpi_from_exif(self) -> None:
+        """The resolution does not matter, and Pillow would keep a copy of the block for each of its entries."""
+
+
+def identify(file, check: Callable[[], object] = lambda: None) -> Image.Image:
     """The picture of a binary file, of which only the header was read. Raises MediaError that names what it is instead.
 
+    check: is called at every read, now and in `decode`; it may raise MediaError.
     Image.open would do the same, but tries more formats, and warns about sizes by its own limit.
     """
     Image.init()
@@ -76,8 +119,14 @@ def identify(file) -> Image.Image:
         if accepts and accepts(prefix) is not True:
             continue  # False, or a str: this Pillow was built without the format
         file.seek(0)
+        watched = _Watched(file, check)
+        watched.limit(_HEADER_READS, _TIFF_HEADER if kind == "TIFF" else _HEADER)
         try:
-            return opener(file, None)
+            image = (_Jpeg if kind == "JPEG" else opener)(watched, None)
+            watched.limit(_READS, math.inf)
+            return image
+        except MediaError:
+            raise
         except Exception as e:  # on a damaged header Pillow raises anything, struct.error included
             failed = f"{kind}: {e}"
     for pattern, what in _FILES.items():
@@ -103,7 +152,7 @@ def cost(image: Image.Image) -> int:
     undecoded = file is not None and not file.closed
     area, kind = image.width * image.height, image.format if undecoded else None
     after = _RGB if image.mode == "RGB" and "transparency" not in image.info else _OTHER_MODE
-    if kind == "JPEG" and image.info.get("progressive"):
+    if kind in ("JPEG", "MPO") and image.info.get("progressive"):
         scans = _bytes_of(image).count(b"\xff\xda")
         if scans > 20 and scans * area > _SCANS:
             raise MediaError(f"cannot be decoded ({scans} scans; save it again)")
@@ -113,39 +162,63 @@ def cost(image: Image.Image) -> int:
         if not all(isinstance(s, int) for s in sides) or math.prod(sides) > max(4 * area, 1 << 22):
             raise MediaError("cannot be decoded (its tiles are larger than the picture)")
     if kind == "JPEG2000" and not _plain(_bytes_of(image), image.width, image.height):
-        raise MediaError("cannot be decoded (JPEG 2000 with tiny precincts or code-blocks; save it again)")
+        raise MediaError(
+            "cannot be decoded (JPEG 2000 with tiny precincts or code-blocks, or damaged markers; save it again)"
+        )
     if kind == "PPM" and image.tile and image.tile[0].codec_name != "raw" and area > _SLOW:
         raise MediaError(f"cannot be decoded (more than {_SLOW:,} pixels of this form of PPM; save it again)")
     return (_BYTES.get(kind or "", _OTHER) + after) * area
 
 
 def _plain(data: bytes, width: int, height: int) -> bool:
-    """Whether a JPEG 2000 file has no more precincts and code-blocks than files of real programs have.
+    """Whether a JPEG 2000 file has no more markers, precincts and code-blocks than files of real programs have.
 
-    OpenJPEG takes a kilobyte for each, so those of a few pixels would take up to 1.6 KB per pixel. The markers are
-    those of ISO 15444-1, annex A: COD and COC say the sizes, in the main header and in that of any tile.
+    OpenJPEG takes a kilobyte for each block, so those of a few pixels would take up to 1.6 KB per pixel. The markers
+    are those of ISO 15444-1, annex A: COD and COC give the sizes, in the main header or in that of any tile. Only the
+    first codestream is decoded, so only it is walked.
     """
-    for start in re.finditer(b"\xff\x4f\xff\x51", data):  # SOC, SIZ
-        at, tile = start.end() - 2, 0
-        while at + 14 <= len(data):
-            marker, length = struct.unpack_from(">HH", data, at)
-            if marker == 0xFF90:  # SOT: the length of this part of a tile
-                tile, size = at, struct.unpack_from(">I", data, at + 6)[0]
-            if marker == 0xFF93:  # SOD: compressed data
-                at = tile + size if tile and size >= 14 else len(data)
-                continue
-            if marker == 0xFF53 and width * height > 1 << 20:  # COC
+    at, tile, size = _codestream(data) + 2, 0, 0
+    for _ in range(_MARKERS):
+        if at + 14 > len(data):
+            return True  # the end, or a file that was cut off
+        marker, length = struct.unpack_from(">HH", data, at)
+        if marker == 0xFF93:  # SOD: compressed data, to the end of this part of a tile
+            if not size:
+                return True  # the last part, to the end of the file
+            if tile + size <= at:
                 return False
-            if marker == 0xFF52 and width * height > 1 << 16:  # COD
-                levels, block = data[at + 9], data[at + 10] + data[at + 11] + 4
-                precincts = 0
-                for level, log in enumerate(data[at + 14 : at + 15 + levels] if data[at + 4] & 1 else b""):
-                    down = levels - level
-                    precincts += ((width >> down + (log & 15)) + 1) * ((height >> down + (log >> 4)) + 1)
-                if block < 8 or precincts > width * height // 512 + 4096:
-                    return False
-            at += 2 + max(length, 2)
-    return True
+            at = tile + size
+            continue
+        if marker not in _KNOWN or length < 2:
+            return marker == 0xFFD9  # OpenJPEG searches on after unknown markers, which have no length
+        if marker == 0xFF90:  # SOT: the length of this part of a tile
+            tile, size = at, struct.unpack_from(">I", data, at + 6)[0]
+        if marker == 0xFF53 and width * height > 1 << 20:  # COC
+            return False
+        if marker == 0xFF52 and width * height > 1 << 16:  # COD
+            levels, block = data[at + 9], data[at + 10] + data[at + 11] + 4
+            precincts = 0
+            for level, log in enumerate(data[at + 14 : at + 15 + levels] if data[at + 4] & 1 else b""):
+                down = levels - level
+                precincts += ((width >> down + (log & 15)) + 1) * ((height >> down + (log >> 4)) + 1)
+            if block < 8 or precincts > width * height // 512 + 4096:
+                return False
+        at += 2 + length
+    return False
+
+
+def _codestream(data: bytes) -> int:
+    """Where the first codestream of a JPEG 2000 file starts: at once, or in the first jp2c box."""
+    at = 0
+    for _ in range(_MARKERS):
+        if data[at : at + 4] == b"\xff\x4f\xff\x51" or at + 16 > len(data):
+            break
+        size, kind, large = struct.unpack_from(">I4sQ", data, at)
+        header, size = (16, large) if size == 1 else (8, size)
+        at += header if kind == b"jp2c" else max(size, 8)
+        if kind == b"jp2c":
+            break
+    return at
 
 
 def _bytes_of(image) -> bytes:
@@ -162,14 +235,31 @@ def decode(image: Image.Image) -> Image.Image:
         raw = image.tile[0].args if getattr(image, "tile", None) else None
         image.load()
         try:
-            orientation = image.getexif().get(0x0112)
+            orientation = image.getexif().get(0x0112) if _exif_bytes(image.info) <= _EXIF else None
         except Exception:  # the EXIF block is damaged, the pixels may still be good
             orientation = None
         if isinstance(orientation, int) and orientation in _UPRIGHT:
             image = image.transpose(_UPRIGHT[orientation])
         return _as_rgb(image, raw)
+    except MediaError:
+        raise
     except Exception as e:  # decoders raise anything on damaged data
         raise MediaError(f"cannot be decoded ({e})") from e
+
+
+def _exif_bytes(info: dict) -> int:
+    """Bytes that Pillow copies out of an EXIF block. Entries may overlap, so it can be the block's size many times."""
+    data = info.get("exif")
+    if data is None:
+        data = bytes.fromhex("".join(info.get("Raw profile type exif", "").split("\n")[3:]))  # of a PNG
+    data = data.removeprefix(b"Exif\0\0")
+    order = "<" if data.startswith(b"II") else ">"
+    if len(data) < 10:
+        return 0
+    (start,) = struct.unpack_from(order + "I", data, 4)
+    (count,) = struct.unpack_from(order + "H", data, start)
+    ends = range(start + 14, min(start + 2 + 12 * count, len(data)) + 1, 12)
+    return sum(min(8 * struct.unpack_from(order + "I", data, end - 8)[0], len(data)) for end in ends)
 
 
 def _as_rgb(image: Image.Image, raw) -> Image.Image:
@@ -198,19 +288,21 @@ def _as_rgb(image: Image.Image, raw) -> Image.Image:
 
 
 def _shades(image: Image.Image, key) -> Image.Image:
-    """Gray of 8 bits from whole numbers or floats. Values that are not finite are black; the key's are white."""
+    """Gray of 8 bits from whole numbers or floats. NaN is black, as is -inf; the key's values are white."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     bits = tags.get(258, (16,))
     if bits == (32,) and tags.get(339, (1,)) == (1,):  # Pillow reads unsigned numbers as signed ones
         values = values.view(np.uint32)
-    if image.mode.startswith("I;"):
+    if image.format == "PPM" and image.mode == "I":
+        low, high = 0.0, 65535.0
+    elif image.mode.startswith("I;"):
         low, high = 0.0, float((1 << bits[0]) - 1)
     else:
         low, high = _range(values)
     out = np.empty(values.shape, np.uint8)
     for at in range(0, len(values), 256):  # in strips, for less memory
         strip = values[at : at + 256].astype(np.float64)
-        strip = np.nan_to_num((strip - low) * (255 / (high - low)), nan=0.0, posinf=0.0, neginf=0.0)
+        strip = np.nan_to_num((strip - low) * (255 / (high - low)), nan=0.0, posinf=255.0, neginf=0.0)
         out[at : at + 256] = (strip + 0.5).clip(0, 255)
         if tags.get(262) == 0:  # WhiteIsZero, which Pillow undoes for 8 bits only
             out[at : at + 256] ^= 255
@@ -220,14 +312,20 @@ def _shades(image: Image.Image, key) -> Image.Image:
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    """Which values are black and white, if nothing declares it: the first usual range that holds all, or their own.
+    """Which values are black and white, if nothing declares it. Values beyond are shown as these.
 
-    The usual ranges are 0 … 1 (floats), 0 … 255 and 0 … 65535 (whole numbers).
+    Usual are 0 … 1 and 0 … 255 for floats, 0 … 255 for whole numbers; values may pass them by half. Otherwise the
+    largest value is white, and black is 0 or, of values that are clearly negative, the smallest. Between the cases the
+    range is interpolated, so a slightly larger value never makes a picture black. Rare outliers do not count.
     """
     whole = values.dtype.kind in "iu"
-    finite = values if whole else values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    for top in (255.0, 65535.0) if whole else (1.0, 255.0):
-        if low >= 0 and high <= top:
-            return 0.0, top
+    sample = values.ravel()[:: values.size >> 20 | 1]
+    sample = sample if whole else sample[np.isfinite(sample)]
+    if not sample.size:
+        return 0.0, 1.0
+    low, high = np.quantile(sample, (0.001, 0.999), method="nearest").astype(np.float64).tolist()
+    largest, white = ((382.5, 510), (255, 510)) if whole else ((1.5, 127.5, 382.5, 510), (1, 255, 255, 510))
+    top = high if high > 510 else float(np.exp(np.interp(np.log(max(high, 1e-9)), np.log(largest), np.log(white))))
+    signed = min(max(-4 * low / top - 1, 0.0), 1.0)
+    low, high = low * signed, top + (high - top) * signed
     return low, max(high, np.nextafter(low, np.inf))

@@ -20,6 +20,7 @@ import jinja2.visitor
 SECONDS = 5.0  # for one rendering; Qwen's template takes a millisecond for a hundred messages
 MAX_TEMPLATE = 1 << 20  # characters
 MAX_TEXT = 1 << 24  # characters of any text, items of any list
+MAX_MADE = 1 << 26  # characters of all texts that one rendering makes, 16 for each item of its lists
 _METHODS = re.compile(
     "is[a-z]+|[rl]?(strip|split|find|index|partition)|splitlines|startswith|endswith|upper|lower|title|capitalize|"
     "swapcase|casefold|count|removeprefix|removesuffix|replace|join|format"
@@ -34,7 +35,7 @@ class TooMuch(jinja2.TemplateError):
 @contextmanager
 def clock():
     """Templates that are rendered in the block end after SECONDS."""
-    _clock.end = time.monotonic() + SECONDS
+    _clock.end, _clock.made = time.monotonic() + SECONDS, 0
     try:
         yield
     finally:
@@ -50,6 +51,15 @@ def _tick() -> None:
 def _bounded(size: int) -> None:
     if size > MAX_TEXT:
         raise TooMuch(f"it makes a text or list of more than {MAX_TEXT:,} characters or items")
+
+
+def _made(value):
+    """The value, a new text or list, which is counted. It may be kept, so its memory is not given back."""
+    if isinstance(value, str | list | tuple):
+        _clock.made = getattr(_clock, "made", 0) + 16 + len(value) * (1 if isinstance(value, str) else 16)
+        if _clock.made > MAX_MADE:
+            raise TooMuch(f"it makes texts and lists of more than {MAX_MADE:,} characters in all")
+    return value
 
 
 def _size(value) -> int:
@@ -89,11 +99,11 @@ class _Steps:
 def _joined(values) -> str:
     values = list(values)
     _size(values)
-    return "".join(map(str, values))
+    return _made("".join(map(str, values)))
 
 
 class _Bounds(jinja2.visitor.NodeTransformer):
-    """Puts `_Steps` around what loops go over, and `_joined` in place of `~`."""
+    """Puts `_Steps` around what loops go over, and `_joined` in place of `~`. Counts slices and lists."""
 
     def visit_For(self, node):
         self.generic_visit(node)
@@ -104,6 +114,18 @@ class _Bounds(jinja2.visitor.NodeTransformer):
         self.generic_visit(node)
         parts = jinja2.nodes.List(node.nodes, lineno=node.lineno)
         return jinja2.nodes.Filter(parts, "_joined", [], [], None, None, lineno=node.lineno)
+
+    def visit_Getitem(self, node):
+        self.generic_visit(node)
+        return self._counted(node) if isinstance(node.arg, jinja2.nodes.Slice) else node
+
+    def visit_List(self, node):
+        self.generic_visit(node)
+        return self._counted(node)
+
+    @staticmethod
+    def _counted(node):
+        return jinja2.nodes.Filter(node, "_made", [], [], None, None, lineno=node.lineno)
 
 
 def _checked_filter(name: str, function):
@@ -124,7 +146,7 @@ def _checked_filter(name: str, function):
 
     def checked(*args, **kwargs):
         check(args[first] if len(args) > first else None, (*args[first + 1 :], *kwargs.values()))
-        return function(*args, **kwargs)
+        return _made(function(*args, **kwargs))
 
     if first:
         checked.jinja_pass_arg = function.jinja_pass_arg
@@ -137,6 +159,15 @@ def _check_format(text: str, args: Iterable) -> None:
     _size(list(args))
 
 
+def _pieces(text: str, name: str, separator) -> int:
+    """How many pieces a method splits a text into, at most."""
+    if name == "splitlines":
+        return 1 + sum(map(text.count, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"))
+    if name.endswith("partition"):
+        return 3
+    return 1 + (text.count(separator) if isinstance(separator, str) and separator else len(text) // 2)
+
+
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """jinja2's sandbox, with a clock and with bounds of size."""
 
@@ -147,7 +178,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         super().__init__(optimized=False, finalize=self._finalize, **options)
         self.filters = {name: _checked_filter(name, f) for name, f in (self.filters | filters).items()}
         del self.globals["lipsum"]
-        self.filters |= {"_steps": _Steps, "_joined": _joined}
+        self.filters |= {"_steps": _Steps, "_joined": _joined, "_made": _made}
 
     def _parse(self, source, name, filename):
         if len(source) > MAX_TEMPLATE:
@@ -168,7 +199,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             size += len(part)
             _bounded(size)
             kept.append(part)
-        return "".join(kept)
+        return _made("".join(kept))
 
     def call_binop(self, context, operator, left, right):
         _tick()
@@ -182,7 +213,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             _check_format(left, right if isinstance(right, tuple) else (right,))
         elif operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
             _bounded(left.bit_length() * (abs(right) if operator == "**" else 1) + right.bit_length())
-        return super().call_binop(context, operator, left, right)
+        return _made(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value):
         wrapped = super().wrap_str_format(value)
@@ -205,4 +236,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             elif name == "join" and args:
                 args = (list(args[0]), *args[1:])
                 _bounded(_size(args[0]) + len(text) * len(args[0]))
+            elif name.lstrip("r") in ("split", "splitlines", "partition"):
+                _made(text)  # the pieces together
+                _bounded(16 * _pieces(text, name, args[0] if args else kwargs.get("sep")))
+            return _made(super().call(__context, __obj, *args, **kwargs))
         return super().call(__context, __obj, *args, **kwargs)

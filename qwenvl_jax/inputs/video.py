@@ -63,7 +63,9 @@ def video_visual(
 
     As in the reference, frames are sampled evenly by number, even if the frame rate varies. Frames are upright and have
     the file's aspect; transparent parts are white (WebM's are not decoded). Interlaced frames stay as they are. A file
-    of one frame is one grid step. Raises MediaError or OptionsError that names the source.
+    of one frame is one grid step, or as many as `nframes` asks for.
+
+    Raises MediaError or OptionsError that names the source.
     """
     p, o, budget = preprocessing, options, budget or Budget(options)
     if isinstance(source, list | tuple) or (isinstance(source, np.ndarray) and source.ndim == 4):
@@ -87,6 +89,8 @@ def frame_range(total: int, rate: float, start: float | None, end: float | None)
     if start is None and end is None:
         return 0, total - 1
     seconds = total / rate
+    if total == 1 and (start or 0) < seconds and (end is None or end >= (start or 0)):
+        return 0, 0
     first = math.ceil(min(start or 0.0, seconds) * rate)
     last = min(math.floor(min(seconds if end is None else end, seconds) * rate), total - 1)
     if first >= last:
@@ -182,8 +186,9 @@ def _from_file(open_clip: Callable, p: Preprocessing, o: MediaOptions, budget: B
     total, rate = _count(open_clip)
     while total:
         first, last = frame_range(total, rate, o.video_start, o.video_end)
-        if total == 1 and (o.nframes or 1) <= p.temporal_patch_size:
-            n, indices = p.temporal_patch_size, [0] * p.temporal_patch_size
+        if total == 1:
+            n = max(round((o.nframes or 1) / p.temporal_patch_size), 1) * p.temporal_patch_size
+            indices = [0] * n
             sampled_fps = o.fps or DEFAULT_FPS  # as of a list of frames
         else:
             n = frame_count(last - first + 1, rate, o, p.temporal_patch_size)
