@@ -70,13 +70,14 @@ def rebase(adapter, base) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
 
 
-def test_an_adapter_is_a_model(home, capsys, caplog):
+def test_an_adapter_is_a_model(home, tmp_path, capsys, caplog):
     path, model, adapted = home
     want = lora.merge(adapted)
     assert_close(qwenvl_jax.load(path / "adapter", progress=False).params, want)
     assert f"adapter is an adapter; its base model is {path / 'base'}" in caplog.text
     assert_close(params_of(path / "orbax", path / "adapter"), want)
-    twice = qwenvl_jax.load(path / "adapter", adapter=[path / "adapter"], progress=False)
+    shutil.copytree(path / "adapter", tmp_path / "again")
+    twice = qwenvl_jax.load(path / "adapter", adapter=[tmp_path / "again"], progress=False)
     q = "decoder/layers/q_proj/kernel"
     one, two, none = (flatten(tree)[q] for tree in (want, twice.params, model.params))
     np.testing.assert_allclose(two - one, one - none, atol=1e-5)
@@ -91,7 +92,7 @@ def test_an_adapter_is_a_model(home, capsys, caplog):
 
 
 @pytest.mark.parametrize("argv", [["generate", "--prompt", "?"], ["chat"], ["eval", "q.jsonl"]])
-def test_flags_name_adapters(argv, home):
+def test_flags_name_adapters(argv, home, tmp_path):
     path = home[0]
     base, adapter = str(path / "base"), str(path / "adapter")
 
@@ -101,12 +102,20 @@ def test_flags_name_adapters(argv, home):
     one = directory.Located(path / "base", base, (path / "adapter",))
     assert located("--model", adapter) == located("--adapter", adapter) == one
     assert located("--model", base, "--adapter", adapter) == one
-    assert located("--model", adapter, "--adapter", adapter).adapters == (path / "adapter",) * 2
+    for twice in (("--model", adapter, "--adapter", f"{adapter}/."), ("--model", base, *("--adapter", adapter) * 2)):
+        with pytest.raises(CheckpointError, match="adapter: this adapter is applied already; name it once"):
+            located(*twice)
     assert located("--model", str(path / "orbax"), "--adapter", adapter).path == path / "orbax"
     with pytest.raises(InputError, match="base: not an adapter; name a model with --model"):
         located("--adapter", base)
     with pytest.raises(InputError, match=r"base: not an adapter, there is no adapter_config\.json"):
         located("--model", base, "--adapter", base)
+    shutil.copytree(path / "adapter", tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "final").mkdir()
+    (tmp_path / "run" / "final" / "config.json").write_text("{}")
+    for model in ((), ("--model", base)):
+        with pytest.raises(InputError, match=r"not an adapter.*name its folder adapter \(.*/run/adapter\)"):
+            located(*model, "--adapter", str(tmp_path / "run"))
 
 
 def test_merge_writes_a_complete_directory(home, tmp_path, capsys):

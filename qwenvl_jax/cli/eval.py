@@ -9,7 +9,7 @@ from qwenvl_jax.answers.boxes import COORDINATES
 from qwenvl_jax.cli import converse
 from qwenvl_jax.cli.errors import OK, enable_compile_cache, one_of_several
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.eval.evaluator import evaluate
+from qwenvl_jax.eval.evaluator import check_questions, evaluate
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 from qwenvl_jax.eval.questions import read_all
 from qwenvl_jax.infer.options import GenerateOptions
@@ -79,17 +79,22 @@ def run(args) -> int:
         if isinstance(one, InputError):
             raise one
     mesh = converse.mesh(args)
-    from qwenvl_jax.params import checkpoint
+    from qwenvl_jax.inputs.processor import Processor
+    from qwenvl_jax.params import checkpoint, directory
 
     enable_compile_cache()
     where = converse.located(args)
+    encoding = given(args, MediaOptions) | given(args, PromptOptions) | ({"boxes": args.boxes} if args.boxes else {})
+    if where.place is not None and args.on_bad_record == "stop":  # before the weights are copied
+        processor = Processor.from_dir(where.path, directory.read_config(where.path), where.adapters)
+        check_questions(records[: args.limit], processor, encoding)
     report = evaluate(
-        checkpoint.load(where.path, adapter=where.adapters, mesh=mesh, dtype=args.dtype),
+        checkpoint.load_located(where, mesh=mesh, dtype=args.dtype),
         records,
         output=output,
         overwrite=args.overwrite,
         batch=args.batch,
-        encoding=given(args, MediaOptions) | given(args, PromptOptions) | ({"boxes": args.boxes} if args.boxes else {}),
+        encoding=encoding,
         on_bad=args.on_bad_record,
         limit=args.limit,
         progress=not args.json,
