@@ -465,6 +465,33 @@ def test_files_are_named(name, said, tmp_path):
         qwenvl_jax.load(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("base/model.safetensors", "base/config.json", "base/tokenizer.json", "base/preprocessor_config.json"),
+        *("base/chat_template.json", "base/generation_config.json", "base/model.safetensors.index.json"),
+        *("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "orbax/params/manifest.ocdbt"),
+        *("base/vocab.json", "base/merges.txt"),
+    ],
+)
+def test_a_pointer_of_git_lfs_is_named(name, home, tmp_path):
+    """What `git clone` leaves without Git LFS."""
+    folder = name.partition("/")[0]
+    shutil.copytree(home[0] / folder, tmp_path / folder)
+    base = tmp_path / "base"
+    if name.endswith("index.json"):
+        (base / "model.safetensors").unlink()
+    if name.endswith(("vocab.json", "merges.txt")):
+        model = json.loads((base / "tokenizer.json").read_text("utf-8"))["model"]
+        (base / "vocab.json").write_text(json.dumps(model["vocab"]), "utf-8")
+        (base / "merges.txt").write_text("#version: 0.2\n", "utf-8")
+        (base / "tokenizer.json").unlink()
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(CheckpointError, match=f"{tmp_path / name}: is a Git LFS pointer.*run `git lfs pull` in "):
+        qwenvl_jax.load(tmp_path / folder, progress=False)
+
+
 def test_a_tokenizer_saved_with_truncation_and_padding(home):
     """transformers keeps both of its last call in tokenizer.json: they cut prompts, or padded them."""
     path, model, _ = home

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401 - makes "bfloat16" the name of a numpy dtype
 import numpy as np
 
-from qwenvl_jax.config import Config, read_json
+from qwenvl_jax.config import Config, read_json, refuse_pointer
 from qwenvl_jax.errors import CheckpointError, InputError, shown
 from qwenvl_jax.families import from_dict
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
@@ -255,6 +255,8 @@ def stored_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     found = read_json(path / MARKER).get("format")
     if found != FORMAT:
         raise CheckpointError(f"{path / MARKER}: format {found!r} is not {FORMAT}; a newer qwenvl_jax wrote it")
+    for file in sorted((path / PARAMS).rglob("*")):
+        refuse_pointer(file)
     try:  # without Orbax, each of whose threads would report a damaged file on stderr
         files = ts.KvStore.open(kvstore(path / PARAMS)).result()
         stored = {}
