@@ -1,7 +1,9 @@
 """An adapter is a model wherever one is named; what other programs leave on disk is read, or named with what to do."""
 
 import json
+import logging
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,14 @@ def test_an_adapter_is_a_model(home, tmp_path, capsys, caplog):
     assert facts["parameters"] == sum(x.size for x in flatten(model.params).values())
     assert cli.main(["info", str(path / "adapter")]) == 0
     assert "rank 3 on 43 modules" in capsys.readouterr().out
+
+
+def test_a_notice_is_printed_once(home, tmp_path, capsys, monkeypatch):
+    """orbax's import gives the root logger a handler."""
+    root = logging.StreamHandler(sys.stderr)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [root])
+    assert cli.main(["merge", str(home[0] / "adapter"), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.count("its base model is") == 1
 
 
 @pytest.mark.parametrize("argv", [["generate", "--prompt", "?"], ["chat"], ["eval", "q.jsonl"]])

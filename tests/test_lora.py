@@ -330,11 +330,11 @@ def test_ranks_and_alphas_by_pattern(tmp_path):
     settings = {
         "r": 3,
         "lora_alpha": 6,
-        "rank_pattern": {
+        "rank_pattern": {  # the first that matches counts
             r"1\.self_attn\.q_proj": 2,
             r"layers\.(?:2|[37-9])\.(self_)?attn\..*": 5,
             "q_proj": 3,
-        },  # the first that matches
+        },
         "alpha_pattern": {"model.layers.2.self_attn.q_proj": 40},
     }
     whole = peft.load_adapter(config, params, write(tmp_path / "a", settings, tensors))
