@@ -11,7 +11,7 @@ from qwenvl_jax.cli.errors import OK, enable_compile_cache, one_of_several
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.evaluator import check_questions, evaluate
 from qwenvl_jax.eval.metrics import BOXES, METRICS
-from qwenvl_jax.eval.questions import read_all
+from qwenvl_jax.eval.questions import Question, read_all
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
 from qwenvl_jax.options import add_flags, given
@@ -87,7 +87,8 @@ def run(args) -> int:
     encoding = given(args, MediaOptions) | given(args, PromptOptions) | ({"boxes": args.boxes} if args.boxes else {})
     if where.place is not None and args.on_bad_record == "stop":  # before the weights are copied
         processor = Processor.from_dir(where.path, directory.read_config(where.path), where.adapters)
-        check_questions(records[: args.limit], processor, encoding)
+        questions = [one for one in records[: args.limit] if isinstance(one, Question)]
+        check_questions(questions, processor, encoding)
     report = evaluate(
         checkpoint.load_located(where, mesh=mesh, dtype=args.dtype),
         records,
