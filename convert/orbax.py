@@ -24,6 +24,7 @@ from qwenvl_jax.inputs.processor import RULE, Processor, read_rule
 from qwenvl_jax.params.checkpoint import (
     CHUNK_BYTES,
     PIECE_BYTES,
+    check_new,
     copy_side_files,
     open_source,
     staged,
@@ -45,10 +46,11 @@ def to_orbax(src, dst, *, adapter=(), progress: bool = True) -> None:
     Needs host memory for a few layers. Raises InputError if `dst` exists, if the disk is full, or if `load` would
     refuse `src`; then there is no `dst`.
     """
-    located = locate(src, *adapter)
+    located = locate(src, *adapter, weights=False)
     src, config = located.path, read_config(located.path)
     if (src / MARKER).is_file() and not located.adapters:
         raise CheckpointError(f"{src}: is an Orbax checkpoint already; --to hf makes a Hugging Face one of it")
+    check_new(dst, src)
     with (
         open_source(located, config) as source,
         staged(dst, source.nbytes, src) as work,
@@ -122,11 +124,11 @@ def to_hf(src, dst, *, adapter=(), layout: str = "hub", max_shard_bytes: int = S
     max_shard_bytes: larger weights are split over several files, with an index.
     Memory and errors as for `to_orbax`.
     """
-    located = locate(src, *adapter)
+    located = locate(src, *adapter, weights=False)
     src = located.path
     read_config(src)
     if not (src / MARKER).is_file() and not located.adapters:
-        if any(src.glob("*.safetensors")):
+        if located.place is not None or any(src.glob("*.safetensors")):
             raise CheckpointError(f"{src}: is a Hugging Face checkpoint already; --to orbax makes an Orbax one of it")
         raise CheckpointError(f"{src}: not an Orbax checkpoint of ours, there is no {MARKER} in it")
     _to_hf(located, dst, layout, max_shard_bytes, progress)
@@ -138,7 +140,7 @@ def merge(src, dst, *, adapter=(), layout: str = "hub", max_shard_bytes: int = S
     Arguments, memory and errors as for `to_hf`; `src` may have either format. The files beside the weights are those
     of the base, except the model card.
     """
-    located = locate(src, *adapter)
+    located = locate(src, *adapter, weights=False)
     Processor.from_dir(located.path, read_config(located.path))  # raises if a file is missing
     _to_hf(located, dst, layout, max_shard_bytes, progress)
 
@@ -162,6 +164,7 @@ def save_hf(model: Model, dst, *, base: Located, layout: str = "hub", max_shard_
 
 def _to_hf(located: Located, dst, layout: str, max_shard_bytes: int, progress: bool) -> None:
     config = read_config(located.path)
+    check_new(dst, located.path)
     with open_source(located, config) as source, staged(dst, source.nbytes, located.path) as work:
         _write_hf(source, config, work, layout, max_shard_bytes, progress)
         copy_side_files(located.path, work)

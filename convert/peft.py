@@ -1,6 +1,7 @@
 """Reads and writes low-rank adapters in PEFT's format."""
 
 import contextlib
+import math
 import re
 import sys
 import time
@@ -34,6 +35,7 @@ _UNSUPPORTED = (
 # Values of init_lora_weights: the first ones change the base, the last one is another method.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _VARIANTS = ("mica",)
+_MOST_WAYS = 1e7  # in which one pattern may match: four `.*`, or two and a hundred names to choose from
 _SECONDS = 5  # for matching the patterns of one file
 
 
@@ -351,11 +353,11 @@ def _by_pattern(file: Path, key: str, patterns) -> Callable:
         for i, (pattern, value) in enumerate((patterns or {}).items()):
             if re.fullmatch(r"[\w.]+", pattern):
                 plain[pattern] = i, value
-            elif len(pattern) > 1000 or len(re.findall(r"[*+{]", pattern)) > 4 or re.search(r"\)[*+{]", pattern):
+            elif _ways(pattern) > _MOST_WAYS:
                 raise CheckpointError(f"{file}: {key} has {shown(pattern)}, too complex a pattern; name the modules")
             else:
                 rest.append((i, re.compile(rf"(.*\.)?({pattern})$"), value))
-    except (AttributeError, TypeError, re.error) as e:
+    except (AttributeError, TypeError, OverflowError, RecursionError, re.error) as e:
         raise CheckpointError(f"{file}: {key} is not readable ({e})") from e
     ends = time.monotonic() + _SECONDS
 
@@ -372,6 +374,24 @@ def _by_pattern(file: Path, key: str, patterns) -> Callable:
         return min(found, key=lambda f: f[0])[1] if found else default
 
     return find_value
+
+
+def _ways(pattern: str) -> float:
+    """An upper bound of the ways in which `re` may try to match a name: the product of what each part can do."""
+    plain = re.sub(r"\\.", "x", pattern, flags=re.DOTALL)
+    plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", plain)
+    plain = re.sub(r"\(\?[:=!]", "(", plain)
+    if len(pattern) > 1000 or plain.count("(") > 50 or re.search(r"\)[*+{]|\(\?", plain) or re.search(r"\\\d", pattern):
+        return math.inf
+    ways, branches = 50.0 ** len(re.findall(r"[*+{]", plain)) * 2.0 ** plain.count("?"), [1]
+    for letter in plain:
+        if letter == "(":
+            branches.append(1)
+        elif letter == "|":
+            branches[-1] += 1
+        elif letter == ")" and len(branches) > 1:
+            ways *= branches.pop()
+    return ways * math.prod(branches)
 
 
 def _tidy(alpha: float) -> float | int:

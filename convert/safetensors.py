@@ -16,6 +16,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from qwenvl_jax.config import refuse_pointer
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.params.directory import INDEX, leftover
 
@@ -99,6 +100,7 @@ class Reader(contextlib.AbstractContextManager):
             what = leftover(self.directory) or "; weights are read from safetensors files only"
             raise CheckpointError(f"{self.directory}: no {either}{what}")
         try:
+            refuse_pointer(index)
             weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
             pairs = [(name, Path(file)) for name, file in weight_map.items()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -124,6 +126,7 @@ class Reader(contextlib.AbstractContextManager):
     def _read_header(self, file: Path) -> dict[str, Tensor]:
         try:
             fd = self._open[file] = os.open(file, os.O_RDONLY)
+            refuse_pointer(file)
             size = os.fstat(fd).st_size
             length = int.from_bytes(os.pread(fd, 8, 0), "little")
             if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):

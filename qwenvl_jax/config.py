@@ -4,6 +4,7 @@ Field names are those of the Hugging Face files, except that a tower's own width
 width always `out_hidden_size`. `families/` translates config.json.
 """
 
+import contextlib
 import dataclasses
 import json
 import reprlib
@@ -16,6 +17,7 @@ ROPES = ("sections", "interleaved")
 NORMS = ("rms", "layer")
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_JSON = 64 << 20  # bytes of a checkpoint's JSON or text file; Qwen's tokenizer.json has 7 MB
+_POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer starts
 GROUPS = ("vision", "merger", "llm")  # of parameters, for learning rates, freezing and adapters
 VISION_ACTIVATIONS = ("silu", "gelu", "quick_gelu")
 TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -135,8 +137,9 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
     """
     if missing is not None and not path.exists():
         return missing
+    text = read_text(path)
     try:
-        data = json.loads(read_text(path))
+        data = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: not readable as JSON ({e})") from e
     if not isinstance(data, dict):
@@ -144,10 +147,18 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
     return data
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raises CheckpointError if a clone without Git LFS left a pointer in the place of a file."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise CheckpointError(f"{path}: is a Git LFS pointer, not the file; run `git lfs pull` in {path.parent}")
+
+
 def read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_JSON:
             raise CheckpointError(f"{path}: larger than {MAX_JSON >> 20} MiB, the limit for such a file")
+        refuse_pointer(path)
         return path.read_text("utf-8")
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}; a checkpoint directory needs it") from None

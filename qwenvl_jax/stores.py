@@ -188,14 +188,19 @@ def write(url: str, text: str) -> None:
         filesystem(url).pipe_file(url, text.encode())
 
 
+def check_empty(url: str) -> None:
+    """Raises InputError if there is anything below a URL."""
+    if listing(url):
+        raise InputError(f"{url}: not empty; choose another name, or remove what is there first")
+
+
 @contextlib.contextmanager
 def new_directory(url: str) -> Iterator[Path]:
     """Yields a local path to make; what is there afterwards is copied to `url`, which must be empty, and removed.
 
     If the copying fails, the store is left without the files in LAST.
     """
-    if listing(url):
-        raise InputError(f"{url}: not empty; choose another name, or remove what is there first")
+    check_empty(url)
     folder = cache() / "new" / uuid.uuid4().hex
     with locked(folder):
         try:

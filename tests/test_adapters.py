@@ -1,7 +1,9 @@
 """An adapter is a model wherever one is named; what other programs leave on disk is read, or named with what to do."""
 
 import json
+import logging
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -70,13 +72,14 @@ def rebase(adapter, base) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
 
 
-def test_an_adapter_is_a_model(home, capsys, caplog):
+def test_an_adapter_is_a_model(home, tmp_path, capsys, caplog):
     path, model, adapted = home
     want = lora.merge(adapted)
     assert_close(qwenvl_jax.load(path / "adapter", progress=False).params, want)
     assert f"{path / 'adapter'}: an adapter; its base model is {path / 'base'}" in caplog.text
     assert_close(params_of(path / "orbax", path / "adapter"), want)
-    twice = qwenvl_jax.load(path / "adapter", adapter=[path / "adapter"], progress=False)
+    shutil.copytree(path / "adapter", tmp_path / "again")
+    twice = qwenvl_jax.load(path / "adapter", adapter=[tmp_path / "again"], progress=False)
     q = "decoder/layers/q_proj/kernel"
     one, two, none = (flatten(tree)[q] for tree in (want, twice.params, model.params))
     np.testing.assert_allclose(two - one, one - none, atol=1e-5)
@@ -90,8 +93,16 @@ def test_an_adapter_is_a_model(home, capsys, caplog):
     assert "rank 3 on 43 modules" in capsys.readouterr().out
 
 
+def test_a_notice_is_printed_once(home, tmp_path, capsys, monkeypatch):
+    """orbax's import gives the root logger a handler."""
+    root = logging.StreamHandler(sys.stderr)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [root])
+    assert cli.main(["merge", str(home[0] / "adapter"), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.count("its base model is") == 1
+
+
 @pytest.mark.parametrize("argv", [["generate", "--prompt", "?"], ["chat"], ["eval", "q.jsonl"]])
-def test_flags_name_adapters(argv, home):
+def test_flags_name_adapters(argv, home, tmp_path):
     path = home[0]
     base, adapter = str(path / "base"), str(path / "adapter")
 
@@ -101,12 +112,20 @@ def test_flags_name_adapters(argv, home):
     one = directory.Located(path / "base", base, (path / "adapter",))
     assert located("--model", adapter) == located("--adapter", adapter) == one
     assert located("--model", base, "--adapter", adapter) == one
-    assert located("--model", adapter, "--adapter", adapter).adapters == (path / "adapter",) * 2
+    for twice in (("--model", adapter, "--adapter", f"{adapter}/."), ("--model", base, *("--adapter", adapter) * 2)):
+        with pytest.raises(CheckpointError, match="adapter: this adapter is applied already; name it once"):
+            located(*twice)
     assert located("--model", str(path / "orbax"), "--adapter", adapter).path == path / "orbax"
     with pytest.raises(InputError, match="base: not an adapter; name a model with --model"):
         located("--adapter", base)
     with pytest.raises(InputError, match=r"base: not an adapter, there is no adapter_config\.json"):
         located("--model", base, "--adapter", base)
+    shutil.copytree(path / "adapter", tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "final").mkdir()
+    (tmp_path / "run" / "final" / "config.json").write_text("{}")
+    for model in ((), ("--model", base)):
+        with pytest.raises(InputError, match=r"not an adapter.*name its folder adapter \(.*/run/adapter\)"):
+            located(*model, "--adapter", str(tmp_path / "run"))
 
 
 def test_merge_writes_a_complete_directory(home, tmp_path, capsys):
@@ -454,6 +473,33 @@ def test_files_are_named(name, said, tmp_path):
     (tmp_path / name).write_text("{}")
     with pytest.raises(CheckpointError, match=f"{name}: .*{said}"):
         qwenvl_jax.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("base/model.safetensors", "base/config.json", "base/tokenizer.json", "base/preprocessor_config.json"),
+        *("base/chat_template.json", "base/generation_config.json", "base/model.safetensors.index.json"),
+        *("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "orbax/params/manifest.ocdbt"),
+        *("base/vocab.json", "base/merges.txt"),
+    ],
+)
+def test_a_pointer_of_git_lfs_is_named(name, home, tmp_path):
+    """What `git clone` leaves without Git LFS."""
+    folder = name.partition("/")[0]
+    shutil.copytree(home[0] / folder, tmp_path / folder)
+    base = tmp_path / "base"
+    if name.endswith("index.json"):
+        (base / "model.safetensors").unlink()
+    if name.endswith(("vocab.json", "merges.txt")):
+        model = json.loads((base / "tokenizer.json").read_text("utf-8"))["model"]
+        (base / "vocab.json").write_text(json.dumps(model["vocab"]), "utf-8")
+        (base / "merges.txt").write_text("#version: 0.2\n", "utf-8")
+        (base / "tokenizer.json").unlink()
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(CheckpointError, match=f"{tmp_path / name}: is a Git LFS pointer.*run `git lfs pull` in "):
+        qwenvl_jax.load(tmp_path / folder, progress=False)
 
 
 def test_a_tokenizer_saved_with_truncation_and_padding(home):

@@ -141,7 +141,7 @@ def test_the_second_interrupt_does_not_wait(asked, monkeypatch):
     assert codes == [130]
 
 
-def test_skipped_records_are_told(monkeypatch, caplog):
+def test_skipped_records_are_told(monkeypatch, capsys):
     """The command shows this package's warnings only."""
 
     def warn(given, evaluator):
@@ -151,7 +151,7 @@ def test_skipped_records_are_told(monkeypatch, caplog):
 
     monkeypatch.setattr(finetune, "finetune", warn)
     assert cli.main(["train"]) == 0
-    assert [r.getMessage() for r in caplog.records] == ["x.jsonl:3: no picture; skipped"]
+    assert capsys.readouterr().err == "x.jsonl:3: no picture; skipped\n"
 
 
 def written(directory, steps, **values):

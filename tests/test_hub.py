@@ -146,7 +146,7 @@ def test_a_checkpoint_is_loaded_and_kept(hub, files, monkeypatch):
     [
         (dict(model_type="llama"), "config.json: "),
         (dict(quantization_config={"quant_method": "awq"}), r"quantised checkpoints \(awq\) are not supported"),
-        ("preprocessor_config.json", f"{REPO}: has no preprocessor_config.json"),
+        ("preprocessor_config.json", "has no preprocessor_config.json"),
         ("config.json", "not a checkpoint, there is no config.json in it"),
         ("model.safetensors", f"{REPO}: weights are read from safetensors files, and the repository has only pytorch"),
     ],
@@ -254,6 +254,66 @@ def test_info_and_plan_fetch_no_weights(hub, files, tmp_path, capsys):
     hub.commit(damaged)
     assert cli.main(["info", REPO]) == 2
     assert "not a safetensors file, or cut short" in capsys.readouterr().err
+
+
+def test_commands_check_everything_else_first(hub, files, tmp_path, capsys, monkeypatch):
+    """A wrong picture, adapter, place, target or question costs no weights; without a mistake they are copied."""
+    monkeypatch.chdir(tmp_path)
+    hub.commit(files)
+    (tmp_path / "there").mkdir()
+    bad = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": b"bad"}
+    (tmp_path / "bad").mkdir()
+    for name, body in bad.items():
+        (tmp_path / "bad" / name).write_bytes(body)
+    (tmp_path / "q.jsonl").write_text(json.dumps({"messages": [user("?", "nosuch.png")], "answer": "x"}))
+    train = f"train --model {REPO} --data q.jsonl --output o --rows 1 --tokens 512 --steps 1 --lora-rank 2"
+    for command, said in {
+        f"generate --model {REPO} --prompt ? --image nosuch.png": "nosuch.png",
+        f"generate --model {REPO} --prompt ? --adapter nosuch": "nosuch: no such directory",
+        f"generate --model {REPO} --prompt ? --adapter {REPO}": "not an adapter",
+        f"generate --model {REPO} --prompt ? --adapter bad": "not a safetensors file",
+        f"chat --model {REPO} --adapter nosuch": "nosuch: no such directory",
+        f"eval q.jsonl --model {REPO}": "nosuch.png",
+        f"eval q.jsonl --model {REPO} --on-bad-record skip --adapter bad": "not a safetensors file",
+        f"merge {REPO} out --adapter nosuch": "nosuch: no such directory",
+        f"merge {REPO} there": "exists already",
+        f"merge {REPO} no/out": "there is no directory",
+        f"convert {REPO} there --to orbax": "exists already",
+        f"convert {REPO} out --to hf": "is a Hugging Face checkpoint already",
+        f"{train} --lora-targets nonsense": "'nonsense' matches nothing",
+    }.items():
+        assert cli.main(command.split()) == 2, command
+        assert said in capsys.readouterr().err, command
+        assert hub.weights_asked() == [], command
+    assert cli.main(f"merge {REPO} out".split()) == 0 and hub.weights_asked()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def user(text, image):
+    return {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}
+
+
+def test_the_revision_of_an_adapters_base(hub, files, tmp_path, caplog):
+    """PEFT keeps the base's revision in adapter_config.json."""
+    first = hub.commit(files)
+    hub.branches["v1.0"] = first
+    hub.commit(changed(files, "generation_config.json", top_k=2))
+    (tmp_path / "a").mkdir()
+    settings = {"base_model_name_or_path": REPO, "peft_type": "LORA"}
+
+    def located(revision):
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings | {"revision": revision}))
+        return directory.locate(tmp_path / "a", weights=False)
+
+    assert located("v1.0").path.name == located(first).path.name == first
+    assert located("v1.0").name == REPO
+    assert f"its base model is {REPO}@v1.0" in caplog.text
+    for default in (None, "main", ""):
+        assert located(default).path.name == hub.branches["main"]
+    with pytest.raises(CheckpointError, match=r"revision is 7; name its base: --model BASE"):
+        located(7)
+    with pytest.raises(CheckpointError, match="@none: no such directory, and not on the hub"):
+        located("none")
 
 
 def test_an_adapter_is_fetched_without_a_judgement(hub, tmp_path):

@@ -330,7 +330,11 @@ def test_ranks_and_alphas_by_pattern(tmp_path):
     settings = {
         "r": 3,
         "lora_alpha": 6,
-        "rank_pattern": {r"1\.self_attn\.q_proj": 2, r"layers\.2\..*": 5, "q_proj": 3},  # the first that matches
+        "rank_pattern": {  # the first that matches counts
+            r"1\.self_attn\.q_proj": 2,
+            r"layers\.(?:2|[37-9])\.(self_)?attn\..*": 5,
+            "q_proj": 3,
+        },
         "alpha_pattern": {"model.layers.2.self_attn.q_proj": 40},
     }
     whole = peft.load_adapter(config, params, write(tmp_path / "a", settings, tensors))
@@ -364,6 +368,13 @@ A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{s}.weight" for 
         ({"rank_pattern": [2]}, {}, "rank_pattern is not readable"),
         ({"rank_pattern": {r"(\w+)+x": 2}}, {}, "rank_pattern has .*too complex a pattern"),
         ({"alpha_pattern": {".*" * 9 + "x": 2}}, {}, "alpha_pattern has .*too complex a pattern"),
+        ({"rank_pattern": {".?" * 200 + "#": 4}}, {}, "rank_pattern has .*too complex a pattern"),
+        ({"rank_pattern": {"(.|.)" * 99 + "#": 4}}, {}, "rank_pattern has .*too complex a pattern"),
+        ({"rank_pattern": {r"(?:(?:m|.|\w))" * 60 + "#": 4}}, {}, "rank_pattern has .*too complex a pattern"),
+        ({"rank_pattern": {r"(.*)\1\1#": 4}}, {}, "rank_pattern has .*too complex a pattern"),
+        ({"rank_pattern": {r"(?x:(\w+) +#": 4}}, {}, "rank_pattern has .*too complex a pattern"),
+        ({"rank_pattern": {"x{99999999999}": 4}}, {}, "rank_pattern is not readable"),
+        ({"rank_pattern": {"(" * 400 + ")" * 400: 4}}, {}, "rank_pattern has .*too complex a pattern"),
         ({"r": 3}, {}, r"q_proj.lora_A.weight has shape \[2, 48\].*calls for \[3, 48\]"),
         ({}, {B: np.zeros((2, 48))}, r"q_proj.lora_B.weight has shape \[2, 48\].*calls for \[48, 2\]"),
         ({}, {A: None}, "q_proj has only one of lora_A and lora_B"),

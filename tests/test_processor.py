@@ -12,11 +12,11 @@ import pytest
 import tokenizers
 from PIL import Image
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.inputs.options import VIDEO
 from qwenvl_jax.inputs.pack import make_batch
-from qwenvl_jax.inputs.processor import Processor
+from qwenvl_jax.inputs.processor import Processor, _read_tokenizer
 from qwenvl_jax.types import Grid, Visual
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
@@ -262,6 +262,29 @@ def test_tokenizer_from_vocab_and_merges(processor, tokenizer_dir, tmp_path):
         one, two = (p.encode(messages, add_generation_prompt=prompt).tokens for p in (built, processor))
         np.testing.assert_array_equal(one, two)
         assert built.decode(one, False) == processor.decode(two, False)
+
+
+@pytest.mark.parametrize(
+    "added, says",
+    [
+        ({"x": {"content": "a"}}, "'x'.*its keys must be token ids"),
+        ({"-5": {"content": "a"}}, "its keys must be token ids"),
+        ({"9" * 5000: {"content": "a"}}, "its keys must be token ids"),
+        ({"5": 1}, "'5': 1; it must be a JSON object with content"),
+        ({"5": {}}, "it must be a JSON object with content"),
+        ({"5": {"content": 7}}, "it must be a JSON object with content"),
+        ({"5": {"content": "a", "special": "yes"}}, "must be true or false"),
+        ({"151643": {"content": "a", "new": 1}}, 'added token "a" cannot have id 151643'),
+        ([1], r"added_tokens_decoder is \[1\]; it must be a JSON object"),
+        (None, "added_tokens_decoder is None"),
+    ],
+)
+def test_damaged_added_tokens_are_named(added, says, tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    with pytest.raises(CheckpointError, match=says):
+        _read_tokenizer(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ transformers

@@ -36,16 +36,16 @@ def add_arguments(parser) -> None:
 
 
 def located(args):
-    """The checkpoint and adapters that --model and --adapter name (`directory.locate`)."""
+    """The checkpoint, without weights, and the adapters that --model and --adapter name (`directory.locate`)."""
     from qwenvl_jax.params import directory
 
     adapters = args.adapter or []
     if args.model is None and adapters:  # the first one's base is the model
-        found = directory.locate(*adapters)
-        if len(found.adapters) < len(adapters):
-            raise InputError(f"--adapter {adapters[0]}: not an adapter; name a model with --model")
-        return found
-    return directory.locate(directory.DEMO if args.model is None else args.model, *adapters)
+        if not (directory.find(adapters[0], weights=False) / directory.ADAPTER_SETTINGS).is_file():
+            hint = directory.leftover(directory.find(adapters[0], weights=False), of_adapters=True)
+            raise InputError(f"--adapter {adapters[0]}: not an adapter{hint or '; name a model with --model'}")
+        return directory.locate(*adapters, weights=False)
+    return directory.locate(directory.DEMO if args.model is None else args.model, *adapters, weights=False)
 
 
 def sampling(args, request: dict | None = None) -> GenerateOptions:
@@ -117,11 +117,12 @@ def mesh(args):
 
 
 def engine(where, args, mesh):
-    """Loads the checkpoint into an engine. where: what `located` gives."""
-    from qwenvl_jax import Engine, load
+    """Loads the checkpoint into an engine. where: what `located` gives; its weights are copied here if need be."""
+    from qwenvl_jax import Engine
+    from qwenvl_jax.params import checkpoint
 
     enable_compile_cache()
-    return Engine(load(where.path, adapter=where.adapters, mesh=mesh, dtype=args.dtype))
+    return Engine(checkpoint.load_located(where, mesh=mesh, dtype=args.dtype))
 
 
 def user_turn(media: list[tuple[str, str]], text: str) -> dict:

@@ -44,7 +44,7 @@ def run(args) -> int:
     from qwenvl_jax.params import directory
     from qwenvl_jax.train.survey import survey
 
-    path, _, adapters = directory.locate(args.model, weights=False)
+    path, _, adapters, _ = directory.locate(args.model, weights=False)
     processor = Processor.from_dir(path, directory.read_config(path), adapters)
     progress = partial(tqdm, desc="reading", unit=" records", disable=None)
     found = survey(args.data, processor, options, limit=args.limit, progress=progress)

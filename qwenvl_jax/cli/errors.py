@@ -70,18 +70,18 @@ def quiet(debug: bool):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     levels = {"": logging.CRITICAL, "absl": logging.CRITICAL, "jax": logging.CRITICAL, "qwenvl_jax": logging.WARNING}
     before = {name: logging.getLogger(name).level for name in levels}
-    shown, none = logging.StreamHandler(sys.stderr), logging.NullHandler()
+    ours, shown = logging.getLogger("qwenvl_jax"), logging.StreamHandler(sys.stderr)
     try:
-        logging.getLogger().addHandler(none)  # without one, a library's first message adds a handler that prints all
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-        logging.getLogger("qwenvl_jax").addHandler(shown)
+        ours.addHandler(shown)
+        ours.propagate = False  # orbax's import adds a handler to the root, which would print a warning again
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.getLogger("qwenvl_jax").removeHandler(shown)
-        logging.getLogger().removeHandler(none)
+        ours.propagate = True
+        ours.removeHandler(shown)
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
 

@@ -11,10 +11,10 @@ from qwenvl_jax.answers.boxes import COORDINATES
 from qwenvl_jax.cli import converse
 from qwenvl_jax.cli.errors import OK, enable_compile_cache, one_of_several
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.eval.evaluator import check_counts, evaluate
+from qwenvl_jax.eval.evaluator import check_counts, check_questions, evaluate
 from qwenvl_jax.eval.journal import holds_answers
 from qwenvl_jax.eval.metrics import BOXES, METRICS
-from qwenvl_jax.eval.questions import read_all
+from qwenvl_jax.eval.questions import Question, read_all
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
 from qwenvl_jax.options import add_flags, given
@@ -85,17 +85,23 @@ def run(args) -> int:
         if isinstance(one, InputError):
             raise one
     mesh = converse.mesh(args)
-    from qwenvl_jax.params import checkpoint
+    from qwenvl_jax.inputs.processor import Processor
+    from qwenvl_jax.params import checkpoint, directory
 
     enable_compile_cache()
     where = converse.located(args)
+    encoding = given(args, MediaOptions) | given(args, PromptOptions) | ({"boxes": args.boxes} if args.boxes else {})
+    if where.place is not None and args.on_bad_record == "stop":  # before the weights are copied
+        processor = Processor.from_dir(where.path, directory.read_config(where.path), where.adapters)
+        questions = [one for one in records[: args.limit] if isinstance(one, Question)]
+        check_questions(questions, processor, encoding)
     report = evaluate(
-        checkpoint.load(where.path, adapter=where.adapters, mesh=mesh, dtype=args.dtype),
+        checkpoint.load_located(where, mesh=mesh, dtype=args.dtype),
         records,
         output=output,
         overwrite=args.overwrite,
         batch=args.batch,
-        encoding=given(args, MediaOptions) | given(args, PromptOptions) | ({"boxes": args.boxes} if args.boxes else {}),
+        encoding=encoding,
         on_bad=args.on_bad_record,
         limit=args.limit,
         progress=not args.json,

@@ -71,10 +71,11 @@ def describe(path_or_preset) -> dict:
         return _facts(config, "preset", {config.dtype: count}, {})
     if not directory.named(path_or_preset):
         raise InputError(f"{path_or_preset}: no such directory or preset; presets are {', '.join(PRESETS)}")
-    path, name, adapters = directory.locate(path_or_preset, weights=False)
+    located = directory.locate(path_or_preset, weights=False)
+    path, name, adapters, _ = located
     config, dtypes = directory.read_config(path, quantised=True), collections.Counter[str]()
     if (path / directory.MARKER).is_file():
-        path = directory.find(path_or_preset)  # one in a store is copied: its sizes are not in the small files
+        path = directory.complete(located).path  # one in a store is copied: its sizes are not in the small files
         form, found = "orbax", {f for f in (path / directory.PARAMS).rglob("*") if f.is_file()}
         files = {str(f.relative_to(path)): f.stat().st_size for f in sorted(found)}
         for shape, dtype in directory.stored_arrays(path).values():

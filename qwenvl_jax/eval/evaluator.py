@@ -79,7 +79,7 @@ class Evaluator:
         if on_bad == "stop":
             for error in self._unread:
                 raise error
-            _check(self.questions, model.processor, self._encoding)
+            check_questions(self.questions, model.processor, self._encoding)
         self._model: Any = model._replace(params={}) if isinstance(model, Model) else None
         self._engine: Any = None if isinstance(model, Model) else model
         self._batch = min(batch, max(len(self.questions), 1)) if self._engine is None else model.max_batch
@@ -319,7 +319,7 @@ def _with_calls(question, processor, encoding: Mapping):
     return question._replace(answers=(text,), reply=None)
 
 
-def _check(questions: Sequence[Question], processor, encoding: Mapping) -> None:
+def check_questions(questions: Sequence[Question], processor, encoding: Mapping) -> None:
     """Raises InputError for a bad prompt or a missing file now; the evaluation may reach it hours later."""
     from qwenvl_jax.inputs.fetch import locate
 

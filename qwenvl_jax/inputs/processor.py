@@ -1,6 +1,7 @@
 """Turns conversations into token ids and patches with a checkpoint's tokenizer, template and preprocessing."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from qwenvl_jax.answers.boxes import check_coordinates, sizes, to_model
-from qwenvl_jax.config import MAX_JSON, Config, read_json
+from qwenvl_jax.config import MAX_JSON, Config, read_json, refuse_pointer
 from qwenvl_jax.errors import CheckpointError, ContextError, InputError, shown
 from qwenvl_jax.families import family_of
 from qwenvl_jax.inputs.budget import Budget
@@ -31,6 +32,7 @@ _TURN_START, _TURN_END, _ASSISTANT = "<|im_start|>", "<|im_end|>", "assistant\n"
 _COPY = "trainers leave it out if they have no processor: copy it from the model that was trained"
 RULE_FILE, RULE = "tokenizer_config.json", "allow_control_tokens"  # our key, beside the tokenizer's own
 _TOKEN_LETTERS = 128  # in the longest token of Qwen's vocabulary
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 _LOADERS = 8  # threads that decode one conversation's media; Pillow and PyAV release the GIL
 
 
@@ -241,6 +243,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         return _build_tokenizer(path)
     if file.stat().st_size > MAX_JSON:
         raise CheckpointError(f"{file}: larger than {MAX_JSON >> 20} MiB, the limit for a tokenizer")
+    refuse_pointer(file)
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
@@ -263,6 +266,8 @@ def _build_tokenizer(path: Path) -> Tokenizer:
     vocab, merges = path / "vocab.json", path / "merges.txt"
     if not (vocab.exists() and merges.exists()):
         raise CheckpointError(f"{path} has no tokenizer.json, nor vocab.json with merges.txt; {_COPY}")
+    for file in (vocab, merges):
+        refuse_pointer(file)
     try:
         tokenizer = Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
     except Exception as e:  # the library raises bare Exception
@@ -273,9 +278,27 @@ def _build_tokenizer(path: Path) -> Tokenizer:
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(**bytes_only)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = tokenizers.decoders.ByteLevel(**bytes_only)
-    added = read_json(path / "tokenizer_config.json").get("added_tokens_decoder", {})
-    for i in sorted(added, key=int):  # the order decides the ids
-        tokenizer.add_tokens([tokenizers.AddedToken(**added[i])])
-        if tokenizer.token_to_id(added[i]["content"]) != int(i):
-            raise CheckpointError(f"{path}: added token {json.dumps(added[i]['content'])} cannot have id {i}")
+    for i, token in _added_tokens(path / RULE_FILE):  # the order decides the ids
+        tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != i:
+            raise CheckpointError(f"{path}: added token {json.dumps(token.content)} cannot have id {i}")
     return tokenizer
+
+
+def _added_tokens(file: Path) -> list[tuple[int, tokenizers.AddedToken]]:
+    """The added tokens of tokenizer_config.json with their ids, which rise. Raises CheckpointError."""
+    added = read_json(file).get("added_tokens_decoder", {})
+    if not isinstance(added, dict):
+        raise CheckpointError(f"{file}: added_tokens_decoder is {shown(added)}; it must be a JSON object")
+    found = {}
+    for key, token in added.items():
+        entry = f"{file}: added_tokens_decoder has {shown(key)}: {shown(token)}"
+        if not re.fullmatch("[0-9]{1,9}", key):
+            raise CheckpointError(f"{entry}; its keys must be token ids")
+        if not (isinstance(token, dict) and isinstance(token.get("content"), str) and token["content"]):
+            raise CheckpointError(f"{entry}; it must be a JSON object with content, a text")
+        flags = {name: token[name] for name in _TOKEN_FLAGS if name in token}
+        if not all(isinstance(value, bool) for value in flags.values()):
+            raise CheckpointError(f"{entry}; {', '.join(flags)} must be true or false")
+        found[int(key)] = tokenizers.AddedToken(token["content"], **flags)
+    return sorted(found.items())

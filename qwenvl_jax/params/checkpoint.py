@@ -49,9 +49,15 @@ def load(path_or_id, *, adapter=(), mesh=None, dtype=None, revision: str | None 
     revision: branch, tag or commit of a hub id. The model is of one commit, even if the branch moves meanwhile.
     Raises InputError if it is not a complete checkpoint of a supported model, or if the mesh does not divide it.
     """
+    adapters = [adapter] if isinstance(adapter, str | Path) else adapter
+    located = locate(path_or_id, *adapters, revision=revision, weights=False)
+    return load_located(located, mesh=mesh, dtype=dtype, progress=progress)
+
+
+def load_located(located: Located, *, mesh=None, dtype=None, progress: bool = True) -> Model:
+    """As `load`, of what `locate` gave. Weights that are elsewhere are copied when all other files are checked."""
     from qwenvl_jax.inputs.processor import Processor
 
-    located = locate(path_or_id, *([adapter] if isinstance(adapter, str | Path) else adapter), revision=revision)
     path, config = located.path, read_config(located.path)
     shardings = None if mesh is None else param_shardings(specs(config), mesh)
     chosen = precision_of(config, mesh) if dtype is None else Precision(_known_dtype(dtype), _known_dtype(dtype))
@@ -66,17 +72,22 @@ def load(path_or_id, *, adapter=(), mesh=None, dtype=None, revision: str | None 
 
 @contextlib.contextmanager
 def open_source(located: Located, config: Config):
-    """The parameters of a checkpoint of either format with its adapters merged, still on disk: yields a `Source`."""
+    """The parameters of a checkpoint of either format with its adapters merged, still on disk: yields a `Source`.
+
+    The adapters are checked first, then weights that are elsewhere are copied.
+    """
     from qwenvl_convert.hf import HfSource
     from qwenvl_convert.peft import AdaptedSource, AdapterFile
 
     with contextlib.ExitStack() as files:
+        adapters = [files.enter_context(AdapterFile(config, path)) for path in located.adapters]
+        located = directory.complete(located)
         if (located.path / MARKER).is_file():
             source: Source = OrbaxSource(located.path, config)
         else:
             source = files.enter_context(HfSource(located.path, config))
-        for path in located.adapters:
-            source = AdaptedSource(source, files.enter_context(AdapterFile(config, path)))
+        for adapter in adapters:
+            source = AdaptedSource(source, adapter)
         yield source
 
 
@@ -201,6 +212,20 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
+def check_new(path, outside: Path | None = None) -> None:
+    """Raises InputError if `staged` would refuse the place, so that this is found before weights are read."""
+    if url := stores.as_url(path):
+        stores.check_empty(url)
+        return
+    path = Path(path).expanduser().absolute()
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path}: exists already; choose another name, or remove it first")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: cannot be written, there is no directory {path.parent}; make it first")
+    if outside is not None and path.resolve().is_relative_to(outside.resolve()):
+        raise CheckpointError(f"{path}: is inside {outside}, the checkpoint that is read; choose a place outside of it")
+
+
 @contextlib.contextmanager
 def staged(path, nbytes: int, outside: Path | None = None):
     """Yields a directory to fill. It is renamed to `path` if the block succeeds, and removed if it raises.
@@ -214,13 +239,8 @@ def staged(path, nbytes: int, outside: Path | None = None):
         with stores.new_directory(url) as here, staged(here, nbytes) as work:
             yield work
         return
+    check_new(path, outside)
     path = Path(path).expanduser().absolute()
-    if os.path.lexists(path):
-        raise CheckpointError(f"{path}: exists already; choose another name, or remove it first")
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path}: cannot be written, there is no directory {path.parent}; make it first")
-    if outside is not None and path.resolve().is_relative_to(outside.resolve()):
-        raise CheckpointError(f"{path}: is inside {outside}, the checkpoint that is read; choose a place outside of it")
     work = path.with_name(path.name + PARTIAL)
     need = nbytes + (64 << 20)
     undecided = True  # whether the directory may be one that this call made and does not hold yet

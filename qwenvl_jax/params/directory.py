@@ -6,12 +6,12 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 - makes "bfloat16" the name of a numpy dtype
 import numpy as np
 
-from qwenvl_jax.config import Config, read_json
+from qwenvl_jax.config import Config, read_json, refuse_pointer
 from qwenvl_jax.errors import CheckpointError, InputError, shown
 from qwenvl_jax.families import from_dict
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
@@ -30,11 +30,15 @@ _LOG = logging.getLogger(__name__)
 
 
 class Located(NamedTuple):
-    """A complete checkpoint, its name for other programs (a hub id or a directory), and its adapters, in order."""
+    """A checkpoint, its name for other programs (a hub id or a directory), and its adapters, in order.
+
+    place: where its weights are still to be copied from (`params.remote.Place`), or None.
+    """
 
     path: Path
     name: str
     adapters: tuple[Path, ...] = ()
+    place: Any = None
 
 
 def find(path_or_id, *, revision: str | None = None, weights: bool = True) -> Path:
@@ -47,20 +51,28 @@ def find(path_or_id, *, revision: str | None = None, weights: bool = True) -> Pa
     """
     from qwenvl_jax.params import remote
 
+    path, place = _small(path_or_id, revision)
+    return path if place is None or not weights else remote.complete(place, path)
+
+
+def _small(path_or_id, revision: str | None = None) -> tuple[Path, Any]:
+    """A checkpoint's directory with its small files, and the place of its weights, None if it is a local directory."""
+    from qwenvl_jax.params import remote
+
     if path_or_id == DEMO:
         path = PACKAGE / "demo" / "checkpoint"
         if not path.is_dir():
             raise CheckpointError(f"{DEMO}: this installation has no demo checkpoint; name a directory or a hub id")
-        return path
+        return path, None
     path = Path(path_or_id).expanduser()
     if path.is_dir() and revision is None:
-        return path.absolute()
+        return path.absolute(), None
     if path.exists() and not path.is_dir():
         raise CheckpointError(_a_file(path))
     place = remote.place_of(path_or_id, revision)
     if place is None:
         raise CheckpointError(f"{path}: no such directory")
-    return remote.fetch(place, weights=weights)
+    return remote.fetch(place), place
 
 
 def named(path_or_id) -> bool:
@@ -74,17 +86,15 @@ def locate(path_or_id, *adapters, revision: str | None = None, weights: bool = T
     """Finds a model and its adapters, each named as for `find`.
 
     If `path_or_id` is an adapter, its base is opened and the adapter comes first. `adapters` are applied after it.
-    revision, weights: as for `find`; those of adapters are always there.
-    Raises CheckpointError if one of them, or a base, is not found.
+    revision, weights: as for `find`; those of adapters are always there. The model's are copied last; without
+        `weights`, `complete` copies them.
+    Raises CheckpointError if one of them, or a base, is not found, or if an adapter is named twice.
     """
     from qwenvl_jax.stores import as_url
 
-    name, path = path_or_id, find(path_or_id, revision=revision, weights=weights)
+    name, (path, place) = path_or_id, _small(path_or_id, revision)
     own: list[Path] = []
-    chain = [find(adapter) for adapter in adapters]
-    for adapter in chain:
-        if not (adapter / ADAPTER_SETTINGS).is_file():
-            raise CheckpointError(f"{adapter}: not an adapter, there is no {ADAPTER_SETTINGS} in it")
+    chain = [_adapter(*_small(adapter)) for adapter in adapters]
     while (path / ADAPTER_SETTINGS).is_file():
         if any((path / weights).is_file() for weights in (MARKER, "model.safetensors", INDEX)):
             if own or path in chain:
@@ -93,36 +103,65 @@ def locate(path_or_id, *adapters, revision: str | None = None, weights: bool = T
             raise CheckpointError(f"{both}; move {ADAPTER_SETTINGS} away, or apply it too: --adapter {path}")
         if path in own:
             raise CheckpointError(f"{path}: this adapter's base is an adapter of it; name the base with --model")
-        own.insert(0, path if weights else find(name))
-        name = _base_of(path)
-        _LOG.warning("%s: an adapter; its base model is %s", path, name)
-        path = find(name, weights=weights)
+        own.insert(0, _adapter(path, place))
+        name, revision = _base_of(path)
+        at = f"@{revision}" if revision else ""
+        _LOG.warning("%s: an adapter; its base model is %s%s", path, name, at)
+        path, place = _small(name, revision)
+    seen: set[Path] = set()
+    for adapter in (*own, *chain):
+        if adapter.resolve() in seen:
+            raise CheckpointError(f"{adapter}: this adapter is applied already; name it once")
+        seen.add(adapter.resolve())
     cached = _CACHED.search(str(path))
     named = f"{cached[1]}/{cached[2]}" if cached else str(name)
     if not as_url(named) and (Path(named).is_dir() or not HUB_ID.fullmatch(named)):
         named = str(path)
-    return Located(path, named, (*own, *chain))
+    located = Located(path, named, (*own, *chain), place)
+    return complete(located) if weights else located
 
 
-def _base_of(adapter: Path):
-    """The base of an adapter as `find` takes it. Raises CheckpointError that says how to name it otherwise."""
+def complete(located: Located) -> Located:
+    """The same checkpoint with its weights, which are copied now if they are elsewhere. Raises CheckpointError."""
+    from qwenvl_jax.params import remote
+
+    if located.place is None:
+        return located
+    return located._replace(path=remote.complete(located.place, located.path), place=None)
+
+
+def _adapter(path: Path, place) -> Path:
+    """An adapter's directory with its weights. Raises CheckpointError if it is none, before they are copied."""
+    from qwenvl_jax.params import remote
+
+    if not (path / ADAPTER_SETTINGS).is_file():
+        hint = leftover(path, of_adapters=True)
+        raise CheckpointError(f"{path}: not an adapter, there is no {ADAPTER_SETTINGS} in it{hint}")
+    return path if place is None else remote.complete(place, path)
+
+
+def _base_of(adapter: Path) -> tuple[Any, str | None]:
+    """An adapter's base and its revision, as `find` takes them. Raises CheckpointError that says what to do."""
     file = adapter / ADAPTER_SETTINGS
-    name, instead = read_json(file).get("base_model_name_or_path"), f"name its base: --model BASE --adapter {adapter}"
+    settings, instead = read_json(file), f"name its base: --model BASE --adapter {adapter}"
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{file}: base_model_name_or_path is {shown(name)}; {instead}")
+    if revision is not None and not isinstance(revision, str):
+        raise CheckpointError(f"{file}: revision is {shown(revision)}; {instead}")
     if name == DEMO:
-        return name
+        return name, None
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # no name of a file, or of a user
         for path in (Path(name).expanduser(), adapter / name):  # as in PEFT, and for a base that moved with its adapter
             if path.is_dir():
-                return path
+                return path, None
     cached = _CACHED.search(name)  # the hub's cache on the machine where the adapter was trained
     name = f"{cached[1]}/{cached[2]}" if cached else name
     if name.lower().endswith(("-bnb-4bit", "-awq", "-fp8")) or "-gptq" in name.lower():
         raise CheckpointError(f"{file}: the base {name} is quantised; give the original model ({instead})")
     if not HUB_ID.fullmatch(name):
         raise CheckpointError(f"{file}: the base {name} is not here; {instead}")
-    return name
+    return name, revision or None
 
 
 def read_config(path: Path, *, quantised: bool = False) -> Config:
@@ -182,9 +221,14 @@ _LEFTOVERS = (
 )
 
 
-def leftover(path: Path) -> str:
-    """What a directory is that lacks config.json or its weights, and what to do, to end a sentence; "" if unknown."""
+def leftover(path: Path, *, of_adapters: bool = False) -> str:
+    """What a directory is that lacks config.json or its weights, and what to do, to end a sentence; "" if unknown.
+
+    of_adapters: only what may stand where an adapter is expected.
+    """
     for pattern, advice in _LEFTOVERS:
+        if of_adapters and "adapter" not in pattern:
+            continue
         found = sorted(path.glob(pattern))
         if found and not (pattern == "*.safetensors" and (path / "config.json").is_file()):
             newest = max(found, key=lambda f: [int(n) for n in re.findall(r"\d+", str(f.relative_to(path)))])
@@ -211,6 +255,8 @@ def stored_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     found = read_json(path / MARKER).get("format")
     if found != FORMAT:
         raise CheckpointError(f"{path / MARKER}: format {found!r} is not {FORMAT}; a newer qwenvl_jax wrote it")
+    for file in sorted((path / PARAMS).rglob("*")):
+        refuse_pointer(file)
     try:  # without Orbax, each of whose threads would report a damaged file on stderr
         files = ts.KvStore.open(kvstore(path / PARAMS)).result()
         stored = {}

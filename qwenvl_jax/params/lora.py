@@ -45,7 +45,7 @@ def add(
         raise InputError(f"an adapter's rank must be a whole number from 1, not {rank!r}")
     if not is_alpha(alpha) or alpha <= 0:
         raise InputError(f"an adapter's alpha must be a positive number, not {alpha!r}")
-    chosen, flat, out = _choose(config, targets), flatten(params), {}
+    chosen, flat, out = choose(config, targets), flatten(params), {}
     for i, path in enumerate(linears(config)):
         if path in chosen:
             *stack, n_in, n_out = flat[f"{path}/kernel"].shape
@@ -130,7 +130,8 @@ def dropout(params: dict, key, rate: float) -> dict:
     return unflatten(flat)
 
 
-def _choose(config: Config, targets: str | Sequence[str]) -> set[str]:
+def choose(config: Config, targets: str | Sequence[str]) -> set[str]:
+    """Paths of the Linears that `targets` of `add` name. Raises InputError if a pattern matches nothing."""
     declared = specs(config)
     groups = {path: declared[f"{path}/kernel"].group for path in linears(config)}
     patterns, chosen = targets.split(",") if isinstance(targets, str) else targets, set()

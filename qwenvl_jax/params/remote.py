@@ -44,10 +44,9 @@ def place_of(name, revision: str | None = None) -> Place | None:
     return Place(url) if url else match and Place(None, match[1], match[2] or revision)
 
 
-def fetch(place: Place, *, weights: bool) -> Path:
-    """A directory with the checkpoint's small files, and with `weights` all files. Raises CheckpointError."""
-    path = stores.fetch(place.url, SIDE_FILES) if place.url else _from_hub(place)
-    return complete(place, path) if weights else path
+def fetch(place: Place) -> Path:
+    """A directory with the checkpoint's small files. Raises CheckpointError."""
+    return stores.fetch(place.url, SIDE_FILES) if place.url else _from_hub(place)
 
 
 def complete(place: Place, path: Path) -> Path:

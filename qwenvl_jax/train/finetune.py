@@ -70,7 +70,7 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
                 _say(f"already finished: {mirror.name(final)}")
                 return None
     records, questions = _open(options)
-    source = directory.locate(options.model)
+    source = directory.locate(options.model, weights=False)
     model = _load(options, source)
     with contextlib.closing(_dataset(options, records, model)) as data:
         evaluate = None
@@ -130,6 +130,8 @@ def _with_earlier(config: Config, params: dict, source: Located) -> dict:
 
 def _load(options: TrainOptions, source: Located) -> Model:
     """The model to train, on the mesh and in the dtypes of the options."""
+    if options.lora_rank:
+        lora.choose(directory.read_config(source.path), options.lora_targets)
     for path in source.adapters if options.lora_rank else ():
         with AdapterFile(directory.read_config(source.path), path) as adapter:
             if adapter.whole:
@@ -143,7 +145,7 @@ def _load(options: TrainOptions, source: Located) -> Model:
         raise OptionsError("the checkpoint is float16, where gradients vanish; set dtype to bfloat16 or float32")
     # bfloat16 weights round small updates away. Adapters are always float32.
     param_dtype = options.param_dtype or (None if options.lora_rank else "float32")
-    model = checkpoint.load(source.path, adapter=source.adapters, mesh=mesh, dtype=param_dtype)
+    model = checkpoint.load_located(source, mesh=mesh, dtype=param_dtype)
     processor, generation = model.processor, dict(model.generation)
     if options.allow_control_tokens is not None:  # the result keeps this rule
         processor = dataclasses.replace(processor, allow_control_tokens=options.allow_control_tokens)
