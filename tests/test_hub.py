@@ -242,7 +242,8 @@ def test_info_and_plan_fetch_no_weights(hub, files, tmp_path, capsys):
     assert cli.main(["info", str(tmp_path), "--json"]) == 0
     local = json.loads(capsys.readouterr().out)
     assert cli.main(["info", REPO, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == local
+    remote = json.loads(capsys.readouterr().out)
+    assert remote | {"on_cpu": ""} == local | {"on_cpu": ""}  # the memory that is free changes
     assert local["parameters"] > 1e6 and local["files"] == {"model.safetensors": len(files["model.safetensors"])}
     folder = directory.find(REPO, weights=False)
     assert not (folder / "model.safetensors").exists()

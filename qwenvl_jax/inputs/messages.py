@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -78,21 +77,20 @@ def map_texts(messages: Sequence[Mapping], change: Callable[[str, range, Any], s
             ]
         out.append({**message, "content": content})
         if isinstance(calls := message.get("tool_calls"), list | tuple):
-            told = partial(change, pictures=pictures, role=role)
-            out[-1]["tool_calls"] = [_with_arguments(call, told) for call in calls]
+            out[-1]["tool_calls"] = [_with_arguments(call, change, pictures, role) for call in calls]
     return out
 
 
-def _with_arguments(call: Mapping, change: Callable[[str], str]) -> dict:
+def _with_arguments(call: Mapping, change: Callable[[str, range, Any], str], *about) -> dict:
     """A tool call with its arguments changed, which are JSON text or an object."""
     if "function" in call:
-        return {**call, "function": _with_arguments(call["function"], change)}
+        return {**call, "function": _with_arguments(call["function"], change, *about)}
     arguments = call.get("arguments")
     if isinstance(arguments, str):
-        return {**call, "arguments": change(arguments)}
+        return {**call, "arguments": change(arguments, *about)}
     if not arguments:
         return {**call}
-    return {**call, "arguments": json.loads(change(json.dumps(arguments, ensure_ascii=False)))}
+    return {**call, "arguments": json.loads(change(json.dumps(arguments, ensure_ascii=False), *about))}
 
 
 def _present(value: Mapping) -> dict:
