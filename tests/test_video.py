@@ -489,7 +489,7 @@ def test_playlists_cannot_reach_other_files(tmp_path, playlist, name):
     path = tmp_path / name
     path.write_text(playlist.format(clip=CLIP))
     for given in (path, path.read_bytes()):
-        with pytest.raises(InputError, match="cannot be decoded as a video|is a playlist"):
+        with pytest.raises(InputError, match=r"cannot be decoded as a video|is a playlist"):
             video_visual(given, P)
 
 

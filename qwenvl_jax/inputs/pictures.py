@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 
 from qwenvl_jax.errors import MediaError
 from qwenvl_jax.inputs.preprocessing import MAX_PIXELS, check_aspect
@@ -263,7 +263,10 @@ def decode(image: Image.Image) -> Image.Image:
     """The whole picture, upright, as RGB. Raises MediaError."""
     try:
         raw = image.tile[0].args if getattr(image, "tile", None) else None
+        low = _low_bytes(image) if raw == "RGB;16B" and "transparency" in image.info else None
         image.load()
+        if low:
+            image = _without_key(image, low)
         try:
             orientation = image.getexif().get(0x0112) if _exif_bytes(image.info) <= _EXIF else None
         except Exception:  # the EXIF block is damaged, the pixels may still be good
@@ -275,6 +278,28 @@ def decode(image: Image.Image) -> Image.Image:
         raise
     except Exception as e:  # decoders raise anything on damaged data
         raise MediaError(f"cannot be decoded ({e})") from e
+
+
+def _low_bytes(image) -> Image.Image:
+    """The lower halves of the 16 bits of a PNG in RGB, of which Pillow keeps the upper ones."""
+    at = image.fp.tell()
+    image.fp.seek(0)
+    low = PngImagePlugin.PngImageFile(image.fp)
+    low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]  # the second byte of each pair
+    low.load()
+    image.fp.seek(at)
+    return low
+
+
+def _without_key(image: Image.Image, low: Image.Image) -> Image.Image:
+    """The picture with white where its 16 bits are its transparent colour."""
+    key, image = np.array(image.info["transparency"]), image.copy()
+    for top in range(0, image.height, 256):
+        box = (0, top, image.width, min(top + 256, image.height))
+        same = (np.asarray(image.crop(box)) == key >> 8) & (np.asarray(low.crop(box)) == key & 255)
+        image.paste((255, 255, 255), box, Image.fromarray(same.all(-1).astype(np.uint8) * 255))
+    del image.info["transparency"]
+    return image
 
 
 def _exif_bytes(info: dict) -> int:
@@ -300,13 +325,16 @@ def _as_rgb(image: Image.Image, raw) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _shades(image, key)
     if key is not None:  # a colour, an index or the alpha of each index; `convert` reads it
-        image = image.copy()
+        kind, image = image.format, image.copy()
         if raw in ("L;2", "L;4"):  # the key is not scaled as the pixels are
             key = key * {"L;2": 85, "L;4": 17}[raw]
-        elif isinstance(key, tuple) and (raw == "RGB;16B" or max(key) > 255):
+        elif raw is None and kind in ("PNG", None) and image.mode == "L" and isinstance(key, int) and key < 16:
+            key *= _step(image.histogram(), key)
+        elif isinstance(key, tuple) and max(key) > 255:
             key = tuple(value >> 8 for value in key)
         image.info["transparency"] = key
-    if not image.has_transparency_data:
+    unused = image.format in ("BMP", "DIB") and image.mode == "RGBA" and image.getextrema()[3] == (0, 0)
+    if unused or not image.has_transparency_data:
         return image.convert("RGB")
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert(image.mode.upper())
@@ -315,6 +343,12 @@ def _as_rgb(image: Image.Image, raw) -> Image.Image:
     canvas = Image.new("RGB", image.size, (255, 255, 255))
     canvas.paste(image, mask=image.getchannel("A"))
     return canvas
+
+
+def _step(histogram: list[int], key: int) -> int:
+    """The factor of the shades of a decoded PNG of 2 or 4 bits; 1 if other shades are between them, as of 8 bits."""
+    shades = [shade for shade, count in enumerate(histogram) if count]
+    return next((s for s in (85, 17) if key * s <= 255 and all(shade % s == 0 for shade in shades)), 1)
 
 
 def _shades(image: Image.Image, key) -> Image.Image:
