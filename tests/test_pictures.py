@@ -217,6 +217,8 @@ def test_every_container_of_exif_turns_the_picture(kind):
         (b"\0\0\0\x18ftypmp42\0\0\0\0mp42", "a video"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
         (b"\n<!DOCTYPE html><html>404</html>", "a web page"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?><svg/>", "an SVG drawing"),
+        (b"\xef\xbb\xbf<html>", "a web page"),
         (b"%PDF-1.7\n", "a PDF document"),
         (b"\xff\n\xfa\x1f", "a JPEG XL picture"),
         (b"8BPS\0\1", "a Photoshop file"),

@@ -46,9 +46,9 @@ _LFS = "is a Git LFS pointer, not the file itself; run `git lfs pull` where it i
 _FILES = {  # the start of files that people have and that are not opened
     rb"....ftyp(hei|hev|mif1|msf1)": "a HEIC picture",
     rb"\xff\n|\0\0\0\x0cJXL ": "a JPEG XL picture",
-    rb"(\xef\xbb\xbf)?%PDF": "a PDF document",
-    rb"\s*(<\?xml|<svg)": "an SVG drawing",
-    rb"(?i)\s*<(!doctype html|html|head)": "a web page",
+    rb"%PDF": "a PDF document",
+    rb"(\xef\xbb\xbf)?\s*(<\?xml|<svg|<!--.*<svg)": "an SVG drawing",
+    rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype html|html|head)": "a web page",
     rb"%!PS|\xc5\xd0\xd3\xc6": "an EPS or PostScript file",
     rb"8BPS": "a Photoshop file",
     rb"\0\0[\2\3\n\x0b]\0{5}|\0\x01[\x01\t]\0\0": "a Targa picture (TGA)",
@@ -64,7 +64,7 @@ _FILES = {  # the start of files that people have and that are not opened
     rb"qoif": "a QOI picture",
     rb"PK\x03\x04|\x1f\x8b": "a compressed archive",
     rb"\x93NUMPY": "a NumPy array",
-    rb"....ftyp(?!avif|avis)|\x1aE\xdf\xa3|RIFF....AVI ": "a video, to be given as one",
+    rb"....ftyp(?!avif|avis)|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01": "a video, to be given as one",
 }  # fmt: skip
 _UPRIGHT = {  # EXIF orientation → the transpose that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
