@@ -84,6 +84,14 @@ def twelve_bits() -> bytes:
     return b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs) * 8
 
 
+def bmp(alpha: np.ndarray) -> bytes:
+    """A BMP of version 4, whose bit fields have alpha."""
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 108, 256, -8, 1, 32, 3, 0, 0, 0, 0, 0) + masks + b"BGRs" + bytes(48)
+    pixels = stack(RAMP, RAMP, RAMP, alpha).tobytes()
+    return b"BM" + struct.pack("<IHHI", 122 + len(pixels), 0, 0, 122) + header + pixels
+
+
 GRAY, ALPHA = Image.fromarray(stack(RAMP)[..., 0]), Image.fromarray(stack(RAMP, RAMP, RAMP, HOLE))
 COLOURS = (b"PLTE", bytes(np.repeat(np.arange(256), 3).astype(np.uint8)))
 WHITE_END = {0: 0, 128: 128, 210: 255}  # seen of a hole over white
@@ -133,6 +141,12 @@ FILES = {  # file → (bytes, what is seen)
         png(16, 2, np.repeat(DEEP[0], 3).astype(">u2").tobytes(), key(*[128 * 257] * 3)),
         WHITE_KEY,
     ),
+    "png, rgb of 16 bits with black as key": (
+        png(16, 2, np.repeat(np.arange(256) * 8, 3).astype(">u2").tobytes(), key(0, 0, 0)),
+        {0: 255, 1: 0, 31: 0, 255: 7},
+    ),
+    "bmp, alpha that is not used": (bmp(HOLE * 0), SEEN),
+    "bmp, alpha": (bmp(HOLE), WHITE_END),
     "png, gray of 16 bits and alpha": (
         png(16, 4, np.stack([DEEP[0], HOLE[0] * 257], -1).astype(">u2").tobytes()),
         WHITE_END,
@@ -203,10 +217,24 @@ def test_every_container_of_exif_turns_the_picture(kind):
         (b"\0\0\0\x18ftypmp42\0\0\0\0mp42", "a video"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
         (b"\n<!DOCTYPE html><html>404</html>", "a web page"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?><svg/>", "an SVG drawing"),
+        (b"\xef\xbb\xbf<html>", "a web page"),
         (b"%PDF-1.7\n", "a PDF document"),
         (b"\xff\n\xfa\x1f", "a JPEG XL picture"),
         (b"8BPS\0\1", "a Photoshop file"),
         (encode(GRAY, "ICO"), "an icon"),
+        (encode(GRAY.convert("RGB"), "TGA"), "a Targa picture"),
+        (encode(GRAY.convert("RGB"), "TGA", rle=True), "a Targa picture"),
+        (encode(GRAY, "TGA"), "a Targa picture"),
+        (encode(GRAY.convert("P"), "TGA"), "a Targa picture"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "a camera's raw file"),
+        (b"\0\0\0\x1cftypM4A \0\0\0\0M4A mp42", "a sound file"),
+        (tiff(bytes(2048), 8, extra={254: 1}.items()), "a camera's raw file.*give a JPEG"),
+        (tiff(bytes(2048), 8, extra={50706: 1}.items()), "a camera's raw file"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+            "is a Git LFS pointer, not the file itself; run `git lfs pull`",
+        ),
         (tiff(bytes(256 * 8 * 8), 64, kind=3), "not a picture that can be opened.*TIFF"),
         (b"GIF89a" + bytes(3), "not a picture that can be opened.*GIF"),
     ],
@@ -232,6 +260,17 @@ def test_a_slightly_larger_value_changes_a_picture_slightly(kind):
         values = np.linspace(0, top, 64).astype(kind)[None].repeat(8, 0)
         shades.append(int(np.asarray(load_image(Image.fromarray(values)))[0, 32, 0]))
     assert max(abs(a - b) for a, b in itertools.pairwise(shades)) <= 12
+
+
+@pytest.mark.parametrize("made", [lambda image: image, Image.Image.copy])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_key_of_a_decoded_png(bits, made):
+    row = {2: np.full(64, 0b00011011), 4: four_bits(RAMP[0] >> 4), 8: np.arange(256)}[bits]
+    data = png(bits, 0, bytes(row.tolist() if bits != 4 else row), key(1))
+    image = made(Image.open(io.BytesIO(data)))
+    image.load()
+    assert np.array_equal(np.asarray(load_image(image)), np.asarray(load_image(data)))
+    assert (np.asarray(load_image(data))[0, :, 0] == 255).sum() > (bits == 8)
 
 
 # --- bounds

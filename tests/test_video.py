@@ -423,6 +423,12 @@ def sound() -> bytes:
     return file.getvalue()
 
 
+def picture(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame(0)).save(file, kind)
+    return file.getvalue()
+
+
 def with_garbage(data: bytes) -> bytes:
     """A file with intact boxes, whose coded frames are overwritten."""
     at = data.index(b"mdat") + 4
@@ -433,13 +439,20 @@ def with_garbage(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "cannot be decoded as a video"),
+        (b"", "is empty"),
+        (picture("PNG"), r"is a picture .PNG.; give it as an image"),
+        (picture("JPEG"), r"is a picture .JPEG.; give it as an image"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is a HEIC picture; give a video"),
+        (b"<!DOCTYPE html><html>404</html>", "is a web page; give a video, such as MP4"),
+        (b"#EXTM3U\n#EXTINF:5,\na.ts\n", "is a playlist .HLS.; give a video"),
+        (b"%PDF-1.7\n" + bytes(99), "is a PDF document; give a video"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1\n", "run `git lfs pull`"),
         (b"hello, this is text", "cannot be decoded as a video"),
         (CLIP.read_bytes()[:100], "no video stream"),
         (CLIP.read_bytes()[:-2000], "cut off: it has 9[0-9] of 100 frames"),
         (CLIP.read_bytes().replace(b"avc1", b"nope"), "an unknown video codec"),
         (with_garbage(CLIP.read_bytes()), "decoded"),
-        (sound(), "cannot be decoded as a video|no video stream"),
+        (sound(), "is a sound file; give a video"),
     ],
 )
 def test_bad_files(tmp_path, data, message):
@@ -476,7 +489,7 @@ def test_playlists_cannot_reach_other_files(tmp_path, playlist, name):
     path = tmp_path / name
     path.write_text(playlist.format(clip=CLIP))
     for given in (path, path.read_bytes()):
-        with pytest.raises(InputError, match="cannot be decoded as a video"):
+        with pytest.raises(InputError, match=r"cannot be decoded as a video|is a playlist"):
             video_visual(given, P)
 
 

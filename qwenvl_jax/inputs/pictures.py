@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from PIL import Image, JpegImagePlugin, PngImagePlugin
 
 from qwenvl_jax.errors import MediaError
 from qwenvl_jax.inputs.preprocessing import MAX_PIXELS, check_aspect
@@ -40,21 +40,31 @@ _READS = 1 << 20  # most reads after the header; PNGs need a few for each chunk
 _EXIF = 64 << 20  # most bytes that Pillow makes of an EXIF block
 _MARKERS = 1 << 18  # of a JPEG 2000 file; a large one of many tiles has some ten thousand
 _KNOWN = {*range(0xFF50, 0xFF65), 0xFF74, 0xFF75, 0xFF77, 0xFF78, 0xFF90}  # its markers that have a length
+_GIVE = "give a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 picture"
+_RAW = "a camera's raw file (DNG, NEF, CR2, …)"
+_LFS = "is a Git LFS pointer, not the file itself; run `git lfs pull` where it is"
 _FILES = {  # the start of files that people have and that are not opened
     rb"....ftyp(hei|hev|mif1|msf1)": "a HEIC picture",
     rb"\xff\n|\0\0\0\x0cJXL ": "a JPEG XL picture",
     rb"%PDF": "a PDF document",
-    rb"\s*(<\?xml|<svg)": "an SVG drawing",
-    rb"(?i)\s*<(!doctype html|html|head)": "a web page",
+    rb"(\xef\xbb\xbf)?\s*(<\?xml|<svg|<!--.*<svg)": "an SVG drawing",
+    rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype html|html|head)": "a web page",
     rb"%!PS|\xc5\xd0\xd3\xc6": "an EPS or PostScript file",
     rb"8BPS": "a Photoshop file",
+    rb"\0\0[\2\3\n\x0b]\0{5}|\0\x01[\x01\t]\0\0": "a Targa picture (TGA)",
     rb"\0\0[\1\2]\0": "an icon (ICO)",
     rb"gimp xcf": "a GIMP file",
     rb"\x76\x2f\x31\x01": "an OpenEXR picture",
     rb"#\?RADIANCE": "a Radiance picture",
     rb"DDS ": "a DDS texture",
     rb"SIMPLE  =": "a FITS picture",
-    rb"....ftyp(?!avif|avis)|\x1aE\xdf\xa3|RIFF....AVI ": "a video, to be given as one",
+    rb"....ftypcrx |FUJIFILMCCD-RAW|IIRO|IIRS|MMOR|IIU\0|II[*]\0....CR|FOVb|\0MRM": _RAW,
+    rb"....ftypM4[ABP] |ID3|fLaC|RIFF....WAVE": "a sound file",
+    rb"#EXTM3U": "a playlist (HLS)",
+    rb"qoif": "a QOI picture",
+    rb"PK\x03\x04|\x1f\x8b": "a compressed archive",
+    rb"\x93NUMPY": "a NumPy array",
+    rb"....ftyp(?!avif|avis)|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01": "a video, to be given as one",
 }  # fmt: skip
 _UPRIGHT = {  # EXIF orientation → the transpose that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -110,8 +120,7 @@ def identify(file, check: Callable[[], object] = lambda: None) -> Image.Image:
     """
     Image.init()
     start = file.read(64)
-    if not start:
-        raise MediaError("is empty")
+    check_start(start)
     prefix = start[:16].ljust(16, b"\0")  # Pillow unpacks numbers from it without checking its length
     failed = ""
     for kind in _BYTES:
@@ -124,19 +133,40 @@ def identify(file, check: Callable[[], object] = lambda: None) -> Image.Image:
         try:
             image = (_Jpeg if kind == "JPEG" else opener)(watched, None)
             watched.limit(_READS, math.inf)
+            if kind == "TIFF" and (50706 in image.tag_v2 or image.tag_v2.get(254) == 1 or start[8:10] == b"CR"):
+                raise MediaError(f"is {_RAW}; {_GIVE}")  # Pillow would open the thumbnail
             return image
         except MediaError:
             raise
         except Exception as e:  # on a damaged header Pillow raises anything, struct.error included
             failed = f"{kind}: {e}"
-    for pattern, what in _FILES.items():
-        if re.match(pattern, start, re.DOTALL):
-            raise MediaError(f"is {what}; give a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 picture")
+    if what := other_kind(start):
+        raise MediaError(f"is {what}; {_GIVE}")
     if failed:
         raise MediaError(
             f"not a picture that can be opened: it is damaged, or its pixels are of a rare form ({failed})"
         )
     raise MediaError("not a picture in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF, …), or damaged")
+
+
+def check_start(start: bytes) -> None:
+    """Raises MediaError for a file that is empty, or not there yet. start: its first 64 bytes."""
+    if not start:
+        raise MediaError("is empty")
+    if start.startswith(b"version https://git-lfs"):
+        raise MediaError(_LFS)
+
+
+def other_kind(start: bytes) -> str | None:
+    """What a file is that is not opened as a picture, if its first 64 bytes tell: "a PDF document"."""
+    return next((what for pattern, what in _FILES.items() if re.match(pattern, start, re.DOTALL)), None)
+
+
+def opened_kind(start: bytes) -> str | None:
+    """The format of a picture that is opened, if its first 64 bytes tell: "PNG"."""
+    Image.init()
+    prefix = start.ljust(16, b"\0")
+    return next((name for name in _BYTES if (accepts := Image.OPEN[name][1]) and accepts(prefix) is True), None)
 
 
 def check_size(width: int, height: int) -> None:
@@ -233,7 +263,10 @@ def decode(image: Image.Image) -> Image.Image:
     """The whole picture, upright, as RGB. Raises MediaError."""
     try:
         raw = image.tile[0].args if getattr(image, "tile", None) else None
+        low = _low_bytes(image) if raw == "RGB;16B" and "transparency" in image.info else None
         image.load()
+        if low:
+            image = _without_key(image, low)
         try:
             orientation = image.getexif().get(0x0112) if _exif_bytes(image.info) <= _EXIF else None
         except Exception:  # the EXIF block is damaged, the pixels may still be good
@@ -245,6 +278,28 @@ def decode(image: Image.Image) -> Image.Image:
         raise
     except Exception as e:  # decoders raise anything on damaged data
         raise MediaError(f"cannot be decoded ({e})") from e
+
+
+def _low_bytes(image) -> Image.Image:
+    """The lower halves of the 16 bits of a PNG in RGB, of which Pillow keeps the upper ones."""
+    at = image.fp.tell()
+    image.fp.seek(0)
+    low = PngImagePlugin.PngImageFile(image.fp)
+    low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]  # the second byte of each pair
+    low.load()
+    image.fp.seek(at)
+    return low
+
+
+def _without_key(image: Image.Image, low: Image.Image) -> Image.Image:
+    """The picture with white where its 16 bits are its transparent colour."""
+    key, image = np.array(image.info["transparency"]), image.copy()
+    for top in range(0, image.height, 256):
+        box = (0, top, image.width, min(top + 256, image.height))
+        same = (np.asarray(image.crop(box)) == key >> 8) & (np.asarray(low.crop(box)) == key & 255)
+        image.paste((255, 255, 255), box, Image.fromarray(same.all(-1).astype(np.uint8) * 255))
+    del image.info["transparency"]
+    return image
 
 
 def _exif_bytes(info: dict) -> int:
@@ -270,13 +325,16 @@ def _as_rgb(image: Image.Image, raw) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _shades(image, key)
     if key is not None:  # a colour, an index or the alpha of each index; `convert` reads it
-        image = image.copy()
+        kind, image = image.format, image.copy()
         if raw in ("L;2", "L;4"):  # the key is not scaled as the pixels are
             key = key * {"L;2": 85, "L;4": 17}[raw]
-        elif isinstance(key, tuple) and (raw == "RGB;16B" or max(key) > 255):
+        elif raw is None and kind in ("PNG", None) and image.mode == "L" and isinstance(key, int) and key < 16:
+            key *= _step(image.histogram(), key)
+        elif isinstance(key, tuple) and max(key) > 255:
             key = tuple(value >> 8 for value in key)
         image.info["transparency"] = key
-    if not image.has_transparency_data:
+    unused = image.format in ("BMP", "DIB") and image.mode == "RGBA" and image.getextrema()[3] == (0, 0)
+    if unused or not image.has_transparency_data:
         return image.convert("RGB")
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert(image.mode.upper())
@@ -285,6 +343,12 @@ def _as_rgb(image: Image.Image, raw) -> Image.Image:
     canvas = Image.new("RGB", image.size, (255, 255, 255))
     canvas.paste(image, mask=image.getchannel("A"))
     return canvas
+
+
+def _step(histogram: list[int], key: int) -> int:
+    """The factor of the shades of a decoded PNG of 2 or 4 bits; 1 if other shades are between them, as of 8 bits."""
+    shades = [shade for shade, count in enumerate(histogram) if count]
+    return next((s for s in (85, 17) if key * s <= 255 and all(shade % s == 0 for shade in shades)), 1)
 
 
 def _shades(image: Image.Image, key) -> Image.Image:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_jax.errors import InputError, MediaError, OptionsError, install
+from qwenvl_jax.inputs import pictures
 from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.fetch import locate, name_of
 from qwenvl_jax.inputs.media import as_visual, empty_patches, fill, opened, resize
@@ -303,6 +304,17 @@ def _opener(data: bytes | Path, budget: Budget) -> Callable:
             budget.left()
             yield packet
 
+    def check_kind():
+        """Names a file that is no video, once FFmpeg has failed."""
+        with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
+            start = file.read(64)
+        pictures.check_start(start)
+        picture, other = pictures.opened_kind(start), pictures.other_kind(start)
+        if picture not in (None, "GIF"):
+            raise MediaError(f"is a picture ({picture}); give it as an image, or in a list of frames")
+        if other and "video" not in other:
+            raise MediaError(f"is {other}; give a video, such as MP4, WebM, MKV, MOV, AVI or GIF")
+
     @contextmanager
     def open_clip():
         # An absolute path, since FFmpeg could take the start of a relative one for a protocol.
@@ -324,6 +336,7 @@ def _opener(data: bytes | Path, budget: Budget) -> Callable:
             UnicodeDecodeError,
         ) as e:  # the latter: PyAV < 19, tags not in UTF-8
             budget.left()  # FFmpeg stops at the deadline with an error of its own
+            check_kind()
             why = getattr(e, "strerror", None) or e
             raise MediaError(f"cannot be decoded as a video ({why})") from e
 
