@@ -123,7 +123,7 @@ MODES = {  # mode → (picture, what is seen)
     "F, other": (Image.fromarray((RAMP * 30.0 - 5000).astype(np.float32)), SEEN),
     "I, 12 bits": (Image.fromarray((RAMP * 4095 // 255).astype(np.int32)), SEEN),
     "I, slightly more than 8 bits": (Image.fromarray((RAMP + (RAMP == 255)).astype(np.int32)), SEEN),
-    "F, slightly more than 1": (Image.fromarray((RAMP / 254.9 - 0.0001).astype(np.float32)), SEEN),
+    "F, slightly more than 1": (Image.fromarray((RAMP / 254.9).astype(np.float32)), SEEN),
     "F, slightly more than 255": (Image.fromarray((RAMP * 1.001).astype(np.float32)), SEEN),
     "F, an outlier": (
         Image.fromarray(np.where(np.arange(2048).reshape(8, 256) == 9, 1e9, RAMP).astype(np.float32)),
