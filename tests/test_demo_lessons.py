@@ -70,7 +70,7 @@ def test_facts_agree_with_the_answers(assets):  # noqa: F811
     scenes = Scenes(assets)
     for i in range(20):
         record = scenes.record("locate", i)
-        cells, kinds = record["facts"]
+        cells, kinds = record["metadata"]
         found = json.loads(record["answer"])
         boxes = [np.float32(np.array(b["bbox_2d"]) / CELL) for b in found]
         for nth, box in enumerate(boxes, 1):
@@ -78,11 +78,11 @@ def test_facts_agree_with_the_answers(assets):  # noqa: F811
             assert len(which) and set(fact(cells, "nth")[which]) == {nth}
         about = kinds[found[0]["label"]]
         assert about[:4].tolist() == boxes[0].tolist() and fact(about, "nth") == len(boxes)
-        cells, kinds = scenes.record("clip", i)["facts"]
+        cells, kinds = scenes.record("clip", i)["metadata"]
         seconds = float(scenes.record("clip", i)["answer"].split()[0])
         assert seconds in fact(cells, "start") and seconds in [fact(about, "start") for about in kinds.values()]
         record = scenes.record("list", i)
-        known = fact(record["facts"].cells, "index")
+        known = fact(record["metadata"].cells, "index")
         assert set(known[~np.isnan(known)].astype(int)) <= set(range(len(record["answer"].split(", "))))
 
 
@@ -96,13 +96,13 @@ def test_lessons_tell_cells_and_names_of_their_own_pictures(assets, processor): 
         records = [scenes[i] for i in range(first, seen)]
         told = batch.facts
         visual = batch.inputs.visual_index >= 0
-        whole = np.concatenate([r["facts"].cells for r in records])
+        whole = np.concatenate([r["metadata"].cells for r in records])
         assert len(records) > 4 and len(whole) == visual.sum()  # none of these is too long for a row
         assert sorted(map(str, whole.tolist())) == sorted(map(str, told[visual].tolist()))
         for t, row in zip(batch.inputs.tokens[~visual], told[~visual], strict=True):
             if not np.isnan(row).all():
                 kind = lessons.kinds[int(t)]
-                assert any(np.array_equal(r["facts"].kinds.get(kind), row, equal_nan=True) for r in records)
+                assert any(np.array_equal(r["metadata"].kinds.get(kind), row, equal_nan=True) for r in records)
                 named += 1
     assert named > 20
 

@@ -111,8 +111,10 @@ class Lessons:
             if self.waiting is None:
                 record = self.scenes[self.position]
                 try:
-                    self.waiting = self.process(record), record["facts"]
-                except BadRecord:
+                    self.waiting = self.process(record), record["metadata"]
+                except BadRecord as e:
+                    if e.reason not in ("too long", "too large"):
+                        raise
                     self.position += 1
                     continue
             if not packer.add(self.waiting[0]):
