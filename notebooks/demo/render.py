@@ -27,8 +27,8 @@ class Scenes:
         such as the one that appears late in a clip; in a fixed order, a model could ignore what a question names.
     easy: share of easy pictures among lines and names, for a model that has not learnt to see.
     weights: {task: relative frequency}; by default the training mixture.
-    A record is {"messages": [user, assistant, …], "answer", "task", "metric", "metadata"}. Pictures are PIL images, clips
-    uint8 arrays [frames, height, width, 3]; facts are those of `demo.cells`.
+    A record is {"messages": [user, assistant, …], "answer", "task", "metric", "metadata"}. Pictures are PIL images,
+    clips uint8 arrays [frames, height, width, 3]; "metadata" has the facts of `demo.cells`.
     Raises InputError for a split or task that does not exist.
     """
 
