@@ -13,7 +13,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("src", metavar="MODEL_OR_ADAPTER", help="checkpoint or adapter: a directory or a hub id")
     parser.add_argument("dst", metavar="OUT", help="directory to create")
     parser.add_argument(
-        "--adapter", action="append", metavar="DIR_OR_ID", help="LoRA adapter to merge into SRC; repeatable"
+        "--adapter", action="append", metavar="DIR_OR_ID", help="LoRA adapter to merge into it; repeatable"
     )
     parser.add_argument("--layout", choices=("hub", "nested"), default="hub", help="tensor names (default: hub)")
 

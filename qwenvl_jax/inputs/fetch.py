@@ -60,7 +60,7 @@ def _locate(source, max_bytes: int, budget: Budget) -> bytes | Path:
         return _fetch(source, max_bytes, budget)
     if scheme in stores.LIBRARIES:
         try:
-            return stores.read(source, max_bytes, min(FETCH_SECONDS, budget.left()), budget.read)
+            return stores.read(f"{scheme}{source[len(scheme) :]}", max_bytes, min(FETCH_SECONDS, budget.left()), budget.read)
         except InputError as e:
             raise MediaError(str(e).removeprefix(f"{source}: ")) from e
     if scheme not in (None, "file"):

@@ -159,6 +159,8 @@ def _base_of(adapter: Path) -> tuple[Any, str | None]:
     name = f"{cached[1]}/{cached[2]}" if cached else name
     if name.lower().endswith(("-bnb-4bit", "-awq", "-fp8")) or "-gptq" in name.lower():
         raise CheckpointError(f"{file}: the base {name} is quantised; give the original model ({instead})")
+    if name.startswith(("gs://", "s3://")):
+        return name, None
     if not HUB_ID.fullmatch(name):
         raise CheckpointError(f"{file}: the base {name} is not here; {instead}")
     return name, revision or None

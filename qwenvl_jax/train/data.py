@@ -244,7 +244,7 @@ class Dataset:
         epoch = self._epoch or _STREAM_PATIENCE
         if self._bad_in_a_row == 2 * epoch - 1:  # a good record may be first in one epoch and last in the next
             raise InputError(f"none of {epoch} records can be used; the last is {bad.where}: {bad.message}")
-        if position < epoch:  # later epochs would repeat the warning
+        if not self._epoch or position < epoch:  # later epochs would repeat the warning
             _LOG.warning("%s: %s; skipped", bad.where, bad.message)
 
 
