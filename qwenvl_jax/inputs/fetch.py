@@ -60,7 +60,8 @@ def _locate(source, max_bytes: int, budget: Budget) -> bytes | Path:
         return _fetch(source, max_bytes, budget)
     if scheme in stores.LIBRARIES:
         try:
-            return stores.read(f"{scheme}{source[len(scheme) :]}", max_bytes, min(FETCH_SECONDS, budget.left()), budget.read)
+            url = f"{scheme}{source[len(scheme) :]}"  # in lower case
+            return stores.read(url, max_bytes, min(FETCH_SECONDS, budget.left()), budget.read)
         except InputError as e:
             raise MediaError(str(e).removeprefix(f"{source}: ")) from e
     if scheme not in (None, "file"):
