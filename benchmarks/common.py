@@ -64,6 +64,7 @@ def _config_50m(family: str, ids: dict) -> Config:
         hidden_act="quick_gelu" if two else "silu",
         window_size=None if two else 112,
         fullatt_block_indexes=() if two else (1, 3, 5, 7),
+        tokens_per_second=None if two else 2,
     )
     return Config(family=family, text=text, vision=vision, dtype="float32", **ids)
 

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import model
 import pytest
 from carry import carry
+from common import config_of
 from demo.assets import find_assets
-from gpu_checks import checks
+from gpu_checks import checks, shallow
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import safe_open
 from sides import PROMPT
 from test_demo_data import assets  # noqa: F401 - a fixture
 
-from qwenvl_jax.families import PRESETS
+from qwenvl_jax.families import FAMILIES, PRESETS, from_dict, to_dict
 from qwenvl_jax.inputs.ladder import round_up
 from qwenvl_jax.params.specs import init
 from qwenvl_jax.plan.hardware import devices, parse_target
@@ -38,6 +39,13 @@ def options(**changes):
 
 def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_the_checks_can_be_written(family):
+    """A new switch of the config must be set there too."""
+    for config in (config_of("50M", family), shallow(config_of("50M", family))):
+        assert from_dict(to_dict(config)).vision == config.vision
 
 
 @pytest.mark.parity
