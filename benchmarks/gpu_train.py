@@ -99,7 +99,9 @@ def train_for(args, model, data: Drawn, options, begun: float):
         return result
     timer = threading.Timer(left, os.kill, (os.getpid(), signal.SIGTERM))  # ends the run after the current step
     timer.start()
-    options = options.replace(steps=steps, cooldown=int(0.8 * (steps - args.warmup)))
+    # A run can be extended only before its cooldown.
+    cooldown = min(int(0.8 * (steps - args.warmup)), steps - args.trial)
+    options = options.replace(steps=steps, cooldown=cooldown)
     result = train(model, data, options, loss=demo_loss)
     timer.cancel()
     return result

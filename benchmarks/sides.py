@@ -253,6 +253,8 @@ class Here(Model):
 class NoText:
     """Replaces the tokenizer if there is no checkpoint; the benchmark only needs ids."""
 
+    allow_control_tokens, control_tokens = False, {}
+
     def decode(self, ids, **_) -> str:
         return ""
 
