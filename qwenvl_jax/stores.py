@@ -74,12 +74,6 @@ def refuse(option: str, path) -> None:
         raise InputError(f"{option} {path}: is written to a local file only; give a local path and copy it afterwards")
 
 
-def local(path) -> Path:
-    """A local file or directory as it is, and the copy of one in a store. For reading."""
-    url = as_url(path)
-    return Path(path).expanduser() if url is None else fetch(url)
-
-
 def read(url: str, max_bytes: int, seconds: float, take: Callable[[int], None] = lambda size: None) -> bytes:
     """One object, in memory. Raises InputError if it is larger or takes longer, TimeoutError included.
 

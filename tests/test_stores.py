@@ -270,7 +270,7 @@ class TestStores:
     @pytest.mark.parametrize("name", ["none", "none/below"])
     def test_what_is_missing_is_named(self, bucket, name, tmp_path):
         url, no_bucket = f"{bucket}/{name}", f"{bucket}x/{name}"
-        for action in (stores.fetch, stores.local, qwenvl_jax.load, read_metrics, load_image):
+        for action in (stores.fetch, qwenvl_jax.load, read_metrics, load_image):
             with pytest.raises(InputError, match=f"{url}.*: no such object"):
                 action(url)
         with pytest.raises(InputError, match="no such object"):

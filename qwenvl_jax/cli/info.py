@@ -146,7 +146,7 @@ def table(facts: dict) -> str:
         rows["on a CPU"] = facts["on_cpu"].removeprefix("on a CPU, ")
     if facts["files"]:
         rows["weights"] = f"{facts['bytes']:,} bytes in {len(facts['files'])} files"
-    for a in facts["adapters"]:
+    for i, a in enumerate(facts["adapters"], 1):
         whole = f", whole {', '.join(a['whole'])}" if a["whole"] else ""
-        rows["adapter"] = f"rank {a['rank']} on {a['modules']} modules{whole} ({a['path']})"
+        rows[f"adapter {i}"] = f"rank {a['rank']} on {a['modules']} modules{whole} ({a['path']})"
     return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
