@@ -1,5 +1,6 @@
 """The command line: arguments become messages and options, errors become sentences, nothing hangs."""
 
+import codecs
 import importlib.util
 import inspect
 import io
@@ -558,6 +559,7 @@ class Terminal:
         self.process = subprocess.Popen([sys.executable, "-c", self.OWN, *argv], **how)
         os.close(side)
         self.seen, self.at = "", 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end within a character
 
     def wait(self, for_text: str, then: bytes = b"") -> None:
         """Reads until the text comes, then types `then`."""
@@ -571,7 +573,7 @@ class Terminal:
         """Reads what there is; False at the end."""
         if select.select([self.fd], [], [], 0.1)[0]:
             try:
-                self.seen += os.read(self.fd, 1 << 16).decode(errors="replace")
+                self.seen += self.decoder.decode(os.read(self.fd, 1 << 16))
             except OSError:  # the other side is closed
                 return False
         return True
@@ -640,6 +642,26 @@ def test_compiling_is_said_where_it_fits(monkeypatch, capsys):
     engine.compiling = None
     status.show(engine, "")
     assert capsys.readouterr().out == ""
+
+
+def test_compiling_goes_when_ctrl_c_comes_with_it(monkeypatch):
+    """The signal's handler may run as soon as the word is on the terminal, before `print` returns."""
+
+    class Terminal(io.StringIO):
+        presses = 1
+
+        def isatty(self):
+            return True
+
+        def flush(self):
+            if self.presses:
+                self.presses = 0
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    with pytest.raises(KeyboardInterrupt):
+        chat_verb._Status().get(queue.SimpleQueue(), SimpleNamespace(compiling="step"), "")
+    assert terminal.getvalue() == "compiling…" + "\b" * 10 + " " * 10 + "\b" * 10
 
 
 def test_a_lost_ctrl_c_comes_again():

@@ -237,8 +237,8 @@ class _Status:
         if not engine.compiling:
             self.hide()
         elif room and not self._shown and sys.stdout.isatty():
+            self._shown = True  # first: Ctrl-C may come before print returns
             print(_COMPILING, end="", flush=True)
-            self._shown = True
 
     def hide(self) -> None:
         if self._shown:
