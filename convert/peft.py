@@ -306,8 +306,8 @@ def _read_settings(file: Path) -> dict:
     settings = read_json(file)
     if settings.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{file}: peft_type is {settings.get('peft_type')!r}; only LORA adapters can be read; load the model that "
-            "PEFT's merge_and_unload gives"
+            f"{file}: peft_type is {shown(settings.get('peft_type'))}; only LORA adapters can be read; load the model "
+            "that PEFT's merge_and_unload gives"
         )
     for key in _UNSUPPORTED:
         if settings.get(key):
@@ -316,12 +316,12 @@ def _read_settings(file: Path) -> dict:
     init = settings.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGES_BASE):
         raise CheckpointError(
-            f"{file}: init_lora_weights {init!r} changed the base weights; convert the adapter with PEFT "
+            f"{file}: init_lora_weights {shown(init)} changed the base weights; convert the adapter with PEFT "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
     if isinstance(init, str) and init.startswith(_VARIANTS):
         raise CheckpointError(
-            f"{file}: init_lora_weights {init!r} is another method than LoRA; load the model that PEFT's "
+            f"{file}: init_lora_weights {shown(init)} is another method than LoRA; load the model that PEFT's "
             "merge_and_unload gives"
         )
     return settings

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from qwenvl_jax.config import refuse_pointer
-from qwenvl_jax.errors import CheckpointError, InputError
+from qwenvl_jax.errors import CheckpointError, InputError, shown
 from qwenvl_jax.params.directory import INDEX, leftover
 
 SINGLE = "model.safetensors"
@@ -108,7 +108,7 @@ class Reader(contextlib.AbstractContextManager):
         files = {}
         for name, file in pairs:
             if file.name != str(file) or file.name == "..":
-                raise CheckpointError(f"{index}: tensor {name} is placed in {str(file)!r}, outside this directory")
+                raise CheckpointError(f"{index}: tensor {name} is placed in {shown(file)}, outside this directory")
             files.setdefault(self.directory / file, set()).add(name)
         if not files:
             raise CheckpointError(f"{index}: names no tensors")

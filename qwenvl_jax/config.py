@@ -11,7 +11,7 @@ import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.errors import CheckpointError, shown
 
 ROPES = ("sections", "interleaved")
 NORMS = ("rms", "layer")
@@ -212,7 +212,7 @@ def _check(c: Config) -> None:
         ("vision hidden_act", v.hidden_act, VISION_ACTIVATIONS),
     ):
         if value not in known:
-            raise CheckpointError(f"{name} {value!r} is not one of {', '.join(known)}")
+            raise CheckpointError(f"{name} {shown(value)} is not one of {', '.join(known)}")
     for name in ("image_token_id", "video_token_id"):
         if getattr(c, name) >= t.vocab_size:
             raise CheckpointError(f"{name} {getattr(c, name)} is not below vocab_size {t.vocab_size}")

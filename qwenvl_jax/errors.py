@@ -72,11 +72,13 @@ class BadRecord(InputError):
 
 
 def shown(value) -> str:
-    """A value for a message: `repr`, cut to 80 characters, also for integers of any length."""
+    """A value for a message: `repr`, cut to 80 characters, also for integers of any length and nesting of any depth."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print more than 4300 digits
         return "a number of thousands of digits"
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 

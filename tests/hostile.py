@@ -114,6 +114,16 @@ def mutated_json(rng: random.Random, value, depth: int = 0):
     return copy.deepcopy(rng.choice(odd))
 
 
+def as_json(value) -> str:
+    """JSON of a mutated value; what is too deep for `json.dumps` becomes lists in lists under the same keys."""
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{json.dumps(key)}: {as_json(part)}" for key, part in value.items()) + "}"
+        return "[" * 3000 + "]" * 3000
+
+
 # --- kinds: each gives its named bombs, and a function from a case's generator to what is run
 
 
@@ -217,7 +227,7 @@ def checkpoints(folder: Path):
         data = originals[file]
         try:
             if file.suffix == ".json" and len(data) < 1 << 20 and rng.random() < 0.6:
-                file.write_text(json.dumps(mutated_json(rng, json.loads(data))), errors="surrogatepass")
+                file.write_text(as_json(mutated_json(rng, json.loads(data))), errors="surrogatepass")
             elif file.suffix == ".safetensors":  # the header only, since weights are any bits
                 size = 8 + struct.unpack("<Q", data[:8])[0]
                 file.write_bytes(mutated(rng, data[:size], [data[:size]]) + data[size:])

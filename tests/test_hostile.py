@@ -1,5 +1,7 @@
 """A small part of the campaign of hostile.py, whose bombs are tested one by one elsewhere."""
 
+import multiprocessing
+
 import hostile
 import pytest
 
@@ -19,6 +21,15 @@ def test_only_samples_or_input_errors(kind, count):
     assert row["cases"] == count == sum(row["outcomes"].values())
     assert "FAULT" not in row["outcomes"], row["faults"]
     assert len(row["outcomes"]) > 1  # some are refused, or some pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", hostile.KINDS)
+def test_bombs(kind):
+    """In a process of its own, whose peak of memory is that of the bombs."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        row = pool.apply(hostile.campaign, (kind, 0))
+    assert row["faults"] == [] and row["cases"] >= (kind != "records")
 
 
 def test_a_fault_is_reported():

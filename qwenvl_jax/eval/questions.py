@@ -75,7 +75,7 @@ def _question(record, source, index: int, metric: str) -> Question:
         raise InputError("has no question before the answer; add a user message")
     task, metric = _task(record.get("task")), metric if record.get("metric") is None else record["metric"]
     if metric not in (*METRICS, BOXES):
-        raise InputError(f"metric is {metric!r}; known are {', '.join((*METRICS, BOXES))}")
+        raise InputError(f"metric is {shown(metric)}; known are {', '.join((*METRICS, BOXES))}")
     check_coordinates(boxes := record.get("boxes"))
     answers = _answers(answer, metric)
     for text in answers:
@@ -112,7 +112,7 @@ def _answers(answer, metric: str) -> tuple[str, ...]:
         return (_boxes(answer),)
     several = answer if isinstance(answer, list | tuple) else [answer]
     if not several or not all(isinstance(a, str | int | float) and not isinstance(a, bool) for a in several):
-        raise InputError(f"answer is {str(answer)[:80]!r}; it must be a text or a number, or a list of them")
+        raise InputError(f"answer is {shown(answer)}; it must be a text or a number, or a list of them")
     texts = tuple(map(str, several))
     if metric == "seconds":
         for text in texts:

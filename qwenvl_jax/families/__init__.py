@@ -8,7 +8,7 @@ PRESETS                            the official sizes by name
 """
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.errors import CheckpointError, shown
 from qwenvl_jax.families import qwen2_5_vl, qwen2_vl
 
 FAMILIES = {"qwen2_vl": qwen2_vl, "qwen2_5_vl": qwen2_5_vl}  # by model_type
@@ -54,7 +54,7 @@ def to_dict(config: Config) -> dict:
 def _family(model_type):
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = " and ".join(map(repr, FAMILIES))
-        kind = str(model_type)
+        kind = model_type if isinstance(model_type, str) else ""
         text = " (a text model, without a vision tower)" if kind.endswith("_text") or kind in ("qwen2", "qwen3") else ""
-        raise CheckpointError(f"model_type {model_type!r}{text} is not supported; this library runs {known}")
+        raise CheckpointError(f"model_type {shown(model_type)}{text} is not supported; this library runs {known}")
     return FAMILIES[model_type]

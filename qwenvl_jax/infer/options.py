@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qwenvl_jax import options
-from qwenvl_jax.errors import ContextError, OptionsError
+from qwenvl_jax.errors import ContextError, OptionsError, shown
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import check, checked, names, option
 from qwenvl_jax.types import Sample
@@ -74,7 +74,7 @@ class GenerateOptions:
     def __post_init__(self):
         check(self)
         if "" in self.stop:
-            raise OptionsError(f"stop is {self.stop!r}; it must be strings, none of them empty")
+            raise OptionsError(f"stop is {shown(self.stop)}; it must be strings, none of them empty")
 
     @property
     def greedy(self) -> bool:
@@ -118,7 +118,7 @@ class GenerateOptions:
         try:
             eos = checked(GenerateOptions, "stop_token_ids", eos_token_id if eos is None else eos)
         except OptionsError as e:
-            raise OptionsError(f"generation_config.json: eos_token_id is {eos!r}; it must be whole numbers") from e
+            raise OptionsError(f"generation_config.json: eos_token_id is {shown(eos)}; it must be whole numbers") from e
         return dataclasses.replace(
             self,
             max_new_tokens=value("max_new_tokens", _DEFAULT_NEW_TOKENS),

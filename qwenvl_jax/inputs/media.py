@@ -75,6 +75,7 @@ def opened(source, budget: Budget, keep: Callable[[int, int], int] = lambda widt
         except InputError as e:
             raise e.at(name_of(source)) from e
         yield image
+        del image  # before its memory counts as free
 
 
 def _identified(data, budget: Budget, stack: ExitStack) -> Image.Image:

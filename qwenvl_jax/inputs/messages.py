@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.inputs.fields import ITEM, MESSAGE, URL, read_keys
 from qwenvl_jax.inputs.options import IMAGE, VIDEO, MediaOptions
 from qwenvl_jax.options import check_names, checked
@@ -103,9 +103,9 @@ def _message(message, where: str) -> tuple[dict, list[Media]]:
     given = read_keys(_present(message), MESSAGE, where)
     role = given.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise InputError(f"{where} has role {role!r}; known roles are {', '.join(_ROLES)}")
+        raise InputError(f"{where} has role {shown(role)}; known roles are {', '.join(_ROLES)}")
     if unknown := sorted(map(str, given.keys() - _MESSAGE_KEYS)):
-        raise InputError(f"{where} has an unknown key {unknown[0]!r}")
+        raise InputError(f"{where} has an unknown key {shown(unknown[0])}")
     out: dict[str, Any] = {"role": _ROLES[role]}
     if "tool_calls" in given:
         if role != "assistant":
@@ -152,7 +152,7 @@ def _item(item, where: str) -> tuple[dict, Media | None]:
     if key == "source":
         source = _anthropic(source, where)
     if any(d not in _DETAIL for d in detail):
-        raise InputError(f"{where} has detail {detail[0]!r}; known are {', '.join(_DETAIL)}")
+        raise InputError(f"{where} has detail {shown(detail[0])}; known are {', '.join(_DETAIL)}")
     if kind == "video" and not isinstance(source, str | bytes) and "sample_fps" in given:
         given.setdefault("fps", given.pop("sample_fps"))  # qwen-vl-utils' name for the rate of given frames
     check_names(given, _OPTIONS[kind], f"{where}: ")
@@ -181,7 +181,7 @@ def _anthropic(source, where: str) -> str:
 def _kind(given: dict, where: str) -> str:
     if "type" in given:
         if not isinstance(given["type"], str) or given["type"] not in _KINDS:
-            raise InputError(f"{where} has type {given['type']!r}; known types are {', '.join(_KINDS)}")
+            raise InputError(f"{where} has type {shown(given['type'])}; known types are {', '.join(_KINDS)}")
         return _KINDS[given["type"]]
     kinds = {_KINDS[k] for k in ("text", "image", "image_url", "video", "video_url") if k in given}
     if len(kinds) != 1:

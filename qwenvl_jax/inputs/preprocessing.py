@@ -56,10 +56,12 @@ class Preprocessing:
         steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
         for key, value in (steps | {"resample": 3, "rescale_factor": 1 / 255}).items():
             if data.get(key, value) not in (value, None):
-                raise CheckpointError(f"{PREPROCESSOR_FILE} has {key} = {data[key]!r}; only {value!r} is supported")
+                raise CheckpointError(
+                    f"{PREPROCESSOR_FILE} has {key} = {shown(data[key])}; only {value!r} is supported"
+                )
         size = data.get("size") or {}
         if not isinstance(size, dict):
-            raise CheckpointError(f"{PREPROCESSOR_FILE} has size = {size!r}; it must be a JSON object")
+            raise CheckpointError(f"{PREPROCESSOR_FILE} has size = {shown(size)}; it must be a JSON object")
         values = {
             "min_pixels": data.get("min_pixels") or size.get("shortest_edge"),
             "max_pixels": data.get("max_pixels") or size.get("longest_edge"),

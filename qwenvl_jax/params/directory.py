@@ -256,7 +256,7 @@ def stored_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
     found = read_json(path / MARKER).get("format")
     if found != FORMAT:
-        raise CheckpointError(f"{path / MARKER}: format {found!r} is not {FORMAT}; a newer qwenvl_jax wrote it")
+        raise CheckpointError(f"{path / MARKER}: format {shown(found)} is not {FORMAT}; a newer qwenvl_jax wrote it")
     for file in sorted((path / PARAMS).rglob("*")):
         refuse_pointer(file)
     try:  # without Orbax, each of whose threads would report a damaged file on stderr
