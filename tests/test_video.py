@@ -8,18 +8,22 @@ import sys
 import wave
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import tiny_config
 
 from qwenvl_jax.errors import InputError, install
+from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs import video
+from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.inputs.media import image_visual
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.preprocessing import Preprocessing, pixel_table
 from qwenvl_jax.inputs.video import frame_count, frame_indices, frame_range, frame_size, video_visual
-from qwenvl_jax.types import Grid
+from qwenvl_jax.types import Grid, Visual
 
 av = pytest.importorskip("av")
 
@@ -563,3 +567,63 @@ def test_file_equals_frames_decoded_independently(options, picked, size):
         frames = [f.to_image() for f in container.decode(video=0)]
     chosen = [frames[i].resize(size[::-1], Image.Resampling.BICUBIC) for i in picked]
     assert_equals_reference(video_visual(CLIP, P, MediaOptions(**options)), chosen)
+
+
+# --- an hour
+
+
+@pytest.fixture(scope="module")
+def hour(tmp_path_factory) -> Path:
+    """60 minutes of H.264 at 5 frames per second. Each frame shows its number: 2 × 8 gray blocks are its bits."""
+    path = tmp_path_factory.mktemp("hour") / "hour.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=5, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 320, 192, "yuv420p"
+        planes = np.full((192 * 3 // 2, 320), 128, np.uint8)
+        for i in range(3600 * 5):
+            gray = (20 + 200 * (i >> np.arange(16) & 1)).astype(np.uint8).reshape(2, 8)
+            planes[:192] = np.kron(gray, np.ones((96, 40), np.uint8))
+            picture = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+            picture.pts, picture.time_base = i, Fraction(1, 5)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.slow
+def test_an_hour_is_sampled_exactly(hour):
+    """768 frames within the default limits of time and memory; each is the frame that its number says."""
+    visual = video_visual(hour, P)
+    t, h, w = visual.grid
+    assert 2 * t == 768 and visual.seconds_per_grid == pytest.approx(3600 / t)
+    assert t * h * w // 4 <= 768 / 2 * 300  # tokens
+    steps = visual.patches.reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, :, 0]  # one channel of gray
+    frames = steps.transpose(0, 5, 1, 3, 6, 2, 4, 7).reshape(768, h * 14, w * 14)
+    middle = [int((i + 0.5) * h * 14 / 2) for i in range(2)], [int((j + 0.5) * w * 14 / 8) for j in range(8)]
+    bits = frames[:, *np.ix_(*middle)].reshape(768, 16) > 120
+    numbers = (bits << np.arange(16)).sum(1)
+    assert numbers.tolist() == np.linspace(0, 3600 * 5 - 1, 768).round().astype(int).tolist()
+    part = video_visual(hour, P, MediaOptions(video_start=1800, video_end=1810, max_pixels=784 * 8))
+    assert 2 * part.grid.t == 20 and part.seconds_per_grid == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_positions_of_an_hour_equal_transformers(family):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}[family]
+    config = tiny_config(family)
+    theirs = getattr(transformers, f"{name}Config")(**to_dict(config))
+    visual = Visual(np.zeros((384 * 18 * 32, 0), np.uint8), Grid(384, 18, 32), "video", 9.375)
+    start, end = config.vision_start_token_id, config.vision_end_token_id
+    sample = make_sample(np.array([5, start, config.video_token_id, end, 7, 8]), [visual], config)
+    assert len(sample.tokens) == 5 + 384 * 9 * 16
+    seconds = {"second_per_grid_ts": torch.tensor([9.375])} if family == "qwen2_5_vl" else {}
+    expected, _ = getattr(transformers, f"{name}ForConditionalGeneration").get_rope_index(
+        SimpleNamespace(config=theirs),
+        torch.tensor(sample.tokens)[None].long(),
+        video_grid_thw=torch.tensor([visual.grid]),
+        attention_mask=torch.ones(1, len(sample.tokens), dtype=torch.long),
+        **seconds,
+    )
+    assert np.array_equal(sample.positions, expected[:, 0].numpy())
