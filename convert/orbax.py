@@ -31,7 +31,8 @@ from qwenvl_jax.params.checkpoint import (
     write_json,
     write_rule,
 )
-from qwenvl_jax.params.directory import FORMAT, MARKER, PARAMS, Located, locate, read_config
+from qwenvl_jax.params.directory import FORMAT, MARKER, PARAMS, read_config
+from qwenvl_jax.params.locate import Located, locate
 from qwenvl_jax.params.place import ArraySource, Leaf, Source, progress_bar
 from qwenvl_jax.params.specs import Spec, unflatten
 from qwenvl_jax.types import Model

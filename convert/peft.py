@@ -20,10 +20,12 @@ from qwenvl_convert.safetensors import Reader, Tensor, Writer
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError, shown
 from qwenvl_jax.params.checkpoint import staged, write_json, write_rule
-from qwenvl_jax.params.directory import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, find
+from qwenvl_jax.params.directory import ADAPTER_SETTINGS, ADAPTER_WEIGHTS
+from qwenvl_jax.params.locate import find
 from qwenvl_jax.params.lora import attach, is_alpha, is_rank, linears, split
 from qwenvl_jax.params.place import Leaf, Source
 from qwenvl_jax.params.specs import ADAPTER, flatten, specs, unflatten
+from qwenvl_jax.stores import HUB_ID
 
 SETTINGS, WEIGHTS = ADAPTER_SETTINGS, ADAPTER_WEIGHTS
 
@@ -40,11 +42,18 @@ _SECONDS = 5  # for matching the patterns of one file
 
 
 def save_adapter(
-    config: Config, params: dict, path, *, base_name: str, layout: str = "nested", allow_control_tokens: bool = False
+    config: Config,
+    params: dict,
+    path,
+    *,
+    base_name: str,
+    revision: str | None = None,
+    layout: str = "nested",
+    allow_control_tokens: bool = False,
 ) -> None:
     """Writes the adapter in `params` as a new directory that PEFT loads: its settings, its weights and a model card.
 
-    base_name: the base model, a hub id or a directory.
+    base_name, revision: the base model, a hub id or a directory, and its branch, tag or commit on the hub.
     layout: module names of transformers from 4.52 on ("nested") or before ("hub"). PEFT of the other one opens the
         directory too, but leaves out modules with no more than a warning.
     allow_control_tokens: the rule that it was trained with, which `load` follows.
@@ -75,6 +84,7 @@ def save_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_name),
+        "revision": revision,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
@@ -104,7 +114,7 @@ def card(base_name, library: str = "transformers") -> str:
     """The model card (README.md) of a model or an adapter that was trained from a base model."""
     # The hub takes an id only; a directory's name would be refused when the card is uploaded.
     base = str(base_name)
-    known = [f"base_model: {base}"] if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) else []
+    known = [f"base_model: {base}"] if HUB_ID.fullmatch(base) else []
     lines = [*known, f"library_name: {library}", "pipeline_tag: image-text-to-text", "tags:", "- qwenvl_jax"]
     what = "A LoRA adapter for" if library == "peft" else "A model made from"
     return "\n".join(["---", *lines, "---", "", f"{what} `{base}`, written by qwenvl_jax.", ""])

@@ -1,6 +1,6 @@
 """Object stores: `gs://` and `s3://` URLs in place of paths. No other file knows them.
 
-Everything else works on local files. What is read is copied to a cache (`fetch`), or into memory if it is small
+Everything else works on local files. What is read is copied to a cache (`local_copy`), or into memory if it is small
 (`read`). What is written is complete on the local disk before it is copied (`new_directory`; for
 runs, train/mirror.py).
 
@@ -28,6 +28,7 @@ from typing import NamedTuple
 from qwenvl_jax.errors import InputError, install
 
 LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME, a model or dataset of the Hugging Face hub
 # The last one is what Orbax itself writes to gs:// when a checkpoint is complete.
 LAST = ("adapter_config.json", "config.json", "commit_success.txt")
 PARTIAL = ".partial"
@@ -92,7 +93,7 @@ def read(url: str, max_bytes: int, seconds: float, take: Callable[[int], None] =
         return sync(fs.loop, fs._cat_file, url, start=0, end=size, timeout=seconds) if size else b""
 
 
-def fetch(url: str, patterns: tuple[str, ...] = ("**",), *, progress: bool = True) -> Path:
+def local_copy(url: str, patterns: tuple[str, ...] = ("**",), *, progress: bool = True) -> Path:
     """The local copy of an object, or of all objects below `url`, which are copied if they are new or have changed.
 
     patterns: names to copy; `*` does not match a slash, and `**` at the end matches everything. Calls with other

@@ -16,7 +16,7 @@ from tiny_hf import DTYPES, assert_same_bits, bits, nested, torch_shapes, torch_
 import qwenvl_jax
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS, to_dict
-from qwenvl_jax.params import checkpoint, directory
+from qwenvl_jax.params import checkpoint, locate
 from qwenvl_jax.params.specs import flatten, param_shardings, specs
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.types import Model
@@ -388,7 +388,7 @@ def test_demo_is_the_packaged_one(monkeypatch, tmp_path):
     package, here = tmp_path / "package", tmp_path / "here"
     (here / "demo").mkdir(parents=True)
     monkeypatch.chdir(here)
-    monkeypatch.setattr(directory, "PACKAGE", package)
+    monkeypatch.setattr(locate, "PACKAGE", package)
     with pytest.raises(InputError, match="demo: this installation has no demo checkpoint"):
         checkpoint.find("demo")
     (package / "demo" / "checkpoint").mkdir(parents=True)

@@ -33,7 +33,7 @@ from qwenvl_jax.families import PRESETS, to_dict
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import names
-from qwenvl_jax.params import checkpoint, directory
+from qwenvl_jax.params import checkpoint, locate
 from qwenvl_jax.params.specs import check_mesh
 
 
@@ -757,9 +757,9 @@ def test_convert_there_and_back_and_info(tiny_checkpoint, tmp_path, capsys):
 def test_the_model_is_the_demo_unless_another_is_named(argv):
     args = cli.build_parser().parse_args(argv)
     if argv == ["info"]:
-        assert args.checkpoint == directory.DEMO
+        assert args.checkpoint == locate.DEMO
     else:
-        assert converse.located(args) == directory.locate(directory.DEMO)
+        assert converse.located(args) == locate.locate(locate.DEMO)
 
 
 @pytest.mark.parametrize("argv", [["info"], ["convert", "--to", "orbax"], ["generate", "--prompt", "?", "--model"]])

@@ -254,13 +254,13 @@ class TestStores:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes(body)
         put(tmp_path, url)
-        small = stores.fetch(url, ("*.json",))
+        small = stores.local_copy(url, ("*.json",))
         assert stores.files_in(small) == ["a.json", "config.json"]
-        assert stores.fetch(url) == small and stores.files_in(small) == stores.files_in(tmp_path)
+        assert stores.local_copy(url) == small and stores.files_in(small) == stores.files_in(tmp_path)
         assert (small / "sub/x ü%.bin").read_bytes() == b"12345" and (small / "e").read_bytes() == b""
-        assert stores.fetch(f"{url}/a.json").read_bytes() == b"{}"
+        assert stores.local_copy(f"{url}/a.json").read_bytes() == b"{}"
         stores.write(f"{url}/a.json", "[]")
-        assert (stores.fetch(url, ("*.json",)) / "a.json").read_text() == "[]"  # not the old copy
+        assert (stores.local_copy(url, ("*.json",)) / "a.json").read_text() == "[]"  # not the old copy
         assert (small / "a.json").read_text() == "{}"
         with pytest.raises(InputError, match="larger than 0 MiB"):
             stores.read(f"{url}/sub/x ü%.bin", 4, 10)
@@ -270,11 +270,11 @@ class TestStores:
     @pytest.mark.parametrize("name", ["none", "none/below"])
     def test_what_is_missing_is_named(self, bucket, name, tmp_path):
         url, no_bucket = f"{bucket}/{name}", f"{bucket}x/{name}"
-        for action in (stores.fetch, qwenvl_jax.load, read_metrics, load_image):
+        for action in (stores.local_copy, qwenvl_jax.load, read_metrics, load_image):
             with pytest.raises(InputError, match=f"{url}.*: no such object"):
                 action(url)
         with pytest.raises(InputError, match="no such object"):
-            stores.fetch(no_bucket)
+            stores.local_copy(no_bucket)
         with pytest.raises(InputError, match=r"no such object or bucket|cannot be written"):
             open_mirror(no_bucket)
         assert not list((stores.cache() / "runs").rglob(name.partition("/")[2] or name))
@@ -287,7 +287,7 @@ class TestStores:
         with monkeypatch.context() as patch:
             patch.setattr(stores.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5}))
             with pytest.raises(InputError, match=r"no space for its copy; 0\.07 GB are needed"):
-                stores.fetch(url)
+                stores.local_copy(url)
         fs = stores.filesystem(url)
         real = fs.get_file
         with monkeypatch.context() as patch:
@@ -300,8 +300,8 @@ class TestStores:
 
             patch.setattr(fs, "get_file", broken)
             with pytest.raises(KeyboardInterrupt):
-                stores.fetch(url)
-        local = stores.fetch(url)
+                stores.local_copy(url)
+        local = stores.local_copy(url)
         assert stores.files_in(local) == ["a", "b"] and (local / "b").read_bytes() == b"abc"
 
     def test_a_new_directory_is_whole_or_has_no_config(self, bucket, monkeypatch):

@@ -36,16 +36,18 @@ def add_arguments(parser) -> None:
 
 
 def located(args):
-    """The checkpoint, without weights, and the adapters that --model and --adapter name (`directory.locate`)."""
-    from qwenvl_jax.params import directory
+    """The checkpoint, without weights, and the adapters that --model and --adapter name (`params.locate`)."""
+    from qwenvl_jax.params.directory import ADAPTER_SETTINGS, leftover
+    from qwenvl_jax.params.locate import DEMO, find, locate
 
     adapters = args.adapter or []
     if args.model is None and adapters:  # the first one's base is the model
-        if not (directory.find(adapters[0], weights=False) / directory.ADAPTER_SETTINGS).is_file():
-            hint = directory.leftover(directory.find(adapters[0], weights=False), of_adapters=True)
+        first = find(adapters[0], weights=False)
+        if not (first / ADAPTER_SETTINGS).is_file():
+            hint = leftover(first, of_adapters=True)
             raise InputError(f"--adapter {adapters[0]}: not an adapter{hint or '; name a model with --model'}")
-        return directory.locate(*adapters, weights=False)
-    return directory.locate(directory.DEMO if args.model is None else args.model, *adapters, weights=False)
+        return locate(*adapters, weights=False)
+    return locate(DEMO if args.model is None else args.model, *adapters, weights=False)
 
 
 def sampling(args, request: dict | None = None) -> GenerateOptions:

@@ -41,11 +41,12 @@ def run(args) -> int:
     from tqdm import tqdm
 
     from qwenvl_jax.inputs.processor import Processor
-    from qwenvl_jax.params import directory
+    from qwenvl_jax.params.directory import read_config
+    from qwenvl_jax.params.locate import locate
     from qwenvl_jax.train.survey import survey
 
-    path, _, adapters, _ = directory.locate(args.model, weights=False)
-    processor = Processor.from_dir(path, directory.read_config(path), adapters)
+    model = locate(args.model, weights=False)
+    processor = Processor.from_dir(model.path, read_config(model.path), model.adapters)
     progress = partial(tqdm, desc="reading", unit=" records", disable=None)
     found = survey(args.data, processor, options, limit=args.limit, progress=progress)
     facts = describe(found, options, processor.config)

@@ -29,7 +29,6 @@ MAX_IN_MEMORY = 512 << 20  # bytes of a JSON array, which is read whole, and of 
 _CHUNK = 1 << 20  # bytes; fits the CPU's cache
 _DESCRIPTORS = ("/dev", "/dev/fd", "/proc/self/fd")  # where open files have names, such as /dev/stdin
 _SPACE = re.compile(r"[ \t\n\r]*")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILES = (".json", ".jsonl", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow", ".toml", ".yaml")
 # Other kinds of files by their first bytes. None of them can begin JSON.
 _PACKED = {
@@ -132,7 +131,7 @@ def _renames(columns: Sequence[str]) -> dict[str, str]:
 
 def _open(name: str, streaming: bool) -> list:
     if url := stores.as_url(name):
-        parts = _open(str(stores.fetch(url)), streaming)
+        parts = _open(str(stores.local_copy(url)), streaming)
         for part in parts:
             part.name, part.folder = url, stores.folder(url).parent
         return parts
@@ -147,7 +146,7 @@ def _open(name: str, streaming: bool) -> list:
     head, *rest = name.split(":")
     if len(rest) == 1 and os.path.isdir(head):
         return [saved(head, rest[0])]
-    if len(rest) <= 2 and _HUB_ID.fullmatch(head) and not head.endswith(_FILES):
+    if len(rest) <= 2 and stores.HUB_ID.fullmatch(head) and not head.endswith(_FILES):
         return [hub(head, rest, streaming)]
     raise InputError(f"{name}: cannot be read (No such file or directory)")
 

@@ -24,8 +24,9 @@ from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
 from qwenvl_jax.inputs.processor import RULE, RULE_FILE
 from qwenvl_jax.params import directory
-from qwenvl_jax.params.directory import MARKER, PARAMS, Located, first_line, kvstore, locate, read_config
-from qwenvl_jax.params.directory import find as find
+from qwenvl_jax.params.directory import MARKER, PARAMS, first_line, kvstore, read_config
+from qwenvl_jax.params.locate import Located, locate, with_weights
+from qwenvl_jax.params.locate import find as find
 from qwenvl_jax.params.place import Leaf, Source, to_devices
 from qwenvl_jax.params.precision import Precision, on_cpu
 from qwenvl_jax.params.specs import count_params, flatten, param_shardings, specs, unflatten
@@ -81,7 +82,7 @@ def open_source(located: Located, config: Config):
 
     with contextlib.ExitStack() as files:
         adapters = [files.enter_context(AdapterFile(config, path)) for path in located.adapters]
-        located = directory.complete(located)
+        located = with_weights(located)
         if (located.path / MARKER).is_file():
             source: Source = OrbaxSource(located.path, config)
         else:

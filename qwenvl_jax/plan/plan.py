@@ -25,7 +25,8 @@ from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import slots_needed
 from qwenvl_jax.inputs.pack import cover
 from qwenvl_jax.params import lora
-from qwenvl_jax.params.directory import locate, named, read_config
+from qwenvl_jax.params.directory import read_config
+from qwenvl_jax.params.locate import locate, named
 from qwenvl_jax.params.specs import abstract_params, check_mesh, param_shardings, specs, specs_of
 from qwenvl_jax.plan.hardware import CHIPS, GIB, Target, devices
 from qwenvl_jax.plan.hlo import Program

@@ -14,7 +14,7 @@ from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.inputs.source import Records, open_source
 from qwenvl_jax.params import checkpoint, directory, lora
-from qwenvl_jax.params.directory import Located
+from qwenvl_jax.params.locate import Located, locate
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import OnMetrics, make_run_mesh, train
 from qwenvl_jax.train.mirror import Mirror, check_shared, open_mirror
@@ -70,7 +70,7 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
                 _say(f"already finished: {mirror.name(final)}")
                 return None
     records, questions = _open(options)
-    source = directory.locate(options.model, weights=False)
+    source = locate(options.model, weights=False)
     model = _load(options, source)
     with contextlib.closing(_dataset(options, records, model)) as data:
         evaluate = None
@@ -91,7 +91,7 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
     if options.lora_rank:
         if not adapter.exists():
             whole = _with_earlier(model.config, params, source)
-            how = dict(base_name=source.name, layout=options.adapter_layout)
+            how = dict(base_name=source.name, revision=source.revision, layout=options.adapter_layout)
             save_adapter(model.config, whole, adapter, allow_control_tokens=model.processor.allow_control_tokens, **how)
             _say(f"adapter for PEFT: {mirror.name(adapter)}")
         params = lora.merge(params)

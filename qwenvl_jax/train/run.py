@@ -213,7 +213,7 @@ def last_step(output) -> int:
 def read_metrics(run) -> list[dict]:
     """The lines of metrics.jsonl. run: the directory of a run, or the file. Raises InputError if there is none."""
     url = stores.as_url(run)
-    file = stores.fetch(url if url.endswith(METRICS) else f"{url}/{METRICS}") if url else Path(run).expanduser()
+    file = stores.local_copy(url if url.endswith(METRICS) else f"{url}/{METRICS}") if url else Path(run).expanduser()
     file = file / METRICS if file.is_dir() else file
     if not file.is_file():
         raise InputError(f"{run}: not the directory of a run; it has no {METRICS}")
