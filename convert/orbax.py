@@ -26,7 +26,7 @@ from qwenvl_jax.params.checkpoint import (
     PIECE_BYTES,
     check_new,
     copy_side_files,
-    open_source,
+    open_weights,
     staged,
     write_json,
     write_rule,
@@ -53,7 +53,7 @@ def to_orbax(src, dst, *, adapter=(), progress: bool = True) -> None:
         raise CheckpointError(f"{src}: is an Orbax checkpoint already; --to hf makes a Hugging Face one of it")
     check_new(dst, src)
     with (
-        open_source(located, config) as source,
+        open_weights(located, config) as source,
         staged(dst, source.nbytes, src) as work,
         progress_bar("converting", source.nbytes, progress) as bar,
         _orderly_interrupt() as raise_if_interrupted,
@@ -166,7 +166,7 @@ def save_hf(model: Model, dst, *, base: Located, layout: str = "hub", max_shard_
 def _to_hf(located: Located, dst, layout: str, max_shard_bytes: int, progress: bool) -> None:
     config = read_config(located.path)
     check_new(dst, located.path)
-    with open_source(located, config) as source, staged(dst, source.nbytes, located.path) as work:
+    with open_weights(located, config) as source, staged(dst, source.nbytes, located.path) as work:
         _write_hf(source, config, work, layout, max_shard_bytes, progress)
         copy_side_files(located.path, work)
         if located.adapters:

@@ -41,7 +41,7 @@ def trained(config, params, seed=0, targets=EVERYWHERE, rank=3):
 def params_of(path, *adapters) -> dict:
     """As `load` reads them, without the processor."""
     located = locate.locate(path, *adapters)
-    with checkpoint.open_source(located, directory.read_config(located.path)) as source:
+    with checkpoint.open_weights(located, directory.read_config(located.path)) as source:
         return checkpoint.to_devices(source, progress=False)
 
 

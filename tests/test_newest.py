@@ -128,7 +128,7 @@ def test_theirs_opens_here(settings, tmp_path):
     assert relative(plain, want) > 0.01
     whole = peft.load_adapter(config, params, tmp_path / "adapter")
     assert relative(our_logits(config, whole), want) <= 1e-5
-    with checkpoint.open_source(locate.locate(tmp_path / "base", tmp_path / "adapter"), config) as source:
+    with checkpoint.open_weights(locate.locate(tmp_path / "base", tmp_path / "adapter"), config) as source:
         merged = checkpoint.to_devices(source, progress=False)
     assert relative(our_logits(config, merged), want) <= 1e-5
 

@@ -7,7 +7,7 @@ from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import ContextError, InputError
 from qwenvl_jax.infer.options import GenerateOptions, tokens_left
 from qwenvl_jax.inputs.messages import Media
-from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
+from qwenvl_jax.inputs.options import MediaOptions, PromptOptions, RecordOptions
 from qwenvl_jax.options import add_flags, build, given, names
 
 
@@ -25,6 +25,10 @@ def add_model(parser) -> None:
     parser.add_argument(
         "--mesh", metavar="DxFxT", help="devices along data, fsdp and tensor, such as 1x1x8 (default: one)"
     )
+
+
+def add_distributed(parser) -> None:
+    parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
 
 
 def add_arguments(parser) -> None:
@@ -70,9 +74,7 @@ def encoder(args, request: dict | None = None):
     request = request or {}
     known = (*names(MediaOptions), "add_vision_id", "tools")
     options = {name: request[name] for name in known if name in request}
-    options |= given(args, MediaOptions) | given(args, PromptOptions)
-    if getattr(args, "boxes", None) is not None:
-        options["boxes"] = args.boxes
+    options |= given(args, MediaOptions) | given(args, PromptOptions) | given(args, RecordOptions, only=("boxes",))
     found = located(args)
     config = directory.read_config(found.path)
     processor = Processor.from_dir(found.path, config, found.adapters)

@@ -7,13 +7,13 @@ from functools import partial
 from qwenvl_jax import stores
 from qwenvl_jax.cli.errors import OK
 from qwenvl_jax.errors import InputError, OptionsError, install
-from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
 from qwenvl_jax.options import add_flags, given, names
 from qwenvl_jax.train.options import TrainOptions
 
 HELP = "Describe training records: sizes, bad ones, and batches that fit. No weights are read."
-_OPTIONS = ("task", "rows", "tokens", "lanes", "patches", "segments", "accumulate", "columns", "threads", "workers",
-            "boxes", "allow_control_tokens", *names(MediaOptions))  # fmt: skip
+_OPTIONS = ("task", "rows", "tokens", "lanes", "patches", "segments", "accumulate", "threads", "workers", "columns",
+            "boxes", *names(PromptOptions), *names(MediaOptions))  # fmt: skip
 EXAMPLES = (
     "qwenvl data train.jsonl --model Qwen/Qwen2.5-VL-3B-Instruct",
     "qwenvl data 'shards/*.parquet' --columns caption=response --limit 1000 -o sizes.png",

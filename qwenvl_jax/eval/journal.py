@@ -13,15 +13,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qwenvl_jax import stores
 from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.eval.metrics import BOXES
 from qwenvl_jax.eval.questions import Question
 from qwenvl_jax.inputs.messages import normalize
 
 _START = b'{"id": "'  # of every line
+_ID = re.compile(re.escape(_START) + rb'([^"]*)"')
 _MAX_LINE = 64 << 20  # bytes that are read to see what a file holds
 _PROMPT = 8  # letters of an id that depend on the prompt alone
-_ANEW = "give another --output, or --overwrite"
+_ANEW = "give another output, or overwrite it"
 _KEYS = {"id": str, "model": str, "options": dict, "answer": str | list, "prediction": str, "finish_reason": str}
 
 
@@ -155,6 +157,27 @@ class Journal:
 
     def __exit__(self, *exception):
         self._file.close()
+
+
+def check_output(path, name: str = "output") -> Path:
+    """The path of a file of answers. Raises InputError if it cannot be one, before there are answers.
+
+    name: the option, for the error.
+    """
+    stores.refuse(name, path)
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{name} {path}: is a directory, or there is no directory {path.parent}")
+    return path
+
+
+def answered_ids(path: Path) -> set[str]:
+    """The ids of the questions that a file answers; none if there is no such file."""
+    if not path.is_file():
+        return set()
+    with open(path, "rb") as file:
+        starts = (_ID.match(line) for line in file)
+        return {start[1].decode("utf-8", "replace") for start in starts if start}
 
 
 def holds_answers(path: Path) -> bool:

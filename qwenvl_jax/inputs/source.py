@@ -47,7 +47,7 @@ _TABLES = {
 }  # fmt: skip
 
 
-def open_source(data, columns: Sequence[str] = (), streaming: bool = False) -> "Records":
+def open_records(data, columns: Sequence[str] = (), streaming: bool = False) -> "Records":
     """The records of `data` as one sequence.
 
     data: a file (JSONL, a JSON array or Parquet), a pipe of JSONL, a glob pattern, a directory of `save_to_disk` or

@@ -64,7 +64,7 @@ def load_located(located: Located, *, mesh=None, dtype=None, progress: bool = Tr
     chosen = precision_of(config, mesh) if dtype is None else Precision(_known_dtype(dtype), _known_dtype(dtype))
     config = config.replace(dtype=chosen.compute)
     processor = Processor.from_dir(path, config, located.adapters)  # before the weights, because it fails quickly
-    with open_source(located, config) as source:
+    with open_weights(located, config) as source:
         params = to_devices(source, shardings, chosen.weights, progress)
     if progress and chosen.reason:
         _LOG.warning("%s: %s", path.name, chosen.reason)  # without handlers, Python shows it on stderr
@@ -72,7 +72,7 @@ def load_located(located: Located, *, mesh=None, dtype=None, progress: bool = Tr
 
 
 @contextlib.contextmanager
-def open_source(located: Located, config: Config):
+def open_weights(located: Located, config: Config):
     """The parameters of a checkpoint of either format with its adapters merged, still on disk: yields a `Source`.
 
     The adapters are checked first, then weights that are elsewhere are copied.

@@ -12,7 +12,7 @@ from qwenvl_convert.peft import AdapterFile, load_adapter, save_adapter
 from qwenvl_jax import distributed
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, OptionsError
-from qwenvl_jax.inputs.source import Records, open_source
+from qwenvl_jax.inputs.source import Records, open_records
 from qwenvl_jax.params import checkpoint, directory, lora
 from qwenvl_jax.params.locate import Located, locate
 from qwenvl_jax.train.data import Dataset
@@ -157,8 +157,8 @@ def _load(options: TrainOptions, source: Located) -> Model:
 
 def _open(options: TrainOptions) -> tuple[Records, Records | None]:
     """The records to train on and to evaluate on, opened before the model is."""
-    questions = open_source(options.eval_data, options.columns) if options.eval_data else None
-    records = open_source(options.data, options.columns, options.streaming)
+    questions = open_records(options.eval_data, options.columns) if options.eval_data else None
+    records = open_records(options.data, options.columns, options.streaming)
     if records.streamed:
         options.check_stream()
     return records, questions
