@@ -69,10 +69,14 @@ def folder(path):
     return epath.Path(url)
 
 
-def refuse(option: str, path) -> None:
-    """Raises InputError for a URL where only a local path will do."""
-    if path is not None and as_url(path):
+def local_file(option: str, path) -> Path:
+    """The path of a file to write. Raises InputError if it is a URL, a directory, or in a directory that is missing."""
+    if as_url(path):
         raise InputError(f"{option} {path}: is written to a local file only; give a local path and copy it afterwards")
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{option} {path}: is a directory, or there is no directory {path.parent}")
+    return path
 
 
 def read(url: str, max_bytes: int, seconds: float, take: Callable[[int], None] = lambda size: None) -> bytes:

@@ -11,7 +11,7 @@ from qwenvl_jax.cli import converse
 from qwenvl_jax.cli.errors import OK, enable_compile_cache, one_of_several
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.evaluator import check_counts, check_questions, evaluate
-from qwenvl_jax.eval.journal import check_output, holds_answers
+from qwenvl_jax.eval.journal import holds_answers
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 from qwenvl_jax.eval.questions import Question, Questions
 from qwenvl_jax.infer.options import GenerateOptions
@@ -60,7 +60,7 @@ def run(args) -> int:
     GenerateOptions(**sampling)
     check_counts(args.batch, args.limit)
     how = RecordOptions(**given(args, RecordOptions))
-    output = None if args.output is None else check_output(args.output, "--output")
+    output = None if args.output is None else stores.local_file("--output", args.output)
     data = args.data if output is None else [file for name in args.data for file in _without(output, name)]
     records = Questions(data, args.metric, how.columns)
     read = records.first(args.limit)

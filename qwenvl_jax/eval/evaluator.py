@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from qwenvl_jax import stores
 from qwenvl_jax.errors import InputError, NonFiniteError, OptionsError
-from qwenvl_jax.eval.journal import Journal, answered_ids, check_output, fingerprint, question_ids
+from qwenvl_jax.eval.journal import Journal, answered_ids, fingerprint, question_ids
 from qwenvl_jax.eval.metrics import BOXES
 from qwenvl_jax.eval.questions import Question, Questions
 from qwenvl_jax.eval.report import Answer, Report, report, score
@@ -35,7 +36,7 @@ def evaluate(model, records, *, output=None, overwrite=False, **options) -> Repo
     Raises InputError that names the record (file and line) whose image, video or prompt cannot be used.
     """
     if output is not None:
-        check_output(output)
+        stores.local_file("output", output)
     return Evaluator(model, records, **options).report(model.params, output=output, overwrite=overwrite)
 
 
@@ -133,7 +134,7 @@ class Evaluator:
             # A single bucket of rows: padding the last batch is cheaper than compiling for its size.
             ladder = Ladder(rows=(self._batch,))
             self._engine = Engine(self._model._replace(params=params), max_batch=self._batch, ladder=ladder)
-        path = None if output is None else check_output(output)
+        path = None if output is None else stores.local_file("output", output)
         engine = self._engine
         own, engine.params = engine.params, jax.tree.map(jax.numpy.asarray, params)
         try:

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qwenvl_jax import stores
 from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.eval.metrics import BOXES
 from qwenvl_jax.eval.questions import Question
@@ -157,18 +156,6 @@ class Journal:
 
     def __exit__(self, *exception):
         self._file.close()
-
-
-def check_output(path, name: str = "output") -> Path:
-    """The path of a file of answers. Raises InputError if it cannot be one, before there are answers.
-
-    name: the option, for the error.
-    """
-    stores.refuse(name, path)
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"{name} {path}: is a directory, or there is no directory {path.parent}")
-    return path
 
 
 def answered_ids(path: Path) -> set[str]:

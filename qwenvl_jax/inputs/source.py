@@ -131,7 +131,12 @@ def _renames(columns: Sequence[str]) -> dict[str, str]:
 
 def _open(name: str, streaming: bool) -> list:
     if url := stores.as_url(name):
-        parts = _open(str(stores.local_copy(url)), streaming)
+        copy = str(stores.local_copy(url))
+        try:
+            parts = _open(copy, streaming)
+        except InputError as e:
+            e.args = (str(e).replace(copy, url),)
+            raise
         for part in parts:
             part.name, part.folder = url, stores.folder(url).parent
         return parts
@@ -269,7 +274,7 @@ class JsonFile:
         return _parse(self._item(index))
 
     def where(self, index: int) -> str:
-        return f"{self.path}[{index}]" if self._is_array else f"{self.path}:{self._lines[index]}"
+        return f"{self.name}[{index}]" if self._is_array else f"{self.name}:{self._lines[index]}"
 
     def _item(self, index: int) -> bytes:
         return self._read(int(self._starts[index]), int(self._ends[index]))

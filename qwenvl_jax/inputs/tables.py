@@ -47,7 +47,7 @@ class ParquetFile:
         return _without_nulls(self._table(group).slice(row, 1).to_pylist()[0])
 
     def where(self, index: int) -> str:
-        return f"{self.path}[{index}]"
+        return f"{self.name}[{index}]"
 
     def _table(self, group: int):
         import pyarrow

@@ -50,7 +50,7 @@ def finetune(
         check_shared(options.output)
         distributed.initialize()
     options, _ = settled(options, optimizer), make_run_mesh(options)
-    with contextlib.closing(open_mirror(options.output)) as mirror:
+    with contextlib.closing(open_mirror(options.output)) as mirror, mirror.names():
         stopped = _finetune(options, mirror, evaluator, dict(optimizer=optimizer, on_metrics=on_metrics))
         mirror.push(progress=True)
         return stopped
@@ -60,6 +60,7 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
     final, adapter = (mirror.path / name for name in (FINAL, ADAPTER))
     with Run(options) as run:  # refuses another run's directory before any weights are read
         if run.before is not None and run.before.length != options.length:
+            run.check_epochs()
             _set_aside(mirror, run.step, final, adapter)
         else:
             for done in (final, adapter):

@@ -89,7 +89,7 @@ def train(
         raise OptionsError(f"epochs is {options.epochs}; data must end after as many, as Dataset(…, epochs=…) does")
     if math.isnan(getattr(data, "epoch", 0.0)):
         options.check_stream()
-    with Run(options) as run, Signals() as signals:
+    with Run(options) as run, run.names(), Signals() as signals:
         loop = _Loop(model, data, options, loss, optimizer, donate, mesh, run)
         loop.evaluate, loop.signals = evaluate, signals
         loop.on_metrics = (on_metrics,) if callable(on_metrics) else tuple(on_metrics)
@@ -169,6 +169,7 @@ class _Loop:
         progress = self.run.progress(self.run.step)
         refuse_another(progress.get("optimizer"), self.identity, self.run.path)
         self.state = self.restored(self.run.step)
+        self.run.check_epochs()
         self.step, self.skipped = self.run.step, progress["skipped"]
         self.skipped_in_row = progress["skipped_in_row"]
         self.data.set_state(progress["data"])
@@ -193,7 +194,7 @@ class _Loop:
                 final_metrics = self.run_evaluation(self.evaluate)  # the final evaluation failed or was interrupted
                 self.run.amend(self.step, {f"eval/{name}": value for name, value in final_metrics.items()})
             while batch is not None:
-                position = self.data.get_state()  # for the checkpoint of this step: the next batch is read ahead
+                position = self.position()  # for the checkpoint of this step: the next batch is read ahead
                 self.dispatch(*batch)
                 try:
                     batch = self.load()
@@ -219,6 +220,11 @@ class _Loop:
                 return Result(self.state.params, self.step)
             return Result(self.restored(best).params, best)
         return Result(self.state.params, self.step, None if batch is None else self.signals.caught)
+
+    def position(self) -> dict:
+        """How far the data is read, for a checkpoint. epoch: how often; None if that is not known."""
+        epoch = getattr(self.data, "epoch", math.nan)
+        return {"data": self.data.get_state(), "epoch": None if math.isnan(epoch) else epoch}
 
     def load(self) -> tuple[TrainBatch, Any, dict] | None:
         """The next batch on the device, with its leading axis A, its learning rate if the options do not fix it, and
@@ -325,7 +331,9 @@ class _Loop:
                 raise
             self.fetch_metrics(leave=0, extra={f"eval/{name}": value for name, value in metrics.items()})
         if self.step > self.run.step:
-            progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "data": position}
+            progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row, **position}
+            if self.step == self.last and self.options.epochs:  # known at the end of a stream, too
+                progress["epoch"] = self.options.epochs
             progress |= {"optimizer": self.identity} if self.identity else {}
             with self.progress.paused():
                 self.run.save(self.step, _saved_part(self.state, self.trainable), progress, metrics)

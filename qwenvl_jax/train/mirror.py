@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from qwenvl_jax import stores
@@ -30,6 +31,11 @@ class Mirror:
     def name(self, path: Path) -> str:
         """A path of the directory as the user knows it."""
         return str(path)
+
+    @contextlib.contextmanager
+    def names(self) -> Iterator[None]:
+        """Errors from the block name the directory as the user knows it."""
+        yield
 
     def rename(self, result: Path, former: Path) -> None:
         """Gives a finished model another name."""
@@ -106,6 +112,17 @@ class _StoreMirror(Mirror):
 
     def name(self, path: Path) -> str:
         return join(self.url, path.relative_to(self.path).as_posix())
+
+    @contextlib.contextmanager
+    def names(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError as e:
+            text = str(e).replace(str(self.path), self.url)
+            if text != str(e) and "disk" in text:
+                text += f" (its local copy is in {stores.cache()})"
+            e.args = (text,)
+            raise
 
     def rename(self, result: Path, former: Path) -> None:
         with self._busy:
