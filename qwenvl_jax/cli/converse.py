@@ -35,7 +35,7 @@ def add_arguments(parser) -> None:
     add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     add_flags(parser, GenerateOptions, "Defaults come from the checkpoint's generation_config.json.")
-    add_flags(parser, MediaOptions, "For all images and videos; an item in --messages can override them.")
+    add_flags(parser, MediaOptions, "For all images and videos; an item of a message can override them.")
     add_flags(parser, PromptOptions)
 
 
@@ -84,11 +84,15 @@ def encoder(args, request: dict | None = None):
         tokens_left(sample, config.text.context)
         return sample
 
-    def attach(kind, where):
-        """(the Visual of an image or video, its name, size and tokens as a sentence); it can stand in a message."""
+    def attach(kind, where, before=None):
+        """(the Visual of an image or video, its name, size and tokens as a sentence, its budget).
+
+        The Visual can stand in a message. before: the budget of the message's last attachment.
+        """
         p = processor.preprocessing
         media = {name: value for name, value in options.items() if name in names(MediaOptions)}
-        (visual,) = processor.open([Media(kind, where, {}, kind)], build(MediaOptions, media))
+        budget = processor.budget(build(MediaOptions, media), before)
+        (visual,) = processor.open([Media(kind, where, {}, kind)], build(MediaOptions, media), budget)
         grid, tokens = visual.grid, visual.grid.patches // config.vision.merge_unit
         if tokens >= config.text.context:
             raise ContextError(f"{where}: takes {tokens:,} tokens; the model's context is {config.text.context:,}")
@@ -98,7 +102,7 @@ def encoder(args, request: dict | None = None):
             size = f"{grid.t * p.temporal_patch_size} frames{seconds} of {size}"
         elif visual.size and size != (original := f"{visual.size[0]} × {visual.size[1]} pixels"):
             size = f"{original}, resized to {size}"
-        return visual, f"{where}: {kind}, {size}, {tokens:,} tokens"
+        return visual, f"{where}: {kind}, {size}, {tokens:,} tokens", budget
 
     return found, encode, attach
 
