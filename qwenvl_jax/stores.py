@@ -102,7 +102,7 @@ def local_copy(url: str, patterns: tuple[str, ...] = ("**",), *, progress: bool 
 
     patterns: names to copy; `*` does not match a slash, and `**` at the end matches everything. Calls with other
         patterns add to the same copy, as long as the store has not changed.
-    Raises InputError if there is nothing, if the disk has no room, or if the store changes meanwhile.
+    Raises InputError if there is nothing, if the disk has no space, or if the store changes meanwhile.
     """
     found = listing(url)
     if not found:
@@ -145,8 +145,8 @@ def download(url: str, files: dict[str, tuple[Path, int]], progress: bool = True
     place = next(iter(files.values()))[0].parent
     place.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(place).free) < need:
-        room = f"{need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free in {cache()}"
-        raise InputError(f"{url}: no space for its copy; {room}")
+        space = f"{need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free in {cache()}"
+        raise InputError(f"{url}: no space for its copy; {space}")
     fs = filesystem(url)
 
     def copy(name: str, callback) -> None:

@@ -24,7 +24,7 @@ import qwenvl_jax
 from qwenvl_jax import cli, stores
 from qwenvl_jax.errors import CheckpointError, InputError, MediaError, install
 from qwenvl_jax.inputs.budget import Budget
-from qwenvl_jax.inputs.fetch import locate
+from qwenvl_jax.inputs.fetch import path_or_bytes
 from qwenvl_jax.inputs.media import load_image
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.source import open_records
@@ -250,9 +250,9 @@ def test_a_picture_is_read_within_its_limits(memory, monkeypatch):
         return await info(*args, **how)
 
     monkeypatch.setattr(memory, "_cat_file", lambda *args, **how: asked.append(args) or content(*args, **how))
-    assert len(locate(url, 4 << 20)) == 2 << 20 and len(asked) == 1
+    assert len(path_or_bytes(url, 4 << 20)) == 2 << 20 and len(asked) == 1
     with pytest.raises(MediaError, match=r"a\.png: .* larger than 1 MiB; .* raise media_bytes"):
-        locate(url, 4 << 20, Budget(MediaOptions(media_bytes=1)))
+        path_or_bytes(url, 4 << 20, Budget(MediaOptions(media_bytes=1)))
     monkeypatch.setattr(memory, "_info", slow_info)
     with pytest.raises(InputError, match="no answer in time"):
         stores.read(url, 4 << 20, 0.1)

@@ -236,10 +236,10 @@ class _Status:
     def show(self, engine, text: str) -> None:
         """text: what was printed before. Nothing is said near the end of a line, since Backspace stays on one line."""
         used = 2 * len(text.rpartition("\n")[2])  # a character has at most two columns
-        room = used + len(_COMPILING) < shutil.get_terminal_size().columns
+        fits = used + len(_COMPILING) < shutil.get_terminal_size().columns
         if not engine.compiling:
             self.hide()
-        elif room and not self._shown and sys.stdout.isatty():
+        elif fits and not self._shown and sys.stdout.isatty():
             self._shown = True  # first: Ctrl-C may come before print returns
             print(_COMPILING, end="", flush=True)
 

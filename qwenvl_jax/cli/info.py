@@ -96,7 +96,7 @@ def _adapter(config: Config, path: Path) -> dict:
 
     with AdapterFile(config, path) as adapter:
         modules = sum(map(len, adapter.pairs.values()))
-        return {"path": str(path), "rank": adapter.rank, "modules": modules, "whole": sorted(adapter.whole)}
+        return {"path": str(path), "rank": adapter.rank, "modules": modules, "whole": sorted(adapter.replaced)}
 
 
 def _facts(config: Config, form: str, dtypes: dict, files: dict) -> dict:

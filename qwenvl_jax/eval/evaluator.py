@@ -310,8 +310,8 @@ def _with_model_boxes(question: Question, sample: Sample, processor, coordinates
         return question
     golds = []
     for answer in question.answers:
-        told = [*question.messages, {"role": "assistant", "content": answer}]
-        golds.append(processor.boxes_to_model(told, sample.visuals, coordinates)[-1]["content"])
+        talk = [*question.messages, {"role": "assistant", "content": answer}]
+        golds.append(processor.boxes_to_model(talk, sample.visuals, coordinates)[-1]["content"])
     return question._replace(answers=tuple(golds))
 
 
@@ -335,13 +335,13 @@ def _with_calls(question, processor, encoding: Mapping):
 
 def check_questions(questions: Sequence[Question], processor, encoding: Mapping) -> None:
     """Raises InputError for a bad prompt or a missing file now; the evaluation may reach it hours later."""
-    from qwenvl_jax.inputs.fetch import locate
+    from qwenvl_jax.inputs.fetch import path_or_bytes
 
     flags = {name: encoding[name] for name in names(PromptOptions) if name in encoding}
     for q in questions:
         try:
             for media in processor.prompt(q.messages, tools=q.tools, add_generation_prompt=True, **flags).media:
                 if isinstance(media.source, str) and not re.match("(?i)(https?|gs|s3):|data:", media.source):
-                    locate(media.source, 0)
+                    path_or_bytes(media.source, 0)
         except InputError as e:
             raise e.at(q.where) from e

@@ -77,8 +77,8 @@ class Records:
         self.name = ", ".join(str(part.name) for part in parts[:3]) + (", …" if parts[3:] else "")
         self.identity: dict = dict(parts[0].identity)
         if parts[1:]:
-            whole = json.dumps([part.identity for part in parts]).encode()
-            self.identity = {"files": len(parts), "crc32": zlib.crc32(whole)}
+            identities = json.dumps([part.identity for part in parts]).encode()
+            self.identity = {"files": len(parts), "crc32": zlib.crc32(identities)}
 
     def __len__(self) -> int:
         if self.streamed:

@@ -148,8 +148,8 @@ def _weights_from_hub(repo: str, path: Path) -> Path:
     need = sum(sizes[name] for name in wanted if not (path / name).exists()) + stores.MARGIN
     free = shutil.disk_usage(path).free
     if free < need:
-        room = f"{need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free in {constants.HF_HUB_CACHE}"
-        raise CheckpointError(f"{repo}: no space for its weights; {room} (HF_HOME names another place)")
+        space = f"{need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free in {constants.HF_HUB_CACHE}"
+        raise CheckpointError(f"{repo}: no space for its weights; {space} (HF_HOME names another place)")
     with _reading(repo):
         how = dict(allow_patterns=[re.sub(r"([*?\[])", r"[\1]", name) for name in wanted])
         return Path(snapshot_download(repo, revision=path.name, **how))

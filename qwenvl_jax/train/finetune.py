@@ -18,7 +18,7 @@ from qwenvl_jax.params.locate import Located, locate
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import OnMetrics, make_run_mesh, train
 from qwenvl_jax.train.mirror import Mirror, check_shared, open_mirror
-from qwenvl_jax.train.optimizer import settled
+from qwenvl_jax.train.optimizer import with_optimizer
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape
 from qwenvl_jax.train.run import Run
@@ -49,7 +49,7 @@ def finetune(
     if options.distributed:
         check_shared(options.output)
         distributed.initialize()
-    options, _ = settled(options, optimizer), make_run_mesh(options)
+    options, _ = with_optimizer(options, optimizer), make_run_mesh(options)
     with contextlib.closing(open_mirror(options.output)) as mirror, mirror.names():
         stopped = _finetune(options, mirror, evaluator, dict(optimizer=optimizer, on_metrics=on_metrics))
         mirror.push(progress=True)
@@ -91,9 +91,11 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
     params = result.params
     if options.lora_rank:
         if not adapter.exists():
-            whole = _with_earlier(model.config, params, source)
+            adapted = _with_earlier(model.config, params, source)
             how = dict(base_name=source.name, revision=source.revision, layout=options.adapter_layout)
-            save_adapter(model.config, whole, adapter, allow_control_tokens=model.processor.allow_control_tokens, **how)
+            save_adapter(
+                model.config, adapted, adapter, allow_control_tokens=model.processor.allow_control_tokens, **how
+            )
             _say(f"adapter for PEFT: {mirror.name(adapter)}")
         params = lora.merge(params)
     stored = directory.read_config(source.path)  # the result has the dtype of the checkpoint
@@ -135,9 +137,9 @@ def _load(options: TrainOptions, source: Located) -> Model:
         lora.choose(directory.read_config(source.path), options.lora_targets)
     for path in source.adapters if options.lora_rank else ():
         with AdapterFile(directory.read_config(source.path), path) as adapter:
-            if adapter.whole:
+            if adapter.replaced:
                 raise InputError(
-                    f"{path}: holds whole parameters ({min(adapter.whole)}), which a new adapter cannot; write the "
+                    f"{path}: holds whole parameters ({min(adapter.replaced)}), which a new adapter cannot; write the "
                     "model with `qwenvl merge` and train from that"
                 )
     mesh = make_run_mesh(options)
