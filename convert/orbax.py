@@ -65,10 +65,7 @@ def to_orbax(src, dst, *, adapter=(), progress: bool = True) -> None:
         handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(work / PARAMS, unflatten(source.leaves))
-        copy_side_files(src, work)
-        if located.adapters:
-            write_rule(read_rule(located.path, *located.adapters), work)
-            (work / "README.md").write_text(card(located.name), "utf-8")
+        _write_side_files(located, work)
         write_json(work / MARKER, {"format": FORMAT})
 
 
@@ -168,10 +165,15 @@ def _to_hf(located: Located, dst, layout: str, max_shard_bytes: int, progress: b
     check_new(dst, located.path)
     with open_weights(located, config) as source, staged(dst, source.nbytes, located.path) as work:
         _write_hf(source, config, work, layout, max_shard_bytes, progress)
-        copy_side_files(located.path, work)
-        if located.adapters:
-            write_rule(read_rule(located.path, *located.adapters), work)
-            (work / "README.md").write_text(card(located.name), "utf-8")
+        _write_side_files(located, work)
+
+
+def _write_side_files(located: Located, work: Path) -> None:
+    """Copies the files beside the weights. With adapters merged, the rule is theirs and the model card is new."""
+    copy_side_files(located.path, work)
+    if located.adapters:
+        write_rule(read_rule(located.path, *located.adapters), work)
+        (work / "README.md").write_text(card(located.name), "utf-8")
 
 
 def _write_hf(source: Source, config, work: Path, layout: str, max_shard_bytes: int, progress: bool) -> None:

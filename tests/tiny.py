@@ -12,6 +12,8 @@ from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.inputs.pack import Segment, pack_rows, pack_vision
 from qwenvl_jax.inputs.preprocessing import smart_resize
+from qwenvl_jax.params.checkpoint import OrbaxSource
+from qwenvl_jax.params.place import to_devices
 from qwenvl_jax.params.specs import abstract_params
 from qwenvl_jax.train.data import with_targets
 from qwenvl_jax.types import Grid, Sample, TrainBatch, Visual
@@ -156,3 +158,8 @@ def read_questions(records, metric: str = "exact", columns=()) -> list[Question]
     for error in (one for one in read if isinstance(one, InputError)):
         raise error
     return read
+
+
+def restore(path, config: Config, *how, **more) -> dict:
+    """The parameters of a checkpoint in our format."""
+    return to_devices(OrbaxSource(path, config), *how, **more)

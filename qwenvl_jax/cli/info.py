@@ -12,7 +12,6 @@ from pathlib import Path
 
 from qwenvl_jax.cli.errors import OK
 from qwenvl_jax.config import Config
-from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.precision import on_cpu
 
 HELP = "Describe a checkpoint, reading only its headers."
@@ -69,8 +68,7 @@ def describe(path_or_preset) -> dict:
 
             count = count_params(config)
         return _facts(config, "preset", {config.dtype: count}, {})
-    if not locate.named(path_or_preset):
-        raise InputError(f"{path_or_preset}: no such directory or preset; presets are {', '.join(PRESETS)}")
+    locate.check_name(path_or_preset)
     located = locate.locate(path_or_preset, weights=False)
     path, adapters = located.path, located.adapters
     config, dtypes = directory.read_config(path, quantised=True), collections.Counter[str]()

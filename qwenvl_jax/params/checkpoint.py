@@ -102,7 +102,7 @@ def save(model: Model, path, *, files_from=None) -> None:
     """Writes a model as a new directory `path`, or at a URL: its parameters, config and generation settings.
 
     files_from: a checkpoint directory whose tokenizer, template and preprocessor files are copied. Without them, `load`
-    cannot read the directory, but `restore` and `qwenvl convert` can.
+    cannot read the directory, but `qwenvl convert` can.
     Raises InputError if `path` exists, if the disk is full, if the parameters do not match the config, or if the
     model and `files_from` normalise pictures differently.
     """
@@ -139,11 +139,6 @@ def save(model: Model, path, *, files_from=None) -> None:
         write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
         write_json(work / "generation_config.json", dict(model.generation))
         write_json(work / MARKER, {"format": directory.FORMAT})
-
-
-def restore(path: Path, config: Config, shardings=None, dtype=None, progress: bool = True) -> dict:
-    """Reads the parameters of one of our directories onto their devices; arguments as for `read_params`."""
-    return to_devices(OrbaxSource(path, config), shardings, dtype, progress)
 
 
 class OrbaxSource(Source):

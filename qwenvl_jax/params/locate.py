@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from qwenvl_jax.config import read_json
 from qwenvl_jax.errors import CheckpointError, shown
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.params import remote
 from qwenvl_jax.params.directory import ADAPTER_SETTINGS, INDEX, MARKER, SINGLE, leftover
 from qwenvl_jax.params.remote import Place
@@ -63,9 +64,10 @@ def _small(path_or_id, revision: str | None = None) -> tuple[Path, Place | None]
     return remote.small_files(place), place
 
 
-def named(path_or_id) -> bool:
-    """Whether this names a checkpoint by its form, or a directory that exists."""
-    return path_or_id == DEMO or Path(path_or_id).expanduser().is_dir() or remote.place_of(path_or_id) is not None
+def check_name(path_or_id) -> None:
+    """Raises CheckpointError, which lists the presets, if this is neither a directory nor in the form of a name."""
+    if path_or_id != DEMO and not Path(path_or_id).expanduser().is_dir() and remote.place_of(path_or_id) is None:
+        raise CheckpointError(f"{path_or_id}: no such directory or preset; presets are {', '.join(PRESETS)}")
 
 
 def locate(path_or_id, *adapters, revision: str | None = None, weights: bool = True) -> Located:
