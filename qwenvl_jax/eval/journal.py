@@ -159,12 +159,12 @@ class Journal:
 
 
 def answered_ids(path: Path) -> set[str]:
-    """The ids of the questions that a file answers; none if there is no such file."""
-    if not path.is_file():
-        return set()
-    with open(path, "rb") as file:
-        starts = (_ID.match(line) for line in file)
-        return {start[1].decode("utf-8", "replace") for start in starts if start}
+    """The ids of the questions that a file answers; none if it cannot be read."""
+    if path.is_file():  # not a pipe
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            starts = filter(None, map(_ID.match, file))
+            return {start[1].decode("utf-8", "replace") for start in starts}
+    return set()
 
 
 def holds_answers(path: Path) -> bool:
