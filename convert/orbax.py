@@ -26,12 +26,13 @@ from qwenvl_jax.params.checkpoint import (
     PIECE_BYTES,
     check_new,
     copy_side_files,
-    open_source,
+    open_weights,
     staged,
     write_json,
     write_rule,
 )
-from qwenvl_jax.params.directory import FORMAT, MARKER, PARAMS, Located, locate, read_config
+from qwenvl_jax.params.directory import FORMAT, MARKER, PARAMS, read_config
+from qwenvl_jax.params.locate import Located, locate
 from qwenvl_jax.params.place import ArraySource, Leaf, Source, progress_bar
 from qwenvl_jax.params.specs import Spec, unflatten
 from qwenvl_jax.types import Model
@@ -52,7 +53,7 @@ def to_orbax(src, dst, *, adapter=(), progress: bool = True) -> None:
         raise CheckpointError(f"{src}: is an Orbax checkpoint already; --to hf makes a Hugging Face one of it")
     check_new(dst, src)
     with (
-        open_source(located, config) as source,
+        open_weights(located, config) as source,
         staged(dst, source.nbytes, src) as work,
         progress_bar("converting", source.nbytes, progress) as bar,
         _orderly_interrupt() as raise_if_interrupted,
@@ -64,10 +65,7 @@ def to_orbax(src, dst, *, adapter=(), progress: bool = True) -> None:
         handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(work / PARAMS, unflatten(source.leaves))
-        copy_side_files(src, work)
-        if located.adapters:
-            write_rule(read_rule(located.path, *located.adapters), work)
-            (work / "README.md").write_text(card(located.name), "utf-8")
+        _write_side_files(located, work)
         write_json(work / MARKER, {"format": FORMAT})
 
 
@@ -165,12 +163,17 @@ def save_hf(model: Model, dst, *, base: Located, layout: str = "hub", max_shard_
 def _to_hf(located: Located, dst, layout: str, max_shard_bytes: int, progress: bool) -> None:
     config = read_config(located.path)
     check_new(dst, located.path)
-    with open_source(located, config) as source, staged(dst, source.nbytes, located.path) as work:
+    with open_weights(located, config) as source, staged(dst, source.nbytes, located.path) as work:
         _write_hf(source, config, work, layout, max_shard_bytes, progress)
-        copy_side_files(located.path, work)
-        if located.adapters:
-            write_rule(read_rule(located.path, *located.adapters), work)
-            (work / "README.md").write_text(card(located.name), "utf-8")
+        _write_side_files(located, work)
+
+
+def _write_side_files(located: Located, work: Path) -> None:
+    """Copies the files beside the weights. With adapters merged, the rule is theirs and the model card is new."""
+    copy_side_files(located.path, work)
+    if located.adapters:
+        write_rule(read_rule(located.path, *located.adapters), work)
+        (work / "README.md").write_text(card(located.name), "utf-8")
 
 
 def _write_hf(source: Source, config, work: Path, layout: str, max_shard_bytes: int, progress: bool) -> None:

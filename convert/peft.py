@@ -20,10 +20,12 @@ from qwenvl_convert.safetensors import Reader, Tensor, Writer
 from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError, shown
 from qwenvl_jax.params.checkpoint import staged, write_json, write_rule
-from qwenvl_jax.params.directory import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, find
+from qwenvl_jax.params.directory import ADAPTER_SETTINGS, ADAPTER_WEIGHTS
+from qwenvl_jax.params.locate import find
 from qwenvl_jax.params.lora import attach, is_alpha, is_rank, linears, split
 from qwenvl_jax.params.place import Leaf, Source
 from qwenvl_jax.params.specs import ADAPTER, flatten, specs, unflatten
+from qwenvl_jax.stores import HUB_ID
 
 SETTINGS, WEIGHTS = ADAPTER_SETTINGS, ADAPTER_WEIGHTS
 
@@ -40,11 +42,18 @@ _SECONDS = 5  # for matching the patterns of one file
 
 
 def save_adapter(
-    config: Config, params: dict, path, *, base_name: str, layout: str = "nested", allow_control_tokens: bool = False
+    config: Config,
+    params: dict,
+    path,
+    *,
+    base_name: str,
+    revision: str | None = None,
+    layout: str = "nested",
+    allow_control_tokens: bool = False,
 ) -> None:
     """Writes the adapter in `params` as a new directory that PEFT loads: its settings, its weights and a model card.
 
-    base_name: the base model, a hub id or a directory.
+    base_name, revision: the base model, a hub id or a directory, and its branch, tag or commit on the hub.
     layout: module names of transformers from 4.52 on ("nested") or before ("hub"). PEFT of the other one opens the
         directory too, but leaves out modules with no more than a warning.
     allow_control_tokens: the rule that it was trained with, which `load` follows.
@@ -75,6 +84,7 @@ def save_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_name),
+        "revision": revision,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
@@ -104,7 +114,7 @@ def card(base_name, library: str = "transformers") -> str:
     """The model card (README.md) of a model or an adapter that was trained from a base model."""
     # The hub takes an id only; a directory's name would be refused when the card is uploaded.
     base = str(base_name)
-    known = [f"base_model: {base}"] if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) else []
+    known = [f"base_model: {base}"] if HUB_ID.fullmatch(base) else []
     lines = [*known, f"library_name: {library}", "pipeline_tag: image-text-to-text", "tags:", "- qwenvl_jax"]
     what = "A LoRA adapter for" if library == "peft" else "A model made from"
     return "\n".join(["---", *lines, "---", "", f"{what} `{base}`, written by qwenvl_jax.", ""])
@@ -114,7 +124,7 @@ class AdapterFile(contextlib.AbstractContextManager):
     """An adapter's directory by PEFT or `save_adapter`, checked against the config. Use it as a context manager.
 
     pairs: path of a Linear → layer → (its lora_A, its lora_B, scale); layer 0 if layers are not stacked.
-    whole: path of a parameter → layer → the tensor that replaces it (PEFT's modules_to_save and trained biases).
+    replaced: path of a parameter → layer → the tensor that replaces it (PEFT's modules_to_save and trained biases).
     Raises CheckpointError as `load_adapter`.
     """
 
@@ -131,7 +141,7 @@ class AdapterFile(contextlib.AbstractContextManager):
                 )
         self._reader = Reader(self.path, WEIGHTS)
         try:
-            self.pairs, self.whole = _match(self._reader, config, settings)
+            self.pairs, self.replaced = _match(self._reader, config, settings)
         except BaseException:
             self._reader.close()
             raise
@@ -159,7 +169,7 @@ class AdapterFile(contextlib.AbstractContextManager):
 
     def replace(self, path: str, index: tuple[slice, ...], out: np.ndarray) -> None:
         """Overwrites what this adapter replaces in `out`, the part `index` of a parameter."""
-        for job in pieces(self._declared[path], self.whole.get(path, {}), index, out):
+        for job in pieces(self._declared[path], self.replaced.get(path, {}), index, out):
             self._reader.read_part(*job)
 
 
@@ -173,7 +183,7 @@ class AdaptedSource(Source):
     def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
         """See `Source.read`."""
         linear, adapter = leaf.path.removesuffix("/kernel"), self._adapter
-        if linear not in adapter.pairs and leaf.path not in adapter.whole:
+        if linear not in adapter.pairs and leaf.path not in adapter.replaced:
             return self._source.read(leaf, index, dtype, bar)
         stacked, out = leaf.spec.stacked, self.empty(leaf, index, dtype)
         inner = index[1:] if stacked else index
@@ -204,7 +214,7 @@ def load_adapter(config: Config, params: dict, path) -> dict:
             for leaf, value in zip(ADAPTER, adapter.factors(linear), strict=True):
                 out[f"{linear}/{leaf}"] = jnp.asarray(value)
         flat = flatten(params)
-        for name in adapter.whole:
+        for name in adapter.replaced:
             new = np.array(flat[name])
             adapter.replace(name, tuple(slice(0, n) for n in new.shape), new)
             flat[name] = jax.device_put(new, getattr(flat[name], "sharding", None))
@@ -224,8 +234,8 @@ class _Pair(NamedTuple):
 
 
 def _match(reader: Reader, config: Config, settings: dict) -> tuple[dict, dict]:
-    """`pairs` and `whole` of AdapterFile. Shapes are checked before arrays of these sizes are allocated."""
-    low, whole = _sort(reader, config)
+    """`pairs` and `replaced` of AdapterFile. Shapes are checked before arrays of these sizes are allocated."""
+    low, full = _sort(reader, config)
     declared, pairs, factors = specs(config), {}, _factors(reader.directory / SETTINGS, settings)
     for linear, modules in _modules(config).items():
         n_in, n_out = declared[f"{linear}/kernel"].shape[-2:]
@@ -243,7 +253,7 @@ def _match(reader: Reader, config: Config, settings: dict) -> tuple[dict, dict]:
     replaced: dict = {}
     for path, names in tensor_names(config).items():
         for l, name in enumerate(names):
-            if found := whole.pop(core(name), None):
+            if found := full.pop(core(name), None):
                 found[1].check(found[0], tensor_shape(config, declared[path]), "config.json")
                 replaced.setdefault(path, {})[l] = found[1]
     named = settings.get("modules_to_save") or []
@@ -263,7 +273,7 @@ def _sort(reader: Reader, config: Config) -> tuple[dict, dict]:
     modules = {core(name) for names in _modules(config).values() for name in names}
     params = {core(name) for names in tensor_names(config).values() for name in names}
     low: dict = {}
-    whole: dict = {}
+    full: dict = {}
     for key, tensor in reader.tensors.items():
         if ".original_module." in key:  # in a raw state dict: the base's weights beside the trained ones
             continue
@@ -273,7 +283,7 @@ def _sort(reader: Reader, config: Config) -> tuple[dict, dict]:
         if match and core(match[1]) in modules:
             place, name, value = low.setdefault(core(match[1]), {}), match[2], (match[1], key, tensor)
         elif not match and plain in params:
-            place, name, value = whole, plain, (key, tensor)
+            place, name, value = full, plain, (key, tensor)
         elif plain == "lm_head.weight" and ".lora_" not in key:
             raise CheckpointError(
                 f"{tensor.file}: {key} was trained, but config.json ties lm_head to the embedding; set "
@@ -288,7 +298,7 @@ def _sort(reader: Reader, config: Config) -> tuple[dict, dict]:
         if name in place:
             raise CheckpointError(f"{tensor.file}: {key} and {place[name][-2]} are for the same layer")
         place[name] = value
-    return low, whole
+    return low, full
 
 
 def _no_weights(path: Path) -> str:

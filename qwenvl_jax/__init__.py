@@ -21,7 +21,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "params.checkpoint": ("load", "save"),
-    "params.directory": ("find", "read_config"),
+    "params.locate": ("find",),
+    "params.directory": ("read_config",),
     "config": ("Config",),
     "families": ("PRESETS",),
     "types": ("Model", "Sample", "Batch"),

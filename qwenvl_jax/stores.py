@@ -1,6 +1,6 @@
 """Object stores: `gs://` and `s3://` URLs in place of paths. No other file knows them.
 
-Everything else works on local files. What is read is copied to a cache (`fetch`), or into memory if it is small
+Everything else works on local files. What is read is copied to a cache (`local_copy`), or into memory if it is small
 (`read`). What is written is complete on the local disk before it is copied (`new_directory`; for
 runs, train/mirror.py).
 
@@ -28,6 +28,7 @@ from typing import NamedTuple
 from qwenvl_jax.errors import InputError, install
 
 LIBRARIES = {"gs": "gcsfs", "s3": "s3fs"}
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME, a model or dataset of the Hugging Face hub
 # The last one is what Orbax itself writes to gs:// when a checkpoint is complete.
 LAST = ("adapter_config.json", "config.json", "commit_success.txt")
 PARTIAL = ".partial"
@@ -68,10 +69,14 @@ def folder(path):
     return epath.Path(url)
 
 
-def refuse(option: str, path) -> None:
-    """Raises InputError for a URL where only a local path will do."""
-    if path is not None and as_url(path):
+def local_file(option: str, path) -> Path:
+    """The path of a file to write. Raises InputError if it is a URL, a directory, or in a directory that is missing."""
+    if as_url(path):
         raise InputError(f"{option} {path}: is written to a local file only; give a local path and copy it afterwards")
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{option} {path}: is a directory, or there is no directory {path.parent}")
+    return path
 
 
 def read(url: str, max_bytes: int, seconds: float, take: Callable[[int], None] = lambda size: None) -> bytes:
@@ -92,12 +97,12 @@ def read(url: str, max_bytes: int, seconds: float, take: Callable[[int], None] =
         return sync(fs.loop, fs._cat_file, url, start=0, end=size, timeout=seconds) if size else b""
 
 
-def fetch(url: str, patterns: tuple[str, ...] = ("**",), *, progress: bool = True) -> Path:
+def local_copy(url: str, patterns: tuple[str, ...] = ("**",), *, progress: bool = True) -> Path:
     """The local copy of an object, or of all objects below `url`, which are copied if they are new or have changed.
 
     patterns: names to copy; `*` does not match a slash, and `**` at the end matches everything. Calls with other
         patterns add to the same copy, as long as the store has not changed.
-    Raises InputError if there is nothing, if the disk has no room, or if the store changes meanwhile.
+    Raises InputError if there is nothing, if the disk has no space, or if the store changes meanwhile.
     """
     found = listing(url)
     if not found:
@@ -140,8 +145,8 @@ def download(url: str, files: dict[str, tuple[Path, int]], progress: bool = True
     place = next(iter(files.values()))[0].parent
     place.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(place).free) < need:
-        room = f"{need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free in {cache()}"
-        raise InputError(f"{url}: no space for its copy; {room}")
+        space = f"{need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free in {cache()}"
+        raise InputError(f"{url}: no space for its copy; {space}")
     fs = filesystem(url)
 
     def copy(name: str, callback) -> None:

@@ -21,7 +21,7 @@ from qwenvl_jax import cli
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.params import checkpoint, directory, lora
+from qwenvl_jax.params import checkpoint, directory, locate, lora
 from qwenvl_jax.params.specs import flatten, unflatten
 from qwenvl_jax.plan.plan import resolve_model
 from qwenvl_jax.train import finetune
@@ -40,8 +40,8 @@ def trained(config, params, seed=0, targets=EVERYWHERE, rank=3):
 
 def params_of(path, *adapters) -> dict:
     """As `load` reads them, without the processor."""
-    located = directory.locate(path, *adapters)
-    with checkpoint.open_source(located, directory.read_config(located.path)) as source:
+    located = locate.locate(path, *adapters)
+    with checkpoint.open_weights(located, directory.read_config(located.path)) as source:
         return checkpoint.to_devices(source, progress=False)
 
 
@@ -109,7 +109,7 @@ def test_flags_name_adapters(argv, home, tmp_path):
     def located(*flags):
         return cli.converse.located(cli.build_parser().parse_args([*argv, *flags]))
 
-    one = directory.Located(path / "base", base, (path / "adapter",))
+    one = locate.Located(path / "base", base, (path / "adapter",))
     assert located("--model", adapter) == located("--adapter", adapter) == one
     assert located("--model", base, "--adapter", adapter) == one
     for twice in (("--model", adapter, "--adapter", f"{adapter}/."), ("--model", base, *("--adapter", adapter) * 2)):
@@ -159,7 +159,7 @@ def test_merge_needs_a_complete_base(home, tmp_path, capsys):
 
 def test_a_model_in_memory_as_hugging_faces_files(home, tmp_path):
     path, model, adapted = home
-    located = directory.locate(path / "orbax")
+    located = locate.locate(path / "orbax")
     orbax.save_hf(model._replace(params=lora.merge(adapted)), tmp_path / "out", base=located)
     again = qwenvl_jax.load(tmp_path / "out", progress=False)
     assert_same_bits(flatten(again.params), flatten(lora.merge(adapted)))
@@ -205,7 +205,7 @@ def test_parts_are_merged_as_the_whole(tmp_path):
 def test_an_adapter_trained_on_an_adapter_is_one_of_the_base(home, tmp_path):
     path, model, first = home
     second = trained(model.config, lora.merge(first), seed=1, targets=["q_proj", "merger"], rank=2)
-    located = directory.locate(path / "adapter")
+    located = locate.locate(path / "adapter")
     both = finetune._with_earlier(model.config, second, located)
     peft.save_adapter(model.config, both, tmp_path / "both", base_name=located.name)
     assert_close(params_of(tmp_path / "both"), lora.merge(second))
@@ -239,7 +239,7 @@ def test_the_base_of_an_adapter(home, tmp_path, monkeypatch):
 
     def located(base):
         rebase(tmp_path / "adapter", base)
-        return directory.locate(tmp_path / "adapter")
+        return locate.locate(tmp_path / "adapter")
 
     assert located("Qwen/Qwen2.5-VL-3B-Instruct").name == "Qwen/Qwen2.5-VL-3B-Instruct"
     cache = "/home/a/.cache/huggingface/hub/models--Qwen--Qwen2.5-VL-3B-Instruct/snapshots/66285546d2b821cf"
@@ -249,13 +249,16 @@ def test_the_base_of_an_adapter(home, tmp_path, monkeypatch):
     assert located("../models/base").path.samefile(tmp_path / "models" / "base")  # relative to the adapter
     monkeypatch.chdir(tmp_path)
     assert located("models/base").path.samefile(tmp_path / "models" / "base")
-    assert located("demo").path == directory.find("demo") and len(downloads) == 2
+    assert located("demo").path == locate.find("demo") and len(downloads) == 2
 
 
 @pytest.mark.parametrize(
     "base, said",
     [
-        ("/data/models/Qwen2.5-VL-3B", "the base /data/models/Qwen2.5-VL-3B is not here; name its base: --model BASE"),
+        (
+            "/data/models/Qwen2.5-VL-3B",
+            "3B is not here; name its base: qwenvl merge BASE OUT --adapter",
+        ),
         ("unsloth/Qwen2.5-VL-3B-Instruct-bnb-4bit", "is quantised; give the original model"),
         ("Qwen/Qwen2.5-VL-7B-Instruct-AWQ", "is quantised"),
         (None, "base_model_name_or_path is None; name its base"),
@@ -269,7 +272,7 @@ def test_a_base_that_is_not_found(base, said, home, tmp_path):
     shutil.copytree(home[0] / "adapter", tmp_path / "adapter")
     rebase(tmp_path / "adapter", str(tmp_path / "adapter") if base == "." else base)
     with pytest.raises(CheckpointError, match=said):
-        directory.locate(tmp_path / "adapter")
+        locate.locate(tmp_path / "adapter")
 
 
 def test_weights_and_an_adapter_in_one_directory(home, tmp_path):
@@ -277,8 +280,8 @@ def test_weights_and_an_adapter_in_one_directory(home, tmp_path):
     for name in (peft.SETTINGS, peft.WEIGHTS):
         shutil.copyfile(home[0] / "adapter" / name, tmp_path / "both" / name)
     with pytest.raises(CheckpointError, match="holds a model's weights and an adapter"):
-        directory.locate(tmp_path / "both")
-    located = directory.locate(tmp_path / "both", tmp_path / "both")
+        locate.locate(tmp_path / "both")
+    located = locate.locate(tmp_path / "both", tmp_path / "both")
     assert (located.path, located.adapters) == (tmp_path / "both", (tmp_path / "both",))
     orbax.merge(tmp_path / "both", tmp_path / "out", adapter=[tmp_path / "both"], progress=False)
     assert not (tmp_path / "out" / peft.SETTINGS).exists()  # transformers would apply the adapter again

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from qwenvl_convert.hf import read_params
 from qwenvl_convert.names import tensor_names
-from tiny import FAMILIES, tiny_config, with_text
+from tiny import FAMILIES, restore, tiny_config, with_text
 from tiny_hf import DTYPES, assert_same_bits, bits, nested, torch_shapes, torch_tensors, write_hf
 
 import qwenvl_jax
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS, to_dict
-from qwenvl_jax.params import checkpoint, directory
+from qwenvl_jax.params import checkpoint, locate
 from qwenvl_jax.params.specs import flatten, param_shardings, specs
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.types import Model
@@ -388,7 +388,7 @@ def test_demo_is_the_packaged_one(monkeypatch, tmp_path):
     package, here = tmp_path / "package", tmp_path / "here"
     (here / "demo").mkdir(parents=True)
     monkeypatch.chdir(here)
-    monkeypatch.setattr(directory, "PACKAGE", package)
+    monkeypatch.setattr(locate, "PACKAGE", package)
     with pytest.raises(InputError, match="demo: this installation has no demo checkpoint"):
         checkpoint.find("demo")
     (package / "demo" / "checkpoint").mkdir(parents=True)
@@ -407,7 +407,7 @@ def ours(tmp_path):
 
 def test_restore(ours):
     model, path = ours
-    assert_same_bits(flatten(checkpoint.restore(path, model.config)), flatten(model.params))
+    assert_same_bits(flatten(restore(path, model.config)), flatten(model.params))
 
 
 def test_restore_of_damaged_checkpoints(ours, tmp_path):
@@ -415,7 +415,7 @@ def test_restore_of_damaged_checkpoints(ours, tmp_path):
 
     def fails(message, config=model.config, where=path):
         with pytest.raises(InputError, match=message):
-            checkpoint.restore(where, config)
+            restore(where, config)
 
     fails("lm_head/kernel is unexpected", with_text(model.config, tie_word_embeddings=True))
     fails(r"down_proj/kernel has shape \[3, 80, 48\].*\[3, 81, 48\]", with_text(model.config, intermediate_size=81))
@@ -440,7 +440,7 @@ def test_sharded_loading_on_eight_devices(ours, tmp_path):
     """Both formats give the same bits with and without a mesh."""
     model, path = ours
     other = write_hf(tmp_path / "bf16", model.config, torch_tensors(model.config, "bfloat16"), files=2)
-    for source, read in ((other, read_params), (path, checkpoint.restore)):
+    for source, read in ((other, read_params), (path, restore)):
         config = checkpoint.read_config(source)
         shardings = param_shardings(specs(config), make_mesh(data=2, fsdp=2, tensor=2))
         plain, split = flatten(read(source, config)), flatten(read(source, config, shardings))

@@ -33,7 +33,7 @@ from qwenvl_jax.families import PRESETS, to_dict
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import names
-from qwenvl_jax.params import checkpoint, directory
+from qwenvl_jax.params import checkpoint, locate
 from qwenvl_jax.params.specs import check_mesh
 
 
@@ -49,10 +49,10 @@ class FakeEngine:
     def encode(self, messages):
         return json.loads(json.dumps(messages))
 
-    def attach(self, kind, where):
+    def attach(self, kind, where, before=None):
         if where.endswith("bad.png"):
             raise InputError(f"{where}: not a picture")
-        return where, f"{where}: {kind}, 56 × 28 pixels, 2 tokens"
+        return where, f"{where}: {kind}, 56 × 28 pixels, 2 tokens", None
 
     def stream(self, conversation, options):
         self.calls.append((conversation, options))
@@ -526,7 +526,7 @@ def test_chat_opens_an_attachment_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.png").write_bytes(b"x")
     args = cli.build_parser().parse_args(["chat", "--max-pixels", "3136"])
     _, encode, attach = converse.encoder(args)
-    visual, says = attach("image", str(image))
+    visual, says, _ = attach("image", str(image))
     assert says == f"{image}: image, 56 × 28 pixels, 2 tokens"
     assert attach("image", str(large))[1] == f"{large}: image, 84 × 84 pixels, resized to 56 × 56 pixels, 4 tokens"
     clip = SAMPLES / "clip.mp4"
@@ -545,6 +545,27 @@ def test_chat_opens_an_attachment_once(tmp_path, monkeypatch, capsys):
     kept = encode([{"role": "user", "content": [item, {"type": "text", "text": "?"}]}])
     assert np.array_equal(kept.tokens, by_path.tokens)
     assert np.array_equal(kept.visuals[0].patches, by_path.visuals[0].patches)
+
+
+def test_the_attachments_of_a_message_share_one_budget(tmp_path, capsys):
+    """A refused one takes nothing of it, and the next message has its own."""
+    rng = np.random.default_rng(0)
+    for name, side in (("a", 490), ("b", 490), ("c", 30), ("d", 600)):
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    args = cli.build_parser().parse_args(["chat", "--media-bytes", "1"])
+    _, encode, attach = converse.encoder(args)
+    talk = chat_verb.Chat(None, encode, attach, None, [])
+
+    def attached(name):
+        talk.obey(f"/image {tmp_path / name}.png")
+        out, err = capsys.readouterr()
+        assert not err or "media_bytes" in err
+        return out.startswith("attached")
+
+    assert [attached(name) for name in "abcd"] == [True, False, True, False]
+    talk.obey("/drop")
+    capsys.readouterr()
+    assert [attached(name) for name in "bac"] == [True, False, True]
 
 
 class Terminal:
@@ -757,9 +778,9 @@ def test_convert_there_and_back_and_info(tiny_checkpoint, tmp_path, capsys):
 def test_the_model_is_the_demo_unless_another_is_named(argv):
     args = cli.build_parser().parse_args(argv)
     if argv == ["info"]:
-        assert args.checkpoint == directory.DEMO
+        assert args.checkpoint == locate.DEMO
     else:
-        assert converse.located(args) == directory.locate(directory.DEMO)
+        assert converse.located(args) == locate.locate(locate.DEMO)
 
 
 @pytest.mark.parametrize("argv", [["info"], ["convert", "--to", "orbax"], ["generate", "--prompt", "?", "--model"]])

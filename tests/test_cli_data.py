@@ -8,7 +8,7 @@ from PIL import Image
 
 from qwenvl_jax import cli
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.params import checkpoint, directory
+from qwenvl_jax.params import checkpoint, directory, locate
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape
@@ -17,7 +17,7 @@ from qwenvl_jax.train.survey import pack, suggest, survey
 
 @pytest.fixture(scope="module")
 def processor() -> Processor:
-    path = directory.find("demo")
+    path = locate.find("demo")
     return Processor.from_dir(path, directory.read_config(path))
 
 

@@ -84,7 +84,7 @@ def test_choices_are_those_of_the_step():
     "line, sentence",
     [
         ("learning_rat = 1e-5", "unknown option learning_rat; did you mean learning_rate?"),
-        ("zzz = 1", "unknown option zzz; known are min_pixels, "),
+        ("zzz = 1", "unknown option zzz; known are columns, "),
         ("[adam]\nclip = 1", "unknown option adam"),
         ("rows = 0", "rows is 0; it must be a whole number, at least 1"),
         ("rows = 1.5", "rows is 1.5; it must be a whole number"),
@@ -208,9 +208,12 @@ def test_plot_says_what_is_missing(tmp_path, capsys, monkeypatch):
     empty = written(tmp_path / "empty", 0)
     assert cli.main(["plot", empty]) == 2
     assert "has no steps yet" in capsys.readouterr().err
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="there is no directory"):
         plot.draw({"a": [{"step": 1, "loss": 1.0}]}, tmp_path / "no" / "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for verb in ("plot", "data"):  # before anything is read
+        assert cli.main([verb, str(tmp_path / "none"), "-o", str(tmp_path / "x.png")]) == 2
+        assert install("train") in capsys.readouterr().err
     with pytest.raises(InputError, match=re.escape(install("train"))):
         plot.draw({"a": [{"step": 1, "loss": 1.0}]}, tmp_path / "x.png")
 
@@ -292,6 +295,9 @@ def test_a_run_that_ended_goes_on(tiny_checkpoint, tmp_path, capsys):
     assert f"the result after 3 steps is now {output / 'final-3'}" in out
     assert {p.name for p in output.iterdir()} >= {"final", "final-3", "adapter", "adapter-3"}
     assert [epoch for _, epoch in seen] == [0.4, 0.8, 1.0, 1.4, 1.8, 2.0] and [s for s, _ in seen] == [*range(1, 7)]
+    with pytest.raises(InputError, match=r"run: the run has read its records 2 times; epochs is 1"):
+        finetune.finetune(TrainOptions(epochs=1, **how), optimizer=optax.adam(1e-2))
+    assert (output / "final").is_dir() and not (output / "final-6").exists()
     with pytest.raises(InputError, match="optimizer was custom and is adamw"):
         finetune.finetune(TrainOptions(epochs=2, **how))
 

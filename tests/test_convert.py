@@ -20,7 +20,7 @@ import pytest
 from qwenvl_convert import orbax as conversion
 from qwenvl_convert.hf import read_params
 from safetensors.numpy import load_file
-from tiny import FAMILIES, tiny_config, with_text
+from tiny import FAMILIES, restore, tiny_config, with_text
 from tiny_hf import assert_same_bits, bits, nested, torch_tensors, write_hf
 
 import qwenvl_jax
@@ -86,7 +86,7 @@ def test_large_parameters_go_in_pieces_and_chunks(tied, piece, monkeypatch, tmp_
     conversion.to_orbax(src, tmp_path / "orbax")
     conversion.to_hf(tmp_path / "orbax", tmp_path / "back")
     assert_same_bits(read_files(tmp_path / "back"), tensors)
-    params = checkpoint.restore(tmp_path / "orbax", config)
+    params = restore(tmp_path / "orbax", config)
     assert_same_bits(flatten(params), flatten(read_params(src, config)))
 
 
@@ -106,7 +106,7 @@ def test_stock_orbax_restores_what_is_written(family, tmp_path):
     assert_same_bits(flatten(arrays), flatten(want))
     with ocp.PyTreeCheckpointer() as checkpointer:
         assert_same_bits(flatten(checkpointer.restore(path)), flatten(want))
-    assert_same_bits(flatten(checkpoint.restore(tmp_path / "orbax", config)), flatten(want))
+    assert_same_bits(flatten(restore(tmp_path / "orbax", config)), flatten(want))
 
 
 def test_saved_models_convert_too(tmp_path):
@@ -340,7 +340,7 @@ def test_killed_on_the_way(job, point, orbax, src, tmp_path):
     getattr(conversion, job)(source, dst)
     assert not (tmp_path / "out.partial-qwenvl_jax").exists()
     config = checkpoint.read_config(dst)
-    read = checkpoint.restore if job == "to_orbax" else read_params
+    read = restore if job == "to_orbax" else read_params
     assert_same_bits(flatten(read(dst, config)), flatten(read_params(src, config)))
 
 

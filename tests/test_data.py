@@ -20,7 +20,7 @@ from tiny import clip, followed, mixed_samples, picture, sample, tiny_config
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.source import open_source
+from qwenvl_jax.inputs.source import open_records
 from qwenvl_jax.train.data import Dataset, Packer
 from qwenvl_jax.train.records import PackShape
 from qwenvl_jax.types import Sample, TrainBatch
@@ -407,7 +407,7 @@ def everything(source):
 def test_lines_of_a_file(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(LINES)
-    source = open_source(path)
+    source = open_records(path)
     assert everything(source) == [(f"{path}:{n}", record) for n, record in RECORDS]
     assert source.folder(0) == tmp_path
     assert everything(pickle.loads(pickle.dumps(source))) == everything(source)
@@ -424,7 +424,7 @@ def test_lines_of_a_pipe(processor, tmp_path, text, error):
     writer = threading.Thread(target=pipe.write_bytes, args=(text,))
     writer.start()
     with pytest.raises(InputError, match=error) if error else contextlib.nullcontext():
-        source = open_source(pipe)
+        source = open_records(pipe)
         assert everything(source) == [(f"{pipe}:{n}", record) for n, record in RECORDS]
         assert everything(pickle.loads(pickle.dumps(source))) == everything(source)
     writer.join()
@@ -437,7 +437,7 @@ def test_a_pipe_has_a_limit(tmp_path, monkeypatch):
     writer = threading.Thread(target=pipe.write_bytes, args=(LINES,))
     writer.start()
     with pytest.raises(InputError, match="write it to a file"):
-        open_source(pipe)
+        open_records(pipe)
     writer.join()
 
 
@@ -445,11 +445,11 @@ def test_lines_across_chunks(tmp_path, monkeypatch):
     records = [{"a": "x" * n} for n in range(50)]
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(json.dumps(r) + "\n" * (i % 3) + " " * i + "\n" * (i % 2) for i, r in enumerate(records)))
-    whole = open_source(path)
+    whole = open_records(path)
     assert [whole[i] for i in range(len(whole))] == records
     for chunk in (1, 2, 63, 64):
         monkeypatch.setattr("qwenvl_jax.inputs.source._CHUNK", chunk)
-        source = open_source(path)
+        source = open_records(path)
         assert everything(source) == everything(whole)
         assert source.identity == whole.identity
 
@@ -458,7 +458,7 @@ def test_lines_across_chunks(tmp_path, monkeypatch):
 def test_a_blank_line_of_any_width_is_no_record(tmp_path, width):
     path = tmp_path / "data.jsonl"
     path.write_text("1\n" + " " * width + "\n2\n" + "\t" * width + "\r\n" + " " * width)
-    assert everything(open_source(path)) == [(f"{path}:1", 1), (f"{path}:3", 2)]
+    assert everything(open_records(path)) == [(f"{path}:1", 1), (f"{path}:3", 2)]
 
 
 def test_bad_lines_are_named(processor, tmp_path, caplog):

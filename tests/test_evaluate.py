@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import jax
 import pytest
 from make_tiny import make_tiny, small_config
 from PIL import Image
+from tiny import read_questions
 
 from qwenvl_jax import cli
 from qwenvl_jax.answers.boxes import Box, parse_boxes
@@ -23,7 +25,7 @@ from qwenvl_jax.errors import InputError, NonFiniteError
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.evaluator import Evaluator, evaluate
 from qwenvl_jax.eval.journal import fingerprint
-from qwenvl_jax.eval.questions import Question, read_questions
+from qwenvl_jax.eval.questions import Question
 from qwenvl_jax.eval.report import report, score
 from qwenvl_jax.infer.engine import Engine
 from qwenvl_jax.inputs.processor import Processor
@@ -503,8 +505,49 @@ def test_counts_are_checked_and_kept_before_records_are_read(tmp_path, capsys, m
     assert f"{file}:2: not readable" in capsys.readouterr().err
     read: list = []
     monkeypatch.setattr("qwenvl_jax.inputs.source._parse", lambda line: read.append(line) or json.loads(line))
-    assert cli.main(["eval", str(file), "--model", str(tmp_path / "none"), "--limit", "1"]) == 2
-    assert len(read) == 1
+    for more in ([], ["--output", str(tmp_path / "a.jsonl")]):
+        read.clear()
+        assert cli.main(["eval", str(file), "--model", str(tmp_path / "none"), "--limit", "1", *more]) == 2
+        assert len(read) == 1
+
+
+@only_new
+def test_a_limit_reads_no_more_unless_there_are_more_answers(tiny_checkpoint, tmp_path, capsys, echo, monkeypatch):
+    file, output = numbers(tmp_path / "q.jsonl", *"abcdef"), tmp_path / "answers.jsonl"
+    argv = (file, "--model", tiny_checkpoint, "--output", output, "--limit")
+    read, parse = [], json.loads
+    monkeypatch.setattr("qwenvl_jax.inputs.source._parse", lambda line: read.append(line) or parse(line))
+    for limit, asked, records in ((2, 2, 2), (2, 2, 2), (4, 4, 4), (3, 4, 6)):
+        read.clear()
+        code, scores, _ = run_eval(capsys, *argv, limit)
+        assert (code, scores["overall"]["n"], len(echo.asked), len(read)) == (0, limit, asked, records)
+    assert [json.loads(line)["prediction"] for line in output.read_text().splitlines()] == [*"abcd"]
+    read.clear()
+    assert run_eval(capsys, *argv, "1", "--overwrite")[0] == 0 and len(read) == 1
+
+
+@only_new
+def test_answers_carry_the_ids_of_their_records(tiny_checkpoint, tmp_path, capsys, echo):
+    own = [{"id": "r-1"}, {"question_id": 7, "id": None}, {"id": {"no": "id"}}, {}]
+    records = [{"messages": [ask(name)], "answer": name, **more} for name, more in zip("abcd", own, strict=True)]
+    output = tmp_path / "answers.jsonl"
+    argv = (write(tmp_path / "q.jsonl", *records), "--model", tiny_checkpoint, "--output", output)
+    for _ in range(2):  # a rerun keeps them
+        assert run_eval(capsys, *argv)[0] == 0
+        lines = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [line.get("record_id", "none") for line in lines] == ["r-1", 7, "none", "none"]
+
+
+@pytest.mark.parametrize(
+    "output, says", [("gs://a/b.jsonl", "local file only"), ("no/b.jsonl", "there is no directory")]
+)
+def test_a_bad_output_is_refused_before_any_work(output, says, tmp_path, monkeypatch, capsys):
+    """From Python as from the command line: here there are neither records nor a model."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"^output {output}: .*{says}"):
+        evaluate(None, tmp_path / "none.jsonl", output=output)
+    assert cli.main(["eval", "none.jsonl", "--model", "none", "--output", output]) == 2
+    assert re.search(f"--output {output}: .*{says}", capsys.readouterr().err)
 
 
 @only_new

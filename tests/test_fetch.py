@@ -15,7 +15,7 @@ import pytest
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs import fetch, media
 from qwenvl_jax.inputs.budget import Budget
-from qwenvl_jax.inputs.fetch import locate, name_of
+from qwenvl_jax.inputs.fetch import name_of, path_or_bytes
 from qwenvl_jax.inputs.media import image_visual, load_image
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.preprocessing import Preprocessing
@@ -178,7 +178,7 @@ def test_download_errors_name_the_url(server, monkeypatch, address, message):
 
 
 def test_the_body_of_a_redirect_is_not_read(server):
-    assert locate(f"{server}/moved-with-a-body", 1 << 20) == PHOTO.read_bytes()
+    assert path_or_bytes(f"{server}/moved-with-a-body", 1 << 20) == PHOTO.read_bytes()
 
 
 def test_a_handshake_ends_at_the_deadline(monkeypatch):
@@ -225,14 +225,14 @@ def test_downloads_take_from_the_budget_of_the_conversation(server):
     budget = Budget(MediaOptions(media_bytes=1))
     size = PHOTO.stat().st_size
     for _ in range((1 << 20) // size):
-        locate(f"{server}/coffee.jpg", 1 << 20, budget)
+        path_or_bytes(f"{server}/coffee.jpg", 1 << 20, budget)
     with pytest.raises(InputError, match=r"coffee\.jpg: .* are larger than 1 MiB; .*media_bytes"):
-        locate(f"{server}/coffee.jpg", 1 << 20, budget)
+        path_or_bytes(f"{server}/coffee.jpg", 1 << 20, budget)
 
 
 def test_declared_length_over_the_limit_is_refused_before_the_body(server):
     with pytest.raises(InputError, match="larger than 0 MiB"):  # not that the download broke off
-        locate(f"{server}/broken-off", 2000)
+        path_or_bytes(f"{server}/broken-off", 2000)
 
 
 def test_no_server():

@@ -12,7 +12,7 @@ from make_tiny import FAMILIES, copy_tokenizer, make_tiny
 import qwenvl_jax
 from qwenvl_jax import cli
 from qwenvl_jax.errors import CheckpointError
-from qwenvl_jax.params import directory, remote
+from qwenvl_jax.params import directory, locate, remote
 
 REPO = "someone/tiny"
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_is_loaded_and_kept(hub, files, monkeypatch):
     assert not any("checkpoint-5" in path or "onnx" in path or path.endswith(".bin") for path in hub.asked)
     hub.asked.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert directory.find(REPO) == directory.find(f"{REPO}@main")
+    assert locate.find(REPO) == locate.find(f"{REPO}@main")
     assert hub.weights_asked() == []
 
 
@@ -176,7 +176,7 @@ def test_revisions(hub, files):
     with pytest.raises(CheckpointError, match="names one already; leave out revision"):
         load(f"{REPO}@v1.0", revision="main")
     with pytest.raises(CheckpointError, match="is not an id of the hub; leave out revision"):
-        directory.find(directory.PACKAGE, revision="main")
+        locate.find(locate.PACKAGE, revision="main")
 
 
 def test_a_branch_that_moves_mixes_no_files(hub, files, monkeypatch):
@@ -188,7 +188,7 @@ def test_a_branch_that_moves_mixes_no_files(hub, files, monkeypatch):
         hub.commit({name: b"other" for name in files})
 
     monkeypatch.setattr(remote, "_judge", moves)
-    path = directory.find(REPO)
+    path = locate.find(REPO)
     assert path.name == first
     assert (path / "model.safetensors").read_bytes() == files["model.safetensors"]
 
@@ -198,22 +198,22 @@ def test_what_the_cache_lacks_is_named(hub, files, monkeypatch):
 
     shards = {name: f"model-0000{i}-of-00002.safetensors" for i, name in enumerate("ab", 1)}
     hub.commit(files)
-    directory.find(REPO, weights=False)
+    locate.find(REPO, weights=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match=r"HF_HUB_OFFLINE is set, and the cache lacks model.safetensors"):
-        directory.find(REPO)
-    (directory.find(REPO, weights=False) / directory.INDEX).write_text(json.dumps({"weight_map": shards}))
+        locate.find(REPO)
+    (locate.find(REPO, weights=False) / directory.INDEX).write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(CheckpointError, match=r"lacks model-00001-of-00002.safetensors and 1 more"):
-        directory.find(REPO)
+        locate.find(REPO)
     with pytest.raises(CheckpointError, match="someone/else: no such directory, and not on the hub"):
-        directory.find("someone/else")
+        locate.find("someone/else")
 
 
 def test_a_full_disk_is_found_before_the_weights(hub, files, monkeypatch):
     hub.commit(files)
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 70 << 20}))
     with pytest.raises(CheckpointError, match=r"no space for its weights; 0\.08 GB are needed and 0\.07 GB are free"):
-        directory.find(REPO)
+        locate.find(REPO)
     assert hub.weights_asked() == []
 
 
@@ -231,8 +231,8 @@ def test_a_download_that_breaks_off_is_finished_by_the_next(hub, files, monkeypa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        directory.find(REPO)
-    assert (directory.find(REPO) / "model.safetensors").read_bytes() == files["model.safetensors"]
+        locate.find(REPO)
+    assert (locate.find(REPO) / "model.safetensors").read_bytes() == files["model.safetensors"]
 
 
 def test_info_and_plan_fetch_no_weights(hub, files, tmp_path, capsys):
@@ -245,7 +245,7 @@ def test_info_and_plan_fetch_no_weights(hub, files, tmp_path, capsys):
     remote = json.loads(capsys.readouterr().out)
     assert remote | {"on_cpu": ""} == local | {"on_cpu": ""}  # the memory that is free changes
     assert local["parameters"] > 1e6 and local["files"] == {"model.safetensors": len(files["model.safetensors"])}
-    folder = directory.find(REPO, weights=False)
+    folder = locate.find(REPO, weights=False)
     assert not (folder / "model.safetensors").exists()
     from qwenvl_jax.plan.plan import resolve_model
 
@@ -304,24 +304,64 @@ def test_the_revision_of_an_adapters_base(hub, files, tmp_path, caplog):
 
     def located(revision):
         (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings | {"revision": revision}))
-        return directory.locate(tmp_path / "a", weights=False)
+        return locate.locate(tmp_path / "a", weights=False)
 
     assert located("v1.0").path.name == located(first).path.name == first
-    assert located("v1.0").name == REPO
+    assert located("v1.0")[1:] == (REPO, (tmp_path / "a",), remote.Place(None, REPO, "v1.0"), "v1.0")
     assert f"its base model is {REPO}@v1.0" in caplog.text
     for default in (None, "main", ""):
         assert located(default).path.name == hub.branches["main"]
-    with pytest.raises(CheckpointError, match=r"revision is 7; name its base: --model BASE"):
+    with pytest.raises(CheckpointError, match=r"revision is 7; name its base: qwenvl merge BASE OUT --adapter"):
         located(7)
     with pytest.raises(CheckpointError, match="@none: no such directory, and not on the hub"):
         located("none")
 
 
+def test_an_adapter_trained_on_a_revision_names_it(hub, files, tmp_path):
+    """So it opens on the same commit, even if the branch has moved; an adapter trained on that one names it too."""
+    first = hub.commit(files)
+    hub.branches["v1.0"] = first
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": talk}))
+    flags = "--rows 1 --tokens 64 --lanes 1 --patches 64 --steps 1 --lora-rank 2 --learning-rate 1e-3".split()
+    argv = ["train", "--data", str(tmp_path / "d.jsonl"), "--output", str(tmp_path / "run"), *flags]
+    assert cli.main([*argv, "--model", f"{REPO}@v1.0"]) == 0
+    adapter = tmp_path / "run" / "adapter"
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == (REPO, "v1.0")
+    hub.commit(changed(files, "generation_config.json", top_k=2))
+    found = locate.locate(adapter, weights=False)
+    assert (found.path.name, found.name, found.revision) == (first, REPO, "v1.0")
+
+
+def test_the_revision_of_a_name(hub, files):
+    first = hub.commit(files)
+    assert locate.locate(REPO, weights=False).revision is None
+    for found in (locate.locate(REPO, revision="main"), locate.locate(f"{REPO}@main")):
+        assert found.revision == "main"
+    in_cache = locate.locate(found.path)
+    assert (in_cache.name, in_cache.revision) == (REPO, first)
+
+
+def test_info_of_a_model_in_the_cache_asks_for_its_commit_alone(hub, files, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    hub.commit(files)
+    folder = locate.find(REPO)
+    for name, offline in ((REPO, False), (REPO, True), (str(folder), False)):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        hub.asked.clear()
+        assert cli.main(["info", name, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["files"] == {"model.safetensors": len(files["model.safetensors"])}
+        assert not [path for path in hub.asked if "resolve" in path], hub.asked
+    assert hub.asked == []  # for the folder
+
+
 def test_an_adapter_is_fetched_without_a_judgement(hub, tmp_path):
     hub.commit({"adapter_config.json": b"{}", "adapter_model.safetensors": b"abc"})
-    assert (directory.find(REPO) / "adapter_model.safetensors").read_bytes() == b"abc"
+    assert (locate.find(REPO) / "adapter_model.safetensors").read_bytes() == b"abc"
     hub.asked.clear()
-    directory.find(REPO)
+    locate.find(REPO)
     assert hub.weights_asked() == []
 
 
@@ -329,11 +369,11 @@ def test_an_adapter_is_fetched_without_a_judgement(hub, tmp_path):
 def test_other_names_are_no_ids(name):
     assert remote.place_of(name) is None
     with pytest.raises(CheckpointError, match=r"no such directory$"):
-        directory.find(name)
+        locate.find(name)
 
 
 def test_the_tokenizer_alone_is_no_checkpoint(hub, tmp_path):
     copy_tokenizer(tmp_path / "t")
     hub.commit({file.name: file.read_bytes() for file in (tmp_path / "t").iterdir()})
     with pytest.raises(CheckpointError, match=r"not a checkpoint, there is no config.json"):
-        directory.find(REPO)
+        locate.find(REPO)

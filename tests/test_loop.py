@@ -390,6 +390,8 @@ def test_epochs_of_a_stream(tmp_path, capsys):
     for epochs in (1, 2):
         result = loop.train(model(), Streamed(epochs), by_epochs(tmp_path, epochs, schedule="constant"))
         assert result.step == 3 * epochs
+    with pytest.raises(InputError, match="the run has read its records 2 times; epochs is 1"):
+        loop.train(model(), Streamed(1), by_epochs(tmp_path, 1, schedule="constant"))
     lines = exactly(tmp_path)
     assert not any("epoch" in line for line in lines)
     assert [line["learning_rate"] for line in lines] == pytest.approx([0, *[1e-2] * 5])  # one step of warmup
@@ -402,6 +404,8 @@ def test_the_last_step_of_an_epoch_may_be_smaller(tmp_path):
     for epochs in (1, 2):
         data = Epochs(epochs, length=5)
         assert loop.train(model(), data, by_epochs(tmp_path, epochs, **constant)).step == 2 * epochs
+    with pytest.raises(InputError, match="the run has read its records 2 times; epochs is 1"):
+        loop.train(model(), Epochs(1, length=5), by_epochs(tmp_path, 1, **constant))
     lines = exactly(tmp_path)
     assert [line["weight"] / lines[1]["weight"] for line in lines] == [4, 1, 4, 1]
     assert [line["tokens"] for line in lines] == [4 * ROWS * TOKENS, ROWS * TOKENS] * 2

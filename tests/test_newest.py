@@ -19,7 +19,7 @@ from tiny import FAMILIES, tiny_config
 from qwenvl_jax import cli
 from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.params import checkpoint, directory, lora
+from qwenvl_jax.params import checkpoint, directory, locate, lora
 from qwenvl_jax.params.specs import flatten
 
 
@@ -128,7 +128,7 @@ def test_theirs_opens_here(settings, tmp_path):
     assert relative(plain, want) > 0.01
     whole = peft.load_adapter(config, params, tmp_path / "adapter")
     assert relative(our_logits(config, whole), want) <= 1e-5
-    with checkpoint.open_source(directory.locate(tmp_path / "base", tmp_path / "adapter"), config) as source:
+    with checkpoint.open_weights(locate.locate(tmp_path / "base", tmp_path / "adapter"), config) as source:
         merged = checkpoint.to_devices(source, progress=False)
     assert relative(our_logits(config, merged), want) <= 1e-5
 

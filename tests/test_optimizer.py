@@ -13,7 +13,7 @@ from tiny import tiny_params
 from qwenvl_jax.errors import OptionsError
 from qwenvl_jax.params.specs import flatten
 from qwenvl_jax.train import loop, run
-from qwenvl_jax.train.optimizer import identity, refuse_another, restored, settled, stored
+from qwenvl_jax.train.optimizer import from_arrays, identity, refuse_another, to_arrays, with_optimizer
 from qwenvl_jax.train.options import RULE, TrainOptions
 from qwenvl_jax.train.step import init_state, make_step
 
@@ -61,7 +61,7 @@ def test_any_of_optax_goes_on_from_its_arrays(name):
     opt_state = alone.init(params)
     for i, batch in enumerate(batches):
         if i == 2:
-            middle = copy(state.params), state.step.copy(), jax.tree.map(np.array, stored(state.opt_state))
+            middle = copy(state.params), state.step.copy(), jax.tree.map(np.array, to_arrays(state.opt_state))
         micro = jax.tree.map(lambda a: a[0], batch)
 
         def loss(params, micro=micro):
@@ -78,11 +78,11 @@ def test_any_of_optax_goes_on_from_its_arrays(name):
     )
     assert step._cache_size() == 1
     fresh = init_state(SPECS, toy_params(), optimizer, everything)
-    again = fresh._replace(params=middle[0], step=middle[1], opt_state=restored(middle[2], fresh.opt_state))
+    again = fresh._replace(params=middle[0], step=middle[1], opt_state=from_arrays(middle[2], fresh.opt_state))
     for batch in batches[2:]:
         again, _ = step(again, batch)
     assert equal(copy(again.params), copy(state.params))
-    assert equal(stored(again.opt_state), stored(state.opt_state))
+    assert equal(to_arrays(again.opt_state), to_arrays(state.opt_state))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -142,14 +142,14 @@ def own(output, **changes) -> TrainOptions:
 
 
 def test_options_without_effect_are_refused(tmp_path):
-    assert settled(own("x"), optax.sgd(1.0)).optimizer == "custom"
-    assert settled(settled(own("x"), optax.sgd(1.0)), optax.sgd(1.0)).optimizer == "custom"
+    assert with_optimizer(own("x"), optax.sgd(1.0)).optimizer == "custom"
+    assert with_optimizer(with_optimizer(own("x"), optax.sgd(1.0)), optax.sgd(1.0)).optimizer == "custom"
     others = dict(optimizer="muon", learning_rate=1.0, vision_learning_rate=1.0, merger_learning_rate=1.0, warmup=1)
     others |= dict(weight_decay=0.0, betas=(0.5, 0.5), clip=0.0, moment_dtype="bfloat16", schedule="constant")
     assert others.keys() | {"cooldown"} == set(RULE)
     for name, value in others.items():
         with pytest.raises(OptionsError, match=f"{name} has no effect with an optimizer of one's own"):
-            settled(own("x", **{name: value}), optax.sgd(1.0))
+            with_optimizer(own("x", **{name: value}), optax.sgd(1.0))
     with pytest.raises(OptionsError, match="is made in Python"):
         loop.train(model(), Batches(), own(tmp_path, optimizer="custom"))
     for wrong in ("adam", optax.adam, 1e-3):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,15 +16,15 @@ from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.fields import REQUEST
 from qwenvl_jax.inputs.messages import normalize
-from qwenvl_jax.inputs.options import LIMITS, MediaOptions
+from qwenvl_jax.inputs.options import LIMITS, MediaOptions, PromptOptions, RecordOptions
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.options import build, given, names, replace
 from qwenvl_jax.train.options import TrainOptions
 
 VERBS = {
-    "generate": (GenerateOptions, MediaOptions),
-    "chat": (GenerateOptions, MediaOptions),
-    "eval": (GenerateOptions, MediaOptions),
+    "generate": (GenerateOptions, MediaOptions, PromptOptions),
+    "chat": (GenerateOptions, MediaOptions, PromptOptions),
+    "eval": (GenerateOptions, MediaOptions, PromptOptions, RecordOptions),
     "train": (TrainOptions,),
 }
 
@@ -50,8 +51,22 @@ def test_every_option_is_a_flag_with_its_help(helps, verb, cls):
     assert [f.name for f in dataclasses.fields(GenerateOptions) if not f.metadata["flag"]] == ["n", "logprobs"]
 
 
-def test_train_takes_every_media_option():
-    assert set(names(MediaOptions)) <= set(names(TrainOptions))
+def test_train_takes_every_shared_option():
+    for cls in (MediaOptions, PromptOptions, RecordOptions):
+        assert set(names(cls)) <= set(names(TrainOptions))
+    changed = dict(max_pixels=9000, boxes="thousandths", add_vision_id=True, allow_control_tokens=True)
+    assert TrainOptions(**changed, columns=("a=b",)).encoding == changed
+
+
+def test_an_option_is_declared_once():
+    """Neither by two classes nor by hand. A seed is of two things; an answer's control tokens are kept or not twice."""
+    classes = (MediaOptions, PromptOptions, RecordOptions, GenerateOptions, TrainOptions)
+    declared = [name for cls in classes for name in cls.__annotations__]
+    assert {name for name in declared if declared.count(name) > 1} == {"seed", "skip_special_tokens"}
+    shared = {name for cls in classes[:-1] for name in cls.__annotations__}
+    text = "".join(file.read_text("utf-8") for file in Path(cli.__file__).parent.glob("*.py"))
+    by_hand = re.findall(r'\(\s*(?:"-\w", )?"--([a-z-]+)"', text)
+    assert "system" in by_hand and "output" in by_hand and not shared & {name.replace("-", "_") for name in by_hand}
 
 
 def message(**options):

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from make_tiny import small_config
 from PIL import Image
+from tiny import read_questions
 
 from qwenvl_jax.errors import BadRecord, InputError
-from qwenvl_jax.eval.questions import read_questions
 from qwenvl_jax.inputs.fields import HARMLESS
 from qwenvl_jax.inputs.fields import REFUSED as REFUSED_KEYS
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.inputs.records import _KNOWN, conversation, preference
-from qwenvl_jax.inputs.source import open_source
+from qwenvl_jax.inputs.source import open_records
 from qwenvl_jax.train.records import PackShape, RecordProcessor
 
 CONFIG = small_config("qwen2_5_vl")
@@ -460,7 +460,7 @@ def test_an_answer_beside_a_reply(processor):
     ],
 )
 def test_columns_say_how_to_go_on(columns, record):
-    source = open_source([record], columns)
+    source = open_records([record], columns)
     assert conversation(source[0], None) == conversation(CHAT, None)
     assert read_questions([record], columns=columns)[0].answers == ("A",)
 
@@ -468,7 +468,7 @@ def test_columns_say_how_to_go_on(columns, record):
 @pytest.mark.parametrize("columns", [["persona"], ["=x"], [""]])
 def test_bad_columns(columns):
     with pytest.raises(InputError, match="must be OLD=NEW"):
-        open_source([CHAT], columns)
+        open_records([CHAT], columns)
     with pytest.raises(InputError, match="which the record has already"):
         read_questions([{"query": "Q", "prompt": "P"}], columns=["prompt=query"])
 

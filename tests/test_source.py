@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from make_tiny import small_config
 from PIL import Image
+from tiny import read_questions
 
 from qwenvl_jax import cli
 from qwenvl_jax.errors import InputError, install
-from qwenvl_jax.eval.questions import read_questions
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.source import open_source
+from qwenvl_jax.inputs.source import open_records
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape
@@ -75,7 +75,7 @@ def test_an_array(tmp_path, indent, ascii_only, around):
     records = [qa(i, note='é\u20ac\U0001f600 \\" ] }') for i in range(9)] + [7, "x", [], None]
     path = tmp_path / "a.json"
     path.write_text(around.format(json.dumps(records, indent=indent, ensure_ascii=ascii_only)), "utf-8")
-    source = open_source(path)
+    source = open_records(path)
     assert everything(source) == [(f"{path}[{i}]", record) for i, record in enumerate(records)]
     assert everything(pickle.loads(pickle.dumps(source))) == everything(source)
     assert source.identity["bytes"] == path.stat().st_size
@@ -96,7 +96,7 @@ def test_an_array(tmp_path, indent, ascii_only, around):
 def test_a_damaged_array(tmp_path, text, says):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(InputError, match=r"a\.json") as e:
-        open_source(tmp_path / "a.json")
+        open_records(tmp_path / "a.json")
     assert says in str(e.value)
 
 
@@ -104,7 +104,7 @@ def test_an_array_has_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr("qwenvl_jax.inputs.source.MAX_IN_MEMORY", 4)
     (tmp_path / "a.json").write_text("[1, 2]")
     with pytest.raises(InputError, match=r"so write one record per line, as jq -c '\.\[\]'"):
-        open_source(tmp_path / "a.json")
+        open_records(tmp_path / "a.json")
 
 
 def test_an_array_is_trained_on_and_evaluated(processor, tmp_path):
@@ -128,13 +128,13 @@ def test_patterns_and_lists(processor, tmp_path):
         lines(tmp_path / name / "part.jsonl", qa(i, image="x.png"))
     (tmp_path / "d.json").write_text(json.dumps([qa(4), qa(5)]))
     data = [str(tmp_path / "*" / "part.jsonl"), tmp_path / "d.json"]
-    source = open_source(data)
+    source = open_records(data)
     assert [r["response"] for _, r in everything(source)] == ["A1", "A2", "A3", "A4", "A5"]
     assert source.folder(1) == tmp_path / "b" and source.where(4) == f"{tmp_path}/d.json[1]"
     assert answers(data) == ["A1", "A2", "A3", "A4", "A5"]
     assert learnt(processor, data) == ["1", "2", "3", "4", "5"]
     assert read_questions(data)[2].messages[0]["content"][0] == {"type": "image", "image": f"{tmp_path}/c/x.png"}
-    same, other = open_source(data), open_source(data[::-1])
+    same, other = open_records(data), open_records(data[::-1])
     assert same.identity == source.identity != other.identity
 
 
@@ -154,7 +154,7 @@ def test_what_is_no_source(tmp_path, name, says):
     (tmp_path / "one.json").write_text(json.dumps(qa(1), indent=2))
     (tmp_path / "a.jsonl.gz").write_bytes(b"\x1f\x8b\x08\x00")
     with pytest.raises(InputError) as e:
-        open_source(str(tmp_path / name))
+        open_records(str(tmp_path / name))
     assert says in str(e.value) and str(tmp_path) in str(e.value)
 
 
@@ -185,14 +185,14 @@ with tarfile.open(fileobj=TAR, mode="w") as archive:
 def test_other_kinds_of_files_are_named(tmp_path, name, content, says):
     (tmp_path / ("a.png" if name == "*" else name)).write_bytes(content)
     with pytest.raises(InputError) as e:
-        open_source(str(tmp_path / name))
+        open_records(str(tmp_path / name))
     assert says in str(e.value) and str(tmp_path) in str(e.value)
 
 
 @pytest.mark.parametrize("data", [5, {"a": 1}, iter([]), None])
 def test_objects_that_are_no_sequence(data):
     with pytest.raises(InputError, match="give a path, or a sequence"):
-        open_source(data)
+        open_records(data)
 
 
 def test_options_take_one_or_several(tmp_path):
@@ -244,9 +244,9 @@ def test_the_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "saved" / "dataset_info.json").write_text("{}")
     for data in (tmp_path / "a.parquet", tmp_path / "saved", "user/name"):
         with pytest.raises(InputError, match=re.escape(f"needs the extra `datasets`: {install('datasets')}")):
-            open_source(data)
+            open_records(data)
     with pytest.raises(InputError, match="runs/train: there is no such file; a dataset of the hub needs"):
-        open_source("runs/train")
+        open_records("runs/train")
 
 
 # ------------------------------------------------------------------------------------------ Parquet
@@ -263,7 +263,7 @@ def table(path: Path, records: list, group: int = 2) -> Path:
 def test_parquet(processor, tmp_path, monkeypatch):
     records = [qa(i, image={"bytes": png(i), "path": "x.png"}) for i in range(7)]
     path = table(tmp_path / "a.parquet", records)
-    source = open_source(path)
+    source = open_records(path)
     assert everything(source) == [(f"{path}[{i}]", record) for i, record in enumerate(records)]
     assert everything(pickle.loads(pickle.dumps(source))) == everything(source)
     assert answers(path) == [f"A{i}" for i in range(7)]
@@ -280,7 +280,7 @@ def test_a_row_group_has_a_limit(tmp_path, monkeypatch):
     path = table(tmp_path / "a.parquet", [qa(i) for i in range(5)])
     monkeypatch.setattr("qwenvl_jax.inputs.tables.MAX_GROUP", 10)
     with pytest.raises(InputError, match=r"row group 0 has .*row_group_size"):
-        open_source(path)
+        open_records(path)
 
 
 def test_a_table_gives_every_row_the_keys_of_all(tmp_path):
@@ -295,21 +295,21 @@ def test_a_table_gives_every_row_the_keys_of_all(tmp_path):
     record = {"messages": messages, "tools": tools, "answer": "A"}
     no_chat, no_query = dict.fromkeys(record), dict.fromkeys(qa(1))
     path = table(tmp_path / "a.parquet", [record | no_query, qa(1) | no_chat])
-    first, second = (record for _, record in everything(open_source(path)))
+    first, second = (record for _, record in everything(open_records(path)))
     assert (first, second) == (record, qa(1))
     assert answers(path) == ["A", "A1"]
 
 
 def test_a_damaged_table(tmp_path):
     path = table(tmp_path / "a.parquet", [qa(i) for i in range(50)], 10)
-    good, identity = path.read_bytes(), open_source(path).identity
+    good, identity = path.read_bytes(), open_records(path).identity
     path.write_bytes(good[:-30] + b"\0" * 30)
     with pytest.raises(InputError, match="not a readable Parquet file"):
-        open_source(path)
+        open_records(path)
     path.write_bytes(good[:4] + b"\xff" * 60 + good[64:])
     with pytest.raises(InputError, match="row group 0 is damaged"):
-        open_source(path)[0]
-    assert open_source(table(path, [qa(i + 1) for i in range(50)], 10)).identity != identity
+        open_records(path)[0]
+    assert open_records(table(path, [qa(i + 1) for i in range(50)], 10)).identity != identity
 
 
 # ------------------------------------------------------------------------------------------ datasets
@@ -334,9 +334,9 @@ def test_a_saved_dataset(processor, datasets, tmp_path):
     saved.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": saved, "test": saved.select([2])}).save_to_disk(tmp_path / "two")
     expected = [qa(i, images=[{"bytes": png(i)}]) for i in range(3)]
-    source = open_source(tmp_path / "one")
+    source = open_records(tmp_path / "one")
     assert everything(source) == [(f"{tmp_path}/one[{i}]", r) for i, r in enumerate(expected)]
-    assert source.identity == open_source(str(tmp_path / "one")).identity != {}
+    assert source.identity == open_records(str(tmp_path / "one")).identity != {}
     assert everything(pickle.loads(pickle.dumps(source))) == everything(source)
     assert source.folder(0) == tmp_path / "one"
     for data in (tmp_path / "one", f"{tmp_path}/two", saved):
@@ -344,14 +344,14 @@ def test_a_saved_dataset(processor, datasets, tmp_path):
     assert answers(f"{tmp_path}/two:test") == ["A2"]
     assert answers([tmp_path / "one", f"{tmp_path}/two:test"]) == ["A0", "A1", "A2", "A2"]
     with pytest.raises(InputError, match=r"name one of its splits: .*two:train, .*two:test"):
-        open_source(f"{tmp_path}/two:dev")
+        open_records(f"{tmp_path}/two:dev")
     with pytest.raises(InputError, match="is a single split; leave out ':dev'"):
-        open_source(f"{tmp_path}/one:dev")
+        open_records(f"{tmp_path}/one:dev")
     with pytest.raises(InputError, match="such as one split of it"):
-        open_source(datasets.DatasetDict({"train": saved}))
+        open_records(datasets.DatasetDict({"train": saved}))
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(InputError, match="one: cannot be opened as a dataset"):
-        open_source(tmp_path / "one")
+        open_records(tmp_path / "one")
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_a_dataset_of_the_hub(processor, datasets, monkeypatch, name, called):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert answers(name) == ["A0", "A1", "A2"] and calls == [(name.split(":")[0], called)]
     assert learnt(processor, name) == ["0", "1", "2"]
-    assert open_source(name).where(1) == f"{name}[1]"
+    assert open_records(name).where(1) == f"{name}[1]"
 
 
 @pytest.fixture
@@ -381,7 +381,7 @@ def stream(datasets, monkeypatch):
         return rows.to_iterable_dataset(num_shards=5)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return open_source("u/n", ["mood="], streaming=True)
+    return open_records("u/n", ["mood="], streaming=True)
 
 
 def of_batches(processor, batches) -> list[str]:
@@ -414,7 +414,7 @@ def test_what_a_stream_cannot_do(processor, stream, datasets, tmp_path):
         with pytest.raises(InputError, match="is streamed; read it in one process"):
             Dataset(stream, processor, SHAPE, **more)
     with pytest.raises(InputError, match="a streamed dataset stands alone"):
-        open_source(["u/n", lines(tmp_path / "a.jsonl", qa(1))], streaming=True)
+        open_records(["u/n", lines(tmp_path / "a.jsonl", qa(1))], streaming=True)
     with pytest.raises(InputError, match="is streamed, so it has no length; save it with save_to_disk"):
         read_questions(stream)
     empty = datasets.Dataset.from_list([qa(1)]).to_iterable_dataset().filter(lambda r: False)
@@ -452,7 +452,7 @@ def test_a_hub_that_does_not_answer(datasets, monkeypatch):
     with pytest.raises(
         InputError, match=r"no such file, and as a dataset of the hub: u/n: cannot be opened as a dataset \(no"
     ):
-        open_source("u/n")
+        open_records("u/n")
 
 
 def test_a_missing_module_is_not_imported_for_lists(monkeypatch):
@@ -460,7 +460,7 @@ def test_a_missing_module_is_not_imported_for_lists(monkeypatch):
     assert answers([qa(1)]) == ["A1"]
     rows = SimpleNamespace(__len__=lambda: 0)
     with pytest.raises(InputError, match="records are of type SimpleNamespace"):
-        open_source(rows)
+        open_records(rows)
 
 
 def test_pictures_of_a_pipe_start_at_the_working_directory(tmp_path):

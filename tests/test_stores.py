@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import orbax.checkpoint as ocp
 import pytest
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.implementations.memory import MemoryFileSystem
@@ -22,9 +24,10 @@ import qwenvl_jax
 from qwenvl_jax import cli, stores
 from qwenvl_jax.errors import CheckpointError, InputError, MediaError, install
 from qwenvl_jax.inputs.budget import Budget
-from qwenvl_jax.inputs.fetch import locate
+from qwenvl_jax.inputs.fetch import path_or_bytes
 from qwenvl_jax.inputs.media import load_image
 from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.source import open_records
 from qwenvl_jax.train.mirror import open_mirror
 from qwenvl_jax.train.run import read_metrics
 
@@ -104,12 +107,101 @@ def test_several_processes_need_a_directory(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+class Folder:
+    """A local folder with the calls of a store's file system that this package makes."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def at(self, url: str) -> Path:
+        return self.root / url.partition("://")[2]
+
+    def find(self, url, detail):
+        files = [self.at(url)] if self.at(url).is_file() else [f for f in self.at(url).rglob("*") if f.is_file()]
+        stats = {f.relative_to(self.root).as_posix(): f.stat() for f in files}
+        return {name: {"size": s.st_size, "type": "file", "etag": str(s.st_mtime_ns)} for name, s in stats.items()}
+
+    def get_file(self, url, local, callback=None):
+        shutil.copyfile(self.at(url), local)
+
+    def put_file(self, local, url, callback=None):
+        self.pipe_file(url, Path(local).read_bytes())
+
+    def pipe_file(self, url, data):
+        self.at(url).parent.mkdir(parents=True, exist_ok=True)
+        self.at(url).write_bytes(data)
+
+    def rm_file(self, url):
+        self.at(url).unlink()
+
+    def rm(self, urls):
+        for url in urls:
+            self.rm_file(url)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store = Folder(tmp_path / "store")
+    monkeypatch.setattr(stores, "filesystem", lambda url: store)
+    monkeypatch.setattr(stores, "read", lambda url, *_: store.at(url).read_bytes())
+    return store
+
+
+def test_records_of_a_store_are_named_by_their_url(folder, tmp_path, capsys):
+    for name, text in {"d.jsonl": '{"a": 1}\n{', "d.json": '[{"a": 1}, 2]', "d.gz": "\x1f"}.items():
+        folder.pipe_file(f"gs://bucket/{name}", text.encode() + b"\x8b" * (name == "d.gz"))
+    for name, where in (("d.jsonl", "d.jsonl:2"), ("d.json", "d.json[1]")):
+        assert open_records(f"gs://bucket/{name}").where(1) == f"gs://bucket/{where}"
+    with pytest.raises(InputError, match=r"^gs://bucket/d.gz: is compressed \(gzip\)"):
+        open_records("gs://bucket/d.gz")
+    assert cli.main(["eval", "gs://bucket/d.jsonl"]) == 2
+    assert "gs://bucket/d.jsonl:1: " in capsys.readouterr().err
+
+
+def test_errors_of_a_run_name_its_url(folder, tmp_path, monkeypatch, capsys):
+    """Not the local copy, which is gone when the error is read."""
+    url, data = "gs://bucket/run", tmp_path / "d.jsonl"
+    data.write_text(json.dumps({"messages": [{"role": r, "content": "a"} for r in ("user", "assistant")]}))
+    sizes = "--rows 1 --tokens 64 --lanes 1 --patches 64 --lora-rank 2".split()
+    argv = ["train", "--model", "demo", "--data", str(data), "--output", url, *sizes]
+
+    def error(*more):
+        assert cli.main([*argv, *more]) == 2
+        said = capsys.readouterr().err
+        assert str(tmp_path / "cache") not in said.partition(" (its local copy")[0]
+        return said
+
+    assert cli.main([*argv, "--steps", "1"]) == 0
+    assert f"{url}: a run with other options (seed was 0 and is 1" in error("--steps", "1", "--seed", "1")
+    folder.rm_file(f"{url}/final/config.json")  # as if it had never ended
+    folder.pipe_file(f"{url}/train.toml", b"nonsense = 1")
+    assert f"{url}/train.toml: unknown option nonsense" in error("--steps", "1")
+    folder.rm_file(f"{url}/train.toml")
+    assert f"{url}: holds checkpoints but no train.toml" in error("--steps", "1")
+
+    waits, wait = [], ocp.CheckpointManager.wait_until_finished
+
+    def full(self):
+        waits.append(self)
+        if len(waits) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        wait(self)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", full)
+    argv[argv.index(url)] = url = "gs://bucket/other"
+    said = error("--steps", "1")
+    assert f"{url}: the disk is full; free some space" in said and f"its local copy is in {stores.cache()}" in said
+
+
 def test_what_is_written_locally_only(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     written = {"eval": ["d.jsonl", "--output", "gs://a/b"], "plot": ["run", "-o", "s3://a/b.png"]}
     for verb, argv in (written | {"data": ["d.jsonl", "-o", "gs://a/b.png"]}).items():
         assert cli.main([verb, *argv]) == 2
         assert "is written to a local file only" in capsys.readouterr().err
+        assert cli.main([verb, *argv[:-1], "nowhere/b"]) == 2
+        assert "--output nowhere/b: is a directory, or there is no directory nowhere" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -158,9 +250,9 @@ def test_a_picture_is_read_within_its_limits(memory, monkeypatch):
         return await info(*args, **how)
 
     monkeypatch.setattr(memory, "_cat_file", lambda *args, **how: asked.append(args) or content(*args, **how))
-    assert len(locate(url, 4 << 20)) == 2 << 20 and len(asked) == 1
+    assert len(path_or_bytes(url, 4 << 20)) == 2 << 20 and len(asked) == 1
     with pytest.raises(MediaError, match=r"a\.png: .* larger than 1 MiB; .* raise media_bytes"):
-        locate(url, 4 << 20, Budget(MediaOptions(media_bytes=1)))
+        path_or_bytes(url, 4 << 20, Budget(MediaOptions(media_bytes=1)))
     monkeypatch.setattr(memory, "_info", slow_info)
     with pytest.raises(InputError, match="no answer in time"):
         stores.read(url, 4 << 20, 0.1)
@@ -254,13 +346,13 @@ class TestStores:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes(body)
         put(tmp_path, url)
-        small = stores.fetch(url, ("*.json",))
+        small = stores.local_copy(url, ("*.json",))
         assert stores.files_in(small) == ["a.json", "config.json"]
-        assert stores.fetch(url) == small and stores.files_in(small) == stores.files_in(tmp_path)
+        assert stores.local_copy(url) == small and stores.files_in(small) == stores.files_in(tmp_path)
         assert (small / "sub/x ü%.bin").read_bytes() == b"12345" and (small / "e").read_bytes() == b""
-        assert stores.fetch(f"{url}/a.json").read_bytes() == b"{}"
+        assert stores.local_copy(f"{url}/a.json").read_bytes() == b"{}"
         stores.write(f"{url}/a.json", "[]")
-        assert (stores.fetch(url, ("*.json",)) / "a.json").read_text() == "[]"  # not the old copy
+        assert (stores.local_copy(url, ("*.json",)) / "a.json").read_text() == "[]"  # not the old copy
         assert (small / "a.json").read_text() == "{}"
         with pytest.raises(InputError, match="larger than 0 MiB"):
             stores.read(f"{url}/sub/x ü%.bin", 4, 10)
@@ -270,11 +362,11 @@ class TestStores:
     @pytest.mark.parametrize("name", ["none", "none/below"])
     def test_what_is_missing_is_named(self, bucket, name, tmp_path):
         url, no_bucket = f"{bucket}/{name}", f"{bucket}x/{name}"
-        for action in (stores.fetch, qwenvl_jax.load, read_metrics, load_image):
+        for action in (stores.local_copy, qwenvl_jax.load, read_metrics, load_image):
             with pytest.raises(InputError, match=f"{url}.*: no such object"):
                 action(url)
         with pytest.raises(InputError, match="no such object"):
-            stores.fetch(no_bucket)
+            stores.local_copy(no_bucket)
         with pytest.raises(InputError, match=r"no such object or bucket|cannot be written"):
             open_mirror(no_bucket)
         assert not list((stores.cache() / "runs").rglob(name.partition("/")[2] or name))
@@ -287,7 +379,7 @@ class TestStores:
         with monkeypatch.context() as patch:
             patch.setattr(stores.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5}))
             with pytest.raises(InputError, match=r"no space for its copy; 0\.07 GB are needed"):
-                stores.fetch(url)
+                stores.local_copy(url)
         fs = stores.filesystem(url)
         real = fs.get_file
         with monkeypatch.context() as patch:
@@ -300,8 +392,8 @@ class TestStores:
 
             patch.setattr(fs, "get_file", broken)
             with pytest.raises(KeyboardInterrupt):
-                stores.fetch(url)
-        local = stores.fetch(url)
+                stores.local_copy(url)
+        local = stores.local_copy(url)
         assert stores.files_in(local) == ["a", "b"] and (local / "b").read_bytes() == b"abc"
 
     def test_a_new_directory_is_whole_or_has_no_config(self, bucket, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from qwenvl_convert.hf import read_params
 from qwenvl_convert.orbax import to_hf, to_orbax
 from test_engine import FakeProcessor
-from tiny import followed, mixed_samples, tiny_config, tiny_params, train_batch
+from tiny import followed, mixed_samples, restore, tiny_config, tiny_params, train_batch
 
 from qwenvl_jax.config import VisionConfig
 from qwenvl_jax.families import FAMILIES, from_dict, shared, to_dict
@@ -18,7 +18,7 @@ from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.model.qwenvl import forward
 from qwenvl_jax.params import lora
-from qwenvl_jax.params.checkpoint import restore, save
+from qwenvl_jax.params.checkpoint import save
 from qwenvl_jax.params.specs import flatten, init, param_shardings, specs_of
 from qwenvl_jax.plan.hardware import parse_target
 from qwenvl_jax.plan.plan import Job, plan

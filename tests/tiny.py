@@ -1,4 +1,4 @@
-"""Tiny random models and samples of both families, shared by the tests."""
+"""Tiny random models, samples of both families and readers of records, shared by the tests."""
 
 import dataclasses
 
@@ -6,10 +6,14 @@ import jax
 import numpy as np
 
 from qwenvl_jax.config import Config, TextConfig, VisionConfig
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.eval.questions import Question, Questions
 from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.inputs.pack import Segment, pack_rows, pack_vision
 from qwenvl_jax.inputs.preprocessing import smart_resize
+from qwenvl_jax.params.checkpoint import OrbaxSource
+from qwenvl_jax.params.place import to_devices
 from qwenvl_jax.params.specs import abstract_params
 from qwenvl_jax.train.data import with_targets
 from qwenvl_jax.types import Grid, Sample, TrainBatch, Visual
@@ -146,3 +150,16 @@ def train_batch(config: Config, rows: list[list[Sample]], T: int = 0, seed: int 
             start = segments[-1].stop
     T = T or max(s.stop for s in segments)
     return with_targets(pack_rows(segments, (len(rows), T), vision), segments)
+
+
+def read_questions(records, metric: str = "exact", columns=()) -> list[Question]:
+    """The questions of records. Raises the error of the first bad one."""
+    read = Questions(records, metric, columns).first()
+    for error in (one for one in read if isinstance(one, InputError)):
+        raise error
+    return read
+
+
+def restore(path, config: Config, *how, **more) -> dict:
+    """The parameters of a checkpoint in our format."""
+    return to_devices(OrbaxSource(path, config), *how, **more)

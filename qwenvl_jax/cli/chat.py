@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 from qwenvl_jax.cli import converse
 from qwenvl_jax.cli.errors import BAD_INPUT, INTERRUPTED, OK, explain
 from qwenvl_jax.errors import InputError, install
+from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.types import Visual
 
 HELP = "Talk to a model about images and videos."
@@ -44,6 +45,7 @@ class Attachment(NamedTuple):
     kind: str
     visual: Visual
     text: str  # its name, size and tokens
+    budget: Budget  # of the message up to here
 
 
 def add_arguments(parser) -> None:
@@ -122,7 +124,8 @@ class Chat:
     def _add(self, kind: str, where: str) -> None:
         try:
             for path in _paths(where):
-                self._draft.append(Attachment(kind, *self._attach(kind, converse.media_path(path))))
+                before = self._draft[-1].budget if self._draft else None
+                self._draft.append(Attachment(kind, *self._attach(kind, converse.media_path(path), before)))
                 print(f"attached {self._draft[-1].text}", flush=True)
         except Exception as error:
             _complain(error)
@@ -233,10 +236,10 @@ class _Status:
     def show(self, engine, text: str) -> None:
         """text: what was printed before. Nothing is said near the end of a line, since Backspace stays on one line."""
         used = 2 * len(text.rpartition("\n")[2])  # a character has at most two columns
-        room = used + len(_COMPILING) < shutil.get_terminal_size().columns
+        fits = used + len(_COMPILING) < shutil.get_terminal_size().columns
         if not engine.compiling:
             self.hide()
-        elif room and not self._shown and sys.stdout.isatty():
+        elif fits and not self._shown and sys.stdout.isatty():
             self._shown = True  # first: Ctrl-C may come before print returns
             print(_COMPILING, end="", flush=True)
 

@@ -7,7 +7,7 @@ from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import ContextError, InputError
 from qwenvl_jax.infer.options import GenerateOptions, tokens_left
 from qwenvl_jax.inputs.messages import Media
-from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
+from qwenvl_jax.inputs.options import MediaOptions, PromptOptions, RecordOptions
 from qwenvl_jax.options import add_flags, build, given, names
 
 
@@ -27,25 +27,31 @@ def add_model(parser) -> None:
     )
 
 
+def add_distributed(parser) -> None:
+    parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
+
+
 def add_arguments(parser) -> None:
     add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     add_flags(parser, GenerateOptions, "Defaults come from the checkpoint's generation_config.json.")
-    add_flags(parser, MediaOptions, "For all images and videos; an item in --messages can override them.")
+    add_flags(parser, MediaOptions, "For all images and videos; an item of a message can override them.")
     add_flags(parser, PromptOptions)
 
 
 def located(args):
-    """The checkpoint, without weights, and the adapters that --model and --adapter name (`directory.locate`)."""
-    from qwenvl_jax.params import directory
+    """The checkpoint, without weights, and the adapters that --model and --adapter name (`params.locate`)."""
+    from qwenvl_jax.params.directory import ADAPTER_SETTINGS, leftover
+    from qwenvl_jax.params.locate import DEMO, find, locate
 
     adapters = args.adapter or []
     if args.model is None and adapters:  # the first one's base is the model
-        if not (directory.find(adapters[0], weights=False) / directory.ADAPTER_SETTINGS).is_file():
-            hint = directory.leftover(directory.find(adapters[0], weights=False), of_adapters=True)
+        first = find(adapters[0], weights=False)
+        if not (first / ADAPTER_SETTINGS).is_file():
+            hint = leftover(first, of_adapters=True)
             raise InputError(f"--adapter {adapters[0]}: not an adapter{hint or '; name a model with --model'}")
-        return directory.locate(*adapters, weights=False)
-    return directory.locate(directory.DEMO if args.model is None else args.model, *adapters, weights=False)
+        return locate(*adapters, weights=False)
+    return locate(DEMO if args.model is None else args.model, *adapters, weights=False)
 
 
 def sampling(args, request: dict | None = None) -> GenerateOptions:
@@ -68,9 +74,7 @@ def encoder(args, request: dict | None = None):
     request = request or {}
     known = (*names(MediaOptions), "add_vision_id", "tools")
     options = {name: request[name] for name in known if name in request}
-    options |= given(args, MediaOptions) | given(args, PromptOptions)
-    if getattr(args, "boxes", None) is not None:
-        options["boxes"] = args.boxes
+    options |= given(args, MediaOptions) | given(args, PromptOptions) | given(args, RecordOptions, only=("boxes",))
     found = located(args)
     config = directory.read_config(found.path)
     processor = Processor.from_dir(found.path, config, found.adapters)
@@ -80,11 +84,15 @@ def encoder(args, request: dict | None = None):
         tokens_left(sample, config.text.context)
         return sample
 
-    def attach(kind, where):
-        """(the Visual of an image or video, its name, size and tokens as a sentence); it can stand in a message."""
+    def attach(kind, where, before=None):
+        """(the Visual of an image or video, its name, size and tokens as a sentence, its budget).
+
+        The Visual can stand in a message. before: the budget of the message's last attachment.
+        """
         p = processor.preprocessing
         media = {name: value for name, value in options.items() if name in names(MediaOptions)}
-        (visual,) = processor.open([Media(kind, where, {}, kind)], build(MediaOptions, media))
+        budget = processor.budget(build(MediaOptions, media), before)
+        (visual,) = processor.open([Media(kind, where, {}, kind)], build(MediaOptions, media), budget)
         grid, tokens = visual.grid, visual.grid.patches // config.vision.merge_unit
         if tokens >= config.text.context:
             raise ContextError(f"{where}: takes {tokens:,} tokens; the model's context is {config.text.context:,}")
@@ -94,7 +102,7 @@ def encoder(args, request: dict | None = None):
             size = f"{grid.t * p.temporal_patch_size} frames{seconds} of {size}"
         elif visual.size and size != (original := f"{visual.size[0]} × {visual.size[1]} pixels"):
             size = f"{original}, resized to {size}"
-        return visual, f"{where}: {kind}, {size}, {tokens:,} tokens"
+        return visual, f"{where}: {kind}, {size}, {tokens:,} tokens", budget
 
     return found, encode, attach
 

@@ -4,16 +4,16 @@ import json
 import sys
 from functools import partial
 
-from qwenvl_jax import stores
 from qwenvl_jax.cli.errors import OK
-from qwenvl_jax.errors import InputError, OptionsError, install
-from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.cli.plot import new_figure, save_figure
+from qwenvl_jax.errors import InputError, OptionsError
+from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
 from qwenvl_jax.options import add_flags, given, names
 from qwenvl_jax.train.options import TrainOptions
 
 HELP = "Describe training records: sizes, bad ones, and batches that fit. No weights are read."
-_OPTIONS = ("task", "rows", "tokens", "lanes", "patches", "segments", "accumulate", "columns", "threads", "workers",
-            "boxes", "allow_control_tokens", *names(MediaOptions))  # fmt: skip
+_OPTIONS = ("task", "rows", "tokens", "lanes", "patches", "segments", "accumulate", "threads", "workers", "columns",
+            "boxes", *names(PromptOptions), *names(MediaOptions))  # fmt: skip
 EXAMPLES = (
     "qwenvl data train.jsonl --model Qwen/Qwen2.5-VL-3B-Instruct",
     "qwenvl data 'shards/*.parquet' --columns caption=response --limit 1000 -o sizes.png",
@@ -33,7 +33,8 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    stores.refuse("--output", args.output)
+    if args.output:
+        new_figure(args.output)  # before anything is read
     if args.limit is not None and args.limit < 1:
         raise OptionsError(f"limit is {args.limit}; it must be at least 1")
     options = TrainOptions(**given(args, TrainOptions, only=_OPTIONS))
@@ -41,11 +42,12 @@ def run(args) -> int:
     from tqdm import tqdm
 
     from qwenvl_jax.inputs.processor import Processor
-    from qwenvl_jax.params import directory
+    from qwenvl_jax.params.directory import read_config
+    from qwenvl_jax.params.locate import locate
     from qwenvl_jax.train.survey import survey
 
-    path, _, adapters, _ = directory.locate(args.model, weights=False)
-    processor = Processor.from_dir(path, directory.read_config(path), adapters)
+    model = locate(args.model, weights=False)
+    processor = Processor.from_dir(model.path, read_config(model.path), model.adapters)
     progress = partial(tqdm, desc="reading", unit=" records", disable=None)
     found = survey(args.data, processor, options, limit=args.limit, progress=progress)
     facts = describe(found, options, processor.config)
@@ -136,10 +138,6 @@ def _lines(b: dict) -> list[str]:
 
 def draw(found, output) -> None:
     """Histograms of tokens and patches into a PNG file. Raises InputError if that cannot be done."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise InputError(f"data draws with matplotlib, which is not installed: {install('train')}") from e
     import numpy as np
 
     if not found.measured:
@@ -148,7 +146,7 @@ def draw(found, output) -> None:
     patches = [m.patches for m in found.measured if m.patches]
     if patches:
         panels["patches"] = (patches, found.shape.lanes * found.shape.patches, "all lanes")
-    figure = Figure(figsize=(5 * len(panels), 3.4), layout="constrained")
+    figure = new_figure(output, figsize=(5 * len(panels), 3.4))
     for axis, (name, (values, most, holder)) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(),
                                                     strict=True):  # fmt: skip
         low, high = min([*values, most]), max([*values, most])
@@ -158,7 +156,4 @@ def draw(found, output) -> None:
         axis.set_xlabel(f"{name} in a record")
         axis.set_ylabel("records")
         axis.legend(fontsize=8)
-    try:
-        figure.savefig(output, dpi=120, format="png")
-    except OSError as e:
-        raise InputError(f"{output}: cannot be written ({e.strerror})") from e
+    save_figure(figure, output)

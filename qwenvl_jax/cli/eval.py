@@ -7,16 +7,15 @@ import sys
 from pathlib import Path
 
 from qwenvl_jax import stores
-from qwenvl_jax.answers.boxes import COORDINATES
 from qwenvl_jax.cli import converse
 from qwenvl_jax.cli.errors import OK, enable_compile_cache, one_of_several
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.evaluator import check_counts, check_questions, evaluate
 from qwenvl_jax.eval.journal import holds_answers
 from qwenvl_jax.eval.metrics import BOXES, METRICS
-from qwenvl_jax.eval.questions import Question, read_all
+from qwenvl_jax.eval.questions import Question, Questions
 from qwenvl_jax.infer.options import GenerateOptions
-from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
+from qwenvl_jax.inputs.options import MediaOptions, PromptOptions, RecordOptions
 from qwenvl_jax.options import add_flags, given
 
 HELP = "Answer questions from files and score the answers."
@@ -33,13 +32,6 @@ def add_arguments(parser) -> None:
         metavar="DATA",
         help="questions with answers: JSONL, JSON or Parquet files, or a dataset of the hub (USER/NAME:SPLIT)",
     )
-    parser.add_argument(
-        "--columns",
-        action="append",
-        default=[],
-        metavar="OLD=NEW",
-        help="rename a key of every record, or pass over it (OLD=); repeatable",
-    )
     converse.add_model(parser)
     parser.add_argument(
         "--metric",
@@ -54,34 +46,25 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="start the --output file anew")
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N records only")
-    parser.add_argument(
-        "--on-bad-record",
-        choices=("stop", "skip"),
-        default="stop",
-        help="what to do with a record that cannot be asked or answered (default: stop)",
-    )
-    parser.add_argument(
-        "--boxes",
-        choices=COORDINATES,
-        help="coordinates of boxes in records that do not say (default: the model's)",
-    )
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions answered together (default: 32)")
-    parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
+    converse.add_distributed(parser)
     add_flags(parser, GenerateOptions, "By default greedy, with at most 256 new tokens.")
     add_flags(parser, MediaOptions)
     add_flags(parser, PromptOptions)
+    add_flags(parser, RecordOptions)
 
 
 def run(args) -> int:
     sampling = given(args, GenerateOptions)
     GenerateOptions(**sampling)
     check_counts(args.batch, args.limit)
-    output = None if args.output is None else _output(args)
+    how = RecordOptions(**given(args, RecordOptions))
+    output = None if args.output is None else stores.local_file("--output", args.output)
     data = args.data if output is None else [file for name in args.data for file in _without(output, name)]
-    # A file of answers may answer later questions too, so all must be known.
-    records = read_all(data, args.metric, args.columns, args.limit if output is None else None)
-    for one in records[: args.limit] if args.on_bad_record == "stop" else ():  # before the weights are read
+    records = Questions(data, args.metric, how.columns)
+    read = records.first(args.limit)
+    for one in read if how.on_bad_record == "stop" else ():  # before the weights are read
         if isinstance(one, InputError):
             raise one
     mesh = converse.mesh(args)
@@ -90,11 +73,10 @@ def run(args) -> int:
 
     enable_compile_cache()
     where = converse.located(args)
-    encoding = given(args, MediaOptions) | given(args, PromptOptions) | ({"boxes": args.boxes} if args.boxes else {})
-    if where.place is not None and args.on_bad_record == "stop":  # before the weights are copied
+    encoding = given(args, MediaOptions) | given(args, PromptOptions) | given(args, RecordOptions, only=("boxes",))
+    if where.place is not None and how.on_bad_record == "stop":  # before the weights are copied
         processor = Processor.from_dir(where.path, directory.read_config(where.path), where.adapters)
-        questions = [one for one in records[: args.limit] if isinstance(one, Question)]
-        check_questions(questions, processor, encoding)
+        check_questions([one for one in read if isinstance(one, Question)], processor, encoding)
     report = evaluate(
         checkpoint.load_located(where, mesh=mesh, dtype=args.dtype),
         records,
@@ -102,7 +84,7 @@ def run(args) -> int:
         overwrite=args.overwrite,
         batch=args.batch,
         encoding=encoding,
-        on_bad=args.on_bad_record,
+        on_bad=how.on_bad_record,
         limit=args.limit,
         progress=not args.json,
         **sampling,
@@ -111,14 +93,6 @@ def run(args) -> int:
         return OK
     print(json.dumps(report.to_dict()) if args.json else report.table(), flush=True)
     return OK
-
-
-def _output(args) -> Path:
-    stores.refuse("--output", args.output)
-    output = Path(args.output)
-    if output.is_dir() or not output.parent.is_dir():
-        raise InputError(f"--output {output}: is a directory, or there is no directory {output.parent}")
-    return output
 
 
 def _without(output: Path, name: str) -> list[str]:

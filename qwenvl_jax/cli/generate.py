@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from qwenvl_jax.answers.boxes import COORDINATES, Sizes, from_model, sizes
+from qwenvl_jax.answers.boxes import Sizes, from_model, sizes
 from qwenvl_jax.cli import converse
 from qwenvl_jax.cli.errors import OK, one_of_several
 from qwenvl_jax.errors import InputError, shown
@@ -20,8 +20,8 @@ from qwenvl_jax.inputs.fields import (
     WITHOUT_TOOLS,
     read_keys,
 )
-from qwenvl_jax.inputs.options import VIDEO
-from qwenvl_jax.options import check_names, names
+from qwenvl_jax.inputs.options import VIDEO, RecordOptions
+from qwenvl_jax.options import add_flags, check_names, names
 
 HELP = "Answer one conversation; the answer streams to stdout."
 EXAMPLES = (
@@ -58,14 +58,11 @@ def add_arguments(parser) -> None:
             metavar="F",
             help="file, URL, or demo:NAME for a sample in the package; repeatable, in order",
         )
-    parser.add_argument(
-        "--boxes",
-        choices=COORDINATES,
-        help="coordinates of boxes in the prompt and in the answer, which is then not streamed (default: the model's)",
-    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a stream")
-    parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
+    converse.add_distributed(parser)
     converse.add_arguments(parser)
+    add_flags(parser, RecordOptions, only=("boxes",))
+    parser.set_defaults(boxes=None)
 
 
 def run(args) -> int:

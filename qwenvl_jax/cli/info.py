@@ -12,7 +12,6 @@ from pathlib import Path
 
 from qwenvl_jax.cli.errors import OK
 from qwenvl_jax.config import Config
-from qwenvl_jax.errors import InputError
 from qwenvl_jax.params.precision import on_cpu
 
 HELP = "Describe a checkpoint, reading only its headers."
@@ -59,7 +58,7 @@ def describe(path_or_preset) -> dict:
     from qwenvl_convert.safetensors import DTYPES, Reader
 
     from qwenvl_jax.families import PRESETS
-    from qwenvl_jax.params import directory, remote
+    from qwenvl_jax.params import directory, locate, remote
 
     config = PRESETS.get(str(path_or_preset))
     if config:
@@ -69,20 +68,19 @@ def describe(path_or_preset) -> dict:
 
             count = count_params(config)
         return _facts(config, "preset", {config.dtype: count}, {})
-    if not directory.named(path_or_preset):
-        raise InputError(f"{path_or_preset}: no such directory or preset; presets are {', '.join(PRESETS)}")
-    located = directory.locate(path_or_preset, weights=False)
-    path, name, adapters, _ = located
+    locate.check_name(path_or_preset)
+    located = locate.locate(path_or_preset, weights=False)
+    path, adapters = located.path, located.adapters
     config, dtypes = directory.read_config(path, quantised=True), collections.Counter[str]()
     if (path / directory.MARKER).is_file():
-        path = directory.complete(located).path  # one in a store is copied: its sizes are not in the small files
+        path = locate.with_weights(located).path  # one in a store is copied: its sizes are not in the small files
         form, found = "orbax", {f for f in (path / directory.PARAMS).rglob("*") if f.is_file()}
         files = {str(f.relative_to(path)): f.stat().st_size for f in sorted(found)}
         for shape, dtype in directory.stored_arrays(path).values():
             dtypes[str(dtype)] += math.prod(shape)
     else:
         form = "hf"
-        with remote.headers(name, path) as path, Reader(path) as reader:
+        with remote.headers(located.place, path) as path, Reader(path) as reader:
             found = {t.file for t in reader.tensors.values()}
             files = {f.name: f.stat().st_size for f in sorted(found)}
             for tensor in reader.tensors.values():
@@ -96,7 +94,7 @@ def _adapter(config: Config, path: Path) -> dict:
 
     with AdapterFile(config, path) as adapter:
         modules = sum(map(len, adapter.pairs.values()))
-        return {"path": str(path), "rank": adapter.rank, "modules": modules, "whole": sorted(adapter.whole)}
+        return {"path": str(path), "rank": adapter.rank, "modules": modules, "whole": sorted(adapter.replaced)}
 
 
 def _facts(config: Config, form: str, dtypes: dict, files: dict) -> dict:

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from qwenvl_jax import stores
 from qwenvl_jax.cli.errors import OK
 from qwenvl_jax.errors import InputError, install
 
@@ -34,14 +35,31 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from qwenvl_jax import stores
     from qwenvl_jax.train.run import read_metrics
 
-    stores.refuse("--output", args.output)
+    new_figure(args.output)  # before anything is read
     places = {stores.as_url(run) or Path(run).expanduser().resolve(): run for run in args.runs}
     draw({run: read_metrics(run) for run in places.values()}, args.output)  # each once, even if it is named twice
     print(args.output)
     return OK
+
+
+def new_figure(output, **size):
+    """A figure to draw, for `save_figure`. Raises InputError if matplotlib is missing or `output` cannot be a file."""
+    stores.local_file("--output", output)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise InputError(f"--output is drawn with matplotlib, which is not installed: {install('train')}") from e
+    return Figure(layout="constrained", **size)
+
+
+def save_figure(figure, output) -> None:
+    """Writes a PNG file. Raises InputError."""
+    try:
+        figure.savefig(output, dpi=120, format="png")
+    except OSError as e:
+        raise InputError(f"{output}: cannot be written ({e.strerror})") from e
 
 
 def draw(runs: dict[str, list[dict]], output) -> None:
@@ -49,16 +67,12 @@ def draw(runs: dict[str, list[dict]], output) -> None:
 
     Raises InputError if matplotlib is missing, there are no metrics, or the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise InputError(f"plot draws with matplotlib, which is not installed: {install('train')}") from e
     panels = _panels(runs)
     if not panels:
         raise InputError(f"{', '.join(runs)}: metrics.jsonl has no steps yet; there is nothing to plot")
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(5 * columns, 3.4 * rows), layout="constrained")
+    figure = new_figure(output, figsize=(5 * columns, 3.4 * rows))
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (key, title) in zip(axes, panels.items(), strict=False):
         for colour, (name, lines) in enumerate(runs.items()):
@@ -72,11 +86,7 @@ def draw(runs: dict[str, list[dict]], output) -> None:
         axis.set_axis_off()
     if len(runs) > 1:
         axes[0].legend(fontsize=8)
-    output = Path(output)
-    try:
-        figure.savefig(output, dpi=120, format="png")
-    except OSError as e:
-        raise InputError(f"{output}: cannot be written ({e.strerror})") from e
+    save_figure(figure, output)
 
 
 def _panels(runs: dict[str, list[dict]]) -> dict[str, str]:

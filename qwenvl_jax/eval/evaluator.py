@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+from qwenvl_jax import stores
 from qwenvl_jax.errors import InputError, NonFiniteError, OptionsError
-from qwenvl_jax.eval.journal import Journal, fingerprint, question_ids
+from qwenvl_jax.eval.journal import Journal, answered_ids, fingerprint, question_ids
 from qwenvl_jax.eval.metrics import BOXES
-from qwenvl_jax.eval.questions import Question, read_all
+from qwenvl_jax.eval.questions import Question, Questions
 from qwenvl_jax.eval.report import Answer, Report, report, score
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.options import PromptOptions
@@ -21,7 +22,10 @@ from qwenvl_jax.types import Model, Sample
 
 _LOG = logging.getLogger(__name__)
 _LOADERS = 8  # threads that encode the next questions meanwhile
-_GO_ON = "the same command goes on after the record is mended; --on-bad-record skip goes on without it"
+_GO_ON = (
+    'the same command goes on after the record is mended; --on-bad-record skip (in Python, on_bad="skip") goes on '
+    "without it"
+)
 _AHEAD = 4  # batches encoded at a time; only their images are in memory
 
 
@@ -31,6 +35,8 @@ def evaluate(model, records, *, output=None, overwrite=False, **options) -> Repo
     model: a `Model` or an `Engine`. records, options: as for `Evaluator`. output, overwrite: as for `Evaluator.report`.
     Raises InputError that names the record (file and line) whose image, video or prompt cannot be used.
     """
+    if output is not None:
+        stores.local_file("output", output)
     return Evaluator(model, records, **options).report(model.params, output=output, overwrite=overwrite)
 
 
@@ -57,9 +63,10 @@ class Evaluator:
     ):
         """model: a `Model`, whose own parameters are dropped, or an `Engine`, whose max_batch is used.
 
-        records: what `inputs.source.open_source` takes: files, a dataset, or a list of records. A record is a training
-            record plus `answer` (a text or number, a list of them, or boxes; by default the last assistant message),
-            `task` (the group of its score; by default "default") and `metric` (by default `metric`).
+        records: what `inputs.source.open_records` takes (files, a dataset, or a list of records), or `Questions` of
+            them. A record is a training record plus `answer` (a text or number, a list of them, or boxes; by default
+            the last assistant message), `task` (the group of its score; by default "default") and `metric` (by default
+            `metric`).
         batch: questions answered together.
         encoding: options of `Processor.encode` for all questions.
         on_bad: a record that cannot be asked or answered raises InputError ("stop"), or is logged and counted ("skip").
@@ -72,10 +79,10 @@ class Evaluator:
         if on_bad not in ("stop", "skip"):
             raise OptionsError(f"on_bad is {on_bad!r}; it must be 'stop' or 'skip'")
         self._encoding, self._progress, self._on_bad = dict(encoding or {}), progress, on_bad
-        read = [_with_calls(one, model.processor, self._encoding) for one in read_all(records, metric)]
-        self._all = [one for one in read if isinstance(one, Question)]
-        self.questions = [one for one in read[:limit] if isinstance(one, Question)]
-        self._unread = [one for one in read[:limit] if isinstance(one, InputError)]
+        self._source, self._limit = records if isinstance(records, Questions) else Questions(records, metric), limit
+        read = self._read(model.processor, limit)
+        self.questions = [one for one in read if isinstance(one, Question)]
+        self._unread = [one for one in read if isinstance(one, InputError)]
         if on_bad == "stop":
             for error in self._unread:
                 raise error
@@ -90,6 +97,9 @@ class Evaluator:
         self._options = {**options, "skip_special_tokens": chosen.skip_special_tokens}
         self._identity = {**self._encoding, **_settings(chosen), "seed": options.get("seed")}
         self._clean = model.processor.without_control_tokens if chosen.skip_special_tokens else str
+
+    def _read(self, processor, limit: int | None) -> list:
+        return [_with_calls(one, processor, self._encoding) for one in self._source.first(limit)]
 
     def __call__(self, params) -> dict[str, float]:
         """The scores under these parameters, by name: see `Report.metrics`.
@@ -124,17 +134,21 @@ class Evaluator:
             # A single bucket of rows: padding the last batch is cheaper than compiling for its size.
             ladder = Ladder(rows=(self._batch,))
             self._engine = Engine(self._model._replace(params=params), max_batch=self._batch, ladder=ladder)
+        path = None if output is None else stores.local_file("output", output)
         engine = self._engine
         own, engine.params = engine.params, jax.tree.map(jax.numpy.asarray, params)
         try:
-            if output is None:
+            if path is None:
                 return self._run(engine, on_bad)
-            ids = question_ids(self._all)
+            ids, known = question_ids(self.questions), self.questions
             model = fingerprint(engine.config, engine.processor, engine.params)
             if jax.process_index():  # process 0 writes
                 return self._run(engine, on_bad, ids=ids)
-            asked = dict(zip(ids, self._all, strict=True))
-            with Journal(output, model, self._identity, asked, overwrite=overwrite) as journal:
+            if self._limit and not overwrite and not answered_ids(path).issubset(ids):  # a larger limit answered more
+                known = [one for one in self._read(engine.processor, None) if isinstance(one, Question)]
+                ids = question_ids(known)
+            asked = dict(zip(ids, known, strict=True))
+            with Journal(path, model, self._identity, asked, overwrite=overwrite) as journal:
                 return self._run(engine, on_bad, journal, ids)
         finally:
             engine.params = own if self._model is None else None
@@ -296,8 +310,8 @@ def _with_model_boxes(question: Question, sample: Sample, processor, coordinates
         return question
     golds = []
     for answer in question.answers:
-        told = [*question.messages, {"role": "assistant", "content": answer}]
-        golds.append(processor.boxes_to_model(told, sample.visuals, coordinates)[-1]["content"])
+        talk = [*question.messages, {"role": "assistant", "content": answer}]
+        golds.append(processor.boxes_to_model(talk, sample.visuals, coordinates)[-1]["content"])
     return question._replace(answers=tuple(golds))
 
 
@@ -321,13 +335,13 @@ def _with_calls(question, processor, encoding: Mapping):
 
 def check_questions(questions: Sequence[Question], processor, encoding: Mapping) -> None:
     """Raises InputError for a bad prompt or a missing file now; the evaluation may reach it hours later."""
-    from qwenvl_jax.inputs.fetch import locate
+    from qwenvl_jax.inputs.fetch import path_or_bytes
 
     flags = {name: encoding[name] for name in names(PromptOptions) if name in encoding}
     for q in questions:
         try:
             for media in processor.prompt(q.messages, tools=q.tools, add_generation_prompt=True, **flags).media:
                 if isinstance(media.source, str) and not re.match("(?i)(https?|gs|s3):|data:", media.source):
-                    locate(media.source, 0)
+                    path_or_bytes(media.source, 0)
         except InputError as e:
             raise e.at(q.where) from e

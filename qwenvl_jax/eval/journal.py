@@ -19,9 +19,10 @@ from qwenvl_jax.eval.questions import Question
 from qwenvl_jax.inputs.messages import normalize
 
 _START = b'{"id": "'  # of every line
+_ID = re.compile(re.escape(_START) + rb'([^"]*)"')
 _MAX_LINE = 64 << 20  # bytes that are read to see what a file holds
 _PROMPT = 8  # letters of an id that depend on the prompt alone
-_ANEW = "give another --output, or --overwrite"
+_ANEW = "give another output, or overwrite it"
 _KEYS = {"id": str, "model": str, "options": dict, "answer": str | list, "prediction": str, "finish_reason": str}
 
 
@@ -155,6 +156,15 @@ class Journal:
 
     def __exit__(self, *exception):
         self._file.close()
+
+
+def answered_ids(path: Path) -> set[str]:
+    """The ids of the questions that a file answers; none if it cannot be read."""
+    if path.is_file():  # not a pipe
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            starts = filter(None, map(_ID.match, file))
+            return {start[1].decode("utf-8", "replace") for start in starts}
+    return set()
 
 
 def holds_answers(path: Path) -> bool:

@@ -9,6 +9,8 @@ from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 
+_IDS = ("id", "_id", "uid", "uuid", "question_id", "qid", "sample_id", "item_id")  # keys of a record
+
 
 class Question(NamedTuple):
     """One item to answer."""
@@ -21,42 +23,37 @@ class Question(NamedTuple):
     tools: list | None = None
     boxes: str | None = None  # their coordinates in the messages and answers; None: the model's
     reply: dict | None = None  # the assistant message with tool calls that is the answer; the template writes it
+    record_id: str | int | None = None  # the record's own, for files of answers
 
 
-def read_questions(records, metric: str = "exact", columns: Sequence[str] = ()) -> list[Question]:
-    """The questions of files (what `open_source` takes), or of a list of records (see `Evaluator`) or questions.
+class Questions:
+    """The questions of files (what `open_records` takes) or of a list of records (see `Evaluator`), in order.
 
-    columns: "old=new" renames a key of every record, and "old=" drops it. Raises InputError that names the bad record.
+    A record is read when it is first asked for. columns: "old=new" renames a key of every record, and "old=" drops it.
     """
-    read = read_all(records, metric, columns)
-    for one in read:
-        if isinstance(one, InputError):
-            raise one
-    return [one for one in read if isinstance(one, Question)]
 
+    def __init__(self, records, metric: str = "exact", columns: Sequence[str] = ()):
+        from qwenvl_jax.inputs.source import open_records  # imports numpy
 
-def read_all(
-    records, metric: str = "exact", columns: Sequence[str] = (), limit: int | None = None
-) -> list[Question | InputError]:
-    """What `read_questions` returns, with the error of each bad record in its place. Errors may be `records` too.
+        self._source, self._metric = open_records(records, columns), metric
+        self._read: list[Question | InputError] = []
 
-    limit: read the first `limit` records only.
-    """
-    from qwenvl_jax.inputs.source import open_source  # imports numpy
+    def first(self, limit: int | None = None) -> list[Question | InputError]:
+        """The first `limit` questions, or all, with the error of each bad record in its place.
 
-    source = open_source(records, columns)
-    read: list[Question | InputError] = []
-    for i in range(len(source))[:limit]:
-        try:
-            one = source[i]
-            read.append(one if isinstance(one, Question | InputError) else _question(one, source, i, metric))
-        except InputError as e:
-            read.append(e.at(source.where(i)))
-        except RecursionError as e:  # deeply nested lists
-            read.append(InputError(f"{source.where(i)}: {e}"))
-    if not read:
-        raise InputError(f"{source.name}: no record to evaluate on")
-    return read
+        Raises InputError if there is no record.
+        """
+        end = len(self._source) if limit is None else min(limit, len(self._source))
+        for i in range(len(self._read), end):
+            try:
+                self._read.append(_question(self._source[i], self._source, i, self._metric))
+            except InputError as e:
+                self._read.append(e.at(self._source.where(i)))
+            except RecursionError as e:  # deeply nested lists
+                self._read.append(InputError(f"{self._source.where(i)}: {e}"))
+        if not self._read:
+            raise InputError(f"{self._source.name}: no record to evaluate on")
+        return self._read[:limit]
 
 
 def _question(record, source, index: int, metric: str) -> Question:
@@ -80,7 +77,8 @@ def _question(record, source, index: int, metric: str) -> Question:
     answers = _answers(answer, metric)
     for text in answers:
         _check_characters(text, "answer")
-    return Question(messages, answers, task, metric, source.where(index), tools, boxes, reply)
+    own = next((record[key] for key in _IDS if isinstance(record.get(key), str | int)), None)
+    return Question(messages, answers, task, metric, source.where(index), tools, boxes, reply, own)
 
 
 def _task(task) -> str:

@@ -24,6 +24,7 @@ class Answer(NamedTuple):
     def to_dict(self) -> dict:
         q = self.question
         return {
+            **({} if q.record_id is None else {"record_id": q.record_id}),
             "where": q.where,
             "task": q.task,
             "metric": q.metric,

@@ -39,15 +39,19 @@ class Budget:
     well enough (`pictures.cost`, `video._decode`).
     """
 
-    def __init__(self, options: MediaOptions = DEFAULT, most_patches: float = math.inf):
-        """most_patches: bytes of the patches that fit into the model's context."""
+    def __init__(self, options: MediaOptions = DEFAULT, most_patches: float = math.inf, before: "Budget | None" = None):
+        """most_patches: bytes of the patches that fit into the model's context.
+
+        before: that of media of the same conversation that were opened earlier. Its bytes and patches count, its time
+            does not.
+        """
         self._most_patches = most_patches
         self._bytes_limit = (options.media_bytes or BYTES) << 20
         self.memory_limit = (options.media_memory or MEMORY) << 20
         self._seconds = options.media_seconds or SECONDS
         self._end = time.monotonic() + self._seconds
-        self._bytes = 0
-        self._kept = self._passing = self._clip_bytes = 0
+        self._bytes, self._kept = (before._bytes, before._kept) if before else (0, 0)
+        self._passing = self._clip_bytes = 0
         self._change, self._clip = _Decoders.change, threading.Lock()
 
     def left(self) -> float:

@@ -33,7 +33,7 @@ def name_of(source) -> str:
     return f"{type(source).__name__} object"
 
 
-def locate(source, max_bytes: int, budget: Budget | None = None) -> bytes | Path:
+def path_or_bytes(source, max_bytes: int, budget: Budget | None = None) -> bytes | Path:
     """The bytes of a URL or buffer, or the path of an existing regular file.
 
     max_bytes: limit of downloads and data URLs, which are held in memory; files may be larger.
@@ -41,12 +41,12 @@ def locate(source, max_bytes: int, budget: Budget | None = None) -> bytes | Path
     Raises MediaError that names the source.
     """
     try:
-        return _locate(source, max_bytes, budget or Budget())
+        return _path_or_bytes(source, max_bytes, budget or Budget())
     except InputError as e:
         raise e.at(name_of(source)) from e
 
 
-def _locate(source, max_bytes: int, budget: Budget) -> bytes | Path:
+def _path_or_bytes(source, max_bytes: int, budget: Budget) -> bytes | Path:
     if isinstance(source, bytes | bytearray | memoryview):
         budget.read(memoryview(source).nbytes)
         return bytes(source)
@@ -57,7 +57,7 @@ def _locate(source, max_bytes: int, budget: Budget) -> bytes | Path:
     if scheme == "data":
         return _from_data_url(source, max_bytes, budget)
     if scheme in ("http", "https"):
-        return _fetch(source, max_bytes, budget)
+        return _download(source, max_bytes, budget)
     if scheme in stores.LIBRARIES:
         try:
             url = f"{scheme}{source[len(scheme) :]}"  # in lower case
@@ -94,7 +94,7 @@ def _from_data_url(url: str, max_bytes: int, budget: Budget) -> bytes:
         raise MediaError(f"the base64 text is damaged ({e})") from e
 
 
-def _fetch(url: str, max_bytes: int, budget: Budget) -> bytes:
+def _download(url: str, max_bytes: int, budget: Budget) -> bytes:
     """Downloads over http(s), redirects included, within FETCH_SECONDS and the budget.
 
     Only the look-up of the host's name is out of reach: the system's resolver has its own time limit.

@@ -14,7 +14,7 @@ from PIL import Image
 from qwenvl_jax.errors import InputError, MediaError
 from qwenvl_jax.inputs import pictures
 from qwenvl_jax.inputs.budget import Budget
-from qwenvl_jax.inputs.fetch import locate, name_of
+from qwenvl_jax.inputs.fetch import name_of, path_or_bytes
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
 from qwenvl_jax.inputs.preprocessing import Preprocessing, target_size
 from qwenvl_jax.types import Grid, Visual
@@ -61,7 +61,7 @@ def opened(source, budget: Budget, keep: Callable[[int, int], int] = lambda widt
 
     keep(width, height): bytes to keep for what the caller makes of the picture.
     """
-    data = source if isinstance(source, Image.Image | np.ndarray) else locate(source, MAX_IMAGE_BYTES, budget)
+    data = source if isinstance(source, Image.Image | np.ndarray) else path_or_bytes(source, MAX_IMAGE_BYTES, budget)
     with ExitStack() as stack:
         try:
             image = _identified(data, budget, stack)

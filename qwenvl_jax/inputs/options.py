@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from qwenvl_jax.answers.boxes import COORDINATES
 from qwenvl_jax.options import Number, check, option
 
 _INT32 = 2**31 - 1
@@ -53,6 +54,25 @@ class PromptOptions:
         None,
         "read tokens such as <|box_start|> in texts as control tokens, and keep them in answers; "
         "default: as the checkpoint was trained",
+    )
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordOptions:
+    """How records are read, to train on and to answer."""
+
+    columns: tuple[str, ...] = option(
+        (), "OLD=NEW renames a key of every record, OLD= passes over it; repeatable", title="records"
+    )
+    on_bad_record: str = option("stop", "what to do with an unusable record", choices=("stop", "skip"))
+    boxes: str | None = option(
+        None,
+        "coordinates of boxes in texts, unless a record names its own; `generate` answers in them too, without "
+        "streaming; default: the model's",
+        choices=COORDINATES,
     )
 
     def __post_init__(self):

@@ -382,13 +382,13 @@ def _range(values: np.ndarray) -> tuple[float, float]:
     largest value is white, and black is 0 or, of values that are clearly negative, the smallest. Between the cases the
     range is interpolated, so a slightly larger value never makes a picture black. Rare outliers do not count.
     """
-    whole = values.dtype.kind in "iu"
+    integral = values.dtype.kind in "iu"
     sample = values.ravel()[:: values.size >> 20 | 1]
-    sample = sample if whole else sample[np.isfinite(sample)]
+    sample = sample if integral else sample[np.isfinite(sample)]
     if not sample.size:
         return 0.0, 1.0
     low, high = np.quantile(sample, (0.001, 0.999), method="nearest").astype(np.float64).tolist()
-    largest, white = ((382.5, 510), (255, 510)) if whole else ((1.5, 127.5, 382.5, 510), (1, 255, 255, 510))
+    largest, white = ((382.5, 510), (255, 510)) if integral else ((1.5, 127.5, 382.5, 510), (1, 255, 255, 510))
     top = high if high > 510 else float(np.exp(np.interp(np.log(max(high, 1e-9)), np.log(largest), np.log(white))))
     signed = min(max(-4 * low / top - 1, 0.0), 1.0)
     low, high = low * signed, top + (high - top) * signed

@@ -197,13 +197,19 @@ class Processor:
             raise CheckpointError(f"the tokenizer gave id {tokens.max()}, but config.json's vocab_size is {size}")
         return tokens, np.array(turns, np.int32)
 
-    def open(self, media: Sequence[Media], options: MediaOptions = DEFAULT) -> tuple[Visual, ...]:
-        """The second half of `encode`: pictures and clips as patches, all within the limits of `options`.
+    def budget(self, options: MediaOptions = DEFAULT, before: Budget | None = None) -> Budget:
+        """What the media of one conversation may take. before: that of some of them, which were opened earlier."""
+        c, p = self.config.text.context, self.preprocessing
+        return Budget(options, 3 * p.temporal_patch_size * c * p.factor**2, before)
+
+    def open(
+        self, media: Sequence[Media], options: MediaOptions = DEFAULT, budget: Budget | None = None
+    ) -> tuple[Visual, ...]:
+        """The second half of `encode`: pictures and clips as patches, within the budget, by default that of `options`.
 
         A source that is a Visual already stays.
         """
-        c, p = self.config.text.context, self.preprocessing
-        budget = Budget(options, most_patches=3 * p.temporal_patch_size * c * p.factor**2)
+        budget = budget or self.budget(options)
         if len(media) < 2:  # without a thread
             return tuple(self._visual(m, options, budget) for m in media)
         with ThreadPoolExecutor(min(_LOADERS, len(media))) as pool:

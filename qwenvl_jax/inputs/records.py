@@ -217,12 +217,12 @@ def _pair(given: dict) -> tuple[list, list[list]]:
         return _common(chosen, rejected)
     if extra := next((k for k in _REPLIES if k in given), None):
         raise BadRecord("messages", f"has both 'chosen' and {extra!r}; {_pass_over(extra)}")
-    whole = next((k for k in _CHAT if k in given and "prompt" in given), "answer")
-    if whole in _CHAT and _list(given[whole], whole) not in (chosen, rejected):
+    talk_key = next((k for k in _CHAT if k in given and "prompt" in given), "answer")
+    if talk_key in _CHAT and _list(given[talk_key], talk_key) not in (chosen, rejected):
         raise BadRecord(
-            "messages", f"has 'prompt', 'chosen' and {whole!r}, which is neither reply; {_pass_over(whole)}"
+            "messages", f"has 'prompt', 'chosen' and {talk_key!r}, which is neither reply; {_pass_over(talk_key)}"
         )
-    prompt = _turns({k: v for k, v in given.items() if k not in ("answer", whole)})
+    prompt = _turns({k: v for k, v in given.items() if k not in ("answer", talk_key)})
     n, mine = len(prompt), _not_learnt(prompt)  # datasets may repeat the prompt in both replies
     return prompt, [r[n:] if _not_learnt(r[:n]) == mine else r for r in (chosen, rejected)]
 

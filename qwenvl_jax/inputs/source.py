@@ -29,7 +29,6 @@ MAX_IN_MEMORY = 512 << 20  # bytes of a JSON array, which is read whole, and of 
 _CHUNK = 1 << 20  # bytes; fits the CPU's cache
 _DESCRIPTORS = ("/dev", "/dev/fd", "/proc/self/fd")  # where open files have names, such as /dev/stdin
 _SPACE = re.compile(r"[ \t\n\r]*")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILES = (".json", ".jsonl", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow", ".toml", ".yaml")
 # Other kinds of files by their first bytes. None of them can begin JSON.
 _PACKED = {
@@ -48,7 +47,7 @@ _TABLES = {
 }  # fmt: skip
 
 
-def open_source(data, columns: Sequence[str] = (), streaming: bool = False) -> "Records":
+def open_records(data, columns: Sequence[str] = (), streaming: bool = False) -> "Records":
     """The records of `data` as one sequence.
 
     data: a file (JSONL, a JSON array or Parquet), a pipe of JSONL, a glob pattern, a directory of `save_to_disk` or
@@ -78,8 +77,8 @@ class Records:
         self.name = ", ".join(str(part.name) for part in parts[:3]) + (", …" if parts[3:] else "")
         self.identity: dict = dict(parts[0].identity)
         if parts[1:]:
-            whole = json.dumps([part.identity for part in parts]).encode()
-            self.identity = {"files": len(parts), "crc32": zlib.crc32(whole)}
+            identities = json.dumps([part.identity for part in parts]).encode()
+            self.identity = {"files": len(parts), "crc32": zlib.crc32(identities)}
 
     def __len__(self) -> int:
         if self.streamed:
@@ -132,7 +131,12 @@ def _renames(columns: Sequence[str]) -> dict[str, str]:
 
 def _open(name: str, streaming: bool) -> list:
     if url := stores.as_url(name):
-        parts = _open(str(stores.fetch(url)), streaming)
+        copy = str(stores.local_copy(url))
+        try:
+            parts = _open(copy, streaming)
+        except InputError as e:
+            e.args = (str(e).replace(copy, url),)
+            raise
         for part in parts:
             part.name, part.folder = url, stores.folder(url).parent
         return parts
@@ -147,7 +151,7 @@ def _open(name: str, streaming: bool) -> list:
     head, *rest = name.split(":")
     if len(rest) == 1 and os.path.isdir(head):
         return [saved(head, rest[0])]
-    if len(rest) <= 2 and _HUB_ID.fullmatch(head) and not head.endswith(_FILES):
+    if len(rest) <= 2 and stores.HUB_ID.fullmatch(head) and not head.endswith(_FILES):
         return [hub(head, rest, streaming)]
     raise InputError(f"{name}: cannot be read (No such file or directory)")
 
@@ -270,7 +274,7 @@ class JsonFile:
         return _parse(self._item(index))
 
     def where(self, index: int) -> str:
-        return f"{self.path}[{index}]" if self._is_array else f"{self.path}:{self._lines[index]}"
+        return f"{self.name}[{index}]" if self._is_array else f"{self.name}:{self._lines[index]}"
 
     def _item(self, index: int) -> bytes:
         return self._read(int(self._starts[index]), int(self._ends[index]))

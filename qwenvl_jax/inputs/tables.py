@@ -47,7 +47,7 @@ class ParquetFile:
         return _without_nulls(self._table(group).slice(row, 1).to_pylist()[0])
 
     def where(self, index: int) -> str:
-        return f"{self.path}[{index}]"
+        return f"{self.name}[{index}]"
 
     def _table(self, group: int):
         import pyarrow
@@ -145,9 +145,9 @@ def hub(name: str, rest: list[str], streaming: bool = False) -> Rows | Stream:
         needs = f"a dataset of the hub needs the extra `datasets`: {install('datasets')}"
         raise InputError(f"{name}: there is no such file; {needs}") from e
     config, split = (rest[0] if rest[1:] else None), (rest[-1] if rest else "train")
-    whole, how = ":".join((name, *rest)), {"streaming": True} if streaming else {}
+    full_name, how = ":".join((name, *rest)), {"streaming": True} if streaming else {}
     try:
-        return _split(lambda: datasets.load_dataset(name, config, split=split, **how), whole, None, None)
+        return _split(lambda: datasets.load_dataset(name, config, split=split, **how), full_name, None, None)
     except InputError as e:
         raise InputError(f"there is no such file, and as a dataset of the hub: {e}") from e
 

@@ -19,7 +19,7 @@ from PIL import Image
 from qwenvl_jax.errors import InputError, MediaError, OptionsError, install
 from qwenvl_jax.inputs import pictures
 from qwenvl_jax.inputs.budget import Budget
-from qwenvl_jax.inputs.fetch import locate, name_of
+from qwenvl_jax.inputs.fetch import name_of, path_or_bytes
 from qwenvl_jax.inputs.media import as_visual, empty_patches, fill, opened, resize
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
 from qwenvl_jax.inputs.preprocessing import MAX_PIXELS, Preprocessing, target_size
@@ -78,7 +78,7 @@ def video_visual(
         raise OptionsError("give fps or nframes, not both")
     if o.min_frames and o.max_frames and o.min_frames > o.max_frames:
         raise OptionsError(f"min_frames {o.min_frames} is larger than max_frames {o.max_frames}")
-    data = locate(source, MAX_VIDEO_BYTES, budget)
+    data = path_or_bytes(source, MAX_VIDEO_BYTES, budget)
     try:
         return _from_file(_opener(data, budget), p, o, budget)
     except InputError as e:
@@ -243,16 +243,16 @@ def _count(open_clip: Callable) -> tuple[int, float]:
 def _decode(open_clip: Callable, budget: Budget) -> Iterator[tuple]:
     with open_clip() as (packets, _, stream):
         context, index = stream.codec_context, 0
-        room = max(_picture_bytes(context), _LEAST_PICTURE)
-        threads = budget.memory_limit // 4 // room
+        most = max(_picture_bytes(context), _LEAST_PICTURE)
+        threads = budget.memory_limit // 4 // most
         context.thread_type, context.thread_count = "AUTO", max(1, min(os.cpu_count() or 1, 16, threads))
         held = _HELD.get(context.name, 10) + context.thread_count
-        with budget.clip_decoder(held * room + 16 * context.width * context.height):
+        with budget.clip_decoder(held * most + 16 * context.width * context.height):
             for packet in packets:
                 for frame in packet.decode():
                     yield index, frame, stream.sample_aspect_ratio
                     index += 1
-                if _picture_bytes(context) > room:
+                if _picture_bytes(context) > most:
                     raise MediaError(f"its frames grow to {context.width} × {context.height} pixels in the middle")
 
 

@@ -24,8 +24,9 @@ from qwenvl_jax.families import to_dict
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
 from qwenvl_jax.inputs.processor import RULE, RULE_FILE
 from qwenvl_jax.params import directory
-from qwenvl_jax.params.directory import MARKER, PARAMS, Located, first_line, kvstore, locate, read_config
-from qwenvl_jax.params.directory import find as find
+from qwenvl_jax.params.directory import MARKER, PARAMS, first_line, kvstore, read_config
+from qwenvl_jax.params.locate import Located, locate, with_weights
+from qwenvl_jax.params.locate import find as find
 from qwenvl_jax.params.place import Leaf, Source, to_devices
 from qwenvl_jax.params.precision import Precision, on_cpu
 from qwenvl_jax.params.specs import count_params, flatten, param_shardings, specs, unflatten
@@ -63,7 +64,7 @@ def load_located(located: Located, *, mesh=None, dtype=None, progress: bool = Tr
     chosen = precision_of(config, mesh) if dtype is None else Precision(_known_dtype(dtype), _known_dtype(dtype))
     config = config.replace(dtype=chosen.compute)
     processor = Processor.from_dir(path, config, located.adapters)  # before the weights, because it fails quickly
-    with open_source(located, config) as source:
+    with open_weights(located, config) as source:
         params = to_devices(source, shardings, chosen.weights, progress)
     if progress and chosen.reason:
         _LOG.warning("%s: %s", path.name, chosen.reason)  # without handlers, Python shows it on stderr
@@ -71,7 +72,7 @@ def load_located(located: Located, *, mesh=None, dtype=None, progress: bool = Tr
 
 
 @contextlib.contextmanager
-def open_source(located: Located, config: Config):
+def open_weights(located: Located, config: Config):
     """The parameters of a checkpoint of either format with its adapters merged, still on disk: yields a `Source`.
 
     The adapters are checked first, then weights that are elsewhere are copied.
@@ -81,7 +82,7 @@ def open_source(located: Located, config: Config):
 
     with contextlib.ExitStack() as files:
         adapters = [files.enter_context(AdapterFile(config, path)) for path in located.adapters]
-        located = directory.complete(located)
+        located = with_weights(located)
         if (located.path / MARKER).is_file():
             source: Source = OrbaxSource(located.path, config)
         else:
@@ -101,7 +102,7 @@ def save(model: Model, path, *, files_from=None) -> None:
     """Writes a model as a new directory `path`, or at a URL: its parameters, config and generation settings.
 
     files_from: a checkpoint directory whose tokenizer, template and preprocessor files are copied. Without them, `load`
-    cannot read the directory, but `restore` and `qwenvl convert` can.
+    cannot read the directory, but `qwenvl convert` can.
     Raises InputError if `path` exists, if the disk is full, if the parameters do not match the config, or if the
     model and `files_from` normalise pictures differently.
     """
@@ -138,11 +139,6 @@ def save(model: Model, path, *, files_from=None) -> None:
         write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
         write_json(work / "generation_config.json", dict(model.generation))
         write_json(work / MARKER, {"format": directory.FORMAT})
-
-
-def restore(path: Path, config: Config, shardings=None, dtype=None, progress: bool = True) -> dict:
-    """Reads the parameters of one of our directories onto their devices; arguments as for `read_params`."""
-    return to_devices(OrbaxSource(path, config), shardings, dtype, progress)
 
 
 class OrbaxSource(Source):

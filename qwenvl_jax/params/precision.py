@@ -28,7 +28,7 @@ def on_cpu(dtype: str, parameters: int) -> Precision:
         return Precision(dtype, None)
     need, free = 4 * parameters, free_memory()
     size = f"{need / 1e9:.1f} GB" if need > 1e9 else f"{need / 1e6:.0f} MB"
-    memory = f"{size} of {free / 1e9:.1f} GB of free memory (--dtype changes this)"
+    memory = f"{size} of {free / 1e9:.1f} GB of free memory (dtype changes this)"
     if need <= MEMORY_SHARE * free:
         return Precision("float32", "float32", f"on a CPU, {dtype} weights are cast to float32, which takes {memory}")
     how = f"stay in 16 bits and are computed in float32, since a cast would take {memory}"

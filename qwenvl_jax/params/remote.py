@@ -17,11 +17,19 @@ from qwenvl_jax.config import read_json
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.inputs.preprocessing import PREPROCESSOR_FILE, read_preprocessing
 from qwenvl_jax.params import directory
-from qwenvl_jax.params.directory import INDEX, MARKER, PARAMS, SIDE_FILES, first_line
+from qwenvl_jax.params.directory import (
+    ADAPTER_SETTINGS,
+    ADAPTER_WEIGHTS,
+    INDEX,
+    MARKER,
+    PARAMS,
+    SIDE_FILES,
+    SINGLE,
+    first_line,
+)
 
-SINGLE = "model.safetensors"
 _WEIGHTS = ("*.safetensors", f"{PARAMS}/**")
-_HUB_ID = r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w][\w./-]*))?"
+_AT_REVISION = rf"({stores.HUB_ID.pattern})(?:@(\w[\w./-]*))?"
 _BLOCK = 1 << 18  # bytes to read ahead in a header
 _MAX_HEADER = 100_000_000
 
@@ -37,38 +45,37 @@ class Place(NamedTuple):
 def place_of(name, revision: str | None = None) -> Place | None:
     """The place that a model's name means: "gs://…", "s3://…", "OWNER/NAME" or "OWNER/NAME@REVISION"; else None."""
     url = stores.as_url(name)
-    match = None if url else re.fullmatch(_HUB_ID, str(name))
+    match = None if url else re.fullmatch(_AT_REVISION, str(name))
     if revision is not None and (match is None or match[2] is not None):
         why = "names one already" if match else "is not an id of the hub"
         raise CheckpointError(f"{name}: {why}; leave out revision")
     return Place(url) if url else match and Place(None, match[1], match[2] or revision)
 
 
-def fetch(place: Place) -> Path:
+def small_files(place: Place) -> Path:
     """A directory with the checkpoint's small files. Raises CheckpointError."""
-    return stores.fetch(place.url, SIDE_FILES) if place.url else _from_hub(place)
+    return stores.local_copy(place.url, SIDE_FILES) if place.url else _from_hub(place)
 
 
-def complete(place: Place, path: Path) -> Path:
-    """Adds the weights to what `fetch` gave, after a look at the small files. Raises CheckpointError."""
-    if _is_complete(path):
+def add_weights(place: Place, path: Path) -> Path:
+    """Adds the weights to what `small_files` gave, after a look at the small files. Raises CheckpointError."""
+    if _has_weights(path):
         return path
     _judge(place.url or place.repo, path)
     if not place.url:
         return _weights_from_hub(place.repo, path)
-    if stores.fetch(place.url, (*SIDE_FILES, *_WEIGHTS)) != path:
+    if stores.local_copy(place.url, (*SIDE_FILES, *_WEIGHTS)) != path:
         raise CheckpointError(f"{place.url}: changed while it was copied; run the command again")
     return path
 
 
 @contextlib.contextmanager
-def headers(name, path: Path) -> Iterator[Path]:
+def headers(place: Place | None, path: Path) -> Iterator[Path]:
     """Yields a directory of weight files that have their headers and sizes, but nothing else, and take no space.
 
-    path: what `find(name, weights=False)` gave; a local directory is yielded as it is.
+    path: what `small_files` gave. If it has the weights, or if there is no place, it is yielded as it is.
     """
-    place = None if Path(name).expanduser().is_dir() else place_of(name)
-    if place is None:
+    if place is None or _has_weights(path):
         yield path
         return
     import tempfile
@@ -96,16 +103,16 @@ def headers(name, path: Path) -> Iterator[Path]:
 
 def _judge(name: str, path: Path) -> None:
     """Raises CheckpointError if a checkpoint cannot be used, whatever its weights are."""
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER_SETTINGS).is_file():
         return  # its weights are small, and its base is judged when that is opened
     config = directory.read_config(path)
     if read_preprocessing(path, config) is None:
         raise CheckpointError(f"{name}: has no {PREPROCESSOR_FILE}; a checkpoint needs it")
 
 
-def _is_complete(path: Path) -> bool:
+def _has_weights(path: Path) -> bool:
     """Whether the weights are there, as far as the small files say; those of our format do not."""
-    if (path / SINGLE).is_file() or (path / "adapter_model.safetensors").is_file():
+    if (path / SINGLE).is_file() or (path / ADAPTER_WEIGHTS).is_file():
         return True
     with contextlib.suppress(InputError, AttributeError):
         files = set(read_json(path / INDEX)["weight_map"].values()) if (path / INDEX).is_file() else ()
@@ -141,8 +148,8 @@ def _weights_from_hub(repo: str, path: Path) -> Path:
     need = sum(sizes[name] for name in wanted if not (path / name).exists()) + stores.MARGIN
     free = shutil.disk_usage(path).free
     if free < need:
-        room = f"{need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free in {constants.HF_HUB_CACHE}"
-        raise CheckpointError(f"{repo}: no space for its weights; {room} (HF_HOME names another place)")
+        space = f"{need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free in {constants.HF_HUB_CACHE}"
+        raise CheckpointError(f"{repo}: no space for its weights; {space} (HF_HOME names another place)")
     with _reading(repo):
         how = dict(allow_patterns=[re.sub(r"([*?\[])", r"[\1]", name) for name in wanted])
         return Path(snapshot_download(repo, revision=path.name, **how))

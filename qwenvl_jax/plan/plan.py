@@ -25,7 +25,8 @@ from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import slots_needed
 from qwenvl_jax.inputs.pack import cover
 from qwenvl_jax.params import lora
-from qwenvl_jax.params.directory import locate, named, read_config
+from qwenvl_jax.params.directory import read_config
+from qwenvl_jax.params.locate import check_name, locate
 from qwenvl_jax.params.specs import abstract_params, check_mesh, param_shardings, specs, specs_of
 from qwenvl_jax.plan.hardware import CHIPS, GIB, Target, devices
 from qwenvl_jax.plan.hlo import Program
@@ -209,8 +210,7 @@ def resolve_model(name: str) -> Config:
     """The configuration of a preset ("qwen2.5-vl-7b"), or of a checkpoint, without its weights."""
     if name in PRESETS:
         return PRESETS[name]
-    if not named(name):
-        raise InputError(f"{name}: no such directory or preset; presets are {', '.join(PRESETS)}")
+    check_name(name)
     return read_config(locate(name, weights=False).path)
 
 

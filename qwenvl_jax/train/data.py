@@ -19,7 +19,7 @@ from qwenvl_jax.errors import BadRecord, InputError, OptionsError, install
 from qwenvl_jax.inputs.layout import Lanes
 from qwenvl_jax.inputs.pack import Segment, fill_lanes, index_by_visual, pack_rows, split_frames
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.source import Records, open_source
+from qwenvl_jax.inputs.source import Records, open_records
 from qwenvl_jax.train.records import PackShape, RecordProcessor
 from qwenvl_jax.types import Batch, Sample, TrainBatch
 
@@ -55,7 +55,7 @@ class _Load:
 class Dataset:
     """An endless or finite iterator of TrainBatch: numpy arrays of one shape.
 
-    records: what `open_source` takes: a JSONL, JSON or Parquet file, a pattern or list of them, a dataset of Hugging
+    records: what `open_records` takes: a JSONL, JSON or Parquet file, a pattern or list of them, a dataset of Hugging
         Face, or an object with `len()` and `[i]` that returns the same record i every time. Such an object must be
         thread-safe, and picklable if there are workers.
     columns: "old=new" renames a key of every record, and "old=" drops it.
@@ -93,7 +93,7 @@ class Dataset:
         threads: int = 2,
         workers: int = 0,
     ):
-        records = open_source(records, columns)
+        records = open_records(records, columns)
         _check_shape(shape, processor.config, preferences)
         if on_error not in ("stop", "skip"):
             raise OptionsError(f"on_error is {on_error!r}; it must be 'stop' or 'skip'")

@@ -12,13 +12,13 @@ from qwenvl_convert.peft import AdapterFile, load_adapter, save_adapter
 from qwenvl_jax import distributed
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, OptionsError
-from qwenvl_jax.inputs.source import Records, open_source
+from qwenvl_jax.inputs.source import Records, open_records
 from qwenvl_jax.params import checkpoint, directory, lora
-from qwenvl_jax.params.directory import Located
+from qwenvl_jax.params.locate import Located, locate
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.loop import OnMetrics, make_run_mesh, train
 from qwenvl_jax.train.mirror import Mirror, check_shared, open_mirror
-from qwenvl_jax.train.optimizer import settled
+from qwenvl_jax.train.optimizer import with_optimizer
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape
 from qwenvl_jax.train.run import Run
@@ -49,8 +49,8 @@ def finetune(
     if options.distributed:
         check_shared(options.output)
         distributed.initialize()
-    options, _ = settled(options, optimizer), make_run_mesh(options)
-    with contextlib.closing(open_mirror(options.output)) as mirror:
+    options, _ = with_optimizer(options, optimizer), make_run_mesh(options)
+    with contextlib.closing(open_mirror(options.output)) as mirror, mirror.names():
         stopped = _finetune(options, mirror, evaluator, dict(optimizer=optimizer, on_metrics=on_metrics))
         mirror.push(progress=True)
         return stopped
@@ -60,6 +60,7 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
     final, adapter = (mirror.path / name for name in (FINAL, ADAPTER))
     with Run(options) as run:  # refuses another run's directory before any weights are read
         if run.before is not None and run.before.length != options.length:
+            run.check_epochs()
             _set_aside(mirror, run.step, final, adapter)
         else:
             for done in (final, adapter):
@@ -70,7 +71,7 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
                 _say(f"already finished: {mirror.name(final)}")
                 return None
     records, questions = _open(options)
-    source = directory.locate(options.model, weights=False)
+    source = locate(options.model, weights=False)
     model = _load(options, source)
     with contextlib.closing(_dataset(options, records, model)) as data:
         evaluate = None
@@ -90,9 +91,11 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
     params = result.params
     if options.lora_rank:
         if not adapter.exists():
-            whole = _with_earlier(model.config, params, source)
-            how = dict(base_name=source.name, layout=options.adapter_layout)
-            save_adapter(model.config, whole, adapter, allow_control_tokens=model.processor.allow_control_tokens, **how)
+            adapted = _with_earlier(model.config, params, source)
+            how = dict(base_name=source.name, revision=source.revision, layout=options.adapter_layout)
+            save_adapter(
+                model.config, adapted, adapter, allow_control_tokens=model.processor.allow_control_tokens, **how
+            )
             _say(f"adapter for PEFT: {mirror.name(adapter)}")
         params = lora.merge(params)
     stored = directory.read_config(source.path)  # the result has the dtype of the checkpoint
@@ -134,9 +137,9 @@ def _load(options: TrainOptions, source: Located) -> Model:
         lora.choose(directory.read_config(source.path), options.lora_targets)
     for path in source.adapters if options.lora_rank else ():
         with AdapterFile(directory.read_config(source.path), path) as adapter:
-            if adapter.whole:
+            if adapter.replaced:
                 raise InputError(
-                    f"{path}: holds whole parameters ({min(adapter.whole)}), which a new adapter cannot; write the "
+                    f"{path}: holds whole parameters ({min(adapter.replaced)}), which a new adapter cannot; write the "
                     "model with `qwenvl merge` and train from that"
                 )
     mesh = make_run_mesh(options)
@@ -157,8 +160,8 @@ def _load(options: TrainOptions, source: Located) -> Model:
 
 def _open(options: TrainOptions) -> tuple[Records, Records | None]:
     """The records to train on and to evaluate on, opened before the model is."""
-    questions = open_source(options.eval_data, options.columns) if options.eval_data else None
-    records = open_source(options.data, options.columns, options.streaming)
+    questions = open_records(options.eval_data, options.columns) if options.eval_data else None
+    records = open_records(options.data, options.columns, options.streaming)
     if records.streamed:
         options.check_stream()
     return records, questions

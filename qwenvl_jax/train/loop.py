@@ -21,7 +21,7 @@ from qwenvl_jax.params.specs import flatten, param_shardings, specs_of, unflatte
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.train.flops import peak_flops, train_flops
 from qwenvl_jax.train.losses import dpo_loss, segment_logprobs, sft_loss
-from qwenvl_jax.train.optimizer import from_options, identity, refuse_another, restored, settled, stored
+from qwenvl_jax.train.optimizer import from_arrays, from_options, identity, refuse_another, to_arrays, with_optimizer
 from qwenvl_jax.train.options import CUSTOM, TrainOptions
 from qwenvl_jax.train.progress import Progress
 from qwenvl_jax.train.run import CHECKPOINTS, Run
@@ -84,12 +84,12 @@ def train(
     if options.best and evaluate is None:
         raise OptionsError(f"best is {options.best!r}, a metric of the evaluation; give eval_data")
     _check_best(options.best, getattr(evaluate, "names", None))  # before hours of training
-    options, mesh = settled(options, optimizer), make_run_mesh(options)
+    options, mesh = with_optimizer(options, optimizer), make_run_mesh(options)
     if options.epochs is not None and getattr(data, "epochs", None) != options.epochs:
         raise OptionsError(f"epochs is {options.epochs}; data must end after as many, as Dataset(…, epochs=…) does")
     if math.isnan(getattr(data, "epoch", 0.0)):
         options.check_stream()
-    with Run(options) as run, Signals() as signals:
+    with Run(options) as run, run.names(), Signals() as signals:
         loop = _Loop(model, data, options, loss, optimizer, donate, mesh, run)
         loop.evaluate, loop.signals = evaluate, signals
         loop.on_metrics = (on_metrics,) if callable(on_metrics) else tuple(on_metrics)
@@ -168,16 +168,17 @@ class _Loop:
     def resume(self) -> None:
         progress = self.run.progress(self.run.step)
         refuse_another(progress.get("optimizer"), self.identity, self.run.path)
-        self.state = self.restored(self.run.step)
+        self.state = self.state_at(self.run.step)
+        self.run.check_epochs()
         self.step, self.skipped = self.run.step, progress["skipped"]
         self.skipped_in_row = progress["skipped_in_row"]
         self.data.set_state(progress["data"])
 
-    def restored(self, step: int) -> TrainState:
+    def state_at(self, step: int) -> TrainState:
         """The state in a checkpoint."""
         saved = self.run.restore(_saved_part(self.state, self.trainable), step)
         params = unflatten(flatten(self.state.params) | flatten(saved["params"]))
-        return TrainState(saved["step"], params, restored(saved.get("opt_state", {}), self.state.opt_state))
+        return TrainState(saved["step"], params, from_arrays(saved.get("opt_state", {}), self.state.opt_state))
 
     def on_mesh(self):
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -193,13 +194,13 @@ class _Loop:
                 final_metrics = self.run_evaluation(self.evaluate)  # the final evaluation failed or was interrupted
                 self.run.amend(self.step, {f"eval/{name}": value for name, value in final_metrics.items()})
             while batch is not None:
-                position = self.data.get_state()  # for the checkpoint of this step: the next batch is read ahead
+                position = self.position()  # for the checkpoint of this step: the next batch is read ahead
                 self.dispatch(*batch)
                 try:
                     batch = self.load()
                 except InputError as e:  # raised below, after a checkpoint of the steps before it
                     data_error = e
-                self.fetch_metrics(leave=1)
+                self.log_metrics(leave=1)
                 last = batch is None
                 evaluating = self.evaluate and (self.step % o.eval_every == 0 or last)
                 stopping = self.signals.reached(self.step)
@@ -217,8 +218,13 @@ class _Loop:
             best = self.run.best_step
             if final_metrics is not None and self.run.better(final_metrics, best):
                 return Result(self.state.params, self.step)
-            return Result(self.restored(best).params, best)
+            return Result(self.state_at(best).params, best)
         return Result(self.state.params, self.step, None if batch is None else self.signals.caught)
+
+    def position(self) -> dict:
+        """How far the data is read, for a checkpoint. epoch: how often; None if that is not known."""
+        epoch = getattr(self.data, "epoch", math.nan)
+        return {"data": self.data.get_state(), "epoch": None if math.isnan(epoch) else epoch}
 
     def load(self) -> tuple[TrainBatch, Any, dict] | None:
         """The next batch on the device, with its leading axis A, its learning rate if the options do not fix it, and
@@ -265,7 +271,7 @@ class _Loop:
         self.step += 1
         self.pending.append((self.step, metrics, facts))
 
-    def fetch_metrics(self, leave: int, extra: dict | None = None) -> None:
+    def log_metrics(self, leave: int, extra: dict | None = None) -> None:
         """Fetches and logs the metrics of all steps except the last `leave`; `extra` is logged with the last step."""
         while len(self.pending) > leave:
             step, metrics, facts = self.pending.pop(0)
@@ -313,9 +319,9 @@ class _Loop:
         """Logs all steps, evaluates unless `evaluate` is None, and starts to save."""
         metrics = None
         if evaluate is None:
-            self.fetch_metrics(leave=0)
+            self.log_metrics(leave=0)
         else:
-            self.fetch_metrics(leave=1)
+            self.log_metrics(leave=1)
             jax.block_until_ready(self.state)
             try:
                 metrics = self.run_evaluation(evaluate)
@@ -323,9 +329,11 @@ class _Loop:
                 self.checkpoint(position, None)
                 self.run.wait()
                 raise
-            self.fetch_metrics(leave=0, extra={f"eval/{name}": value for name, value in metrics.items()})
+            self.log_metrics(leave=0, extra={f"eval/{name}": value for name, value in metrics.items()})
         if self.step > self.run.step:
-            progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row, "data": position}
+            progress = {"skipped": self.skipped, "skipped_in_row": self.skipped_in_row, **position}
+            if self.step == self.last and self.options.epochs:  # known at the end of a stream, too
+                progress["epoch"] = self.options.epochs
             progress |= {"optimizer": self.identity} if self.identity else {}
             with self.progress.paused():
                 self.run.save(self.step, _saved_part(self.state, self.trainable), progress, metrics)
@@ -388,4 +396,4 @@ def _reference(config, options: TrainOptions, base: dict | None):
 def _saved_part(state: TrainState, trainable) -> dict:
     """What a checkpoint of a run holds. The model's own checkpoint has the frozen weights."""
     trained = {path: w for path, w in flatten(state.params).items() if trainable(path)}
-    return {"step": state.step, "params": unflatten(trained), "opt_state": stored(state.opt_state)}
+    return {"step": state.step, "params": unflatten(trained), "opt_state": to_arrays(state.opt_state)}

@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from qwenvl_jax import stores
@@ -30,6 +31,11 @@ class Mirror:
     def name(self, path: Path) -> str:
         """A path of the directory as the user knows it."""
         return str(path)
+
+    @contextlib.contextmanager
+    def names(self) -> Iterator[None]:
+        """Errors from the block name the directory as the user knows it."""
+        yield
 
     def rename(self, result: Path, former: Path) -> None:
         """Gives a finished model another name."""
@@ -107,6 +113,17 @@ class _StoreMirror(Mirror):
     def name(self, path: Path) -> str:
         return join(self.url, path.relative_to(self.path).as_posix())
 
+    @contextlib.contextmanager
+    def names(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError as e:
+            text = str(e).replace(str(self.path), self.url)
+            if text != str(e) and "disk" in text:
+                text += f" (its local copy is in {stores.cache()})"
+            e.args = (text,)
+            raise
+
     def rename(self, result: Path, former: Path) -> None:
         with self._busy:
             stores.remove(self.name(former))  # left by an interrupted move
@@ -119,11 +136,11 @@ class _StoreMirror(Mirror):
             owner = stores.read(join(self.url, OWNER), 1 << 10, 60).decode(errors="replace")
             if owner != self._owner:
                 raise InputError(f"{self.url}: another process has taken over this run ({owner}); this one stops")
-            whole, loose = self._contents()
+            complete, loose = self._contents()
             changed = {name: now for name, now in loose.items() if self._files.get(name) != now}
             stores.upload(self.path, self.url, list(changed), progress=progress)
             self._files |= changed
-            for folder in whole:
+            for folder in complete:
                 if folder not in self._sent:
                     here, there = self.path / folder, f"{self.url}/{folder}"
                     stores.remove(there)  # left by an interrupted upload
@@ -131,27 +148,27 @@ class _StoreMirror(Mirror):
                     if folder.startswith(f"{CHECKPOINTS}/"):
                         stores.write(join(there, COMMITTED), "complete\n")
                     self._sent.add(folder)
-            for folder in self._sent - set(whole):
+            for folder in self._sent - set(complete):
                 if folder.startswith(f"{CHECKPOINTS}/"):
                     stores.remove(f"{self.url}/{folder}")
                     self._sent.discard(folder)
 
     def _contents(self) -> tuple[list[str], dict[str, tuple]]:
         """The complete directories, which are copied once, and the other files with what changes when they do."""
-        whole, loose = [], []
+        complete, loose = [], []
         for entry in sorted(self.path.iterdir()):
             if PARTIAL in entry.name:
                 continue
             if entry.is_file():
                 loose.append(entry.name)
             elif entry.name == CHECKPOINTS:
-                whole += [f"{CHECKPOINTS}/{step.name}" for step in sorted(entry.iterdir()) if step.name.isdecimal()]
+                complete += [f"{CHECKPOINTS}/{step.name}" for step in sorted(entry.iterdir()) if step.name.isdecimal()]
             elif any((entry / sign).is_file() for sign in LAST):
-                whole.append(entry.name)
+                complete.append(entry.name)
             else:
                 loose += [f"{entry.name}/{name}" for name in stores.files_in(entry)]
         stats = {name: (self.path / name).stat() for name in loose}
-        return whole, {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+        return complete, {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
     def push_after(self, directory: Path) -> None:
         def wait() -> None:

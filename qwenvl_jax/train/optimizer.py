@@ -13,7 +13,7 @@ from qwenvl_jax.train.options import CUSTOM, RULE, TrainOptions
 from qwenvl_jax.train.step import make_optimizer, masters, update
 
 
-def settled(options: TrainOptions, optimizer) -> TrainOptions:
+def with_optimizer(options: TrainOptions, optimizer) -> TrainOptions:
     """The options of a run with the caller's optimizer, or with None.
 
     Raises OptionsError for an optimizer that is none of optax's, and for options that would have no effect with it.
@@ -95,13 +95,13 @@ def refuse_another(saved: dict | None, mine: dict | None, where) -> None:
         raise OptionsError(f"{where}: a run with another optimizer (its rule or a number in it differs); {end}")
 
 
-def stored(opt_state) -> dict:
+def to_arrays(opt_state) -> dict:
     """The arrays of a state by number, as a checkpoint holds them: a state may be of any tree."""
     return {f"{i:05}": jax.random.key_data(x) if _is_key(x) else x for i, x in enumerate(jax.tree.leaves(opt_state))}
 
 
-def restored(saved: dict, like):
-    """The state that `stored` gave, as a tree like `like`."""
+def from_arrays(saved: dict, like):
+    """The state that `to_arrays` gave, as a tree like `like`."""
     leaves = jax.tree.leaves(like)
     arrays = [array for _, array in sorted(saved.items())]
     keys = [jax.random.wrap_key_data(a, impl=jax.random.key_impl(x)) if _is_key(x) else a

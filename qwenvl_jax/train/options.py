@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenvl_jax import options
-from qwenvl_jax.answers.boxes import COORDINATES
 from qwenvl_jax.config import GROUPS
 from qwenvl_jax.errors import OptionsError
-from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.options import MediaOptions, PromptOptions, RecordOptions
 from qwenvl_jax.options import as_text, build, check, check_names, checked, given, names, option
 
 OPTIMIZERS = ("adamw", "muon")
@@ -24,7 +23,7 @@ _DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(MediaOptions):
+class TrainOptions(MediaOptions, PromptOptions, RecordOptions):
     """Options of one run. Raises OptionsError for a wrong type, a value out of range and options that contradict."""
 
     model: str = option("", "checkpoint or adapter to start from: a directory or a hub id", title="the run")
@@ -32,7 +31,6 @@ class TrainOptions(MediaOptions):
         (), "training records: a JSONL, JSON or Parquet file, a pattern, or a dataset of the hub; repeatable"
     )
     eval_data: tuple[str, ...] = option((), "records to answer and score during training; repeatable")
-    columns: tuple[str, ...] = option((), "OLD=NEW renames a key of every record, OLD= passes over it; repeatable")
     streaming: bool = option(False, "read a dataset of the hub as it comes, without downloading it first")
     output: str = option("", "directory of the run and its result; a run in it is resumed", free=True)
     task: str = option("sft", "train on the assistant's messages, or on preferences", choices=("sft", "dpo"))
@@ -83,23 +81,14 @@ class TrainOptions(MediaOptions):
     mesh_fsdp: int = option(1, "devices that split a batch and the weights", least=1, free=True)
     mesh_tensor: int = option(1, "devices that split the work on each token", least=1, free=True)
     distributed: bool = option(False, "this is one of several processes, one per host", free=True)
-    on_bad_record: str = option("stop", "what to do with an unusable record", choices=("stop", "skip"), title="records")
-    threads: int = option(2, "threads that read records", least=0, free=True)
+    threads: int = option(2, "threads that read records", least=0, free=True, title="reading")
     workers: int = option(0, "processes that read records, each with `threads` threads", least=0, free=True)
-    boxes: str | None = option(
-        None, "coordinates of boxes in records that do not name theirs; default: the model's", choices=COORDINATES
-    )
-    allow_control_tokens: bool | None = option(
-        None,
-        "read tokens such as <|box_start|> in texts as control tokens, and keep them in answers; "
-        "default: as the checkpoint was trained",
-    )
-    skip_special_tokens: bool | None = option(
-        None, "score answers without control tokens; default: unless they are allowed", free=True
-    )
     save_every: int = option(500, "steps between checkpoints", least=1, free=True, title="output")
     keep: int = option(2, "latest checkpoints to keep, besides the best one", least=1, free=True)
     eval_every: int = option(500, "steps between evaluations; each writes a checkpoint", least=1, free=True)
+    skip_special_tokens: bool | None = option(
+        None, "score answers without control tokens; default: unless they are allowed", free=True
+    )
     best: str | None = option(None, "evaluation metric that selects the checkpoint to return", free=True)
     best_mode: str = option("max", "whether a larger or smaller metric is better", choices=("max", "min"), free=True)
     result_format: str = option(
@@ -145,7 +134,7 @@ class TrainOptions(MediaOptions):
     @property
     def encoding(self) -> dict:
         """How records are read: the options of a Dataset and of an Evaluator."""
-        return given(self, TrainOptions, only=(*names(MediaOptions), "boxes", "allow_control_tokens"))
+        return given(self, TrainOptions, only=(*names(MediaOptions), *names(PromptOptions), "boxes"))
 
     def check_stream(self) -> None:
         """Raises OptionsError if the run is by epochs and needs to know how long the data is."""

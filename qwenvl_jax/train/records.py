@@ -14,7 +14,7 @@ from qwenvl_jax import stores
 from qwenvl_jax.answers.boxes import check_coordinates
 from qwenvl_jax.errors import BadRecord, InputError
 from qwenvl_jax.inputs.layout import Lanes, make_sample, slots_needed
-from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
 from qwenvl_jax.inputs.processor import Processor, Prompt
 from qwenvl_jax.inputs.records import Conversation, conversation, preference
 from qwenvl_jax.options import check_names, names
@@ -38,12 +38,12 @@ class RecordProcessor:
     """Turns records into samples with loss weights.
 
     folder: the folder that relative paths start from; None for the working directory.
-    options: options of `Processor.encode`: MediaOptions, add_vision_id, allow_control_tokens, and boxes, for records
-        that do not say in which coordinates their boxes are.
+    options: options of `Processor.encode`: MediaOptions, PromptOptions, and boxes, for records that do not say in which
+        coordinates their boxes are.
     """
 
     def __init__(self, processor: Processor, shape: PackShape, *, preferences=False, folder=None, options=None):
-        flags = ("add_vision_id", "allow_control_tokens")
+        flags = names(PromptOptions)
         options = dict(options or {})
         self.boxes = options.pop("boxes", None)
         check_coordinates(self.boxes)

@@ -52,7 +52,8 @@ class Run:
             self._mirror.close()
             raise InputError(f"{self.path}: not usable as the directory of a run ({e.strerror})") from e
         try:
-            self._open(options)
+            with self.names():
+                self._open(options)
         except BaseException:
             self._close()
             raise
@@ -135,6 +136,12 @@ class Run:
         self._mirror.push_after(self.path / CHECKPOINTS / str(step))
         self.step = step
 
+    def check_epochs(self) -> None:
+        """Raises OptionsError if the records were read more often than the options say."""
+        read, epochs = self.progress(self.step).get("epoch"), self._options.epochs
+        if None not in (read, epochs) and read > epochs:
+            raise OptionsError(f"{self.path}: the run has read its records {read:.3g} times; epochs is {epochs}")
+
     def progress(self, step: int) -> dict:
         """The progress in a checkpoint. Raises CheckpointError."""
         return self._restore(step, progress=ocp.args.JsonRestore())["progress"]
@@ -179,6 +186,10 @@ class Run:
     def __enter__(self):
         return self
 
+    def names(self):
+        """See `Mirror.names`."""
+        return self._mirror.names()
+
     def __exit__(self, kind, *exception):
         try:
             if kind is not KeyboardInterrupt and "_manager" in vars(
@@ -213,7 +224,7 @@ def last_step(output) -> int:
 def read_metrics(run) -> list[dict]:
     """The lines of metrics.jsonl. run: the directory of a run, or the file. Raises InputError if there is none."""
     url = stores.as_url(run)
-    file = stores.fetch(url if url.endswith(METRICS) else f"{url}/{METRICS}") if url else Path(run).expanduser()
+    file = stores.local_copy(url if url.endswith(METRICS) else f"{url}/{METRICS}") if url else Path(run).expanduser()
     file = file / METRICS if file.is_dir() else file
     if not file.is_file():
         raise InputError(f"{run}: not the directory of a run; it has no {METRICS}")

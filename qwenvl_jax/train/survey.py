@@ -12,7 +12,7 @@ from qwenvl_jax.config import Config
 from qwenvl_jax.errors import BadRecord
 from qwenvl_jax.inputs.layout import Lanes, slots_needed
 from qwenvl_jax.inputs.processor import Processor
-from qwenvl_jax.inputs.source import open_source
+from qwenvl_jax.inputs.source import open_records
 from qwenvl_jax.train.data import Bad, Dataset, Packer
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape, RecordProcessor
@@ -92,7 +92,7 @@ def survey(data, processor: Processor, options: TrainOptions, *, limit: int | No
     """
     shape = PackShape(options.rows, options.tokens, options.lanes, options.patches, options.segments)
     how = dict(preferences=options.task == "dpo", options=options.encoding)
-    source = open_source(data, options.columns)  # once: a pipe can be read once
+    source = open_records(data, options.columns)  # once: a pipe can be read once
     total = len(source)
     Dataset(source, processor, shape, **how)  # checks the shape
     dataset = Dataset(source, processor, _ANY, **how, threads=options.threads, workers=options.workers)
