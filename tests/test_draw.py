@@ -204,6 +204,12 @@ def test_colours_are_of_the_label():
     assert len({tuple(together[150, 20 + 60 * i]) for i in range(len(names))}) == len(names)
 
 
+def test_texts_that_were_read_have_one_colour():
+    things = [box(t, 10, y, 90, y + 20, text_content=t) for t, y in (("EXIT", 20), ("ONLY", 120), ("NOW", 220))]
+    drawn = draw(Image.new("RGB", (400, 400)), things)
+    assert len({drawn.getpixel((10, y + 10)) for y in (20, 120, 220)}) == 1
+
+
 def colour_of(things):
     (x, y), _ = things[0].points
     return draw(Image.new("RGB", (400, 400)), things).getpixel((x, y + 50))

@@ -64,7 +64,7 @@ def draw(image: Image.Image, objects: Sequence[Object]) -> Image.Image:
         if (points := _visible(thing, drawn.size)) is not None:
             points = [(x * factor, y * factor) for x, y in points]
             bounds = _bounds(points, (drawn.width * factor, drawn.height * factor))
-            shapes.append(_Shape(thing.kind, points, bounds, texts[_name(thing)], colours[thing.label]))
+            shapes.append(_Shape(thing.kind, points, bounds, texts[_name(thing)], colours[_class(thing)]))
     if factor > 1:
         drawn = drawn.resize((drawn.width * factor, drawn.height * factor), Image.Resampling.BICUBIC)
     style = _style(drawn.size, shapes)
@@ -204,7 +204,7 @@ def _ink(colour: Colour) -> Colour:
 
 def _colours(objects: Sequence[Object]) -> dict[str, Colour]:
     """A colour for each label: by a checksum, or the next free one if another label of the picture has it."""
-    sums = {label: zlib.crc32(label.encode("utf-8", "surrogatepass")) for label in {o.label for o in objects}}
+    sums = {label: zlib.crc32(label.encode("utf-8", "surrogatepass")) for label in set(map(_class, objects))}
     taken: dict[int, str] = {}
     found = {}
     for label in sorted(sums, key=lambda label: (sums[label], label)):
@@ -215,6 +215,11 @@ def _colours(objects: Sequence[Object]) -> dict[str, Colour]:
         value = int(_PALETTE[slot][1:], 16)
         found[label] = (value >> 16, value >> 8 & 255, value & 255)
     return found
+
+
+def _class(thing: Object) -> str:
+    """What has a colour of its own: the label, unless it is only the text that was read there."""
+    return "" if thing.label in (thing.attributes.get("text_content"), thing.attributes.get("text")) else thing.label
 
 
 def _name(thing: Object) -> str:
