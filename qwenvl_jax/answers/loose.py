@@ -27,11 +27,15 @@ _ENDS = {
     "{": rf"""\s*+(?:[{{}}\])<`]|,\s*+(?:["'{{}}\[\]<`]|\Z|\w++\s*+:)|{_KEY}|\Z)""",
     "[": r"""\s*+(?:[,}\])<`"']|\Z)""",
 }
-_STRINGS = {
-    (quote, where): re.compile(rf"((?:[^{quote}\\]++|\\.|{quote}(?!{end})(?!\w++{quote}\s*+[:：]))*+)({quote}{end})?", re.S)
-    for quote in "\"'"
-    for where, end in _ENDS.items()
-}
+
+
+def _string(quote: str, end: str) -> re.Pattern:
+    """The text of a string in group 1; in group 2 its closing quote, unless a key or the end of the text stops it."""
+    text = rf"[^{quote}\\]++|\\.|{quote}(?!{end})(?!\w++{quote}\s*+[:：])"
+    return re.compile(rf"((?:{text})*+)({quote}{end})?", re.S)
+
+
+_STRINGS = {(quote, where): _string(quote, end) for quote in "\"'" for where, end in _ENDS.items()}
 
 
 class Reader:
