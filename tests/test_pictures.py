@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from qwenvl_jax.errors import InputError, MediaError
 from qwenvl_jax.inputs.budget import Budget
