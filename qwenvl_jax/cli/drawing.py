@@ -1,0 +1,114 @@
+"""`--draw`: an answer's objects on the pictures of the conversation, and its clips as contact sheets."""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwenvl_jax.answers.grounding import Object
+from qwenvl_jax.errors import InputError
+
+
+def check(where: str) -> Path:
+    """The file that --draw names. Raises InputError if no picture can be written there."""
+    from PIL import Image, UnidentifiedImageError  # not at the top: --help imports this module
+
+    file = Path(where)
+    if not file.name or file.is_dir():
+        raise InputError(f"--draw {where}: is a directory; name a file, such as answer.png")
+    if not file.parent.is_dir():
+        raise InputError(f"--draw {where}: there is no directory {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(f"--draw {where}: the directory {file.parent} is not writable")
+    probe, written = Image.new("RGB", (300, 300)), io.BytesIO()
+    try:
+        _save(probe, written, file.suffix)
+        with Image.open(written) as again:  # an icon, for one, would be smaller
+            if again.size != probe.size:
+                raise OSError("its pictures are small")
+    except UnidentifiedImageError:
+        pass  # PDF and a few others are written only
+    except (OSError, KeyError, ValueError) as e:
+        raise InputError(f"--draw {where}: {file.suffix or 'no suffix'} is no format for it; use .png or .jpg") from e
+    return file
+
+
+def pictures(messages: Sequence, visuals: Sequence) -> list:
+    """What is drawn on: a PIL picture for each picture of the conversation, and a Visual for each clip.
+
+    visuals: of the encoded conversation. Raises InputError if there are none.
+    """
+    from qwenvl_jax.inputs.media import load_image
+    from qwenvl_jax.inputs.messages import normalize
+
+    if not visuals:
+        raise InputError("--draw draws on the pictures of the prompt, but there is none; add --image")
+    _, media = normalize(messages)
+    return [load_image(m.source) if m.kind == "image" else v for m, v in zip(media, visuals, strict=True)]
+
+
+def write(file: Path, drawn_on: Sequence, objects: Sequence[Object], config) -> list[Path]:
+    """Writes one file, or FILE-1, FILE-2, … for several pictures and clips; returns them. All are written, or none.
+
+    drawn_on: what `pictures` gives. objects: in pixels of the original pictures.
+    """
+    files = [file]
+    if len(drawn_on) > 1:
+        files = [file.with_name(f"{file.stem}-{i + 1}{file.suffix}") for i in range(len(drawn_on))]
+    parts = [f.with_name(f".{f.name}.{os.getpid()}.partial") for f in files]
+    try:
+        for i, (part, where) in enumerate(zip(parts, drawn_on, strict=True)):
+            _save(_drawn(where, [o for o in objects if o.image == i], config), part, file.suffix)
+        for part, f in zip(parts, files, strict=True):
+            os.replace(part, f)
+    except (OSError, ValueError) as e:
+        raise InputError(f"--draw {file}: cannot be written ({getattr(e, 'strerror', None) or e})") from e
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+    return files
+
+
+def notes(drawn_on: Sequence, objects: Sequence[Object]) -> list[str]:
+    """What the pictures do not show, as sentences."""
+    from qwenvl_jax.answers.draw import legend, outside
+
+    said, lost = [], sum(not 0 <= o.image < len(drawn_on) for o in objects)
+    for i, where in enumerate(drawn_on):
+        mine = [o for o in objects if o.image == i]
+        if isinstance(where, tuple):
+            lost += len(mine)
+        else:
+            lost += outside(where.size, mine)
+            name = f"picture {i + 1}: " if len(drawn_on) > 1 else ""
+            said += [f"{name}{number} is {label}" for number, label in legend(mine).items()]
+    if lost:
+        said.append(f"{lost} of {len(objects)} objects are not drawn: they lie outside the pictures, or in a clip")
+    return said
+
+
+def _drawn(where, objects: list[Object], config):
+    from qwenvl_jax.answers.draw import MOST_FRAMES, contact_sheet, draw
+    from qwenvl_jax.inputs.media import frames
+
+    if not isinstance(where, tuple):
+        return draw(where, objects)
+    shown = frames(where, config)
+    step = -(-len(shown) // MOST_FRAMES)
+    seconds = where.seconds_per_grid / config.vision.temporal_patch_size
+    times = [_time(i * seconds) if seconds else str(i + 1) for i in range(len(shown))]
+    return contact_sheet(shown[::step], times[::step])
+
+
+def _time(seconds: float) -> str:
+    minutes, tenths = divmod(round(seconds * 10), 600)
+    return f"{minutes}:{tenths / 10:04.1f}"
+
+
+def _save(picture, to, suffix: str) -> None:
+    """Raises KeyError for an unknown suffix, OSError or ValueError if its format cannot hold the picture."""
+    from PIL import Image
+
+    Image.init()
+    kind = Image.registered_extensions()[suffix.lower()]
+    picture.save(to, kind, **({"quality": 95} if kind in ("JPEG", "WEBP", "AVIF") else {}))
