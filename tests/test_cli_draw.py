@@ -1,0 +1,140 @@
+"""`qwenvl generate --draw`: where pictures of answers are written, and what is refused before the model answers."""
+
+import os
+import stat
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwenvl_jax.answers.grounding import Object
+from qwenvl_jax.cli import drawing
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS
+from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.preprocessing import Preprocessing
+from qwenvl_jax.inputs.video import video_visual
+
+CONFIG = PRESETS["qwen2.5-vl-3b"]
+GRAY = Image.new("RGB", (400, 400), "#808080")
+
+
+def box(label, *at, image=0):
+    return Object(label, "box", (at[:2], at[2:]), {}, image)
+
+
+def opened(file):
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def clip(seconds, steps=3):
+    frames = [Image.new("RGB", (56, 56), (40 * i, 0, 99)) for i in range(2 * steps)]
+    return video_visual(frames, Preprocessing(), MediaOptions(fps=2.0))._replace(seconds_per_grid=seconds)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg", ".webp", ".bmp", ".tif", ".gif", ".jp2", ".avif", ".pdf"])
+def test_every_format_that_holds_a_colour_picture_is_written(suffix, tmp_path):
+    file = drawing.check(str(tmp_path / f"a{suffix}"))
+    assert drawing.write(file, [GRAY], [box("cat", 50, 50, 350, 350)], CONFIG) == [file]
+    assert [f.name for f in tmp_path.iterdir()] == [file.name]
+    if suffix != ".pdf":
+        assert opened(file).size == (400, 400)
+
+
+@pytest.mark.parametrize("name", ["a", "a.txt", "a.xbm", "a.ico", "a.h5", "a.mp4", ".png", "a.png.", "a."])
+def test_other_suffixes_are_refused(name, tmp_path):
+    with pytest.raises(InputError, match=r"use \.png or \.jpg"):
+        drawing.check(str(tmp_path / name))
+
+
+def test_places_where_nothing_can_be_written_are_refused(tmp_path, monkeypatch):
+    for where, said in (
+        (tmp_path / "nowhere" / "a.png", "there is no directory"),
+        (tmp_path, "is a directory"),
+        ("", "is a directory"),
+        (tmp_path / "b.png" / "c.png", "there is no directory"),
+    ):
+        (tmp_path / "b.png").touch()
+        with pytest.raises(InputError, match=said):
+            drawing.check(str(where))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(InputError, match="not writable"):
+        drawing.check(str(tmp_path / "a.png"))
+
+
+def test_several_pictures_and_clips_are_numbered(tmp_path):
+    on = [GRAY, clip(1.0), Image.new("RGB", (500, 400), "white")]
+    things = [box("cat", 50, 50, 90, 90), box("dog", 50, 50, 90, 90, image=2), box("bird", 1, 1, 9, 9, image=1)]
+    files = drawing.write(tmp_path / "a.b.png", on, things, CONFIG)
+    assert [f.name for f in files] == ["a.b-1.png", "a.b-2.png", "a.b-3.png"]
+    first, sheet, third = map(opened, files)
+    assert first.size == (400, 400) and third.size == (500, 400)
+    assert third.getpixel((50, 70)) not in ((255, 255, 255), (0, 0, 0))
+    assert {(40 * i, 0, 99) for i in range(6)} <= {c for _, c in sheet.getcolors(1 << 24)}
+    assert drawing.notes(on, things) == ["1 of 3 objects are not drawn: they lie outside the pictures, or in a clip"]
+
+
+def test_what_the_picture_does_not_say_is_said(monkeypatch):
+    monkeypatch.setattr("qwenvl_jax.answers.fonts._FOLDERS", ())
+    things = [box("草莓", 1, 1, 90, 90), box("cat", 900, 900, 950, 950), box("dog", 1, 1, 9, 9, image=4)]
+    lost = "2 of 3 objects are not drawn: they lie outside the pictures, or in a clip"
+    assert drawing.notes([GRAY], things) == ["#1 is 草莓", lost]
+    assert drawing.notes([GRAY] * 2, things[:1]) == ["picture 1: #1 is 草莓"]
+    assert drawing.notes([GRAY], [box("cat", 1, 1, 9, 9)]) == []
+
+
+def test_times_of_a_clip(monkeypatch):
+    said = []
+    monkeypatch.setattr("qwenvl_jax.answers.draw.contact_sheet", lambda frames, captions: said.append(captions))
+    for seconds in (1.0, 75.0, 0.0):
+        drawing._drawn(clip(seconds), [], CONFIG)
+    monkeypatch.setattr("qwenvl_jax.answers.draw.MOST_FRAMES", 2)
+    drawing._drawn(clip(1.0), [], CONFIG)
+    assert said == [
+        ["0:00.0", "0:00.5", "0:01.0", "0:01.5", "0:02.0", "0:02.5"],
+        ["0:00.0", "0:37.5", "1:15.0", "1:52.5", "2:30.0", "3:07.5"],
+        ["1", "2", "3", "4", "5", "6"],
+        ["0:00.0", "0:01.5"],
+    ]
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    file = tmp_path / "a.png"
+    drawing.write(file, [GRAY], [], CONFIG)
+    before = file.read_bytes()
+    save = Image.Image.save
+
+    def full(self, to, *rest, **more):
+        if "-2" in str(to):
+            raise OSError(28, "No space left on device")
+        save(self, to, *rest, **more)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(InputError, match=r"a\.png: cannot be written \(No space left on device\)"):
+        drawing.write(file, [GRAY, GRAY], [], CONFIG)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.png"] and file.read_bytes() == before
+    with pytest.raises(InputError, match=r"a\.webp: cannot be written"):  # its sides are 16383 pixels at most
+        drawing.write(tmp_path / "a.webp", [Image.new("RGB", (20_000, 30))], [], CONFIG)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.png"]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask()
+
+
+def umask():
+    os.umask(mask := os.umask(0))
+    return mask
+
+
+def test_the_pictures_are_those_of_the_messages(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (400, 600)).save(tmp_path / "turned.jpg", exif=exif)
+    video = clip(1.0)
+    content = [{"type": "image", "image": str(tmp_path / "turned.jpg")}, {"type": "video", "video": video}]
+    on = drawing.pictures([{"role": "user", "content": [*content, {"type": "text", "text": "?"}]}], [video, video])
+    assert on[0].size == (600, 400) and on[1] is video
+    (file, _) = drawing.write(tmp_path / "out.png", on, [box("", 550, 50, 590, 90)], CONFIG)
+    pixels = np.asarray(opened(file))
+    assert pixels.shape == (400, 600, 3) and pixels[70, 550].any()
+    with pytest.raises(InputError, match="there is none; add --image"):
+        drawing.pictures([{"role": "user", "content": "Hi"}], [])
