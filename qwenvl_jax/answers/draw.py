@@ -1,7 +1,7 @@
 """Answers as pictures: boxes, points and polygons with their labels, and contact sheets of a clip's frames.
 
 Sizes follow the picture. A picture whose shorter side is under SMALL pixels is enlarged by a whole factor, so that a
-line of two pixels and letters of eleven have room. Colours are those of Okabe and Ito, which people with any form of
+line of two pixels and letters of twelve have room. Colours are those of Okabe and Ito, which people with any form of
 colour blindness tell apart; black or white around each line keeps it visible on any background.
 
 Where no font of this machine has the letters of a label, its number is drawn, and `legend` says which label that is.
@@ -22,7 +22,7 @@ SMALL = 320  # pixels of the shorter side, to which smaller pictures are enlarge
 MOST_FRAMES = 1000  # of a contact sheet
 _LONGEST = 4096  # pixels of the longer side that enlarging does not pass
 _PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-_LEAST_TEXT = 11  # pixels
+_LEAST_TEXT = 12  # pixels
 _SHARE = 0.45  # of the picture's width that a label takes at most
 _SHEET, _TILES = 1600, (96, 480)  # pixels of a contact sheet's width, roughly; least and most width of a frame in it
 

@@ -79,11 +79,19 @@ def _has(file: str, letter: str) -> bool:
     if letter == " ":
         return True
     try:
-        font = _font(file, 16)
-        glyph, lacking = font.getmask(letter), font.getmask("\U0010fffe")
+        font, lacking = _probe(file)
+        glyph = font.getmask(letter)
     except (OSError, ValueError):
         return False
-    return glyph.getbbox() is not None and (glyph.size, bytes(glyph)) != (lacking.size, bytes(lacking))
+    return glyph.getbbox() is not None and (glyph.size, bytes(glyph)) != lacking
+
+
+@lru_cache(maxsize=16)
+def _probe(file: str):
+    """(a font that draws letters one by one, what it draws for a letter that it lacks)"""
+    font = ImageFont.truetype(file, 16, layout_engine=ImageFont.Layout.BASIC) if file else _font(file, 16)
+    glyph = font.getmask("\U0010fffe")  # of no alphabet
+    return font, (glyph.size, bytes(glyph))
 
 
 @lru_cache(maxsize=16)
