@@ -279,6 +279,8 @@ def test_extreme_sizes(size):
 def test_a_picture_without_pixels_is_refused():
     with pytest.raises(InputError, match="no pixels"):
         draw(Image.new("RGB", (0, 7)), [])
+    with pytest.raises(InputError, match="no pixels"):
+        contact_sheet([Image.new("RGB", (0, 7))], [""])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F", "HSV", "LAB"])

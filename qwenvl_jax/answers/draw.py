@@ -76,7 +76,7 @@ def draw(image: Image.Image, objects: Sequence[Object]) -> Image.Image:
 
 
 def outside(size: tuple[int, int], objects: Sequence[Object]) -> int:
-    """How many of the objects have nothing to see in a picture of `size`, (width, height) in pixels."""
+    """How many of the objects show nothing in an upright picture of `size`, (width, height) in pixels."""
     return sum(_visible(thing, size) is None for thing in objects)
 
 
@@ -95,7 +95,8 @@ def contact_sheet(frames: Sequence[Image.Image], captions: Sequence[str]) -> Ima
     if not 0 < len(frames) <= MOST_FRAMES or len(frames) != len(captions):
         said = f"{len(frames):,} frames and {len(captions):,} captions"
         raise InputError(f"{said}; a contact sheet has 1 to {MOST_FRAMES:,} frames, with a caption each")
-    ratio = frames[0].height / frames[0].width
+    first = _upright(frames[0])
+    ratio = first.height / first.width
     columns = min(len(frames), math.ceil(math.sqrt(len(frames) * max(ratio, 0.1) * 4 / 3)))
     width = min(max(_SHEET // columns, _TILES[0]), _TILES[1])
     height = min(max(round(width * ratio), 8), 4 * width)
