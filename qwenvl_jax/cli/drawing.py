@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qwenvl_jax.answers.grounding import Object
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.types import Visual
 
 
 def check(where: str) -> Path:
@@ -76,7 +77,7 @@ def notes(drawn_on: Sequence, objects: Sequence[Object]) -> list[str]:
     said, lost = [], sum(not 0 <= o.image < len(drawn_on) for o in objects)
     for i, where in enumerate(drawn_on):
         mine = [o for o in objects if o.image == i]
-        if isinstance(where, tuple):
+        if isinstance(where, Visual):
             lost += len(mine)
         else:
             lost += outside(where.size, mine)
@@ -91,7 +92,7 @@ def _drawn(where, objects: list[Object], config):
     from qwenvl_jax.answers.draw import MOST_FRAMES, contact_sheet, draw
     from qwenvl_jax.inputs.media import frames
 
-    if not isinstance(where, tuple):
+    if not isinstance(where, Visual):
         return draw(where, objects)
     shown = frames(where, config)
     step = -(-len(shown) // MOST_FRAMES)
