@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from qwenvl_jax.answers.grounding import parse
+from qwenvl_jax.answers.grounding import Object, Parsed, parse
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.types import Visual
@@ -110,6 +110,29 @@ def from_model(text: str, picture: Sizes, source: str, target: str) -> str:
     source: the model's coordinates.
     """
     return _replaced(text, lambda found, _: _scaled(found, picture.of(source), picture.of(target)))
+
+
+def converted(parsed: Parsed, pictures: Sequence[Sizes], source: str, target: str, *, whole: bool = False) -> Parsed:
+    """Objects in `target` coordinates; what lies outside its picture is moved to the edge.
+
+    pictures: those of the conversation, in order; a clip counts as one, and all its frames have its size. An object in
+    a picture that is not there counts as malformed.
+    source: the coordinates of the objects, one of COORDINATES. whole: round to whole numbers.
+    There and back, a point moves by rounding errors of floats only. Rounded to whole model pixels or thousandths on the
+    way, it moves by up to half of one along each side; that is more than an original pixel in a picture that was shrunk
+    to less than half.
+    """
+    moved = [_moved(o, pictures[o.image], source, target, whole) for o in parsed.objects if o.image < len(pictures)]
+    return Parsed(moved, parsed.malformed + len(parsed.objects) - len(moved))
+
+
+def _moved(o: Object, picture: Sizes, source: str, target: str, whole: bool) -> Object:
+    def along(side: int, n: float) -> float:
+        end = picture.of(target)[side]
+        moved = min(max(n * end / picture.of(source)[side], 0.0), float(end))
+        return float(round(moved)) if whole else moved
+
+    return o._replace(points=tuple((along(0, x), along(1, y)) for x, y in o.points))
 
 
 def _replaced(text: str, change: Callable[[re.Match, list[float]], str], certain: bool = False) -> str:
