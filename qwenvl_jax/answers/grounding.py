@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 from qwenvl_jax.answers.loose import CUT, Reader
 from qwenvl_jax.answers.shapes import (
-    CORNERS,
     GROUP,
     bare,
     cornered,
+    corners_of,
     floats,
     is_number,
     is_pair,
@@ -72,14 +72,15 @@ _KEYS |= dict.fromkeys(("rotate_rect", "rotated_rect", "rotate_box", "rotated_bo
 _CERTAIN = ("bbox_2d", "bbox", "point_2d", "poly", "polygon", "rotate_rect")
 # The first of these keys that an object has is its label. "label" is no attribute; the others are.
 _LABELS = ("label", "name", "text_content", "text", "object", "object_name", "category", "class", "class_name", "title")
-_IMAGES = ("image", "image_id", "image_index", "image_idx", "picture", "picture_id", "img_id", "img_idx")
+_IMAGES = {"image", "image_id", "image_index", "image_idx", "picture", "picture_id", "img_id", "img_idx"}
 _CALLS = ("arguments", "parameters")
 _LISTS = ("objects", "detections", "results", "result", "instances", "items", "annotations", "data", "answer", *_KEYS)
 
-_N = r"[-+]?[0-9.]{1,24}(?:[eE][-+]?[0-9]{1,3})?"
+_N = r"[-+]?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(?:[eE][-+]?[0-9]{1,3})?"
 _PAIR = rf"\(\s*+{_N}\s*+,\s*+{_N}\s*+\)"
 _START = re.compile(
-    rf"""(?P<json>\[(?=\s*+[-+.0-9\[{{("'\]])|\{{(?=\s*+["'\w}}]))"""
+    r"""(?P<deep>(?:[\[{(]\s*+){25,}+)"""
+    rf"""|(?P<json>\[(?=\s*+(?:[\[{{("']|{_N}[\s,]))|\{{(?=\s*+(?:["']|\w++\s*+[:：])))"""
     r"""|(?P<key>["'](?:bbox_2d|point_2d)["']\s*+:)"""
     r"""|(?P<ref><\|object_ref_start\|>|<ref>)"""
     r"""|(?P<mark><\|(?:box|quad)_start\|>|<(?:box|bbox|quad|points?)>"""
@@ -149,6 +150,10 @@ class _Parser:
                 (Object(label, shape[0], shape[1], attributes or {}), self.picture if picture is None else picture)
             )
 
+    def _deep(self, start: re.Match, prose: str) -> int:
+        """The last one of many brackets: no answer is nested so deeply."""
+        return max(self.text.rfind(bracket, start.start(), start.end()) for bracket in "[{(")
+
     # --- JSON ---
 
     def _json(self, start: re.Match, prose: str) -> int:
@@ -178,16 +183,15 @@ class _Parser:
 
     def _dict(self, value: dict, name: str, picture: int | None, explicit: bool) -> None:
         value = dict(value)
-        for key in _IMAGES:
-            if (n := _picture(value.get(key))) is not None:
+        for key in value.keys() & _IMAGES:
+            if (n := _picture(value[key])) is not None:
                 picture = n
                 del value[key]
         if isinstance(text := value.get("arguments"), str) and text.startswith("{"):
             value["arguments"] = Reader(text).read(0)[0][0]
         placed = [key for key in value if _places(key, value[key])]
         places = [shape for key in placed for shape in shapes_under(_KEYS[key.lower()], value.pop(key))]
-        corners = next((names for names in CORNERS if all(is_number(value.get(n)) for n in names)), ())
-        if corners and not places:
+        if not places and (corners := corners_of(value)):
             places = [cornered(corners, [value.pop(n) for n in corners])]
         if not places:
             return self._children(value, name, picture, explicit)
@@ -304,13 +308,13 @@ def _places(key, value) -> bool:
     if what in _CERTAIN or numbers_of(value) is not None:
         return True
     if isinstance(value, dict):
-        return any(all(is_number(value.get(n)) for n in names) for names in CORNERS)
+        return bool(corners_of(value))
     return isinstance(value, list) and bool(value) and (is_number(value[0]) or isinstance(value[0], list))
 
 
 def _label(value: dict) -> str | None:
     for key in _LABELS:
-        if isinstance(label := value.get(key), str | int | float) and not isinstance(label, bool):
+        if key in value and isinstance(label := value[key], str | int | float) and not isinstance(label, bool):
             return str(label)
     return None
 

@@ -3,11 +3,12 @@
 Correct JSON is read as `json.loads` reads it. Nothing is evaluated, and the time is linear in the length of the text.
 """
 
+import json
 import re
 from typing import Any
 
 CUT = ...  # stands for what the end of the text cut off: a value of an object, or the rest of a list
-DEPTH = 64  # deeper brackets begin anew
+DEPTH = 24  # deeper brackets begin anew
 
 _SPACE = re.compile(r"[\s,]*+")
 _NUMBERS = re.compile(r"[\[(]([-+.0-9eE,\s]*+)[\])]")
@@ -38,11 +39,21 @@ def _string(quote: str, end: str) -> re.Pattern:
 _STRINGS = {(quote, where): _string(quote, end) for quote in "\"'" for where, end in _ENDS.items()}
 
 
+def _pairs(pairs: list[tuple[str, Any]]) -> dict:
+    if len(value := dict(pairs)) < len(pairs):
+        raise ValueError("a key twice")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, strict=False)
+
+
 class Reader:
     """Reads values out of one text."""
 
     def __init__(self, text: str):
         self.text = text
+        self._tries = 0 if "\\u" in text else 4  # json.loads accepts halves of characters
         self._endless: dict[tuple[str, str], int] = {}  # (quote, where): no string that starts behind this has an end
 
     def read(self, at: int, inside: bool = False) -> tuple[list, int]:
@@ -50,6 +61,8 @@ class Reader:
 
         inside: `at` is the first key of an object whose opening brace is missing.
         """
+        if not inside and (value := self._strict(at)) is not None:
+            return [value[0]], value[1]
         values: list = []
         stack: list[tuple[Any, list]] = [(values, [])]  # (dict or list, [the key that waits for its value])
         if inside:
@@ -84,8 +97,17 @@ class Reader:
                 self._add(stack, value)
             if len(stack) == 1:
                 return values, at
-        self._cut(stack, text[:at].rstrip().endswith(",") if at < 1 << 20 else False)
+        self._cut(stack, text[max(at - 80, 0) : at].rstrip().endswith(","))
         return values, at
+
+    def _strict(self, at: int) -> tuple[Any, int] | None:
+        """(value, the place behind it) of correct JSON; None for other JSON. The text is tried a few times only."""
+        if self._tries:
+            try:
+                return _DECODER.raw_decode(self.text, at)
+            except (ValueError, RecursionError):
+                self._tries -= 1
+        return None
 
     def _add(self, stack, value) -> None:
         holder, key = stack[-1]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from qwenvl_jax.answers.loose import CUT, number
 
-CORNERS = (
+_CORNERS = (
     ("x1", "y1", "x2", "y2"),
     ("x_min", "y_min", "x_max", "y_max"),
     ("xmin", "ymin", "xmax", "ymax"),
@@ -18,13 +18,14 @@ CORNERS = (
     ("x", "y", "w", "h"),
     ("x", "y"),
 )
+_FIRST = {names[0] for names in _CORNERS}
 _LARGEST = 1e9
 GROUP = re.compile(r"[(\[]([^()\[\]]*+)[)\]]")
 
 
 def shape_of(what: str, numbers: Sequence[float] | None) -> tuple[str, tuple[tuple[float, float], ...]] | None:
-    """(kind, points) of the numbers under a key, or None. Their count decides, since models exchange the keys."""
-    if numbers is None or not all(abs(n) < _LARGEST for n in numbers):  # NaN is not smaller
+    """The shape of the numbers under a key. what: "box", "point", "points", "polygon" or "rotated"."""
+    if numbers is None or not all(map(is_number, numbers)):
         return None
     n, points = len(numbers), tuple(zip(numbers[::2], numbers[1::2], strict=False))
     if what == "rotated" and n == 5:
@@ -51,15 +52,14 @@ def shapes_under(what: str, value) -> list:
             return [shape_of("point", point) for point in points]
         return [shape_of(what, numbers)]
     if isinstance(value, dict):
-        for names in CORNERS:
-            if all(is_number(value.get(n)) for n in names):
-                return [cornered(names, [value[n] for n in names])]
+        if corners := corners_of(value):
+            return [cornered(corners, [value[n] for n in corners])]
         value = list(value.values())
     if not isinstance(value, list):
         return [None]
     inner = [v for v in value if v is not CUT]
     if inner and all(map(is_pair, inner)):
-        pairs = [numbers_of(v) for v in inner]
+        pairs = [numbers_of(v) or () for v in inner]
         if what in ("point", "points"):
             return [shape_of("point", pair) for pair in pairs]
         return [None] if CUT in value else [shape_of(what, [n for pair in pairs for n in pair])]
@@ -68,8 +68,15 @@ def shapes_under(what: str, value) -> list:
     return [None]
 
 
+def corners_of(value: dict) -> tuple[str, ...]:
+    """The keys of an object that have the numbers of a box or point by name; () for another object."""
+    if value.keys().isdisjoint(_FIRST):
+        return ()
+    return next((names for names in _CORNERS if all(is_number(value.get(n)) for n in names)), ())
+
+
 def cornered(names: Sequence[str], numbers: Sequence[float]):
-    """The shape of numbers with names, one of CORNERS."""
+    """The shape of numbers with names, one of _CORNERS."""
     x, y, *size = map(float, numbers)
     if names[2:3] in (("width",), ("w",)):
         size = [x + size[0], y + size[1]]
@@ -91,7 +98,8 @@ def shapes_in(text: str, quad: bool = False) -> list:
 
 
 def is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it may be a coordinate. NaN is not smaller than anything, and a truth value is no number."""
+    return type(value) in (int, float) and abs(value) < _LARGEST
 
 
 def numbers_of(value) -> tuple[float, ...] | None:
@@ -103,13 +111,13 @@ def numbers_of(value) -> tuple[float, ...] | None:
     if all(map(is_number, value)):
         return tuple(map(float, value))
     read = [number(v.strip()) for v in value] if all(isinstance(v, str) for v in value) else [None]
-    return None if None in read else tuple(map(float, read))  # type: ignore[arg-type]
+    return tuple(float(n) for n in read if n is not None) if None not in read else None
 
 
 def floats(text: str) -> tuple[float, ...] | None:
     """The numbers of a text that has only numbers, white space, commas and semicolons; None for other texts."""
     read = [number(word) for word in text.replace(",", " ").replace(";", " ").split()]
-    return None if None in read or not read else tuple(map(float, read))  # type: ignore[arg-type]
+    return tuple(float(n) for n in read if n is not None) if read and None not in read else None
 
 
 def is_pair(value) -> bool:
@@ -121,9 +129,14 @@ def bare(value) -> str:
     if not isinstance(value, list) or not value:
         return ""
     if isinstance(value[0], list):
-        inner = [v for v in value if v is not CUT]
-        kinds = {"points" if is_pair(v) and is_number(v[0]) else bare(v) for v in inner}
+        kinds = {"points" if is_pair(v) and is_number(v[0]) else _flat(v) for v in value if v is not CUT}
         return kinds.pop() if len(kinds) == 1 else ""
+    return _flat(value)
+
+
+def _flat(value) -> str:
+    if not isinstance(value, list):
+        return ""
     numbers = [v for v in value if v is not CUT]
     if not all(map(is_number, numbers)):
         return ""
