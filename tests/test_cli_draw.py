@@ -2,15 +2,19 @@
 
 import os
 import stat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from qwenvl_jax import cli
+from qwenvl_jax.answers.boxes import Sizes
 from qwenvl_jax.answers.grounding import Object
-from qwenvl_jax.cli import drawing
+from qwenvl_jax.cli import converse, drawing
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS
+from qwenvl_jax.infer.requests import Result
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.preprocessing import Preprocessing
 from qwenvl_jax.inputs.video import video_visual
@@ -138,3 +142,68 @@ def test_the_pictures_are_those_of_the_messages(tmp_path):
     assert pixels.shape == (400, 600, 3) and pixels[70, 550].any()
     with pytest.raises(InputError, match="there is none; add --image"):
         drawing.pictures([{"role": "user", "content": "Hi"}], [])
+
+
+class Engine:
+    """Answers with one box in a picture that was shrunk by half."""
+
+    config, text = CONFIG, '[{"bbox_2d": [50, 50, 150, 150], "label": "cat"}]'
+
+    def generate(self, samples, options):
+        sizes = (Sizes((400, 400), (200, 200)),)
+        return [Result(self.text, [5], "stop", 7, pictures=sizes, boxes="resized")]
+
+    def stream(self, sample, options):
+        pieces = iter((self.text[:9], self.text[9:]))
+        return Pieces(pieces, self.generate([sample], options)[0])
+
+
+class Pieces:
+    def __init__(self, pieces, result):
+        self._pieces, self._result, self.result = pieces, result, None
+
+    def __iter__(self):
+        yield from self._pieces
+        self.result = self._result
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path):
+    GRAY.save(tmp_path / "in.png")
+    visual = SimpleNamespace(grid=SimpleNamespace(h=14, w=14), size=(400, 400))
+    monkeypatch.chdir(tmp_path)
+    where = SimpleNamespace(path=".")
+    monkeypatch.setattr(
+        converse, "encoder", lambda *_: (where, lambda messages: SimpleNamespace(visuals=[visual]), None)
+    )
+    monkeypatch.setattr("qwenvl_jax.params.directory.read_config", lambda path: SimpleNamespace(vision=CONFIG.vision))
+    monkeypatch.setattr(converse, "engine", lambda where, args, mesh: Engine())
+
+
+GENERATE = ["generate", "--image", "in.png", "--prompt", "?", "--draw", "out.png"]
+
+
+@pytest.mark.parametrize("more", [[], ["--json"], ["--objects"], ["--boxes", "original"]])
+def test_generate_draws_in_pixels_of_the_file_and_prints_the_same(engine, more, tmp_path, capsys):
+    assert cli.main([*GENERATE[:-2], *more]) == 0
+    printed = capsys.readouterr().out
+    assert cli.main([*GENERATE, *more]) == 0
+    assert capsys.readouterr() == (printed, "qwenvl: drawn: out.png\n")
+    drawn, around = np.asarray(opened(tmp_path / "out.png")), (128, 128, 128)
+    lines = (drawn[200] != around).any(-1).nonzero()[0]
+    assert 99 <= lines.min() <= 100 and 299 <= lines.max() <= 300
+
+
+def test_generate_refuses_before_it_reads_the_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(converse, "encoder", lambda *_: pytest.fail("it came too far"))
+    assert cli.main(["generate", "--prompt", "?", "--draw", str(tmp_path / "a.txt")]) == 2
+    assert "use .png or .jpg" in capsys.readouterr().err
+
+
+def test_an_answer_without_objects_is_said_so(engine, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Engine, "text", "I see a cat.")
+    assert cli.main(GENERATE) == 0
+    out, err = capsys.readouterr()
+    assert out == "I see a cat.\n"
+    assert err == "qwenvl: the answer places nothing in the pictures\nqwenvl: drawn: out.png\n"
+    assert opened(tmp_path / "out.png").getcolors() == [(160_000, (128, 128, 128))]

@@ -97,7 +97,7 @@ def contact_sheet(frames: Sequence[Image.Image], captions: Sequence[str]) -> Ima
         raise InputError(f"{said}; a contact sheet has 1 to {MOST_FRAMES:,} frames, with a caption each")
     first = _upright(frames[0])
     ratio = first.height / first.width
-    columns = min(len(frames), math.ceil(math.sqrt(len(frames) * max(ratio, 0.1) * 4 / 3)))
+    columns = _columns(len(frames), ratio)
     width = min(max(_SHEET // columns, _TILES[0]), _TILES[1])
     height = min(max(round(width * ratio), 8), 4 * width)
     text = max(_LEAST_TEXT, width // 16)
@@ -114,6 +114,13 @@ def contact_sheet(frames: Sequence[Image.Image], captions: Sequence[str]) -> Ima
         said, font = fitted(said if fonts.file(said) is not None else f"#{i + 1}", fonts, text, width)
         canvas.text((x + width // 2, y + height + text * 0.9), said, fill=(0, 0, 0), font=font, anchor="mm")
     return sheet
+
+
+def _columns(count: int, ratio: float) -> int:
+    """How many columns make a sheet of about 4:3, with few places left empty."""
+    about = math.ceil(math.sqrt(count * max(ratio, 0.1) * 4 / 3))
+    near = [c for c in (about, about - 1, about + 1) if 0 < c <= count]
+    return min(near, key=lambda c: -count % c) if near else count
 
 
 def _upright(image: Image.Image) -> Image.Image:

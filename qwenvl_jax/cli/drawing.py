@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def pictures(messages: Sequence, visuals: Sequence) -> list:
     return [load_image(m.source) if m.kind == "image" else v for m, v in zip(media, visuals, strict=True)]
 
 
+def finish(file: Path, drawn_on: Sequence, result, config) -> None:
+    """Writes the pictures of an answer, a Result, and says on stderr what they do not show."""
+    objects = result.objects("original").objects
+    files = write(file, drawn_on, objects, config)
+    for line in (*notes(drawn_on, objects), f"drawn: {', '.join(map(str, files))}"):
+        print(f"qwenvl: {line}", file=sys.stderr, flush=True)
+
+
 def write(file: Path, drawn_on: Sequence, objects: Sequence[Object], config) -> list[Path]:
     """Writes one file, or FILE-1, FILE-2, … for several pictures and clips; returns them. All are written, or none.
 
@@ -83,6 +92,8 @@ def notes(drawn_on: Sequence, objects: Sequence[Object]) -> list[str]:
             lost += outside(where.size, mine)
             name = f"picture {i + 1}: " if len(drawn_on) > 1 else ""
             said += [f"{name}{number} is {label}" for number, label in legend(mine).items()]
+    if not objects and any(not isinstance(where, Visual) for where in drawn_on):
+        said.append("the answer places nothing in the pictures")
     if lost:
         said.append(f"{lost} of {len(objects)} objects are not drawn: they lie outside the pictures, or in a clip")
     return said
