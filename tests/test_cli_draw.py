@@ -12,6 +12,7 @@ from qwenvl_jax import cli
 from qwenvl_jax.answers.boxes import Sizes
 from qwenvl_jax.answers.grounding import Object
 from qwenvl_jax.cli import converse, drawing
+from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer.requests import Result
@@ -207,3 +208,22 @@ def test_an_answer_without_objects_is_said_so(engine, monkeypatch, tmp_path, cap
     assert out == "I see a cat.\n"
     assert err == "qwenvl: the answer places nothing in the pictures\nqwenvl: drawn: out.png\n"
     assert opened(tmp_path / "out.png").getcolors() == [(160_000, (128, 128, 128))]
+
+
+@pytest.mark.parametrize("side", [140, 1120])
+def test_the_demo_locates_in_pictures_of_any_size(side, tmp_path, capfd):
+    """Drawn at the same places of the picture, whatever its size is; the README shows the first one."""
+    with Image.open(SAMPLES / "scene.png") as scene:
+        scene.resize((side, side)).save(tmp_path / "scene.png")
+    prompt = ["--prompt", "Locate every strawberry.", "--max-pixels", "19600"]
+    argv = ["generate", "--image", str(tmp_path / "scene.png"), *prompt, "--draw", str(tmp_path / "out.png")]
+    assert cli.main(argv) == 0
+    assert capfd.readouterr().out.count("strawberry") == 3
+    drawn = opened(tmp_path / "out.png")
+    shown = opened(SAMPLES.parent / "located.png")
+    assert drawn.size == ((420, 420) if side == 140 else (1120, 1120))
+    for picture in (drawn, shown):
+        for x, y in ((10, 50), (30, 25), (90, 80), (110, 111), (0.5, 100), (20, 131)):  # on the lines of three boxes
+            k = picture.width / 140
+            near = np.asarray(picture, int)[max(round(y * k) - 5, 0) :, max(round(x * k) - 5, 0) :][:11, :11]
+            assert (np.abs(near - (0xD5, 0x5E, 0)).max(-1) < 12).any(), (x, y)
