@@ -24,12 +24,13 @@ from typing import NamedTuple
 from qwenvl_jax.answers.loose import CUT, Reader
 from qwenvl_jax.answers.shapes import (
     GROUP,
+    KEYS,
     bare,
     cornered,
     corners_of,
     floats,
-    is_number,
     is_pair,
+    kind_under,
     numbers_of,
     shape_of,
     shapes_in,
@@ -62,19 +63,14 @@ class Parsed(NamedTuple):
     malformed: int
 
 
-# What the numbers under a key are. A key with other values is an attribute, unless it is one of _CERTAIN.
-_KEYS = dict.fromkeys(("bbox_2d", "bbox", "box_2d", "box", "bboxes", "bboxes_2d", "boxes", "bounding_box"), "box")
-_KEYS |= dict.fromkeys(("bounding_boxes", "start_box", "end_box"), "box")
-_KEYS |= dict.fromkeys(("point_2d", "point", "coordinate", "coordinate2", "start_point", "end_point"), "point")
-_KEYS |= dict.fromkeys(("points", "points_2d", "coordinates", "center", "position"), "points")
-_KEYS |= dict.fromkeys(("poly", "polygon", "quad", "vertices", "corners", "segmentation", "location"), "polygon")
-_KEYS |= dict.fromkeys(("rotate_rect", "rotated_rect", "rotate_box", "rotated_box"), "rotated")
-_CERTAIN = ("bbox_2d", "bbox", "point_2d", "poly", "polygon", "rotate_rect")
 # The first of these keys that an object has is its label. "label" is no attribute; the others are.
-_LABELS = ("label", "name", "text_content", "text", "object", "object_name", "category", "class", "class_name", "title")
+_LABELS = (
+    *("label", "name", "text_content", "text", "object", "object_name", "instance", "category", "class", "class_name"),
+    *("caption", "phrase", "title", "description", "type"),
+)
 _IMAGES = {"image", "image_id", "image_index", "image_idx", "picture", "picture_id", "img_id", "img_idx"}
 _CALLS = ("arguments", "parameters")
-_LISTS = ("objects", "detections", "results", "result", "instances", "items", "annotations", "data", "answer", *_KEYS)
+_LISTS = ("objects", "detections", "results", "result", "instances", "items", "annotations", "data", "answer", *KEYS)
 
 _N = r"[-+]?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(?:[eE][-+]?[0-9]{1,3})?"
 _PAIR = rf"\(\s*+{_N}\s*+,\s*+{_N}\s*+\)"
@@ -96,6 +92,9 @@ _TAG_END = re.compile(r"</points?>")
 _ATTRIBUTE = re.compile(r"""(?<![\w-])([\w-]++)\s*+=\s*+(?:"([^"]*+)"|'([^']*+)')""")
 _RUN = re.compile(r"[-+.0-9eE,;\s()\[\]]*+")
 _RUN_END = re.compile(r"""<\|(?:box|quad)_end\|>|</(?:box|bbox|quad|points?)>|["']""")
+_LINE = re.compile(
+    rf"^[ \t]*+({_N}(?:[ \t]*+,[ \t]*+|[ \t]++){_N}(?:(?:[ \t]*+,[ \t]*+|[ \t]++){_N}){{2}})[ \t]*+$", re.M
+)
 _HALF = re.compile(r"\s*+,?\s*+\([-+.0-9eE,\s]*+\Z")
 _PICTURE = re.compile(
     r"\b(?:picture|image|photo|video)[ _#]{0,3}([0-9]{1,3})(?![0-9])"
@@ -120,6 +119,8 @@ def parse(text: str) -> Parsed:
 
 class _Parser:
     def __init__(self, text: str):
+        if "“bbox_2d”" in text or "“point_2d”" in text:
+            text = text.replace("“", '"').replace("”", '"')
         self.text = text
         self.reader = Reader(text)
         self.found: list[tuple[Object, int | None]] = []  # with the number of its picture, if the text says it
@@ -136,10 +137,17 @@ class _Parser:
             if pictures := _PICTURE.findall(prose):
                 self.picture = int("".join(pictures[-1]))
             done = getattr(self, f"_{start.lastgroup}")(start, prose)
-        if not self.found and not self.malformed and len(self.lone) == 1:
-            self._add("", shape_of("point", self.lone[0]))
+        if not self.found and not self.malformed:
+            self._plain()
         first = 0 if any(picture == 0 for _, picture in self.found) else 1
         return Parsed([o if n is None else o._replace(image=n - first) for o, n in self.found], self.malformed)
+
+    def _plain(self) -> None:
+        """Numbers without any mark: a box a line, or one point."""
+        for line in _LINE.findall(self.text):
+            self._add("", shape_of("point", floats(line)))
+        if not self.found and len(self.lone) == 1:
+            self._add("", shape_of("point", self.lone[0]))
 
     def _add(self, label: str, shape, attributes: dict | None = None, picture: int | None = None) -> None:
         """shape: (kind, points), or None if its numbers cannot be read."""
@@ -159,9 +167,8 @@ class _Parser:
     def _json(self, start: re.Match, prose: str) -> int:
         values, end = self.reader.read(start.start(), inside=start.lastgroup == "key")
         before = len(self.found), self.malformed
-        name = _name(prose) if prose.rstrip().endswith((":", "：")) else ""
-        for value in values:
-            self._value(value, name)
+        for value in values:  # "cat: [x1, y1, x2, y2]"
+            self._value(value, _name(prose) if prose.rstrip(" ").endswith((":", "：")) and bare(value) else "")
         if (len(self.found), self.malformed) != before:
             self.label, self.ref = "", None
         elif len(values) == 1 and (numbers := numbers_of(values[0])) and len(numbers) == 2:
@@ -189,8 +196,8 @@ class _Parser:
                 del value[key]
         if isinstance(text := value.get("arguments"), str) and text.startswith("{"):
             value["arguments"] = Reader(text).read(0)[0][0]
-        placed = [key for key in value if _places(key, value[key])]
-        places = [shape for key in placed for shape in shapes_under(_KEYS[key.lower()], value.pop(key))]
+        kinds = [(key, kind) for key, inner in value.items() if (kind := kind_under(key, inner))]
+        places = [shape for key, kind in kinds for shape in shapes_under(kind, value.pop(key))]
         if not places and (corners := corners_of(value)):
             places = [cornered(corners, [value.pop(n) for n in corners])]
         if not places:
@@ -278,8 +285,8 @@ class _Parser:
         points = len(GROUP.findall(start[0]))
         half = _HALF.match(self.text, end)
         if points == 1 and not half:
-            if not prose[-1:].isalnum() and shapes[0]:
-                self.lone += shapes[0][1]
+            if not prose[-1:].isalnum() or not self.text[end:].strip(" .\n"):
+                self.lone += shapes[0][1] if shapes[0] else ()
             return end
         if half and points % 2:
             shapes = shapes_in(start[0][: start[0].rindex("(")]) if points > 1 else []
@@ -299,17 +306,6 @@ def _span(pattern: re.Pattern, text: str, at: int) -> tuple[str, int]:
 
 def _is_area(shape) -> bool:
     return shape is not None and shape[0] != "point"
-
-
-def _places(key, value) -> bool:
-    """Whether a value says where something is."""
-    if not isinstance(key, str) or (what := key.lower()) not in _KEYS:
-        return False
-    if what in _CERTAIN or numbers_of(value) is not None:
-        return True
-    if isinstance(value, dict):
-        return bool(corners_of(value))
-    return isinstance(value, list) and bool(value) and (is_number(value[0]) or isinstance(value[0], list))
 
 
 def _label(value: dict) -> str | None:

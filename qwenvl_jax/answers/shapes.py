@@ -9,6 +9,14 @@ from collections.abc import Sequence
 
 from qwenvl_jax.answers.loose import CUT, number
 
+# What the numbers under a key are. A key with other values is an attribute, unless it is one of _CERTAIN.
+KEYS = dict.fromkeys(("bbox_2d", "bbox", "box_2d", "box", "bboxes", "bboxes_2d", "boxes", "bounding_box"), "box")
+KEYS |= dict.fromkeys(("bounding_boxes", "start_box", "end_box"), "box")
+KEYS |= dict.fromkeys(("point_2d", "point", "coordinate", "coordinate2", "start_point", "end_point"), "point")
+KEYS |= dict.fromkeys(("points", "points_2d", "coordinates", "center", "position"), "points")
+KEYS |= dict.fromkeys(("poly", "polygon", "quad", "vertices", "corners", "segmentation", "location"), "polygon")
+KEYS |= dict.fromkeys(("rotate_rect", "rotated_rect", "rotate_box", "rotated_box"), "rotated")
+_CERTAIN = ("bbox_2d", "bbox", "point_2d", "poly", "polygon", "rotate_rect")
 _CORNERS = (
     ("x1", "y1", "x2", "y2"),
     ("x_min", "y_min", "x_max", "y_max"),
@@ -141,3 +149,13 @@ def _flat(value) -> str:
     if not all(map(is_number, numbers)):
         return ""
     return "box" if len(value) in (4, 8) or (value[-1] is CUT and 2 <= len(numbers) < 8) else ""
+
+
+def kind_under(key, value) -> str:
+    """What the numbers in a value are, by its key; "" if the value does not say where something is."""
+    kind = KEYS.get(key.lower(), "") if isinstance(key, str) else ""
+    if not kind or key.lower() in _CERTAIN or numbers_of(value) is not None:
+        return kind
+    if isinstance(value, dict):
+        return kind if corners_of(value) else ""
+    return kind if isinstance(value, list) and value and (is_number(value[0]) or isinstance(value[0], list)) else ""
