@@ -56,8 +56,8 @@ def test_other_suffixes_are_refused(name, tmp_path):
 def test_places_where_nothing_can_be_written_are_refused(tmp_path, monkeypatch):
     for where, said in (
         (tmp_path / "nowhere" / "a.png", "there is no directory"),
-        (tmp_path, "is a directory"),
-        ("", "is a directory"),
+        (tmp_path, "name a file"),
+        ("", "no file: name a file"),
         (tmp_path / "b.png" / "c.png", "there is no directory"),
     ):
         (tmp_path / "b.png").touch()
@@ -135,20 +135,20 @@ def test_the_pictures_are_those_of_the_messages(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (400, 600)).save(tmp_path / "turned.jpg", exif=exif)
     video = clip(1.0)
-    content = [{"type": "image", "image": str(tmp_path / "turned.jpg")}, {"type": "video", "video": video}]
-    on = drawing.pictures([{"role": "user", "content": [*content, {"type": "text", "text": "?"}]}], [video, video])
+    on = drawing.pictures([("image", str(tmp_path / "turned.jpg"), None), ("video", "clip.mp4", video)])
     assert on[0].size == (600, 400) and on[1] is video
     (file, _) = drawing.write(tmp_path / "out.png", on, [box("", 550, 50, 590, 90)], CONFIG)
     pixels = np.asarray(opened(file))
     assert pixels.shape == (400, 600, 3) and pixels[70, 550].any()
-    with pytest.raises(InputError, match="there is none; add --image"):
-        drawing.pictures([{"role": "user", "content": "Hi"}], [])
+    with pytest.raises(InputError, match="no image or video to draw on"):
+        drawing.pictures([])
 
 
 class Engine:
     """Answers with one box in a picture that was shrunk by half."""
 
-    config, text = CONFIG, '[{"bbox_2d": [50, 50, 150, 150], "label": "cat"}]'
+    config, compiling = CONFIG, None
+    text = '[{"bbox_2d": [50, 50, 150, 150], "label": "cat"}]'
 
     def generate(self, samples, options):
         sizes = (Sizes((400, 400), (200, 200)),)
@@ -167,6 +167,9 @@ class Pieces:
         yield from self._pieces
         self.result = self._result
 
+    def close(self):
+        pass
+
 
 @pytest.fixture
 def engine(monkeypatch, tmp_path):
@@ -174,9 +177,12 @@ def engine(monkeypatch, tmp_path):
     visual = SimpleNamespace(grid=SimpleNamespace(h=14, w=14), size=(400, 400))
     monkeypatch.chdir(tmp_path)
     where = SimpleNamespace(path=".")
-    monkeypatch.setattr(
-        converse, "encoder", lambda *_: (where, lambda messages: SimpleNamespace(visuals=[visual]), None)
-    )
+    sample = SimpleNamespace(visuals=[visual])
+
+    def attach(kind, source):
+        return visual, f"{source}: {kind}"
+
+    monkeypatch.setattr(converse, "encoder", lambda *_: (where, lambda messages: sample, attach))
     monkeypatch.setattr("qwenvl_jax.params.directory.read_config", lambda path: SimpleNamespace(vision=CONFIG.vision))
     monkeypatch.setattr(converse, "engine", lambda where, args, mesh: Engine())
 
@@ -193,6 +199,30 @@ def test_generate_draws_in_pixels_of_the_file_and_prints_the_same(engine, more, 
     drawn, around = np.asarray(opened(tmp_path / "out.png")), (128, 128, 128)
     lines = (drawn[200] != around).any(-1).nonzero()[0]
     assert 99 <= lines.min() <= 100 and 299 <= lines.max() <= 300
+
+
+def test_chat_draws_and_prints_the_objects_of_the_last_answer(engine, monkeypatch, tmp_path, capsys):
+    def read(prompt=""):
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    lines = ["/draw", "/objects", "/draw a.txt", "/draw out.png", "hello", "/draw out.png", "/image in.png", "where?"]
+    lines += ["/objects", "/draw 'out.png'"]
+    monkeypatch.setattr("builtins.input", read)
+    assert cli.main(["chat"]) == 0
+    out, err = capsys.readouterr()
+    cat = '{"label": "cat", "kind": "box", "points": [[100, 100], [300, 300]], "attributes": {}, "image": 0}'
+    assert out == f'{Engine.text}\nattached in.png: image\n{Engine.text}\n{{"objects": [{cat}], "malformed": 0}}\n'
+    assert err.splitlines() == [
+        "qwenvl: no file: name a file to draw into, such as answer.png",
+        "qwenvl: /objects is about an answer, but there is none yet that was not stopped",
+        "qwenvl: a.txt: .txt is no format for it; use .png or .jpg",
+        "qwenvl: /draw is about an answer, but there is none yet that was not stopped",
+        "qwenvl: there is no image or video to draw on; add one",
+        "qwenvl: drawn: out.png",
+    ]
+    assert opened(tmp_path / "out.png").getpixel((100, 200)) != (128, 128, 128)
 
 
 def test_generate_refuses_before_it_reads_the_model(monkeypatch, tmp_path, capsys):

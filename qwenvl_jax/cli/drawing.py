@@ -1,10 +1,11 @@
-"""`--draw`: an answer's objects on the pictures of the conversation, and its clips as contact sheets."""
+"""Shared by `qwenvl generate` and `qwenvl chat`: what an answer places in pictures, as JSON and drawn on them."""
 
 import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qwenvl_jax.answers.grounding import Object
 from qwenvl_jax.errors import InputError
@@ -12,16 +13,16 @@ from qwenvl_jax.types import Visual
 
 
 def check(where: str) -> Path:
-    """The file that --draw names. Raises InputError if no picture can be written there."""
+    """The file to draw into. Raises InputError if no picture can be written there."""
     from PIL import Image, UnidentifiedImageError  # not at the top: --help imports this module
 
     file = Path(where)
     if not file.name or file.is_dir():
-        raise InputError(f"--draw {where}: is a directory; name a file, such as answer.png")
+        raise InputError(f"{where or 'no file'}: name a file to draw into, such as answer.png")
     if not file.parent.is_dir():
-        raise InputError(f"--draw {where}: there is no directory {file.parent}")
+        raise InputError(f"{where}: there is no directory {file.parent}")
     if not os.access(file.parent, os.W_OK):
-        raise InputError(f"--draw {where}: the directory {file.parent} is not writable")
+        raise InputError(f"{where}: the directory {file.parent} is not writable")
     probe, written = Image.new("RGB", (300, 300)), io.BytesIO()
     try:
         _save(probe, written, file.suffix)
@@ -31,22 +32,27 @@ def check(where: str) -> Path:
     except UnidentifiedImageError:
         pass  # PDF and a few others are written only
     except (OSError, KeyError, ValueError) as e:
-        raise InputError(f"--draw {where}: {file.suffix or 'no suffix'} is no format for it; use .png or .jpg") from e
+        raise InputError(f"{where}: {file.suffix or 'no suffix'} is no format for it; use .png or .jpg") from e
     return file
 
 
-def pictures(messages: Sequence, visuals: Sequence) -> list:
-    """What is drawn on: a PIL picture for each picture of the conversation, and a Visual for each clip.
+def pictures(media: Sequence[tuple[str, Any, Visual]]) -> list:
+    """What is drawn on: the whole picture for each picture of the conversation, and the Visual of each clip.
 
-    visuals: of the encoded conversation. Raises InputError if there are none.
+    media: of the conversation, in order: the kind, the source and the Visual. Raises InputError if there are none.
     """
     from qwenvl_jax.inputs.media import load_image
-    from qwenvl_jax.inputs.messages import normalize
 
-    if not visuals:
-        raise InputError("--draw draws on the pictures of the prompt, but there is none; add --image")
-    _, media = normalize(messages)
-    return [load_image(m.source) if m.kind == "image" else v for m, v in zip(media, visuals, strict=True)]
+    if not media:
+        raise InputError("there is no image or video to draw on; add one")
+    return [load_image(source) if kind == "image" else visual for kind, source, visual in media]
+
+
+def objects_of(result) -> dict:
+    """The objects of an answer, in whole pixels of their pictures' files."""
+    parsed = result.objects("original")
+    whole = [o._replace(points=[[round(n) for n in point] for point in o.points]) for o in parsed.objects]
+    return {"objects": [o._asdict() for o in whole], "malformed": parsed.malformed}
 
 
 def finish(file: Path, drawn_on: Sequence, result, config) -> None:
@@ -72,7 +78,7 @@ def write(file: Path, drawn_on: Sequence, objects: Sequence[Object], config) -> 
         for part, f in zip(parts, files, strict=True):
             os.replace(part, f)
     except (OSError, ValueError) as e:
-        raise InputError(f"--draw {file}: cannot be written ({getattr(e, 'strerror', None) or e})") from e
+        raise InputError(f"{file}: cannot be written ({getattr(e, 'strerror', None) or e})") from e
     finally:
         for part in parts:
             part.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from qwenvl_jax.inputs.fields import (
     WITHOUT_TOOLS,
     read_keys,
 )
+from qwenvl_jax.inputs.messages import normalize
 from qwenvl_jax.inputs.options import VIDEO
 from qwenvl_jax.options import check_names, names
 
@@ -99,7 +100,7 @@ def run(args) -> int:
     where, encode, _ = converse.encoder(args, request | ({} if tools is None else {"tools": tools}))
     sample = encode(messages)
     place = None if args.boxes is None else _place(sample, directory.read_config(where.path))
-    drawn_on = [] if file is None else drawing.pictures(messages, sample.visuals)
+    drawn_on = [] if file is None else _pictures(messages, sample)
     engine = converse.engine(where, args, mesh)
     if one_of_several() and sys.modules["jax"].process_index():  # every process computes; process 0 prints
         engine.generate([sample], options)
@@ -112,7 +113,7 @@ def run(args) -> int:
             drawing.finish(file, drawn_on, stream.result, engine.config)
         return OK
     (result,) = answered = engine.generate([sample], options)
-    found = _objects(result) if args.objects else {}
+    found = drawing.objects_of(result) if args.objects else {}
     if place is not None:
         result = replace(result, text=from_model(result.text, place, family_of(engine.config).BOXES, args.boxes))
     if args.json or args.objects:
@@ -133,11 +134,9 @@ def _place(sample, config) -> Sizes:
     return places.pop()
 
 
-def _objects(result) -> dict:
-    """The objects of an answer, in whole pixels of their pictures' files."""
-    parsed = result.objects("original")
-    whole = [o._replace(points=[[round(n) for n in point] for point in o.points]) for o in parsed.objects]
-    return {"objects": [o._asdict() for o in whole], "malformed": parsed.malformed}
+def _pictures(messages, sample) -> list:
+    media = normalize(messages)[1]
+    return drawing.pictures([(m.kind, m.source, visual) for m, visual in zip(media, sample.visuals, strict=True)])
 
 
 def _as_json(result) -> dict:
