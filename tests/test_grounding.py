@@ -1,13 +1,25 @@
-"""Boxes, points and polygons in answers: every form that models write, and the way back to the stored picture."""
+"""Boxes, points and polygons in answers: every form that models write, and the way back to the picture's file."""
 
 import json
 import random
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from PIL import Image
+from tiny import tiny_config
 
+from qwenvl_jax import cli
+from qwenvl_jax.answers.boxes import Sizes, converted, sizes
 from qwenvl_jax.answers.grounding import FORMS, Object, Parsed, parse, write
+from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.infer.requests import Result
+from qwenvl_jax.inputs.media import image_visual
+from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.preprocessing import Preprocessing, target_size
+from qwenvl_jax.inputs.video import frame_size, video_visual
 
 
 def box(label, *numbers, image=0, **attributes):
@@ -468,3 +480,165 @@ def test_deep_nesting():
     for _ in range(2000):
         nested = f'{{"a": [{nested}]}}'
     parse(nested)
+
+
+# Coordinates
+
+
+def drawn_sizes(rng, p):
+    """A picture that is tiny, extreme or ordinary, or the frames of a clip, and its size after resizing."""
+    what = rng.randrange(4)
+    if what == 0:
+        width, height = rng.randint(1, 60), rng.randint(1, 60)
+    elif what == 1:
+        width = rng.randint(1, 60)
+        height = min(width * rng.randint(20, 199), 9000)
+    else:
+        width, height = rng.randint(30, 6000), rng.randint(30, 6000)
+    if rng.random() < 0.5 and what != 3:
+        width, height = height, width
+    if what == 3:
+        resized = frame_size(height, width, rng.choice((2, 64, 768)), p)
+    else:
+        resized = target_size(height, width, p, MediaOptions(max_pixels=rng.choice((None, 300_000, 3136))))
+    return Sizes((width, height), resized[::-1])
+
+
+def drawn_in(rng, pictures):
+    """One box, point or polygon in one of the pictures."""
+    image = rng.randrange(len(pictures))
+    n = rng.choice((1, 2, 4))
+    width, height = pictures[image].original
+    points = tuple((rng.uniform(0, width), rng.uniform(0, height)) for _ in range(n))
+    return Object("mug", {1: "point", 2: "box", 4: "polygon"}[n], points, {}, image)
+
+
+@pytest.mark.parametrize(
+    "p, target",
+    [
+        (Preprocessing(), "resized"),  # Qwen2.5-VL
+        (Preprocessing(), "thousandths"),  # Qwen2-VL
+        (Preprocessing(patch_size=16), "thousandths"),  # Qwen3-VL
+    ],
+)
+def test_there_and_back(p, target):
+    """1,000 pictures, up to four in a message: to the model's coordinates and back, and once more in whole numbers."""
+    rng = random.Random(p.patch_size)
+    for _ in range(400):
+        pictures = [drawn_sizes(rng, p) for _ in range(rng.randint(1, 4))]
+        parsed = Parsed([drawn_in(rng, pictures) for _ in range(8)], 0)
+        for whole in (False, True):
+            told = converted(parsed, pictures, "original", target, whole=whole)
+            back = converted(told, pictures, target, "original")
+            for o, t, b in zip(parsed.objects, told.objects, back.objects, strict=True):
+                place = pictures[o.image]
+                assert not whole or all(n == int(n) for xy in t.points for n in xy)
+                for side in (0, 1):
+                    step = place.original[side] / place.of(target)[side]
+                    allowed = max(1, step / 2) if whole else 1e-6
+                    moved = [abs(x[side] - y[side]) for x, y in zip(o.points, b.points, strict=True)]
+                    assert max(moved) <= allowed * (1 + 1e-9)
+
+
+def pixels(visual, step=0, p=Preprocessing()):  # noqa: B008 - frozen
+    """The picture that patches make, [height, width, 3]."""
+    grid, m, s = visual.grid, p.merge_size, p.patch_size
+    blocks = visual.patches.reshape(grid.t, grid.h // m, grid.w // m, m, m, 3, p.temporal_patch_size, s, s)
+    return blocks[step, ..., 0, :, :].transpose(0, 2, 5, 1, 3, 6, 4).reshape(grid.h * s, grid.w * s, 3)
+
+
+def dark(image):
+    """The box around the dark pixels."""
+    ys, xs = np.nonzero(image.mean(-1) < 128)
+    return (xs.min(), ys.min()), (xs.max() + 1, ys.max() + 1)
+
+
+def drawing(size, corners):
+    image = Image.new("RGB", size, "white")
+    image.paste((0, 0, 0), tuple(n for corner in corners for n in corner))
+    return image
+
+
+EXIF = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # how a picture with this orientation is stored
+
+
+@pytest.mark.parametrize("orientation", EXIF)
+@pytest.mark.parametrize("size, corners", [((331, 57), ((20, 9), (190, 33))), ((90, 640), ((11, 400), (70, 630)))])
+def test_a_box_is_where_the_picture_shows_it(tmp_path, orientation, size, corners):
+    """The box of the resized pixels, in original coordinates, is the one that was drawn in the upright picture."""
+    image, exif = drawing(size, corners), Image.Exif()
+    exif[0x0112] = orientation
+    if EXIF[orientation] is not None:
+        image = image.transpose(Image.Transpose(EXIF[orientation]))
+    image.save(tmp_path / "a.png", exif=exif)
+    visual = image_visual(tmp_path / "a.png", Preprocessing(), MediaOptions(max_pixels=40_000))
+    assert visual.size == size
+    place = sizes(visual, tiny_config("qwen2_5_vl"))
+    seen = Parsed([Object("mug", "box", dark(pixels(visual)))], 0)
+    (found,) = converted(seen, [place], "resized", "original").objects
+    for side in (0, 1):
+        step = place.original[side] / place.resized[side]
+        assert all(abs(a[side] - b[side]) <= max(1, step) for a, b in zip(found.points, corners, strict=True))
+
+
+def test_frames_of_clips(tmp_path):
+    size, corners = (331, 157), ((20, 9), (190, 130))
+    clip = video_visual([drawing(size, corners)] * 4, Preprocessing())
+    assert clip.size == size and clip.grid.t == 2
+    place = sizes(clip, tiny_config("qwen2_5_vl"))
+    for step in (0, 1):
+        seen = Parsed([Object("mug", "box", dark(pixels(clip, step)))], 0)
+        (found,) = converted(seen, [place], "resized", "original").objects
+        assert all(
+            abs(a - b) <= 1 for xy, uv in zip(found.points, corners, strict=True) for a, b in zip(xy, uv, strict=True)
+        )
+    (name,) = [f for f in SAMPLES.iterdir() if f.suffix == ".mp4"]
+    whole = video_visual(str(name), Preprocessing(), MediaOptions(nframes=2))
+    small = video_visual(str(name), Preprocessing(), MediaOptions(nframes=2, max_pixels=3136))
+    assert whole.size == small.size and small.grid != whole.grid
+    frames = [drawing(size, corners), drawing((662, 314), corners)]
+    mixed = video_visual(frames, Preprocessing(), MediaOptions(resized_height=56, resized_width=112))
+    assert mixed.size is None  # no size is that of all frames
+
+
+# Results
+
+
+def test_objects_of_a_result():
+    wide, tall = Sizes((4000, 3000), (952, 728)), Sizes((300, 900), (280, 896))
+    text = f'Picture 1: {MUG_JSON} Picture 2: {PEN_JSON} Picture 3: {PEN_JSON} {{"bbox_2d": [1]}}'
+    result = Result(text, [], "stop", 1, pictures=(wide, tall), boxes="resized")
+    mug, pen = result.objects().objects
+    assert mug.points == ((12 * 4000 / 952, 30 * 3000 / 728), (200 * 4000 / 952, 310 * 3000 / 728))
+    assert pen.points == ((5 * 300 / 280, 6 * 900 / 896), (70 * 300 / 280, 80 * 900 / 896)) and pen.image == 1
+    assert result.objects().malformed == 2  # there is no third picture
+    assert result.objects("resized").objects == [MUG, PEN._replace(image=1)]
+    in_thousandths = replace(result, boxes="thousandths")
+    assert in_thousandths.objects().objects[0].points == ((48, 90), (800, 930))
+    outside = replace(result, text="[-5, 3, 2000, 9]").objects()
+    assert outside.objects[0].points == ((0, 3 * 3000 / 728), (4000, 9 * 3000 / 728))  # moved to the edge
+    with pytest.raises(InputError, match="it must be one of original, resized, thousandths"):
+        result.objects("pixels")
+    assert replace(result, pictures=()).objects() == Parsed([], 4)
+
+
+def test_generate_prints_objects(tmp_path, capsys):
+    """The demo's boxes about one enlarged picture, and about a message with two."""
+    image = Image.open(SAMPLES / "scene.png")
+    image.resize((image.width * 3, image.height * 2)).save(tmp_path / "large.png")
+    sides = (image.width // 28 * 28, image.height // 28 * 28)
+    command = ["generate", "--image", str(tmp_path / "large.png"), "--prompt", "Find the boxes of: strawberry"]
+    command += [f"--resized-width={sides[0]}", f"--resized-height={sides[1]}"]
+    assert cli.main([*command, "--objects", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    want = converted(
+        parse(told["text"]), [Sizes((image.width * 3, image.height * 2), sides)], "resized", "original", whole=True
+    )
+    assert want.objects and told["malformed"] == 0
+    assert told["objects"] == [
+        {"label": o.label, "kind": "box", "points": [list(xy) for xy in o.points], "attributes": {}, "image": 0}
+        for o in want.objects
+    ]
+    assert cli.main([*command[:3], *command[1:], "--objects"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert set(alone) == {"objects", "malformed"}
