@@ -21,7 +21,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qwenvl_jax.answers.loose import CUT, Reader
+from qwenvl_jax.answers.loose import CUT, NUMBER, Reader
 from qwenvl_jax.answers.shapes import (
     GROUP,
     KEYS,
@@ -72,11 +72,10 @@ _IMAGES = {"image", "image_id", "image_index", "image_idx", "picture", "picture_
 _CALLS = ("arguments", "parameters")
 _LISTS = ("objects", "detections", "results", "result", "instances", "items", "annotations", "data", "answer", *KEYS)
 
-_N = r"[-+]?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(?:[eE][-+]?[0-9]{1,3})?"
-_PAIR = rf"\(\s*+{_N}\s*+,\s*+{_N}\s*+\)"
+_PAIR = rf"\(\s*+{NUMBER}\s*+,\s*+{NUMBER}\s*+\)"
 _START = re.compile(
     r"""(?P<deep>(?:[\[{(]\s*+){25,}+)"""
-    rf"""|(?P<json>\[(?=\s*+(?:[\[{{("']|{_N}[\s,]))|\{{(?=\s*+(?:["']|\w++\s*+[:：])))"""
+    rf"""|(?P<json>\[(?=\s*+(?:[\[{{("']|{NUMBER}[\s,]))|\{{(?=\s*+(?:["']|\w++\s*+[:：])))"""
     r"""|(?P<key>["'](?:bbox_2d|point_2d)["']\s*+:)"""
     r"""|(?P<ref><\|object_ref_start\|>|<ref>)"""
     r"""|(?P<mark><\|(?:box|quad)_start\|>|<(?:box|bbox|quad|points?)>"""
@@ -93,7 +92,7 @@ _ATTRIBUTE = re.compile(r"""(?<![\w-])([\w-]++)\s*+=\s*+(?:"([^"]*+)"|'([^']*+)'
 _RUN = re.compile(r"[-+.0-9eE,;\s()\[\]]*+")
 _RUN_END = re.compile(r"""<\|(?:box|quad)_end\|>|</(?:box|bbox|quad|points?)>|["']""")
 _LINE = re.compile(
-    rf"^[ \t]*+({_N}(?:[ \t]*+,[ \t]*+|[ \t]++){_N}(?:(?:[ \t]*+,[ \t]*+|[ \t]++){_N}){{2}})[ \t]*+$", re.M
+    rf"^[ \t]*+({NUMBER}(?:[ \t]*+,[ \t]*+|[ \t]++){NUMBER}(?:(?:[ \t]*+,[ \t]*+|[ \t]++){NUMBER}){{2}})[ \t]*+$", re.M
 )
 _HALF = re.compile(r"\s*+,?\s*+\([-+.0-9eE,\s]*+\Z")
 _PICTURE = re.compile(
@@ -105,7 +104,7 @@ _PICTURE = re.compile(
 _LEAD = re.compile(
     r"\b(?:bbox(?:_2d)?|coordinates?|answer|result|is|are|at|by)\W*+\Z|\bbounding box|坐标|边界框|[为是在]\W*+\Z", re.I
 )
-_AND = ("and", "&", "和", "以及", "与")
+_AND = re.compile(r"^(?:(?:and|&)(?:\s|$)|和|以及|与)\s*", re.I)
 
 
 def parse(text: str) -> Parsed:
@@ -241,7 +240,7 @@ class _Parser:
         """The label of numbers outside of JSON: the tokens before them, else the prose, else as the last ones."""
         if self.ref is not None:
             self.label, self.ref = self.ref, None
-        elif (said := prose.strip(" \t\r\n,;.")) and said.casefold() not in _AND:
+        elif _AND.sub("", prose.strip(" \t\r\n,;.")):
             self.label = _name(prose)
         return self.label
 
@@ -320,7 +319,9 @@ def _name(prose: str) -> str:
     line = _PICTURE.sub("", re.sub(r"<[^<>]*>", "", prose.rstrip().rpartition("\n")[2]))
     name = line.strip(" \t\r,;:：，、-*•`\"'.")
     touches = prose[-1:] and not prose[-1].isspace() and prose[-1] not in ":："
-    return "" if not touches and _LEAD.search(name) else name
+    if name.endswith("=") or (not touches and _LEAD.search(name)):  # start_box='…', "The box is at …"
+        return ""
+    return _AND.sub("", name)
 
 
 def _picture(value) -> int | None:
@@ -344,12 +345,16 @@ def write(objects: Sequence[Object], form: str = "json") -> str:
     """
     if form not in FORMS:
         raise InputError(f"form is {shown(form)}; it must be one of {', '.join(FORMS)}")
-    text = {"json": _as_json, "tokens": _as_tokens, "xml": _as_xml}[form](objects)
-    back = parse(text)
-    if back != Parsed(list(objects), 0):
-        wrong = next((o for o, b in zip(objects, back.objects, strict=False) if o != b), objects[-1])
-        raise InputError(f"{shown(wrong)} cannot be written in the form {form}; write it as json, or change it")
-    return text
+    try:
+        text = {"json": _as_json, "tokens": _as_tokens, "xml": _as_xml}[form](objects)
+        if parse(text) == Parsed(list(objects), 0):
+            return text
+    except (KeyError, TypeError, ValueError):  # an unknown kind, or attributes that are not JSON
+        pass
+    if len(objects) > 1:
+        for o in objects:
+            write([o], form)
+    raise InputError(f"{shown(objects[0])} cannot be written in the form {form}; write it as json, or change it")
 
 
 def _as_json(objects: Sequence[Object]) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 CUT = ...  # stands for what the end of the text cut off: a value of an object, or the rest of a list
 DEPTH = 24  # deeper brackets begin anew
 
+NUMBER = r"[-+]?(?:[0-9]{1,18}(?:\.[0-9]{0,24})?|\.[0-9]{1,24})(?:[eE][-+]?[0-9]{1,3})?"
 _SPACE = re.compile(r"[\s,]*+")
 _NUMBERS = re.compile(r"[\[(]([-+.0-9eE,\s]*+)[\])]")
-_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(?:[eE][-+]?[0-9]{1,3})?")
+_NUMBER = re.compile(NUMBER)
 _COLON = re.compile(r"\s*+[:：]")
 _NAME = re.compile(r"[^\W\d]\w*+(?=\s*+[:：])")
 _WORD = re.compile(r"""[^\s,:{}\[\]()<`"'][^\s,:{}\[\]()<`"]*+""")

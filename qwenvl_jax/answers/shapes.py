@@ -95,6 +95,8 @@ def shapes_in(text: str, quad: bool = False) -> list:
     """The shapes in a run of numbers and brackets. quad: its pairs are the corners of one polygon."""
     read = [floats(group) for group in GROUP.findall(text)] or [floats(text)]
     groups = [group for group in read if group is not None and len(group) == 2]
+    if len({len(group or ()) for group in read}) > 1:
+        return [None]
     if len(groups) < len(read):
         return [shape_of("point", group) for group in read]
     boxes = [(*a, *b) for a, b in zip(groups[::2], groups[1::2], strict=False)]
@@ -143,7 +145,7 @@ def bare(value) -> str:
 
 
 def _flat(value) -> str:
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not value:
         return ""
     numbers = [v for v in value if v is not CUT]
     if not all(map(is_number, numbers)):
