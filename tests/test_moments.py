@@ -303,9 +303,9 @@ LINES = [json.dumps({"start_time": "00:12", "end_time": "00:45", "description": 
 @pytest.mark.parametrize("before", ["", "[", "<answer>"])
 def test_long_answers_are_read_in_linear_time(piece, before):
     took = []
-    for size in (20_000, 100_000):
+    for size in (10_000, 100_000):
         text = before + piece * (size // len(piece))
         start = time.process_time()
         parse(text)
         took.append(time.process_time() - start)
-    assert took[1] < max(0.1, 10 * took[0])
+    assert took[1] < max(0.15, 20 * took[0])
