@@ -16,7 +16,7 @@ _COLON = re.compile(r"\s*+(?::|：|=>|=)\s*+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?(?=[\s,;}\]]|\Z)")
 _BARE = re.compile(r"""[^\s,;:="'{}\[\]][^,;"'{}\[\]\n]*+""")
 _BARE_KEY = re.compile(r"[^\W\d][\w-]*+")
-_OPENERS = re.compile(r"[\[{\s]*+")
+_OPENERS = re.compile(r"""(?:[\[{\s]|["'][^"'\\]{0,40}["']\s*+:\s*+)*+""")
 _CUT = re.compile(r"[\"'\\]")
 _VALUE_ENDS = re.compile(
     r"""\s*+(?:\Z|[}\]]|//|[,;]\s*+(?:\Z|//|["'{}\[\]+\-.0-9]|(?:true|false|null|True|False|None)\b|\w++\s*+:)|"[\w-]++"\s*+:|\n\s*+["'{\[])"""
