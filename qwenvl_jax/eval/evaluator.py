@@ -12,7 +12,7 @@ from typing import Any
 from qwenvl_jax.errors import InputError, NonFiniteError, OptionsError
 from qwenvl_jax.eval.journal import Journal, fingerprint, question_ids
 from qwenvl_jax.eval.metrics import BOXES
-from qwenvl_jax.eval.questions import Question, read_all
+from qwenvl_jax.eval.questions import Question, check_answer, read_all
 from qwenvl_jax.eval.report import Answer, Report, report, score
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.options import PromptOptions
@@ -316,6 +316,10 @@ def _with_calls(question, processor, encoding: Mapping):
     last = prompt.tokens[prompt.turns == max(prompt.turns.max(), 1)]
     if not (text := processor.decode(last[:-1], False)).strip():  # without <|im_end|>
         return InputError(f"{question.where}: the chat template writes no text for the tool calls; give an 'answer'")
+    try:
+        check_answer(text, question.metric)
+    except InputError as e:
+        return e.at(question.where)
     return question._replace(answers=(text,), reply=None)
 
 
