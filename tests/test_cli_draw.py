@@ -11,6 +11,7 @@ from PIL import Image
 from qwenvl_jax import cli
 from qwenvl_jax.answers.boxes import Sizes
 from qwenvl_jax.answers.grounding import Object
+from qwenvl_jax.answers.moments import Moment
 from qwenvl_jax.cli import converse, drawing
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
@@ -91,17 +92,46 @@ def test_what_the_picture_does_not_say_is_said(monkeypatch):
 
 def test_times_of_a_clip(monkeypatch):
     said = []
-    monkeypatch.setattr("qwenvl_jax.answers.draw.contact_sheet", lambda frames, captions: said.append(captions))
+    monkeypatch.setattr("qwenvl_jax.answers.draw.contact_sheet", lambda frames, *more: said.append(more))
+    moments = [Moment(1.0), Moment(2.1, 2.5)]
     for seconds in (1.0, 75.0, 0.0):
-        drawing._drawn(clip(seconds), [], CONFIG)
+        drawing._drawn(clip(seconds), [], moments, CONFIG)
     monkeypatch.setattr("qwenvl_jax.answers.draw.MOST_FRAMES", 2)
-    drawing._drawn(clip(1.0), [], CONFIG)
+    drawing._drawn(clip(1.0), [], moments[:1], CONFIG)
     assert said == [
-        ["0:00.0", "0:00.5", "0:01.0", "0:01.5", "0:02.0", "0:02.5"],
-        ["0:00.0", "0:37.5", "1:15.0", "1:52.5", "2:30.0", "3:07.5"],
-        ["1", "2", "3", "4", "5", "6"],
-        ["0:00.0", "0:01.5"],
+        (["0:00.0", "0:00.5", "0:01.0", "0:01.5", "0:02.0", "0:02.5"], {2, 4, 5}),
+        (["0:00.0", "0:37.5", "1:15.0", "1:52.5", "2:30.0", "3:07.5"], {0}),
+        (["1", "2", "3", "4", "5", "6"], ()),
+        (["0:00.0", "0:01.5"], {0}),
     ]
+
+
+@pytest.mark.parametrize(
+    "moment, frames",
+    [
+        (Moment(0.0), [0]),
+        (Moment(0.49), [0]),
+        (Moment(0.4999), [1]),  # rounded by the model
+        (Moment(1.5, 2.5), [3, 4, 5]),
+        (Moment(1.6, 1.7), [3]),
+        (Moment(2.5, 1.0), [5]),  # exchanged
+        (Moment(3.0, 99.0), [6, 7]),
+        (Moment(4.0), []),
+        (Moment(1e8, 1e9), []),
+    ],
+)
+def test_the_frames_of_a_moment(moment, frames):
+    assert list(drawing._frames_of(moment, 0.5, 8)) == frames
+
+
+def test_the_moments_of_an_answer_are_marked_in_its_clip(tmp_path, capsys):
+    result = Result("The truck appears at 1.0 seconds.", [5], "stop", 7)
+    drawing.finish(tmp_path / "a.png", [clip(1.0)], result, CONFIG)
+    assert capsys.readouterr().err == f"qwenvl: drawn: {tmp_path / 'a.png'}\n"
+    pixels = np.asarray(opened(tmp_path / "a.png"))
+    rows, columns = (pixels == (0xD5, 0x5E, 0)).all(-1).nonzero()
+    inside = pixels[(rows.min() + rows.max()) // 2, (columns.min() + columns.max()) // 2]
+    assert inside.tolist() == [80, 0, 99]  # the third frame
 
 
 def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):

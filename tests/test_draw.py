@@ -350,7 +350,19 @@ def test_letters_of_a_font_of_the_system_are_drawn(folder, written):
 
 
 @pytest.mark.parametrize(
-    "label", ["a\ud800b", "\u200b\u200e", "\0\x1b[31m", "\n\n", "e\u0301", "\ufffd", "ﷺ", "👨‍👩‍👧", "a\u202eb"]
+    "label",
+    [
+        "a\ud800b",
+        "\u200b\u200e",
+        "\0\x1b[31m",
+        "\n\n",
+        "e\u0301",
+        "\ufffd",
+        "ﷺ",
+        "👨‍👩‍👧",
+        "a\u202eb",
+        "a" + "\u0334\u0489" * 40,
+    ],
 )
 def test_any_label_can_be_drawn(label, written):
     draw(Image.new("RGB", (400, 400)), [box(label, 50, 50, 90, 90)])

@@ -9,7 +9,7 @@ Where no font of this machine has the letters of a label, its number is drawn, a
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageOps
@@ -22,6 +22,7 @@ SMALL = 320  # pixels of the shorter side, to which smaller pictures are enlarge
 MOST_FRAMES = 1000  # of a contact sheet
 _LONGEST = 4096  # pixels of the longer side that enlarging does not pass
 _PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+_MARK = (0xD5, 0x5E, 0x00)  # of the palette
 _LEAST_TEXT = 12  # pixels
 _SHARE = 0.45  # of the picture's width that a label takes at most
 _SHEET, _TILES = 1600, (96, 480)  # pixels of a contact sheet's width, roughly; least and most width of a frame in it
@@ -87,9 +88,10 @@ def legend(objects: Sequence[Object]) -> dict[str, str]:
     }
 
 
-def contact_sheet(frames: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+def contact_sheet(frames: Sequence[Image.Image], captions: Sequence[str], marked: Container[int] = ()) -> Image.Image:
     """The frames of a clip in a grid, in reading order, each over its caption, such as its time.
 
+    marked: numbers of frames, counted from 0, that get a coloured border, such as those of a moment in an answer.
     Raises InputError unless there are 1 to MOST_FRAMES frames and as many captions.
     """
     if not 0 < len(frames) <= MOST_FRAMES or len(frames) != len(captions):
@@ -112,7 +114,12 @@ def contact_sheet(frames: Sequence[Image.Image], captions: Sequence[str]) -> Ima
         sheet.paste(tile, (x + (width - tile.width) // 2, y + (height - tile.height) // 2))
         said = clean(caption)
         said, font = fitted(said if fonts.file(said) is not None else f"#{i + 1}", fonts, text, width)
-        canvas.text((x + width // 2, y + height + text * 0.9), said, fill=(0, 0, 0), font=font, anchor="mm")
+        ink = (0, 0, 0)
+        if i in marked:
+            ink, end = _ink(_MARK), (x + width - 1, y + height - 1)
+            canvas.rectangle((x, y + height, end[0], y + height + round(text * 1.6)), _MARK)
+            canvas.rectangle((x, y, *end), None, _MARK, max(2, width // 40))
+        canvas.text((x + width // 2, y + height + text * 0.8), said, fill=ink, font=font, anchor="mm")
     return sheet
 
 

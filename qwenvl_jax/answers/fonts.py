@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from PIL import ImageFont
 
-_LETTERS = 200  # of a text that are measured
+_LETTERS, _MARKS = 200, 3  # of a text that are measured; marks above and below one letter
 _FOLDERS = (
     f"{sys.prefix}/share/fonts",
     f"{sys.prefix}/fonts",
@@ -32,7 +32,11 @@ _MOST_FONTS, _SEARCHES = 3000, 5  # font files that are looked at; vain searches
 def clean(name: str) -> str:
     """One line of letters that can be drawn, of bounded length."""
     line = " ".join(name[: 4 * _LETTERS].split())
-    letters = (c for c in unicodedata.normalize("NFC", line) if c.isprintable() and c not in "\ufe0e\ufe0f")
+    letters, marks = [], 0
+    for c in unicodedata.normalize("NFC", line):
+        marks = marks + 1 if unicodedata.combining(c) else 0
+        if c.isprintable() and c not in "\ufe0e\ufe0f" and marks <= _MARKS:
+            letters.append(c)
     return "".join(letters).strip()[:_LETTERS]
 
 

@@ -1,6 +1,7 @@
 """Shared by `qwenvl generate` and `qwenvl chat`: what an answer places in pictures, as JSON and drawn on them."""
 
 import io
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_jax.answers.grounding import Object
+from qwenvl_jax.answers.moments import Moment, parse
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.types import Visual
 
@@ -57,16 +59,18 @@ def objects_of(result) -> dict:
 
 def finish(file: Path, drawn_on: Sequence, result, config) -> None:
     """Writes the pictures of an answer, a Result, and says on stderr what they do not show."""
-    objects = result.objects("original").objects
-    files = write(file, drawn_on, objects, config)
+    objects, moments = result.objects("original").objects, parse(result.text).moments
+    files = write(file, drawn_on, objects, config, moments)
     for line in (*notes(drawn_on, objects), f"drawn: {', '.join(map(str, files))}"):
         print(f"qwenvl: {line}", file=sys.stderr, flush=True)
 
 
-def write(file: Path, drawn_on: Sequence, objects: Sequence[Object], config) -> list[Path]:
+def write(
+    file: Path, drawn_on: Sequence, objects: Sequence[Object], config, moments: Sequence[Moment] = ()
+) -> list[Path]:
     """Writes one file, or FILE-1, FILE-2, … for several pictures and clips; returns them. All are written, or none.
 
-    drawn_on: what `pictures` gives. objects: in pixels of the original pictures.
+    drawn_on: what `pictures` gives. objects: in pixels of the original pictures. moments: marked in the clips.
     """
     files = [file]
     if len(drawn_on) > 1:
@@ -74,7 +78,7 @@ def write(file: Path, drawn_on: Sequence, objects: Sequence[Object], config) -> 
     parts = [f.with_name(f".{f.name}.{os.getpid()}.partial") for f in files]
     try:
         for i, (part, where) in enumerate(zip(parts, drawn_on, strict=True)):
-            _save(_drawn(where, [o for o in objects if o.image == i], config), part, file.suffix)
+            _save(_drawn(where, [o for o in objects if o.image == i], moments, config), part, file.suffix)
         for part, f in zip(parts, files, strict=True):
             os.replace(part, f)
     except (OSError, ValueError) as e:
@@ -105,7 +109,7 @@ def notes(drawn_on: Sequence, objects: Sequence[Object]) -> list[str]:
     return said
 
 
-def _drawn(where, objects: list[Object], config):
+def _drawn(where, objects: list[Object], moments: Sequence[Moment], config):
     from qwenvl_jax.answers.draw import MOST_FRAMES, contact_sheet, draw
     from qwenvl_jax.inputs.media import frames
 
@@ -114,8 +118,16 @@ def _drawn(where, objects: list[Object], config):
     shown = frames(where, config)
     step = -(-len(shown) // MOST_FRAMES)
     seconds = where.seconds_per_grid / config.vision.temporal_patch_size
-    times = [_time(i * seconds) if seconds else str(i + 1) for i in range(len(shown))]
-    return contact_sheet(shown[::step], times[::step])
+    times = [_time(i * seconds) if seconds else str(i + 1) for i in range(0, len(shown), step)]
+    marked = {n // step for moment in moments for n in _frames_of(moment, seconds, len(shown))} if seconds else ()
+    return contact_sheet(shown[::step], times, marked)
+
+
+def _frames_of(moment: Moment, seconds: float, count: int) -> range:
+    """Which frames of a clip, `seconds` apart, a moment is in: at least the one that is shown when it starts."""
+    first = math.floor(min(moment.start / seconds, count) + 0.01)
+    last = first if moment.end is None else math.floor(min(moment.end / seconds, count - 1) + 0.01)
+    return range(first, min(max(last, first) + 1, count))
 
 
 def _time(seconds: float) -> str:
