@@ -37,6 +37,16 @@ from qwenvl_jax.params import checkpoint, locate
 from qwenvl_jax.params.specs import check_mesh
 
 
+class FakeStream:
+    result = None
+
+    def __init__(self, pieces):
+        self._pieces, self.close = pieces, pieces.close
+
+    def __iter__(self):
+        return self._pieces
+
+
 class FakeEngine:
     """Records what it is asked and answers from a script; an exception in the script is raised.
 
@@ -55,6 +65,9 @@ class FakeEngine:
         return where, f"{where}: {kind}, 56 × 28 pixels, 2 tokens", None
 
     def stream(self, conversation, options):
+        return FakeStream(self._pieces(conversation, options))
+
+    def _pieces(self, conversation, options):
         self.calls.append((conversation, options))
         answer = self.answers.pop(0) if self.answers else ["ok"]
         for piece in answer:

@@ -121,11 +121,83 @@ def test_relaxed_takes_any_of_several():
         ("no idea", "3", 0),
         ("", "3", 0),
         ("1, 2 or 3", "3", 0),  # only the first counts
+        ("2 trucks appear at 0:03", "3", 1),
+        ("It lasts 3 seconds, from 0:08", "3", 0),
         ("1e999", "3", 0),
     ],
 )
 def test_seconds(prediction, gold, want):
     assert metrics.seconds(prediction, [gold]) == want
+
+
+@pytest.mark.parametrize(
+    "prediction, gold, want",
+    [
+        ("from 10 to 20 seconds", "[[10, 20]]", 1),
+        ("from 10 to 20 seconds", "00:15 - 00:25", 5 / 15),
+        ("from 10 to 20 seconds", "20 to 30 seconds", 0),
+        ('{"start_time": "00:10", "end_time": "00:20"}', "[[10, 12], [18, 20]]", 0.4),
+        ("0 to 5 seconds and 3 to 8 seconds", "[[0, 8]]", 1),  # spans that overlap count once
+        ("1 to 2 seconds, 5 to 9 seconds", "[[5, 9], [1, 2]]", 1),
+        ("1 to 3 seconds, 4 to 6 seconds", "[[2, 5]]", 2 / 5),
+        ("at 15 seconds", "10 to 20 seconds", 0),
+        ("from 20 to 10 seconds", "10 to 20 seconds", 0),
+        ("", "10 to 20 seconds", 0),
+        ("15 to 15 seconds", "10 to 20 seconds", 0),
+    ],
+)
+def test_tiou(prediction, gold, want):
+    assert metrics.tiou(prediction, [gold]) == pytest.approx(want, abs=1e-12)
+    assert metrics.tiou(prediction, ["90 to 91 seconds", gold]) == pytest.approx(want, abs=1e-12)
+
+
+def called(*calls) -> str:
+    return "\n".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls)
+
+
+CLICK = {"name": "computer_use", "arguments": {"action": "left_click", "coordinate": [10, 20]}}
+ZOOM = {"name": "zoom", "arguments": {"factor": 2}}
+
+
+@pytest.mark.parametrize(
+    "prediction, golds, types, whole",
+    [
+        (called(CLICK), [called(CLICK)], 1, 1),
+        ("I click. " + called({"arguments": {"coordinate": [10.0, 20], "action": "left_click"}, "name": CLICK["name"]}),
+         [called(CLICK)], 1, 1),
+        (called({**CLICK, "arguments": {"action": "left_click", "coordinate": [11, 20]}}), [called(CLICK)], 1, 0),
+        (called({**CLICK, "arguments": {"action": "wait", "coordinate": [10, 20]}}), [called(CLICK)], 0, 0),
+        (called({**CLICK, "name": "mobile_use"}), [called(CLICK)], 0, 0),
+        (called(ZOOM), [called(CLICK), called(ZOOM)], 1, 1),
+        (called(CLICK, ZOOM), [called(CLICK, ZOOM)], 1, 1),
+        (called(ZOOM, CLICK), [called(CLICK, ZOOM)], 0, 0),
+        (called(CLICK), [called(CLICK, ZOOM)], 0, 0),
+        ("left_click at (10, 20)", [called(CLICK)], 0, 0),
+        ("<tool_call>\n" + json.dumps(CLICK), [called(CLICK)], 1, 1),
+        (called(CLICK)[:-30], [called(CLICK)], 0, 0),
+    ],
+)  # fmt: skip
+def test_tool_calls(prediction, golds, types, whole):
+    assert metrics.tool_type(prediction, golds) == types
+    assert metrics.tool_call(prediction, golds) == whole
+
+
+@pytest.mark.parametrize(
+    "metric, answer, golds, prediction",
+    [
+        ("tiou", "from 12.5 to 20 seconds", ("from 12.5 to 20 seconds",), "12.5s - 20s"),
+        ("tiou", ["0:05 - 0:10", "0:07 - 0:09"], ("0:05 - 0:10", "0:07 - 0:09"), "7 to 9 seconds"),
+        ("tiou", [12.5, 20.0], ("[12.5, 20.0]",), "12.5s - 20s"),
+        ("tiou", [[1, 2], [5, 6]], ("[[1, 2], [5, 6]]",), "1s - 2s and 5s - 6s"),
+        ("tiou", {"start": 1, "end": 2}, ('{"start": 1, "end": 2}',), "1s - 2s"),
+        ("tool_call", called(CLICK), (called(CLICK),), called(CLICK)),
+        ("tool_call", CLICK, (called(CLICK),), called(CLICK)),
+        ("tool_type", [CLICK, ZOOM], (called([CLICK, ZOOM]),), called(CLICK, ZOOM)),
+    ],
+)
+def test_right_spans_and_calls_may_be_written_in_several_ways(metric, answer, golds, prediction):
+    (question,) = read_questions([{"messages": [ask("?")], "answer": answer, "metric": metric}])
+    assert question.answers == golds and score(question, prediction).score == 1 and score(question, "no").score == 0
 
 
 BOX = '{"bbox_2d": [1, 2, 30, 40], "label": "cat"}'
@@ -278,6 +350,11 @@ def test_nulls_and_numbers_of_tables(tmp_path):
         ({"messages": [ask("?")], "answer": {}}, "must be a text or a number"),
         ({"messages": [ask("?")], "answer": []}, "must be a text or a number"),
         ({"messages": [ask("?")], "answer": "soon", "metric": "seconds"}, "must contain a time"),
+        ({"messages": [ask("?")], "answer": "at 3 s", "metric": "tiou"}, "must contain spans of time, such as"),
+        ({"messages": [ask("?")], "answer": "from 5 s to 3 s", "metric": "tiou"}, "must contain spans of time"),
+        ({"messages": [ask("?")], "answer": 12.5, "metric": "tiou"}, "must contain spans of time"),
+        ({"messages": [ask("?")], "answer": "click", "metric": "tool_type"}, "must contain tool calls"),
+        ({"messages": [ask("?")], "answer": {"a": 1}, "metric": "tool_call"}, "must contain tool calls"),
         ({"messages": [ask("?")], "answer": "[", "metric": "iou"}, "answer must be a list of"),
         ({"messages": [ask("?")], "answer": '[{"bbox_2d": [1, 2]}]', "metric": "iou"}, "must be a list of"),
         ({"messages": [ask("?")], "image": "a.png", "answer": "x"}, "refer to 0 images; the record has 1"),
@@ -724,6 +801,11 @@ def test_the_gold_of_a_tool_call_is_what_the_template_writes(tiny_checkpoint, te
     one, two = Evaluator(model, records).questions
     assert one.answers == (CALL,) and two.answers == (f"{text}\n{CALL}" if text else CALL,)
     assert score(one, "").score == 0 and score(one, CALL).score == 1
+    (by_call,) = Evaluator(model, [{**records[1], "metric": "tool_call"}]).questions
+    assert score(by_call, CALL.replace("\n", "")).score == 1 and score(by_call, text).score == 0
+    call["function"] = {"name": "f", "arguments": '{"a": '}  # no JSON, so the template writes a string
+    with pytest.raises(InputError, match="for the metric tool_call it must contain tool calls"):
+        Evaluator(model, [{**records[1], "metric": "tool_call"}])
 
 
 @only_new

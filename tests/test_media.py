@@ -13,10 +13,12 @@ import pytest
 from PIL import Image
 
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.inputs import pictures
-from qwenvl_jax.inputs.media import image_visual, load_image
+from qwenvl_jax.inputs.media import frames, image_visual, load_image
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.preprocessing import Preprocessing, pixel_table, smart_resize, target_size
+from qwenvl_jax.inputs.video import video_visual
 from qwenvl_jax.types import Grid
 
 MEDIA = Path(__file__).parent / "data" / "media"
@@ -443,3 +445,11 @@ def test_table_holds_every_value_of_the_reference():
     patches = image_visual(image, P).patches
     assert all(len(np.unique(patches.reshape(-1, 3, 392)[:, c])) == 256 for c in range(3))
     assert np.array_equal(normalised(patches, P), values)
+
+
+def test_frames_are_the_pixels_that_became_patches():
+    config = PRESETS["qwen2.5-vl-3b"]
+    shown = [Image.fromarray(noise(56, 84, 3, seed=i)) for i in range(4)]
+    clip = video_visual(shown, Preprocessing(), MediaOptions(min_pixels=28, max_pixels=56 * 84))
+    assert [np.asarray(f).tolist() for f in frames(clip, config)] == [np.asarray(f).tolist() for f in shown]
+    assert len(frames(image_visual(shown[0], Preprocessing()), config)) == 2

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from qwenvl_jax.errors import InputError, MediaError
 from qwenvl_jax.inputs.budget import Budget
@@ -205,8 +205,11 @@ def test_what_a_person_sees(name):
 def test_every_container_of_exif_turns_the_picture(kind):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise: the left edge becomes the top
-    turned = np.asarray(load_image(encode(GRAY.convert("RGB"), kind, exif=exif)))
+    once = load_image(encode(GRAY.convert("RGB"), kind, exif=exif))
+    turned = np.asarray(once)
     assert turned.shape == (256, 8, 3)
+    assert (np.asarray(load_image(once)) == turned).all()  # it says no longer that it has to be turned
+    assert ImageOps.exif_transpose(once).size == once.size
     assert turned[0].max() < 20 and turned[-1].min() > 235
 
 

@@ -4,6 +4,7 @@ A thread of its own compiles and computes, so Ctrl-C stops an answer at once. Th
 """
 
 import contextlib
+import json
 import os
 import queue
 import shlex
@@ -11,10 +12,10 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from qwenvl_jax.cli import converse
+from qwenvl_jax.cli import converse, drawing
 from qwenvl_jax.cli.errors import BAD_INPUT, INTERRUPTED, OK, explain
 from qwenvl_jax.errors import InputError, install
 from qwenvl_jax.inputs.budget import Budget
@@ -31,6 +32,8 @@ _HELP = '''\
 /video FILE   attach a video
 /drop         remove the attachments of the next message
 /retry        send the last message again
+/draw FILE    draw what the last answer places in the images: boxes, points and polygons (several: FILE-1, FILE-2, …)
+/objects      print it as JSON, in pixels of the image files
 /reset        forget the conversation
 /quit         end the chat; so do Ctrl-D, and Ctrl-C twice
 """           begin a message of several lines, and end it; with prompt_toolkit, Alt-Enter begins a line
@@ -43,6 +46,7 @@ class Attachment(NamedTuple):
     """An opened image or video: later turns do not read the file again."""
 
     kind: str
+    source: str
     visual: Visual
     text: str  # its name, size and tokens
     budget: Budget  # of the message up to here
@@ -97,6 +101,7 @@ class Chat:
     def reset(self) -> None:
         self._messages, self._sent, self._draft = list(self._opening), list[Attachment](), list[Attachment]()
         self._unsent = ""  # the text of a message without an answer
+        self._result: Any = None  # of the last answer, unless it was stopped
 
     def obey(self, line: str) -> None:
         """Runs a command, or sends a message. Raises KeyboardInterrupt after it has put everything in order."""
@@ -112,6 +117,8 @@ class Chat:
             self._drop()
         elif word == "/retry":
             self._retry()
+        elif word in ("/draw", "/objects"):
+            self._show(word, rest.strip())
         elif word == "/help":
             print(_HELP)
             if sys.stdin.isatty() and not _prompt_toolkit():
@@ -124,8 +131,9 @@ class Chat:
     def _add(self, kind: str, where: str) -> None:
         try:
             for path in _paths(where):
+                source = converse.media_path(path)
                 before = self._draft[-1].budget if self._draft else None
-                self._draft.append(Attachment(kind, *self._attach(kind, converse.media_path(path), before)))
+                self._draft.append(Attachment(kind, source, *self._attach(kind, source, before)))
                 print(f"attached {self._draft[-1].text}", flush=True)
         except Exception as error:
             _complain(error)
@@ -165,11 +173,26 @@ class Chat:
         else:
             print("there is no message to send again")
 
+    def _show(self, word: str, where: str) -> None:
+        """Prints or draws the objects of the last answer."""
+        try:
+            file = drawing.check(_path(where.strip("'\""))) if word == "/draw" else None
+            if self._result is None:
+                raise InputError(f"{word} is about an answer, but there is none yet that was not stopped")
+            if file is None:
+                print(json.dumps(drawing.objects_of(self._result)), flush=True)
+                return
+            drawn_on = drawing.pictures([(a.kind, a.source, a.visual) for a in self._sent])
+            drawing.finish(file, drawn_on, self._result, self._engine.config)
+        except Exception as error:
+            _complain(error)
+
     def _answer(self, before: list[dict], turn: dict) -> None:
         """Streams the answer to a turn, and puts both behind `before`, unless the turn failed without any text."""
         text, status = "", _Status()
         try:
             self._wait(status)
+            self._result = None
             sample, pieces, stop = self._encode([*before, turn]), queue.SimpleQueue[object](), threading.Event()
             self._worker = threading.Thread(target=self._compute, args=(sample, pieces, stop), daemon=True)
             try:
@@ -205,6 +228,7 @@ class Chat:
                     pieces.put(piece)
                     if stop.is_set():
                         return
+                self._result = stream.result
             pieces.put(None)
         except BaseException as error:
             pieces.put(error)

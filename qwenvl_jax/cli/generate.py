@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwenvl_jax.answers.boxes import Sizes, from_model, sizes
-from qwenvl_jax.cli import converse
+from qwenvl_jax.cli import converse, drawing
 from qwenvl_jax.cli.errors import OK, one_of_several
 from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.infer.options import GenerateOptions
@@ -20,6 +20,7 @@ from qwenvl_jax.inputs.fields import (
     WITHOUT_TOOLS,
     read_keys,
 )
+from qwenvl_jax.inputs.messages import normalize
 from qwenvl_jax.inputs.options import VIDEO, RecordOptions
 from qwenvl_jax.options import add_flags, check_names, names
 
@@ -27,6 +28,7 @@ HELP = "Answer one conversation; the answer streams to stdout."
 EXAMPLES = (
     'qwenvl generate --image demo:scene.png --prompt "How many strawberries are there?"',
     "qwenvl generate --model Qwen/Qwen2.5-VL-3B-Instruct --video clip.mp4 --nframes 16 --prompt 'What happens?'",
+    "qwenvl generate --image demo:scene.png --prompt 'Locate every strawberry.' --draw answer.png",
     "qwenvl generate --messages request.json --json",
 )
 _SYNONYMS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "num_frames": "nframes"}
@@ -58,6 +60,17 @@ def add_arguments(parser) -> None:
             metavar="F",
             help="file, URL, or demo:NAME for a sample in the package; repeatable, in order",
         )
+    parser.add_argument(
+        "--objects",
+        action="store_true",
+        help="print the boxes, points and polygons of the answer as JSON, in pixels of the image file",
+    )
+    parser.add_argument(
+        "--draw",
+        metavar="FILE",
+        help="draw these objects on the image (several images: FILE-1, FILE-2, …); for a video, write its frames and mark "
+        "the answer's times",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a stream")
     converse.add_distributed(parser)
     converse.add_arguments(parser)
@@ -70,6 +83,7 @@ def run(args) -> int:
     from qwenvl_jax.params import directory
 
     request: dict = {}
+    file = None if args.draw is None else drawing.check(args.draw)
     tools = None if args.tools is None else _read_json("--tools", args.tools)
     if args.messages is None:
         if not (args.media or args.prompt.strip()):
@@ -84,19 +98,28 @@ def run(args) -> int:
     where, encode, _ = converse.encoder(args, request | ({} if tools is None else {"tools": tools}))
     sample = encode(messages)
     place = None if args.boxes is None else _place(sample, directory.read_config(where.path))
+    drawn_on = [] if file is None else _pictures(messages, sample)
     engine = converse.engine(where, args, mesh)
     if one_of_several() and sys.modules["jax"].process_index():  # every process computes; process 0 prints
         engine.generate([sample], options)
         return OK
-    if not args.json and not args.boxes:
-        for piece in engine.stream(sample, options):
+    if not (args.json or args.boxes or args.objects):
+        for piece in (stream := engine.stream(sample, options)):
             print(piece, end="", flush=True)
         print()
+        if file is not None:
+            drawing.finish(file, drawn_on, stream.result, engine.config)
         return OK
-    (result,) = engine.generate([sample], options)
+    (result,) = answered = engine.generate([sample], options)
+    found = drawing.objects_of(result) if args.objects else {}
     if place is not None:
         result = replace(result, text=from_model(result.text, place, family_of(engine.config).BOXES, args.boxes))
-    print(json.dumps(_as_json(result)) if args.json else result.text)
+    if args.json or args.objects:
+        print(json.dumps(_as_json(result) | found if args.json else found))
+    else:
+        print(result.text)
+    if file is not None:
+        drawing.finish(file, drawn_on, answered[0], engine.config)
     return OK
 
 
@@ -107,6 +130,11 @@ def _place(sample, config) -> Sizes:
         what = f"the prompt has pictures of {len(places)} sizes" if places else "the prompt has no picture"
         raise InputError(f"--boxes converts the boxes of one picture; {what}")
     return places.pop()
+
+
+def _pictures(messages, sample) -> list:
+    media = normalize(messages)[1]
+    return drawing.pictures([(m.kind, m.source, visual) for m, visual in zip(media, sample.visuals, strict=True)])
 
 
 def _as_json(result) -> dict:

@@ -13,7 +13,7 @@ from qwenvl_jax import stores
 from qwenvl_jax.errors import InputError, NonFiniteError, OptionsError
 from qwenvl_jax.eval.journal import Journal, answered_ids, fingerprint, question_ids
 from qwenvl_jax.eval.metrics import BOXES
-from qwenvl_jax.eval.questions import Question, Questions
+from qwenvl_jax.eval.questions import Question, Questions, check_answer
 from qwenvl_jax.eval.report import Answer, Report, report, score
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.options import PromptOptions
@@ -330,6 +330,10 @@ def _with_calls(question, processor, encoding: Mapping):
     last = prompt.tokens[prompt.turns == max(prompt.turns.max(), 1)]
     if not (text := processor.decode(last[:-1], False)).strip():  # without <|im_end|>
         return InputError(f"{question.where}: the chat template writes no text for the tool calls; give an 'answer'")
+    try:
+        check_answer(text, question.metric)
+    except InputError as e:
+        return e.at(question.where)
     return question._replace(answers=(text,), reply=None)
 
 

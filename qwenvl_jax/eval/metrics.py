@@ -10,7 +10,9 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from qwenvl_jax.answers import moments, tools
 from qwenvl_jax.answers.boxes import Box
+from qwenvl_jax.answers.moments import first_time
 
 _Z = 1.959963984540054  # 97.5% quantile of the normal distribution: two-sided 95%
 _NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
@@ -60,20 +62,62 @@ def relaxed(prediction: str, golds: Sequence[str], *, tolerance: float = 0.05) -
 def seconds(prediction: str, golds: Sequence[str], *, tolerance: float = 0.5) -> float:
     """1 if the first time in the prediction is within `tolerance` seconds of an answer's first time, else 0.
 
-    A time is a number of seconds, m:ss or h:mm:ss, as Qwen2.5-VL writes it (arXiv:2502.13923).
+    Which time is the first, see `answers.moments.first_time`.
     """
     p, times = first_time(prediction), map(first_time, golds)
     return float(p is not None and any(t is not None and abs(p - t) <= tolerance + 1e-9 for t in times))
 
 
-def first_time(text: str) -> float | None:
-    """The first time in a text, in seconds, or None."""
-    found = re.search(rf"(?:(?:([0-9]+):)?([0-9]+):)?({_NUMBER})", text)
-    if not found:
-        return None
-    hours, minutes, rest = (float(part or 0) for part in found.groups())
-    time = 3600 * hours + 60 * minutes + rest
-    return time if math.isfinite(time) else None
+def tiou(prediction: str, golds: Sequence[str]) -> float:
+    """Temporal intersection over union of the spans in the prediction and in an answer; the best over the golds.
+
+    Several spans count as their union; instants count nothing. The mean over a task is the mIoU of Charades-STA
+    (arXiv:1705.02101).
+    """
+    p, spans = _spans(prediction), [_spans(gold) for gold in golds]
+    return max(_overlap(p, gold) for gold in spans)
+
+
+def _overlap(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
+    """Intersection over union of two lists of spans that are sorted and disjoint."""
+    total = sum(end - start for start, end in [*a, *b])
+    shared, i, j = 0.0, 0, 0
+    while i < len(a) and j < len(b):
+        shared += max(min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]), 0.0)
+        i, j = (i + 1, j) if a[i][1] < b[j][1] else (i, j + 1)
+    return shared / (total - shared) if total > shared else 0.0
+
+
+def _spans(text: str) -> list[tuple[float, float]]:
+    """The spans of a text, sorted, with those that overlap joined."""
+    out: list[tuple[float, float]] = []
+    for start, end in sorted((m.start, m.end) for m in moments.parse(text).moments if m.end is not None):
+        if out and start <= out[-1][1]:
+            out[-1] = out[-1][0], max(out[-1][1], end)
+        else:
+            out.append((start, end))
+    return out
+
+
+def tool_type(prediction: str, golds: Sequence[str]) -> float:
+    """1 if the prediction makes the calls of an answer, in order, by type alone, else 0: TM of arXiv:2409.12191.
+
+    The type is the tool's name, and the argument `action` if it has one, as `computer_use` and `mobile_use` do.
+    """
+
+    def types(text):
+        return [(call.name, call.arguments.get("action")) for call in tools.parse(text).calls]
+
+    return float(types(prediction) in map(types, golds))
+
+
+def tool_call(prediction: str, golds: Sequence[str]) -> float:
+    """1 if the prediction makes the calls of an answer, in order, with equal arguments, else 0: EM of arXiv:2409.12191.
+
+    The order of keys does not count, and 1 equals 1.0. Text beside the calls is ignored.
+    """
+    calls = tools.parse(prediction).calls
+    return float(any(calls == tools.parse(gold).calls for gold in golds))
 
 
 def _number(text: str) -> float | None:
@@ -188,5 +232,7 @@ def bootstrap(
     return float(low), float(high)
 
 
-METRICS: dict[str, Callable[..., float]] = {f.__name__: f for f in (exact, anls, relaxed, seconds)}
+METRICS: dict[str, Callable[..., float]] = {
+    f.__name__: f for f in (exact, anls, relaxed, seconds, tiou, tool_type, tool_call)
+}
 BOXES = "iou"  # F1 over the boxes of a task; other metrics are means over items

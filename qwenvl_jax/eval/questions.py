@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from qwenvl_jax.answers import moments, tools
 from qwenvl_jax.answers.boxes import check_coordinates, parse_boxes
 from qwenvl_jax.errors import InputError, shown
-from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 
 _IDS = ("id", "_id", "uid", "uuid", "question_id", "qid", "sample_id", "item_id")  # keys of a record
+_CALLS = ("tool_type", "tool_call")
 
 
 class Question(NamedTuple):
@@ -74,7 +75,7 @@ def _question(record, source, index: int, metric: str) -> Question:
     if metric not in (*METRICS, BOXES):
         raise InputError(f"metric is {shown(metric)}; known are {', '.join((*METRICS, BOXES))}")
     check_coordinates(boxes := record.get("boxes"))
-    answers = _answers(answer, metric)
+    answers = (str(answer),) if reply and metric in _CALLS else _answers(answer, metric)  # a reply is checked later
     for text in answers:
         _check_characters(text, "answer")
     own = next((record[key] for key in _IDS if isinstance(record.get(key), str | int)), None)
@@ -108,15 +109,44 @@ def _answers(answer, metric: str) -> tuple[str, ...]:
     """The right answers as texts. Raises InputError if the metric cannot read one."""
     if metric == BOXES:
         return (_boxes(answer),)
+    if metric == "tiou" and not _is_texts(answer):
+        answer = _json(answer)
+    if metric in _CALLS and not _is_texts(answer):
+        answer = f"<tool_call>\n{_json(answer)}\n</tool_call>"
     several = answer if isinstance(answer, list | tuple) else [answer]
     if not several or not all(isinstance(a, str | int | float) and not isinstance(a, bool) for a in several):
         raise InputError(f"answer is {shown(answer)}; it must be a text or a number, or a list of them")
     texts = tuple(map(str, several))
-    if metric == "seconds":
-        for text in texts:
-            if metrics.first_time(text) is None:
-                raise InputError(f"answer is {text[:80]!r}; for the metric seconds it must contain a time")
+    for text in texts:
+        check_answer(text, metric)
     return texts
+
+
+def check_answer(text: str, metric: str) -> None:
+    """Raises InputError if a right answer has nothing that the metric compares."""
+    if metric == "seconds" and moments.first_time(text) is None:
+        raise InputError(f"answer is {text[:80]!r}; for the metric seconds it must contain a time")
+    if metric == "tiou":
+        found = moments.parse(text)
+        if found.malformed or not any(m.end is not None and m.end > m.start for m in found.moments):
+            want = 'such as "from 12.5 to 20 seconds" or [[12.5, 20.0]]'
+            raise InputError(f"answer is {text[:80]!r}; for the metric tiou it must contain spans of time, {want}")
+    if metric in _CALLS:
+        turn = tools.parse(text)
+        if turn.malformed or not turn.calls:
+            want = '<tool_call>\n{"name": …, "arguments": {…}}\n</tool_call>'
+            raise InputError(f"answer is {text[:80]!r}; for the metric {metric} it must contain tool calls, {want}")
+
+
+def _is_texts(answer) -> bool:
+    return isinstance(answer, str) or (isinstance(answer, list | tuple) and all(isinstance(a, str) for a in answer))
+
+
+def _json(answer) -> str:
+    try:
+        return json.dumps(answer, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return str(answer)
 
 
 def _boxes(answer) -> str:

@@ -9,7 +9,7 @@ from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 from qwenvl_jax.eval.questions import Question, text_of
 
-_PROPORTIONS = ("exact", "relaxed", "seconds")
+_PROPORTIONS = ("exact", "relaxed", "seconds", "tool_type", "tool_call")
 
 
 class Answer(NamedTuple):

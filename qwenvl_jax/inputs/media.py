@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 from PIL import Image
 
+from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, MediaError
 from qwenvl_jax.inputs import pictures
 from qwenvl_jax.inputs.budget import Budget
@@ -122,6 +123,15 @@ def fill(step: np.ndarray, image: Image.Image, frames: Sequence[int]) -> None:
         first[:] = strip.transpose(2, 0, 3, 5, 1, 4)
         for frame in frames[1:]:
             row[..., frame, :, :] = first
+
+
+def frames(visual: Visual, config: Config) -> list[Image.Image]:
+    """The resized frames of a clip, as the model sees them; of a picture, its copies in one grid step."""
+    v, (t, h, w) = config.vision, visual.grid
+    m, s = v.spatial_merge_size, v.patch_size
+    blocks = np.asarray(visual.patches).reshape(t, h // m, w // m, m, m, 3, v.temporal_patch_size, s, s)
+    pixels = blocks.transpose(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(-1, h * s, w * s, 3)
+    return [Image.fromarray(frame) for frame in pixels]
 
 
 def as_visual(patches: np.ndarray, kind: str, seconds_per_grid: float = 0.0) -> Visual:

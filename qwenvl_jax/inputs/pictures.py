@@ -38,6 +38,7 @@ _HEADER_READS, _HEADER = 1 << 17, 16 << 20  # most reads and bytes of a header: 
 _TIFF_HEADER = 128 << 20  # Photoshop keeps its layers there
 _READS = 1 << 20  # most reads after the header; PNGs need a few for each chunk
 _EXIF = 64 << 20  # most bytes that Pillow makes of an EXIF block
+_EXIF_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # where Pillow looks for the orientation
 _MARKERS = 1 << 18  # of a JPEG 2000 file; a large one of many tiles has some ten thousand
 _KNOWN = {*range(0xFF50, 0xFF65), 0xFF74, 0xFF75, 0xFF77, 0xFF78, 0xFF90}  # its markers that have a length
 _GIVE = "give a JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000 picture"
@@ -273,6 +274,8 @@ def decode(image: Image.Image) -> Image.Image:
             orientation = None
         if isinstance(orientation, int) and orientation in _UPRIGHT:
             image = image.transpose(_UPRIGHT[orientation])
+            for key in _EXIF_KEYS:  # else whoever gets the picture would turn it once more
+                image.info.pop(key, None)
         return _as_rgb(image, raw)
     except MediaError:
         raise

@@ -9,7 +9,7 @@ import ml_dtypes  # noqa: F401 - makes "bfloat16" the name of a numpy dtype
 import numpy as np
 
 from qwenvl_jax.config import Config, read_json, refuse_pointer
-from qwenvl_jax.errors import CheckpointError, InputError
+from qwenvl_jax.errors import CheckpointError, InputError, shown
 from qwenvl_jax.families import from_dict
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
 

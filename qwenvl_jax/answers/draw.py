@@ -1,0 +1,334 @@
+"""Answers as pictures: boxes, points and polygons with their labels, and contact sheets of a clip's frames.
+
+Sizes follow the picture. A picture whose shorter side is under SMALL pixels is enlarged by a whole factor, so that a
+line of two pixels and letters of twelve have room. Colours are those of Okabe and Ito, which people with any form of
+colour blindness tell apart; black or white around each line keeps it visible on any background.
+
+Where no font of this machine has the letters of a label, its number is drawn, and `legend` says which label that is.
+"""
+
+import math
+import zlib
+from collections.abc import Container, Iterator, Sequence
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageOps
+
+from qwenvl_jax.answers.fonts import Fonts, clean, fitted
+from qwenvl_jax.answers.grounding import Object
+from qwenvl_jax.errors import InputError
+
+SMALL = 320  # pixels of the shorter side, to which smaller pictures are enlarged
+MOST_FRAMES = 1000  # of a contact sheet
+_LONGEST = 4096  # pixels of the longer side that enlarging does not pass
+_PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+_MARK = (0xD5, 0x5E, 0x00)  # of the palette
+_LEAST_TEXT = 12  # pixels
+_SHARE = 0.45  # of the picture's width that a label takes at most
+_SHEET, _TILES = 1600, (96, 480)  # pixels of a contact sheet's width, roughly; least and most width of a frame in it
+
+Colour = tuple[int, int, int]
+Rectangle = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels; x2 and y2 are not in it
+
+
+class _Style(NamedTuple):
+    """Pixels: width of lines, of the edge around them, radius of points, and height of letters."""
+
+    line: int
+    edge: int
+    radius: int
+    text: int
+
+
+class _Shape(NamedTuple):
+    kind: str
+    points: list[tuple[float, float]]  # in pixels of the drawn picture
+    bounds: Rectangle  # of the shape, clipped
+    text: str
+    colour: Colour
+
+
+def draw(image: Image.Image, objects: Sequence[Object]) -> Image.Image:
+    """A copy of a picture, RGB and upright, with objects drawn on it.
+
+    objects: in pixels of the upright picture. Of `Object.image` nothing is read: give the objects of this picture.
+        What lies outside is cut off; `outside` counts the objects of which nothing is seen.
+    A picture whose shorter side is under SMALL pixels is enlarged by a whole factor. A label has the same colour in
+    each picture, unless two labels of one picture would share it. A label that finds no free place is left out.
+    """
+    drawn = _upright(image)
+    factor = max(1, min(math.ceil(SMALL / min(drawn.size)), _LONGEST // max(drawn.size)))
+    fonts, colours = Fonts(), _colours(objects)
+    texts = _texts(objects, fonts)
+    shapes = []
+    for thing in objects:
+        if (points := _visible(thing, drawn.size)) is not None:
+            points = [(x * factor, y * factor) for x, y in points]
+            bounds = _bounds(points, (drawn.width * factor, drawn.height * factor))
+            shapes.append(_Shape(thing.kind, points, bounds, texts[_name(thing)], colours[_class(thing)]))
+    if factor > 1:
+        drawn = drawn.resize((drawn.width * factor, drawn.height * factor), Image.Resampling.BICUBIC)
+    style = _style(drawn.size, shapes)
+    canvas = ImageDraw.Draw(drawn)
+    for shape in sorted(shapes, key=lambda s: _area(s.bounds), reverse=True):  # small ones stay on top
+        _outline(canvas, shape, style)
+    _Labels(canvas, shapes, style).write(fonts)
+    return drawn
+
+
+def outside(size: tuple[int, int], objects: Sequence[Object]) -> int:
+    """How many of the objects show nothing in an upright picture of `size`, (width, height) in pixels."""
+    return sum(_visible(thing, size) is None for thing in objects)
+
+
+def legend(objects: Sequence[Object]) -> dict[str, str]:
+    """What `draw` writes in place of the labels that no font of this machine has the letters of: {"#1": label}."""
+    return {
+        text: name for name, text in _texts(objects, Fonts()).items() if name and clean(name) and text != clean(name)
+    }
+
+
+def contact_sheet(frames: Sequence[Image.Image], captions: Sequence[str], marked: Container[int] = ()) -> Image.Image:
+    """The frames of a clip in a grid, in reading order, each over its caption, such as its time.
+
+    marked: numbers of frames, counted from 0, that get a coloured border, such as those of a moment in an answer.
+    Raises InputError unless there are 1 to MOST_FRAMES frames and as many captions.
+    """
+    if not 0 < len(frames) <= MOST_FRAMES or len(frames) != len(captions):
+        said = f"{len(frames):,} frames and {len(captions):,} captions"
+        raise InputError(f"{said}; a contact sheet has 1 to {MOST_FRAMES:,} frames, with a caption each")
+    first = _upright(frames[0])
+    ratio = first.height / first.width
+    columns = _columns(len(frames), ratio)
+    width = min(max(_SHEET // columns, _TILES[0]), _TILES[1])
+    height = min(max(round(width * ratio), 8), 4 * width)
+    text = max(_LEAST_TEXT, width // 16)
+    gap, fonts = max(4, width // 32), Fonts()
+    across, down = width + gap, height + round(text * 1.6) + gap
+    rows = -(-len(frames) // columns)
+    sheet = Image.new("RGB", (columns * across + gap, rows * down + gap), (255, 255, 255))
+    canvas = ImageDraw.Draw(sheet)
+    for i, (frame, caption) in enumerate(zip(frames, captions, strict=True)):
+        x, y = gap + i % columns * across, gap + i // columns * down
+        tile = ImageOps.contain(_upright(frame), (width, height), Image.Resampling.BICUBIC)
+        sheet.paste(tile, (x + (width - tile.width) // 2, y + (height - tile.height) // 2))
+        said = clean(caption)
+        said, font = fitted(said if fonts.file(said) is not None else f"#{i + 1}", fonts, text, width)
+        ink = (0, 0, 0)
+        if i in marked:
+            ink, end = _ink(_MARK), (x + width - 1, y + height - 1)
+            canvas.rectangle((x, y + height, end[0], y + height + round(text * 1.6)), _MARK)
+            canvas.rectangle((x, y, *end), None, _MARK, max(2, width // 40))
+        canvas.text((x + width // 2, y + height + text * 0.8), said, fill=ink, font=font, anchor="mm")
+    return sheet
+
+
+def _columns(count: int, ratio: float) -> int:
+    """How many columns make a sheet of about 4:3, with few places left empty."""
+    about = math.ceil(math.sqrt(count * max(ratio, 0.1) * 4 / 3))
+    near = [c for c in (about, about - 1, about + 1) if 0 < c <= count]
+    return min(near, key=lambda c: -count % c) if near else count
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A new RGB picture, turned as its EXIF block says, with white where it is transparent."""
+    if 0 in image.size:
+        raise InputError("the picture has no pixels")
+    try:
+        turned = ImageOps.exif_transpose(image)
+    except Exception:  # the EXIF block is damaged; Pillow raises anything
+        turned = image
+    if turned.has_transparency_data:
+        turned = turned.convert("RGBA")
+        canvas = Image.new("RGB", turned.size, (255, 255, 255))
+        canvas.paste(turned, mask=turned.getchannel("A"))
+        return canvas
+    if turned.mode.startswith("I") or turned.mode == "F":  # of 16 bits and more; `convert` would clip them
+        import numpy as np
+
+        values = np.nan_to_num(np.asarray(turned, np.float64), posinf=0, neginf=0)
+        values -= values.min()
+        turned = Image.fromarray((values * (255 / (values.max() or 1))).astype(np.uint8))
+    copy = turned.convert("RGB")
+    return copy.copy() if copy is image else copy
+
+
+def _visible(thing: Object, size: tuple[int, int]) -> list[tuple[float, float]] | None:
+    """The points of an object, cut off at the edges of a picture; None if nothing of it is seen."""
+    points = [(float(x), float(y)) for x, y in thing.points]
+    least = {"box": 2, "point": 1, "polygon": 2}.get(thing.kind)
+    if least is None or len(points) < least or any(math.isnan(v) for point in points for v in point):
+        return None
+    across, down = [x for x, _ in points], [y for _, y in points]
+    if max(across) < 0 or max(down) < 0 or min(across) > size[0] or min(down) > size[1]:
+        return None
+    if thing.kind == "polygon":  # far corners keep roughly their direction
+        limits = [(-4 * side, 5 * side) for side in size]
+    else:
+        limits = [(0, side) for side in size]
+    (x1, x2), (y1, y2) = limits
+    return [(min(max(x, x1), x2), min(max(y, y1), y2)) for x, y in points]
+
+
+def _bounds(points: list[tuple[float, float]], size: tuple[int, int]) -> Rectangle:
+    """The pixels around points, within the picture; at least one pixel."""
+    across, down = [x for x, _ in points], [y for _, y in points]
+    x1, y1 = (min(max(math.floor(min(v)), 0), side - 1) for v, side in ((across, size[0]), (down, size[1])))
+    x2, y2 = (min(math.ceil(max(v)), side) for v, side in ((across, size[0]), (down, size[1])))
+    return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
+
+
+def _area(bounds: Rectangle) -> int:
+    return (bounds[2] - bounds[0]) * (bounds[3] - bounds[1])
+
+
+def _style(size: tuple[int, int], shapes: list[_Shape]) -> _Style:
+    """Lines and letters for a picture. They are finer where there are many shapes, or low ones, as lines of text."""
+    side, heights = math.sqrt(size[0] * size[1]), sorted(s.bounds[3] - s.bounds[1] for s in shapes if s.kind != "point")
+    crowd = min(1.0, max(0.55, (20 / max(len(shapes), 1)) ** 0.25))
+    line = max(2, round(side * 0.0035 * crowd))
+    text = side * 0.024 * crowd
+    if len(heights) > 4:
+        text = min(text, max(heights[len(heights) // 2] * 0.7, side * 0.012))
+    return _Style(line, max(1, line // 3), 2 * line + 1, max(_LEAST_TEXT, round(text)))
+
+
+def _outline(canvas: ImageDraw.ImageDraw, shape: _Shape, style: _Style) -> None:
+    """Draws one shape: its line in its colour, between two thin lines in black or white."""
+    around, (line, edge, radius, _) = _ink(shape.colour), style
+    if shape.kind == "box":
+        x1, y1, x2, y2 = shape.bounds
+        canvas.rectangle((x1 - edge, y1 - edge, x2 - 1 + edge, y2 - 1 + edge), None, around, line + 2 * edge)
+        canvas.rectangle((x1, y1, x2 - 1, y2 - 1), None, shape.colour, line)
+    elif shape.kind == "point":
+        (at,) = shape.points[:1]
+        canvas.circle(at, radius + edge, around)
+        canvas.circle(at, radius, shape.colour)
+    else:
+        ring = [*shape.points, *shape.points[:2]]  # two more, for the joint at the first corner
+        canvas.line(ring, around, line + 2 * edge, "curve")
+        canvas.line(ring, shape.colour, line, "curve")
+
+
+def _ink(colour: Colour) -> Colour:
+    """Black or white, whichever contrasts more with a colour, by the relative luminance of WCAG 2."""
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in colour)]
+    light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return (0, 0, 0) if light > 0.179 else (255, 255, 255)
+
+
+def _colours(objects: Sequence[Object]) -> dict[str, Colour]:
+    """A colour for each label: by a checksum, or the next free one if another label of the picture has it."""
+    sums = {label: zlib.crc32(label.encode("utf-8", "surrogatepass")) for label in set(map(_class, objects))}
+    taken: dict[int, str] = {}
+    found = {}
+    for label in sorted(sums, key=lambda label: (sums[label], label)):
+        slot = sums[label] % len(_PALETTE)
+        while slot in taken and len(taken) < len(_PALETTE):
+            slot = (slot + 1) % len(_PALETTE)
+        taken[slot] = label
+        value = int(_PALETTE[slot][1:], 16)
+        found[label] = (value >> 16, value >> 8 & 255, value & 255)
+    return found
+
+
+def _class(thing: Object) -> str:
+    """What has a colour of its own: the label, unless it is only the text that was read there."""
+    return "" if thing.label in (thing.attributes.get("text_content"), thing.attributes.get("text")) else thing.label
+
+
+def _name(thing: Object) -> str:
+    """What an answer calls an object: its label and the part of it, or the text that was read there."""
+    parts = [thing.label, *(thing.attributes.get(key) for key in ("sub_label", "text_content"))]
+    names = [part for part in parts if isinstance(part, str) and part.strip()]
+    return ", ".join(dict.fromkeys(names))
+
+
+def _texts(objects: Sequence[Object], fonts: Fonts) -> dict[str, str]:
+    """What is drawn for each name: its letters, or "#1" for the first one whose letters no font has."""
+    found: dict[str, str] = {}
+    missing = 0
+    for name in dict.fromkeys(map(_name, objects)):
+        found[name] = clean(name)
+        if fonts.file(found[name]) is None:
+            missing += 1
+            found[name] = f"#{missing}"
+    return found
+
+
+class _Labels:
+    """Places the labels of one picture, small shapes first. It keeps a coarse map of what is taken."""
+
+    def __init__(self, canvas: ImageDraw.ImageDraw, shapes: list[_Shape], style: _Style):
+        import numpy as np
+
+        self._canvas, self._style = canvas, style
+        self._size = width, height = canvas.im.size
+        self._cell = cell = max(1, style.text // 4)
+        self._taken = np.zeros((height // cell + 2, width // cell + 2), bool)  # by labels and points
+        self._things = self._taken.copy()  # the inside of the smaller shapes
+        self._shapes = sorted(shapes, key=lambda s: _area(s.bounds))
+        for shape in shapes:
+            x1, y1, x2, y2 = grown = self._around(shape)
+            if shape.kind == "point":
+                self._taken[self._cells(grown)] = True
+            elif 2 * _area(shape.bounds) < width * height:
+                self._things[-(-y1 // cell) : y2 // cell, -(-x1 // cell) : x2 // cell] = True
+
+    def write(self, fonts: Fonts) -> None:
+        pad, height = max(2, self._style.text // 4), round(self._style.text * 1.4)
+        room = min(self._size[0], max(round(self._size[0] * _SHARE), 8 * self._style.text)) - 2 * pad
+        for shape in self._shapes:
+            if not shape.text or height > self._size[1]:
+                continue
+            text, font = fitted(shape.text, fonts, self._style.text, room)
+            left, _, right, _ = font.getbbox(text)
+            width = math.ceil(right - left) + 2 * pad
+            if text and (at := self._free(shape, width, height)):
+                ink = _ink(shape.colour)
+                self._taken[self._cells(at)] = True
+                self._canvas.rectangle((at[0], at[1], at[2] - 1, at[3] - 1), shape.colour, ink, max(1, pad // 4))
+                self._canvas.text((at[0] + pad - left, (at[1] + at[3]) / 2), text, ink, font, "lm")
+
+    def _around(self, shape: _Shape) -> Rectangle:
+        """The pixels of a shape and its lines."""
+        x1, y1, x2, y2 = shape.bounds
+        more = self._style.edge + (self._style.radius if shape.kind == "point" else 0)
+        return max(x1 - more, 0), max(y1 - more, 0), x2 + more, y2 + more
+
+    def _cells(self, at: Rectangle) -> tuple[slice, slice]:
+        cell = self._cell
+        return slice(at[1] // cell, -(-at[3] // cell)), slice(at[0] // cell, -(-at[2] // cell))
+
+    def _free(self, shape: _Shape, width: int, height: int) -> Rectangle | None:
+        """The first place that is free: first one that hides no object either, then any, then any nearby."""
+        if width > self._size[0]:
+            return None
+        places = list(self._places(shape, width, height))
+        free = [at for at in places if not self._taken[self._cells(at)].any()]
+        clear = (at for at in free if not self._things[self._cells(at)].any())
+        if free:
+            return next(clear, free[0])
+        x, y = places[0][:2]
+        nearby = (self._at(x + dx * height, y + dy * height, width, height) for dx, dy in _NEARBY)
+        return next((at for at in nearby if not self._taken[self._cells(at)].any()), None)
+
+    def _places(self, shape: _Shape, width: int, height: int) -> Iterator[Rectangle]:
+        """The usual places of a label: above, below and beside its shape, then in its corners."""
+        x1, y1, x2, y2 = self._around(shape)
+        right, inner = x2 - width, self._style.line + 2 * self._style.edge
+        for x, y in (
+            *((x1, y1 - height), (x1, y2), (right, y1 - height), (right, y2)),
+            *((x2, y1), (x1 - width, y1), (x2, y2 - height), (x1 - width, y2 - height)),
+            *((x1 + inner, y1 + inner), (right - inner, y2 - height - inner)),
+        ):
+            yield self._at(x, y, width, height)
+
+    def _at(self, x: int, y: int, width: int, height: int) -> Rectangle:
+        """The rectangle, moved into the picture."""
+        x, y = min(max(x, 0), self._size[0] - width), min(max(y, 0), self._size[1] - height)
+        return x, y, x + width, y + height
+
+
+# Moves of a label away from its usual place, in its heights, near ones first.
+_NEARBY = sorted(((x, y) for x in range(-8, 9) for y in range(-5, 6)), key=lambda at: at[0] ** 2 + 4 * at[1] ** 2)

@@ -1,0 +1,394 @@
+"""Moments of a clip in answers: when something happens, in seconds.
+
+`parse` reads these forms, alone and in prose, one or several, and `write` writes them:
+
+    [{"start_time": "00:12.00", "end_time": "00:45.00", "description": "A man enters"}, …]       Qwen2.5-VL
+    {"timestamp": "00:12", "event": "…"}, {"relevant_windows": [[12.5, 20.0]]}, {"00:12": "…"}     other keys
+    00:12 - 00:45: A man enters                12.5 - 20.0 seconds, A man enters
+    The truck appears at 1.5 seconds.          The event happens from 00:12 to 00:45.
+    <12.5 seconds> … <20.0 seconds>            Qwen3-VL
+    第12秒，…    从00:12到00:45    <answer>12.54 to 17.83</answer>    [12.5, 20.0]    12
+
+Which expressions are times, see `answers.times`. JSON may be broken or cut short (`answers.lenient`).
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from qwenvl_jax.answers import times
+from qwenvl_jax.answers.lenient import DEPTH, Unreadable, read
+from qwenvl_jax.errors import InputError, shown
+
+
+class Moment(NamedTuple):
+    """An instant or a span of a clip. text: what happens, "" if the answer does not say."""
+
+    start: float  # seconds
+    end: float | None = None  # seconds; None: an instant
+    text: str = ""
+
+
+class Parsed(NamedTuple):
+    """The moments of an answer in the order of its text; malformed: how many more look like moments but are none."""
+
+    moments: list[Moment]
+    malformed: int
+
+
+_FORMS = ("json", "json_seconds", "clock", "seconds", "tags", "chinese")
+_STARTS = (
+    "start starttime begin begintime from timestampstart starttimestamp startsec startseconds starts startms tstart"
+)
+_ENDS = "end endtime stop finish to until timestampend endtimestamp endsec endseconds ends endms tend"
+_WHENS = (
+    "time times timestamp timestamps timespan timespans timerange timeranges timeinterval interval intervals segment "
+    "segments span spans window windows relevantwindows moment moments t sec secs second seconds at when timecode range"
+)
+_START = {*_STARTS.split(), "开始", "开始时间", "起始", "起始时间"}
+_END = {*_ENDS.split(), "结束", "结束时间"}
+_WHEN = {*_WHENS.split(), "时间", "时间戳", "时刻", "时间段", "时间点", "时间范围"}
+# Keys that other things have too: a value that is no time is no fault.
+_ALSO = {*"from to at t sec secs second seconds stop finish until segment segments window windows range moment".split()}
+_DURATION = {"duration", "durationseconds", "durationsec", "持续时间", "时长"}
+_TEXTS = (
+    "description desc event eventdescription caption label text content activity action sentence summary query".split()
+)
+_TEXTS += ["title", "name", "描述", "事件", "内容", "动作", "说明"]
+
+_JSON = re.compile(r"\{(?=\s*(?:[\"'}]|[^\W\d]\w*+\s*:))|\[(?=\s*[\[{\"'])")
+_ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.S | re.I)
+_TAGS = re.compile(r"</?[a-z_]{1,20}>", re.I)
+_SENTENCE = re.compile(r"[.!?](?=\s)|[。！？；\n]")
+_MARKS = r"\s*_#>•\-–—:：,，.。;；()\[\]<|\"'“”`~="
+_LEAD = re.compile(
+    rf"(?:[{_MARKS}]|[0-9]{{1,3}}[.)、](?=\s)|\b(?:from|between|at|on|in|time|timestamps?|timecode|around|about|the|first|start(?:s|ing)?"
+    r"(?:[ _]time)?|(?:event|scene|step|moment|segment)(?:[ ][0-9]{1,3})?)\b|[从在第前约]|时间段?|时间戳)*+",
+    re.I,
+)
+_BEFORE_NEXT = re.compile(
+    rf"(?:[{_MARKS}]|\b(?:and|then|at|from|between|around|about|by|in|finally)\b|[从在第到])+$", re.I
+)
+_AFTER = re.compile(rf"(?:[{_MARKS}]|(?:mark|point|timestamp)\b|处|时(?!间)|左右|之间)*+", re.I)
+_NUMBER = r"[0-9]{1,9}(?:\.[0-9]{1,20})?"
+_AROUND = (
+    r"[\W_]*+(?:(?:from|between|at|in|about|around|approximately|the|answer|it|is|was|an?|event|video|clip|happens|occurs|starts?|"
+    r"appears|time|timestamps?|seconds?|secs?|interval|span|segment|moment|range)\b[\W_]*+){0,9}"
+)
+_BARE_SPAN = re.compile(
+    rf"{_AROUND}(?<![0-9.])({_NUMBER})\s*(?:-{{1,3}}>?|[–—~～→,;]|to|and|until|到|至)\s*({_NUMBER})"
+    r"[\])>}\"'`*]*+(?:\s*(?:[:：,，.。]\s*(?P<text>.*))?)$",
+    re.I,
+)
+_PAIR = re.compile(rf"[\[(]\s*({_NUMBER})\s*,\s*({_NUMBER})\s*[\])]")
+_FIRST_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_ONE_NUMBER = re.compile(rf"{_AROUND}(?<![-.0-9])({_FIRST_NUMBER.pattern})\W{{0,3}}", re.I)
+_LABEL = re.compile(r"\W*(?:description|event|caption|activity|action|描述|事件|内容)\s*[:：]", re.I)
+_SENTENCE_LENGTH = 300  # of a long sentence, so many characters to each side of its time count
+
+
+def parse(text: str) -> Parsed:
+    """The moments of an answer.
+
+    Of an answer that thinks first, the part after `</think>` counts, and within it the part in `<answer>`. A number
+    without a colon or a unit is a moment only if the answer has no other, and is nothing but a number or a span.
+    """
+    moments, malformed, _ = _parse(text)
+    return Parsed(moments, malformed)
+
+
+def first_time(text: str) -> float | None:
+    """The first time in a text, in seconds, or None.
+
+    Moments come first; without one, lengths of time ("12 seconds long"), then any number.
+    """
+    moments, _, rest = _parse(text)
+    if moments:
+        return moments[0].start
+    if found := sorted(times.find(rest), key=lambda time: time.kind == "length"):
+        return found[0].start
+    any_number = _FIRST_NUMBER.search(rest)
+    return float(any_number[0]) if any_number and math.isfinite(float(any_number[0])) else None
+
+
+def write(moments: Sequence[Moment], form: str = "json") -> str:
+    """The moments as an answer that `parse` reads as the same moments.
+
+    form: "json" (mm:ss.ff) or "json_seconds", or one moment a line: "clock", "seconds", "tags" ("<2.0 seconds>") or
+    "chinese". Raises InputError for a time that is negative or not finite, a span that ends before it starts, and a
+    text that the form cannot hold.
+    """
+    if form not in _FORMS:
+        raise InputError(f"form is {shown(form)}; it must be one of {', '.join(_FORMS)}")
+    for moment in moments:
+        ends = (moment.start, moment.start if moment.end is None else moment.end)
+        if not 0 <= ends[0] <= ends[1] < 1e9:
+            raise InputError(f"{moment} is no moment: its times must be finite, at least 0, and in order")
+    if form.startswith("json"):
+        rows = ",\n".join(f"    {json.dumps(_row(m, form), ensure_ascii=False)}" for m in moments)
+        return f"```json\n[\n{rows}\n]\n```" if rows else "```json\n[]\n```"
+    for moment in moments:
+        if parse(_line(moment, form)) != ([moment], 0):
+            raise InputError(f'the text of {moment} cannot stand in a line of the form {form}; use "json"')
+    return "\n".join(_line(moment, form) for moment in moments)
+
+
+def _parse(text: str) -> tuple[list[Moment], int, str]:
+    """(moments, how many are malformed, the part of the text that counts)."""
+    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
+    if answer := _ANSWER.search(text):
+        text = answer[1]
+    moments: list[Moment] = []
+    malformed = at = prose = 0
+    while found := _JSON.search(text, at):
+        try:
+            value, at, unfinished, half = read(text, found.start())
+        except Unreadable as e:
+            at = e.at
+            continue
+        walk = _Walk(unfinished, half)
+        walk.value(value)
+        if walk.moments or walk.malformed:
+            more, bad = _prose(text[prose : found.start()])
+            moments += [*more, *walk.moments]
+            malformed += bad + walk.malformed
+            prose = at
+    more, bad = _prose(text[prose:])
+    moments, malformed = moments + more, malformed + bad
+    return moments or ([] if malformed else _bare(text)), malformed, text
+
+
+# --- JSON -----------------------------------------------------------------------------------------------
+
+
+class _Walk:
+    """Collects the moments in a value of JSON.
+
+    unfinished: the lists and dicts that the text does not close. half: the text ends within a key or value.
+    """
+
+    def __init__(self, unfinished: Sequence, half: bool):
+        self.moments: list[Moment] = []
+        self.malformed = 0
+        self._unfinished = {id(value) for value in unfinished}
+        self._half = half
+
+    def value(self, value, depth: int = 0) -> None:
+        if isinstance(value, dict):
+            self._object(value, depth)
+        elif isinstance(value, list):
+            spans = _spans(value)
+            if depth == 0 and spans is not None and id(value) not in self._unfinished:
+                self._add(spans, "")
+            else:
+                for item in value:
+                    self.value(item, depth + 1)
+
+    def _object(self, value: dict, depth: int) -> None:
+        keys: dict[str, str] = {}
+        for key in value:
+            keys.setdefault(_name(key), key)
+        start, end, when, length = (
+            next((key for name, key in keys.items() if name in kind), None) for kind in (_START, _END, _WHEN, _DURATION)
+        )
+        text = next((value[keys[name]] for name in _TEXTS if name in keys and isinstance(value[keys[name]], str)), "")
+        if when is not None and (start is not None or end is not None or _is_branch(value[when])):
+            start, when = (when, None) if start is None and not _is_branch(value[when]) else (start, None)
+        used = [key for key in (start, end, when) if key is not None]
+        if used:
+            spans = self._ends(value, start, end, length) if when is None else self._when(value, when, length)
+            if spans is not None:
+                self._add(spans, text)
+            elif not _ALSO.issuperset(map(_name, used)):
+                self.malformed += 1
+        elif not value and depth and self._half and id(value) in self._unfinished:
+            self.malformed += 1
+        for key, item in value.items():
+            if isinstance(item, dict | list) and key not in used:
+                self.value(item, depth + 1)
+            elif isinstance(item, str) and not used and (spans := _spans(key, strict=True)):
+                self._add(spans, item)
+
+    def _ends(self, value: dict, start: str | None, end: str | None, length: str | None) -> list | None:
+        """The span of an object with a time for its start; None if it has none, or is cut short before its end."""
+        if not any(value[key] not in (None, "") for key in (start, end) if key is not None):
+            return []
+        first = None if start is None else _seconds(value[start], start)
+        if first is None:
+            return None
+        if end is None and length is not None:
+            last = _seconds(value[length], length)
+            return None if last is None else [(first, first + last)]
+        if end is None or value[end] in (None, ""):
+            return None if id(value) in self._unfinished else [(first, None)]
+        last = _seconds(value[end], end)
+        return None if last is None else [(first, last)]
+
+    def _when(self, value: dict, when: str, length: str | None) -> list | None:
+        """The times of an object under one key; None if they are none, or cut short."""
+        if value[when] in (None, "", [], {}):
+            return []
+        spans = None if id(value[when]) in self._unfinished else _spans(value[when])
+        seconds = None if length is None else _seconds(value[length], length)
+        if spans and seconds is not None and len(spans) == 1 and spans[0][1] is None:
+            return [(spans[0][0], spans[0][0] + seconds)]
+        return spans
+
+    def _add(self, spans: Sequence[tuple[float, float | None]], text: str) -> None:
+        for start, end in spans:
+            if end is not None and end < start:
+                self.malformed += 1
+            else:
+                self.moments.append(Moment(start, end, text))
+
+
+@lru_cache(maxsize=1024)
+def _name(key: str) -> str:
+    """A key without marks and case; "" for a long one."""
+    return re.sub(r"[\W_]", "", key.lower()) if len(key) < 40 else ""
+
+
+def _is_branch(value) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value))
+
+
+def _seconds(value, key=None) -> float | None:
+    """The seconds of one time in JSON: a number, or text as in prose or with a number alone."""
+    spans = None if isinstance(value, list) else _spans(value)
+    if spans is None or len(spans) != 1 or spans[0][1] is not None:
+        return None
+    is_ms = re.search(r"(?i)(?:_ms|millis(?:econds)?|Ms)$", str(key)) and isinstance(value, int | float)
+    return spans[0][0] / 1000 if is_ms else spans[0][0]
+
+
+def _spans(value: Any, strict: bool = False, depth: int = 0) -> list[tuple[float, float | None]] | None:
+    """The times and spans of a value under a key that says that it is a time; None if it is none.
+
+    strict: a text must be nothing but one, with a colon or a unit.
+    """
+    if isinstance(value, bool) or depth > DEPTH:
+        return None
+    if isinstance(value, int | float):
+        return [(float(value), None)] if 0 <= value < 1e9 else None
+    if isinstance(value, str):
+        if not strict and re.fullmatch(rf"\s*{_NUMBER}\s*", value):
+            return [(float(value), None)]
+        found = [time for time in times.find(value) if time.kind != "bad"]
+        if strict and (len(found) != 1 or _LEAD.sub("", value[: found[0].at] + value[found[0].to :]).strip()):
+            return None
+        if not found and not strict and (bare := _BARE_SPAN.fullmatch(value)) and not bare["text"]:
+            return [(float(bare[1]), float(bare[2]))]
+        return [(time.start, time.end) for time in found] or None
+    if not isinstance(value, list) or not value:
+        return None
+    parts = [_spans(item, strict, depth + 1) for item in value]
+    if any(part is None for part in parts):
+        return None
+    flat = [span for part in parts for span in part or ()]
+    if (
+        len(value) == 2 == len(flat)
+        and flat[0][1] is flat[1][1] is None
+        and not any(isinstance(v, list) for v in value)
+    ):
+        return [(flat[0][0], flat[1][0])]
+    return flat
+
+
+# --- prose ----------------------------------------------------------------------------------------------
+
+
+def _prose(text: str) -> tuple[list[Moment], int]:
+    """(the moments of a text without JSON, how many are malformed)."""
+    found = times.find(text)
+    spots = [time for time in found if time.kind == "moment"]
+    said = _said(text, spots)
+    return [Moment(t.start, t.end, s) for t, s in zip(spots, said, strict=True)], sum(t.kind == "bad" for t in found)
+
+
+def _said(text: str, spots: Sequence[times.Time]) -> list[str]:
+    """What the text says of each moment.
+
+    In a line that begins with a time, what stands between this time and the next one, or else the next line. In any
+    other line, the sentence.
+    """
+    out = []
+    line_start = line_end = -1
+    leads = False
+    for i, spot in enumerate(spots):
+        if spot.at >= line_end:
+            line_start = text.rfind("\n", 0, spot.at) + 1
+            leads = _LEAD.match(text, line_start, spot.at).end() == spot.at  # type: ignore[union-attr]
+            line_end = text.find("\n", spot.to)
+            line_end = len(text) if line_end < 0 else line_end
+        following = spots[i + 1].at if i + 1 < len(spots) else len(text)
+        if leads:
+            out.append(_beside(text, spot.to, line_end, following))
+        else:
+            start, end = max(line_start, spot.at - _SENTENCE_LENGTH), min(line_end, spot.to + _SENTENCE_LENGTH)
+            for stop in _SENTENCE.finditer(text, start, spot.at):
+                start = stop.end()
+            full_stop = _SENTENCE.search(text, spot.to, end)
+            out.append(text[start : full_stop.end() if full_stop else end].strip(" \t\r\n*-•"))
+    return out
+
+
+def _beside(text: str, at: int, line_end: int, following: int) -> str:
+    """What stands after a time that ends at `at`. following: where the next time begins."""
+    begin = _AFTER.match(text, at, line_end).end()  # type: ignore[union-attr]
+    said = text[begin : min(line_end, following)]
+    if following < line_end:
+        said = said[:-40] + _BEFORE_NEXT.sub("", said[-40:])
+    elif not said.strip():  # a heading
+        below = text.find("\n", line_end + 1)
+        below = len(text) if below < 0 else below
+        said = text[line_end + 1 : below] if below <= following else ""
+    if label := _LABEL.match(said):
+        said = said[label.end() :]
+    return said.strip(' \t\r\n*_|"“”`-–—•<>[]')
+
+
+def _bare(text: str) -> list[Moment]:
+    """The moments of an answer without colons and units: spans of numbers, one a line, or one number."""
+    text = _TAGS.sub(" ", text).strip()
+    if len(text) < 60 and (one := _ONE_NUMBER.fullmatch(text)):
+        value = float(one[1])
+        return [Moment(value)] if 0 <= value < 1e9 else []
+    pairs = _PAIR.findall(text)
+    if pairs and not _PAIR.sub("", text).strip(" \n,;.[]()"):
+        return [Moment(float(a), float(b)) for a, b in pairs if float(a) <= float(b)]
+    out = []
+    for line in text.splitlines():
+        if (span := _BARE_SPAN.fullmatch(line)) and float(span[1]) <= float(span[2]):
+            out.append(Moment(float(span[1]), float(span[2]), (span["text"] or "").strip()))
+    return out
+
+
+# --- writing --------------------------------------------------------------------------------------------
+
+
+def _row(moment: Moment, form: str) -> dict:
+    def time(seconds):
+        return float(seconds) if form == "json_seconds" else times.clock(seconds, 2)
+
+    if moment.end is None:
+        return {"timestamp": time(moment.start), "description": moment.text}
+    return {"start_time": time(moment.start), "end_time": time(moment.end), "description": moment.text}
+
+
+def _line(moment: Moment, form: str) -> str:
+    one = {
+        "clock": times.clock,
+        "seconds": times.plain,
+        "tags": lambda s: f"<{times.plain(s)} seconds>",
+        "chinese": lambda s: f"{times.plain(s)}秒",
+    }[form]
+    ends = [one(end) for end in (moment.start, moment.end) if end is not None]
+    if form == "chinese":
+        return ("从" + "到".join(ends) if len(ends) > 1 else f"第{ends[0]}") + (
+            f"：{moment.text}" if moment.text else ""
+        )
+    unit = " seconds" if form == "seconds" else ""
+    return " - ".join(ends) + unit + (f": {moment.text}" if moment.text else "")

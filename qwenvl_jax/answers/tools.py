@@ -1,0 +1,313 @@
+"""Tool calls in answers, in the form of Hermes that Qwen's chat templates use, whole or as the text streams in.
+
+    I look.
+    <tool_call>
+    {"name": "zoom", "arguments": {"bbox_2d": [10, 20, 300, 400]}}
+    </tool_call>
+
+`parse` reads an answer, `write` writes one, `Stream` reads it piece by piece. `message` and `results` continue a
+conversation with the calls and with what the tools returned.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from qwenvl_jax.answers.lenient import read
+from qwenvl_jax.errors import InputError
+
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_INSIDE = re.compile(rf'"|\\.|{_OPEN}|{_CLOSE}', re.S)
+# A call whose opening tag is missing.
+_BARE = re.compile(r'\{\s{0,9}"name"\s{0,9}:\s{0,9}"[^"{]{1,200}"\s{0,9},\s{0,9}"arguments"\s{0,9}:\s{0,9}\{')
+_PIECE = 4096
+_BARE_LENGTH = 300  # no match is longer
+_BARE_NAME = re.compile(r'\{"name":"[^"{]{0,200}("?)')
+_FENCE = re.compile(r"```(?:json)?|```")
+_BETWEEN = re.compile(r"[\s,}\]]*+")  # between calls in one pair of tags, and after the last; models double brackets
+
+
+class ToolCall(NamedTuple):
+    """One call. arguments: what JSON can hold."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class Turn(NamedTuple):
+    """What an answer says and calls."""
+
+    text: str  # beside the calls; malformed calls stay in it as they are
+    calls: list[ToolCall]
+    malformed: int  # calls that cannot be read or are cut short
+
+
+def parse(text: str) -> Turn:
+    """The calls of an answer, in order.
+
+    Broken JSON is read where it has one meaning: quotes, commas or closing brackets that are wrong or missing,
+    arguments as JSON text, several calls in one pair of tags. A tag may be missing. A call whose arguments are cut
+    short is malformed, since a tool must not run on half of them.
+    """
+    stream = Stream()
+    pieces = (text[at : at + _PIECE] for at in range(0, len(text), _PIECE))  # the stream's buffer stays small
+    events = [event for piece in pieces for event in stream.feed(piece)] + stream.close()
+    said = "".join(event for event in events if isinstance(event, str))
+    return Turn(said, [event for event in events if isinstance(event, ToolCall)], stream.malformed)
+
+
+def write(calls: Iterable[ToolCall], text: str = "") -> str:
+    """The answer that says `text` and makes these calls, as the chat template writes it."""
+    blocks = [f"{_OPEN}\n{_shielded(_json(call._asdict()))}\n{_CLOSE}" for call in calls]
+    return "\n".join(([text] if text or not blocks else []) + blocks)
+
+
+def message(turn: Turn, first: int = 0) -> dict:
+    """The assistant message of an answer, for the conversation; the chat template writes the answer from it again.
+
+    first: how many calls the conversation has so far. The ids go on from there: "call_0", "call_1", …
+    """
+    out: dict[str, Any] = {"role": "assistant", "content": turn.text}
+    if turn.calls:
+        functions = [{"name": call.name, "arguments": _json(call.arguments)} for call in turn.calls]
+        out["tool_calls"] = [
+            {"id": f"call_{i}", "type": "function", "function": function} for i, function in enumerate(functions, first)
+        ]
+    return out
+
+
+def results(reply: Mapping, returned: Sequence[Any]) -> list[dict]:
+    """The messages of role "tool" that answer an assistant message.
+
+    returned: what each call returned, in order: text, a list of content items (such as pictures), or any JSON value.
+    Raises InputError unless there is one for each call, of such a kind.
+    """
+    calls = reply.get("tool_calls") or []
+    if len(calls) != len(returned):
+        raise InputError(
+            f"the message has {len(calls)} tool calls, and {len(returned)} results are given; give one each"
+        )
+    out = []
+    for call, value in zip(calls, returned, strict=True):
+        items = isinstance(value, list) and value and all(isinstance(i, Mapping) and "type" in i for i in value)
+        try:
+            content = value if isinstance(value, str) or items else _json(value)
+        except (TypeError, ValueError, RecursionError) as e:
+            raise InputError(f"the result of {call['function']['name']} cannot be written as JSON ({e})") from e
+        out.append({"role": "tool", "tool_call_id": call["id"], "content": content})
+    return out
+
+
+class Stream:
+    """Reads an answer as it comes, in pieces of any length.
+
+    `feed(piece)` and, at the end, `close()` return what is known by then: pieces of text, and `ToolCall`s. Joined, they
+    are what `parse` returns for the whole answer. Text that may become a call is held back.
+    """
+
+    def __init__(self):
+        self.malformed = 0
+        self._buffer = ""  # not yet decided; within a call it starts after the tag
+        self._inside = False  # whether the buffer is a call
+        self._tagged = True  # whether that call has its opening tag
+        self._at = 0  # how much of the call is scanned for its end
+        self._quoted = False  # whether it is within a JSON string there
+        self._closing = -1  # where the first closing tag is, if it is within a string
+        self._said = False  # whether there was text other than white space
+        self._space = ""  # white space that is dropped if a call follows
+        self._after_call = False
+        self._events: list[str | ToolCall] = []
+
+    def feed(self, piece: str) -> list[str | ToolCall]:
+        self._buffer += piece
+        while self._step():
+            pass
+        return self._taken()
+
+    def close(self) -> list[str | ToolCall]:
+        while self._buffer or self._inside:
+            if self._inside and self._closing >= 0:
+                self._end_call(self._closing, len(_CLOSE))
+            elif self._inside:
+                self._end_call(len(self._buffer), 0)
+            else:
+                self._say(self._buffer)
+                self._buffer = ""
+            while self._step():
+                pass
+        if not self._after_call:
+            self._events.append(self._space)
+        self._space = ""
+        return self._taken()
+
+    def _taken(self) -> list[str | ToolCall]:
+        events, self._events = [event for event in self._events if event], []
+        return events
+
+    def _step(self) -> bool:
+        """Decides about the next part of the buffer. False if more text is needed."""
+        return self._find_end() if self._inside else self._find_call()
+
+    def _find_call(self) -> bool:
+        tag = self._buffer.find(_OPEN)
+        if bare := _BARE.search(self._buffer, 0, len(self._buffer) if tag < 0 else tag):
+            self._begin(bare.start(), 0)
+        elif tag >= 0:
+            self._begin(tag, len(_OPEN))
+        else:
+            keep = _may_begin_call(self._buffer)
+            self._say(self._buffer[: len(self._buffer) - keep])
+            self._buffer = self._buffer[len(self._buffer) - keep :]
+            return False
+        return True
+
+    def _begin(self, at: int, tag: int) -> None:
+        self._say(self._buffer[:at])
+        self._buffer = self._buffer[at + tag :]
+        self._inside, self._tagged = True, tag > 0
+        self._at, self._quoted, self._closing = 0, False, -1
+
+    def _find_end(self) -> bool:
+        while found := _INSIDE.search(self._buffer, self._at):
+            self._at = found.end()
+            if found[0] == '"':
+                self._quoted = not self._quoted
+            elif found[0] == _CLOSE and self._quoted:  # the string's, or a quote is missing: what follows decides
+                self._closing = found.start() if self._closing < 0 else self._closing
+            elif found[0] == _CLOSE:
+                whole = self._closing < 0 or _is_json(self._buffer[: found.start()])
+                self._end_call(found.start() if whole else self._closing, len(_CLOSE))
+                return True
+            elif found[0] == _OPEN:
+                self._end_call(*((found.start(), 0) if self._closing < 0 else (self._closing, len(_CLOSE))))
+                return True
+        self._at = max(self._at, len(self._buffer) - _unfinished(self._buffer))
+        return False
+
+    def _end_call(self, end: int, tag: int) -> None:
+        """The buffer up to `end` is a call, followed by a closing tag of so many characters, or by none."""
+        body, self._buffer = self._buffer[:end], self._buffer[end + tag :]
+        self._inside = False
+        found = _calls(body, closed=tag > 0)
+        alone = not self._said and not self._after_call and not self._buffer
+        if found and (self._tagged or tag or (alone and not found[1].strip())):
+            self._space, self._after_call = "", True
+            self._events += found[0]
+            self._say(found[1])
+        else:
+            self.malformed += bool(self._tagged or tag)
+            self._say((_OPEN if self._tagged else "") + body + (_CLOSE if tag else ""))
+
+    def _say(self, text: str) -> None:
+        """Text beside calls. White space next to a call is dropped: all after it, and one line break before it."""
+        text, self._space = self._space + text, ""
+        if self._after_call:
+            stripped = text.lstrip()
+            if not stripped:
+                self._space = text
+                return
+            space = text[: len(text) - len(stripped)] or "\n"
+            text, self._after_call = (space if self._said else "") + stripped, False
+        if text.endswith("\n"):
+            text, self._space = text[:-1], "\n"
+        self._said = self._said or bool(text.strip())
+        self._events.append(text)
+
+
+def _may_begin_call(text: str) -> int:
+    """How many characters at the end of a text may be the beginning of a call."""
+    tag = next((n for n in range(len(_OPEN) - 1, 0, -1) if text.endswith(_OPEN[:n])), 0)
+    start = text.rfind("{", -_BARE_LENGTH)
+    if start >= 0:
+        tail = "".join(text[start:].split())
+        named = _BARE_NAME.match(tail)
+        if '{"name":"'.startswith(tail) or (
+            named and (',"arguments":{'.startswith(tail[named.end() :]) if named[1] else named.end() == len(tail))
+        ):
+            return max(tag, len(text) - start)
+    return tag
+
+
+def _unfinished(text: str) -> int:
+    """How many characters at the end of a text may be the beginning of a tag or an escape."""
+    if text.endswith("\\"):
+        return 1
+    return next((n for n in range(len(_CLOSE) - 1, 0, -1) if text.endswith((_OPEN[:n], _CLOSE[:n]))), 0)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _calls(body: str, closed: bool) -> tuple[list[ToolCall], str] | None:
+    """(the calls in a body, the text after them), or None if it is malformed.
+
+    closed: a closing tag follows, so that the body is not cut short, and no text may stand in it.
+    """
+    body = _FENCE.sub("", body, count=1).lstrip() if body.lstrip().startswith("```") else body.lstrip()
+    if body.startswith("{{"):  # the braces of a format string
+        body = body[1:]
+    if "name" not in body:  # soon done with texts of thousands of tags
+        return None
+    body += "\n" * closed  # a number at the end is complete
+    calls: list[ToolCall] = []
+    at = 0
+    try:
+        while at < len(body) and body[at] in "{[":
+            found = read(body, at)
+            if closed and found.half:
+                return None
+            values = found.value if isinstance(found.value, list) else [found.value]
+            calls += [_call(value, () if closed else found.open) for value in values]
+            at = _BETWEEN.match(body, found.end).end()  # type: ignore[union-attr]
+    except ValueError:
+        return None
+    if not calls or (closed and body[at:].replace("```", "").strip()):
+        return None
+    return calls, "" if closed else body[len(body[:at].rstrip()) :]
+
+
+def _call(value, unfinished: Sequence) -> ToolCall:
+    """Raises ValueError if the value is no call, or its arguments are among the `unfinished` lists and dicts."""
+    if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping):
+        value = value["function"]  # OpenAI's form
+    if not isinstance(value, Mapping) or not isinstance(name := value.get("name"), str) or not name:
+        raise ValueError("a call has a name")
+    key = "parameters" if "parameters" in value and "arguments" not in value else "arguments"
+    if key not in value and (value.keys() - {"name", "id", "type"} or any(value is part for part in unfinished)):
+        raise ValueError("a call has arguments")
+    arguments = value.get(key)
+    if any(arguments is part for part in unfinished):
+        raise ValueError("the arguments are cut short")
+    if isinstance(arguments, str):
+        arguments = _object(arguments)
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict):
+        raise ValueError("the arguments are no object")
+    _json([name, arguments]).encode()  # raises for half of a surrogate pair, which no message can hold
+    return ToolCall(name, arguments)
+
+
+def _object(text: str):
+    """The value of arguments that are given as JSON text."""
+    if not (text := text.strip()):
+        return {}
+    if text[0] != "{":
+        raise ValueError("the arguments are no object")
+    found = read(text)
+    if found.half or found.open or text[found.end :].strip():
+        raise ValueError("the arguments are cut short")
+    return found.value
+
+
+def _json(value) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _shielded(text: str) -> str:
+    """JSON text whose strings hold no tag."""
+    return text.replace(_OPEN, "\\u003c" + _OPEN[1:]).replace(_CLOSE, "\\u003c" + _CLOSE[1:])

@@ -1,0 +1,144 @@
+"""Shared by `qwenvl generate` and `qwenvl chat`: what an answer places in pictures, as JSON and drawn on them."""
+
+import io
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwenvl_jax.answers.grounding import Object
+from qwenvl_jax.answers.moments import Moment, parse
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.types import Visual
+
+
+def check(where: str) -> Path:
+    """The file to draw into. Raises InputError if no picture can be written there."""
+    from PIL import Image, UnidentifiedImageError  # not at the top: --help imports this module
+
+    file = Path(where)
+    if not file.name or file.is_dir():
+        raise InputError(f"{where or 'no file'}: name a file to draw into, such as answer.png")
+    if not file.parent.is_dir():
+        raise InputError(f"{where}: there is no directory {file.parent}")
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(f"{where}: the directory {file.parent} is not writable")
+    probe, written = Image.new("RGB", (300, 300)), io.BytesIO()
+    try:
+        _save(probe, written, file.suffix)
+        with Image.open(written) as again:  # an icon, for one, would be smaller
+            if again.size != probe.size:
+                raise OSError("its pictures are small")
+    except UnidentifiedImageError:
+        pass  # PDF and a few others are written only
+    except (OSError, KeyError, ValueError) as e:
+        raise InputError(f"{where}: {file.suffix or 'no suffix'} is no format for it; use .png or .jpg") from e
+    return file
+
+
+def pictures(media: Sequence[tuple[str, Any, Visual]]) -> list:
+    """What is drawn on: the whole picture for each picture of the conversation, and the Visual of each clip.
+
+    media: of the conversation, in order: the kind, the source and the Visual. Raises InputError if there are none.
+    """
+    from qwenvl_jax.inputs.media import load_image
+
+    if not media:
+        raise InputError("there is no image or video to draw on; add one")
+    return [load_image(source) if kind == "image" else visual for kind, source, visual in media]
+
+
+def objects_of(result) -> dict:
+    """The objects of an answer, in whole pixels of their pictures' files."""
+    parsed = result.objects("original")
+    whole = [o._replace(points=[[round(n) for n in point] for point in o.points]) for o in parsed.objects]
+    return {"objects": [o._asdict() for o in whole], "malformed": parsed.malformed}
+
+
+def finish(file: Path, drawn_on: Sequence, result, config) -> None:
+    """Writes the pictures of an answer, a Result, and says on stderr what they do not show."""
+    objects, moments = result.objects("original").objects, parse(result.text).moments
+    files = write(file, drawn_on, objects, config, moments)
+    for line in (*notes(drawn_on, objects), f"drawn: {', '.join(map(str, files))}"):
+        print(f"qwenvl: {line}", file=sys.stderr, flush=True)
+
+
+def write(
+    file: Path, drawn_on: Sequence, objects: Sequence[Object], config, moments: Sequence[Moment] = ()
+) -> list[Path]:
+    """Writes one file, or FILE-1, FILE-2, … for several pictures and clips; returns them. All are written, or none.
+
+    drawn_on: what `pictures` gives. objects: in pixels of the original pictures. moments: marked in the clips.
+    """
+    files = [file]
+    if len(drawn_on) > 1:
+        files = [file.with_name(f"{file.stem}-{i + 1}{file.suffix}") for i in range(len(drawn_on))]
+    parts = [f.with_name(f".{f.name}.{os.getpid()}.partial") for f in files]
+    try:
+        for i, (part, where) in enumerate(zip(parts, drawn_on, strict=True)):
+            _save(_drawn(where, [o for o in objects if o.image == i], moments, config), part, file.suffix)
+        for part, f in zip(parts, files, strict=True):
+            os.replace(part, f)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{file}: cannot be written ({getattr(e, 'strerror', None) or e})") from e
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+    return files
+
+
+def notes(drawn_on: Sequence, objects: Sequence[Object]) -> list[str]:
+    """What the pictures do not show, as sentences."""
+    from qwenvl_jax.answers.draw import legend, outside
+
+    said, lost = [], sum(not 0 <= o.image < len(drawn_on) for o in objects)
+    for i, where in enumerate(drawn_on):
+        mine = [o for o in objects if o.image == i]
+        if isinstance(where, Visual):
+            lost += len(mine)
+        else:
+            lost += outside(where.size, mine)
+            name = f"picture {i + 1}: " if len(drawn_on) > 1 else ""
+            said += [f"{name}{number} is {label}" for number, label in legend(mine).items()]
+    if not objects and any(not isinstance(where, Visual) for where in drawn_on):
+        said.append("the answer places nothing in the pictures")
+    if lost:
+        said.append(f"{lost} of {len(objects)} objects are not drawn: they lie outside the pictures, or in a clip")
+    return said
+
+
+def _drawn(where, objects: list[Object], moments: Sequence[Moment], config):
+    from qwenvl_jax.answers.draw import MOST_FRAMES, contact_sheet, draw
+    from qwenvl_jax.inputs.media import frames
+
+    if not isinstance(where, Visual):
+        return draw(where, objects)
+    shown = frames(where, config)
+    step = -(-len(shown) // MOST_FRAMES)
+    seconds = where.seconds_per_grid / config.vision.temporal_patch_size
+    times = [_time(i * seconds) if seconds else str(i + 1) for i in range(0, len(shown), step)]
+    marked = {n // step for moment in moments for n in _frames_of(moment, seconds, len(shown))} if seconds else ()
+    return contact_sheet(shown[::step], times, marked)
+
+
+def _frames_of(moment: Moment, seconds: float, count: int) -> range:
+    """Which frames of a clip, `seconds` apart, a moment is in: at least the one that is shown when it starts."""
+    first = math.floor(min(moment.start / seconds, count) + 0.01)
+    last = first if moment.end is None else math.floor(min(moment.end / seconds, count - 1) + 0.01)
+    return range(first, min(max(last, first) + 1, count))
+
+
+def _time(seconds: float) -> str:
+    minutes, tenths = divmod(round(seconds * 10), 600)
+    return f"{minutes}:{tenths / 10:04.1f}"
+
+
+def _save(picture, to, suffix: str) -> None:
+    """Raises KeyError for an unknown suffix, OSError or ValueError if its format cannot hold the picture."""
+    from PIL import Image
+
+    Image.init()
+    kind = Image.registered_extensions()[suffix.lower()]
+    picture.save(to, kind, **({"quality": 95} if kind in ("JPEG", "WEBP", "AVIF") else {}))

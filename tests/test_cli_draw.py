@@ -1,0 +1,289 @@
+"""`qwenvl generate --draw`: where pictures of answers are written, and what is refused before the model answers."""
+
+import os
+import stat
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwenvl_jax import cli
+from qwenvl_jax.answers.boxes import Sizes
+from qwenvl_jax.answers.grounding import Object
+from qwenvl_jax.answers.moments import Moment
+from qwenvl_jax.cli import converse, drawing
+from qwenvl_jax.demo import SAMPLES
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS
+from qwenvl_jax.infer.requests import Result
+from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.preprocessing import Preprocessing
+from qwenvl_jax.inputs.video import video_visual
+
+CONFIG = PRESETS["qwen2.5-vl-3b"]
+GRAY = Image.new("RGB", (400, 400), "#808080")
+
+
+def box(label, *at, image=0):
+    return Object(label, "box", (at[:2], at[2:]), {}, image)
+
+
+def opened(file):
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def clip(seconds, steps=3):
+    frames = [Image.new("RGB", (56, 56), (40 * i, 0, 99)) for i in range(2 * steps)]
+    return video_visual(frames, Preprocessing(), MediaOptions(fps=2.0))._replace(seconds_per_grid=seconds)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".JPG", ".jpeg", ".webp", ".bmp", ".tif", ".gif", ".jp2", ".avif", ".pdf"])
+def test_every_format_that_holds_a_colour_picture_is_written(suffix, tmp_path):
+    file = drawing.check(str(tmp_path / f"a{suffix}"))
+    assert drawing.write(file, [GRAY], [box("cat", 50, 50, 350, 350)], CONFIG) == [file]
+    assert [f.name for f in tmp_path.iterdir()] == [file.name]
+    if suffix != ".pdf":
+        assert opened(file).size == (400, 400)
+
+
+@pytest.mark.parametrize("name", ["a", "a.txt", "a.xbm", "a.ico", "a.h5", "a.mp4", ".png", "a.png.", "a."])
+def test_other_suffixes_are_refused(name, tmp_path):
+    with pytest.raises(InputError, match=r"use \.png or \.jpg"):
+        drawing.check(str(tmp_path / name))
+
+
+def test_places_where_nothing_can_be_written_are_refused(tmp_path, monkeypatch):
+    for where, said in (
+        (tmp_path / "nowhere" / "a.png", "there is no directory"),
+        (tmp_path, "name a file"),
+        ("", "no file: name a file"),
+        (tmp_path / "b.png" / "c.png", "there is no directory"),
+    ):
+        (tmp_path / "b.png").touch()
+        with pytest.raises(InputError, match=said):
+            drawing.check(str(where))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(InputError, match="not writable"):
+        drawing.check(str(tmp_path / "a.png"))
+
+
+def test_several_pictures_and_clips_are_numbered(tmp_path):
+    on = [GRAY, clip(1.0), Image.new("RGB", (500, 400), "white")]
+    things = [box("cat", 50, 50, 90, 90), box("dog", 50, 50, 90, 90, image=2), box("bird", 1, 1, 9, 9, image=1)]
+    files = drawing.write(tmp_path / "a.b.png", on, things, CONFIG)
+    assert [f.name for f in files] == ["a.b-1.png", "a.b-2.png", "a.b-3.png"]
+    first, sheet, third = map(opened, files)
+    assert first.size == (400, 400) and third.size == (500, 400)
+    assert third.getpixel((50, 70)) not in ((255, 255, 255), (0, 0, 0))
+    assert {(40 * i, 0, 99) for i in range(6)} <= {c for _, c in sheet.getcolors(1 << 24)}
+    assert drawing.notes(on, things) == ["1 of 3 objects are not drawn: they lie outside the pictures, or in a clip"]
+
+
+def test_what_the_picture_does_not_say_is_said(monkeypatch):
+    monkeypatch.setattr("qwenvl_jax.answers.fonts._FOLDERS", ())
+    things = [box("草莓", 1, 1, 90, 90), box("cat", 900, 900, 950, 950), box("dog", 1, 1, 9, 9, image=4)]
+    lost = "2 of 3 objects are not drawn: they lie outside the pictures, or in a clip"
+    assert drawing.notes([GRAY], things) == ["#1 is 草莓", lost]
+    assert drawing.notes([GRAY] * 2, things[:1]) == ["picture 1: #1 is 草莓"]
+    assert drawing.notes([GRAY], [box("cat", 1, 1, 9, 9)]) == []
+
+
+def test_times_of_a_clip(monkeypatch):
+    said = []
+    monkeypatch.setattr("qwenvl_jax.answers.draw.contact_sheet", lambda frames, *more: said.append(more))
+    moments = [Moment(1.0), Moment(2.1, 2.5)]
+    for seconds in (1.0, 75.0, 0.0):
+        drawing._drawn(clip(seconds), [], moments, CONFIG)
+    monkeypatch.setattr("qwenvl_jax.answers.draw.MOST_FRAMES", 2)
+    drawing._drawn(clip(1.0), [], moments[:1], CONFIG)
+    assert said == [
+        (["0:00.0", "0:00.5", "0:01.0", "0:01.5", "0:02.0", "0:02.5"], {2, 4, 5}),
+        (["0:00.0", "0:37.5", "1:15.0", "1:52.5", "2:30.0", "3:07.5"], {0}),
+        (["1", "2", "3", "4", "5", "6"], ()),
+        (["0:00.0", "0:01.5"], {0}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "moment, frames",
+    [
+        (Moment(0.0), [0]),
+        (Moment(0.49), [0]),
+        (Moment(0.4999), [1]),  # rounded by the model
+        (Moment(1.5, 2.5), [3, 4, 5]),
+        (Moment(1.6, 1.7), [3]),
+        (Moment(2.5, 1.0), [5]),  # exchanged
+        (Moment(3.0, 99.0), [6, 7]),
+        (Moment(4.0), []),
+        (Moment(1e8, 1e9), []),
+    ],
+)
+def test_the_frames_of_a_moment(moment, frames):
+    assert list(drawing._frames_of(moment, 0.5, 8)) == frames
+
+
+def test_the_moments_of_an_answer_are_marked_in_its_clip(tmp_path, capsys):
+    result = Result("The truck appears at 1.0 seconds.", [5], "stop", 7)
+    drawing.finish(tmp_path / "a.png", [clip(1.0)], result, CONFIG)
+    assert capsys.readouterr().err == f"qwenvl: drawn: {tmp_path / 'a.png'}\n"
+    pixels = np.asarray(opened(tmp_path / "a.png"))
+    rows, columns = (pixels == (0xD5, 0x5E, 0)).all(-1).nonzero()
+    inside = pixels[(rows.min() + rows.max()) // 2, (columns.min() + columns.max()) // 2]
+    assert inside.tolist() == [80, 0, 99]  # the third frame
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    file = tmp_path / "a.png"
+    drawing.write(file, [GRAY], [], CONFIG)
+    before = file.read_bytes()
+    save = Image.Image.save
+
+    def full(self, to, *rest, **more):
+        if "-2" in str(to):
+            raise OSError(28, "No space left on device")
+        save(self, to, *rest, **more)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(InputError, match=r"a\.png: cannot be written \(No space left on device\)"):
+        drawing.write(file, [GRAY, GRAY], [], CONFIG)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.png"] and file.read_bytes() == before
+    with pytest.raises(InputError, match=r"a\.webp: cannot be written"):  # its sides are 16383 pixels at most
+        drawing.write(tmp_path / "a.webp", [Image.new("RGB", (20_000, 30))], [], CONFIG)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.png"]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask()
+
+
+def umask():
+    os.umask(mask := os.umask(0))
+    return mask
+
+
+def test_the_pictures_are_those_of_the_messages(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (400, 600)).save(tmp_path / "turned.jpg", exif=exif)
+    video = clip(1.0)
+    on = drawing.pictures([("image", str(tmp_path / "turned.jpg"), None), ("video", "clip.mp4", video)])
+    assert on[0].size == (600, 400) and on[1] is video
+    (file, _) = drawing.write(tmp_path / "out.png", on, [box("", 550, 50, 590, 90)], CONFIG)
+    pixels = np.asarray(opened(file))
+    assert pixels.shape == (400, 600, 3) and pixels[70, 550].any()
+    with pytest.raises(InputError, match="no image or video to draw on"):
+        drawing.pictures([])
+
+
+class Engine:
+    """Answers with one box in a picture that was shrunk by half."""
+
+    config, compiling = CONFIG, None
+    text = '[{"bbox_2d": [50, 50, 150, 150], "label": "cat"}]'
+
+    def generate(self, samples, options):
+        sizes = (Sizes((400, 400), (200, 200)),)
+        return [Result(self.text, [5], "stop", 7, pictures=sizes, boxes="resized")]
+
+    def stream(self, sample, options):
+        pieces = iter((self.text[:9], self.text[9:]))
+        return Pieces(pieces, self.generate([sample], options)[0])
+
+
+class Pieces:
+    def __init__(self, pieces, result):
+        self._pieces, self._result, self.result = pieces, result, None
+
+    def __iter__(self):
+        yield from self._pieces
+        self.result = self._result
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path):
+    GRAY.save(tmp_path / "in.png")
+    visual = SimpleNamespace(grid=SimpleNamespace(h=14, w=14), size=(400, 400))
+    monkeypatch.chdir(tmp_path)
+    where = SimpleNamespace(path=".")
+    sample = SimpleNamespace(visuals=[visual])
+
+    def attach(kind, source):
+        return visual, f"{source}: {kind}"
+
+    monkeypatch.setattr(converse, "encoder", lambda *_: (where, lambda messages: sample, attach))
+    monkeypatch.setattr("qwenvl_jax.params.directory.read_config", lambda path: SimpleNamespace(vision=CONFIG.vision))
+    monkeypatch.setattr(converse, "engine", lambda where, args, mesh: Engine())
+
+
+GENERATE = ["generate", "--image", "in.png", "--prompt", "?", "--draw", "out.png"]
+
+
+@pytest.mark.parametrize("more", [[], ["--json"], ["--objects"], ["--boxes", "original"]])
+def test_generate_draws_in_pixels_of_the_file_and_prints_the_same(engine, more, tmp_path, capsys):
+    assert cli.main([*GENERATE[:-2], *more]) == 0
+    printed = capsys.readouterr().out
+    assert cli.main([*GENERATE, *more]) == 0
+    assert capsys.readouterr() == (printed, "qwenvl: drawn: out.png\n")
+    drawn, around = np.asarray(opened(tmp_path / "out.png")), (128, 128, 128)
+    lines = (drawn[200] != around).any(-1).nonzero()[0]
+    assert 99 <= lines.min() <= 100 and 299 <= lines.max() <= 300
+
+
+def test_chat_draws_and_prints_the_objects_of_the_last_answer(engine, monkeypatch, tmp_path, capsys):
+    def read(prompt=""):
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    lines = ["/draw", "/objects", "/draw a.txt", "/draw out.png", "hello", "/draw out.png", "/image in.png", "where?"]
+    lines += ["/objects", "/draw 'out.png'"]
+    monkeypatch.setattr("builtins.input", read)
+    assert cli.main(["chat"]) == 0
+    out, err = capsys.readouterr()
+    cat = '{"label": "cat", "kind": "box", "points": [[100, 100], [300, 300]], "attributes": {}, "image": 0}'
+    assert out == f'{Engine.text}\nattached in.png: image\n{Engine.text}\n{{"objects": [{cat}], "malformed": 0}}\n'
+    assert err.splitlines() == [
+        "qwenvl: no file: name a file to draw into, such as answer.png",
+        "qwenvl: /objects is about an answer, but there is none yet that was not stopped",
+        "qwenvl: a.txt: .txt is no format for it; use .png or .jpg",
+        "qwenvl: /draw is about an answer, but there is none yet that was not stopped",
+        "qwenvl: there is no image or video to draw on; add one",
+        "qwenvl: drawn: out.png",
+    ]
+    assert opened(tmp_path / "out.png").getpixel((100, 200)) != (128, 128, 128)
+
+
+def test_generate_refuses_before_it_reads_the_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(converse, "encoder", lambda *_: pytest.fail("it came too far"))
+    assert cli.main(["generate", "--prompt", "?", "--draw", str(tmp_path / "a.txt")]) == 2
+    assert "use .png or .jpg" in capsys.readouterr().err
+
+
+def test_an_answer_without_objects_is_said_so(engine, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Engine, "text", "I see a cat.")
+    assert cli.main(GENERATE) == 0
+    out, err = capsys.readouterr()
+    assert out == "I see a cat.\n"
+    assert err == "qwenvl: the answer places nothing in the pictures\nqwenvl: drawn: out.png\n"
+    assert opened(tmp_path / "out.png").getcolors() == [(160_000, (128, 128, 128))]
+
+
+@pytest.mark.parametrize("side", [140, 1120])
+def test_the_demo_locates_in_pictures_of_any_size(side, tmp_path, capfd):
+    """Drawn at the same places of the picture, whatever its size is; the README shows the first one."""
+    with Image.open(SAMPLES / "scene.png") as scene:
+        scene.resize((side, side)).save(tmp_path / "scene.png")
+    prompt = ["--prompt", "Locate every strawberry.", "--max-pixels", "19600"]
+    argv = ["generate", "--image", str(tmp_path / "scene.png"), *prompt, "--draw", str(tmp_path / "out.png")]
+    assert cli.main(argv) == 0
+    assert capfd.readouterr().out.count("strawberry") == 3
+    drawn = opened(tmp_path / "out.png")
+    shown = opened(SAMPLES.parent / "located.png")
+    assert drawn.size == ((420, 420) if side == 140 else (1120, 1120))
+    for picture in (drawn, shown):
+        for x, y in ((10, 50), (30, 25), (90, 80), (110, 111), (0.5, 100), (20, 131)):  # on the lines of three boxes
+            k = picture.width / 140
+            near = np.asarray(picture, int)[max(round(y * k) - 5, 0) :, max(round(x * k) - 5, 0) :][:11, :11]
+            assert (np.abs(near - (0xD5, 0x5E, 0)).max(-1) < 12).any(), (x, y)

@@ -1,0 +1,644 @@
+"""Boxes, points and polygons in answers: every form that models write, and the way back to the picture's file."""
+
+import json
+import random
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import tiny_config
+
+from qwenvl_jax import cli
+from qwenvl_jax.answers.boxes import Sizes, converted, sizes
+from qwenvl_jax.answers.grounding import FORMS, Object, Parsed, parse, write
+from qwenvl_jax.demo import SAMPLES
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.infer.requests import Result
+from qwenvl_jax.inputs.media import image_visual
+from qwenvl_jax.inputs.options import MediaOptions
+from qwenvl_jax.inputs.preprocessing import Preprocessing, target_size
+from qwenvl_jax.inputs.video import frame_size, video_visual
+
+
+def box(label, *numbers, image=0, **attributes):
+    return Object(label, "box", (numbers[:2], numbers[2:]), attributes, image)
+
+
+def point(label, x, y, image=0, **attributes):
+    return Object(label, "point", ((x, y),), attributes, image)
+
+
+def polygon(label, *numbers, **attributes):
+    return Object(label, "polygon", tuple(zip(numbers[::2], numbers[1::2], strict=True)), attributes)
+
+
+MUG, PEN = box("mug", 12, 30, 200, 310), box("pen", 5, 6, 70, 80)
+MUG_JSON = '{"bbox_2d": [12, 30, 200, 310], "label": "mug"}'
+PEN_JSON = '{"bbox_2d": [5, 6, 70, 80], "label": "pen"}'
+MUG_REF, PEN_REF = (f"<|object_ref_start|>{name}<|object_ref_end|>" for name in ("mug", "pen"))
+MUG_BOX, PEN_BOX = "<|box_start|>(12,30),(200,310)<|box_end|>", "<|box_start|>(5,6),(70,80)<|box_end|>"
+SLOPE = (10, 20, 90, 24, 89, 44, 9, 40)
+
+# (the answer, its objects, how many are malformed)
+ANSWERS = {
+    "JSON": [
+        (f"```json\n[\n\t{MUG_JSON},\n\t{PEN_JSON}\n]\n```", [MUG, PEN], 0),
+        (f"[{MUG_JSON}, {PEN_JSON}]", [MUG, PEN], 0),
+        (MUG_JSON, [MUG], 0),
+        (f"```json\n{MUG_JSON}\n```", [MUG], 0),
+        (f"```\n[{MUG_JSON}]\n```", [MUG], 0),
+        (f"{MUG_JSON}\n{PEN_JSON}", [MUG, PEN], 0),  # one per line
+        (f"{MUG_JSON}, {PEN_JSON}", [MUG, PEN], 0),
+        (f"I see two things [1].\n```json\n[{MUG_JSON}]\n```\nand also {PEN_JSON}. Done {{really}}!", [MUG, PEN], 0),
+        (f"```json\n[{MUG_JSON}]\n```\n```json\n[{PEN_JSON}]\n```", [MUG, PEN], 0),
+        (f"[[{MUG_JSON}], [{PEN_JSON}]]", [MUG, PEN], 0),
+        (f'{{"objects": [{MUG_JSON}, {PEN_JSON}]}}', [MUG, PEN], 0),
+        (f'{{"scene": "desk", "result": {{"items": [{MUG_JSON}]}}}}', [MUG], 0),
+        ('{"label": "mug", "bbox_2d": [12, 30, 200, 310]}', [MUG], 0),
+        ('{"bbox_2d": [12, 30, 200, 310]}', [MUG._replace(label="")], 0),
+        ('{"bbox": [12, 30, 200, 310], "name": "mug"}', [MUG._replace(attributes={"name": "mug"})], 0),
+        (
+            '[{"bbox_2d": [1, 2, 3, 4], "label": "rider", "sub_label": "no helmet", "sure": 0.5, "seen": true}]',
+            [box("rider", 1, 2, 3, 4, sub_label="no helmet", sure=0.5, seen=True)],
+            0,
+        ),
+        (
+            '{"bbox_2d": [1, 2, 3, 4], "label": "cup", "colors": ["red", "blue"], "of": {"made": "tin"}}',
+            [box("cup", 1, 2, 3, 4, colors=["red", "blue"], of={"made": "tin"})],
+            0,
+        ),
+        ('{"bbox_2d": ["12", "30", "200", "310"], "label": "mug"}', [MUG], 0),
+        ('{"bbox_2d": "[12, 30, 200, 310]", "label": "mug"}', [MUG], 0),
+        ('{"bbox_2d": "12,30,200,310", "label": "mug"}', [MUG], 0),
+        ('{"bbox_2d": [1.5, -2, 3e1, 4.25], "label": 7}', [box("7", 1.5, -2, 30, 4.25)], 0),
+        ('{"bbox_2d": [[12, 30, 200, 310], [5, 6, 70, 80]], "label": "mug"}', [MUG, PEN._replace(label="mug")], 0),
+        ('{"bbox_2d": [[12, 30], [200, 310]], "label": "mug"}', [MUG], 0),
+        ('{"bbox_2d": {"x1": 12, "y1": 30, "x2": 200, "y2": 310}, "label": "mug"}', [MUG], 0),
+        ('{"label": "mug", "x1": 12, "y1": 30, "x2": 200, "y2": 310}', [MUG], 0),
+        ('{"label": "mug", "xmin": 12, "ymin": 30, "xmax": 200, "ymax": 310}', [MUG], 0),
+        ('{"label": "mug", "x": 12, "y": 30, "width": 188, "height": 280}', [MUG], 0),
+        ('{"mug": [12, 30, 200, 310], "pen": [5, 6, 70, 80]}', [MUG, PEN], 0),
+        ('{"mug": {"bbox_2d": [12, 30, 200, 310]}, "pen": [[5, 6, 70, 80]]}', [MUG, PEN], 0),
+        ('{"label": "mug", "instances": [[12, 30, 200, 310]]}', [MUG], 0),
+        (
+            '{"bbox_2d": [0, 0, 9, 9], "label": "tray", "parts": [{"bbox_2d": [1, 1, 2, 2], "label": "lid"}]}',
+            [box("tray", 0, 0, 9, 9), box("lid", 1, 1, 2, 2)],
+            0,
+        ),
+        ("[[12, 30, 200, 310], [5, 6, 70, 80]]", [MUG._replace(label=""), PEN._replace(label="")], 0),
+        ("[12, 30, 200, 310]", [MUG._replace(label="")], 0),
+        ("The bounding box of it is [12, 30, 200, 310].", [MUG._replace(label="")], 0),
+        ("mug: [12, 30, 200, 310]\n- pen: [[5, 6, 70, 80]]", [MUG, PEN], 0),
+        ("12, 30, 200, 310", [MUG._replace(label="")], 0),
+        ("<answer>[12, 30, 200, 310]</answer>", [MUG._replace(label="")], 0),
+        (f"<think>Perhaps {PEN_JSON}? No.</think>\n{MUG_JSON}", [MUG], 0),
+        ("[]", [], 0),
+        ("There is no mug [1], {so to say}. See f(3) and (a, b), [2, 3, 4].", [], 0),
+        ('{"bbox_3d": [1, 2, 3, 4, 5, 6, 0, 0, 0], "label": "sofa"}', [], 0),
+    ],
+    "broken JSON": [
+        (f'```json\n[{MUG_JSON}, {{"bbox_2d": [5, 6, 7', [MUG], 1),  # cut short in numbers,
+        (f'[{MUG_JSON}, {{"bbox_2d": [5, 6, 70, 80], "label": "pe', [MUG], 1),  # in a label,
+        (f'[{MUG_JSON}, {{"bbox_2d": [5, 6, 70, 80], "lab', [MUG], 1),  # in a key,
+        (f'[{MUG_JSON}, {{"bbox_2d": [5, 6, 70, 80], "label":', [MUG], 1),
+        (f'[{MUG_JSON}, {{"bbox_2d": [5, 6, 70, 80],', [MUG], 1),
+        (f"[{MUG_JSON}, {PEN_JSON[:-1]}", [MUG, PEN], 0),  # before a brace,
+        (f"[{MUG_JSON},", [MUG], 0),  # and between two objects
+        ("[[12, 30, 200, 310], [5, 6, 70", [MUG._replace(label="")], 1),
+        (f"[{MUG_JSON},\n```\nand more", [MUG], 0),
+        ("[{'bbox_2d': [12, 30, 200, 310], 'label': 'mug'}]", [MUG], 0),
+        (
+            "[{'bbox_2d': (12, 30, 200, 310), 'label': \"cook's mug\", 'seen': True}]",
+            [box("cook's mug", 12, 30, 200, 310, seen=True)],
+            0,
+        ),
+        ("[{'bbox_2d': [12, 30, 200, 310], 'label': 'cook's mug'}]", [MUG._replace(label="cook's mug")], 0),
+        (f"[{MUG_JSON}, {PEN_JSON},]", [MUG, PEN], 0),
+        (f"[{MUG_JSON[:-1]},}}]", [MUG], 0),
+        (f"[{MUG_JSON} {PEN_JSON}]", [MUG, PEN], 0),
+        (f"[{MUG_JSON[:-1]}, {PEN_JSON}]", [MUG, PEN], 0),  # without a brace
+        (f"[{MUG_JSON[:-1]}]", [MUG], 0),
+        (f"{MUG_JSON[:-1]}, {PEN_JSON[1:]}", [MUG, PEN], 0),
+        (
+            '[{"bbox_2d": [12, 30, 200, 310], "label": "mug}, {"bbox_2d": [5, 6, 70, 80], "label": "pen"}]',
+            [MUG, PEN],
+            0,
+        ),
+        ('{"bbox_2d": [12, 30, 200, 310], "label": "mug\n"hot": true}', [box("mug", 12, 30, 200, 310, hot=True)], 0),
+        ('{"bbox_2d": [12, 30, 200, 310] "label": "mug"}', [MUG], 0),
+        ('{"bbox_2d": [12, 30, 200, 310, "label": "mug"}', [], 1),
+        ('{"bbox_2d": [12 30 200 310], "label": "mug"}', [MUG], 0),
+        ('{"bbox_2d": [1, 2, 3, 4], "label": "a "big" mug"}', [box('a "big" mug', 1, 2, 3, 4)], 0),
+        (
+            '{"bbox_2d": [1, 2, 3, 4], "text_content": "two\nlines"}',
+            [box("two\nlines", 1, 2, 3, 4, text_content="two\nlines")],
+            0,
+        ),
+        ("{bbox_2d: [12, 30, 200, 310], label: mug}", [MUG], 0),
+        ('"bbox_2d": [12, 30, 200, 310], "label": "mug"}', [MUG], 0),  # the prompt ended with {
+        ("{“bbox_2d”: [12, 30, 200, 310], “label”: “mug”}", [MUG], 0),
+        ('{"bbox_2d"：[12, 30, 200, 310], "label"：“mug”}'.replace("“", '"').replace("”", '"'), [MUG], 0),
+        ('[{"bbox_2d": [1, 2, 3], "label": "x"}, ' + PEN_JSON + "]", [PEN], 1),
+        ('[{"bbox_2d": [1, 2, 3, "4"]}, {"bbox_2d": null}, {"bbox_2d": [1, 2]}, {"bbox_2d": [1, 2, 3, NaN]}]', [], 4),
+        ('{"bbox_2d": [x1, y1, x2, y2], "label": "x"}', [], 1),
+        ('{"bbox_2d": [1, 2, 3, 1' + "0" * 400 + '], "label": "x"}', [], 1),
+    ],
+    "points": [
+        ('[{"point_2d": [12, 30], "label": "mug", "role": "gift"}]', [point("mug", 12, 30, role="gift")], 0),
+        ('{"point_2d": ["12", "30"], "label": "mug"}', [point("mug", 12, 30)], 0),
+        ('{"point_2d": [[12, 30], [5, 6]], "label": "mug"}', [point("mug", 12, 30), point("mug", 5, 6)], 0),
+        ('{"point": {"x": 12, "y": 30}, "label": "mug"}', [point("mug", 12, 30)], 0),
+        ('{"x": 12, "y": 30}', [point("", 12, 30)], 0),
+        ('{"point_2d": [1, 2, 3, 4], "label": "mug"}', [box("mug", 1, 2, 3, 4)], 0),
+        (
+            '{"bbox_2d": [1, 2, 9, 8], "point_2d": [4, 5], "label": "mug"}',
+            [box("mug", 1, 2, 9, 8), point("mug", 4, 5)],
+            0,
+        ),
+        (
+            '{"name": "computer_use", "arguments": {"action": "left_click", "coordinate": [41, 52]}}',
+            [point("", 41, 52, action="left_click")],
+            0,
+        ),
+        (
+            '<tool_call>\n{"name": "mobile_use", "arguments": {"action": "swipe", "coordinate": [1, 2], '
+            '"coordinate2": [3, 4]}}\n</tool_call>',
+            [point("", 1, 2, action="swipe"), point("", 3, 4, action="swipe")],
+            0,
+        ),
+        (json.dumps({"arguments": '{"coordinate": [41, 52]}'}), [point("", 41, 52)], 0),
+        ('<points x1="12" y1="30" x2="5" y2="6" alt="mug">mug</points>', [point("mug", 12, 30), point("mug", 5, 6)], 0),
+        ("<points x1='12' y1='30' alt='mug'>the mug</points>", [point("the mug", 12, 30, alt="mug")], 0),
+        ('<point x="12.5" y="30">a &lt; b &amp; c</point>', [point("a < b & c", 12.5, 30)], 0),
+        ('```xml\n<point x="12" y="30" alt="mug"/>\n```', [point("mug", 12, 30)], 0),
+        ('<points x1="12" y1="30" x2="5" alt="mug">mug</points>', [point("mug", 12, 30)], 1),
+        ('<points x1="12" y1="30" alt="mug">mu', [point("mug", 12, 30)], 0),
+        ('<points x1="12" y1="30" alt="mu', [], 1),
+        ("<point>12 30</point>", [point("", 12, 30)], 0),
+        ("[(0.25, 0.5), (0.75, 0.125)]", [point("", 0.25, 0.5), point("", 0.75, 0.125)], 0),
+        ("(12, 30)", [point("", 12, 30)], 0),
+        ("[12, 30]", [point("", 12, 30)], 0),
+        ("Thought: open it.\nAction: click(start_box='(12,30)')", [point("", 12, 30)], 0),
+        ("click(start_box='<|box_start|>(12,30)<|box_end|>')", [point("", 12, 30)], 0),
+        ("drag(start_box='(12,30)', end_box='(40,50)')", [point("", 12, 30), point("", 40, 50)], 0),
+        ("click(point='<point>12 30</point>')", [point("", 12, 30)], 0),
+        ("click(start_box='[12, 30, 200, 310]')", [MUG._replace(label="")], 0),
+    ],
+    "tokens": [
+        (MUG_REF + MUG_BOX, [MUG], 0),
+        (MUG_REF + MUG_BOX + PEN_REF + PEN_BOX, [MUG, PEN], 0),
+        (MUG_REF + MUG_BOX + PEN_BOX, [MUG, PEN._replace(label="mug")], 0),
+        (f"{MUG_REF}{MUG_BOX}\n{PEN_REF}{PEN_BOX}<|im_end|>", [MUG, PEN], 0),
+        (f"A {MUG_REF}{MUG_BOX} and {PEN_REF} at {PEN_BOX} lie there.", [MUG, PEN], 0),
+        (MUG_BOX, [MUG._replace(label="")], 0),
+        ("mug" + MUG_BOX, [MUG], 0),
+        ("<|object_ref_start|>mug<|object_ref_end|><|box_start|>(12, 30), (200, 310)<|box_end|>", [MUG], 0),
+        (MUG_REF + "<|box_start|>(12,30)<|box_end|>", [point("mug", 12, 30)], 0),
+        (f"{MUG_REF}<|quad_start|>(10,20),(90,24),(89,44),(9,40)<|quad_end|>", [polygon("mug", *SLOPE)], 0),
+        (MUG_REF + MUG_BOX + PEN_REF + "<|box_start|>(5,6),(7", [MUG], 1),
+        (MUG_REF + MUG_BOX + PEN_REF + "<|box_start|>(5,6)", [MUG], 1),
+        (MUG_REF + "<|box_start|>(5,6),(7)<|box_end|>" + PEN_REF + PEN_BOX, [PEN], 1),
+        ("mug(12,30),(200,310)", [MUG], 0),
+        ("mug(12,30),(200,310)pen(5,6),(70,80)", [MUG, PEN], 0),
+        ("mug(12,30),(200,310)(5,6),(70,80)", [MUG, PEN._replace(label="mug")], 0),
+        ("mug(12,30),(200,310), (5,6),(70,80) and pen (5,6),(70,80)", [MUG, PEN._replace(label="mug"), PEN], 0),
+        ("mug(12,30),(200,310)\npen(5,6),(7", [MUG], 1),
+        ("(10,20),(90,24),(89,44),(9,40)", [polygon("", *SLOPE)], 0),
+        ("马克杯(12,30),(200,310)", [MUG._replace(label="马克杯")], 0),
+        ("<ref>mug</ref><box>(12,30),(200,310)</box>", [MUG], 0),
+        ("<ref> mug</ref><box>[[12, 30, 200, 310], [5, 6, 70, 80]]</box>", [MUG, PEN._replace(label="mug")], 0),
+        ("<box>12 30 200 310</box>", [MUG._replace(label="")], 0),
+    ],
+    "OCR": [
+        (
+            '{"bbox_2d": [12, 30, 200, 310], "text_content": "No. 5"}',
+            [box("No. 5", 12, 30, 200, 310, text_content="No. 5")],
+            0,
+        ),
+        (
+            '{"bbox_2d": [10, 20, 90, 24, 89, 44, 9, 40], "text_content": "up"}',
+            [polygon("up", *SLOPE, text_content="up")],
+            0,
+        ),
+        ('{"poly": [10, 20, 90, 24, 89, 44, 9, 40], "text": "up"}', [polygon("up", *SLOPE, text="up")], 0),
+        ('{"polygon": [[10, 20], [90, 24], [89, 44], [9, 40]], "label": "up"}', [polygon("up", *SLOPE)], 0),
+        ('{"quad": [[10, 20], [90, 24], [89, 44], [9, 40]], "label": "up"}', [polygon("up", *SLOPE)], 0),
+        ('{"bbox_2d": [[10, 20], [90, 24], [89, 44], [9, 40]], "label": "up"}', [polygon("up", *SLOPE)], 0),
+        ('{"location": [10, 20, 90, 24, 89, 44, 9, 40], "text": "up"}', [polygon("up", *SLOPE, text="up")], 0),
+        (
+            '{"bbox_2d": [1, 2, 3, 4], "label": "flat", "location": "Lyon"}',
+            [box("flat", 1, 2, 3, 4, location="Lyon")],
+            0,
+        ),
+        (
+            '[{"rotate_rect": [100, 50, 40, 20, 0], "text": "up"}]',
+            [polygon("up", 80, 40, 120, 40, 120, 60, 80, 60, text="up")],
+            0,
+        ),
+        ("[[10, 20, 90, 24, 89, 44, 9, 40]]", [polygon("", *SLOPE)], 0),
+        ('{"rotate_rect": [100, 50, 40, 20], "poly": [1, 2, 3]}', [box("", 100, 50, 40, 20)], 1),
+    ],
+    "several pictures": [
+        (f"Picture 1: {MUG_JSON}\nPicture 2: {PEN_JSON}", [MUG, PEN._replace(image=1)], 0),
+        (f"In image 2, there is {MUG_JSON}", [MUG._replace(image=1)], 0),
+        ("图2：\nmug(12,30),(200,310)", [MUG._replace(image=1)], 0),
+        (f"第3张图：{MUG_JSON}", [MUG._replace(image=2)], 0),
+        (
+            f'[{{"image": 1, {MUG_JSON[1:]}, {{"image": 2, {PEN_JSON[1:]}]',
+            [MUG, PEN._replace(image=1)],
+            0,
+        ),
+        (
+            f'[{{"image_id": 0, {MUG_JSON[1:]}, {{"image_id": 1, {PEN_JSON[1:]}]',
+            [MUG, PEN._replace(image=1)],
+            0,
+        ),
+        (f'{{"Picture 1": [{MUG_JSON}], "Picture 2": {PEN_JSON}}}', [MUG, PEN._replace(image=1)], 0),
+        ('{"image": "Picture 2", "bbox_2d": [5, 6, 70, 80], "label": "pen"}', [PEN._replace(image=1)], 0),
+        (
+            '{"image": "a.png", "bbox_2d": [5, 6, 70, 80], "label": "pen"}',
+            [PEN._replace(attributes={"image": "a.png"})],
+            0,
+        ),
+    ],
+}
+TABLE = [(text, objects, malformed) for answers in ANSWERS.values() for text, objects, malformed in answers]
+
+
+@pytest.mark.parametrize("text, objects, malformed", TABLE)
+def test_answers(text, objects, malformed):
+    assert parse(text) == Parsed(objects, malformed)
+
+
+def test_a_rectangle_turns_clockwise():
+    (o,) = parse('{"rotate_rect": [100, 50, 40, 20, 90]}').objects
+    assert [tuple(map(round, corner)) for corner in o.points] == [(110, 30), (110, 70), (90, 70), (90, 30)]
+
+
+# Writing
+
+
+LETTERS = [
+    *"abz 09\n\t\\\"'`{}[]()<>/&;:,.=|-_#猫の狗é😀",
+    "</",
+    "&amp;",
+    '":',
+    "bbox_2d",
+    "Picture 2:",
+    "<box>",
+    "and ",
+]
+
+
+def drawn_label(rng, letters=LETTERS):
+    return "".join(rng.choices(letters, k=rng.choice((0, 1, 2, 5, 20))))
+
+
+def drawn_number(rng):
+    return float(rng.choice((rng.randrange(1000), rng.randrange(-9, 9), round(rng.uniform(0, 4000), 3), rng.random())))
+
+
+def drawn_attributes(rng):
+    values = (drawn_label(rng), rng.randrange(99), rng.random(), None, True, ["a", drawn_label(rng)], {"of": "tin"})
+    keys = (f"{drawn_label(rng)}?", "sub_label", "text_content", "name", "type", "colour")
+    return {rng.choice(keys): rng.choice(values) for _ in range(rng.choice((0, 0, 1, 3)))}
+
+
+def drawn_objects(rng, form):
+    several, objects = rng.random() < 0.3, []
+    for _ in range(rng.choice((0, 1, 2, 4))):
+        kind = "point" if form == "xml" else rng.choice(("box", "point", "polygon"))
+        n = {"box": 2, "point": 1, "polygon": rng.choice((3, 4, 7))}[kind]
+        points = tuple((drawn_number(rng), drawn_number(rng)) for _ in range(n))
+        attributes = drawn_attributes(rng) if form == "json" else {}
+        objects.append(Object(drawn_label(rng), kind, points, attributes, rng.randrange(3) * several))
+    return objects
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_written_is_read(form):
+    rng = random.Random(FORMS.index(form))
+    for _ in range(1500):
+        objects = drawn_objects(rng, form)
+        assert parse(write(objects, form)) == Parsed(objects, 0)
+
+
+def test_written_forms():
+    tilted = polygon("猫", *SLOPE)
+    assert write([MUG, point("pen", 5, 6.5)]) == (
+        '[\n\t{"bbox_2d": [12, 30, 200, 310], "label": "mug"},\n\t{"point_2d": [5, 6.5], "label": "pen"}\n]'
+    )
+    assert json.loads(write([tilted])) == [{"poly": list(SLOPE), "label": "猫"}]
+    assert json.loads(write([box("A", 1, 2, 3, 4, text_content="A")])) == [
+        {"bbox_2d": [1, 2, 3, 4], "text_content": "A"}
+    ]
+    assert [o["image"] for o in json.loads(write([MUG, PEN._replace(image=1)]))] == [1, 2]
+    assert write([MUG, PEN._replace(label="mug"), PEN], "tokens") == MUG_REF + MUG_BOX + PEN_BOX + PEN_REF + PEN_BOX
+    assert write([point("a<b", 1, 2), point("a<b", 3, 4)], "xml") == (
+        '<points x1="1" y1="2" x2="3" y2="4" alt="a&lt;b">a&lt;b</points>'
+    )
+    assert (write([], "json"), write([], "tokens"), write([], "xml")) == ("[]", "", "")
+
+
+@pytest.mark.parametrize(
+    "wrong, form",
+    [
+        (box("a", 1, 2, 3, 4, sure=1), "tokens"),
+        (box("a<|object_ref_end|>", 1, 2, 3, 4), "tokens"),
+        (MUG, "xml"),
+        (point("a", 1, 2, sure=1), "xml"),
+        (polygon("a", 1, 2, 3, 4), "json"),
+        (point("a", float("nan"), 2), "json"),
+        (point("a", 1e300, 2), "json"),
+        (Object("a", "circle", ((1, 2),)), "json"),
+        (box("a", 1, 2, 3, 4, bbox=[1, 2, 3, 4]), "json"),
+        (box("a", 1, 2, 3, 4, when=slice(0)), "json"),
+    ],
+)
+def test_what_a_form_cannot_say_is_refused(wrong, form):
+    with pytest.raises(InputError, match=f"cannot be written in the form {form}"):
+        write([PEN] * (form != "xml") + [wrong], form)
+
+
+def test_unknown_form():
+    with pytest.raises(InputError, match="form is 'yaml'; it must be one of json, tokens, xml"):
+        write([MUG], "yaml")
+
+
+# Hostile texts
+
+
+def mutated(rng, text):
+    """The text with a few random edits: cut, doubled, or with letters that mean something put in or taken out."""
+    marks = [
+        "{",
+        "}",
+        "[",
+        "]",
+        "(",
+        ")",
+        '"',
+        "'",
+        ",",
+        ":",
+        "\\",
+        "\n",
+        "<",
+        ">",
+        "1",
+        "-",
+        "e9",
+        "\ud83d",
+        "\\u12",
+        " ",
+    ]
+    marks += ['"bbox_2d":', "<|box_start|>", "<points ", "</ref>", "```", "Picture 0:", "null", "...", "\0", "٣", "²"]
+    for _ in range(rng.randrange(1, 6)):
+        at, length = rng.randrange(len(text) + 1), rng.choice((1, 1, 3, 20))
+        what = rng.randrange(5)
+        if what == 0:
+            text = text[:at]
+        elif what == 1:
+            text = text[:at] + text[at + length :]
+        elif what == 2:
+            text = text[:at] + text[at : at + length] * rng.choice((2, 9)) + text[at + length :]
+        else:
+            text = text[:at] + rng.choice(marks) * rng.choice((1, 1, 40)) + text[at:]
+    return text
+
+
+@pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutated_answers(count):
+    """Every answer of the table with random edits: no exception, and never over 50 milliseconds."""
+    rng, slowest = random.Random(count), 0.0
+    for i in range(count):
+        text = mutated(rng, TABLE[i % len(TABLE)][0])
+        took, read = timed(text)
+        slowest = max(slowest, took)
+        for o in read.objects:
+            assert {"box": len(o.points) == 2, "point": len(o.points) == 1, "polygon": len(o.points) >= 3}[o.kind]
+            assert all(abs(n) < 1e9 for xy in o.points for n in xy) and o.image >= 0 and type(o.label) is str
+            assert not any(v is ... or k is None for k, v in o.attributes.items()), text
+    assert slowest < 0.05
+
+
+def timed(text):
+    """(seconds of CPU time, the least of three tries; what was read)."""
+    tries = []
+    for _ in range(3):
+        start = time.process_time()
+        read = parse(text)
+        tries.append(time.process_time() - start)
+        if tries[-1] < 0.02:
+            break
+    return min(tries), read
+
+
+@pytest.mark.parametrize(
+    "unit", ["[", "{", "(", "7", "[{", "[[", "<", '"', "'", "\\", "<points ", "<ref>", "Picture 1 ", "`"]
+)
+def test_long_senseless_texts(unit):
+    took, read = timed(unit * (100_000 // len(unit)))
+    assert read.objects == [] and took < 0.05
+
+
+SLOW = [
+    '{"a":',
+    "{'a': '",
+    '{"a": "b\n',
+    "[1,",
+    "[1 ",
+    "(1,2)",
+    "cat(1,2),(3,4)",
+    "[[1,2,3,4]]",
+    '{"label":"a","label":"b",',
+]
+SLOW += [
+    '{"bbox_2d":',
+    '"bbox_2d": [1,2,3,4] ',
+    "<point>1 2",
+    "<|box_start|>(1,2),(3,4)",
+    f"[{MUG_JSON},",
+    "{a:",
+    '{"a":{',
+]
+
+
+@pytest.mark.parametrize("unit", SLOW)
+def test_time_is_linear(unit):
+    """Four times the text takes about four times as long; twelve leaves room for other load."""
+    short, long = (timed(unit * (n // len(unit)))[0] for n in (25_000, 100_000))
+    assert long < 12 * max(short, 0.002)
+
+
+def test_deep_nesting():
+    assert parse("[" * 5000 + MUG_JSON).objects == [MUG]
+    assert parse("[" * 20 + MUG_JSON + "]" * 20).objects == [MUG]
+    nested = MUG_JSON
+    for _ in range(2000):
+        nested = f'{{"a": [{nested}]}}'
+    parse(nested)
+
+
+# Coordinates
+
+
+def drawn_sizes(rng, p):
+    """A picture that is tiny, extreme or ordinary, or the frames of a clip, and its size after resizing."""
+    what = rng.randrange(4)
+    if what == 0:
+        width, height = rng.randint(1, 60), rng.randint(1, 60)
+    elif what == 1:
+        width = rng.randint(1, 60)
+        height = min(width * rng.randint(20, 199), 9000)
+    else:
+        width, height = rng.randint(30, 6000), rng.randint(30, 6000)
+    if rng.random() < 0.5 and what != 3:
+        width, height = height, width
+    if what == 3:
+        resized = frame_size(height, width, rng.choice((2, 64, 768)), p)
+    else:
+        resized = target_size(height, width, p, MediaOptions(max_pixels=rng.choice((None, 300_000, 3136))))
+    return Sizes((width, height), resized[::-1])
+
+
+def drawn_in(rng, pictures):
+    """One box, point or polygon in one of the pictures."""
+    image = rng.randrange(len(pictures))
+    n = rng.choice((1, 2, 4))
+    width, height = pictures[image].original
+    points = tuple((rng.uniform(0, width), rng.uniform(0, height)) for _ in range(n))
+    return Object("mug", {1: "point", 2: "box", 4: "polygon"}[n], points, {}, image)
+
+
+@pytest.mark.parametrize(
+    "p, target",
+    [
+        (Preprocessing(), "resized"),  # Qwen2.5-VL
+        (Preprocessing(), "thousandths"),  # Qwen2-VL
+        (Preprocessing(patch_size=16), "thousandths"),  # Qwen3-VL
+    ],
+)
+def test_there_and_back(p, target):
+    """1,000 pictures, up to four in a message: to the model's coordinates and back, and once more in whole numbers."""
+    rng = random.Random(p.patch_size)
+    for _ in range(400):
+        pictures = [drawn_sizes(rng, p) for _ in range(rng.randint(1, 4))]
+        parsed = Parsed([drawn_in(rng, pictures) for _ in range(8)], 0)
+        for whole in (False, True):
+            told = converted(parsed, pictures, "original", target, whole=whole)
+            back = converted(told, pictures, target, "original")
+            for o, t, b in zip(parsed.objects, told.objects, back.objects, strict=True):
+                place = pictures[o.image]
+                assert not whole or all(n == int(n) for xy in t.points for n in xy)
+                for side in (0, 1):
+                    step = place.original[side] / place.of(target)[side]
+                    allowed = max(1, step / 2) if whole else 1e-6
+                    moved = [abs(x[side] - y[side]) for x, y in zip(o.points, b.points, strict=True)]
+                    assert max(moved) <= allowed * (1 + 1e-9)
+
+
+def pixels(visual, step=0, p=Preprocessing()):  # noqa: B008 - frozen
+    """The picture that patches make, [height, width, 3]."""
+    grid, m, s = visual.grid, p.merge_size, p.patch_size
+    blocks = visual.patches.reshape(grid.t, grid.h // m, grid.w // m, m, m, 3, p.temporal_patch_size, s, s)
+    return blocks[step, ..., 0, :, :].transpose(0, 2, 5, 1, 3, 6, 4).reshape(grid.h * s, grid.w * s, 3)
+
+
+def dark(image):
+    """The box around the dark pixels."""
+    ys, xs = np.nonzero(image.mean(-1) < 128)
+    return (xs.min(), ys.min()), (xs.max() + 1, ys.max() + 1)
+
+
+def drawing(size, corners):
+    image = Image.new("RGB", size, "white")
+    image.paste((0, 0, 0), tuple(n for corner in corners for n in corner))
+    return image
+
+
+EXIF = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # how a picture with this orientation is stored
+
+
+@pytest.mark.parametrize("orientation", EXIF)
+@pytest.mark.parametrize("size, corners", [((331, 57), ((20, 9), (190, 33))), ((90, 640), ((11, 400), (70, 630)))])
+def test_a_box_is_where_the_picture_shows_it(tmp_path, orientation, size, corners):
+    """The box of the resized pixels, in original coordinates, is the one that was drawn in the upright picture."""
+    image, exif = drawing(size, corners), Image.Exif()
+    exif[0x0112] = orientation
+    if EXIF[orientation] is not None:
+        image = image.transpose(Image.Transpose(EXIF[orientation]))
+    image.save(tmp_path / "a.png", exif=exif)
+    visual = image_visual(tmp_path / "a.png", Preprocessing(), MediaOptions(max_pixels=40_000))
+    assert visual.size == size
+    place = sizes(visual, tiny_config("qwen2_5_vl"))
+    seen = Parsed([Object("mug", "box", dark(pixels(visual)))], 0)
+    (found,) = converted(seen, [place], "resized", "original").objects
+    for side in (0, 1):
+        step = place.original[side] / place.resized[side]
+        assert all(abs(a[side] - b[side]) <= max(1, step) for a, b in zip(found.points, corners, strict=True))
+
+
+def test_frames_of_clips(tmp_path):
+    size, corners = (331, 157), ((20, 9), (190, 130))
+    clip = video_visual([drawing(size, corners)] * 4, Preprocessing())
+    assert clip.size == size and clip.grid.t == 2
+    place = sizes(clip, tiny_config("qwen2_5_vl"))
+    for step in (0, 1):
+        seen = Parsed([Object("mug", "box", dark(pixels(clip, step)))], 0)
+        (found,) = converted(seen, [place], "resized", "original").objects
+        assert all(
+            abs(a - b) <= 1 for xy, uv in zip(found.points, corners, strict=True) for a, b in zip(xy, uv, strict=True)
+        )
+    (name,) = [f for f in SAMPLES.iterdir() if f.suffix == ".mp4"]
+    whole = video_visual(str(name), Preprocessing(), MediaOptions(nframes=2))
+    small = video_visual(str(name), Preprocessing(), MediaOptions(nframes=2, max_pixels=3136))
+    assert whole.size == small.size and small.grid != whole.grid
+    frames = [drawing(size, corners), drawing((662, 314), corners)]
+    mixed = video_visual(frames, Preprocessing(), MediaOptions(resized_height=56, resized_width=112))
+    assert mixed.size is None  # no size is that of all frames
+
+
+# Results
+
+
+def test_objects_of_a_result():
+    wide, tall = Sizes((4000, 3000), (952, 728)), Sizes((300, 900), (280, 896))
+    text = f'Picture 1: {MUG_JSON} Picture 2: {PEN_JSON} Picture 3: {PEN_JSON} {{"bbox_2d": [1]}}'
+    result = Result(text, [], "stop", 1, pictures=(wide, tall), boxes="resized")
+    mug, pen = result.objects().objects
+    assert mug.points == ((12 * 4000 / 952, 30 * 3000 / 728), (200 * 4000 / 952, 310 * 3000 / 728))
+    assert pen.points == ((5 * 300 / 280, 6 * 900 / 896), (70 * 300 / 280, 80 * 900 / 896)) and pen.image == 1
+    assert result.objects().malformed == 2  # there is no third picture
+    assert result.objects("resized").objects == [MUG, PEN._replace(image=1)]
+    in_thousandths = replace(result, boxes="thousandths")
+    assert in_thousandths.objects().objects[0].points == ((48, 90), (800, 930))
+    outside = replace(result, text="[-5, 3, 2000, 9]").objects()
+    assert outside.objects[0].points == ((0, 3 * 3000 / 728), (4000, 9 * 3000 / 728))  # moved to the edge
+    with pytest.raises(InputError, match="it must be one of original, resized, thousandths"):
+        result.objects("pixels")
+    assert replace(result, pictures=()).objects() == Parsed([], 4)
+
+
+def test_generate_prints_objects(tmp_path, capsys):
+    """The demo's boxes about one enlarged picture, and about a message with two."""
+    image = Image.open(SAMPLES / "scene.png")
+    image.resize((image.width * 3, image.height * 2)).save(tmp_path / "large.png")
+    sides = (image.width // 28 * 28, image.height // 28 * 28)
+    command = ["generate", "--image", str(tmp_path / "large.png"), "--prompt", "Find the boxes of: strawberry"]
+    command += [f"--resized-width={sides[0]}", f"--resized-height={sides[1]}"]
+    assert cli.main([*command, "--objects", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    want = converted(
+        parse(told["text"]), [Sizes((image.width * 3, image.height * 2), sides)], "resized", "original", whole=True
+    )
+    assert want.objects and told["malformed"] == 0
+    assert told["objects"] == [
+        {"label": o.label, "kind": "box", "points": [list(xy) for xy in o.points], "attributes": {}, "image": 0}
+        for o in want.objects
+    ]
+    assert cli.main([*command[:3], *command[1:], "--objects"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert set(alone) == {"objects", "malformed"}

@@ -1,0 +1,311 @@
+"""Times and spans in answers: in prose, JSON and lists, read and written."""
+
+import json
+import random
+import time
+
+import pytest
+
+from qwenvl_jax.answers.moments import Moment, first_time, parse, write
+from qwenvl_jax.errors import InputError
+
+COOKBOOK = """```json
+[
+    {
+        "start_time": "00:00.00",
+        "end_time": "00:05.50",
+        "description": "A cut brisket on a board."
+    },
+    {
+        "start_time": "00:05.50",
+        "end_time": "01:02.25",
+        "description": "The \\"0815 BBQ\\" logo at 3 o'clock."
+    }
+]
+```"""
+BRISKET = [(0, 5.5, "A cut brisket on a board."), (5.5, 62.25, 'The "0815 BBQ" logo at 3 o\'clock.')]
+
+TABLE = [
+    # one time
+    ("12.5 seconds", [(12.5, None, "")]),
+    ("12s", [(12, None, "")]),
+    ("12 sec.", [(12, None, "")]),
+    ("00:12", [(12, None, "")]),
+    ("01:02:03.5", [(3723.5, None, "")]),
+    ("12:34.56s", [(754.56, None, "")]),
+    ("75:30", [(4530, None, "")]),
+    ("<2.0 seconds>", [(2, None, "")]),
+    ("**12** seconds", [(12, None, "")]),
+    ("1m5s", [(65, None, "")]),
+    ("500 ms", [(0.5, None, "")]),
+    (".5 seconds", [(0.5, None, "")]),
+    ("1,234.5 seconds", [(1234.5, None, "")]),
+    ("t = 12.5", [(12.5, None, "")]),
+    ("Timestamp: 12.5", [(12.5, None, "")]),
+    ("０:１２", [(12, None, "")]),
+    ("2 people appear at 00:12", [(12, None, "2 people appear at 00:12")]),
+    ("It is red. The truck appears at 1.5 seconds. Then it goes.", [(1.5, None, "The truck appears at 1.5 seconds.")]),
+    ("It starts at 1 minute and 5 seconds.", [(65, None, "It starts at 1 minute and 5 seconds.")]),
+    ("At the 1-minute mark it rains.", [(60, None, "it rains.")]),
+    ("It falls in the 12th second", [(12, None, "It falls in the 12th second")]),
+    ("It falls at second 12", [(12, None, "It falls at second 12")]),
+    ("It falls twenty-five seconds in", [(25, None, "It falls twenty-five seconds in")]),
+    ("第12秒，一只狗进来。", [(12, None, "一只狗进来。")]),
+    ("狗在1分05秒处出现。", [(65, None, "狗在1分05秒处出现。")]),
+    ("第十二秒", [(12, None, "")]),
+    ("大约在一分三十秒", [(90, None, "大约在一分三十秒")]),
+    ("12", [(12, None, "")]),
+    ("12.5", [(12.5, None, "")]),
+    ("The answer is 12.", [(12, None, "")]),
+    ("<think>\nAt 3 seconds?\n</think>\n\n<answer>12.5</answer>", [(12.5, None, "")]),
+    # one span
+    ("00:12 - 00:45", [(12, 45, "")]),
+    ("00:12–00:45", [(12, 45, "")]),
+    ("[00:12, 00:45]", [(12, 45, "")]),
+    ('("00:12", "00:45")', [(12, 45, "")]),
+    ("12.5 - 20.0 seconds", [(12.5, 20, "")]),
+    ("12.5s-20.0s", [(12.5, 20, "")]),
+    ("<12.5 seconds> to <20.0 seconds>", [(12.5, 20, "")]),
+    ("from 12.5 to 20 seconds", [(12.5, 20, "")]),
+    ("from 12.5 seconds until 1 minute 20 seconds", [(12.5, 80, "")]),
+    ("between 3 and 5 seconds", [(3, 5, "")]),
+    ("between about 00:12 and about 00:45", [(12, 45, "")]),
+    ("from second 5 to second 9", [(5, 9, "")]),
+    ("seconds 5 to 9", [(5, 9, "")]),
+    ("2 to 3 minutes", [(120, 180, "")]),
+    ("The event happens in 12.5 - 20.0 seconds.", [(12.5, 20, "The event happens in 12.5 - 20.0 seconds.")]),
+    ("He starts to run at 0:05 and stops at 0:12.", [(5, 12, "He starts to run at 0:05 and stops at 0:12.")]),
+    ("It rains in the first 5 seconds", [(0, 5, "It rains in the first 5 seconds")]),
+    ("Start time: 00:12\nEnd time: 00:45\nDescription: A man enters.", [(12, 45, "A man enters.")]),
+    ("**Start:** 12.5 s, **End:** 20 s", [(12.5, 20, "")]),
+    ("从00:12到00:45，一个男人进来。", [(12, 45, "一个男人进来。")]),
+    ("前5秒", [(0, 5, "")]),
+    ("在3秒与5秒之间", [(3, 5, "")]),
+    ("3秒至5秒", [(3, 5, "")]),
+    ("<answer>12.54 to 17.83</answer>", [(12.54, 17.83, "")]),
+    ("[12.5, 20.0]", [(12.5, 20, "")]),
+    ("From 3.5 to 5.0.", [(3.5, 5, "")]),
+    ("00:00:12,500 --> 00:00:15,000\nHello.", [(12.5, 15, "Hello.")]),
+    # several
+    ("0:05, 0:12 and 0:30", [(5, None, ""), (12, None, ""), (30, None, "")]),
+    ("1. **00:00 - 00:05**: A man enters.\n2. **00:05 - 00:12**: A cat.\n",
+     [(0, 5, "A man enters."), (5, 12, "A cat.")]),
+    ("- 00:12\n- 00:45", [(12, None, ""), (45, None, "")]),
+    ("### 00:00-00:10\n- A man.\n\n### 00:10-00:20\n- A dog.", [(0, 10, "A man."), (10, 20, "A dog.")]),
+    ("0.0 - 24.2 seconds, A person turns.  24.2 - 30 seconds, A person sits.",
+     [(0, 24.2, "A person turns"), (24.2, 30, "A person sits.")]),
+    ("At 00:12, the truck stops, and at 00:45 it leaves.", [(12, None, "the truck stops"), (45, None, "it leaves.")]),
+    ("| Start | End | Event |\n|---|---|---|\n| 00:00 | 00:05 | A man |\n| 00:05 | 00:09 | A dog |",
+     [(0, 5, "A man"), (5, 9, "A dog")]),
+    ("[0.0, 3.5]: walks\n[3.5, 7]: runs", [(0, 3.5, "walks"), (3.5, 7, "runs")]),
+    ("[[1, 2], [3.5, 4]]", [(1, 2, ""), (3.5, 4, "")]),
+    ("[1, 2], [3.5, 4]", [(1, 2, ""), (3.5, 4, "")]),
+    # JSON
+    (COOKBOOK, BRISKET),
+    (COOKBOOK.removeprefix("```json\n").removesuffix("\n```"), BRISKET),
+    ("Here:\n" + COOKBOOK + "\nThat is all.", BRISKET),
+    ('{"start_time": "12.00", "end_time": "20", "description": "d"}', [(12, 20, "d")]),
+    ('{"timestamp": "00:12", "event": "d"}', [(12, None, "d")]),
+    ('[{"time": "00:12 - 00:45", "caption": "d"}]', [(12, 45, "d")]),
+    ('{"events": [{"start": 1.5, "end": null, "label": "d"}, {"from": "3s", "to": "4s"}]}',
+     [(1.5, None, "d"), (3, 4, "")]),
+    ('{"query": "d", "relevant_windows": [["00:12", "00:45"], [50, 60]]}', [(12, 45, "d"), (50, 60, "d")]),
+    ('{"segment": [0.5, 5.25], "sentence": "d"}', [(0.5, 5.25, "d")]),
+    ('["00:12", "00:45"]', [(12, 45, "")]),
+    ('{"timestamps": ["0:01", "0:02", "0:03"]}', [(1, None, ""), (2, None, ""), (3, None, "")]),
+    ('{"00:12": "A man", "00:45 - 00:50": "A dog"}', [(12, None, "A man"), (45, 50, "A dog")]),
+    ('{"timestamp": 5, "duration": 2.5, "text": "d"}', [(5, 7.5, "d")]),
+    ('{"start_ms": 1500, "end_ms": 2500}', [(1.5, 2.5, "")]),
+    ('{"timestamp_start": "5 seconds", "timestamp_end": "1 minute"}', [(5, 60, "")]),
+    ('{"开始时间": "00:12", "结束时间": "00:45", "描述": "狗"}', [(12, 45, "狗")]),
+    ("[{'start_time': 00:12, 'end_time': 00:45, 'description': 'it's on',},]", [(12, 45, "it's on")]),
+    ('{"start": null, "end": null}', []),
+    ('{"answer": "at 00:12"}', [(12, None, '{"answer": "at 00:12"}')]),
+    ('{"bbox_2d": [1, 2, 3, 4], "label": "a"}', []),
+    ('{"from": "Ann", "to": "Bob"}', []),
+    # no moments
+    ("", []),
+    ("The dog barks for 3 seconds.", []),
+    ("The clip is 12 seconds long.", []),
+    ("It is a 10-second clip.", []),
+    ("5 seconds later", []),
+    ("持续5秒", []),
+    ("The clock shows 3:45 PM.", []),
+    ("2024-01-01 12:34:56", []),
+    ("The ratio is 16:9 and the score 3:2.", []),
+    ("A woman in her 30s from the 1980s.", []),
+    ("There are 3 to 5 people, 2 m apart; it was 3-2.", []),
+    ("24 fps, 60 m/s, 5分", []),
+]  # fmt: skip
+MALFORMED = [
+    ("12:75", [], 1),
+    ("00:01:75 and 00:12", [(12, None, "00:01:75 and 00:12")], 1),
+    ("from 00:45 to 00:12", [], 1),
+    ('[{"start_time": "00:45", "end_time": "00:12"}, {"start_time": "1", "end_time": "2"}]', [(1, 2, "")], 1),
+    ('{"start_time": "soon", "end_time": "00:12"}', [], 1),
+    ('{"start_time": -1, "end_time": 3}', [], 1),
+    ('{"end_time": "00:12"}', [], 1),
+    ('{"timestamp": "soon"}', [], 1),
+    # cut short
+    (COOKBOOK[: COOKBOOK.index("01:02.25")], BRISKET[:1], 1),
+    (COOKBOOK[: COOKBOOK.index("The ") + 9], [BRISKET[0], (5.5, 62.25, "")], 0),
+    (COOKBOOK[: COOKBOOK.index("05.50") + 9], [(0, 5.5, "")], 0),
+    ('[{"start_time": "00:0', [], 1),
+    ('{"relevant_windows": [[1, 2], [3', [], 1),
+    ("00:12 - 00:45: A man\n00:45 - 01:0", [(12, 45, "A man")], 1),
+]
+
+
+def rows(text: str):
+    moments, malformed = parse(text)
+    return [tuple(m) for m in moments], malformed
+
+
+@pytest.mark.parametrize("answer, moments", TABLE)
+def test_answers(answer, moments):
+    assert rows(answer) == (moments, 0)
+
+
+@pytest.mark.parametrize("answer, moments, malformed", MALFORMED)
+def test_what_cannot_be_read_is_counted(answer, moments, malformed):
+    assert rows(answer) == (moments, malformed)
+
+
+@pytest.mark.parametrize("answer, want", [
+    ("2 people appear at 00:12", 12), ("12", 12), ("12.5", 12.5), ("-", None), ("", None), ("no idea", None),
+    ("3 dogs, 2 cats, then at 4.5 seconds a truck", 4.5), ("The dog barks for 3 seconds at 00:12", 12),
+    ("In frame 7, at 0:04", 4), ("The 2 men leave at the 12-second mark", 12), ("第3个人在第12秒出现", 12),
+    ("There are 3 of them between 5 and 9 seconds", 5), ("12 seconds long", 12), ("1, 2 or 3", 1), ("1e999", None),
+    ('[{"id": 1, "start_time": "00:12"}]', 12), ("<think>At 3 s.</think> 5 s", 5), ("from 00:45 to 00:12", 45),
+    ("1:02.5", 62.5), ("Maybe 7?", 7),
+])  # fmt: skip
+def test_first_time(answer, want):
+    assert first_time(answer) == want
+
+
+def test_a_long_sentence_is_cut():
+    (moment,), _ = parse("x " * 1000 + "at 00:12 " + "y " * 1000)
+    assert "at 00:12" in moment.text and len(moment.text) < 620
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+FORMS = ["json", "json_seconds", "clock", "seconds", "tags", "chinese"]
+
+
+@pytest.mark.parametrize("form, want", [
+    ("json", '```json\n[\n    {"start_time": "00:01.50", "end_time": "01:01:02.125", "description": "A"},\n'
+             '    {"timestamp": "00:05.00", "description": ""}\n]\n```'),
+    ("json_seconds", '```json\n[\n    {"start_time": 1.5, "end_time": 3662.125, "description": "A"},\n'
+                     '    {"timestamp": 5.0, "description": ""}\n]\n```'),
+    ("clock", "00:01.5 - 01:01:02.125: A\n00:05"),
+    ("seconds", "1.5 - 3662.125 seconds: A\n5.0 seconds"),
+    ("tags", "<1.5 seconds> - <3662.125 seconds>: A\n<5.0 seconds>"),
+    ("chinese", "从1.5秒到3662.125秒：A\n第5.0秒"),
+])  # fmt: skip
+def test_forms(form, want):
+    assert write([Moment(1.5, 3662.125, "A"), Moment(5)], form) == want
+    assert write([], form) == ("```json\n[]\n```" if "json" in form else "")
+
+
+TEXTS = ["", "A man enters.", "Two dogs, 3 cats (red)", "一只狗进来。", "He sits", "x: y", "the 16:9 picture"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_written_is_read_again(form, seed):
+    rng = random.Random(seed)
+    scales = [1, 60, 3600, 100_000]
+    moments = []
+    for _ in range(rng.randrange(1, 6)):
+        start = rng.choice([0.0, round(rng.random() * rng.choice(scales), rng.randrange(4)), rng.random(), 1e-7, 0.1])
+        end = rng.choice([None, start, start + round(rng.random() * 100, 3)])
+        texts = [*TEXTS, 'At 00:12: "{x}" [1, 2]\n\\ "', " outer "] if "json" in form else TEXTS
+        moments.append(Moment(start, end, rng.choice(texts)))
+    assert parse(write(moments, form)) == (moments, 0)
+
+
+@pytest.mark.parametrize("moment", [Moment(-1.0), Moment(2.0, 1.0), Moment(float("nan")), Moment(1.0, float("inf"))])
+def test_no_moment_is_not_written(moment):
+    with pytest.raises(InputError, match="is no moment"):
+        write([moment])
+
+
+@pytest.mark.parametrize("form", FORMS[2:])
+@pytest.mark.parametrize("text", ["a\nb", "at 00:12", " a", "x </think> y"])
+def test_a_text_that_a_line_cannot_hold(form, text):
+    with pytest.raises(InputError, match=f'cannot stand in a line of the form {form}; use "json"'):
+        write([Moment(1.0, 2.0, text)], form)
+
+
+def test_a_form_that_there_is_not():
+    with pytest.raises(InputError, match="form is 'srt'; it must be one of json, "):
+        write([], "srt")
+
+
+# ------------------------------------------------------------------------------------------ any text
+
+PIECES = ["00:12", ":", " - ", "12.5", " seconds", "秒", "第", "从", "到", "{", "}", "[", "]", '"', "'", ",", "\n",
+          "\\", "and ", "between ", "start", "end", '"start_time": ', "null", "1e9", "9" * 30, "十", "one ", " " * 30,
+          "\ud83d", "<answer>", "</think>", "|", "**", "for ", "１", "٣"]  # fmt: skip
+
+
+def mutated(rng: random.Random) -> str:
+    answers = [answer for answer, *_ in TABLE + MALFORMED]
+    text = rng.choice(answers)
+    for _ in range(rng.randrange(1, 8)):
+        at = rng.randrange(len(text) + 1)
+        match rng.randrange(4):
+            case 0:
+                text = text[:at]
+            case 1:
+                text = text[:at] + text[at + rng.randrange(1, 9) :]
+            case 2:
+                text = text[:at] + rng.choice(PIECES) * rng.choice([1, 1, 1, 2, 30]) + text[at:]
+            case 3:
+                text += rng.choice(["\n", "", " "]) + rng.choice(answers)
+    return text
+
+
+def check_mutations(seeds):
+    slowest = 0.0
+    for seed in seeds:
+        text = mutated(random.Random(seed))
+        start = time.process_time()
+        moments, malformed = parse(text)
+        slowest = max(slowest, time.process_time() - start)
+        assert malformed >= 0
+        for moment in moments:
+            assert 0 <= moment.start < 1e15 and (moment.end is None or moment.start <= moment.end < 1e15), text
+        if moments:
+            assert first_time(text) == moments[0].start
+        else:
+            first_time(text)
+    assert slowest < 0.05
+
+
+def test_mutated_answers():
+    check_mutations(range(1000))
+
+
+@pytest.mark.slow
+def test_many_mutated_answers():
+    check_mutations(range(1000, 11000))
+
+
+LINES = [json.dumps({"start_time": "00:12", "end_time": "00:45", "description": "A man enters"}) + ",\n",
+         "00:12 - 00:45: A man enters the room.\n", "The truck appears at 1.5 seconds. "]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "piece", [*PIECES, *LINES, "12s ", "[00:12, ", '{"a":', '{"a": 1}, ', "[[1, 2], ", "t=1 ", "1 h "]
+)
+@pytest.mark.parametrize("before", ["", "[", "<answer>"])
+def test_long_answers_are_read_in_linear_time(piece, before):
+    took = []
+    for size in (10_000, 100_000):
+        text = before + piece * (size // len(piece))
+        start = time.process_time()
+        parse(text)
+        took.append(time.process_time() - start)
+    assert took[1] < max(0.15, 20 * took[0])

@@ -1,0 +1,342 @@
+"""Tool calls in answers: read whole and in pieces, written, and put back into the conversation."""
+
+import json
+import random
+import time
+
+import pytest
+
+from qwenvl_jax.answers import lenient
+from qwenvl_jax.answers.tools import Stream, ToolCall, Turn, message, parse, results, write
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS
+from qwenvl_jax.inputs.messages import normalize
+from qwenvl_jax.inputs.processor import Processor
+
+F = '{"name": "f", "arguments": {"a": 1}}'
+CLICK = '{"name": "computer_use", "arguments": {"action": "left_click", "coordinate": [10, 20]}}'
+CLICKED = ToolCall("computer_use", {"action": "left_click", "coordinate": [10, 20]})
+
+
+def tagged(body: str) -> str:
+    return f"<tool_call>\n{body}\n</tool_call>"
+
+
+def f(**arguments) -> ToolCall:
+    return ToolCall("f", arguments)
+
+
+TABLE = [
+    # as the template writes them
+    (tagged(CLICK), "", [CLICKED]),
+    (f"I look.\n{tagged(F)}", "I look.", [f(a=1)]),
+    (f"{tagged(F)}\n{tagged(CLICK)}", "", [f(a=1), CLICKED]),
+    ("No call.\n", "No call.\n", []),
+    ("", "", []),
+    (f"A\n\n{tagged(F)}\nB\n{tagged(F)}\n", "A\n\nB", [f(a=1), f(a=1)]),
+    (f"{tagged(F)}  Done.", "Done.", [f(a=1)]),
+    (f"A{tagged(F)}B", "A\nB", [f(a=1)]),
+    (tagged('{"name": "f"}'), "", [f()]),
+    (tagged('{"name": "f", "arguments": {}}'), "", [f()]),
+    (tagged('{"arguments": {"city": "北京 \\u00e9 \\ud83d\\ude00"}, "name": "f"}'), "", [f(city="北京 é 😀")]),
+    (tagged('{"name": "f", "arguments": {"a": {"b": [1.5, null, true, {"c": "}"}]}}}'), "",
+     [f(a={"b": [1.5, None, True, {"c": "}"}]})]),
+    # other ways to put them
+    (f"<tool_call>{F}</tool_call>", "", [f(a=1)]),
+    (tagged(f"```json\n{F}\n```"), "", [f(a=1)]),
+    (tagged(f"{F}\n{CLICK}"), "", [f(a=1), CLICKED]),
+    (tagged(f"[{F}, {CLICK}]"), "", [f(a=1), CLICKED]),
+    (tagged('{"name": "f", "parameters": {"a": 1}}'), "", [f(a=1)]),
+    (tagged(f'{{"id": "x", "type": "function", "function": {F}}}'), "", [f(a=1)]),
+    (tagged('{"name": "f", "arguments": "{\\"a\\": 1}"}'), "", [f(a=1)]),
+    (tagged('{"name": "f", "arguments": ""}'), "", [f()]),
+    (tagged('{"name": "f", "arguments": null}'), "", [f()]),
+    # tags in strings, and missing tags
+    (tagged('{"name": "f", "arguments": {"a": "x</tool_call>y"}}'), "", [f(a="x</tool_call>y")]),
+    (f"<tool_call>\n{F}", "", [f(a=1)]),
+    (f"<tool_call>\n{F}\nI wait.", "I wait.", [f(a=1)]),
+    (f"<tool_call>\n{F}\n{tagged(CLICK)}", "", [f(a=1), CLICKED]),
+    (f"{F}\n</tool_call>", "", [f(a=1)]),
+    (f"Click it ⚗\n{F}\n</tool_call>", "Click it ⚗", [f(a=1)]),
+    (F, "", [f(a=1)]),
+    (f"\n{F}\n{CLICK}\n", "", [f(a=1), CLICKED]),
+    (f"Such as {F} in a text.", f"Such as {F} in a text.", []),
+    # broken JSON with one meaning
+    (tagged('{"name": "f", "arguments": {"a": 1,},}'), "", [f(a=1)]),
+    (tagged("{'name': 'f', 'arguments': {'a': 'it's', 'b': True, 'c': None}}"), "", [f(a="it's", b=True, c=None)]),
+    (tagged('{name: "f", arguments: {a: 1}}'), "", [f(a=1)]),
+    (tagged('{"name": "f", "arguments": {"a": 1}'), "", [f(a=1)]),
+    (tagged('{"name": "f", "arguments": {"a": [1, 2'), "", [f(a=[1, 2])]),
+    (tagged('{"name": "f", "arguments": {"a": [1, 2}}'), "", [f(a=[1, 2])]),
+    (tagged('{"name": "f", "arguments": {"a": 1}}}'), "", [f(a=1)]),
+    (tagged('{{"name": "f", "arguments": {"a": 1}}}'), "", [f(a=1)]),
+    (tagged('{"name": "f", "arguments": {"a": "x\ny\tz"}}'), "", [f(a="x\ny\tz")]),
+    (tagged('{"name": "f", "arguments": {"a": "say "hi", please", "b": 2}}'), "", [f(a='say "hi", please', b=2)]),
+    (tagged('{"name": "f", "arguments": "{"a": 1}"}'), "", [f(a=1)]),
+    (tagged('{"name": "f" "arguments": {"a": 1 "b": 2}}'), "", [f(a=1, b=2)]),
+    (tagged('{"name": "f", "arguments": {"path": "C:\\dir", "re": "\\d+"}}'), "", [f(path="C:\\dir", re="\\d+")]),
+    (tagged('{"name": "f", // a comment\n "arguments": {"url": "http://x"}}'), "", [f(url="http://x")]),
+    (f'<tool_call>{F[:-1]}', "", [f(a=1)]),
+]  # fmt: skip
+MALFORMED = [
+    "",
+    "nothing",
+    "[]",
+    "{}",
+    '{"name": "f", "arguments": {"a": "x}}',
+    '{"name": "f", "arguments": {"a": ',
+    '{"name": "f", "arguments": {"a": "half',
+    '{"name": "f", "arguments": [1]}',
+    '{"name": "f", "arguments": "[1]"}',
+    '{"name": "f", "arguments": "{"}',
+    '{"name": "f", "action": "click"}',
+    '{"name": "", "arguments": {}}',
+    '{"name": 1, "arguments": {}}',
+    '{"arguments": {"a": 1}}',
+    '{"name": "f", "arguments": {"a": NaN}}',
+    '{"name": "f", "arguments": {"a": 1e999}}',
+    '{"name": "f", "arguments": {"a": "\\ud83d"}}',
+    '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}",
+    '{"name": "f", "arguments": {"a": ' + "[" * 1000 + "]" * 1000 + "}}",
+    f"{F} and more",
+    f"{F}, 12",
+    "__import__('os').system('true')",
+    "<function=f>\n<parameter=a>\n1\n</parameter>\n</function>",
+]
+CUT = [F[:n] for n in range(1, len(F) - 1)]
+
+
+@pytest.mark.parametrize("answer, text, calls", TABLE)
+def test_answers(answer, text, calls):
+    assert parse(answer) == Turn(text, calls, 0)
+
+
+@pytest.mark.parametrize("body", MALFORMED)
+def test_malformed_calls_are_counted_and_stay_in_the_text(body):
+    answer = f"Look.\n{tagged(body)}\n{tagged(CLICK)}"
+    assert parse(answer) == Turn(f"Look.\n{tagged(body)}", [CLICKED], 1)
+
+
+@pytest.mark.parametrize("body", CUT)
+def test_a_call_that_is_cut_short_is_not_run(body):
+    answer = f"{tagged(CLICK)}\n<tool_call>\n{body}"
+    assert parse(answer) == Turn(f"<tool_call>\n{body}", [CLICKED], 1)
+
+
+def test_a_text_that_ends_within_a_tag():
+    for n in range(1, len("<tool_call>")):
+        assert parse("A <tool_call>"[: 2 + n]) == Turn("A <tool_call>"[: 2 + n], [], 0)
+
+
+# ------------------------------------------------------------------------------------------ pieces
+
+
+def streamed(pieces) -> tuple[list, int]:
+    """The events, with the pieces of a text joined; and how many calls are malformed."""
+    stream, out = Stream(), []
+    for event in [e for piece in pieces for e in stream.feed(piece)] + stream.close():
+        if isinstance(event, str) and out and isinstance(out[-1], str):
+            out[-1] += event
+        else:
+            out.append(event)
+    return out, stream.malformed
+
+
+ANSWERS = [answer for answer, *_ in TABLE] + [
+    f"A\n{tagged(body)}\n{tagged(F)}" for body in MALFORMED if len(body) < 999
+]
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_any_cutting_gives_the_same(answer):
+    whole = streamed([answer])
+    turn = parse(answer)
+    assert "".join(e for e in whole[0] if isinstance(e, str)) == turn.text and whole[1] == turn.malformed
+    assert [e for e in whole[0] if isinstance(e, ToolCall)] == turn.calls
+    assert streamed(answer) == whole  # characters
+    for i in range(len(answer)):
+        assert streamed([answer[:i], answer[i:]]) == whole
+    rng = random.Random(answer)
+    for _ in range(20):
+        cuts = sorted(rng.choices(range(len(answer) + 1), k=5))
+        assert streamed(answer[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)) == whole
+
+
+def test_text_and_calls_come_as_soon_as_they_are_known():
+    stream = Stream()
+    assert stream.feed("Let me ") == ["Let me "] and stream.feed("look <b>") == ["look <b>"]
+    assert stream.feed(" {") == [" "] and stream.feed('"x": 1}') == ['{"x": 1}']
+    assert stream.feed("\n<tool") == [] and stream.feed("_call>\n" + F) == []
+    assert stream.feed("\n</tool_call>") == [f(a=1)]
+    assert stream.feed("\n") == [] and stream.feed("So.") == ["\nSo."] and stream.close() == []
+
+
+# ------------------------------------------------------------------------------------------ writing, messages
+
+NASTY = [
+    "",
+    "é 北京 😀",
+    'a "quoted" \\ \n\t',
+    "<tool_call>",
+    "x</tool_call>y<tool_call>",
+    "}]{['",
+    "{}",
+    "\u2028",
+    "//",
+]
+
+
+def some_arguments(rng: random.Random, depth: int = 3):
+    kinds = ["text", "number", "constant"] + ["list", "dict"] * (depth > 0)
+    match rng.choice(kinds):
+        case "text":
+            return rng.choice(NASTY)
+        case "number":
+            return rng.choice([0, -7, 10**18, 0.1, 1e-9, 12345.678])
+        case "constant":
+            return rng.choice([True, False, None])
+        case "list":
+            return [some_arguments(rng, depth - 1) for _ in range(rng.randrange(3))]
+    return {rng.choice(NASTY): some_arguments(rng, depth - 1) for _ in range(rng.randrange(3))}
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_what_is_written_is_read_again(seed):
+    rng = random.Random(seed)
+    names = ["f", "computer_use", "a.b-c", "天气"]
+    calls = [
+        ToolCall(rng.choice(names), {"a": some_arguments(rng), rng.choice(NASTY): some_arguments(rng)})
+        for _ in range(rng.randrange(4))
+    ]
+    text = rng.choice(["", "I look.", "Zwei\n\nZeilen. ", "{x} <b>"])
+    assert parse(write(calls, text)) == Turn(text, calls, 0)
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer_dir) -> Processor:
+    return Processor.from_dir(tokenizer_dir, PRESETS["qwen2.5-vl-7b"])
+
+
+ASK = {"role": "user", "content": "Where is it?"}
+
+
+@pytest.mark.parametrize("text", ["", "I look.", "I look. ", "Two\nlines\n"])
+def test_the_template_writes_the_answer_again(processor, text):
+    """The same tokens as if the model's own answer stood in the conversation."""
+    calls = [CLICKED, ToolCall("f", {"a": "é 北京", "b": [1, 2.5, None], "c": {"d": False}})]
+    answer = write(calls, text)
+    turn = parse(answer)
+    assert turn == Turn(text, calls, 0)
+    reply = message(turn, first=3)
+    assert [call["id"] for call in reply["tool_calls"]] == ["call_3", "call_4"]
+    as_said = {"role": "assistant", "content": answer}
+    one, two = (processor.prompt([ASK, said], add_generation_prompt=True).tokens for said in (reply, as_said))
+    assert one.tolist() == two.tolist()
+
+
+def test_an_answer_without_calls_is_a_plain_message():
+    assert message(parse("It is left.")) == {"role": "assistant", "content": "It is left."}
+
+
+def test_results_go_back_into_the_conversation(processor):
+    reply = message(parse(f"{tagged(F)}\n{tagged(CLICK)}\n{tagged(F)}"))
+    picture = [{"type": "text", "text": "now"}, {"type": "text", "text": " so"}]
+    back = results(reply, ["clicked", picture, {"°C": [21, None]}])
+    assert [m["tool_call_id"] for m in back] == ["call_0", "call_1", "call_2"]
+    normalize([ASK, reply, *back])
+    text = processor.decode(processor.prompt([ASK, reply, *back]).tokens, False)
+    shown = ("clicked", "now so", '{"°C": [21, null]}')
+    assert text.endswith("\n".join(f"<tool_response>\n{one}\n</tool_response>" for one in shown) + "<|im_end|>\n")
+
+
+@pytest.mark.parametrize("returned, error", [
+    ([], "1 tool calls, and 0 results"), (["a", "b"], "1 tool calls, and 2"), ([{1, 2}], "result of f cannot be"),
+])  # fmt: skip
+def test_results_that_do_not_fit(returned, error):
+    with pytest.raises(InputError, match=error):
+        results(message(parse(tagged(F))), returned)
+
+
+# ------------------------------------------------------------------------------------------ any text
+
+PIECES = ["<tool_call>", "</tool_call>", "<tool", "_call>", '"', "'", "{", "}", "[", "]", ":", ",", "\\", "\n", "name",
+          '"name": "f"', '"arguments": ', F, F[:-1], "```json", "1", "é", "\\u12", "//", " " * 50, "null",
+          "\ud83d"]  # fmt: skip
+
+
+def mutated(rng: random.Random) -> str:
+    text = rng.choice(ANSWERS)
+    for _ in range(rng.randrange(1, 8)):
+        at = rng.randrange(len(text) + 1)
+        match rng.randrange(4):
+            case 0:
+                text = text[:at]
+            case 1:
+                text = text[:at] + text[at + rng.randrange(1, 9) :]
+            case 2:
+                text = text[:at] + rng.choice(PIECES) * rng.choice([1, 1, 1, 2, 30]) + text[at:]
+            case 3:
+                text += rng.choice(ANSWERS)
+    return text
+
+
+def check_mutations(seeds):
+    slowest = 0.0
+    for seed in seeds:
+        rng = random.Random(seed)
+        text = mutated(rng)
+        start = time.process_time()
+        turn = parse(text)
+        slowest = max(slowest, time.process_time() - start)
+        assert turn.malformed >= 0 and all(isinstance(call.arguments, dict) for call in turn.calls)
+        json.dumps(message(turn)["tool_calls"] if turn.calls else [], ensure_ascii=False).encode()
+        cut = rng.randrange(len(text) + 1)
+        assert streamed([text[:cut], text[cut:]]) == streamed([text])
+    assert slowest < 0.05
+
+
+def test_mutated_answers():
+    check_mutations(range(1000))
+
+
+@pytest.mark.slow
+def test_many_mutated_answers():
+    check_mutations(range(1000, 11000))
+
+
+@pytest.mark.parametrize("piece", [*PIECES, '{"', "<tool_call>{", '<tool_call>"', "[{", '{"a":', '{"a": 1}, ', "{'a",
+                                   "[[1,",
+                                   '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>', F[:28], tagged(F),
+                                   tagged(F[:-3]), '"</tool_call>', '", " ', "{{", "\\\\", "```"])  # fmt: skip
+def test_long_answers_are_read_fast(piece):
+    for text in (piece * (100_000 // len(piece)), "<tool_call>" + piece * (100_000 // len(piece))):
+        took = []
+        for _ in range(2):
+            start = time.process_time()
+            parse(text)
+            took.append(time.process_time() - start)
+        assert min(took) < 0.05
+
+
+# ------------------------------------------------------------------------------------------ lenient JSON
+
+
+@pytest.mark.parametrize("text, value, is_open, half", [
+    ('[{"a": 1}, {"b": "x', [{"a": 1}, {}], 2, True),
+    ('[{"a": 1}, {"b": 2', [{"a": 1}, {}], 2, True),
+    ('[{"a": 1}, {"b": 2 ', [{"a": 1}, {"b": 2}], 2, False),
+    ('[{"a": 1} {"b": 00:12}', [{"a": 1}, {"b": "00:12"}], 1, False),
+    ('{"a": [1, 2, 3', {"a": [1, 2]}, 2, True),
+    ('{"a"', {}, 1, True),
+    ("{'a': left click, 'b': -1.5e3}", {"a": "left click", "b": -1500.0}, 0, False),
+])  # fmt: skip
+def test_json_that_is_cut_short_says_so(text, value, is_open, half):
+    found = lenient.read(text)
+    assert (found.value, len(found.open), found.half) == (value, is_open, half) and found.end == len(text)
+
+
+@pytest.mark.parametrize("text", ["{{", "[1, 2}", "{12: 3}", "{" + "[" * 99, "{]", '{"a": NaN}'])
+def test_what_is_no_json_says_where_to_go_on(text):
+    with pytest.raises(lenient.Unreadable) as e:
+        lenient.read(text)
+    assert 0 < e.value.at <= len(text)
