@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from qwenvl_jax.answers import blocks, hypertext, markdown
 from qwenvl_jax.answers.blocks import Block
 from qwenvl_jax.answers.boxes import Sizes
-from qwenvl_jax.errors import InputError
 
 __all__ = ["Block", "Document", "parse"]
 
@@ -63,27 +62,28 @@ class Document:
             pages[block.image].append(blocks.html(block, boxes=True))
         return "\n".join("\n".join(["<html><body>", *page, "</body></html>"]) for page in pages)
 
-    def scaled(self, pages: Sequence[Sizes], source: str, target: str = "original") -> "Document":
+    def converted(self, pictures: Sequence[Sizes], source: str, target: str = "original") -> "Document":
         """The document with its boxes in `target` coordinates; what lies outside the page is moved to its edge.
 
-        pages: the conversation's pictures. source: the model's coordinates, one of `boxes.COORDINATES`.
-        Raises InputError if the document has more pages than there are pictures.
+        pictures: those of the conversation. If there is one, every block is in it. Otherwise, a box on a page that has
+        no picture is left out and counts as malformed. source: the model's coordinates, one of `boxes.COORDINATES`.
         """
-        count = max((block.image for block in self.walk() if block.box), default=-1) + 1
-        if count > len(pages):
-            raise InputError(f"the document has boxes on {count} pages; give the sizes of as many pictures")
+        lost = 0
 
-        def scale(block: Block) -> Block:
-            box = block.box
-            if box:
-                (w, h), (wide, high) = pages[block.image].of(source), pages[block.image].of(target)
-                x1, x2 = (min(max(x * wide / w, 0.0), wide) for x in box[::2])
-                y1, y2 = (min(max(y * high / h, 0.0), high) for y in box[1::2])
+        def convert(block: Block) -> Block:
+            nonlocal lost
+            image, box = 0 if len(pictures) == 1 else block.image, block.box
+            lost += box is not None and image >= len(pictures)
+            if box and image < len(pictures):
+                (w, h), (wide, high) = pictures[image].of(source), pictures[image].of(target)
+                x1, x2 = (min(max(x * wide / w, 0.0), float(wide)) for x in box[::2])
+                y1, y2 = (min(max(y * high / h, 0.0), float(high)) for y in box[1::2])
                 box = (x1, y1, x2, y2)
-            children = [child if isinstance(child, str) else scale(child) for child in block.children]
-            return replace(block, box=box, children=children)
+            children = [child if isinstance(child, str) else convert(child) for child in block.children]
+            return replace(block, box=box if image < len(pictures) else None, children=children, image=image)
 
-        return replace(self, blocks=[scale(block) for block in self.blocks])
+        blocks = [convert(block) for block in self.blocks]
+        return Document(blocks, self.malformed + lost)
 
 
 def parse(text: str) -> Document:

@@ -26,30 +26,29 @@ def write(blocks: Sequence["Block | str"], tight: bool = False) -> str:
 
     tight: in an item, whose lists follow its text without an empty line.
     """
-    out, before = "", ""  # what the block before was: a list's marker, or its kind
-    run: list[Block | str] = []
-    for block in [*blocks, None]:
-        if isinstance(block, str) or (block is not None and block.kind in INLINE):
-            run.append(block)
-            continue
-        for one in [Block("paragraph", None, run)] if run else []:
-            if piece := _block(one):
-                out, before = f"{out}\n\n{piece}" if out else piece, "paragraph"
-        run = []
-        if block is None:
-            break
-        is_list = block.kind == "list"
-        piece = _list(block, other=_mark(block, False) == before) if is_list else _block(block)
+    gathered: list[Block] = []
+    for block in blocks:
+        if isinstance(block, Block) and block.kind not in INLINE:
+            gathered.append(block)
+        elif gathered and gathered[-1].kind == "":
+            gathered[-1].children.append(block)
+        else:
+            gathered.append(Block("", None, [block]))
+    out, before = "", ""  # what the last block was: a list's marker, or its kind
+    for block in gathered:
+        kind = block.kind or "paragraph"
+        if kind == "list":
+            kind = _mark(block, other=_mark(block, other=False) == before)
+        piece = _list(block, kind) if block.kind == "list" else _block(kind, block)
         if piece:
-            can_interrupt = is_list and re.match(r"(?:[-*]|1[.)]) +\S", piece)
-            join = "\n" if tight and before == "paragraph" and can_interrupt else "\n\n"
-            out = out + join + piece if out else piece
-            before = _mark(block, _mark(block, False) == before) if is_list else block.kind
+            follows = tight and before == "paragraph" and re.match(r"(?:[-*]|1[.)]) +\S", piece)
+            out += ("\n" if follows else "\n\n" if out else "") + piece
+            before = kind
     return out
 
 
-def _block(block: Block) -> str:
-    kind, children = block.kind, block.children
+def _block(kind: str, block: Block) -> str:
+    children = block.children
     if kind == "paragraph":
         return _paragraph(children)
     if kind == "heading":
@@ -74,9 +73,8 @@ def _block(block: Block) -> str:
     notation = "".join(c for c in rest if isinstance(c, str))
     if kind == "formula":
         return _formula(notation)
-    return "\n\n".join(
-        filter(None, [*about, _fence(notation, _NOTATIONS[kind]) if kind in _NOTATIONS else write(rest)])
-    )
+    about.append(_fence(notation, _NOTATIONS[kind]) if kind in _NOTATIONS else write(rest))
+    return "\n\n".join(filter(None, about))
 
 
 def _comment(picture: Block) -> str:
@@ -121,8 +119,8 @@ def _mark(block: Block, other: bool) -> str:
     return (")" if other else ".") if block.attributes.get("ordered") else ("*" if other else "-")
 
 
-def _list(block: Block, other: bool) -> str:
-    mark, number = _mark(block, other), min(block.attributes.get("start", 1), 999_000_000)
+def _list(block: Block, mark: str) -> str:
+    number = min(block.attributes.get("start", 1), 999_000_000)
     items = []
     for i, item in enumerate(block.children):
         start = f"{number + i}{mark} " if mark in ".)" else f"{mark} "
@@ -208,7 +206,8 @@ def _run(children: Sequence["Block | str"], line_break: str, pictures: bool, wit
         core = inner.strip(" ")
         lead, trail = inner[: len(inner) - len(inner.lstrip(" "))], inner[len(inner.rstrip(" ")) :] if core else ""
         if child.kind == "break":
-            out = out.rstrip(" ") + line_break
+            out = out[:-1] if out.endswith(" ") else out
+            out += line_break
         elif child.kind == "picture":
             out += _comment(child) + _escaped(child.attributes.get("alt", "")) if pictures else ""
         elif child.kind == "math":
@@ -222,7 +221,7 @@ def _run(children: Sequence["Block | str"], line_break: str, pictures: bool, wit
         else:
             mark, follows = _EMPHASIS.get(child.kind, ""), children[i + 1] if i + 1 < len(children) else ""
             after = trail or (follows if isinstance(follows, str) else "*")
-            if mark and within not in _EMPHASIS and _can_mark(out + lead, core, after):
+            if mark and within not in _EMPHASIS and _can_mark(lead or out[-1:], core, after):
                 out += f"{lead}{mark}{core}{mark}{trail}"
             else:
                 tag = {"bold": "strong", "italic": "em", "strike": "del"}.get(child.kind, INLINE[child.kind])
