@@ -1,0 +1,95 @@
+"""QwenVL-HTML: the pages that an answer describes, as a tree of blocks with their boxes.
+
+Qwen2.5-VL writes a page as HTML in reading order, and each element says where it stands (arXiv:2502.13923, 2.2.1):
+
+    <html><body>
+    <h2 data-bbox="x1 y1 x2 y2">…</h2> <p data-bbox="x1 y1 x2 y2">…</p>
+    <div class="formula" data-bbox="x1 y1 x2 y2"><img data-bbox="x1 y1 x2 y2"/><div>$$…$$</div></div>
+    </body></html>
+
+The answer is untrusted: the tree holds text, numbers and links to web and mail addresses, nothing else.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from qwenvl_jax.answers import blocks, hypertext, markdown
+from qwenvl_jax.answers.blocks import Block
+from qwenvl_jax.answers.boxes import Sizes
+
+__all__ = ["Block", "Document", "parse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """The pages of an answer. malformed: boxes that are not four numbers, and tags and comments that do not end."""
+
+    blocks: list[Block]
+    malformed: int = 0
+
+    def walk(self) -> Iterator[Block]:
+        """All blocks, in reading order."""
+        for block in self.blocks:
+            yield from block.walk()
+
+    def markdown(self) -> str:
+        """GitHub's Markdown, formulas as $…$. A picture is Qwen3-VL's comment, <!-- Image (x1, y1, x2, y2) -->.
+
+        A table with spans, or with blocks in its cells, is an HTML table.
+        """
+        return markdown.write(self.blocks)
+
+    def html(self) -> str:
+        """HTML without boxes, one top-level element a line. It has no scripts, styles, events, ids or pictures."""
+        return "\n".join(filter(None, (blocks.html(block) for block in self.blocks)))
+
+    def text(self) -> str:
+        """Plain text: blocks are separated by empty lines, cells by tabs."""
+        return "\n\n".join(filter(None, map(blocks.text, self.blocks)))
+
+    def tables(self) -> list[list[list[str]]]:
+        """The rows of each table, as texts, with those in cells and charts.
+
+        A cell with a span stands in every place that it covers, and short rows are filled with "", while the table
+        has at most 100,000 places.
+        """
+        return [blocks.rows(block) for block in self.walk() if block.kind == "table"]
+
+    def qwenvl(self) -> str:
+        """QwenVL-HTML, which `parse` reads back as the same blocks. Raises InputError for an unknown kind."""
+        pages: list[list[str]] = [[] for _ in range(max((block.image for block in self.blocks), default=0) + 1)]
+        for block in self.blocks:
+            pages[block.image].append(blocks.html(block, boxes=True))
+        return "\n".join("\n".join(["<html><body>", *page, "</body></html>"]) for page in pages)
+
+    def converted(self, pictures: Sequence[Sizes], source: str, target: str = "original") -> "Document":
+        """The document with its boxes in `target` coordinates; what lies outside the page is moved to its edge.
+
+        pictures: those of the conversation. If there is one, every block is in it. Otherwise, a box on a page that has
+        no picture is left out and counts as malformed. source: the model's coordinates, one of `boxes.COORDINATES`.
+        """
+        lost = 0
+
+        def convert(block: Block) -> Block:
+            nonlocal lost
+            image, box = 0 if len(pictures) == 1 else block.image, block.box
+            lost += box is not None and image >= len(pictures)
+            if box and image < len(pictures):
+                (w, h), (wide, high) = pictures[image].of(source), pictures[image].of(target)
+                x1, x2 = (min(max(x * wide / w, 0.0), float(wide)) for x in box[::2])
+                y1, y2 = (min(max(y * high / h, 0.0), float(high)) for y in box[1::2])
+                box = (x1, y1, x2, y2)
+            children = [child if isinstance(child, str) else convert(child) for child in block.children]
+            return replace(block, box=box if image < len(pictures) else None, children=children, image=image)
+
+        blocks = [convert(block) for block in self.blocks]
+        return Document(blocks, self.malformed + lost)
+
+
+def parse(text: str) -> Document:
+    """The pages in an answer, in QwenVL-HTML; never raises.
+
+    Tags may be cut off, missing or wrongly nested. What surrounds <html>, <body> or a ```html fence is left out.
+    Nesting deeper than 20 is flattened.
+    """
+    return Document(*hypertext.read(text))

@@ -1,0 +1,464 @@
+"""QwenVL-HTML → blocks → Markdown, HTML, text, rows and QwenVL-HTML again; broken pages; attacks."""
+
+import html
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from qwenvl_jax.answers.blocks import FORMS
+from qwenvl_jax.answers.boxes import Sizes
+from qwenvl_jax.answers.documents import Block, Document, parse
+from qwenvl_jax.errors import InputError
+
+PARTS = (Path(__file__).parent / "data/pages.txt").read_text("utf-8").split("@@@ ")[1:]
+NAMES, TEXTS = zip(*(part[:-1].split("\n", 1) for part in PARTS), strict=True)
+NAMES, PAGES = NAMES[::2], list(zip(TEXTS[::2], TEXTS[1::2], strict=True))
+BOX = (1.0, 2.0, 3.0, 4.0)
+READER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+
+
+@pytest.mark.parametrize("page, wanted", PAGES, ids=NAMES)
+def test_markdown(page, wanted):
+    assert parse(page).markdown() == wanted
+
+
+def squeezed(text: str) -> str:
+    """Without white space, and without what marks a formula in a text."""
+    return re.sub(r"\\[\[\]()]|[\s$\\]", "", text)
+
+
+@pytest.mark.parametrize("page, wanted", PAGES, ids=NAMES)
+def test_a_reader_of_markdown_sees_the_text(page, wanted):
+    if "x*y*z" in page:
+        pytest.skip("the reader does not know formulas")
+    assert squeezed(parse(READER.render(wanted)).text()) == squeezed(parse(page).text())
+
+
+@pytest.mark.parametrize("page, wanted", PAGES, ids=NAMES)
+def test_written_pages_are_read_back(page, wanted):
+    document = parse(page)
+    again = parse(document.qwenvl())
+    assert again.blocks == document.blocks and again.malformed == 0
+    assert parse(document.html()).text() == document.text()
+
+
+def test_there_are_pages_of_every_kind():
+    kinds = {block.kind for page, _ in PAGES for block in parse(page).walk()}
+    assert len(PAGES) >= 30 and kinds >= {*FORMS, "list", "table", "code", "quote", "rule", "link", "literal"}
+
+
+# --- the tree -------------------------------------------------------------------------------------------
+
+
+def test_the_report_s_forms():
+    """The forms of arXiv:2502.13923, 2.2.1, with the tags as they are there."""
+    picture = Block("picture", BOX)
+    at = 'data-bbox="1 2 3 4"'
+    text = f"""<html><body>
+<p {at}> content </p>
+<style>table1 {{border: 1px}}</style><table {at} class="table1"><tr><td> a </td></tr></table>
+<div class="chart" {at}> <img {at} /><table><tr><td>1</td></tr></table></div>
+<div class="formula" {at}> <img {at} /> <div> $$x$$ </div></div>
+<div class="image caption" {at}> <img {at} /><p> a cat </p></div>
+<div class="image ocr" {at}> <img {at} /><p> STOP </p></div>
+<div class="music sheet" format="abc notation" {at}> <img {at} /> <div> X:1
+K:C </div></div>
+<div class="chemical formula" format="smile" {at}> <img {at} /> <div> CCO </div></div>
+</html></body>"""
+    document = parse(text)
+    assert document.malformed == 0
+    assert document.blocks == [
+        Block("paragraph", BOX, ["content"]),
+        Block("table", BOX, [Block("row", None, [Block("cell", None, ["a"])])]),
+        Block("chart", BOX, [picture, Block("table", None, [Block("row", None, [Block("cell", None, ["1"])])])]),
+        Block("formula", BOX, [picture, "$$x$$"]),
+        Block("image caption", BOX, [picture, Block("paragraph", None, ["a cat"])]),
+        Block("image ocr", BOX, [picture, Block("paragraph", None, ["STOP"])]),
+        Block("music sheet", BOX, [picture, "X:1\nK:C"], {"format": "abc notation"}),
+        Block("chemical formula", BOX, [picture, "CCO"], {"format": "smile"}),
+    ]
+
+
+def test_attributes():
+    text = '<h3>a</h3><ol start=4><li>b</ol><th rowspan=2 colspan="3">c<td colspan=1 rowspan=x>d'
+    heading, numbered, table = parse(text).blocks
+    assert heading.attributes == {"level": 3} and numbered.attributes == {"ordered": True, "start": 4}
+    first, second = table.children[0].children
+    assert (first.attributes, second.attributes) == ({"header": True, "rowspan": 2, "colspan": 3}, {})
+
+
+@pytest.mark.parametrize(
+    "tag, box, malformed",
+    [
+        ('<p data-bbox="1 2 3 4">', BOX, 0),
+        ("<p data-bbox='1, 2, 3, 4'>", BOX, 0),
+        ('<p data-bbox="[1,2,3,4]">', BOX, 0),
+        ('<P DATA-BBOX = "3 4 1 2">', BOX, 0),
+        ("<p data-bbox=1 2 3 4>", BOX, 0),
+        ("<p data-bbox=1 2 3 4 class=text>", BOX, 0),
+        ('<p data-bbox="1 2 3 4>', BOX, 0),
+        ('<p bbox="1.0 2 3 4.">', BOX, 0),
+        ('<p data-polygon="1 2 3 2 3 4 1 4">', BOX, 0),
+        ('<p data-polygon="9 9 9 9 9 9 9 9" data-bbox="1 2 3 4">', BOX, 0),
+        ('<p title="data-bbox=5 6 7 8">', None, 0),
+        ("<p>", None, 0),
+        ('<p data-bbox="1 2 3">', None, 1),
+        ('<p data-bbox="1 2 3 4 5">', None, 1),
+        ('<p data-bbox="">', None, 1),
+        ('<p data-bbox="x1 y1 x2 y2">', None, 1),
+        ('<p data-bbox="1 2 3 nan">', None, 1),
+        ('<p data-bbox="1 2 3 1e999">', None, 1),
+        ('<p data-bbox="1 2 3 12345678901">', None, 1),
+        (f'<p data-bbox="{"9" * 100_000}">', None, 1),
+        ('<p data-polygon="1 2 3 4 5">', None, 1),
+    ],
+)
+def test_boxes(tag, box, malformed):
+    document = parse(f"{tag}text</p>")
+    assert document.blocks == [Block("paragraph", box, ["text"])] and document.malformed == malformed
+
+
+def test_fractions_of_pixels_are_kept():
+    assert 'data-bbox="1 2.25 3 4"' in parse('<p data-bbox="1.0 2.25 3 4">x').qwenvl()
+
+
+def test_boxes_in_original_pixels():
+    """Two pages of different sizes; a box that leaves its page is moved to the edge."""
+    text = (
+        '<html><body><p data-bbox="0 14 28 56">a</p></body></html><html><body><div class="image" data-bbox="7 7 99 99">'
+    )
+    pages = [Sizes((200, 100), (56, 56)), Sizes((30, 60), (28, 28))]
+    first, second = parse(text).converted(pages, "resized").blocks
+    assert (first.image, first.box) == (0, (0, 25, 100, 100))
+    assert (second.image, second.box) == (1, (7.5, 15, 30, 60))
+    assert parse(text).converted(pages, "thousandths").blocks[0].box == pytest.approx((0, 1.4, 5.6, 5.6))
+    alone = parse(text).converted(pages[:1], "resized")  # one picture: both are in it
+    assert [block.image for block in alone.blocks] == [0, 0] and alone.blocks[1].box == (25, 12.5, 200, 100)
+    lost = parse(text * 2).converted(pages, "resized")
+    assert [bool(block.box) for block in lost.blocks] == [True, True, False, False] and lost.malformed == 2
+
+
+def test_pages_keep_their_numbers():
+    """Empty pages count."""
+    document = parse("<html><body></body></html>" * 2 + "<html><body><p>third</p></body></html>")
+    assert document.blocks == [Block("paragraph", None, ["third"], image=2)]
+    assert parse(document.qwenvl()) == document
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(InputError, match="'image_caption'; it must be one of paragraph"):
+        Document([Block("image_caption")]).qwenvl()
+
+
+# --- rows -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "table, rows",
+    [
+        ("<tr><td>a<td>b<tr><td>c", [["a", "b"], ["c", ""]]),
+        ("<tr><td rowspan=2>a<td>b<tr><td>c", [["a", "b"], ["a", "c"]]),
+        ("<tr><td colspan=2>a<td>b<tr><td>c<td>d<td>e", [["a", "a", "b"], ["c", "d", "e"]]),
+        ("<tr><td rowspan=2 colspan=2>a<td>b<tr><td>c<tr><td>d", [["a", "a", "b"], ["a", "a", "c"], ["d", "", ""]]),
+        ("<tr><td>a<td rowspan=0>b<tr><td>c<tr><td>d", [["a", "b"], ["c", "b"], ["d", "b"]]),
+        ("<tr><td>a<td rowspan=3>b<tr><tr><td>c", [["a", "b"], ["", "b"], ["c", "b"]]),
+        ("<tr><td rowspan=1000000000>a<tr><td>b", [["a", ""], ["a", "b"]]),
+        ("<tr><td>a<br>b<td><p>c</p><p>d</p>", [["a\nb", "c\nd"]]),
+        ("<thead><tr><th>a</thead><tbody><tr><td>b</tbody>", [["a"], ["b"]]),
+        ("", []),
+    ],
+)
+def test_rows(table, rows):
+    assert parse(f"<table data-bbox='1 2 3 4'>{table}</table>").tables() == [rows]
+
+
+def test_tables_in_tables_and_charts():
+    text = "<table><tr><td>a<table><tr><td>b</table></table><div class=chart><table><tr><td>c</table></div>"
+    assert parse(text).tables() == [[["a\nb"]], [["b"]], [["c"]]]
+
+
+def test_spans_do_not_fill_the_memory():
+    cell = "<td rowspan=999999999999999999999 colspan=1000000000>x"
+    for text in (f"<table><tr>{cell}", "<table>" + f"<tr>{cell}" * 1000, "<table><tr>" + cell * 1000):
+        (rows,) = parse(text).tables()
+        assert sum(map(len, rows)) <= 101_000 and rows[0][0] == "x"
+
+
+# --- what is broken -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page, wanted", PAGES, ids=NAMES)
+def test_cut_anywhere(page, wanted):
+    """What was complete stays; a text that was begun is kept, a tag that was begun is not."""
+    whole = squeezed(parse(page).text())
+    for cut in range(len(page)):
+        text = squeezed(parse(page[:cut]).text())
+        assert "data-bbox" not in text or "data-bbox" in whole
+        if "<pre>" not in page and "$" not in page and "&" not in page:
+            common = next((i for i, (a, b) in enumerate(zip(text, whole, strict=False)) if a != b), len(whole))
+            assert len(text) - common <= 24, page[:cut]
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("", ""),
+        ("<", ""),
+        ("<p", ""),
+        ("</", ""),
+        ("<p>a<", "a"),
+        ("<p>a</", "a"),
+        ("<p>a</p", "a"),
+        ('<p>a<b class="', "a"),
+        ('<p data-bbox="1 2 3 4" <b>a</b>', "a"),
+        ("<p>a<!-- b", "a b"),
+        ("<p>a<!-- b --> c", "a c"),
+        ("<!DOCTYPE html><?xml?><p>a", "a"),
+        ("<p>a<![CDATA[b]]>", "a"),
+        ("<p>a<![if", "a"),
+        ("<style>p {", ""),
+        ("<script>if (a<b) {", ""),
+        ("<p>a</style>b", "ab"),
+        ("<style>a</style ><p>b", "b"),
+        ("<p>1<2 and 3>2, x<y, List<T>, <stdio.h>", "1<2 and 3>2, x<y, List<T>, <stdio.h>"),
+        ("<p>a <page_number>3</page_number>", "a 3"),
+        ("<p>a\x00\x07b\r\nc", "ab c"),
+        ("<p>&#" + "9" * 5000 + ";&#xD800;&#0;&bogus;&", "\ufffd\ufffd\ufffd&bogus;&"),
+        ("<think>hm <b>x</b></think>\n<html><body><p>a</p></body></html> bye <b>now</b>", "a"),
+        ("<html><body><p>a</p></body></html><p>more</p>", "a\n\nmore"),
+        ("I cannot read this page.", "I cannot read this page."),
+    ],
+)
+def test_broken_texts(text, wanted):
+    assert parse(text).text() == wanted
+
+
+@pytest.mark.parametrize(
+    "text, count", [("<p>a<p b", 1), ("<p>a<!-- b", 1), ("<p class='x' <b>a</b>", 1), ("<p>a</p>", 0)]
+)
+def test_what_does_not_end_is_counted(text, count):
+    assert parse(text).malformed == count
+
+
+FLOODS = ["<div>", "<div", "<b>", "<table><tr><td>", "<ul><li>", "<!--", "<!", "<![", "</", "</p>", '<p x="', "<a \"'"]
+FLOODS += ["&", "&#9", "<style>", "</style><style>", "<script><", "<pre>", "<div class=formula>", "<html>", "$", "$$ "]
+FLOODS += ["\\(", "\\[", "* ", "_", "`", "[", "<td colspan=1000>x", "<td rowspan=9999>x<tr>", "<sup>", "```html<"]
+FLOODS += ["<x>", "<p>", "<br>", "<img>", "<caption>", "<p data-bbox='1 2'>", "<b>“x”</b>后", "<a href=#>", "<thead>"]
+
+
+def every_form(document: Document) -> list:
+    return [document.markdown(), document.html(), document.text(), document.tables(), document.qwenvl()]
+
+
+@pytest.mark.parametrize("piece", FLOODS)
+def test_floods(piece):
+    """Time grows with the length alone: ten times the text takes less than forty times as long."""
+
+    def seconds(size: int) -> float:
+        text = f"<p>{piece * (size // len(piece))}"
+        start = time.process_time()
+        every_form(parse(text))
+        return time.process_time() - start
+
+    assert seconds(50_000) < 40 * max(min(seconds(5_000) for _ in range(3)), 0.005)
+
+
+def test_deep_nesting():
+    for tag in ("div", "b", "ul><li", "table><tr><td", "blockquote", "span data-bbox='1 2 3 4'"):
+        document = parse(f"<{tag}>" * (100_000 if tag == "div" else 5_000) + "text")
+        every_form(document)
+        assert document.text().endswith("text") and parse(document.qwenvl()) == document
+    closed = parse("<div>" * 1000 + "in" + "</div>" * 1000 + "<p>out</p>")
+    assert [block.kind for block in closed.blocks] == ["division", "paragraph"]
+
+
+def test_a_long_page_is_quick():
+    page = "".join(f'<p data-bbox="1 2 3 {i}">{"word " * 40}<b>{i}</b></p>' for i in range(400))
+    start = time.perf_counter()
+    document = parse(page)
+    assert time.perf_counter() - start < 0.5 and len(page) > 90_000 and len(document.blocks) == 400
+
+
+PIECES = [*FLOODS, "</b>", "</ul>", "</td>", "</tr>", "</div>", "</table>", '"', "\n", "中", "&amp;lt;", "$", "<hr>"]
+
+
+def mutated(rng: random.Random) -> str:
+    """Some pages with pieces of pages inserted, moved, doubled and removed."""
+    text = "\n".join(page for page, _ in rng.choices(PAGES, k=rng.randint(1, 4)))
+    for _ in range(rng.randint(1, 12)):
+        text = text[:3_000]
+        i, j = (rng.randrange(len(text) + 1) for _ in range(2))
+        pieces = "".join(rng.choice(PIECES) for _ in range(rng.choice([1, 3, 10, 40])))
+        text = (
+            rng.choice([text[:i] + pieces, text[:i], text[:i] + text[min(i, j) : j]])
+            + text[i + rng.choice([0, 0, 9]) :]
+        )
+    return text[: rng.choice([len(text), rng.randrange(len(text) + 1)])]
+
+
+def check_mutated(seeds: range) -> None:
+    slowest = 0.0
+    for seed in seeds:
+        rng = random.Random(seed)
+        text = mutated(rng)
+        start = time.process_time()
+        document = parse(text)
+        slowest = max(slowest, time.process_time() - start)
+        _, page, *_ = every_form(document)
+        assert parse(document.qwenvl()).blocks == document.blocks, seed
+        assert not ATTACK.search(re.sub('"[^"]*"', '""', page)), seed
+    print(slowest)
+    assert slowest < 0.05
+
+
+def test_mutated_pages():
+    check_mutated(range(1000))
+
+
+@pytest.mark.slow
+def test_many_mutated_pages():
+    check_mutated(range(1000, 11_000))
+
+
+# --- round trip -----------------------------------------------------------------------------------------
+
+words = (
+    st.text("ab <>&\"'$*_|`中א\xa0", min_size=1, max_size=12)
+    .map(lambda t: re.sub(" +", " ", t).strip(" "))
+    .filter(bool)
+)
+boxes = st.none() | st.lists(st.integers(0, 9999) | st.sampled_from([0.5, 7.25]), min_size=4, max_size=4).map(
+    lambda n: (min(n[0], n[2]), min(n[1], n[3]), max(n[0], n[2]), max(n[1], n[3]))
+)
+inline = words.map(lambda t: [t]) | st.tuples(
+    words, st.sampled_from(["bold", "italic", "sub", "literal", "math", "span"]), words
+).map(lambda t: [t[0], Block(t[1], None, [t[2]])])
+
+
+def holding(kinds, children, **attributes):
+    """Blocks of these kinds."""
+    known = st.fixed_dictionaries({}, optional={name: st.just(value) for name, value in attributes.items()})
+    return st.builds(Block, st.sampled_from(kinds), boxes, children, known)
+
+
+leaves = (
+    holding(["paragraph"], inline)
+    | holding(["heading"], inline, level=3)
+    | holding(["formula", "chemical formula"], words.map(lambda t: [Block("picture", BOX), t]))
+    | holding(["code"], words.map(lambda t: [t]), language="c++")
+    | holding(["image"], st.just([Block("picture", BOX, [], {"alt": 'a "cat"'})]))
+    | holding(["rule"], st.just([]))
+)
+
+
+def nested(inner):
+    some = st.lists(inner, min_size=1, max_size=3)
+    cell = holding(["cell"], inline | some, header=True, rowspan=2)
+    row = holding(["row"], st.lists(cell, min_size=1, max_size=3))
+    return (
+        holding(["list"], st.lists(holding(["item"], inline | some), min_size=1, max_size=3), ordered=True)
+        | holding(["table"], st.lists(row, min_size=1, max_size=3))
+        | holding(["division"], some, **{"class": "text"})
+        | holding(["quote", "image caption", "chart"], some)
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.recursive(leaves, nested, max_leaves=12), min_size=1, max_size=4))
+def test_round_trip(blocks):
+    """Blocks → QwenVL-HTML → the same blocks, with their boxes and attributes."""
+    assert parse(Document(blocks).qwenvl()) == Document(blocks)
+
+
+# --- attacks --------------------------------------------------------------------------------------------
+
+ATTACK = re.compile(r"<\s*/?\s*(?:script|style|iframe|object|embed|svg|math|link|meta|base|form|input)\b", re.I)
+ATTACK = re.compile(rf"{ATTACK.pattern}|<[^>]*[\s/\"'](?:on\w+|style|src|srcset|id|srcdoc|action)\s*=", re.I)
+ATTACKS = [
+    "<script>alert(1)</script>",
+    "<SCRIPT SRC=//evil.example/x.js></SCRIPT>",
+    "<scr<script>ipt>alert(1)</scr</script>ipt>",
+    "<script>alert(1)",
+    "<p onclick=alert(1)>x</p>",
+    "<p/onclick=alert(1)>x</p>",
+    "<img src=x onerror=alert(1)>",
+    '<img alt="x"onerror="alert(1)">',
+    "<img alt='\"><script>alert(1)</script>'>",
+    '<img alt="&quot; onerror=&quot;alert(1)">',
+    '<div class="x&quot; onclick=&quot;alert(1)">x</div>',
+    '<div class="music sheet" format="&quot;&gt;&lt;script&gt;alert(1)&lt;/script&gt;">X:1</div>',
+    '<pre class="language-x&quot;onload=alert(1)">x</pre>',
+    "<svg onload=alert(1)><script>alert(1)</script></svg>",
+    "<math><mtext><img src=x onerror=alert(1)></mtext></math>",
+    "<iframe srcdoc='<script>alert(1)</script>'></iframe>",
+    "<object data=javascript:alert(1)></object><embed src=x>",
+    "<style>@import 'http://evil.example'</style><p style='background:url(javascript:alert(1))'>x</p>",
+    "<base href=//evil.example><link rel=stylesheet href=x><meta http-equiv=refresh content=0>",
+    "<form action=javascript:alert(1)><input name=x><button formaction=x>x</button></form>",
+    "<p id=location name=cookie>x</p>",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "<p>&lt;img src=x onerror=alert(1)&gt;",
+    "<pre>&lt;/pre&gt;&lt;script&gt;alert(1)&lt;/script&gt;</pre>",
+    "<p>$&lt;img src=x onerror=alert(1)&gt;$</p>",
+    '<div class="formula">$$&lt;script&gt;alert(1)&lt;/script&gt;$$</div>',
+    '<div class="formula">$$\n```\n&lt;script&gt;alert(1)&lt;/script&gt;\n$$</div>',
+    "<p>\\(&lt;svg onload=alert(1)&gt;\\)</p>",
+    "<p><code>`&lt;script&gt;alert(1)&lt;/script&gt;</code></p>",
+    "<pre>```\n&lt;script&gt;alert(1)&lt;/script&gt;</pre>",
+    "<table><tr><td colspan=2>&lt;script&gt;alert(1)&lt;/script&gt;<pre>\n\n&lt;script&gt;</pre></table>",
+    "<p>\n\n&lt;script&gt;\nalert(1)\n&lt;/script&gt;</p>",
+    "<!--><script>alert(1)</script>-->",
+    "<![CDATA[<script>alert(1)</script>]]>",
+    '<p title="</p><script>alert(1)</script>">x</p>',
+    "<p>a&#60;script&#62;alert(1)&#60;/script&#62;",
+    "<noscript><p title='</noscript><img src=x onerror=alert(1)>'></noscript>",
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attacks(attack):
+    """No script, event or source gets into the HTML, nor into what a reader makes of the Markdown."""
+    document = parse(f"<p>before</p>{attack}<p>after</p>")
+    for page in (document.html(), document.qwenvl(), READER.render(document.markdown())):
+        assert not ATTACK.search(re.sub('"[^"]*"', '""', page)), page
+        assert "before" in page
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "javascript:alert(1)",
+        "JaVaScRiPt:alert(1)",
+        " javascript:alert(1)",
+        "java\nscript:alert(1)",
+        "java&#10;script:alert(1)",
+        "&#106;avascript:alert(1)",
+        "javascript&colon;alert(1)",
+        "javascript&amp;colon;alert(1)",
+        "\x01javascript:alert(1)",
+        "vbscript:x",
+        "data:text/html,&lt;script>alert(1)&lt;/script>",
+        "file:///etc/passwd",
+        "//evil.example",
+        "x",
+        "",
+    ],
+)
+def test_addresses_that_are_no_links(address):
+    document = parse(f'<p><a href="{address}">text</a></p>')
+    assert document.text() == "text" and not [b for b in document.walk() if b.kind == "link"]
+    assert "href" not in document.html() + READER.render(document.markdown())
+
+
+@pytest.mark.parametrize("address", ["https://a.b/c?d=1&e=(2)", "http://a.b/*x*_y_", "mailto:a@b.c", "#note-1"])
+def test_links(address):
+    document = parse(f'<p><a href="{html.escape(address)}" onclick=x()>text</a></p>')
+    assert document.blocks[0].children == [Block("link", None, ["text"], {"href": address})]
+    found = re.search('href="(.*?)"', READER.render(document.markdown()))
+    assert html.unescape(found[1]).replace("%28", "(").replace("%29", ")") == address
