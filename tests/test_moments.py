@@ -302,10 +302,12 @@ LINES = [json.dumps({"start_time": "00:12", "end_time": "00:45", "description": 
 )
 @pytest.mark.parametrize("before", ["", "[", "<answer>"])
 def test_long_answers_are_read_in_linear_time(piece, before):
-    took = []
-    for size in (10_000, 100_000):
-        text = before + piece * (size // len(piece))
-        start = time.process_time()
-        parse(text)
-        took.append(time.process_time() - start)
-    assert took[1] < max(0.15, 20 * took[0])
+    def best(size: int) -> float:
+        text, took = before + piece * (size // len(piece)), []
+        for _ in range(3):
+            start = time.process_time()
+            parse(text)
+            took.append(time.process_time() - start)
+        return min(took)
+
+    assert best(100_000) < max(0.1, 25 * best(10_000))
