@@ -115,14 +115,15 @@ def from_model(text: str, picture: Sizes, source: str, target: str) -> str:
 def converted(parsed: Parsed, pictures: Sequence[Sizes], source: str, target: str, *, whole: bool = False) -> Parsed:
     """Objects in `target` coordinates; what lies outside its picture is moved to the edge.
 
-    pictures: those of the conversation, in order; a clip counts as one, and all its frames have its size. An object in
-    a picture that is not there counts as malformed.
+    pictures: those of the conversation, in order; a clip counts as one, and all its frames have its size. If there is
+    one, every object is in it. Otherwise, an object in a picture that is not there counts as malformed.
     source: the coordinates of the objects, one of COORDINATES. whole: round to whole numbers.
     There and back, a point moves by rounding errors of floats only. Rounded to whole model pixels or thousandths on the
     way, it moves by up to half of one along each side; that is more than an original pixel in a picture that was shrunk
     to less than half.
     """
-    moved = [_moved(o, pictures[o.image], source, target, whole) for o in parsed.objects if o.image < len(pictures)]
+    objects = [o._replace(image=0) if len(pictures) == 1 else o for o in parsed.objects]
+    moved = [_moved(o, pictures[o.image], source, target, whole) for o in objects if o.image < len(pictures)]
     return Parsed(moved, parsed.malformed + len(parsed.objects) - len(moved))
 
 
@@ -151,9 +152,10 @@ def _replaced(text: str, change: Callable[[re.Match, list[float]], str], certain
     return _LIKELY.sub(one, text)
 
 
-def parse_boxes(text: str) -> list[Box]:
-    """The boxes with a label in an answer, in any form that `grounding.parse` reads."""
-    return [Box(o.label, *o.points[0], *o.points[1]) for o in parse(text).objects if o.kind == "box" and o.label]
+def parse_boxes(text: str, unlabelled: bool = False) -> list[Box]:
+    """The boxes in an answer, in any form that `grounding.parse` reads; without a label only if `unlabelled`."""
+    boxes = [Box(o.label, *o.points[0], *o.points[1]) for o in parse(text).objects if o.kind == "box"]
+    return [box for box in boxes if box.label or unlabelled]
 
 
 def _head(found: re.Match) -> int:

@@ -21,21 +21,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qwenvl_jax.answers.loose import CUT, NUMBER, Reader
-from qwenvl_jax.answers.shapes import (
-    GROUP,
-    KEYS,
-    bare,
-    cornered,
-    corners_of,
-    floats,
-    is_pair,
-    kind_under,
-    numbers_of,
-    shape_of,
-    shapes_in,
-    shapes_under,
-)
+from qwenvl_jax.answers import shapes
+from qwenvl_jax.answers.loose import CUT, NUMBER, Reader, is_cut
 from qwenvl_jax.errors import InputError, shown
 
 
@@ -70,7 +57,9 @@ _LABELS = (
 )
 _IMAGES = {"image", "image_id", "image_index", "image_idx", "picture", "picture_id", "img_id", "img_idx"}
 _CALLS = ("arguments", "parameters")
-_LISTS = ("objects", "detections", "results", "result", "instances", "items", "annotations", "data", "answer", *KEYS)
+# Keys that hold objects and name nothing.
+_LISTS = {"objects", "detections", "results", "result", "instances", "items", "annotations", "data", "answer", "output"}
+_LISTS |= {"response", "predictions", "elements", *shapes.KEYS}
 
 _PAIR = rf"\(\s*+{NUMBER}\s*+,\s*+{NUMBER}\s*+\)"
 _START = re.compile(
@@ -110,6 +99,7 @@ _AND = re.compile(r"^(?:(?:and|&)(?:\s|$)|和|以及|与)\s*", re.I)
 def parse(text: str) -> Parsed:
     """The objects in an answer. Reads any text, in time linear in its length; it never raises.
 
+    Meant for answers to a question about places: four numbers in brackets are a box in any sentence.
     Numbers of pictures in the text ("Picture 2:", {"image": 2}) count from 1, as prompts number them, unless one is 0.
     If the text has thinking in it, only what follows `</think>` is read.
     """
@@ -125,9 +115,9 @@ class _Parser:
         self.found: list[tuple[Object, int | None]] = []  # with the number of its picture, if the text says it
         self.malformed = 0
         self.lone: list[tuple[float, ...]] = []  # pairs of numbers, which are a point if the text has nothing else
-        self.label, self.picture = "", None  # type: str, int | None
+        self.label = ""  # of the last object outside of JSON
+        self.picture: int | None = None
         self.ref: str | None = None  # a label that waits for its box
-        self._endless = len(text) + 1
 
     def parsed(self) -> Parsed:
         done = max(self.text.rfind("</think>"), 0)
@@ -144,9 +134,9 @@ class _Parser:
     def _plain(self) -> None:
         """Numbers without any mark: a box a line, or one point."""
         for line in _LINE.findall(self.text):
-            self._add("", shape_of("point", floats(line)))
+            self._add("", shapes.shape("point", shapes.floats(line)))
         if not self.found and len(self.lone) == 1:
-            self._add("", shape_of("point", self.lone[0]))
+            self._add("", shapes.shape("point", self.lone[0]))
 
     def _add(self, label: str, shape, attributes: dict | None = None, picture: int | None = None) -> None:
         """shape: (kind, points), or None if its numbers cannot be read."""
@@ -167,10 +157,10 @@ class _Parser:
         values, end = self.reader.read(start.start(), inside=start.lastgroup == "key")
         before = len(self.found), self.malformed
         for value in values:  # "cat: [x1, y1, x2, y2]"
-            self._value(value, _name(prose) if prose.rstrip(" ").endswith((":", "：")) and bare(value) else "")
+            self._value(value, _name(prose) if prose.rstrip(" ").endswith((":", "：")) and shapes.bare(value) else "")
         if (len(self.found), self.malformed) != before:
             self.label, self.ref = "", None
-        elif len(values) == 1 and (numbers := numbers_of(values[0])) and len(numbers) == 2:
+        elif len(values) == 1 and (numbers := shapes.numbers_of(values[0])) and len(numbers) == 2:
             self.lone.append(numbers)
         return end
 
@@ -180,8 +170,8 @@ class _Parser:
         """Adds the objects in a value. name: the label of those without one. explicit: bare numbers are no object."""
         if isinstance(value, dict):
             self._dict(value, name, picture, explicit)
-        elif isinstance(value, list) and (what := bare(value)):
-            for shape in [] if explicit else shapes_under(what, value):
+        elif isinstance(value, list) and (what := shapes.bare(value)):
+            for shape in [] if explicit else shapes.under(what, value):
                 self._add(name, shape, None, picture)
         elif isinstance(value, list):
             for one in value:
@@ -189,40 +179,51 @@ class _Parser:
 
     def _dict(self, value: dict, name: str, picture: int | None, explicit: bool) -> None:
         value = dict(value)
-        for key in value.keys() & _IMAGES:
+        for key in [key for key in value if key in _IMAGES]:
             if (n := _picture(value[key])) is not None:
                 picture = n
                 del value[key]
         if isinstance(text := value.get("arguments"), str) and text.startswith("{"):
             value["arguments"] = Reader(text).read(0)[0][0]
-        kinds = [(key, kind) for key, inner in value.items() if (kind := kind_under(key, inner))]
-        places = [shape for key, kind in kinds for shape in shapes_under(kind, value.pop(key))]
-        if not places and (corners := corners_of(value)):
-            places = [cornered(corners, [value.pop(n) for n in corners])]
+        kinds = [(key, kind) for key, inner in value.items() if (kind := shapes.kind(key, inner))]
+        places = [shape for key, kind in kinds for shape in shapes.under(kind, value.pop(key))]
+        if not places and (corners := shapes.corners_of(value)):
+            places = [shapes.cornered(corners, [value.pop(n) for n in corners])]
         if not places:
             return self._children(value, name, picture, explicit)
-        if CUT in value.values():  # its text ends in it
+        if any(v is CUT for v in value.values()):  # its text ends in it
             self.malformed += 1
             return
         label = _label(value)
         attributes = {k: v for k, v in value.items() if k != "label" or not isinstance(v, str | int | float)}
+        at = len(self.found)
         for shape in places:
             self._add(name if label is None else label, shape, attributes, picture)
+        end = len(self.found)
         for key in [k for k, v in attributes.items() if isinstance(v, dict | list)]:
             before = len(self.found), self.malformed
             self._value(attributes[key], "", picture, explicit=True)
             if before != (len(self.found), self.malformed):  # it holds objects of its own
                 del attributes[key]
+            elif is_cut(attributes[key]):
+                del self.found[at:end]
+                self.malformed += 1
+                return
 
     def _children(self, value: dict, name: str, picture: int | None, explicit: bool) -> None:
         """The objects in an object that has no place itself. A key may be their label: {"cat": [x1, y1, x2, y2]}."""
-        own, points = _label(value) or name, all(bare(v) == "points" or is_pair(v) for v in value.values())
+        own, points = (
+            _label(value) or name,
+            all(shapes.bare(v) == "points" or shapes.is_pair(v) for v in value.values()),
+        )
         for key, inner in value.items():
-            if not isinstance(inner, dict | list) or (bare(inner) == "points" and not points):
+            if not isinstance(inner, dict | list) or (shapes.bare(inner) == "points" and not points):
                 continue
             n = _picture(key)
-            label = name if n is not None or key in _CALLS else own if own or key in _LISTS else str(key)
-            inner = [inner] if points and is_pair(inner) else inner
+            label = (
+                name if n is not None or key in _CALLS else own if own or shapes.plain_key(key) in _LISTS else str(key)
+            )
+            inner = [inner] if points and shapes.is_pair(inner) else inner
             self._value(inner, label, picture if n is None else n, explicit)
 
     # --- control tokens, tags and pairs ---
@@ -249,7 +250,7 @@ class _Parser:
         closed = _RUN_END.match(self.text, end)
         if not closed and not any(c.isdigit() for c in run) and not start[0].startswith("<|"):
             return end  # a tag of something else
-        places = shapes_in(run, "quad" in start[0])
+        places = shapes.within(run, "quad" in start[0])
         if not closed and end == len(self.text) and not (run.rstrip().endswith((")", "]")) and _is_area(places[-1])):
             places[-1] = None  # the text ends in it
         label = self._said(prose) if start[0].startswith("<") else ""
@@ -275,22 +276,22 @@ class _Parser:
         if said.get("alt") == label:
             del said["alt"]
         for x, y in places or [("", "")]:
-            self._add(label, shape_of("point", floats(f"{x} {y}")), dict(said))
+            self._add(label, shapes.shape("point", shapes.floats(f"{x} {y}")), dict(said))
         self.label, self.ref = "", None
         return end
 
     def _pairs(self, start: re.Match, prose: str) -> int:
-        end, shapes = start.end(), shapes_in(start[0])
-        points = len(GROUP.findall(start[0]))
+        end, places = start.end(), shapes.within(start[0])
+        points = len(shapes.GROUP.findall(start[0]))
         half = _HALF.match(self.text, end)
         if points == 1 and not half:
             if not prose[-1:].isalnum() or not self.text[end:].strip(" .\n"):
-                self.lone += shapes[0][1] if shapes[0] else ()
+                self.lone += places[0][1] if places[0] else ()
             return end
         if half and points % 2:
-            shapes = shapes_in(start[0][: start[0].rindex("(")]) if points > 1 else []
+            places = shapes.within(start[0][: start[0].rindex("(")]) if points > 1 else []
         label = self._said(prose)
-        for shape in shapes:
+        for shape in places:
             self._add(label, shape)
         self.malformed += bool(half)
         return half.end() if half else end

@@ -46,6 +46,16 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict:
     return value
 
 
+def _is_shallow(value) -> bool:
+    """Whether brackets are nested at most DEPTH deep."""
+    holders = [value]
+    for _ in range(DEPTH):
+        inner = (v for h in holders for v in (h.values() if isinstance(h, dict) else h))
+        if not (holders := [v for v in inner if isinstance(v, dict | list)]):
+            return True
+    return False
+
+
 _DECODER = json.JSONDecoder(object_pairs_hook=_pairs, strict=False)
 
 
@@ -105,7 +115,8 @@ class Reader:
         """(value, the place behind it) of correct JSON; None for other JSON. The text is tried a few times only."""
         if self._tries:
             try:
-                return _DECODER.raw_decode(self.text, at)
+                value, end = _DECODER.raw_decode(self.text, at)
+                return (value, end) if _is_shallow(value) else None
             except (ValueError, RecursionError):
                 self._tries -= 1
         return None
@@ -189,6 +200,17 @@ class Reader:
         if line < 0:
             return CUT, len(text)
         return _unescaped(text[start:line].rstrip(" \t\r,{}[]")), line
+
+
+def is_cut(value) -> bool:
+    """Whether the end of the text cut off a part of a value."""
+    holders = [value]
+    while holders:
+        inner = [v for h in holders for v in (h.values() if isinstance(h, dict) else h)]
+        if any(v is CUT for v in inner):
+            return True
+        holders = [v for v in inner if isinstance(v, dict | list)]
+    return False
 
 
 def number(word: str) -> int | float | None:
