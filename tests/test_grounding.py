@@ -472,8 +472,8 @@ SLOW += [
 @pytest.mark.parametrize("unit", SLOW)
 def test_time_is_linear(unit):
     """Four times the text takes about four times as long; twelve leaves room for other load."""
-    short, long = (timed(unit * (n // len(unit)))[0] for n in (25_000, 100_000))
-    assert long < 12 * max(short, 0.002)
+    short, long = (timed(unit * (n // len(unit)))[0] for n in (10_000, 40_000))
+    assert long < 12 * max(short, 0.001)
 
 
 def test_deep_nesting():
@@ -626,25 +626,21 @@ def test_objects_of_a_result():
 
 
 def test_generate_prints_objects(tmp_path, capsys):
-    """The demo's boxes about one enlarged picture, and about a message with two."""
+    """The demo's boxes about an enlarged picture."""
     image = Image.open(SAMPLES / "scene.png")
     image.resize((image.width * 3, image.height * 2)).save(tmp_path / "large.png")
     sides = (image.width // 28 * 28, image.height // 28 * 28)
     command = ["generate", "--image", str(tmp_path / "large.png"), "--prompt", "Find the boxes of: strawberry"]
-    command += [f"--resized-width={sides[0]}", f"--resized-height={sides[1]}"]
-    assert cli.main([*command, "--objects", "--json"]) == 0
+    command += [f"--resized-width={sides[0]}", f"--resized-height={sides[1]}", "--objects"]
+    assert cli.main([*command, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    want = converted(
-        parse(told["text"]), [Sizes((image.width * 3, image.height * 2), sides)], "resized", "original", whole=True
-    )
+    places = [Sizes((image.width * 3, image.height * 2), sides)]
+    want = converted(parse(told["text"]), places, "resized", "original", whole=True)
     assert want.objects and told["malformed"] == 0
     assert told["objects"] == [
         {"label": o.label, "kind": "box", "points": [list(xy) for xy in o.points], "attributes": {}, "image": 0}
         for o in want.objects
     ]
-    assert cli.main([*command[:3], *command[1:], "--objects"]) == 0
-    alone = json.loads(capsys.readouterr().out)
-    assert set(alone) == {"objects", "malformed"}
 
 
 @pytest.mark.parametrize("depth", [5, 23, 24, 25, 60, 300, 480, 700, 990, 3000])
