@@ -12,7 +12,8 @@ from tiny import tiny_config
 
 from qwenvl_jax import cli
 from qwenvl_jax.answers.boxes import Sizes, converted, sizes
-from qwenvl_jax.answers.grounding import FORMS, Object, Parsed, parse, write
+from qwenvl_jax.answers.grounding import Object, Parsed, parse
+from qwenvl_jax.answers.writing import FORMS, write
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer.requests import Result
