@@ -56,7 +56,8 @@ _CALLS = ("arguments", "parameters")
 _LISTS = {"objects", "detections", "results", "result", "instances", "items", "annotations", "data", "answer", "output"}
 _LISTS |= {"response", "predictions", "elements", *shapes.KEYS}
 
-_PAIR = rf"\(\s*+{NUMBER}\s*+,\s*+{NUMBER}\s*+\)"
+_PAIR = rf"\(\s*+{NUMBER}\s*+[,，]\s*+{NUMBER}\s*+\)"
+_NAMED = [rf"\b{name}\s*+[=:]\s*+({NUMBER})" for name in ("x1?", "y1?", "x2", "y2")]
 _START = re.compile(
     r"""(?P<deep>(?:[\[{(]\s*+){25,}+)"""
     rf"""|(?P<json>\[(?=\s*+(?:[\[{{("']|{NUMBER}[\s,]))|\{{(?=\s*+(?:["']|\w++\s*+[:：])))"""
@@ -65,6 +66,8 @@ _START = re.compile(
     r"""|(?P<mark><\|(?:box|quad)_start\|>|<(?:box|bbox|quad|points?)>"""
     r"""|\b(?:(?:start|end)_(?:box|point)|point)=["'](?!<))"""
     r"""|(?P<points><points?\s)"""
+    rf"""|(?P<four>\(\s*+{NUMBER}(?:\s*+[,，]\s*+{NUMBER}){{3}}\s*+\))"""
+    rf"""|(?P<named>{_NAMED[0]}[\s,]*+{_NAMED[1]}(?:[\s,]*+{_NAMED[2]}[\s,]*+{_NAMED[3]})?)"""
     rf"""|(?P<pairs>{_PAIR}(?:\s*+,?\s*+{_PAIR})*+)"""
 )
 _REF_END = re.compile(r"<\|object_ref_(?:start|end)\|>|<\|(?:box|quad)_start\|>")
@@ -79,6 +82,8 @@ _LINE = re.compile(
     rf"^[ \t]*+({NUMBER}(?:[ \t]*+,[ \t]*+|[ \t]++){NUMBER}(?:(?:[ \t]*+,[ \t]*+|[ \t]++){NUMBER}){{2}})[ \t]*+$", re.M
 )
 _HALF = re.compile(r"\s*+,?\s*+\([-+.0-9eE,\s]*+\Z")
+_ESCAPED_KEY = re.compile(r'\\"(?:bbox_2d|point_2d)\\"')
+_CORNER = re.compile(r"\b(?:top|upper)[ -]?left\b|左上", re.I)
 _PICTURE = re.compile(
     r"\b(?:picture|image|photo|video)[ _#]{0,3}([0-9]{1,3})(?![0-9])"
     r"|(?:图片?|图像|视频)\s{0,3}([0-9]{1,3})|第\s?([0-9]{1,3})\s?[张幅]",
@@ -88,6 +93,7 @@ _PICTURE = re.compile(
 _LEAD = re.compile(
     r"\b(?:bbox(?:_2d)?|coordinates?|answer|result|is|are|at|by)\W*+\Z|\bbounding box|坐标|边界框|[为是在]\W*+\Z", re.I
 )
+_BULLET = re.compile(r"^[0-9]{1,3}[.)]\s+")
 _AND = re.compile(r"^(?:(?:and|&)(?:\s|$)|和|以及|与)\s*", re.I)
 
 
@@ -105,6 +111,10 @@ class _Parser:
     def __init__(self, text: str):
         if "“bbox_2d”" in text or "“point_2d”" in text:
             text = text.replace("“", '"').replace("”", '"')
+        if _ESCAPED_KEY.search(text) and text.count('"') == text.count(
+            '\\"'
+        ):  # JSON in a string whose quotes are missing
+            text = text.replace('\\"', '"')
         self.text = text
         self.reader = Reader(text)
         self.found: list[tuple[Object, int | None]] = []  # with the number of its picture, if the text says it
@@ -127,11 +137,13 @@ class _Parser:
         return Parsed([o if n is None else o._replace(image=n - first) for o, n in self.found], self.malformed)
 
     def _plain(self) -> None:
-        """Numbers without any mark: a box a line, or one point."""
+        """Numbers without any mark: a box a line, one point, or "top left (x1, y1), bottom right (x2, y2)"."""
         for line in _LINE.findall(self.text):
             self._add("", shapes.shape("point", shapes.floats(line)))
         if not self.found and len(self.lone) == 1:
             self._add("", shapes.shape("point", self.lone[0]))
+        elif not self.found and len(self.lone) == 2 and _CORNER.search(self.text):
+            self._add("", shapes.shape("box", (*self.lone[0], *self.lone[1])))
 
     def _add(self, label: str, shape, attributes: dict | None = None, picture: int | None = None) -> None:
         """shape: (kind, points), or None if its numbers cannot be read."""
@@ -165,6 +177,8 @@ class _Parser:
         """Adds the objects in a value. name: the label of those without one. explicit: bare numbers are no object."""
         if isinstance(value, dict):
             self._dict(value, name, picture, explicit)
+        elif isinstance(value, list) and not explicit and (row := shapes.row(value)):
+            self._add(row[0], row[1], None, picture)
         elif isinstance(value, list) and (what := shapes.bare(value)):
             for shape in [] if explicit else shapes.under(what, value):
                 self._add(name, shape, None, picture)
@@ -190,7 +204,7 @@ class _Parser:
             self.malformed += 1
             return
         label = label_of(value)
-        attributes = {k: v for k, v in value.items() if k != "label" or not isinstance(v, str | int | float)}
+        attributes = {k: v for k, v in value.items() if k != "label" or isinstance(v, list | dict | bool)}
         at = len(self.found)
         for shape in places:
             self._add(name if label is None else label, shape, attributes, picture)
@@ -275,6 +289,15 @@ class _Parser:
         self.label, self.ref = "", None
         return end
 
+    def _four(self, start: re.Match, prose: str) -> int:
+        self._add(self._said(prose), shapes.shape("box", shapes.floats(start[0].strip("()"))))
+        return start.end()
+
+    def _named(self, start: re.Match, prose: str) -> int:
+        numbers = re.findall(rf"[=:]\s*+({NUMBER})", start[0])
+        self._add("", shapes.shape("point", shapes.floats(" ".join(numbers))))
+        return start.end()
+
     def _pairs(self, start: re.Match, prose: str) -> int:
         end, places = start.end(), shapes.within(start[0])
         points = len(shapes.GROUP.findall(start[0]))
@@ -313,7 +336,7 @@ def label_of(value: dict) -> str | None:
 def _name(prose: str) -> str:
     """What the end of a text says about the numbers behind it: "" if it is only a sentence that leads to them."""
     line = _PICTURE.sub("", re.sub(r"<[^<>]*>", "", prose.rstrip().rpartition("\n")[2]))
-    name = line.strip(" \t\r,;:：，、-*•`\"'.")
+    name = _BULLET.sub("", line.strip()).strip(" \t\r,;:：，、-*•`\"'.")
     touches = prose[-1:] and not prose[-1].isspace() and prose[-1] not in ":："
     if name.endswith("=") or (not touches and _LEAD.search(name)):  # start_box='…', "The box is at …"
         return ""

@@ -11,8 +11,8 @@ CUT = ...  # stands for what the end of the text cut off: a value of an object, 
 DEPTH = 24  # deeper brackets begin anew
 
 NUMBER = r"[-+]?(?:[0-9]{1,18}(?:\.[0-9]{0,24})?|\.[0-9]{1,24})(?:[eE][-+]?[0-9]{1,3})?"
-_SPACE = re.compile(r"[\s,]*+")
-_NUMBERS = re.compile(r"[\[(]([-+.0-9eE,\s]*+)[\])]")
+_SPACE = re.compile(r"[\s,，]*+")
+_NUMBERS = re.compile(r"[\[(]([-+.0-9eE,，\s]*+)[\])]")
 _NUMBER = re.compile(NUMBER)
 _COLON = re.compile(r"\s*+[:：]")
 _NAME = re.compile(r"[^\W\d]\w*+(?=\s*+[:：])")
@@ -96,7 +96,7 @@ class Reader:
                     at = self._key(stack, at)
             elif c in "{[(":
                 if (found := _NUMBERS.match(text, at)) and found[1]:
-                    self._add(stack, [number(word) for word in found[1].replace(",", " ").split()])
+                    self._add(stack, [number(word) for word in found[1].replace(",", " ").replace("，", " ").split()])
                     at = found.end()
                 elif len(stack) > DEPTH:
                     break

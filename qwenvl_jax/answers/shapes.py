@@ -30,6 +30,7 @@ _CORNERS = (
 )
 _FIRST = {names[0] for names in _CORNERS}
 _LARGEST = 1e9
+_SEPARATOR = re.compile("[,;，]")
 GROUP = re.compile(r"[(\[]([^()\[\]]*+)[)\]]")
 
 
@@ -128,7 +129,7 @@ def numbers_of(value) -> tuple[float, ...] | None:
 
 def floats(text: str) -> tuple[float, ...] | None:
     """The numbers of a text that has only numbers, white space, commas and semicolons; None for other texts."""
-    read = [number(word) for word in text.replace(",", " ").replace(";", " ").split()]
+    read = [number(word) for word in _SEPARATOR.sub(" ", text).split()]
     return tuple(float(n) for n in read if n is not None) if read and None not in read else None
 
 
@@ -153,6 +154,18 @@ def _flat(value) -> str:
     if not all(map(is_number, numbers)):
         return ""
     return "box" if len(value) in (4, 8) or (value[-1] is CUT and 2 <= len(numbers) < 8) else ""
+
+
+def row(value: list):
+    """(label, shape) of ["cat", x1, y1, x2, y2], [x1, y1, x2, y2, "cat"] or ["cat", [x1, y1, x2, y2]]; else None."""
+    if len(value) == 2 and isinstance(value[1], list):
+        value = [value[0], *value[1]]
+    if len(value) != 5:
+        return None
+    label, numbers = (value[0], value[1:]) if isinstance(value[0], str) else (value[4], value[:4])
+    return (
+        (label, shape("box", numbers_of(numbers))) if isinstance(label, str) and all(map(is_number, numbers)) else None
+    )
 
 
 def kind(key, value) -> str:
