@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints opened as parameters, with one copy in memory.
+"""Hugging Face checkpoints opened as parameters, with one copy in memory, and their model cards.
 
 Every tensor is used exactly once and every parameter is made exactly once; otherwise an `InputError` names it.
 """
@@ -15,6 +15,7 @@ from qwenvl_jax.config import Config
 from qwenvl_jax.errors import CheckpointError
 from qwenvl_jax.params.place import Leaf, Source, to_devices
 from qwenvl_jax.params.specs import Spec, specs
+from qwenvl_jax.stores import HUB_ID
 
 
 class HfSource(Source, contextlib.AbstractContextManager):
@@ -155,3 +156,13 @@ def _same(reader: Reader, a: Tensor, b: Tensor) -> bool:
         if not np.array_equal(one[:n], two[:n]):
             return False
     return True
+
+
+def card(base_name, library: str = "transformers") -> str:
+    """The model card (README.md) of a model or an adapter that was trained from a base model."""
+    # The hub takes an id only; a directory's name would be refused when the card is uploaded.
+    base = str(base_name)
+    known = [f"base_model: {base}"] if HUB_ID.fullmatch(base) else []
+    lines = [*known, f"library_name: {library}", "pipeline_tag: image-text-to-text", "tags:", "- qwenvl_jax"]
+    what = "A LoRA adapter for" if library == "peft" else "A model made from"
+    return "\n".join(["---", *lines, "---", "", f"{what} `{base}`, written by qwenvl_jax.", ""])

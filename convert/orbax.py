@@ -14,8 +14,8 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from qwenvl_convert.hf import card
 from qwenvl_convert.names import tensor_names, tensor_shape
-from qwenvl_convert.peft import card
 from qwenvl_convert.safetensors import Writer
 
 from qwenvl_jax.errors import CheckpointError

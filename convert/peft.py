@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from qwenvl_convert.hf import pieces
+from qwenvl_convert.hf import card, pieces
 from qwenvl_convert.names import core, tensor_names, tensor_shape
 from qwenvl_convert.safetensors import Reader, Tensor, Writer
 
@@ -25,7 +25,6 @@ from qwenvl_jax.params.locate import find
 from qwenvl_jax.params.lora import attach, is_alpha, is_rank, linears, split
 from qwenvl_jax.params.place import Leaf, Source
 from qwenvl_jax.params.specs import ADAPTER, flatten, specs, unflatten
-from qwenvl_jax.stores import HUB_ID
 
 SETTINGS, WEIGHTS = ADAPTER_SETTINGS, ADAPTER_WEIGHTS
 
@@ -79,28 +78,8 @@ def save_adapter(
             tensors[f"base_model.model.{module}.lora_B.weight"] = b[:r].T
     if not tensors:
         raise CheckpointError("there is no adapter in these parameters")
-    (r, _), (alpha, _) = (Counter(values).most_common(1)[0] for values in (ranks.values(), alphas.values()))
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_name),
-        "revision": revision,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "target_modules": sorted(ranks),
-        "rank_pattern": {m: n for m, n in ranks.items() if n != r},
-        "alpha_pattern": {m: n for m, n in alphas.items() if n != alpha},
-    }
     with staged(path, sum(t.nbytes for t in tensors.values())) as work:
-        write_json(work / SETTINGS, settings)
+        write_json(work / SETTINGS, _settings(base_name, revision, ranks, alphas))
         (work / "README.md").write_text(card(base_name, "peft"), "utf-8")
         write_rule(allow_control_tokens, work)
         shapes = {name: (t.dtype, t.shape) for name, t in tensors.items()}
@@ -110,14 +89,26 @@ def save_adapter(
             writer.finish()
 
 
-def card(base_name, library: str = "transformers") -> str:
-    """The model card (README.md) of a model or an adapter that was trained from a base model."""
-    # The hub takes an id only; a directory's name would be refused when the card is uploaded.
-    base = str(base_name)
-    known = [f"base_model: {base}"] if HUB_ID.fullmatch(base) else []
-    lines = [*known, f"library_name: {library}", "pipeline_tag: image-text-to-text", "tags:", "- qwenvl_jax"]
-    what = "A LoRA adapter for" if library == "peft" else "A model made from"
-    return "\n".join(["---", *lines, "---", "", f"{what} `{base}`, written by qwenvl_jax.", ""])
+def _settings(base_name, revision: str | None, ranks: dict[str, int], alphas: dict[str, float]) -> dict:
+    """PEFT's settings of an adapter with these ranks and alphas by module."""
+    (r, _), (alpha, _) = (Counter(values).most_common(1)[0] for values in (ranks.values(), alphas.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_name),
+        "revision": revision,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out"), False),
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": sorted(ranks),
+        "rank_pattern": {m: n for m, n in ranks.items() if n != r},
+        "alpha_pattern": {m: n for m, n in alphas.items() if n != alpha},
+    }
 
 
 class AdapterFile(contextlib.AbstractContextManager):

@@ -288,6 +288,23 @@ def test_weights_and_an_adapter_in_one_directory(home, tmp_path):
     assert_close(params_of(tmp_path / "out"), lora.merge(home[2]))
 
 
+def test_the_command_that_a_message_gives_works(home, tmp_path):
+    """Every command that opens a model can say it, whichever flags that one has."""
+    path, _, adapted = home
+    shutil.copytree(path / "base", tmp_path / "both")
+    for name in (peft.SETTINGS, peft.WEIGHTS):
+        shutil.copyfile(path / "adapter" / name, tmp_path / "both" / name)
+    shutil.copytree(path / "adapter", tmp_path / "lost")
+    rebase(tmp_path / "lost", "/data/gone")
+    for name in ("both", "lost"):
+        with pytest.raises(CheckpointError) as e:
+            locate.locate(tmp_path / name)
+        command = str(e.value).partition(": qwenvl ")[2].split()
+        places = {"BASE": str(path / "base"), "OUT": str(tmp_path / f"{name}-merged")}
+        assert cli.main([places.get(word, word) for word in command]) == 0
+        assert_close(params_of(tmp_path / f"{name}-merged"), lora.merge(adapted))
+
+
 # What others write in an adapter's directory
 
 PREFIXES = {
