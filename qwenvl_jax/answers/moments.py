@@ -315,14 +315,14 @@ def _prose(text: str) -> tuple[list[Moment], int]:
 
 def _bare(text: str) -> list[Moment]:
     """The moments of an answer without colons and units: spans of numbers, one a line, or one number."""
-    text = _TAGS.sub(" ", text).strip()
+    ends, text = _START_END.findall(text), _TAGS.sub(" ", text).strip()
     if len(text) < 60 and (one := _ONE_NUMBER.fullmatch(text)):
         value = float(one[1])
         return [Moment(value)] if 0 <= value < 1e9 else []
     pairs = _PAIR.findall(text)
     if pairs and _PAIR.sub("", text).strip(" \n,;.[]()"):
         pairs = []
-    if pairs := pairs or _START_END.findall(text):
+    if pairs := pairs or ends:
         return [Moment(float(a), float(b)) for a, b in pairs if float(a) <= float(b)]
     out = []
     for line in text.splitlines():

@@ -23,8 +23,9 @@ _SPELLED = rf"(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_UNITS)}))?|{'|'.join(_UN
 _N = rf"(?:{_DIGITS}|(?:{_SPELLED})(?![a-z])|(?<![{_HAN_DIGITS}])[{_HAN_DIGITS}]{{1,7}}+)"
 _SCALES = {"h": Decimal(3600), "m": Decimal(60), "s": Decimal(1), "ms": Decimal("0.001")}
 _UNIT = (
-    r"(?:(?P<ms>milliseconds?|msecs?|ms|毫秒)|(?P<h>hours?|hrs?|h|个?小时)|(?P<m>minutes?|mins?|m|分钟|分)"
-    r"|(?P<s>seconds?|secs?|s|秒钟?))(?![a-z])"
+    r"(?:(?P<ms>milliseconds?|msecs?|ms|毫秒)|(?P<h>hours?|hrs?|h|个?小时)|(?P<m>minutes?|mins?|m|分钟|分"
+    r"|minutos?|minuten?|minuti|минут[аыу]?|분)|(?P<s>seconds?|secs?|s|秒钟?|segundos?|sekunden?|secondes?|secondi|секунд[аыу]?"
+    r"|초))(?![a-zа-я])"
 )
 _TO_UNIT = r"(?:st|nd|rd|th)?[*_`$]{0,3}[ \t-]{0,2}"
 _PAIR = re.compile(rf"[ \t]?,?[ \t]?(?:and[ \t])?零?(?P<n>{_N}){_TO_UNIT}{_UNIT}")
@@ -51,7 +52,7 @@ _LENGTH_AFTER = re.compile(
     r"|film|movie|recording|interval|window|gap|pause|delay|period|countdown|timer)\b|的?时长|的?视频|的?片段|后|之后)"
 )
 _AGE = re.compile(r"(?:\b(?:her|his|their|the|my|your|early|mid|late)[ -])$")
-_POINT = re.compile(r"[ -](?:(?:mark|point|timestamp|moment)|(?:and|to)\b)")
+_ATTRIBUTE = re.compile(r"[ -](?!mark|point|timestamp|moment|(?:and|to|or|into|in|of|the|when|where)\b)[a-z]")
 _FIRST = re.compile(r"(?:\b(?:first|initial|opening)|前|最初的?|开头的?)\s*[*`]*$")
 
 _LEFT = r"[\[(<*\"'“`]{0,3}"
@@ -66,12 +67,12 @@ _COMMA = re.compile(r"""["'`]?[ \t]*[,;，][ \t]*["'`]?""")
 _BETWEEN = re.compile(rf"(?:\bbetween|介于)\s*{_ROUGHLY}{_LEFT}$")
 _START = re.compile(r"(?:\b(?:start|begin|began|begun)|开始|起始)[^0-9\n]{0,30}$")
 _END = re.compile(
-    rf"{_RIGHT}[\s,;.，。；|*_\-–•\"']{{0,8}}(?:(?:and|then|but|并且?|然后)\s{{0,3}})?(?:(?:it|the|event)\s){{0,2}}"
+    rf"{_RIGHT}[\s,;.，。；|*_\-–•\"'\[<]{{0,8}}(?:(?:and|then|but|并且?|然后)\s{{0,3}})?(?:(?:it|the|event)\s){{0,2}}"
     r"(?:end(?:s|ed|ing)?|finish(?:es|ed)?|stop(?:s|ped)?|结束)(?:[ _-]?time(?:stamp)?|时间)?"
-    rf"[\s:：=*_\"'`]{{0,6}}(?:(?:is|at|by|于|在|为|是)\s{{0,2}})?{_ROUGHLY}{_LEFT}",
+    rf"[\s:：=*_\"'`\]>]{{0,6}}(?:(?:is|at|by|于|在|为|是)\s{{0,2}})?{_ROUGHLY}{_LEFT}",
 )
 _LOWER = re.compile(
-    rf"(?<![0-9a-z])(?<![0-9][:：.])({_DIGITS})(?:(?P<to>{_DASH})|(?P<and>{_AND.pattern})|(?P<ends>{_END.pattern}))$"
+    rf"(?<![0-9a-z])(?<![0-9][:：.])({_DIGITS})(?:st|nd|rd|th)?(?:(?P<to>{_DASH})|(?P<and>{_AND.pattern})|(?P<ends>{_END.pattern}))$"
 )
 _UPPER = re.compile(rf"{_DASH}({_DIGITS})(?![0-9a-z]|[:：][0-9])")
 _PLAIN = {ord(wide): narrow for wide, narrow in zip("０１２３４５６７８９．", "0123456789.", strict=True)}
@@ -90,10 +91,12 @@ _BEFORE_NEXT = re.compile(
     rf"(?:[{_MARKS}]|\b(?:and|then|at|from|between|around|about|by|in|finally)\b|[从在第到])+$", re.I
 )
 _AFTER = re.compile(
-    rf"(?:[{_MARKS}]|(?:mark|point|timestamp)s?\b|in(?:to[ ]the[ ](?:video|clip))?\b|onwards?\b|处|时(?!间)|左右|之间"
+    rf"(?:</?[a-z_]{{1,20}}>|[{_MARKS}]|(?:mark|point|timestamp)s?\b"
+    r"|in(?:to[ ]the[ ](?:video|clip))?\b|onwards?\b|处|时(?!间)|左右|之间"
     r"|开始|结束)*+",
     re.I,
 )
+_TAG = re.compile(r"</?[a-zA-Z_]{1,20}>")
 _LABEL = re.compile(r"\W*(?:description|event|caption|activity|action|描述|事件|内容)[\s\"'*]*[:：]", re.I)
 _SENTENCE_LENGTH = 300  # of a long sentence, so many characters to each side of its time count
 
@@ -214,9 +217,10 @@ def _with_units(text: str, found: re.Match, done: int) -> Time | None:
         before = before[: lower.start()]
     elif _FIRST.search(before):
         start, end = Decimal(0), seconds
-    adjective = "-" in text[found.end("n") : found.start(unit)] and not _POINT.match(text, to) and end is None
-    is_length = _LENGTH_BEFORE.search(before) or _LENGTH_AFTER.match(text, to)
-    if is_length or (adjective and re.match(r"[ -][a-z]", text[to : to + 2])):
+    hyphen = "-" in text[found.end("n") : found.start(unit)]  # a 5-second clip, a 5 minute walk
+    is_adjective = hyphen or (found[unit] in ("second", "minute", "hour") and seconds > _SCALES[unit])
+    is_adjective = is_adjective and end is None and bool(_ATTRIBUTE.match(text, to))
+    if is_adjective or _LENGTH_BEFORE.search(before) or _LENGTH_AFTER.match(text, to):
         return _time(at, to, start, end, "length")
     return _time(at, to, start, end, "moment")
 
@@ -297,9 +301,10 @@ def _beside(text: str, at: int, line_end: int, following: int) -> str:
         below = text.find("\n", line_end + 1)
         below = len(text) if below < 0 else below
         said = text[line_end + 1 : below] if below <= following else ""
+    said = _TAG.sub("", said)
     if label := _LABEL.match(said):
         said = said[label.end() :]
-    return said.strip(' \t\r\n*_|"“”`-–—•<>[]')
+    return "" if not re.search(r"\w", said) else said.strip(' \t\r\n*_|"“”`-–—•<>[]')
 
 
 def clock(seconds: float, places: int = 0) -> str:
