@@ -61,7 +61,15 @@ TABLE = [
     (F, "", [f(a=1)]),
     (f"\n{F}\n{CLICK}\n", "", [f(a=1), CLICKED]),
     (f"Such as {F} in a text.", f"Such as {F} in a text.", []),
+    (f"<tool_call>\n<tool_call>\n{F}\n</tool_call>", "", [f(a=1)]),
+    (f"<think>Or {tagged(F)}?</think>\n{tagged(CLICK)}", f"<think>Or {tagged(F)}?</think>", [CLICKED]),
+    (f"<think>Or {tagged(F)}", f"<think>Or {tagged(F)}", []),
     # broken JSON with one meaning
+    (tagged(f"{F};"), "", [f(a=1)]),
+    (tagged(F[1:]), "", [f(a=1)]),
+    (tagged('{"name": "f", "args": {"a": 1}}'), "", [f(a=1)]),
+    (tagged('{"name": "f", "arguments": {"a": (10, 20)}}'), "", [f(a=[10, 20])]),
+    (tagged('{"name": "f", "arguments": {"a": """x "y"\nz"""}}'), "", [f(a='x "y"\nz')]),
     (tagged('{"name": "f", "arguments": {"a": 1,},}'), "", [f(a=1)]),
     (tagged("{'name': 'f', 'arguments': {'a': 'it's', 'b': True, 'c': None}}"), "", [f(a="it's", b=True, c=None)]),
     (tagged('{name: "f", arguments: {a: 1}}'), "", [f(a=1)]),
@@ -94,6 +102,8 @@ MALFORMED = [
     '{"name": 1, "arguments": {}}',
     '{"arguments": {"a": 1}}',
     '{"name": "f", "arguments": {"a": NaN}}',
+    '{"name": "f", "arguments": {"a": undefined}}',
+    '{"name: "f", "arguments": {"a": 1}}',
     '{"name": "f", "arguments": {"a": 1e999}}',
     '{"name": "f", "arguments": {"a": "\\ud83d"}}',
     '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}",
@@ -259,7 +269,9 @@ def test_results_that_do_not_fit(returned, error):
 
 # ------------------------------------------------------------------------------------------ any text
 
-PIECES = ["<tool_call>", "</tool_call>", "<tool", "_call>", '"', "'", "{", "}", "[", "]", ":", ",", "\\", "\n", "name",
+PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool",
+          "_call>", '"', "'", "{", "}", "[", "]", ":", ",", "\\",
+          "\n", "name",
           '"name": "f"', '"arguments": ', F, F[:-1], "```json", "1", "é", "\\u12", "//", " " * 50, "null",
           "\ud83d"]  # fmt: skip
 
