@@ -321,13 +321,13 @@ def test_many_mutated_answers():
                                    '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>', F[:28], tagged(F),
                                    tagged(F[:-3]), '"</tool_call>', '", " ', "{{", "\\\\", "```"])  # fmt: skip
 def test_long_answers_are_read_fast(piece):
+    def took(text: str) -> float:
+        start = time.process_time()
+        parse(text)
+        return time.process_time() - start
+
     for text in (piece * (100_000 // len(piece)), "<tool_call>" + piece * (100_000 // len(piece))):
-        took = []
-        for _ in range(3):
-            start = time.process_time()
-            parse(text)
-            took.append(time.process_time() - start)
-        assert min(took) < 0.05
+        assert any(took(text) < 0.05 for _ in range(3))  # a busy machine may need a second try
 
 
 # ------------------------------------------------------------------------------------------ lenient JSON
