@@ -95,8 +95,10 @@ def results(reply: Mapping, returned: Sequence[Any]) -> list[dict]:
         try:
             content = value if isinstance(value, str) or items else _json(value)
         except (TypeError, ValueError, RecursionError) as e:
-            raise InputError(f"the result of {call['function']['name']} cannot be written as JSON ({e})") from e
-        out.append({"role": "tool", "tool_call_id": call["id"], "content": content})
+            name = call.get("function", call).get("name")
+            raise InputError(f"the result of {name} cannot be written as JSON ({e})") from e
+        call_id = {"tool_call_id": call["id"]} if "id" in call else {}
+        out.append({"role": "tool", **call_id, "content": content})
     return out
 
 
