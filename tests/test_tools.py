@@ -61,7 +61,15 @@ TABLE = [
     (F, "", [f(a=1)]),
     (f"\n{F}\n{CLICK}\n", "", [f(a=1), CLICKED]),
     (f"Such as {F} in a text.", f"Such as {F} in a text.", []),
+    (f"<tool_call>\n<tool_call>\n{F}\n</tool_call>", "", [f(a=1)]),
+    (f"<think>Or {tagged(F)}?</think>\n{tagged(CLICK)}", f"<think>Or {tagged(F)}?</think>", [CLICKED]),
+    (f"<think>Or {tagged(F)}", f"<think>Or {tagged(F)}", []),
     # broken JSON with one meaning
+    (tagged(f"{F};"), "", [f(a=1)]),
+    (tagged(F[1:]), "", [f(a=1)]),
+    (tagged('{"name": "f", "args": {"a": 1}}'), "", [f(a=1)]),
+    (tagged('{"name": "f", "arguments": {"a": (10, 20)}}'), "", [f(a=[10, 20])]),
+    (tagged('{"name": "f", "arguments": {"a": """x "y"\nz"""}}'), "", [f(a='x "y"\nz')]),
     (tagged('{"name": "f", "arguments": {"a": 1,},}'), "", [f(a=1)]),
     (tagged("{'name': 'f', 'arguments': {'a': 'it's', 'b': True, 'c': None}}"), "", [f(a="it's", b=True, c=None)]),
     (tagged('{name: "f", arguments: {a: 1}}'), "", [f(a=1)]),
@@ -94,6 +102,8 @@ MALFORMED = [
     '{"name": 1, "arguments": {}}',
     '{"arguments": {"a": 1}}',
     '{"name": "f", "arguments": {"a": NaN}}',
+    '{"name": "f", "arguments": {"a": undefined}}',
+    '{"name: "f", "arguments": {"a": 1}}',
     '{"name": "f", "arguments": {"a": 1e999}}',
     '{"name": "f", "arguments": {"a": "\\ud83d"}}',
     '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}",
@@ -249,6 +259,10 @@ def test_results_go_back_into_the_conversation(processor):
     assert text.endswith("\n".join(f"<tool_response>\n{one}\n</tool_response>" for one in shown) + "<|im_end|>\n")
 
 
+def test_a_call_without_an_id_gets_its_result():
+    assert results({"tool_calls": [{"name": "f"}]}, ["a"]) == [{"role": "tool", "content": "a"}]
+
+
 @pytest.mark.parametrize("returned, error", [
     ([], "1 tool calls, and 0 results"), (["a", "b"], "1 tool calls, and 2"), ([{1, 2}], "result of f cannot be"),
 ])  # fmt: skip
@@ -259,7 +273,9 @@ def test_results_that_do_not_fit(returned, error):
 
 # ------------------------------------------------------------------------------------------ any text
 
-PIECES = ["<tool_call>", "</tool_call>", "<tool", "_call>", '"', "'", "{", "}", "[", "]", ":", ",", "\\", "\n", "name",
+PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool",
+          "_call>", '"', "'", "{", "}", "[", "]", ":", ",", "\\",
+          "\n", "name",
           '"name": "f"', '"arguments": ', F, F[:-1], "```json", "1", "é", "\\u12", "//", " " * 50, "null",
           "\ud83d"]  # fmt: skip
 
@@ -308,14 +324,14 @@ def test_many_mutated_answers():
                                    "[[1,",
                                    '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>', F[:28], tagged(F),
                                    tagged(F[:-3]), '"</tool_call>', '", " ', "{{", "\\\\", "```"])  # fmt: skip
-def test_long_answers_are_read_fast(piece):
-    for text in (piece * (100_000 // len(piece)), "<tool_call>" + piece * (100_000 // len(piece))):
-        took = []
-        for _ in range(3):
-            start = time.process_time()
-            parse(text)
-            took.append(time.process_time() - start)
-        assert min(took) < 0.05
+@pytest.mark.parametrize("before", ["", "<tool_call>"])
+def test_long_answers_are_read_in_linear_time(piece, before):
+    def took(size: int) -> float:
+        text, start = before + piece * (size // len(piece)), time.process_time()
+        parse(text)
+        return time.process_time() - start
+
+    assert any(took(100_000) < max(0.05, 25 * took(10_000)) for _ in range(3))  # a busy machine may need a second try
 
 
 # ------------------------------------------------------------------------------------------ lenient JSON

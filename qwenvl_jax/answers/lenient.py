@@ -1,7 +1,7 @@
 """JSON as models write it, read without `eval` and in linear time.
 
-Beside JSON these are read: single quotes, no quotes, Python's True, False and None, quotes and line breaks within a
-string, missing or doubled commas, closing brackets that are missing, `//` comments, and texts that are cut short.
+Beside JSON these are read: single quotes, no quotes, Python's True, False and None, tuples, quotes and line breaks
+within a string, missing or doubled commas, closing brackets that are missing, `//` comments, texts that are cut short.
 """
 
 import json
@@ -13,19 +13,19 @@ DEPTH = 64  # brackets within brackets
 
 _SPACE = re.compile(r"(?:[\s,;]|//[^\n]*+)*+")
 _COLON = re.compile(r"\s*+(?::|：|=>|=)\s*+")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?(?=[\s,;}\]]|\Z)")
-_BARE = re.compile(r"""[^\s,;:="'{}\[\]][^,;"'{}\[\]\n]*+""")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?(?=[\s,;}\])]|\Z)")
+_BARE = re.compile(r"""[^\s,;:="'{}\[\]()][^,;"'{}\[\]()\n]*+""")
 _BARE_KEY = re.compile(r"[^\W\d][\w-]*+")
 _OPENERS = re.compile(r"""(?:[\[{\s]|["'][^"'\\]{0,40}["']\s*+:\s*+)*+""")
 _CUT = re.compile(r"[\"'\\]")
 _VALUE_ENDS = re.compile(
-    r"""\s*+(?:\Z|[}\]]|//|[,;]\s*+(?:\Z|//|["'{}\[\]+\-.0-9]|(?:true|false|null|True|False|None)\b|\w++\s*+:)|"[\w-]++"\s*+:|\n\s*+["'{\[])"""
+    r"""\s*+(?:\Z|[}\])]|//|[,;]\s*+(?:\Z|//|["'{}\[\]+\-.0-9]|(?:true|false|null|True|False|None)\b|\w++\s*+:)|"[\w-]++"\s*+:|\n\s*+["'{\[])"""
 )
 _KEY_ENDS = re.compile(r"\s*+(?:\Z|:|：|=)")
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}(?:\\u[dD][c-fC-F][0-9a-fA-F]{2})?|.)", re.S)
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", '"': '"', "'": "'", "\\": "\\", "/": "/", "\n": ""}
 _WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
-_NOT_NUMBERS = {"NaN", "nan", "Infinity", "-Infinity", "inf", "-inf"}
+_NOT_VALUES = {"undefined", "NaN", "nan", "Infinity", "-Infinity", "inf", "-inf"}
 
 
 class Read(NamedTuple):
@@ -92,7 +92,7 @@ class _Reader:
             at = self._skip(_SPACE, at)
             if at >= self.end:
                 return Read(root, at, self.open, False)
-            if self.text[at] in "}]":
+            if self.text[at] in "}])":
                 self._close(self.text[at], at)
                 at += 1
                 if not self.open:
@@ -107,7 +107,7 @@ class _Reader:
                         return Read(root, self.end, self.open, True)
                     raise Unreadable(at)
                 at = colon.end()
-            if self.text[at] in "{[":
+            if self.text[at] in "{[(":
                 self._put(into, key, self._push(at))
                 at += 1
                 continue
@@ -163,7 +163,7 @@ class _Reader:
                 raise Unreadable(found.end()) from None
             return found.end() < self.end, value, found.end()
         found = _BARE.match(self.text, at)
-        if not found or (word := found[0].strip()) in _NOT_NUMBERS:
+        if not found or (word := found[0].strip()) in _NOT_VALUES:
             raise Unreadable(found.end() if found else at + 1)
         return found.end() < self.end, _WORDS.get(word, word), found.end()
 
@@ -173,6 +173,9 @@ class _Reader:
         A quote ends the string only where something follows that may follow a string.
         """
         quote, at = self.text[start], start + 1
+        if self.text.startswith(quote * 3, start):  # Python's
+            end = self.text.find(quote * 3, start + 3)
+            return (None, self.end) if end < 0 else (self.text[start + 3 : end], end + 3)
         while found := _CUT.search(self.text, at):
             at = found.end()
             if found[0] == "\\":

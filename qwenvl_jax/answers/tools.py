@@ -18,6 +18,7 @@ from qwenvl_jax.answers.lenient import read
 from qwenvl_jax.errors import InputError
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_THINK, _THOUGHT = "<think>", "</think>"  # a call within is not made
 _INSIDE = re.compile(rf'"|\\.|{_OPEN}|{_CLOSE}', re.S)
 # A call whose opening tag is missing.
 _BARE = re.compile(r'\{\s{0,9}"name"\s{0,9}:\s{0,9}"[^"{]{1,200}"\s{0,9},\s{0,9}"arguments"\s{0,9}:\s{0,9}\{')
@@ -25,7 +26,7 @@ _PIECE = 4096
 _BARE_LENGTH = 300  # no match is longer
 _BARE_NAME = re.compile(r'\{"name":"[^"{]{0,200}("?)')
 _FENCE = re.compile(r"```(?:json)?|```")
-_BETWEEN = re.compile(r"[\s,}\]]*+")  # between calls in one pair of tags, and after the last; models double brackets
+_BETWEEN = re.compile(r"[\s,;}\]]*+")  # between calls in one pair of tags, and after the last; models double brackets
 
 
 class ToolCall(NamedTuple):
@@ -94,8 +95,10 @@ def results(reply: Mapping, returned: Sequence[Any]) -> list[dict]:
         try:
             content = value if isinstance(value, str) or items else _json(value)
         except (TypeError, ValueError, RecursionError) as e:
-            raise InputError(f"the result of {call['function']['name']} cannot be written as JSON ({e})") from e
-        out.append({"role": "tool", "tool_call_id": call["id"], "content": content})
+            name = call.get("function", call).get("name")
+            raise InputError(f"the result of {name} cannot be written as JSON ({e})") from e
+        call_id = {"tool_call_id": call["id"]} if "id" in call else {}
+        out.append({"role": "tool", **call_id, "content": content})
     return out
 
 
@@ -109,6 +112,7 @@ class Stream:
     def __init__(self):
         self.malformed = 0
         self._buffer = ""  # not yet decided; within a call it starts after the tag
+        self._thinking = False
         self._inside = False  # whether the buffer is a call
         self._tagged = True  # whether that call has its opening tag
         self._at = 0  # how much of the call is scanned for its end
@@ -150,17 +154,27 @@ class Stream:
         return self._find_end() if self._inside else self._find_call()
 
     def _find_call(self) -> bool:
-        tag = self._buffer.find(_OPEN)
-        if bare := _BARE.search(self._buffer, 0, len(self._buffer) if tag < 0 else tag):
-            self._begin(bare.start(), 0)
-        elif tag >= 0:
-            self._begin(tag, len(_OPEN))
+        tag = self._buffer.find(_THOUGHT if self._thinking else _OPEN)
+        end = len(self._buffer) if tag < 0 else tag
+        if not self._thinking and (bare := _BARE.search(self._buffer, 0, end)):
+            end = bare.start()
+        if not self._thinking and (think := self._buffer.find(_THINK, 0, end)) >= 0:
+            self._pass(think + len(_THINK))
+            self._thinking = True
+        elif self._thinking and tag >= 0:
+            self._pass(tag + len(_THOUGHT))
+            self._thinking = False
+        elif end < len(self._buffer):
+            self._begin(end, len(_OPEN) if end == tag else 0)
         else:
-            keep = _may_begin_call(self._buffer)
-            self._say(self._buffer[: len(self._buffer) - keep])
-            self._buffer = self._buffer[len(self._buffer) - keep :]
+            self._pass(end - (_partial(self._buffer, _THOUGHT) if self._thinking else _may_begin_call(self._buffer)))
             return False
         return True
+
+    def _pass(self, end: int) -> None:
+        """The buffer up to `end` is text."""
+        text, self._buffer = self._buffer[:end], self._buffer[end:]
+        self._say(text)
 
     def _begin(self, at: int, tag: int) -> None:
         self._say(self._buffer[:at])
@@ -180,6 +194,9 @@ class Stream:
                 self._end_call(found.start() if whole else self._closing, len(_CLOSE))
                 return True
             elif found[0] == _OPEN:
+                if self._closing < 0 and self._tagged and not self._buffer[: found.start()].strip():  # it stands twice
+                    self._buffer, self._at = self._buffer[found.end() :], 0
+                    continue
                 self._end_call(*((found.start(), 0) if self._closing < 0 else (self._closing, len(_CLOSE))))
                 return True
         self._at = max(self._at, len(self._buffer) - _unfinished(self._buffer))
@@ -217,7 +234,7 @@ class Stream:
 
 def _may_begin_call(text: str) -> int:
     """How many characters at the end of a text may be the beginning of a call."""
-    tag = next((n for n in range(len(_OPEN) - 1, 0, -1) if text.endswith(_OPEN[:n])), 0)
+    tag = _partial(text, _OPEN, _THINK)
     start = text.rfind("{", -_BARE_LENGTH)
     if start >= 0:
         tail = "".join(text[start:].split())
@@ -233,7 +250,13 @@ def _unfinished(text: str) -> int:
     """How many characters at the end of a text may be the beginning of a tag or an escape."""
     if text.endswith("\\"):
         return 1
-    return next((n for n in range(len(_CLOSE) - 1, 0, -1) if text.endswith((_OPEN[:n], _CLOSE[:n]))), 0)
+    return _partial(text, _OPEN, _CLOSE)
+
+
+def _partial(text: str, *tags: str) -> int:
+    """How many characters at the end of a text are the beginning of one of the tags."""
+    start = text.rfind("<", -len(_CLOSE))
+    return len(text) - start if start >= 0 and any(tag.startswith(text[start:]) for tag in tags) else 0
 
 
 def _is_json(text: str) -> bool:
@@ -253,6 +276,8 @@ def _calls(body: str, closed: bool) -> tuple[list[ToolCall], str] | None:
         body = body[1:]
     if "name" not in body:  # soon done with texts of thousands of tags
         return None
+    if body.startswith('"name"'):
+        body = "{" + body
     body += "\n" * closed  # a number at the end is complete
     calls: list[ToolCall] = []
     at = 0
@@ -277,7 +302,7 @@ def _call(value, unfinished: Sequence) -> ToolCall:
         value = value["function"]  # OpenAI's form
     if not isinstance(value, Mapping) or not isinstance(name := value.get("name"), str) or not name:
         raise ValueError("a call has a name")
-    key = "parameters" if "parameters" in value and "arguments" not in value else "arguments"
+    key = next((key for key in ("arguments", "parameters", "args") if key in value), "arguments")
     if key not in value and (value.keys() - {"name", "id", "type"} or any(value is part for part in unfinished)):
         raise ValueError("a call has arguments")
     arguments = value.get(key)
