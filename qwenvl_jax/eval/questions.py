@@ -74,8 +74,8 @@ def _question(record, source, index: int, metric: str) -> Question:
     if not messages:
         raise InputError("has no question before the answer; add a user message")
     task, metric = _task(record.get("task")), metric if record.get("metric") is None else record["metric"]
-    if metric not in (*METRICS, BOXES):
-        raise InputError(f"metric is {metric!r}; known are {', '.join((*METRICS, BOXES))}")
+    if metric not in (*METRICS, *BOXES):
+        raise InputError(f"metric is {metric!r}; known are {', '.join((*METRICS, *BOXES))}")
     check_coordinates(boxes := record.get("boxes"))
     answers = _answers(answer, metric)
     for text in answers:
@@ -108,7 +108,7 @@ def _check_characters(text: str, key: str) -> None:
 
 def _answers(answer, metric: str) -> tuple[str, ...]:
     """The right answers as texts. Raises InputError if the metric cannot read one."""
-    if metric == BOXES:
+    if metric in BOXES:
         return (_boxes(answer),)
     several = answer if isinstance(answer, list | tuple) else [answer]
     if not several or not all(isinstance(a, str | int | float) and not isinstance(a, bool) for a in several):
