@@ -7,17 +7,19 @@ Qwen2.5-VL writes a page as HTML in reading order, and each element says where i
     <div class="formula" data-bbox="x1 y1 x2 y2"><img data-bbox="x1 y1 x2 y2"/><div>$$…$$</div></div>
     </body></html>
 
-The answer is untrusted: the tree holds text, numbers and links to web and mail addresses, nothing else.
+Qwen3-VL also writes Markdown with the boxes of pictures and tables, `answers/marked.py`; `parse` reads both. Answers
+are untrusted: the tree holds text, numbers and links to web and mail addresses, nothing else.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from qwenvl_jax.answers import blocks, hypertext, markdown
+from qwenvl_jax.answers import blocks, hypertext, markdown, marked
 from qwenvl_jax.answers.blocks import Block
 from qwenvl_jax.answers.boxes import Sizes
 
-__all__ = ["Block", "Document", "parse"]
+_HTML = re.compile(r"<(?:html|body)[\s>]|data-bbox|```(?:html|xml)\s*<|\A\s*<(?!!--|think)", re.I)  # or it is Markdown
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +89,9 @@ class Document:
 
 
 def parse(text: str) -> Document:
-    """The pages in an answer, in QwenVL-HTML; never raises.
+    """The pages in an answer, in QwenVL-HTML or in Qwen3-VL's Markdown; never raises.
 
     Tags may be cut off, missing or wrongly nested. What surrounds <html>, <body> or a ```html fence is left out.
     Nesting deeper than 20 is flattened.
     """
-    return Document(*hypertext.read(text))
+    return Document(*hypertext.read(text if _HTML.search(text) else marked.to_html(text)))
