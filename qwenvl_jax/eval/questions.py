@@ -118,6 +118,11 @@ def _answers(answer, metric: str) -> tuple[str, ...]:
         for text in texts:
             if metrics.first_time(text) is None:
                 raise InputError(f"answer is {text[:80]!r}; for the metric seconds it must contain a time")
+    if metric == "teds":
+        for text in texts:
+            if metrics.table_tree(text) is None:
+                rule = "for the metric teds it must be a table of at most 1,000 rows and cells"
+                raise InputError(f"answer is {text[:80]!r}; {rule}")
     return texts
 
 
