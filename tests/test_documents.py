@@ -254,20 +254,22 @@ FLOODS += ["&", "&#9", "<style>", "</style><style>", "<script><", "<pre>", "<div
 FLOODS += ["\\(", "\\[", "* ", "_", "`", "[", "<td colspan=1000>x", "<td rowspan=9999>x<tr>", "<sup>", "```html<"]
 FLOODS += ["<x>", "<p>", "<br>", "<img>", "<caption>", "<p data-bbox='1 2'>", "<b>“x”</b>后", "<a href=#>", "<thead>"]
 
+LISTS = [("<ul><li>a</li>", "<ul><li>x</ul>"), (f"<ul><li>{'<b>x</b>' * 3000}</li>", "<ul></ul>")]
+
 
 def every_form(document: Document) -> list:
     return [document.markdown(), document.html(), document.text(), document.tables(), document.qwenvl()]
 
 
-@pytest.mark.parametrize("piece", FLOODS)
-def test_floods(piece):
+@pytest.mark.parametrize("start, piece", [("<p>", piece) for piece in FLOODS] + LISTS)
+def test_floods(start, piece):
     """Time grows with the length alone: ten times the text takes less than forty times as long."""
 
     def seconds(size: int) -> float:
-        text = f"<p>{piece * (size // len(piece))}"
-        start = time.process_time()
+        text = start + piece * (size // len(piece))
+        begin = time.process_time()
         every_form(parse(text))
-        return time.process_time() - start
+        return time.process_time() - begin
 
     assert seconds(50_000) < 40 * max(min(seconds(5_000) for _ in range(3)), 0.005)
 
