@@ -1,4 +1,4 @@
-"""Qwen3-VL's Markdown, with the boxes of pictures and tables, as HTML for `hypertext.read`.
+"""Qwen3-VL's Markdown, with the boxes of pictures and tables, as HTML for `from_html.read`.
 
     <!-- Image (x1, y1, x2, y2) -->
     <!-- Table (x1, y1, x2, y2) -->
