@@ -188,6 +188,9 @@ def test_spans_do_not_fill_the_memory():
     for text in (f"<table><tr>{cell}", "<table>" + f"<tr>{cell}" * 1000, "<table><tr>" + cell * 1000):
         (rows,) = parse(text).tables()
         assert sum(map(len, rows)) <= 101_000 and rows[0][0] == "x"
+    nested = parse(f"<table><tr>{cell}" * 10)
+    assert nested.text() == " ".join("x" * 10) and len(nested.markdown()) < 1000
+    assert [len(rows[0]) for rows in nested.tables()] == [1000] * 10
 
 
 # --- what is broken -------------------------------------------------------------------------------------
@@ -251,20 +254,22 @@ FLOODS += ["&", "&#9", "<style>", "</style><style>", "<script><", "<pre>", "<div
 FLOODS += ["\\(", "\\[", "* ", "_", "`", "[", "<td colspan=1000>x", "<td rowspan=9999>x<tr>", "<sup>", "```html<"]
 FLOODS += ["<x>", "<p>", "<br>", "<img>", "<caption>", "<p data-bbox='1 2'>", "<b>“x”</b>后", "<a href=#>", "<thead>"]
 
+LISTS = [("<ul><li>a</li>", "<ul><li>x</ul>"), (f"<ul><li>{'<b>x</b>' * 3000}</li>", "<ul></ul>")]
+
 
 def every_form(document: Document) -> list:
     return [document.markdown(), document.html(), document.text(), document.tables(), document.qwenvl()]
 
 
-@pytest.mark.parametrize("piece", FLOODS)
-def test_floods(piece):
+@pytest.mark.parametrize("start, piece", [("<p>", piece) for piece in FLOODS] + LISTS)
+def test_floods(start, piece):
     """Time grows with the length alone: ten times the text takes less than forty times as long."""
 
     def seconds(size: int) -> float:
-        text = f"<p>{piece * (size // len(piece))}"
-        start = time.process_time()
+        text = start + piece * (size // len(piece))
+        begin = time.process_time()
         every_form(parse(text))
-        return time.process_time() - start
+        return time.process_time() - begin
 
     assert seconds(50_000) < 40 * max(min(seconds(5_000) for _ in range(3)), 0.005)
 
@@ -292,7 +297,7 @@ def mutated(rng: random.Random) -> str:
     """Some pages with pieces of pages inserted, moved, doubled and removed."""
     text = "\n".join(page for page, _ in rng.choices(PAGES, k=rng.randint(1, 4)))
     for _ in range(rng.randint(1, 12)):
-        text = text[:3_000]
+        text = text[:2_000]
         i, j = (rng.randrange(len(text) + 1) for _ in range(2))
         pieces = "".join(rng.choice(PIECES) for _ in range(rng.choice([1, 3, 10, 40])))
         text = (
@@ -313,7 +318,6 @@ def check_mutated(seeds: range) -> None:
         _, page, *_ = every_form(document)
         assert parse(document.qwenvl()).blocks == document.blocks, seed
         assert not ATTACK.search(re.sub('"[^"]*"', '""', page)), seed
-    print(slowest)
     assert slowest < 0.05
 
 
@@ -324,6 +328,106 @@ def test_mutated_pages():
 @pytest.mark.slow
 def test_many_mutated_pages():
     check_mutated(range(1000, 11_000))
+
+
+# --- Qwen3-VL's Markdown --------------------------------------------------------------------------------
+
+MARKED = r"""
+# Title *x*
+
+Some **bold** text with $a_1*b*c$ and \$5, a<b.
+second line\
+third
+
+<!-- Image (10, 20, 300, 400) -->
+
+<!-- Table (1, 2, 3, 4) -->
+\begin{tabular}{|l|c|r|}
+\hline
+\multirow{2}{*}{A} & \multicolumn{2}{c|}{\textbf{B} \& C} \\ \cline{2-3}
+ & 1 & $x^2$ \\ \hline
+5\% & & 2 \\[2pt]
+\hline
+\end{tabular}
+
+- a
+  - b
+- [x] c
+
+| a | b\|c |
+|---|:-:|
+| 1 | `2` |
+after
+$$
+E = mc^2
+$$
+> quote
+> more
+
+```python
+x < 1
+```
+---
+<table><tr><td>h</td></tr></table>
+<!-- Image (1, 2, 3) --> [Figure](https://a.b) 2
+<!-- Table (5, 6, 7, 8) -->
+\begin{tabular}{ll} a & b \\ c"""
+READ = """<html><body>
+<h1>Title <i>x</i></h1>
+<p>Some <b>bold</b> text with $a_1*b*c$ and $5, a&lt;b. second line<br/>third</p>
+<div class="image" data-bbox="10 20 300 400"></div>
+<table data-bbox="1 2 3 4"><tr><td rowspan="2">A</td><td colspan="2"><b>B</b> &amp; C</td></tr>\
+<tr><td>1</td><td>$x^2$</td></tr><tr><td>5%</td><td></td><td>2</td></tr></table>
+<ul><li>a<ul><li>b</li></ul></li><li>☑ c</li></ul>
+<table><tr><th>a</th><th>b|c</th></tr><tr><td>1</td><td><code>2</code></td></tr></table>
+<p>after</p>
+<div class="formula"><div>$$
+E = mc^2
+$$</div></div>
+<blockquote>quote more</blockquote>
+<pre class="language-python">x &lt; 1</pre>
+<hr/>
+<table><tr><td>h</td></tr></table>
+<div class="image"></div>
+<p><a href="https://a.b">Figure</a> 2</p>
+<table data-bbox="5 6 7 8"><tr><td>a</td><td>b</td></tr><tr><td>c</td></tr></table>
+</body></html>"""
+
+
+def test_markdown_of_qwen3_vl():
+    document = parse(MARKED)
+    assert document.qwenvl() == READ and document.malformed == 1  # a box of three numbers
+    assert parse(f"```markdown{MARKED}\n```") == document
+    assert parse(f"<think>\nA <b>page</b>.\n</think>\n{MARKED}").blocks[1:] == document.blocks
+
+
+def test_cut_markdown():
+    for cut in range(len(MARKED)):
+        document = parse(MARKED[:cut])
+        every_form(document)
+        assert parse(document.qwenvl()).blocks == document.blocks
+
+
+@pytest.mark.parametrize("page, wanted", PAGES, ids=NAMES)
+def test_our_markdown_is_read(page, wanted):
+    """Text and formulas survive; Markdown has no place for the rest."""
+    if "```\n   code" in wanted or "``a`b``" in wanted or "\\[link" in wanted:
+        pytest.skip("blocks of code in lists, ticks in code and brackets in links are not read")
+    assert squeezed(parse(f"\n{wanted}").text()).replace("$", "") == squeezed(parse(page).text()).replace("$", "")
+
+
+@pytest.mark.parametrize(
+    "piece", ["`", "``", "\\begin{tabular}", "- ", "|-", "* ", "[x](", "<!-- Image (", "$$", " ", "\\multirow{9}{*}{"]
+)
+@pytest.mark.parametrize("start, end", [("x", ""), ("x\n", "\n"), ("\\begin{tabular}{c} a", ""), ("x\n\n", "\n\n")])
+def test_floods_of_markdown(piece, start, end):
+    def seconds(size: int) -> float:
+        text = start + f"{piece}{end}" * (size // len(piece + end))
+        begin = time.process_time()
+        every_form(parse(text))
+        return time.process_time() - begin
+
+    assert seconds(50_000) < 40 * max(min(seconds(5_000) for _ in range(3)), 0.005)
 
 
 # --- round trip -----------------------------------------------------------------------------------------

@@ -122,8 +122,9 @@ def text(block: Block) -> str:
     if block.kind == "picture":
         return block.attributes.get("alt", "")
     if block.kind == "table":
-        captions = [text(c) for c in block.children if is_kind(c, "caption")]
-        return "\n".join([*captions, *("\t".join(" ".join(c.split()) for c in row) for row in rows(block))])
+        return "\n".join(filter(None, (text(child) for child in block.children if isinstance(child, Block))))
+    if block.kind == "row":  # a cell once, also one with spans: repeated text would grow with each table in a table
+        return "\t".join(" ".join(text(c).split()) for c in block.children if isinstance(c, Block))
     if block.kind == "list":
         first, ordered = block.attributes.get("start", 1), block.attributes.get("ordered")
         items = [

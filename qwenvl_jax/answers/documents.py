@@ -7,17 +7,22 @@ Qwen2.5-VL writes a page as HTML in reading order, and each element says where i
     <div class="formula" data-bbox="x1 y1 x2 y2"><img data-bbox="x1 y1 x2 y2"/><div>$$…$$</div></div>
     </body></html>
 
-The answer is untrusted: the tree holds text, numbers and links to web and mail addresses, nothing else.
+Qwen3-VL also writes Markdown with the boxes of pictures and tables (`answers/from_markdown.py`). `parse` reads both.
+Answers are untrusted: the tree holds text, numbers and links to web and mail addresses, nothing else.
+
+    page = parse(answer).converted([boxes.sizes(visual, config)], "resized")
+    page.markdown(), page.tables(), [(block.kind, block.box) for block in page.walk()]
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from qwenvl_jax.answers import blocks, hypertext, markdown
+from qwenvl_jax.answers import blocks, from_html, from_markdown, to_markdown
 from qwenvl_jax.answers.blocks import Block
 from qwenvl_jax.answers.boxes import Sizes
 
-__all__ = ["Block", "Document", "parse"]
+_HTML = re.compile(r"<(?:html|body)[\s>]|data-bbox|```(?:html|xml)\s*<|\A\s*<(?!!--|think)", re.I)  # or it is Markdown
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ class Document:
 
         A table with spans, or with blocks in its cells, is an HTML table.
         """
-        return markdown.write(self.blocks)
+        return to_markdown.write(self.blocks)
 
     def html(self) -> str:
         """HTML without boxes, one top-level element a line. It has no scripts, styles, events, ids or pictures."""
@@ -82,14 +87,14 @@ class Document:
             children = [child if isinstance(child, str) else convert(child) for child in block.children]
             return replace(block, box=box if image < len(pictures) else None, children=children, image=image)
 
-        blocks = [convert(block) for block in self.blocks]
-        return Document(blocks, self.malformed + lost)
+        converted = [convert(block) for block in self.blocks]
+        return Document(converted, self.malformed + lost)
 
 
 def parse(text: str) -> Document:
-    """The pages in an answer, in QwenVL-HTML; never raises.
+    """The pages in an answer, in QwenVL-HTML or in Qwen3-VL's Markdown; never raises.
 
     Tags may be cut off, missing or wrongly nested. What surrounds <html>, <body> or a ```html fence is left out.
     Nesting deeper than 20 is flattened.
     """
-    return Document(*hypertext.read(text))
+    return Document(*from_html.read(text if _HTML.search(text) else from_markdown.to_html(text)))

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from qwenvl_jax.answers import moments, tools
+from qwenvl_jax.answers import blocks, documents, moments, tools
 from qwenvl_jax.answers.boxes import Box
 from qwenvl_jax.answers.moments import first_time
 
@@ -215,6 +215,84 @@ def match_boxes(predicted: Sequence[Box], gold: Sequence[Box], fit: Callable[[Bo
     return Matched(sum(place(p) for p in range(len(predicted))), len(predicted), len(gold))
 
 
+# --- tables ---------------------------------------------------------------------------------------------
+
+_NODES = 1000  # of one table; the time grows with their square
+
+
+class _Node(NamedTuple):
+    first: int  # the node's first leaf, as an index into the tree in postorder
+    shape: tuple  # what must be the same
+    text: str
+
+
+def teds(prediction: str, golds: Sequence[str]) -> float:
+    """Tree edit distance similarity of tables, the best over the golds: arXiv:1911.10683.
+
+    1 − distance / nodes of the larger table, not counting its root. A row or cell too many or too few costs 1, a cell
+    with other spans costs 1, and one with another text the Levenshtein distance over the length of the longer text.
+    The first table of each text counts, in HTML or in any form that `answers.documents` reads. <thead> and <tbody> are
+    no nodes, <th> is a cell as <td> is, and tags in a cell are left out: three differences from the paper's code.
+    0 if there is no table, or one of more than 1,000 rows and cells.
+    """
+    predicted = table_tree(prediction)
+    if predicted is None:
+        return 0.0
+    wanted = [tree for gold in golds if (tree := table_tree(gold)) is not None]
+    scores = (1 - _edits(predicted, tree) / max(len(predicted) - 1, len(tree) - 1, 1) for tree in wanted)
+    return max(scores, default=0.0)
+
+
+def table_tree(text: str) -> list[_Node] | None:
+    """The first table of a text in postorder; None without one, or if it has more than 1,000 rows and cells."""
+    table = next((block for block in documents.parse(text).walk() if block.kind == "table"), None)
+    tree: list[_Node] = []
+    for row in table.children if table else ():
+        if not blocks.is_kind(row, "row"):
+            continue
+        first = len(tree)
+        for cell in row.children:
+            if blocks.is_kind(cell, "cell"):
+                spans = (cell.attributes.get("rowspan", 1), cell.attributes.get("colspan", 1))
+                tree.append(_Node(len(tree), ("cell", *spans), " ".join(blocks.text(cell).split())))
+        tree.append(_Node(first, ("row",), ""))
+    return [*tree, _Node(0, ("table",), "")] if table and len(tree) <= _NODES else None
+
+
+def _edits(a: list[_Node], b: list[_Node]) -> float:
+    """The least cost of the edits that turn one tree into the other: Zhang and Shasha 1989 (doi:10.1137/0218082)."""
+    known: dict[tuple[str, str], float] = {}
+
+    def change(x: _Node, y: _Node) -> float:
+        if x.shape != y.shape:
+            return 1.0
+        if x.text == y.text:
+            return 0.0
+        if (x.text, y.text) not in known:
+            known[x.text, y.text] = _levenshtein(x.text, y.text) / max(len(x.text), len(y.text))
+        return known[x.text, y.text]
+
+    trees = [[0.0] * len(b) for _ in a]  # the distances of the subtrees
+    ends_a, ends_b = ({node.first: i for i, node in enumerate(tree)}.values() for tree in (a, b))
+    for i in sorted(ends_a):
+        for j in sorted(ends_b):
+            i0, j0 = a[i].first, b[j].first
+            above = [float(n) for n in range(j - j0 + 2)]  # from no tree to the first n
+            forests = [above]
+            for m in range(i0, i + 1):
+                row = [above[0] + 1]
+                for n in range(j0, j + 1):
+                    least = min(above[n - j0 + 1], row[-1]) + 1
+                    if a[m].first == i0 and b[n].first == j0:
+                        trees[m][n] = least = min(least, above[n - j0] + change(a[m], b[n]))
+                    else:
+                        least = min(least, forests[a[m].first - i0][b[n].first - j0] + trees[m][n])
+                    row.append(least)
+                forests.append(row)
+                above = row
+    return trees[-1][-1]
+
+
 # --- intervals ------------------------------------------------------------------------------------------
 
 
@@ -244,7 +322,7 @@ def bootstrap(
 
 
 METRICS: dict[str, Callable[..., float]] = {
-    f.__name__: f for f in (exact, anls, relaxed, seconds, tiou, tool_type, tool_call)
+    f.__name__: f for f in (exact, anls, relaxed, seconds, tiou, tool_type, tool_call, teds)
 }
 # F1 over the boxes of a task, by what makes two of them a pair; the other metrics are means over items.
 BOXES: dict[str, Callable[[Box, Box], bool]] = {"iou": overlaps, "points": inside}

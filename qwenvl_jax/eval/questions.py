@@ -7,6 +7,7 @@ from typing import NamedTuple
 from qwenvl_jax.answers import moments, tools
 from qwenvl_jax.answers.boxes import check_coordinates, parse_boxes
 from qwenvl_jax.errors import InputError, shown
+from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 
 _IDS = ("id", "_id", "uid", "uuid", "question_id", "qid", "sample_id", "item_id")  # keys of a record
@@ -131,6 +132,9 @@ def check_answer(text: str, metric: str) -> None:
         if found.malformed or not any(m.end is not None and m.end > m.start for m in found.moments):
             want = 'such as "from 12.5 to 20 seconds" or [[12.5, 20.0]]'
             raise InputError(f"answer is {text[:80]!r}; for the metric tiou it must contain spans of time, {want}")
+    if metric == "teds" and metrics.table_tree(text) is None:
+        rule = "for the metric teds it must be a table of at most 1,000 rows and cells"
+        raise InputError(f"answer is {text[:80]!r}; {rule}")
     if metric in _CALLS:
         turn = tools.parse(text)
         if turn.malformed or not turn.calls:

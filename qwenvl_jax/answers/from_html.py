@@ -48,9 +48,8 @@ _NUMBERS = re.compile(rf"\s*[\[(]*\s*{_NUMBER.pattern}(?:[\s,;)(\[\]]+{_NUMBER.p
 def read(text: str) -> tuple[list[Block], int]:
     """The blocks of a text, and the number of its boxes, tags and comments that cannot be read."""
     text, cut = re.subn(r"</?\Z", "", _CONTROL.sub("", text.replace("\r\n", "\n")))
-    ends = {
-        found[1].lower(): found.start() for found in re.finditer(r"</([a-zA-Z][\w:.-]*+)", text)
-    }  # the last of each
+    # The last end tag of each name.
+    ends = {found[1].lower(): found.start() for found in re.finditer(r"</([a-zA-Z][\w:.-]*+)", text)}
     framed = re.search(r"<(?:html|body)[\s>]|```(?:html|xml)?\s*<", text, re.I) is not None
     page, at, dropped, comments = _Reader(framed), 0, "", text.rfind("-->")
     while found := _TOKEN.search(text, at):
@@ -99,11 +98,12 @@ def _is_tag(found: re.Match, name: str, ends: dict[str, int]) -> bool:
 class _Open:
     """An element that is being read."""
 
-    __slots__ = ("attributes", "box", "kind", "parts", "tag")
+    __slots__ = ("attributes", "box", "kind", "parts", "reopened", "tag")
 
     def __init__(self, kind: str, tag: str, box=None, attributes=None):
         self.kind, self.tag, self.box, self.attributes = kind, tag, box, attributes or {}
         self.parts: list = []
+        self.reopened = 0  # the last item of a list that was opened again
 
 
 class _Reader:
@@ -180,8 +180,8 @@ class _Reader:
             self.head = name == "thead"
             if table := self.nearest("table"):
                 self.leave(table + 1)
-        elif name == "input" and ("checkbox" in rest or "radio" in rest):
-            self.text("☑ " if "checked" in rest else "☐ ")
+        elif name == "input" and re.search("checkbox|radio", rest, re.I):
+            self.text("☑ " if re.search("checked", rest, re.I) else "☐ ")
         said = _said(rest)
         kind, attributes = _described(name, said)
         if kind is None or (self.outside and kind in INLINE):
@@ -223,7 +223,9 @@ class _Reader:
         elif kind in _HELD:
             return self.hold(kind)
         elif kind == top.kind == "list":  # a list in a list belongs to the item before it
-            item = top.parts.pop() if top.parts else Block("item")
+            again = top.reopened < len(top.parts)  # once, so that the time stays linear
+            top.reopened = len(top.parts)
+            item = top.parts.pop() if again else Block("item")
             self.push("item", "li", item.box, item.attributes)
             self.stack[-1].parts = item.children
         elif top.kind in _HOLDERS:  # the end tag of a list or table is missing

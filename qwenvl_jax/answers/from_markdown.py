@@ -1,0 +1,195 @@
+"""Qwen3-VL's Markdown, with the boxes of pictures and tables, as HTML for `from_html.read`.
+
+    <!-- Image (x1, y1, x2, y2) -->
+    <!-- Table (x1, y1, x2, y2) -->
+    \\begin{tabular}{|l|c|} a & b \\\\ \\hline \\multicolumn{2}{|c|}{c} \\end{tabular}
+
+Also headings, lists, quotes, fences, pipe tables and formulas. HTML in the Markdown stays HTML.
+"""
+
+import re
+from collections.abc import Callable
+from html import escape
+
+_PLACED = re.compile(r"\s*<!--\s*(Image|Figure|Chart|Table)\s*(?:\(([^()]*+)\))?\s*-->\s*", re.I)
+_HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*)")
+_FENCE = re.compile(r"\s*(`{3,}|~{3,})\s*([\w+#.-]*)")
+_ITEM = re.compile(r"([ \t]*)(?:[-*+•]|([0-9]{1,9})[.)])(?:[ \t]+|$)(.*)")
+_RULE = re.compile(r" {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}")
+_DELIMITERS = re.compile(r"\s*+\|?(?:\s*+:?-++:?\s*+\|)*+(?:\s*+:?-++:?\s*+)?")
+_TABULAR = re.compile(r"\s*\\begin\{(?:tabular[x*]?|longtable|array)\}")
+_MULTI = re.compile(r"\s*\\multi(column|row)\s*\{\s*([0-9]{1,5})\s*\}\s*(?:\[[^\]]*\])?\s*\{(?:[^{}]|\{[^{}]*\})*\}\s*")
+_RULES = re.compile(r"\\(?:hline|toprule|midrule|bottomrule)\b|\\c(?:line|midrule)(?:\([lr]*\))?\s*\{[^{}]*\}")
+_ROW = re.compile(r"(?:[^\\&]|\\[^\\])++|&|\\\\(?:\s*\[[^\]\n]*\])?")
+_INLINE = re.compile(
+    r"(?P<tex>\$\$(?:[^$\\]|\\[\s\S])++\$\$|\$(?![\s$])(?:[^$\\\n]|\\.)++(?<!\s)\$(?![0-9]))"
+    r"|\\(?P<char>[!-/:-@\[-`{-~])|(?<!`)(?P<ticks>`++)(?P<code>[^`]++)(?P=ticks)(?!`)"
+    r"|\*\*(?P<b>(?![\s*])[^*\n]++)\*\*|\*(?P<i>(?![\s*])[^*\n]++)\*|~~(?P<s>[^~\n]++)~~"
+    r"|(?P<alt>!?)\[(?P<words>[^\[\]\n]*+)\]\((?P<to>[^()\s]*+)\)"
+)
+
+
+def to_html(markdown: str) -> str:
+    """Markdown as HTML."""
+    inner = re.sub(r"\A\s*```(?:markdown|md)[ \t]*\n|\n```\s*\Z", "\n", markdown.replace("\r\n", "\n"))
+    lines = inner.split("\n")
+    out: list[str] = []
+    at, place = 0, ""
+    while at < len(lines):
+        line = lines[at]
+        if found := _PLACED.match(line):
+            box = "" if found[2] is None else f' data-bbox="{escape(found[2].replace(",", " "))}"'
+            is_table = found[1].lower() == "table"
+            out += [] if is_table else [f'<div class="image"{box}></div>']
+            place, lines[at] = box if is_table else place, line[found.end() :]
+            continue
+        written, at = _block(lines, at, place)
+        place = "" if written.startswith("<table") else place
+        out.append(written)
+    return "\n".join(out)
+
+
+def _block(lines: list[str], at: int, place: str) -> tuple[str, int]:
+    """The block that starts at a line, as HTML, and the line after it."""
+    line = lines[at]
+    if not line.strip():
+        return "", at + 1
+    if found := _HEADING.match(line):
+        level, words = len(found[1]), found[2].rstrip()
+        words = core if (core := words.rstrip("#"))[-1:] in ("", " ", "\t") else words  # closing signs
+        return f"<h{level}>{_read(words)}</h{level}>", at + 1
+    if found := _FENCE.match(line):
+        end = _until(lines, at + 1, lambda x: x.strip().startswith(found[1]))
+        code = escape("\n".join(lines[at + 1 : end]))
+        return f'<pre><code class="language-{found[2]}">{code}</code></pre>', end + 1
+    if _TABULAR.match(line):
+        end = _until(lines, at, lambda x: r"\end{" in x)
+        return _latex(_TABULAR.sub("", "\n".join(lines[at : end + 1]), count=1), place), end + 1
+    if line.lstrip().startswith(("$$", "\\[")):
+        start, close = ("$$", "$$") if line.lstrip().startswith("$$") else ("\\[", "\\]")
+        alone = close in line.lstrip()[2:]
+        end = at if alone else _until(lines, at + 1, lambda x: close in x or not x.strip())
+        tex = "\n".join(lines[at : end + 1]).strip()
+        if tex.endswith(close) and tex.count(start) == (2 if start == close else 1):
+            return f'<div class="formula">{escape(tex)}</div>', end + 1
+    if _RULE.fullmatch(line):
+        return "<hr>", at + 1
+    if at + 1 < len(lines) and "|" in line and "-" in lines[at + 1] and _DELIMITERS.fullmatch(lines[at + 1]):
+        end = _until(lines, at + 2, lambda x: "|" not in x)
+        rows = [_pipes(lines[at], "th"), *(_pipes(row, "td") for row in lines[at + 2 : end])]
+        return f"<table{place}>{''.join(rows)}</table>", end
+    if _ITEM.match(line):
+        end = at + 1
+        while end < len(lines) and (_ITEM.match(lines[end]) or (lines[end].strip() and lines[end][0] in " \t")):
+            end += 1 + (end + 2 < len(lines) and not lines[end + 1].strip() and bool(_ITEM.match(lines[end + 2])))
+        return _list(lines[at:end]), end
+    if line.lstrip().startswith(">"):
+        end = _until(lines, at, lambda x: not x.lstrip().startswith(">"))
+        return f"<blockquote>{_read(' '.join(x.lstrip().lstrip('> ') for x in lines[at:end]))}</blockquote>", end
+    if re.match(r"\s*<(?:table|div|ul|ol|pre|p|h[1-6]|figure|details)[\s>]", line, re.I):
+        end = _until(lines, at + 1, lambda x: not x.strip() or _PLACED.match(x) is not None)
+        raw = "\n".join(lines[at:end])
+        return re.sub(r"\A\s*<table\b", f"<table{place}", raw, flags=re.I), end
+    end = _until(lines, at + 1, lambda x: not x.strip() or _starts(x))
+    text = re.sub(r"(?:(?<! ) {2,}|\\)\n", "<br>", "\n".join(lines[at:end]))
+    return f"<p>{_read(text)}</p>", end
+
+
+def _until(lines: list[str], at: int, ends: Callable[[str], bool]) -> int:
+    return next((i for i in range(at, len(lines)) if ends(lines[i])), len(lines))
+
+
+def _starts(line: str) -> bool:
+    """Whether a line starts a block though no empty line is before it."""
+    return any(p.match(line) for p in (_PLACED, _HEADING, _FENCE, _TABULAR, _ITEM)) or line.lstrip().startswith("$$")
+
+
+def _read(text: str) -> str:
+    """The inline elements of a text as HTML."""
+
+    def one(found: re.Match) -> str:
+        if found["tex"] or found["char"]:
+            return escape(found["tex"] or found["char"], quote=False)
+        if found["code"]:
+            return f"<code>{escape(found['code'].strip(), quote=False)}</code>"
+        for tag in ("b", "i", "s"):
+            if found[tag]:
+                return f"<{tag}>{_read(found[tag])}</{tag}>"
+        if found["alt"]:
+            return f'<img alt="{escape(found["words"])}">'
+        return f'<a href="{escape(found["to"])}">{_read(found["words"])}</a>'
+
+    return _INLINE.sub(one, text)
+
+
+def _pipes(line: str, tag: str) -> str:
+    """A row of a pipe table."""
+    cells = re.split(r"(?<!\\)\|", re.sub(r"\A\s*\||(?<!\\)\|\s*\Z", "", line))
+    return "<tr>" + "".join(f"<{tag}>{_read(cell.replace(chr(92) + '|', '|'))}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _list(lines: list[str]) -> str:
+    """A list; an item that is indented deeper starts a list in the item before it."""
+    out: list[str] = []
+    stack: list[tuple[int, str]] = []  # indent and tag of the open lists
+    for line in filter(str.strip, lines):
+        found = _ITEM.match(line)
+        if not found:
+            out.append(" " + _read(line.strip()))
+            continue
+        indent, tag = len(found[1].expandtabs(4)), "ol" if found[2] else "ul"
+        while stack and (indent < stack[-1][0] or (indent == stack[-1][0] and tag != stack[-1][1])):
+            out.append(f"</li></{stack.pop()[1]}>")
+        if stack and indent <= stack[-1][0] + 1:
+            out.append("</li>")
+        else:
+            stack.append((indent, tag))
+            out.append(f'<{tag} start="{found[2]}">' if found[2] else f"<{tag}>")
+        words = re.sub(r"\A\[([ xX])\] ", lambda box: "☐ " if box[1] == " " else "☑ ", found[3])
+        out.append(f"<li>{_read(words)}")
+    return "".join([*out, *(f"</li></{tag}>" for _, tag in reversed(stack))])
+
+
+def _latex(tabular: str, place: str) -> str:
+    """The inside of a LaTeX table, after \begin{tabular}, as an HTML table."""
+    body = _RULES.sub(" ", tabular.partition("\\end{")[0])
+    body = re.sub(r"\A\s*(?:\[[^\]]*\]|\{(?:[^{}]|\{[^{}]*\})*\}\s*)+", "", body)  # position, width and columns
+    rows: list[list[str]] = [[""]]
+    for piece in _ROW.findall(body):
+        if piece.startswith("\\\\"):
+            rows.append([""])
+        elif piece == "&":
+            rows[-1].append("")
+        else:
+            rows[-1][-1] += piece
+    out: list[str] = []
+    covered: dict[int, int] = {}  # column → rows below that a cell with \multirow covers
+    for row in rows:
+        if len(row) == 1 and not row[0].strip():
+            continue
+        column, cells = 0, ""
+        for cell in row:
+            if covered.get(column, 0) > 0 and not cell.strip():
+                covered[column] -= 1
+                column += 1
+                continue
+            spans = {"column": 1, "row": 1}
+            while found := _MULTI.match(cell):
+                spans[found[1]] = max(int(found[2]), 1)
+                cell = re.sub(r"\A\{|\}\s*\Z", "", cell[found.end() :])
+            wide = min(spans["column"], 1000)
+            covered |= {column + n: spans["row"] - 1 for n in range(wide)}
+            column += wide
+            said = "".join(f' {name}span="{n}"' for name, n in (("col", wide), ("row", spans["row"])) if n > 1)
+            cells += f"<td{said}>{_read(_words(cell))}</td>"
+        out.append(f"<tr>{cells}</tr>")
+    return f"<table{place}>{''.join(out)}</table>"
+
+
+def _words(cell: str) -> str:
+    """LaTeX's commands for the look of a text, as HTML."""
+    if "\\" not in cell:
+        return cell
+    for command, tag in (("textbf", "b"), ("textit", "i"), ("emph", "i"), ("underline", "u")):
+        cell = re.sub(rf"\\{command}\{{([^{{}}]*+)\}}", rf"<{tag}>\1</{tag}>", cell)
+    return cell.replace("\\newline", "<br>")
