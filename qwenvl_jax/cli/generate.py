@@ -73,7 +73,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--draw",
         metavar="FILE",
-        help="draw these objects on the image (several: FILE-1, FILE-2, …); of a video, write its frames, and mark the answer's times",
+        help="draw these objects on the image (several: FILE-1, FILE-2, …); of a video, mark the answer's times",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a stream")
     parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
