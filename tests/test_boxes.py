@@ -123,10 +123,16 @@ def test_other_forms_of_the_same_keys():
         ("[0, 0, 2000, 1500]", "[0, 0, 476, 364]"),
         ("[[0, 0, 2000, 1500], [0, 0, 4000, 3000]]", "[[0, 0, 476, 364], [0, 0, 952, 728]]"),
         ('{"coordinate": [2000, 1500]}', '{"coordinate": [476, 364]}'),
+        ('{"coordinate": [0, 0], "coordinate2": [2000, 1500]}', '{"coordinate": [0, 0], "coordinate2": [476, 364]}'),
         ("click(start_box='(2000,1500)')", "click(start_box='(476,364)')"),
         ("<point>2000 1500</point>", "<point>476 364</point>"),
         ("<|box_start|>[0, 0, 2000, 1500]<|box_end|>", "<|box_start|>[0, 0, 476, 364]<|box_end|>"),
         ("<ref>cat</ref><box>[[0, 0, 2000, 1500]]</box>", "<ref>cat</ref><box>[[0, 0, 476, 364]]</box>"),
+        ('<points x1="2000" y1="1500" alt="x1">a 7</points>', '<points x1="476" y1="364" alt="x1">a 7</points>'),
+        ("<point x='4000' y='0'/>", "<point x='952' y='0'/>"),
+        ('<points x1="4000" y1="9" x2="0" y2="0">', '<points x1="952" y1="2" x2="0" y2="0">'),  # points have no order
+        ('{"poly": [0, 0, 4000, 0, 2000, 3000]}', '{"poly": [0, 0, 952, 0, 476, 728]}'),
+        ('{"polygon": [[0, 0], [4000, 0], [2000, 3000]]}', '{"polygon": [[0, 0], [952, 0], [476, 728]]}'),
         ('{"bbox_2d": ["0", "0", "2000", "1500"]}', '{"bbox_2d": ["0", "0", "476", "364"]}'),
         ('{"point_2d": [[4000, 1500], [2000, 0]]}', '{"point_2d": [[952, 364], [476, 0]]}'),  # points have no order
         ('{"bbox_2d": [x1, y1, x2, y2]}', None),
@@ -145,13 +151,29 @@ def test_other_forms_in_a_text_that_is_said_to_have_boxes(text, want):
     assert to_model(text, [], RESIZED, "original") == text  # before any picture
 
 
+def test_points_of_tags_are_checked():
+    with pytest.raises(InputError, match="outside its picture"):
+        to_model('<points x1="4001" y1="1500">a</points>', [PHOTO], RESIZED, "original")
+    with pytest.raises(InputError, match="outside its picture"):
+        to_model('<points x1="953" y1="5">a</points>', [PHOTO], RESIZED, None)
+
+
+def test_an_angle_cannot_be_converted():
+    text = '{"rotate_rect": [10, 20, 30, 40, 15]}'
+    with pytest.raises(InputError, match="has an angle"):
+        to_model(text, [PHOTO], RESIZED, "original")
+    assert to_model(text, [PHOTO], RESIZED, None) == from_model(text, PHOTO, RESIZED, "original") == text
+
+
 def test_width_and_height_are_not_guessed():
     with pytest.raises(InputError, match=r'may be \[x, y, width, height\] or two corners; write "bbox_2d"'):
         to_model('{"bbox": [4000, 1, 2, 3]}', [PHOTO], RESIZED, "original")
     assert to_model('{"bbox": [4000, 1, 2, 3]}', [PHOTO], RESIZED, None) == '{"bbox": [4000, 1, 2, 3]}'
 
 
-@pytest.mark.parametrize("text", ["(" + "1" * 50_000, '"bbox_2d": [' * 5_000, "[" * 50_000, "<box>" * 20_000])
+@pytest.mark.parametrize(
+    "text", ["(" + "1" * 50_000, '"bbox_2d": [' * 5_000, "[" * 50_000, "<box>" * 20_000, "<point x" * 9999]
+)
 def test_long_texts_take_no_time(text):
     start = time.perf_counter()
     for source in (None, "original"):

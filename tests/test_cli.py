@@ -25,12 +25,14 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from qwenvl_jax import cli
+from qwenvl_jax.answers.boxes import Sizes
 from qwenvl_jax.cli import chat as chat_verb
 from qwenvl_jax.cli import converse
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError, install
 from qwenvl_jax.families import PRESETS, to_dict
 from qwenvl_jax.infer.options import GenerateOptions
+from qwenvl_jax.infer.requests import Result
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import names
 from qwenvl_jax.params import checkpoint, directory
@@ -77,7 +79,8 @@ class FakeEngine:
 
     def generate(self, conversations, options):
         self.calls.append((conversations[0], options))
-        return [SimpleNamespace(text="né", token_ids=[5, 6], finish_reason="stop", prompt_tokens=7, logprobs=None)]
+        text = "".join(self.answers.pop(0)) if self.answers else "né"
+        return [Result(text, [5, 6], "stop", 7, pictures=(Sizes((40, 10), (80, 20)),) * 2, boxes="resized")]
 
 
 @pytest.fixture
@@ -105,6 +108,19 @@ def test_generate_streams(engine, capsys):
     assert cli.main(["generate", "--model", "m", "--prompt", "Hi"]) == 0
     assert capsys.readouterr() == ("Hello\n", "")
     assert engine.calls == [([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], GenerateOptions())]
+
+
+def test_generate_prints_objects(engine, capsys):
+    """One JSON object, in whole pixels of the files of two pictures; with --json, beside the answer."""
+    mug = '{"image": 2, "bbox_2d": [9, 4, 81, 12], "label": "m\u00fcg", "of": "tin"}'
+    want = {"label": "müg", "kind": "box", "points": [[4, 2], [40, 6]], "attributes": {"of": "tin"}, "image": 1}
+    for more in ([], ["--json"]):
+        engine.answers = [f"{mug} {{'point_2d': [1]}}"]
+        assert cli.main(["generate", "--prompt", "?", "--objects", *more]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["objects"], told["malformed"], "text" in told) == ([want], 1, bool(more))
+    assert cli.main(["generate", "--prompt", "?", "--objects"]) == 0
+    assert capsys.readouterr().out == '{"objects": [], "malformed": 0}\n'
 
 
 def test_media_keep_their_order(engine):

@@ -213,6 +213,22 @@ def test_right_boxes_may_be_what_a_model_writes(answer):
     assert score(question, f"[{BOX}]" if want else "[]").score == 1
 
 
+@pytest.mark.parametrize("gold", ["[1, 2, 30, 40]", [1, 2, 30, 40], {"bbox_2d": [1, 2, 30, 40]}, "(1,2),(30,40)"])
+def test_a_right_box_without_a_label_fits_any_label(gold):
+    (question,) = read_questions([{"messages": [ask("Where is the cat?")], "answer": gold, "metric": "iou"}])
+    for said in (BOX, "[1, 2, 30, 40]", "<box>(1,2),(30,40)</box>", "kitty(1,2),(30,40)"):
+        assert score(question, said).score == 1
+    assert score(question, "[1, 2, 9, 9]").score == 0 and score(question, f"[{BOX}, {BOX}]").matched == (1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "gold", ["[1, 2, 30]", [1, 2, 30], {"bbox_2d": [1, 2, 30]}, "none", [{"label": "cat"}], [[1, 2]]]
+)
+def test_right_boxes_that_cannot_be_read(gold):
+    with pytest.raises(InputError, match="answer must be a list of"):
+        read_questions([{"messages": [ask("?")], "answer": gold, "metric": "iou"}])
+
+
 def test_iou():
     a = Box("", 0, 0, 10, 10)
     assert metrics.iou(a, a) == 1

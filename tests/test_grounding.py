@@ -12,7 +12,8 @@ from tiny import tiny_config
 
 from qwenvl_jax import cli
 from qwenvl_jax.answers.boxes import Sizes, converted, sizes
-from qwenvl_jax.answers.grounding import FORMS, Object, Parsed, parse, write
+from qwenvl_jax.answers.grounding import Object, Parsed, parse
+from qwenvl_jax.answers.writing import FORMS, write
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer.requests import Result
@@ -91,6 +92,15 @@ ANSWERS = {
         ("[12, 30, 200, 310]", [MUG._replace(label="")], 0),
         ("The bounding box of it is [12, 30, 200, 310].", [MUG._replace(label="")], 0),
         ("mug: [12, 30, 200, 310]\n- pen: [[5, 6, 70, 80]]", [MUG, PEN], 0),
+        ('{"bbox_2d": [12, 30, 200, 310], "label": null}', [MUG._replace(label="")], 0),
+        ("It is at (12, 30, 200, 310).", [MUG._replace(label="")], 0),
+        ("mug: (12, 30, 200, 310)", [MUG], 0),
+        ("x1: 12, y1: 30, x2: 200, y2: 310", [MUG._replace(label="")], 0),
+        ("Its top-left corner is (12, 30) and the other one (200, 310).", [MUG._replace(label="")], 0),
+        ('[["mug", 12, 30, 200, 310], [5, 6, 70, 80, "pen"]]', [MUG, PEN], 0),
+        ('[["mug", [12, 30, 200, 310]]]', [MUG], 0),
+        ("1. **mug**: [12, 30, 200, 310]\n2. **pen**: [5, 6, 70, 80]", [MUG, PEN], 0),
+        ("<object><name>mug</name><bbox>12,30,200,310</bbox></object>", [MUG], 0),
         ("12, 30, 200, 310", [MUG._replace(label="")], 0),
         ("<answer>[12, 30, 200, 310]</answer>", [MUG._replace(label="")], 0),
         (f"<think>Perhaps {PEN_JSON}? No.</think>\n{MUG_JSON}", [MUG], 0),
@@ -118,6 +128,8 @@ ANSWERS = {
         (f"[{MUG_JSON}, {PEN_JSON},]", [MUG, PEN], 0),
         (f"[{MUG_JSON[:-1]},}}]", [MUG], 0),
         (f"[{MUG_JSON} {PEN_JSON}]", [MUG, PEN], 0),
+        (f'[{PEN_JSON}, {MUG_JSON[:-1]}, "of": ["tin", "cla', [PEN], 1),
+        (f'{MUG_JSON[:-1]}, "parts": [{PEN_JSON}, {{"bbox_2d": [1, 2', [MUG, PEN], 1),
         (f"[{MUG_JSON[:-1]}, {PEN_JSON}]", [MUG, PEN], 0),  # without a brace
         (f"[{MUG_JSON[:-1]}]", [MUG], 0),
         (f"{MUG_JSON[:-1]}, {PEN_JSON[1:]}", [MUG, PEN], 0),
@@ -142,6 +154,9 @@ ANSWERS = {
         ('{"bbox_2d"：[12, 30, 200, 310], "label"：“mug”}'.replace("“", '"').replace("”", '"'), [MUG], 0),
         ('[{"bbox_2d": [1, 2, 3], "label": "x"}, ' + PEN_JSON + "]", [PEN], 1),
         ('[{"bbox_2d": [1, 2, 3, "4"]}, {"bbox_2d": null}, {"bbox_2d": [1, 2]}, {"bbox_2d": [1, 2, 3, NaN]}]', [], 4),
+        ('{"bbox_2d"：[12，30，200，310]，"label"："mug"}', [MUG], 0),
+        ('{\\"bbox_2d\\": [12, 30, 200, 310], \\"label\\": \\"mug\\"}', [MUG], 0),
+        ('[ // the mug\n{"bbox_2d": [12, 30, 200, 310], // a box\n"label": "mug"}, ...]', [MUG], 0),
         ('{"bbox_2d": [x1, y1, x2, y2], "label": "x"}', [], 1),
         ('{"bbox_2d": [1, 2, 3, 1' + "0" * 400 + '], "label": "x"}', [], 1),
     ],
@@ -180,6 +195,8 @@ ANSWERS = {
         ("[(0.25, 0.5), (0.75, 0.125)]", [point("", 0.25, 0.5), point("", 0.75, 0.125)], 0),
         ("(12, 30)", [point("", 12, 30)], 0),
         ("[12, 30]", [point("", 12, 30)], 0),
+        ("pyautogui.click(x=12, y=0.5)", [point("", 12, 0.5)], 0),
+        ("The line goes from (1, 2) to (3, 4).", [], 0),
         ("Thought: open it.\nAction: click(start_box='(12,30)')", [point("", 12, 30)], 0),
         ("click(start_box='<|box_start|>(12,30)<|box_end|>')", [point("", 12, 30)], 0),
         ("drag(start_box='(12,30)', end_box='(40,50)')", [point("", 12, 30), point("", 40, 50)], 0),
@@ -209,6 +226,7 @@ ANSWERS = {
         ("马克杯(12,30),(200,310)", [MUG._replace(label="马克杯")], 0),
         ("<ref>mug</ref><box>(12,30),(200,310)</box>", [MUG], 0),
         ("<ref> mug</ref><box>[[12, 30, 200, 310], [5, 6, 70, 80]]</box>", [MUG, PEN._replace(label="mug")], 0),
+        ("<ref>mug</ref><quad>(10,20),(90,24),(89,44),(9,40)</quad>", [polygon("mug", *SLOPE)], 0),
         ("<box>12 30 200 310</box>", [MUG._replace(label="")], 0),
     ],
     "OCR": [
@@ -420,7 +438,8 @@ def test_mutated_answers(count):
         for o in read.objects:
             assert {"box": len(o.points) == 2, "point": len(o.points) == 1, "polygon": len(o.points) >= 3}[o.kind]
             assert all(abs(n) < 1e9 for xy in o.points for n in xy) and o.image >= 0 and type(o.label) is str
-            assert not any(v is ... or k is None for k, v in o.attributes.items()), text
+            json.dumps(o.attributes)  # nothing stands for what was cut off
+            assert None not in o.attributes
     assert slowest < 0.05
 
 
@@ -469,8 +488,8 @@ SLOW += [
 @pytest.mark.parametrize("unit", SLOW)
 def test_time_is_linear(unit):
     """Four times the text takes about four times as long; twelve leaves room for other load."""
-    short, long = (timed(unit * (n // len(unit)))[0] for n in (25_000, 100_000))
-    assert long < 12 * max(short, 0.002)
+    short, long = (timed(unit * (n // len(unit)))[0] for n in (10_000, 40_000))
+    assert long < 12 * max(short, 0.001)
 
 
 def test_deep_nesting():
@@ -623,22 +642,26 @@ def test_objects_of_a_result():
 
 
 def test_generate_prints_objects(tmp_path, capsys):
-    """The demo's boxes about one enlarged picture, and about a message with two."""
+    """The demo's boxes about an enlarged picture."""
     image = Image.open(SAMPLES / "scene.png")
     image.resize((image.width * 3, image.height * 2)).save(tmp_path / "large.png")
     sides = (image.width // 28 * 28, image.height // 28 * 28)
     command = ["generate", "--image", str(tmp_path / "large.png"), "--prompt", "Find the boxes of: strawberry"]
-    command += [f"--resized-width={sides[0]}", f"--resized-height={sides[1]}"]
-    assert cli.main([*command, "--objects", "--json"]) == 0
+    command += [f"--resized-width={sides[0]}", f"--resized-height={sides[1]}", "--objects"]
+    assert cli.main([*command, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    want = converted(
-        parse(told["text"]), [Sizes((image.width * 3, image.height * 2), sides)], "resized", "original", whole=True
-    )
+    places = [Sizes((image.width * 3, image.height * 2), sides)]
+    want = converted(parse(told["text"]), places, "resized", "original", whole=True)
     assert want.objects and told["malformed"] == 0
     assert told["objects"] == [
         {"label": o.label, "kind": "box", "points": [list(xy) for xy in o.points], "attributes": {}, "image": 0}
         for o in want.objects
     ]
-    assert cli.main([*command[:3], *command[1:], "--objects"]) == 0
-    alone = json.loads(capsys.readouterr().out)
-    assert set(alone) == {"objects", "malformed"}
+
+
+@pytest.mark.parametrize("depth", [5, 23, 24, 25, 60, 300, 480, 700, 990, 3000])
+def test_nested_attributes_are_read_or_dropped(depth):
+    nested = '{"a": [' * depth + MUG_JSON + "]}" * depth
+    found = parse(f'{{"bbox_2d": [1, 2, 3, 4], "label": "tray", "in": {nested}}}').objects
+    assert all(o.kind == "box" for o in found) and (depth > 11 or found == [box("tray", 1, 2, 3, 4), MUG])
+    json.dumps([o._asdict() for o in found])

@@ -1,10 +1,12 @@
 """Boxes in texts, and the coordinates that they are in.
 
-These forms are read, in texts of people and models alike, and in the arguments of tool calls:
+`to_model` and `from_model` change the numbers within a text, of people and models alike, and of the arguments of tool
+calls. They read these forms; `grounding.parse` reads more, since it may misread a text that has no boxes.
 
     {"bbox_2d": [x1, y1, x2, y2], "label": "cat"}, {"point_2d": [x, y]}, {"coordinate": [x, y]}          Qwen2.5-VL
     <|object_ref_start|>cat<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>                     Qwen2-VL
     cat(x1,y1),(x2,y2) or [x1, y1, x2, y2], as the whole text
+    {"poly": [x1, y1, x2, y2, …]}, <points x1="…" y1="…" x2="…" y2="…">cat</points>
     click(start_box='(x,y)'), <point>x y</point>, <box>[[x1, y1, x2, y2]]</box>                      UI-TARS and others
 
 A model writes boxes in the coordinates of its family, `families.BOXES`. Datasets often have pixels of the stored
@@ -29,16 +31,20 @@ _NUMBER = r"[+-]?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(?:[eE][+-]?[0-9
 _NUMBERS = re.compile(_NUMBER)
 _LIST = r"""\[[-+.0-9eE,\s\[\]"']*\]"""
 _RUN = r"[-+.0-9eE,\s()\[\]]*"
+_TAG = r"""(?P<tag><points?\s(?:[^<>"']|"[^"<]*+"|'[^'<]*+')*+>)"""
+_PLACE = re.compile(rf"""(?P<before>\b(?P<axis>[xy])[0-9]*\s*=\s*["']\s*)(?P<n>{_NUMBER})(?=\s*["'])""")
 # What makes numbers a box in any text; and what does so only in a text that is said to have boxes.
 _CERTAIN = re.compile(
-    rf"""(?P<key>["'](?P<name>bbox_2d|point_2d)\\?["']\s*:\s*){_LIST}|(?P<mark><\|(?:box|quad)_start\|>){_RUN}"""
+    rf"""(?P<key>["'](?P<name>bbox_2d|point_2d)\\?["']\s*:\s*){_LIST}|(?P<mark><\|(?:box|quad)_start\|>){_RUN}|{_TAG}"""
 )
 _LIKELY = re.compile(
-    rf"""(?P<key>["'](?P<name>bbox_2d|point_2d|coordinate|bbox)\\?["']\s*:\s*){_LIST}"""
-    rf"""|(?P<mark><\|(?:box|quad)_start\|>|<box>|<point>|\b(?:(?:start|end)_(?:box|point)|point)=["']){_RUN}"""
+    rf"""(?P<key>["'](?P<name>bbox_2d|point_2d|coordinate2?|bbox|poly|polygon|rotate_rect)\\?["']\s*:\s*){_LIST}"""
+    rf"""|(?P<mark><\|(?:box|quad)_start\|>|<box>|<point>|\b(?:(?:start|end)_(?:box|point)|point)=["']){_RUN}|{_TAG}"""
 )
-_BARE = re.compile(r"(?P<key>(?P<name>(?P<mark>)))(?<![\s(,])\([0-9]{1,9},[0-9]{1,9}\),\([0-9]{1,9},[0-9]{1,9}\)")
-_WHOLE = re.compile(rf"(?P<key>(?P<name>(?P<mark>)))\s*{_LIST}\s*")
+_BARE = re.compile(
+    r"(?P<key>(?P<name>(?P<mark>(?P<tag>))))(?<![\s(,])\([0-9]{1,9},[0-9]{1,9}\),\([0-9]{1,9},[0-9]{1,9}\)"
+)
+_WHOLE = re.compile(rf"(?P<key>(?P<name>(?P<mark>(?P<tag>))))\s*{_LIST}\s*")
 
 
 class Box(NamedTuple):
@@ -92,6 +98,9 @@ def to_model(text: str, pictures: Sequence[Sizes], target: str, source: str | No
         if found["name"] == "bbox":
             said = f"the box {_short(found[0])} may be [x, y, width, height] or two corners"
             raise InputError(f'{said}; write "bbox_2d": [x1, y1, x2, y2], or leave out boxes')
+        if found["name"] == "rotate_rect":
+            said = f"{_short(found[0])} has an angle, which changes with the sides of a picture"
+            raise InputError(f'{said}; write its corners, "poly": [x1, y1, …], or leave out boxes')
         if len(places) > 1:
             what = f"{len(places)} pictures of different sizes"
             raise InputError(f"a box ({_short(found[0])}) may belong to {what}; its coordinates cannot be converted")
@@ -107,7 +116,8 @@ def to_model(text: str, pictures: Sequence[Sizes], target: str, source: str | No
 def from_model(text: str, picture: Sizes, source: str, target: str) -> str:
     """A model's answer with its boxes in `target` coordinates; what lies outside the picture is moved to its edge.
 
-    source: the model's coordinates.
+    source: the model's coordinates. A "rotate_rect" stays as it is, since stretching changes its angle; `converted`
+    gives its corners.
     """
     return _replaced(text, lambda found, _: _scaled(found, picture.of(source), picture.of(target)))
 
@@ -115,14 +125,15 @@ def from_model(text: str, picture: Sizes, source: str, target: str) -> str:
 def converted(parsed: Parsed, pictures: Sequence[Sizes], source: str, target: str, *, whole: bool = False) -> Parsed:
     """Objects in `target` coordinates; what lies outside its picture is moved to the edge.
 
-    pictures: those of the conversation, in order; a clip counts as one, and all its frames have its size. An object in
-    a picture that is not there counts as malformed.
+    pictures: those of the conversation, in order; a clip counts as one, and all its frames have its size. If there is
+    one, every object is in it. Otherwise, an object in a picture that is not there counts as malformed.
     source: the coordinates of the objects, one of COORDINATES. whole: round to whole numbers.
     There and back, a point moves by rounding errors of floats only. Rounded to whole model pixels or thousandths on the
     way, it moves by up to half of one along each side; that is more than an original pixel in a picture that was shrunk
     to less than half.
     """
-    moved = [_moved(o, pictures[o.image], source, target, whole) for o in parsed.objects if o.image < len(pictures)]
+    objects = [o._replace(image=0) if len(pictures) == 1 else o for o in parsed.objects]
+    moved = [_moved(o, pictures[o.image], source, target, whole) for o in objects if o.image < len(pictures)]
     return Parsed(moved, parsed.malformed + len(parsed.objects) - len(moved))
 
 
@@ -139,7 +150,13 @@ def _replaced(text: str, change: Callable[[re.Match, list[float]], str], certain
     """The text with `change(match, its numbers)` in place of each box."""
 
     def one(found: re.Match) -> str:
-        numbers = [float(n) for n in _NUMBERS.findall(found[0], _head(found)) if math.isfinite(float(n))]
+        if found["tag"]:
+            read = [place["n"] for place in _PLACE.finditer(found[0])]
+        else:
+            read = _NUMBERS.findall(found[0], _head(found))
+        numbers = [n for n in map(float, read) if math.isfinite(n)]
+        if found["name"] == "rotate_rect":
+            return change(found, numbers) if len(numbers) == 5 else found[0]
         return change(found, numbers) if numbers and len(numbers) % 2 == 0 else found[0]
 
     if certain:
@@ -151,9 +168,10 @@ def _replaced(text: str, change: Callable[[re.Match, list[float]], str], certain
     return _LIKELY.sub(one, text)
 
 
-def parse_boxes(text: str) -> list[Box]:
-    """The boxes with a label in an answer, in any form that `grounding.parse` reads."""
-    return [Box(o.label, *o.points[0], *o.points[1]) for o in parse(text).objects if o.kind == "box" and o.label]
+def parse_boxes(text: str, unlabelled: bool = False) -> list[Box]:
+    """The boxes in an answer, in any form that `grounding.parse` reads; without a label only if `unlabelled`."""
+    boxes = [Box(o.label, *o.points[0], *o.points[1]) for o in parse(text).objects if o.kind == "box"]
+    return [box for box in boxes if box.label or unlabelled]
 
 
 def _head(found: re.Match) -> int:
@@ -163,21 +181,26 @@ def _head(found: re.Match) -> int:
 
 def _inside(found: re.Match, numbers: list[float], limits: tuple[int, int]) -> bool:
     """Whether every point is in the picture and the second corner of a box is not left of or above the first."""
-    is_box = len(numbers) == 4 and found["name"] not in ("point_2d", "coordinate")
+    is_box = len(numbers) == 4 and not found["tag"] and found["name"] not in ("point_2d", "coordinate", "coordinate2")
     in_order = not is_box or (numbers[0] <= numbers[2] and numbers[1] <= numbers[3])
     return in_order and all(0 <= n <= limits[i % 2] for i, n in enumerate(numbers))
 
 
 def _scaled(found: re.Match, source: tuple[int, int], target: tuple[int, int]) -> str:
     head, position = _head(found), 0
-    if source == target:
+    if source == target or found["name"] == "rotate_rect":
         return found[0]
+
+    def scaled(number: str, side: int) -> str:
+        return str(round(min(max(float(number) * target[side] / source[side], 0), target[side])))
 
     def scale(number: re.Match) -> str:
         nonlocal position
-        side, position = position % 2, position + 1
-        return str(round(min(max(float(number[0]) * target[side] / source[side], 0), target[side])))
+        position += 1
+        return scaled(number[0], (position - 1) % 2)
 
+    if found["tag"]:
+        return _PLACE.sub(lambda place: place["before"] + scaled(place["n"], "xy".index(place["axis"])), found[0])
     return found[0][:head] + _NUMBERS.sub(scale, found[0][head:])
 
 

@@ -10,33 +10,15 @@
     click(start_box='(x,y)'), <point>x y</point>, <ref>cat</ref><box>[[x1, y1, x2, y2]]</box>      UI-TARS and others
 
 Broken JSON is read as far as it goes (`answers.loose`). The coordinates are those of the text;
-`boxes.converted` takes them to others.
+`boxes.converted` takes them to others, and `writing.write` makes such texts.
 """
 
 import html
-import itertools
-import json
-import math
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from qwenvl_jax.answers.loose import CUT, NUMBER, Reader
-from qwenvl_jax.answers.shapes import (
-    GROUP,
-    KEYS,
-    bare,
-    cornered,
-    corners_of,
-    floats,
-    is_pair,
-    kind_under,
-    numbers_of,
-    shape_of,
-    shapes_in,
-    shapes_under,
-)
-from qwenvl_jax.errors import InputError, shown
+from qwenvl_jax.answers import shapes
+from qwenvl_jax.answers.loose import CUT, NUMBER, Reader, is_cut
 
 
 class Object(NamedTuple):
@@ -70,9 +52,12 @@ _LABELS = (
 )
 _IMAGES = {"image", "image_id", "image_index", "image_idx", "picture", "picture_id", "img_id", "img_idx"}
 _CALLS = ("arguments", "parameters")
-_LISTS = ("objects", "detections", "results", "result", "instances", "items", "annotations", "data", "answer", *KEYS)
+# Keys that hold objects and name nothing.
+_LISTS = {"objects", "detections", "results", "result", "instances", "items", "annotations", "data", "answer", "output"}
+_LISTS |= {"response", "predictions", "elements", *shapes.KEYS}
 
-_PAIR = rf"\(\s*+{NUMBER}\s*+,\s*+{NUMBER}\s*+\)"
+_PAIR = rf"\(\s*+{NUMBER}\s*+[,，]\s*+{NUMBER}\s*+\)"
+_NAMED = [rf"\b{name}\s*+[=:]\s*+({NUMBER})" for name in ("x1?", "y1?", "x2", "y2")]
 _START = re.compile(
     r"""(?P<deep>(?:[\[{(]\s*+){25,}+)"""
     rf"""|(?P<json>\[(?=\s*+(?:[\[{{("']|{NUMBER}[\s,]))|\{{(?=\s*+(?:["']|\w++\s*+[:：])))"""
@@ -81,6 +66,8 @@ _START = re.compile(
     r"""|(?P<mark><\|(?:box|quad)_start\|>|<(?:box|bbox|quad|points?)>"""
     r"""|\b(?:(?:start|end)_(?:box|point)|point)=["'](?!<))"""
     r"""|(?P<points><points?\s)"""
+    rf"""|(?P<four>\(\s*+{NUMBER}(?:\s*+[,，]\s*+{NUMBER}){{3}}\s*+\))"""
+    rf"""|(?P<named>{_NAMED[0]}[\s,]*+{_NAMED[1]}(?:[\s,]*+{_NAMED[2]}[\s,]*+{_NAMED[3]})?)"""
     rf"""|(?P<pairs>{_PAIR}(?:\s*+,?\s*+{_PAIR})*+)"""
 )
 _REF_END = re.compile(r"<\|object_ref_(?:start|end)\|>|<\|(?:box|quad)_start\|>")
@@ -95,6 +82,8 @@ _LINE = re.compile(
     rf"^[ \t]*+({NUMBER}(?:[ \t]*+,[ \t]*+|[ \t]++){NUMBER}(?:(?:[ \t]*+,[ \t]*+|[ \t]++){NUMBER}){{2}})[ \t]*+$", re.M
 )
 _HALF = re.compile(r"\s*+,?\s*+\([-+.0-9eE,\s]*+\Z")
+_ESCAPED_KEY = re.compile(r'\\"(?:bbox_2d|point_2d)\\"')
+_CORNER = re.compile(r"\b(?:top|upper)[ -]?left\b|左上", re.I)
 _PICTURE = re.compile(
     r"\b(?:picture|image|photo|video)[ _#]{0,3}([0-9]{1,3})(?![0-9])"
     r"|(?:图片?|图像|视频)\s{0,3}([0-9]{1,3})|第\s?([0-9]{1,3})\s?[张幅]",
@@ -104,12 +93,14 @@ _PICTURE = re.compile(
 _LEAD = re.compile(
     r"\b(?:bbox(?:_2d)?|coordinates?|answer|result|is|are|at|by)\W*+\Z|\bbounding box|坐标|边界框|[为是在]\W*+\Z", re.I
 )
+_BULLET = re.compile(r"^[0-9]{1,3}[.)]\s+")
 _AND = re.compile(r"^(?:(?:and|&)(?:\s|$)|和|以及|与)\s*", re.I)
 
 
 def parse(text: str) -> Parsed:
     """The objects in an answer. Reads any text, in time linear in its length; it never raises.
 
+    Meant for answers to a question about places: four numbers in brackets are a box in any sentence.
     Numbers of pictures in the text ("Picture 2:", {"image": 2}) count from 1, as prompts number them, unless one is 0.
     If the text has thinking in it, only what follows `</think>` is read.
     """
@@ -120,14 +111,18 @@ class _Parser:
     def __init__(self, text: str):
         if "“bbox_2d”" in text or "“point_2d”" in text:
             text = text.replace("“", '"').replace("”", '"')
+        if _ESCAPED_KEY.search(text) and text.count('"') == text.count(
+            '\\"'
+        ):  # JSON in a string whose quotes are missing
+            text = text.replace('\\"', '"')
         self.text = text
         self.reader = Reader(text)
         self.found: list[tuple[Object, int | None]] = []  # with the number of its picture, if the text says it
         self.malformed = 0
         self.lone: list[tuple[float, ...]] = []  # pairs of numbers, which are a point if the text has nothing else
-        self.label, self.picture = "", None  # type: str, int | None
+        self.label = ""  # of the last object outside of JSON
+        self.picture: int | None = None
         self.ref: str | None = None  # a label that waits for its box
-        self._endless = len(text) + 1
 
     def parsed(self) -> Parsed:
         done = max(self.text.rfind("</think>"), 0)
@@ -142,11 +137,13 @@ class _Parser:
         return Parsed([o if n is None else o._replace(image=n - first) for o, n in self.found], self.malformed)
 
     def _plain(self) -> None:
-        """Numbers without any mark: a box a line, or one point."""
+        """Numbers without any mark: a box a line, one point, or "top left (x1, y1), bottom right (x2, y2)"."""
         for line in _LINE.findall(self.text):
-            self._add("", shape_of("point", floats(line)))
+            self._add("", shapes.shape("point", shapes.floats(line)))
         if not self.found and len(self.lone) == 1:
-            self._add("", shape_of("point", self.lone[0]))
+            self._add("", shapes.shape("point", self.lone[0]))
+        elif not self.found and len(self.lone) == 2 and _CORNER.search(self.text):
+            self._add("", shapes.shape("box", (*self.lone[0], *self.lone[1])))
 
     def _add(self, label: str, shape, attributes: dict | None = None, picture: int | None = None) -> None:
         """shape: (kind, points), or None if its numbers cannot be read."""
@@ -167,10 +164,10 @@ class _Parser:
         values, end = self.reader.read(start.start(), inside=start.lastgroup == "key")
         before = len(self.found), self.malformed
         for value in values:  # "cat: [x1, y1, x2, y2]"
-            self._value(value, _name(prose) if prose.rstrip(" ").endswith((":", "：")) and bare(value) else "")
+            self._value(value, _name(prose) if prose.rstrip(" ").endswith((":", "：")) and shapes.bare(value) else "")
         if (len(self.found), self.malformed) != before:
             self.label, self.ref = "", None
-        elif len(values) == 1 and (numbers := numbers_of(values[0])) and len(numbers) == 2:
+        elif len(values) == 1 and (numbers := shapes.numbers_of(values[0])) and len(numbers) == 2:
             self.lone.append(numbers)
         return end
 
@@ -180,8 +177,10 @@ class _Parser:
         """Adds the objects in a value. name: the label of those without one. explicit: bare numbers are no object."""
         if isinstance(value, dict):
             self._dict(value, name, picture, explicit)
-        elif isinstance(value, list) and (what := bare(value)):
-            for shape in [] if explicit else shapes_under(what, value):
+        elif isinstance(value, list) and not explicit and (row := shapes.row(value)):
+            self._add(row[0], row[1], None, picture)
+        elif isinstance(value, list) and (what := shapes.bare(value)):
+            for shape in [] if explicit else shapes.under(what, value):
                 self._add(name, shape, None, picture)
         elif isinstance(value, list):
             for one in value:
@@ -189,40 +188,51 @@ class _Parser:
 
     def _dict(self, value: dict, name: str, picture: int | None, explicit: bool) -> None:
         value = dict(value)
-        for key in value.keys() & _IMAGES:
+        for key in [key for key in value if key in _IMAGES]:
             if (n := _picture(value[key])) is not None:
                 picture = n
                 del value[key]
         if isinstance(text := value.get("arguments"), str) and text.startswith("{"):
             value["arguments"] = Reader(text).read(0)[0][0]
-        kinds = [(key, kind) for key, inner in value.items() if (kind := kind_under(key, inner))]
-        places = [shape for key, kind in kinds for shape in shapes_under(kind, value.pop(key))]
-        if not places and (corners := corners_of(value)):
-            places = [cornered(corners, [value.pop(n) for n in corners])]
+        kinds = [(key, kind) for key, inner in value.items() if (kind := shapes.kind(key, inner))]
+        places = [shape for key, kind in kinds for shape in shapes.under(kind, value.pop(key))]
+        if not places and (corners := shapes.corners_of(value)):
+            places = [shapes.cornered(corners, [value.pop(n) for n in corners])]
         if not places:
             return self._children(value, name, picture, explicit)
-        if CUT in value.values():  # its text ends in it
+        if any(v is CUT for v in value.values()):  # its text ends in it
             self.malformed += 1
             return
-        label = _label(value)
-        attributes = {k: v for k, v in value.items() if k != "label" or not isinstance(v, str | int | float)}
+        label = label_of(value)
+        attributes = {k: v for k, v in value.items() if k != "label" or isinstance(v, list | dict | bool)}
+        at = len(self.found)
         for shape in places:
             self._add(name if label is None else label, shape, attributes, picture)
+        end = len(self.found)
         for key in [k for k, v in attributes.items() if isinstance(v, dict | list)]:
             before = len(self.found), self.malformed
             self._value(attributes[key], "", picture, explicit=True)
             if before != (len(self.found), self.malformed):  # it holds objects of its own
                 del attributes[key]
+            elif is_cut(attributes[key]):
+                del self.found[at:end]
+                self.malformed += 1
+                return
 
     def _children(self, value: dict, name: str, picture: int | None, explicit: bool) -> None:
         """The objects in an object that has no place itself. A key may be their label: {"cat": [x1, y1, x2, y2]}."""
-        own, points = _label(value) or name, all(bare(v) == "points" or is_pair(v) for v in value.values())
+        own, points = (
+            label_of(value) or name,
+            all(shapes.bare(v) == "points" or shapes.is_pair(v) for v in value.values()),
+        )
         for key, inner in value.items():
-            if not isinstance(inner, dict | list) or (bare(inner) == "points" and not points):
+            if not isinstance(inner, dict | list) or (shapes.bare(inner) == "points" and not points):
                 continue
             n = _picture(key)
-            label = name if n is not None or key in _CALLS else own if own or key in _LISTS else str(key)
-            inner = [inner] if points and is_pair(inner) else inner
+            label = (
+                name if n is not None or key in _CALLS else own if own or shapes.plain_key(key) in _LISTS else str(key)
+            )
+            inner = [inner] if points and shapes.is_pair(inner) else inner
             self._value(inner, label, picture if n is None else n, explicit)
 
     # --- control tokens, tags and pairs ---
@@ -249,7 +259,7 @@ class _Parser:
         closed = _RUN_END.match(self.text, end)
         if not closed and not any(c.isdigit() for c in run) and not start[0].startswith("<|"):
             return end  # a tag of something else
-        places = shapes_in(run, "quad" in start[0])
+        places = shapes.within(run, "quad" in start[0])
         if not closed and end == len(self.text) and not (run.rstrip().endswith((")", "]")) and _is_area(places[-1])):
             places[-1] = None  # the text ends in it
         label = self._said(prose) if start[0].startswith("<") else ""
@@ -275,22 +285,31 @@ class _Parser:
         if said.get("alt") == label:
             del said["alt"]
         for x, y in places or [("", "")]:
-            self._add(label, shape_of("point", floats(f"{x} {y}")), dict(said))
+            self._add(label, shapes.shape("point", shapes.floats(f"{x} {y}")), dict(said))
         self.label, self.ref = "", None
         return end
 
+    def _four(self, start: re.Match, prose: str) -> int:
+        self._add(self._said(prose), shapes.shape("box", shapes.floats(start[0].strip("()"))))
+        return start.end()
+
+    def _named(self, start: re.Match, prose: str) -> int:
+        numbers = re.findall(rf"[=:]\s*+({NUMBER})", start[0])
+        self._add("", shapes.shape("point", shapes.floats(" ".join(numbers))))
+        return start.end()
+
     def _pairs(self, start: re.Match, prose: str) -> int:
-        end, shapes = start.end(), shapes_in(start[0])
-        points = len(GROUP.findall(start[0]))
+        end, places = start.end(), shapes.within(start[0])
+        points = len(shapes.GROUP.findall(start[0]))
         half = _HALF.match(self.text, end)
         if points == 1 and not half:
             if not prose[-1:].isalnum() or not self.text[end:].strip(" .\n"):
-                self.lone += shapes[0][1] if shapes[0] else ()
+                self.lone += places[0][1] if places[0] else ()
             return end
         if half and points % 2:
-            shapes = shapes_in(start[0][: start[0].rindex("(")]) if points > 1 else []
+            places = shapes.within(start[0][: start[0].rindex("(")]) if points > 1 else []
         label = self._said(prose)
-        for shape in shapes:
+        for shape in places:
             self._add(label, shape)
         self.malformed += bool(half)
         return half.end() if half else end
@@ -307,7 +326,7 @@ def _is_area(shape) -> bool:
     return shape is not None and shape[0] != "point"
 
 
-def _label(value: dict) -> str | None:
+def label_of(value: dict) -> str | None:
     for key in _LABELS:
         if key in value and isinstance(label := value[key], str | int | float) and not isinstance(label, bool):
             return str(label)
@@ -317,7 +336,7 @@ def _label(value: dict) -> str | None:
 def _name(prose: str) -> str:
     """What the end of a text says about the numbers behind it: "" if it is only a sentence that leads to them."""
     line = _PICTURE.sub("", re.sub(r"<[^<>]*>", "", prose.rstrip().rpartition("\n")[2]))
-    name = line.strip(" \t\r,;:：，、-*•`\"'.")
+    name = _BULLET.sub("", line.strip()).strip(" \t\r,;:：，、-*•`\"'.")
     touches = prose[-1:] and not prose[-1].isspace() and prose[-1] not in ":："
     if name.endswith("=") or (not touches and _LEAD.search(name)):  # start_box='…', "The box is at …"
         return ""
@@ -329,69 +348,3 @@ def _picture(value) -> int | None:
     if isinstance(value, str) and (found := _PICTURE.fullmatch(value)):
         return int("".join(filter(None, found.groups())))
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1000 else None
-
-
-# --- writing ---
-
-FORMS = ("json", "tokens", "xml")
-
-
-def write(objects: Sequence[Object], form: str = "json") -> str:
-    """Objects as a model writes them, for training data; `parse` gives the same objects back.
-
-    form: "json" is that of Qwen2.5-VL and Qwen3-VL, "tokens" the control tokens of Qwen2-VL, "xml" has points only.
-    Numbers are written as they are: `boxes.converted` takes them to the coordinates of the model first.
-    Raises InputError for an object that the form cannot say, such as attributes in tokens.
-    """
-    if form not in FORMS:
-        raise InputError(f"form is {shown(form)}; it must be one of {', '.join(FORMS)}")
-    try:
-        text = {"json": _as_json, "tokens": _as_tokens, "xml": _as_xml}[form](objects)
-        if parse(text) == Parsed(list(objects), 0):
-            return text
-    except (KeyError, TypeError, ValueError):  # an unknown kind, or attributes that are not JSON
-        pass
-    if len(objects) > 1:
-        for o in objects:
-            write([o], form)
-    raise InputError(f"{shown(objects[0])} cannot be written in the form {form}; write it as json, or change it")
-
-
-def _as_json(objects: Sequence[Object]) -> str:
-    keys, several = {"box": "bbox_2d", "point": "point_2d", "polygon": "poly"}, any(o.image for o in objects)
-    lines = []
-    for o in objects:
-        item: dict = {keys[o.kind]: [_short(n) for point in o.points for n in point]}
-        if (_label(o.attributes) or "") != o.label:
-            item["label"] = o.label
-        lines.append(json.dumps(item | o.attributes | ({"image": o.image + 1} if several else {}), ensure_ascii=False))
-    return "[" + ",".join(f"\n\t{line}" for line in lines) + "\n]" if lines else "[]"
-
-
-def _as_tokens(objects: Sequence[Object]) -> str:
-    text, last = "", ("", 0 if not any(o.image for o in objects) else None)
-    for o in objects:
-        if o.image != last[1]:
-            text += f"\nPicture {o.image + 1}: " if text else f"Picture {o.image + 1}: "
-        if (o.label, o.image) != last:
-            text += f"<|object_ref_start|>{o.label}<|object_ref_end|>"
-        token = "quad" if o.kind == "polygon" else "box"
-        points = ",".join(f"({_short(x)},{_short(y)})" for x, y in o.points)
-        text, last = f"{text}<|{token}_start|>{points}<|{token}_end|>", (o.label, o.image)
-    return text
-
-
-def _as_xml(objects: Sequence[Object]) -> str:
-    lines = []
-    for (label, image), group in itertools.groupby(objects, lambda o: (o.label, o.image)):
-        places = [point for o in group for point in o.points]
-        numbers = " ".join(f'x{i}="{_short(x)}" y{i}="{_short(y)}"' for i, (x, y) in enumerate(places, 1))
-        heading = f"Picture {image + 1}: " if any(o.image for o in objects) else ""
-        label = html.escape(label)
-        lines.append(f'{heading}<points {numbers} alt="{label}">{label}</points>')
-    return "\n".join(lines)
-
-
-def _short(n: float) -> float:
-    """A whole number without ".0"."""
-    return int(n) if math.isfinite(n) and n == int(n) else n

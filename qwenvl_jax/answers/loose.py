@@ -11,8 +11,8 @@ CUT = ...  # stands for what the end of the text cut off: a value of an object, 
 DEPTH = 24  # deeper brackets begin anew
 
 NUMBER = r"[-+]?(?:[0-9]{1,18}(?:\.[0-9]{0,24})?|\.[0-9]{1,24})(?:[eE][-+]?[0-9]{1,3})?"
-_SPACE = re.compile(r"[\s,]*+")
-_NUMBERS = re.compile(r"[\[(]([-+.0-9eE,\s]*+)[\])]")
+_SPACE = re.compile(r"[\s,，]*+")
+_NUMBERS = re.compile(r"[\[(]([-+.0-9eE,，\s]*+)[\])]")
 _NUMBER = re.compile(NUMBER)
 _COLON = re.compile(r"\s*+[:：]")
 _NAME = re.compile(r"[^\W\d]\w*+(?=\s*+[:：])")
@@ -44,6 +44,16 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict:
     if len(value := dict(pairs)) < len(pairs):
         raise ValueError("a key twice")
     return value
+
+
+def _is_shallow(value) -> bool:
+    """Whether brackets are nested at most DEPTH deep."""
+    holders = [value]
+    for _ in range(DEPTH):
+        inner = (v for h in holders for v in (h.values() if isinstance(h, dict) else h))
+        if not (holders := [v for v in inner if isinstance(v, dict | list)]):
+            return True
+    return False
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_pairs, strict=False)
@@ -86,7 +96,7 @@ class Reader:
                     at = self._key(stack, at)
             elif c in "{[(":
                 if (found := _NUMBERS.match(text, at)) and found[1]:
-                    self._add(stack, [number(word) for word in found[1].replace(",", " ").split()])
+                    self._add(stack, [number(word) for word in found[1].replace(",", " ").replace("，", " ").split()])
                     at = found.end()
                 elif len(stack) > DEPTH:
                     break
@@ -105,7 +115,8 @@ class Reader:
         """(value, the place behind it) of correct JSON; None for other JSON. The text is tried a few times only."""
         if self._tries:
             try:
-                return _DECODER.raw_decode(self.text, at)
+                value, end = _DECODER.raw_decode(self.text, at)
+                return (value, end) if _is_shallow(value) else None
             except (ValueError, RecursionError):
                 self._tries -= 1
         return None
@@ -189,6 +200,17 @@ class Reader:
         if line < 0:
             return CUT, len(text)
         return _unescaped(text[start:line].rstrip(" \t\r,{}[]")), line
+
+
+def is_cut(value) -> bool:
+    """Whether the end of the text cut off a part of a value."""
+    holders = [value]
+    while holders:
+        inner = [v for h in holders for v in (h.values() if isinstance(h, dict) else h)]
+        if any(v is CUT for v in inner):
+            return True
+        holders = [v for v in inner if isinstance(v, dict | list)]
+    return False
 
 
 def number(word: str) -> int | float | None:

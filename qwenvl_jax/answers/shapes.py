@@ -9,14 +9,16 @@ from collections.abc import Sequence
 
 from qwenvl_jax.answers.loose import CUT, number
 
-# What the numbers under a key are. A key with other values is an attribute, unless it is one of _CERTAIN.
-KEYS = dict.fromkeys(("bbox_2d", "bbox", "box_2d", "box", "bboxes", "bboxes_2d", "boxes", "bounding_box"), "box")
-KEYS |= dict.fromkeys(("bounding_boxes", "start_box", "end_box"), "box")
-KEYS |= dict.fromkeys(("point_2d", "point", "coordinate", "coordinate2", "start_point", "end_point"), "point")
-KEYS |= dict.fromkeys(("points", "points_2d", "coordinates", "center", "position"), "points")
+# What the numbers under a key are; keys are compared without case, "_", "-" and spaces. A key with other values is an
+# attribute, unless it is one of _CERTAIN.
+KEYS = dict.fromkeys(("bbox2d", "bbox", "box2d", "box", "bboxes", "bboxes2d", "boxes", "boundingbox"), "box")
+KEYS |= dict.fromkeys(("boundingboxes", "startbox", "endbox"), "box")
+KEYS |= dict.fromkeys(("point2d", "point", "coordinate", "coordinate2", "startpoint", "endpoint"), "point")
+KEYS |= dict.fromkeys(("points", "points2d", "coordinates", "center", "position"), "points")
 KEYS |= dict.fromkeys(("poly", "polygon", "quad", "vertices", "corners", "segmentation", "location"), "polygon")
-KEYS |= dict.fromkeys(("rotate_rect", "rotated_rect", "rotate_box", "rotated_box"), "rotated")
-_CERTAIN = ("bbox_2d", "bbox", "point_2d", "poly", "polygon", "rotate_rect")
+KEYS |= dict.fromkeys(("rotaterect", "rotatedrect", "rotatebox", "rotatedbox"), "rotated")
+_CERTAIN = ("bbox2d", "bbox", "point2d", "poly", "polygon", "rotaterect")
+_SIGNS = str.maketrans("", "", "_- ")
 _CORNERS = (
     ("x1", "y1", "x2", "y2"),
     ("x_min", "y_min", "x_max", "y_max"),
@@ -28,10 +30,11 @@ _CORNERS = (
 )
 _FIRST = {names[0] for names in _CORNERS}
 _LARGEST = 1e9
+_SEPARATOR = re.compile("[,;，]")
 GROUP = re.compile(r"[(\[]([^()\[\]]*+)[)\]]")
 
 
-def shape_of(what: str, numbers: Sequence[float] | None) -> tuple[str, tuple[tuple[float, float], ...]] | None:
+def shape(what: str, numbers: Sequence[float] | None) -> tuple[str, tuple[tuple[float, float], ...]] | None:
     """The shape of the numbers under a key. what: "box", "point", "points", "polygon" or "rotated"."""
     if numbers is None or not all(map(is_number, numbers)):
         return None
@@ -52,13 +55,13 @@ def _turned(x: float, y: float, width: float, height: float, degrees: float) -> 
     return tuple((x + (a * cos - b * sin) / 2, y + (a * sin + b * cos) / 2) for a, b in corners)
 
 
-def shapes_under(what: str, value) -> list:
-    """What `shape_of` gives of each list of numbers in a value."""
+def under(what: str, value) -> list:
+    """What `shape` gives of each list of numbers in a value."""
     if (numbers := numbers_of(value)) is not None:
         points = list(zip(numbers[::2], numbers[1::2], strict=False))
         if what == "points" and len(numbers) % 2 == 0 and numbers:
-            return [shape_of("point", point) for point in points]
-        return [shape_of(what, numbers)]
+            return [shape("point", point) for point in points]
+        return [shape(what, numbers)]
     if isinstance(value, dict):
         if corners := corners_of(value):
             return [cornered(corners, [value[n] for n in corners])]
@@ -69,10 +72,10 @@ def shapes_under(what: str, value) -> list:
     if inner and all(map(is_pair, inner)):
         pairs = [numbers_of(v) or () for v in inner]
         if what in ("point", "points"):
-            return [shape_of("point", pair) for pair in pairs]
-        return [None] if CUT in value else [shape_of(what, [n for pair in pairs for n in pair])]
+            return [shape("point", pair) for pair in pairs]
+        return [None] if CUT in value else [shape(what, [n for pair in pairs for n in pair])]
     if inner and all(isinstance(v, list | dict) for v in inner):
-        return [shape for v in inner for shape in shapes_under(what, v)]
+        return [one for v in inner for one in under(what, v)]
     return [None]
 
 
@@ -88,23 +91,23 @@ def cornered(names: Sequence[str], numbers: Sequence[float]):
     x, y, *size = map(float, numbers)
     if names[2:3] in (("width",), ("w",)):
         size = [x + size[0], y + size[1]]
-    return shape_of("box" if size else "point", (x, y, *size))
+    return shape("box" if size else "point", (x, y, *size))
 
 
-def shapes_in(text: str, quad: bool = False) -> list:
+def within(text: str, quad: bool = False) -> list:
     """The shapes in a run of numbers and brackets. quad: its pairs are the corners of one polygon."""
     read = [floats(group) for group in GROUP.findall(text)] or [floats(text)]
     groups = [group for group in read if group is not None and len(group) == 2]
     if len({len(group or ()) for group in read}) > 1:
         return [None]
     if len(groups) < len(read):
-        return [shape_of("point", group) for group in read]
+        return [shape("point", group) for group in read]
     boxes = [(*a, *b) for a, b in zip(groups[::2], groups[1::2], strict=False)]
     if len(groups) == 2 or (len(groups) % 2 == 0 and not quad and all(a <= c and b <= d for a, b, c, d in boxes)):
-        return [shape_of("box", box) for box in boxes]
+        return [shape("box", box) for box in boxes]
     if quad or len(groups) == 4:
-        return [shape_of("polygon", [n for group in groups for n in group])]
-    return [shape_of("point", group) for group in groups]
+        return [shape("polygon", [n for group in groups for n in group])]
+    return [shape("point", group) for group in groups]
 
 
 def is_number(value) -> bool:
@@ -126,7 +129,7 @@ def numbers_of(value) -> tuple[float, ...] | None:
 
 def floats(text: str) -> tuple[float, ...] | None:
     """The numbers of a text that has only numbers, white space, commas and semicolons; None for other texts."""
-    read = [number(word) for word in text.replace(",", " ").replace(";", " ").split()]
+    read = [number(word) for word in _SEPARATOR.sub(" ", text).split()]
     return tuple(float(n) for n in read if n is not None) if read and None not in read else None
 
 
@@ -153,11 +156,28 @@ def _flat(value) -> str:
     return "box" if len(value) in (4, 8) or (value[-1] is CUT and 2 <= len(numbers) < 8) else ""
 
 
-def kind_under(key, value) -> str:
+def row(value: list):
+    """(label, shape) of ["cat", x1, y1, x2, y2], [x1, y1, x2, y2, "cat"] or ["cat", [x1, y1, x2, y2]]; else None."""
+    if len(value) == 2 and isinstance(value[1], list):
+        value = [value[0], *value[1]]
+    if len(value) != 5:
+        return None
+    label, numbers = (value[0], value[1:]) if isinstance(value[0], str) else (value[4], value[:4])
+    return (
+        (label, shape("box", numbers_of(numbers))) if isinstance(label, str) and all(map(is_number, numbers)) else None
+    )
+
+
+def kind(key, value) -> str:
     """What the numbers in a value are, by its key; "" if the value does not say where something is."""
-    kind = KEYS.get(key.lower(), "") if isinstance(key, str) else ""
-    if not kind or key.lower() in _CERTAIN or numbers_of(value) is not None:
-        return kind
+    plain = plain_key(key)
+    what = KEYS.get(plain, "")
+    if not what or plain in _CERTAIN or numbers_of(value) is not None:
+        return what
     if isinstance(value, dict):
-        return kind if corners_of(value) else ""
-    return kind if isinstance(value, list) and value and (is_number(value[0]) or isinstance(value[0], list)) else ""
+        return what if corners_of(value) else ""
+    return what if isinstance(value, list) and value and (is_number(value[0]) or isinstance(value[0], list)) else ""
+
+
+def plain_key(key) -> str:
+    return key.lower().translate(_SIGNS) if isinstance(key, str) else ""

@@ -166,7 +166,8 @@ def iou(a: Box, b: Box) -> float:
 def match_boxes(predicted: Sequence[Box], gold: Sequence[Box], *, threshold: float = 0.5) -> Matched:
     """Pairs boxes one to one, as many as possible: the same label (up to case) and an IoU of at least `threshold`.
 
-    A second box on the same object has no partner and lowers precision.
+    A gold box without a label fits any label: the question named the object, as in referring expressions. A second box
+    on the same object has no partner and lowers precision.
     """
 
     def label(box):
@@ -174,7 +175,7 @@ def match_boxes(predicted: Sequence[Box], gold: Sequence[Box], *, threshold: flo
 
     labels = [label(g) for g in gold]
     fits = [
-        [i for i, g in enumerate(gold) if labels[i] == mine and iou(p, g) >= threshold]
+        [i for i, g in enumerate(gold) if labels[i] in (mine, "") and iou(p, g) >= threshold]
         for p, mine in ((p, label(p)) for p in predicted)
     ]
     partner: dict[int, int] = {}  # gold → predicted

@@ -160,7 +160,10 @@ def _boxes(answer) -> str:
     except (TypeError, ValueError, RecursionError):
         text, objects = str(answer), None
     count = len(objects) if isinstance(objects, list) else max(isinstance(objects, dict), text.count("bbox_2d"), 1)
-    if len(parse_boxes(text)) < count or (isinstance(objects, list) and len(parse_boxes(text)) != count):
+    if isinstance(objects, list) and objects and not any(isinstance(o, list | dict) for o in objects):
+        count = 1  # [x1, y1, x2, y2]
+    found = len(parse_boxes(text, unlabelled=True))
+    if found < count or (isinstance(objects, list) and found != count):
         raise InputError(
             'answer must be a list of {"bbox_2d": [x1, y1, x2, y2], "label": "…"}, or boxes as the model writes them'
         )

@@ -100,7 +100,9 @@ def score(
     """Scores one prediction. clean: what is done to it and to the right answers before they are compared."""
     said, golds = clean(prediction), [clean(answer) for answer in question.answers]
     if question.metric == BOXES:
-        matched = metrics.match_boxes(parse_boxes(said), parse_boxes(golds[0]))
+        gold = parse_boxes(golds[0], unlabelled=True)
+        predicted = parse_boxes(said, unlabelled=any(not box.label for box in gold))
+        matched = metrics.match_boxes(predicted, gold)
         return Answer(question, prediction, finish_reason, matched.f1, matched)
     return Answer(question, prediction, finish_reason, METRICS[question.metric](said, golds))
 
