@@ -54,6 +54,15 @@ TABLE = [
     ("狗在1分05秒处出现。", [(65, None, "狗在1分05秒处出现。")]),
     ("第十二秒", [(12, None, "")]),
     ("大约在一分三十秒", [(90, None, "大约在一分三十秒")]),
+    ("90 seconds (1:30)", [(90, None, "")]),
+    ("时间：00:12", [(12, None, "")]),
+    ("00:05:123", [(5.123, None, "")]),
+    ("around 12 seconds into the video", [(12, None, "")]),
+    ("1. Dog runs (0:05).", [(5, None, "Dog runs")]),
+    ("<timestamp>5.0s</timestamp>", [(5, None, "")]),
+    ("A los 5 segundos, через 6 секунд, 7초", [(5, None, "A los 5 segundos, через 6 секунд, 7초"),
+     (6, None, "A los 5 segundos, через 6 секунд, 7초"), (7, None, "A los 5 segundos, через 6 секунд, 7초")]),
+    ("0:05!", [(5, None, "")]),
     ("12", [(12, None, "")]),
     ("12.5", [(12.5, None, "")]),
     ("The answer is 12.", [(12, None, "")]),
@@ -86,6 +95,22 @@ TABLE = [
     ("[12.5, 20.0]", [(12.5, 20, "")]),
     ("From 3.5 to 5.0.", [(3.5, 5, "")]),
     ("00:00:12,500 --> 00:00:15,000\nHello.", [(12.5, 15, "Hello.")]),
+    ("between the 12-second and 15-second marks", [(12, 15, "")]),
+    ("from the 12-second mark to the 15-second mark", [(12, 15, "")]),
+    ("The event starts at 5.0 and ends at 9.0 seconds", [(5, 9, "")]),
+    ("Start: 5, End: 9", [(5, 9, "")]),
+    ("start_time=5.0, end_time=9.0", [(5, 9, "")]),
+    ("t=5s to t=9s", [(5, 9, "")]),
+    ("<5.0> to <9.0>", [(5, 9, "")]),
+    ("从第3秒开始，到第5秒结束", [(3, 5, "")]),
+    ("开始时间：3秒，结束时间：5秒", [(3, 5, "")]),
+    ("Time: 00:05-00:09, Event: dog", [(5, 9, "dog")]),
+    ("Scene 1 (00:00 - 00:05): dog", [(0, 5, "dog")]),
+    ("Dog runs: 0:05-0:09", [(5, 9, "Dog runs")]),
+    ("2nd to 5th second", [(2, 5, "")]),
+    ("<start>5.0</start><end>9.0</end>", [(5, 9, "")]),
+    ('<event start="00:05" end="00:09">dog</event>', [(5, 9, "dog")]),
+    ("[START] 0:05 [END] 0:09", [(5, 9, "")]),
     # several
     ("0:05, 0:12 and 0:30", [(5, None, ""), (12, None, ""), (30, None, "")]),
     ("1. **00:00 - 00:05**: A man enters.\n2. **00:05 - 00:12**: A cat.\n",
@@ -114,13 +139,17 @@ TABLE = [
     ('["00:12", "00:45"]', [(12, 45, "")]),
     ('{"timestamps": ["0:01", "0:02", "0:03"]}', [(1, None, ""), (2, None, ""), (3, None, "")]),
     ('{"00:12": "A man", "00:45 - 00:50": "A dog"}', [(12, None, "A man"), (45, 50, "A dog")]),
+    ('"start_time": "00:05", "end_time": "00:09", "description": "d"', [(5, 9, "d")]),
+    ('{"timestamps": [[0, 5], [5, 9]], "sentences": ["a", "b"]}', [(0, 5, "a"), (5, 9, "b")]),
+    ('{"events": [["00:05", "00:09", "dog"], [9, 12.5, "cat"]]}', [(5, 9, "dog"), (9, 12.5, "cat")]),
+    ('{"dog": "0:05-0:09", "cat": "9s"}', [(5, 9, "dog"), (9, None, "cat")]),
     ('{"timestamp": 5, "duration": 2.5, "text": "d"}', [(5, 7.5, "d")]),
     ('{"start_ms": 1500, "end_ms": 2500}', [(1.5, 2.5, "")]),
     ('{"timestamp_start": "5 seconds", "timestamp_end": "1 minute"}', [(5, 60, "")]),
     ('{"开始时间": "00:12", "结束时间": "00:45", "描述": "狗"}', [(12, 45, "狗")]),
     ("[{'start_time': 00:12, 'end_time': 00:45, 'description': 'it's on',},]", [(12, 45, "it's on")]),
     ('{"start": null, "end": null}', []),
-    ('{"answer": "at 00:12"}', [(12, None, '{"answer": "at 00:12"}')]),
+    ('{"answer": "at 00:12"}', [(12, None, "")]),
     ('{"bbox_2d": [1, 2, 3, 4], "label": "a"}', []),
     ('{"from": "Ann", "to": "Bob"}', []),
     # no moments
@@ -129,6 +158,7 @@ TABLE = [
     ("The clip is 12 seconds long.", []),
     ("It is a 10-second clip.", []),
     ("5 seconds later", []),
+    ("It is a 5 minute walk.", []),
     ("持续5秒", []),
     ("The clock shows 3:45 PM.", []),
     ("2024-01-01 12:34:56", []),
@@ -302,10 +332,12 @@ LINES = [json.dumps({"start_time": "00:12", "end_time": "00:45", "description": 
 )
 @pytest.mark.parametrize("before", ["", "[", "<answer>"])
 def test_long_answers_are_read_in_linear_time(piece, before):
-    took = []
-    for size in (10_000, 100_000):
-        text = before + piece * (size // len(piece))
-        start = time.process_time()
-        parse(text)
-        took.append(time.process_time() - start)
-    assert took[1] < max(0.15, 20 * took[0])
+    def best(size: int) -> float:
+        text, took = before + piece * (size // len(piece)), []
+        for _ in range(3):
+            start = time.process_time()
+            parse(text)
+            took.append(time.process_time() - start)
+        return min(took)
+
+    assert best(100_000) < max(0.1, 25 * best(10_000))

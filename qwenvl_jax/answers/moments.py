@@ -51,6 +51,7 @@ _WHENS = (
 _START = {*_STARTS.split(), "开始", "开始时间", "起始", "起始时间"}
 _END = {*_ENDS.split(), "结束", "结束时间"}
 _WHEN = {*_WHENS.split(), "时间", "时间戳", "时刻", "时间段", "时间点", "时间范围"}
+_ANSWERS = {"answer", "finalanswer", "result", "output", "response", "答案"}
 # Keys that other things have too: a value that is no time is no fault.
 _ALSO = {*"from to at t sec secs second seconds stop finish until segment segments window windows range moment".split()}
 _DURATION = {"duration", "durationseconds", "durationsec", "持续时间", "时长"}
@@ -62,32 +63,23 @@ _TEXTS += ["title", "name", "描述", "事件", "内容", "动作", "说明"]
 _JSON = re.compile(r"\{(?=\s*(?:[\"'}]|[^\W\d]\w*+\s*:))|\[(?=\s*[\[{\"'])")
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.S | re.I)
 _TAGS = re.compile(r"</?[a-z_]{1,20}>", re.I)
-_SENTENCE = re.compile(r"[.!?](?=\s)|[。！？；\n]")
-_MARKS = r"\s*_#>•\-–—:：,，.。;；()\[\]<|\"'“”`~="
-_LEAD = re.compile(
-    rf"(?:[{_MARKS}]|[0-9]{{1,3}}[.)、](?=\s)|\b(?:from|between|at|on|in|time|timestamps?|timecode|around|about|the|first|start(?:s|ing)?"
-    r"(?:[ _]time)?|(?:event|scene|step|moment|segment)(?:[ ][0-9]{1,3})?)\b|[从在第前约]|时间段?|时间戳)*+",
-    re.I,
-)
-_BEFORE_NEXT = re.compile(
-    rf"(?:[{_MARKS}]|\b(?:and|then|at|from|between|around|about|by|in|finally)\b|[从在第到])+$", re.I
-)
-_AFTER = re.compile(rf"(?:[{_MARKS}]|(?:mark|point|timestamp)\b|处|时(?!间)|左右|之间)*+", re.I)
 _NUMBER = r"[0-9]{1,9}(?:\.[0-9]{1,20})?"
 _AROUND = (
     r"[\W_]*+(?:(?:from|between|at|in|about|around|approximately|the|answer|it|is|was|an?|event|video|clip|happens|occurs|starts?|"
     r"appears|time|timestamps?|seconds?|secs?|interval|span|segment|moment|range)\b[\W_]*+){0,9}"
 )
 _BARE_SPAN = re.compile(
-    rf"{_AROUND}(?<![0-9.])({_NUMBER})\s*(?:-{{1,3}}>?|[–—~～→,;]|to|and|until|到|至)\s*({_NUMBER})"
+    rf"{_AROUND}(?<![0-9.])({_NUMBER})[\])>]?\s*(?:-{{1,3}}>?|[–—~～→,;]|to|and|until|到|至)\s*[\[(<]?({_NUMBER})"
     r"[\])>}\"'`*]*+(?:\s*(?:[:：,，.。]\s*(?P<text>.*))?)$",
+    re.I,
+)
+_START_END = re.compile(
+    rf"(?:start|begin|开始)[^0-9\n]{{0,20}}({_NUMBER})[^0-9]{{1,30}}?(?:end|finish|stop|结束)[^0-9\n]{{0,20}}({_NUMBER})",
     re.I,
 )
 _PAIR = re.compile(rf"[\[(]\s*({_NUMBER})\s*,\s*({_NUMBER})\s*[\])]")
 _FIRST_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _ONE_NUMBER = re.compile(rf"{_AROUND}(?<![-.0-9])({_FIRST_NUMBER.pattern})\W{{0,3}}", re.I)
-_LABEL = re.compile(r"\W*(?:description|event|caption|activity|action|描述|事件|内容)\s*[:：]", re.I)
-_SENTENCE_LENGTH = 300  # of a long sentence, so many characters to each side of its time count
 
 
 def parse(text: str) -> Parsed:
@@ -180,9 +172,12 @@ class _Walk:
         if isinstance(value, dict):
             self._object(value, depth)
         elif isinstance(value, list):
-            spans = _spans(value)
-            if depth == 0 and spans is not None and id(value) not in self._unfinished:
+            spans = None if id(value) in self._unfinished else _spans(value)
+            row = _spans(value[:2]) if spans is None and len(value) == 3 and isinstance(value[2], str) else None
+            if depth == 0 and spans is not None:
                 self._add(spans, "")
+            elif row and len(row) == 1 and id(value) not in self._unfinished:  # [start, end, text]
+                self._add(row, value[2])
             else:
                 for item in value:
                     self.value(item, depth + 1)
@@ -201,7 +196,9 @@ class _Walk:
         if used:
             spans = self._ends(value, start, end, length) if when is None else self._when(value, when, length)
             if spans is not None:
-                self._add(spans, text)
+                self._add(
+                    spans, text, next((v for k, v in value.items() if k not in used and _are_texts(v, len(spans))), ())
+                )
             elif not _ALSO.issuperset(map(_name, used)):
                 self.malformed += 1
         elif not value and depth and self._half and id(value) in self._unfinished:
@@ -209,8 +206,11 @@ class _Walk:
         for key, item in value.items():
             if isinstance(item, dict | list) and key not in used:
                 self.value(item, depth + 1)
-            elif isinstance(item, str) and not used and (spans := _spans(key, strict=True)):
-                self._add(spans, item)
+            elif isinstance(item, str) and not used:  # {"00:12": "A man"}, {"A man": "00:12"}
+                if spans := _spans(key, strict=True):
+                    self._add(spans, item)
+                elif spans := _spans(item, strict=True):
+                    self._add(spans, "" if _name(key) in _ANSWERS else key)
 
     def _ends(self, value: dict, start: str | None, end: str | None, length: str | None) -> list | None:
         """The span of an object with a time for its start; None if it has none, or is cut short before its end."""
@@ -237,18 +237,23 @@ class _Walk:
             return [(spans[0][0], spans[0][0] + seconds)]
         return spans
 
-    def _add(self, spans: Sequence[tuple[float, float | None]], text: str) -> None:
-        for start, end in spans:
+    def _add(self, spans: Sequence[tuple[float, float | None]], text: str, texts: Sequence[str] = ()) -> None:
+        """texts: those of the spans, if each has its own."""
+        for (start, end), own in zip(spans, texts or [text] * len(spans), strict=True):
             if end is not None and end < start:
                 self.malformed += 1
             else:
-                self.moments.append(Moment(start, end, text))
+                self.moments.append(Moment(start, end, own))
 
 
 @lru_cache(maxsize=1024)
 def _name(key: str) -> str:
     """A key without marks and case; "" for a long one."""
     return re.sub(r"[\W_]", "", key.lower()) if len(key) < 40 else ""
+
+
+def _are_texts(value, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count > 1 and all(isinstance(item, str) for item in value)
 
 
 def _is_branch(value) -> bool:
@@ -277,7 +282,7 @@ def _spans(value: Any, strict: bool = False, depth: int = 0) -> list[tuple[float
         if not strict and re.fullmatch(rf"\s*{_NUMBER}\s*", value):
             return [(float(value), None)]
         found = [time for time in times.find(value) if time.kind != "bad"]
-        if strict and (len(found) != 1 or _LEAD.sub("", value[: found[0].at] + value[found[0].to :]).strip()):
+        if strict and (len(found) != 1 or not times.is_alone(value, found[0])):
             return None
         if not found and not strict and (bare := _BARE_SPAN.fullmatch(value)) and not bare["text"]:
             return [(float(bare[1]), float(bare[2]))]
@@ -304,60 +309,20 @@ def _prose(text: str) -> tuple[list[Moment], int]:
     """(the moments of a text without JSON, how many are malformed)."""
     found = times.find(text)
     spots = [time for time in found if time.kind == "moment"]
-    said = _said(text, spots)
+    said = times.said(text, spots)
     return [Moment(t.start, t.end, s) for t, s in zip(spots, said, strict=True)], sum(t.kind == "bad" for t in found)
-
-
-def _said(text: str, spots: Sequence[times.Time]) -> list[str]:
-    """What the text says of each moment.
-
-    In a line that begins with a time, what stands between this time and the next one, or else the next line. In any
-    other line, the sentence.
-    """
-    out = []
-    line_start = line_end = -1
-    leads = False
-    for i, spot in enumerate(spots):
-        if spot.at >= line_end:
-            line_start = text.rfind("\n", 0, spot.at) + 1
-            leads = _LEAD.match(text, line_start, spot.at).end() == spot.at  # type: ignore[union-attr]
-            line_end = text.find("\n", spot.to)
-            line_end = len(text) if line_end < 0 else line_end
-        following = spots[i + 1].at if i + 1 < len(spots) else len(text)
-        if leads:
-            out.append(_beside(text, spot.to, line_end, following))
-        else:
-            start, end = max(line_start, spot.at - _SENTENCE_LENGTH), min(line_end, spot.to + _SENTENCE_LENGTH)
-            for stop in _SENTENCE.finditer(text, start, spot.at):
-                start = stop.end()
-            full_stop = _SENTENCE.search(text, spot.to, end)
-            out.append(text[start : full_stop.end() if full_stop else end].strip(" \t\r\n*-•"))
-    return out
-
-
-def _beside(text: str, at: int, line_end: int, following: int) -> str:
-    """What stands after a time that ends at `at`. following: where the next time begins."""
-    begin = _AFTER.match(text, at, line_end).end()  # type: ignore[union-attr]
-    said = text[begin : min(line_end, following)]
-    if following < line_end:
-        said = said[:-40] + _BEFORE_NEXT.sub("", said[-40:])
-    elif not said.strip():  # a heading
-        below = text.find("\n", line_end + 1)
-        below = len(text) if below < 0 else below
-        said = text[line_end + 1 : below] if below <= following else ""
-    if label := _LABEL.match(said):
-        said = said[label.end() :]
-    return said.strip(' \t\r\n*_|"“”`-–—•<>[]')
 
 
 def _bare(text: str) -> list[Moment]:
     """The moments of an answer without colons and units: spans of numbers, one a line, or one number."""
-    text = _TAGS.sub(" ", text).strip()
+    ends, text = _START_END.findall(text), _TAGS.sub(" ", text).strip()
     if len(text) < 60 and (one := _ONE_NUMBER.fullmatch(text)):
         value = float(one[1])
         return [Moment(value)] if 0 <= value < 1e9 else []
     pairs = _PAIR.findall(text)
-    if pairs and not _PAIR.sub("", text).strip(" \n,;.[]()"):
+    if pairs and _PAIR.sub("", text).strip(" \n,;.[]()"):
+        pairs = []
+    if pairs := pairs or ends:
         return [Moment(float(a), float(b)) for a, b in pairs if float(a) <= float(b)]
     out = []
     for line in text.splitlines():

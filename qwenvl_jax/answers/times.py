@@ -6,7 +6,7 @@ second, second 12, t=12.5, 第12秒, 1分05秒. A length of time ("for 3 seconds
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -23,14 +23,15 @@ _SPELLED = rf"(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_UNITS)}))?|{'|'.join(_UN
 _N = rf"(?:{_DIGITS}|(?:{_SPELLED})(?![a-z])|(?<![{_HAN_DIGITS}])[{_HAN_DIGITS}]{{1,7}}+)"
 _SCALES = {"h": Decimal(3600), "m": Decimal(60), "s": Decimal(1), "ms": Decimal("0.001")}
 _UNIT = (
-    r"(?:(?P<ms>milliseconds?|msecs?|ms|毫秒)|(?P<h>hours?|hrs?|h|个?小时)|(?P<m>minutes?|mins?|m|分钟|分)"
-    r"|(?P<s>seconds?|secs?|s|秒钟?))(?![a-z])"
+    r"(?:(?P<ms>milliseconds?|msecs?|ms|毫秒)|(?P<h>hours?|hrs?|h|个?小时)|(?P<m>minutes?|mins?|m|分钟|分"
+    r"|minutos?|minuten?|minuti|минут[аыу]?|분)|(?P<s>seconds?|secs?|s|秒钟?|segundos?|sekunden?|secondes?|secondi|секунд[аыу]?"
+    r"|초))(?![a-zа-я])"
 )
 _TO_UNIT = r"(?:st|nd|rd|th)?[*_`$]{0,3}[ \t-]{0,2}"
 _PAIR = re.compile(rf"[ \t]?,?[ \t]?(?:and[ \t])?零?(?P<n>{_N}){_TO_UNIT}{_UNIT}")
 _SUFFIX = re.compile(_TO_UNIT + _UNIT)
 _TIME = re.compile(
-    rf"""(?=[.0-9{_HAN_DIGITS}oetfsnz])(?<![0-9a-z:：])(?<![^.]\.)(?<![0-9],)(?:
+    rf"""(?=[.0-9{_HAN_DIGITS}oetfsnz])(?<![0-9a-z])(?<![0-9][:：,])(?<![^.]\.)(?:
     (?P<clock>[0-9]{{1,9}}+(?:[:：][0-9]{{1,9}}+){{1,4}}+(?:[.,][0-9]{{1,20}}+(?![:：][0-9]))?)(?![0-9]|[:：][0-9])
         (?:[ ]?s(?:ec(?:ond)?s?)?\b)?
     |(?:(?:(?<!the[ ])(?<!a[ ])seconds?|timestamps?)(?:[ ]?[=≈:]|[ ]is|[ ]of|(?=[ ]))|t[ ]?[=≈:])[ ]?
@@ -51,27 +52,53 @@ _LENGTH_AFTER = re.compile(
     r"|film|movie|recording|interval|window|gap|pause|delay|period|countdown|timer)\b|的?时长|的?视频|的?片段|后|之后)"
 )
 _AGE = re.compile(r"(?:\b(?:her|his|their|the|my|your|early|mid|late)[ -])$")
-_POINT = re.compile(r"[ -](?:mark|point|timestamp|moment)")
+_ATTRIBUTE = re.compile(r"[ -](?!mark|point|timestamp|moment|(?:and|to|or|into|in|of|the|when|where)\b)[a-z]")
 _FIRST = re.compile(r"(?:\b(?:first|initial|opening)|前|最初的?|开头的?)\s*[*`]*$")
 
-_LEFT, _RIGHT = r"[\[(<*\"'“`]{0,3}", r"[\])>*\"'”`]{0,3}"
-_ROUGHLY = r"(?:(?:about|around|approximately|the|at|约|大约|第)[ \t]*){0,3}"
+_LEFT = r"[\[(<*\"'“`]{0,3}"
+_RIGHT = r"[\])>*\"'”`]{0,3}(?:[ ](?:mark|point|timestamp)|开始|起|处|左右)?[,，]?"
+_ROUGHLY = r"(?:(?:about|around|approximately|the|at|t[ ]?=|约|大约|第)[ \t]*){0,3}"
 _DASH = rf"{_RIGHT}[ \t]*(?:-{{1,3}}>?|[–—~～→−]|to|until|till?|through|thru|up to|直?到|直?至)[ \t]*{_ROUGHLY}{_LEFT}"
 _TO = re.compile(_DASH)
+_AGAIN = re.compile(r"[ ]?[(（=][ ]?(?:or|即)?[ ]?")  # 90 seconds (1:30)
 _CUT = re.compile(_DASH + r"[0-9:：.]*\s*")  # a span without its end
 _AND = re.compile(rf"{_RIGHT}[ \t]*(?:and|&|和|与|-|to)[ \t]*{_ROUGHLY}{_LEFT}")
 _COMMA = re.compile(r"""["'`]?[ \t]*[,;，][ \t]*["'`]?""")
 _BETWEEN = re.compile(rf"(?:\bbetween|介于)\s*{_ROUGHLY}{_LEFT}$")
 _START = re.compile(r"(?:\b(?:start|begin|began|begun)|开始|起始)[^0-9\n]{0,30}$")
 _END = re.compile(
-    rf"{_RIGHT}[\s,;.，。；|*_\-–•]{{0,8}}(?:(?:and|then|but|并且?|然后)\s{{0,3}})?(?:(?:it|the|event)\s){{0,2}}"
+    rf"{_RIGHT}[\s,;.，。；|*_\-–•\"'\[<]{{0,8}}(?:(?:and|then|but|并且?|然后)\s{{0,3}})?(?:(?:it|the|event)\s){{0,2}}"
     r"(?:end(?:s|ed|ing)?|finish(?:es|ed)?|stop(?:s|ped)?|结束)(?:[ _-]?time(?:stamp)?|时间)?"
-    rf"[\s:：=*_\"'`]{{0,6}}(?:(?:is|at|by|于|在|为|是)\s{{0,2}})?{_ROUGHLY}{_LEFT}",
+    rf"[\s:：=*_\"'`\]>]{{0,6}}(?:(?:is|at|by|于|在|为|是)\s{{0,2}})?{_ROUGHLY}{_LEFT}",
 )
-_LOWER = re.compile(rf"(?<![0-9a-z:：.])({_DIGITS}){_DASH}$|(?<![0-9a-z:：.])({_DIGITS}){_AND.pattern}$")
+_LOWER = re.compile(
+    rf"(?<![0-9a-z])(?<![0-9][:：.])({_DIGITS})(?:st|nd|rd|th)?(?:(?P<to>{_DASH})|(?P<and>{_AND.pattern})|(?P<ends>{_END.pattern}))$"
+)
 _UPPER = re.compile(rf"{_DASH}({_DIGITS})(?![0-9a-z]|[:：][0-9])")
 _PLAIN = {ord(wide): narrow for wide, narrow in zip("０１２３４５６７８９．", "0123456789.", strict=True)}
 _PLAIN |= {capital: chr(capital + 32) for capital in range(ord("A"), ord("Z") + 1)}  # str.lower() may move what follows
+# What the text says of a time.
+_CLOSED, _OPENING = re.compile(r"[\])>*_.\"'\s]*"), tuple("(:[<-–—（：")
+_SENTENCE = re.compile(r"[.!?](?=\s)|[。！？；\n]")
+_MARKS = r"\s*_#$>•\-–—:：,，.。;；()\[\]<|\"'“”`~="
+_LEAD = re.compile(
+    rf"(?:[{_MARKS}]|[0-9]{{1,3}}[.)、](?=\s)|\b(?:from|between|at|on|in|t|time|timestamps?|timecode|around|about|the|first"
+    r"|start(?:s|ing)?(?:[ _]time)?|(?:event|scene|step|moment|segment)(?:[ ][0-9]{1,3})?)\b|[从在第前约]"
+    r"|(?:开始|起始|发生)?时间段?|时间戳)*+",
+    re.I,
+)
+_BEFORE_NEXT = re.compile(
+    rf"(?:[{_MARKS}]|\b(?:and|then|at|from|between|around|about|by|in|finally)\b|[从在第到])+$", re.I
+)
+_AFTER = re.compile(
+    rf"(?:</?[a-z_]{{1,20}}>|[{_MARKS}]|(?:mark|point|timestamp)s?\b"
+    r"|in(?:to[ ]the[ ](?:video|clip))?\b|onwards?\b|处|时(?!间)|左右|之间"
+    r"|开始|结束)*+",
+    re.I,
+)
+_TAG = re.compile(r"</?[a-zA-Z_]{1,20}>")
+_LABEL = re.compile(r"\W*(?:description|event|caption|activity|action|描述|事件|内容)[\s\"'*]*[:：]", re.I)
+_SENTENCE_LENGTH = 300  # of a long sentence, so many characters to each side of its time count
 
 
 class Time(NamedTuple):
@@ -96,6 +123,9 @@ def find(text: str) -> list[Time]:
             kind = "moment" if one.start <= after.start else "bad"
             out.append(Time(one.at, after.to, one.start, after.start, kind))
             i += 2
+        elif out and one[2:4] == out[-1][2:4] and _AGAIN.fullmatch(text, out[-1].to, one.at):
+            out[-1] = out[-1]._replace(to=one.to)
+            i += 1
         else:
             out.append(one)
             i += 1
@@ -153,7 +183,7 @@ def _clock(text: str, found: re.Match) -> Time | None:
     parts = digits.split(":")
     if _OF_DAY.match(text, to) or _DATE.search(text, max(at - 14, 0), at):
         return None
-    if len(parts) == 4 and len(parts[3]) == 3 and not fraction:
+    if len(parts) in (3, 4) and len(parts[-1]) == 3 and not fraction:
         fraction = parts.pop()
     if len(parts[-1]) != 2 or len(parts[0]) > 3:
         return None
@@ -181,18 +211,23 @@ def _with_units(text: str, found: re.Match, done: int) -> Time | None:
         return None
     before = text[max(at - 48, done) : at]
     start, end = seconds, None
-    if lower := _LOWER.search(before):
-        if lower[1] or _BETWEEN.search(before[: lower.start(2)]):
-            start, end = _number(lower[1] or lower[2]) * _SCALES[unit], seconds
-            at -= len(before) - lower.start()
-            before = before[: lower.start()]
+    if (lower := _LOWER.search(before)) and _is_pair(lower, before[: lower.start()]):
+        start, end = _number(lower[1]) * _SCALES[unit], seconds
+        at -= len(before) - lower.start()
+        before = before[: lower.start()]
     elif _FIRST.search(before):
         start, end = Decimal(0), seconds
-    adjective = "-" in text[found.end("n") : found.start(unit)] and not _POINT.match(text, to) and end is None
-    is_length = _LENGTH_BEFORE.search(before) or _LENGTH_AFTER.match(text, to)
-    if is_length or (adjective and re.match(r"[ -][a-z]", text[to : to + 2])):
+    hyphen = "-" in text[found.end("n") : found.start(unit)]  # a 5-second clip, a 5 minute walk
+    is_adjective = hyphen or (found[unit] in ("second", "minute", "hour") and seconds > _SCALES[unit])
+    is_adjective = is_adjective and end is None and bool(_ATTRIBUTE.match(text, to))
+    if is_adjective or _LENGTH_BEFORE.search(before) or _LENGTH_AFTER.match(text, to):
         return _time(at, to, start, end, "length")
     return _time(at, to, start, end, "moment")
+
+
+def _is_pair(lower: re.Match, before: str) -> bool:
+    """Whether a number without a unit is the start of a span."""
+    return bool(lower["to"] or (_BETWEEN if lower["and"] else _START).search(before))
 
 
 def _is_age(text: str, found: re.Match) -> bool:
@@ -219,6 +254,57 @@ def _joined(text: str, one: Time, after: Time) -> bool:
     if between.strip() == "|":  # two cells of a table
         return True
     return bool(_END.fullmatch(between) and _START.search(before))
+
+
+def is_alone(text: str, time: Time) -> bool:
+    """Whether the text is nothing but this time, apart from marks and words such as "at"."""
+    return not _LEAD.sub("", text[: time.at] + text[time.to :]).strip()
+
+
+def said(text: str, spots: Sequence[Time]) -> list[str]:
+    """What the text says of each moment.
+
+    In a line that begins with a time, what stands between this time and the next one, or else the next line. In any
+    other line, the sentence.
+    """
+    out = []
+    line_start = line_end = -1
+    leads = False
+    for i, spot in enumerate(spots):
+        if spot.at >= line_end:
+            line_start = text.rfind("\n", 0, spot.at) + 1
+            leads = _LEAD.match(text, line_start, spot.at).end() == spot.at  # type: ignore[union-attr]
+            line_end = text.find("\n", spot.to)
+            line_end = len(text) if line_end < 0 else line_end
+        following = spots[i + 1].at if i + 1 < len(spots) else len(text)
+        if leads:
+            out.append(_beside(text, spot.to, line_end, following))
+        else:
+            start, end = max(line_start, spot.at - _SENTENCE_LENGTH), min(line_end, spot.to + _SENTENCE_LENGTH)
+            for stop in _SENTENCE.finditer(text, start, spot.at):
+                start = stop.end()
+            full_stop = _SENTENCE.search(text, spot.to, end)
+            end = full_stop.end() if full_stop else end
+            if _CLOSED.fullmatch(text, spot.to, end) and text[start : spot.at].rstrip()[-1:] in _OPENING:
+                end = spot.at  # A dog runs (0:05 - 0:09).
+            out.append(text[start:end].strip(" \t\r\n*-•(:["))
+    return out
+
+
+def _beside(text: str, at: int, line_end: int, following: int) -> str:
+    """What stands after a time that ends at `at`. following: where the next time begins."""
+    begin = _AFTER.match(text, at, line_end).end()  # type: ignore[union-attr]
+    said = text[begin : min(line_end, following)]
+    if following < line_end:
+        said = said[:-40] + _BEFORE_NEXT.sub("", said[-40:])
+    elif not said.strip():  # a heading
+        below = text.find("\n", line_end + 1)
+        below = len(text) if below < 0 else below
+        said = text[line_end + 1 : below] if below <= following else ""
+    said = _TAG.sub("", said)
+    if label := _LABEL.match(said):
+        said = said[label.end() :]
+    return "" if not re.search(r"\w", said) else said.strip(' \t\r\n*_|"“”`-–—•<>[]')
 
 
 def clock(seconds: float, places: int = 0) -> str:
