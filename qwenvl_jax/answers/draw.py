@@ -2,7 +2,7 @@
 
 Sizes follow the picture. A picture whose shorter side is under SMALL pixels is enlarged by a whole factor, so that a
 line of two pixels and letters of twelve have room. Colours are those of Okabe and Ito, which people with any form of
-colour blindness tell apart; black or white around each line keeps it visible on any background.
+colour blindness tell apart; a white and a black line beside each keep it visible on any background.
 
 Where no font of this machine has the letters of a label, its number is drawn, and `legend` says which label that is.
 """
@@ -22,6 +22,7 @@ SMALL = 320  # pixels of the shorter side, to which smaller pictures are enlarge
 MOST_FRAMES = 1000  # of a contact sheet
 _LONGEST = 4096  # pixels of the longer side that enlarging does not pass
 _PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 _MARK = (0xD5, 0x5E, 0x00)  # of the palette
 _LEAST_TEXT = 12  # pixels
 _SHARE = 0.45  # of the picture's width that a label takes at most
@@ -194,27 +195,27 @@ def _style(size: tuple[int, int], shapes: list[_Shape]) -> _Style:
 
 
 def _outline(canvas: ImageDraw.ImageDraw, shape: _Shape, style: _Style) -> None:
-    """Draws one shape: its line in its colour, between two thin lines in black or white."""
-    around, (line, edge, radius, _) = _ink(shape.colour), style
+    """Draws one shape: its line in its colour, beside a white and a black one."""
+    colour, (line, edge, radius, _) = shape.colour, style
     if shape.kind == "box":
         x1, y1, x2, y2 = shape.bounds
-        canvas.rectangle((x1 - edge, y1 - edge, x2 - 1 + edge, y2 - 1 + edge), None, around, line + 2 * edge)
-        canvas.rectangle((x1, y1, x2 - 1, y2 - 1), None, shape.colour, line)
-    elif shape.kind == "point":
-        (at,) = shape.points[:1]
-        canvas.circle(at, radius + edge, around)
-        canvas.circle(at, radius, shape.colour)
-    else:
-        ring = [*shape.points, *shape.points[:2]]  # two more, for the joint at the first corner
-        canvas.line(ring, around, line + 2 * edge, "curve")
-        canvas.line(ring, shape.colour, line, "curve")
+        for out, shade, width in ((edge, _WHITE, edge), (0, colour, line), (-line, _BLACK, edge)):
+            if x2 - x1 + 2 * out > 0 and y2 - y1 + 2 * out > 0:
+                canvas.rectangle((x1 - out, y1 - out, x2 - 1 + out, y2 - 1 + out), None, shade, width)
+        return
+    ring = [*shape.points, *shape.points[:2]]  # two more, for the joint at the first corner
+    for more, shade in ((2 * edge, _WHITE), (edge, _BLACK), (0, colour)):
+        if shape.kind == "point":
+            canvas.circle(shape.points[0], radius + more, shade)
+        else:
+            canvas.line(ring, shade, line + 2 * more, "curve")
 
 
 def _ink(colour: Colour) -> Colour:
     """Black or white, whichever contrasts more with a colour, by the relative luminance of WCAG 2."""
     linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in colour)]
     light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return (0, 0, 0) if light > 0.179 else (255, 255, 255)
+    return _BLACK if light > 0.179 else _WHITE
 
 
 def _colours(objects: Sequence[Object]) -> dict[str, Colour]:
@@ -293,7 +294,7 @@ class _Labels:
     def _around(self, shape: _Shape) -> Rectangle:
         """The pixels of a shape and its lines."""
         x1, y1, x2, y2 = shape.bounds
-        more = self._style.edge + (self._style.radius if shape.kind == "point" else 0)
+        more = 2 * self._style.edge + (self._style.radius if shape.kind == "point" else 0)
         return max(x1 - more, 0), max(y1 - more, 0), x2 + more, y2 + more
 
     def _cells(self, at: Rectangle) -> tuple[slice, slice]:

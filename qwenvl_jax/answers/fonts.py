@@ -34,8 +34,8 @@ def clean(name: str) -> str:
     line = " ".join(name[: 4 * _LETTERS].split())
     letters, marks = [], 0
     for c in unicodedata.normalize("NFC", line):
-        marks = marks + 1 if unicodedata.combining(c) else 0
-        if c.isprintable() and c not in "\ufe0e\ufe0f" and marks <= _MARKS:
+        marks = marks + 1 if unicodedata.category(c) in ("Mn", "Me") else 0
+        if c.isprintable() and unicodedata.category(c) != "Me" and c not in "\ufe0e\ufe0f" and marks <= _MARKS:
             letters.append(c)
     return "".join(letters).strip()[:_LETTERS]
 
