@@ -209,8 +209,8 @@ def engine(monkeypatch, tmp_path):
     where = SimpleNamespace(path=".")
     sample = SimpleNamespace(visuals=[visual])
 
-    def attach(kind, source):
-        return visual, f"{source}: {kind}"
+    def attach(kind, source, before):
+        return visual, f"{source}: {kind}", None
 
     monkeypatch.setattr(converse, "encoder", lambda *_: (where, lambda messages: sample, attach))
     monkeypatch.setattr("qwenvl_jax.params.directory.read_config", lambda path: SimpleNamespace(vision=CONFIG.vision))

@@ -3,13 +3,13 @@
 import html
 import random
 import re
-import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from timing import timed
 
 from qwenvl_jax.answers.blocks import FORMS
 from qwenvl_jax.answers.boxes import Sizes
@@ -267,11 +267,9 @@ def test_floods(start, piece):
 
     def seconds(size: int) -> float:
         text = start + piece * (size // len(piece))
-        begin = time.process_time()
-        every_form(parse(text))
-        return time.process_time() - begin
+        return timed(lambda: every_form(parse(text)), 0.005)[0]
 
-    assert seconds(50_000) < 40 * max(min(seconds(5_000) for _ in range(3)), 0.005)
+    assert any(seconds(50_000) < 40 * max(seconds(5_000), 0.005) for _ in range(3))
 
 
 def test_deep_nesting():
@@ -285,9 +283,8 @@ def test_deep_nesting():
 
 def test_a_long_page_is_quick():
     page = "".join(f'<p data-bbox="1 2 3 {i}">{"word " * 40}<b>{i}</b></p>' for i in range(400))
-    start = time.perf_counter()
-    document = parse(page)
-    assert time.perf_counter() - start < 0.5 and len(page) > 90_000 and len(document.blocks) == 400
+    seconds, document = timed(lambda: parse(page), 0.5)
+    assert seconds < 0.5 and len(page) > 90_000 and len(document.blocks) == 400
 
 
 PIECES = [*FLOODS, "</b>", "</ul>", "</td>", "</tr>", "</div>", "</table>", '"', "\n", "中", "&amp;lt;", "$", "<hr>"]
@@ -312,9 +309,8 @@ def check_mutated(seeds: range) -> None:
     for seed in seeds:
         rng = random.Random(seed)
         text = mutated(rng)
-        start = time.process_time()
-        document = parse(text)
-        slowest = max(slowest, time.process_time() - start)
+        seconds, document = timed(lambda text=text: parse(text), 0.05)
+        slowest = max(slowest, seconds)
         _, page, *_ = every_form(document)
         assert parse(document.qwenvl()).blocks == document.blocks, seed
         assert not ATTACK.search(re.sub('"[^"]*"', '""', page)), seed
@@ -423,11 +419,9 @@ def test_our_markdown_is_read(page, wanted):
 def test_floods_of_markdown(piece, start, end):
     def seconds(size: int) -> float:
         text = start + f"{piece}{end}" * (size // len(piece + end))
-        begin = time.process_time()
-        every_form(parse(text))
-        return time.process_time() - begin
+        return timed(lambda: every_form(parse(text)), 0.005)[0]
 
-    assert seconds(50_000) < 40 * max(min(seconds(5_000) for _ in range(3)), 0.005)
+    assert any(seconds(50_000) < 40 * max(seconds(5_000), 0.005) for _ in range(3))
 
 
 # --- round trip -----------------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 import json
 import random
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
+from timing import timed
 from tiny import tiny_config
 
 from qwenvl_jax import cli
@@ -434,7 +434,7 @@ def test_mutated_answers(count):
     rng, slowest = random.Random(count), 0.0
     for i in range(count):
         text = mutated(rng, TABLE[i % len(TABLE)][0])
-        took, read = timed(text)
+        took, read = timed(lambda text=text: parse(text), 0.02)
         slowest = max(slowest, took)
         for o in read.objects:
             assert {"box": len(o.points) == 2, "point": len(o.points) == 1, "polygon": len(o.points) >= 3}[o.kind]
@@ -444,23 +444,12 @@ def test_mutated_answers(count):
     assert slowest < 0.05
 
 
-def timed(text):
-    """(seconds of CPU time, the least of three tries; what was read)."""
-    tries = []
-    for _ in range(3):
-        start = time.process_time()
-        read = parse(text)
-        tries.append(time.process_time() - start)
-        if tries[-1] < 0.02:
-            break
-    return min(tries), read
-
-
 @pytest.mark.parametrize(
     "unit", ["[", "{", "(", "7", "[{", "[[", "<", '"', "'", "\\", "<points ", "<ref>", "Picture 1 ", "`"]
 )
 def test_long_senseless_texts(unit):
-    took, read = timed(unit * (100_000 // len(unit)))
+    text = unit * (100_000 // len(unit))
+    took, read = timed(lambda: parse(text), 0.02)
     assert read.objects == [] and took < 0.05
 
 
@@ -489,7 +478,7 @@ SLOW += [
 @pytest.mark.parametrize("unit", SLOW)
 def test_time_is_linear(unit):
     """Four times the text takes about four times as long; twelve leaves room for other load."""
-    short, long = (timed(unit * (n // len(unit)))[0] for n in (10_000, 40_000))
+    short, long = (timed(lambda n=n: parse(unit * (n // len(unit))), 0.02)[0] for n in (10_000, 40_000))
     assert long < 12 * max(short, 0.001)
 
 

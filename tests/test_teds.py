@@ -5,10 +5,10 @@ import json
 import random
 
 import pytest
+from tiny import read_questions
 
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.metrics import METRICS, _levenshtein, table_tree, teds
-from qwenvl_jax.eval.questions import read_questions
 
 
 def table(*rows) -> str:
