@@ -1,1 +1,1 @@
-"""What the text of an answer means: boxes and their coordinates. Host code that imports neither jax nor numpy."""
+"""What the text of an answer means: boxes, points, pages, times, tool calls. Host code without jax."""
