@@ -46,7 +46,7 @@ class Visual(NamedTuple):
     grid: patches along t, h, w.
     kind: "image" or "video".
     seconds_per_grid: seconds of video between two t steps; 0 for an image.
-    size: (width, height) in pixels before resizing, turned upright; None if unknown.
+    size: (width, height) in pixels before resizing, turned upright; None if unknown or if the frames of a clip differ.
     """
 
     patches: Any

@@ -29,7 +29,7 @@ MAY_SEE = {
     "params": BASE | {"families", "sharding", "model", "inputs"},
     "convert": BASE | {"families", "sharding", "model", "inputs", "params"},
     "distributed": BASE,
-    "infer": BASE | {"sharding", "model", "params", "convert", "inputs"},
+    "infer": BASE | {"families", "answers", "sharding", "model", "params", "convert", "inputs"},
     "train": BASE | {"answers", "sharding", "distributed", "model", "params", "convert", "inputs"},
     "eval": BASE | {"answers", "sharding", "model", "params", "inputs", "infer"},
     "serve": BASE | {"answers", "sharding", "model", "params", "inputs", "infer"},

@@ -11,12 +11,12 @@ A model writes boxes in the coordinates of its family, `families.BOXES`. Dataset
 picture, which is larger than the resized picture that the model sees.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from qwenvl_jax.answers.grounding import Object, Parsed, parse
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.types import Visual
@@ -26,7 +26,6 @@ from qwenvl_jax.types import Visual
 COORDINATES = ("original", "resized", "thousandths")
 
 _NUMBER = r"[+-]?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(?:[eE][+-]?[0-9]{1,3})?"
-_PAIR = rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)"
 _NUMBERS = re.compile(_NUMBER)
 _LIST = r"""\[[-+.0-9eE,\s\[\]"']*\]"""
 _RUN = r"[-+.0-9eE,\s()\[\]]*"
@@ -113,6 +112,29 @@ def from_model(text: str, picture: Sizes, source: str, target: str) -> str:
     return _replaced(text, lambda found, _: _scaled(found, picture.of(source), picture.of(target)))
 
 
+def converted(parsed: Parsed, pictures: Sequence[Sizes], source: str, target: str, *, whole: bool = False) -> Parsed:
+    """Objects in `target` coordinates; what lies outside its picture is moved to the edge.
+
+    pictures: those of the conversation, in order; a clip counts as one, and all its frames have its size. An object in
+    a picture that is not there counts as malformed.
+    source: the coordinates of the objects, one of COORDINATES. whole: round to whole numbers.
+    There and back, a point moves by rounding errors of floats only. Rounded to whole model pixels or thousandths on the
+    way, it moves by up to half of one along each side; that is more than an original pixel in a picture that was shrunk
+    to less than half.
+    """
+    moved = [_moved(o, pictures[o.image], source, target, whole) for o in parsed.objects if o.image < len(pictures)]
+    return Parsed(moved, parsed.malformed + len(parsed.objects) - len(moved))
+
+
+def _moved(o: Object, picture: Sizes, source: str, target: str, whole: bool) -> Object:
+    def along(side: int, n: float) -> float:
+        end = picture.of(target)[side]
+        moved = min(max(n * end / picture.of(source)[side], 0.0), float(end))
+        return float(round(moved)) if whole else moved
+
+    return o._replace(points=tuple((along(0, x), along(1, y)) for x, y in o.points))
+
+
 def _replaced(text: str, change: Callable[[re.Match, list[float]], str], certain: bool = False) -> str:
     """The text with `change(match, its numbers)` in place of each box."""
 
@@ -130,51 +152,8 @@ def _replaced(text: str, change: Callable[[re.Match, list[float]], str], certain
 
 
 def parse_boxes(text: str) -> list[Box]:
-    """The boxes in an answer, in either form; JSON may stand in a ```json fence and may be broken.
-
-    Broken JSON, cut off or without a comma, is read object by object. Objects without four numbers and a label are
-    skipped. A single object needs no list around it.
-    """
-    if "bbox_2d" not in text:
-        return _marked_boxes(text)
-    fenced = re.search(r"```(?:json)?\s*(.*?)\s*(?:```|\Z)", text, re.S)
-    try:
-        objects = json.loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError):
-        objects = [_broken(piece) for piece in text.split("{")[1:]]
-    boxes = []
-    for o in objects if isinstance(objects, list) else [objects]:
-        box, label = (o.get("bbox_2d"), o.get("label")) if isinstance(o, dict) else (None, None)
-        if isinstance(label, str) and isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box)):
-            boxes.append(Box(label, *map(float, box)))
-    return boxes
-
-
-def _marked_boxes(text: str) -> list[Box]:
-    """Qwen2-VL's boxes; one label may have several. The control tokens may be missing."""
-    boxes, label = [], ""
-    text = re.sub(r"<\|(?:object_ref|box)_(?:start|end)\|>", "", text)
-    for piece in re.split(rf"({_PAIR}\s*,\s*{_PAIR})", text):
-        numbers = [float(n) for n in _NUMBERS.findall(piece)] if re.fullmatch(rf"{_PAIR}\s*,\s*{_PAIR}", piece) else []
-        if len(numbers) == 4 and all(map(_is_finite, numbers)):
-            boxes.append(Box(label, *numbers))
-        elif name := piece.strip(" \t\r\n,;"):
-            label = name
-    return boxes
-
-
-def _broken(piece: str) -> dict:
-    """Box and label of one object, from the text after its brace; {} if either is missing."""
-    numbers = r"\s*,\s*".join([f"({_NUMBER})"] * 4)
-    box = re.search(rf"""["']bbox_2d["']\s*:\s*\[\s*{numbers}""", piece)
-    label = re.search(r"""["']label["']\s*:\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')""", piece)
-    if not (box and label):
-        return {}
-    return {"bbox_2d": [float(x) for x in box.groups()], "label": label[1] if label[1] is not None else label[2]}
-
-
-def _is_finite(x) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e9
+    """The boxes with a label in an answer, in any form that `grounding.parse` reads."""
+    return [Box(o.label, *o.points[0], *o.points[1]) for o in parse(text).objects if o.kind == "box" and o.label]
 
 
 def _head(found: re.Match) -> int:

@@ -63,6 +63,11 @@ def add_arguments(parser) -> None:
         choices=COORDINATES,
         help="coordinates of boxes in the prompt and in the answer, which is then not streamed (default: the model's)",
     )
+    parser.add_argument(
+        "--objects",
+        action="store_true",
+        help="print the boxes, points and polygons of the answer as JSON, in pixels of the image file",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a stream")
     parser.add_argument("--distributed", action="store_true", help="this is one of several processes, one per host")
     converse.add_arguments(parser)
@@ -91,15 +96,19 @@ def run(args) -> int:
     if one_of_several() and sys.modules["jax"].process_index():  # every process computes; process 0 prints
         engine.generate([sample], options)
         return OK
-    if not args.json and not args.boxes:
+    if not (args.json or args.boxes or args.objects):
         for piece in engine.stream(sample, options):
             print(piece, end="", flush=True)
         print()
         return OK
     (result,) = engine.generate([sample], options)
+    found = _objects(result) if args.objects else {}
     if place is not None:
         result = replace(result, text=from_model(result.text, place, family_of(engine.config).BOXES, args.boxes))
-    print(json.dumps(_as_json(result)) if args.json else result.text)
+    if args.json or args.objects:
+        print(json.dumps(_as_json(result) | found if args.json else found))
+    else:
+        print(result.text)
     return OK
 
 
@@ -110,6 +119,13 @@ def _place(sample, config) -> Sizes:
         what = f"the prompt has pictures of {len(places)} sizes" if places else "the prompt has no picture"
         raise InputError(f"--boxes converts the boxes of one picture; {what}")
     return places.pop()
+
+
+def _objects(result) -> dict:
+    """The objects of an answer, in whole pixels of their pictures' files."""
+    parsed = result.objects("original")
+    whole = [o._replace(points=[[round(n) for n in point] for point in o.points]) for o in parsed.objects]
+    return {"objects": [o._asdict() for o in whole], "malformed": parsed.malformed}
 
 
 def _as_json(result) -> dict:

@@ -201,7 +201,7 @@ class Engine:
         for visual in sample.visuals:
             self.ladder.capacity(slots_needed(visual.grid, self.config.vision), self.config.vision)
         decode = functools.partial(self.processor.decode, skip_special_tokens=options.skip_special_tokens)
-        return Request(sample, options, limit, decode)
+        return Request(sample, options, limit, decode, self.config)
 
     def _run(self, rows: list[Row]) -> Iterator[None]:
         """Generates one batch to its end. Between two yields, each row gets one token."""

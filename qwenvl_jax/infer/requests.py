@@ -3,6 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from qwenvl_jax.answers.boxes import Sizes, check_coordinates, converted, sizes
+from qwenvl_jax.answers.grounding import Parsed, parse
+from qwenvl_jax.config import Config
+from qwenvl_jax.families import family_of
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.detokenize import Detokenizer
 from qwenvl_jax.infer.options import GenerateOptions
@@ -21,6 +25,8 @@ class Result:
     logprobs: of each of token_ids, under the raw logits; None unless requested.
     top_logprobs: the best (id, logprob) pairs for each of token_ids; None unless requested.
     others: the other n − 1 answers to the same conversation.
+    pictures: the sizes of the conversation's pictures and clips.
+    boxes: the coordinates that the model writes boxes in, one of `answers.boxes.COORDINATES`.
     """
 
     text: str
@@ -30,6 +36,17 @@ class Result:
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
     others: tuple["Result", ...] = ()
+    pictures: tuple[Sizes, ...] = ()
+    boxes: str = "original"
+
+    def objects(self, coordinates: str = "original") -> Parsed:
+        """The boxes, points and polygons in the text, by default in pixels of the picture's file, turned upright.
+
+        coordinates: one of `answers.boxes.COORDINATES`. Whatever a model writes is read: see `answers.grounding.parse`
+        and `answers.boxes.converted`. Raises InputError only for unknown coordinates.
+        """
+        check_coordinates(coordinates)
+        return converted(parse(self.text), self.pictures, self.boxes, coordinates)
 
     @property
     def samples(self) -> tuple["Result", ...]:
@@ -64,8 +81,9 @@ class Stream(Iterator[str]):
 class Request:
     """One conversation, and a row for each of its n answers."""
 
-    def __init__(self, sample: Sample, options: GenerateOptions, limit: int, decode):
-        self.sample, self._made_of = sample, (sample, options, limit, decode)
+    def __init__(self, sample: Sample, options: GenerateOptions, limit: int, decode, config: Config):
+        self.sample, self._made_of = sample, (sample, options, limit, decode, config)
+        self.pictures, self.boxes = tuple(sizes(v, config) for v in sample.visuals), family_of(config).BOXES
         self.rows = [
             Row(self, options, options.seed + j, limit, Detokenizer(decode, options.stop)) for j in range(options.n)
         ]
@@ -130,6 +148,8 @@ class Row:
             self.prompt_tokens,
             None if top is None else self._logprobs,
             self._top if top else None,
+            pictures=self.request.pictures,
+            boxes=self.request.boxes,
         )
 
 

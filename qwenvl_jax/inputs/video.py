@@ -143,12 +143,13 @@ def _from_frames(frames: Sequence, p: Preprocessing, o: MediaOptions, budget: Bu
     if len(frames) == 0:
         raise MediaError("the list of frames is empty")
     per_step = p.temporal_patch_size
-    patches = None
+    patches, stored = None, set()
     for i, frame in enumerate(frames):
         try:
             with opened(frame, budget) as image:
                 height, width = target_size(image.height, image.width, p, o)
-                size, image = image.size, resize(image, height, width)
+                stored.add(image.size)
+                image = resize(image, height, width)
         except InputError as e:
             raise e.at(f"frame {i}") from e
         if patches is None:
@@ -160,6 +161,7 @@ def _from_frames(frames: Sequence, p: Preprocessing, o: MediaOptions, budget: Bu
         spare = len(patches) * per_step - len(frames) if i == len(frames) - 1 else 0
         slot = i % per_step
         fill(patches[i // per_step], image, range(slot, slot + 1 + spare))
+    size = stored.pop() if len(stored) == 1 else None
     return _as_clip(patches, per_step / (o.fps or DEFAULT_FPS))._replace(size=size)
 
 

@@ -1,0 +1,205 @@
+"""JSON as models write it: cut short, with single quotes, without commas or braces, with quotes that are not escaped.
+
+Correct JSON is read as `json.loads` reads it. Nothing is evaluated, and the time is linear in the length of the text.
+"""
+
+import json
+import re
+from typing import Any
+
+CUT = ...  # stands for what the end of the text cut off: a value of an object, or the rest of a list
+DEPTH = 24  # deeper brackets begin anew
+
+_SPACE = re.compile(r"[\s,]*+")
+_NUMBERS = re.compile(r"[\[(]([-+.0-9eE,\s]*+)[\])]")
+_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(?:[eE][-+]?[0-9]{1,3})?")
+_COLON = re.compile(r"\s*+[:：]")
+_NAME = re.compile(r"[^\W\d]\w*+(?=\s*+[:：])")
+_WORD = re.compile(r"""[^\s,:{}\[\]()<`"'][^\s,:{}\[\]()<`"]*+""")
+_PHRASE = re.compile(r"[^,{}\[\]<`\"\n]*+")
+_JUNK = re.compile(r"""[^\s{}\[\]<`"'\w]++|\w++""")
+_WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|([\"'\\/bfnrt]))")
+_ESCAPED = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+# What comes behind the quote that ends a key, a value of an object, and a value of a list. Other quotes are text.
+_KEY = r"""["']\w++["']\s*+[:：]"""
+_ENDS = {
+    "key": r"\s*+[:：]",
+    "{": rf"""\s*+(?:[{{}}\])<`]|,\s*+(?:["'{{}}\[\]<`]|\Z|\w++\s*+:)|{_KEY}|\Z)""",
+    "[": r"""\s*+(?:[,}\])<`"']|\Z)""",
+}
+
+
+def _string(quote: str, end: str) -> re.Pattern:
+    """The text of a string in group 1; in group 2 its closing quote, unless a key or the end of the text stops it."""
+    text = rf"[^{quote}\\]++|\\.|{quote}(?!{end})(?!\w++{quote}\s*+[:：])"
+    return re.compile(rf"((?:{text})*+)({quote}{end})?", re.S)
+
+
+_STRINGS = {(quote, where): _string(quote, end) for quote in "\"'" for where, end in _ENDS.items()}
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict:
+    if len(value := dict(pairs)) < len(pairs):
+        raise ValueError("a key twice")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, strict=False)
+
+
+class Reader:
+    """Reads values out of one text."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self._tries = 0 if "\\u" in text else 4  # json.loads accepts halves of characters
+        self._endless: dict[tuple[str, str], int] = {}  # (quote, where): no string that starts behind this has an end
+
+    def read(self, at: int, inside: bool = False) -> tuple[list, int]:
+        """(the values from the bracket at `at`, the place behind them); more than one only if braces are missing.
+
+        inside: `at` is the first key of an object whose opening brace is missing.
+        """
+        if not inside and (value := self._strict(at)) is not None:
+            return [value[0]], value[1]
+        values: list = []
+        stack: list[tuple[Any, list]] = [(values, [])]  # (dict or list, [the key that waits for its value])
+        if inside:
+            self._push(stack, {})
+        text, end = self.text, len(self.text)
+        while (at := _SPACE.match(text, at).end()) < end and text[at] not in "<`":  # type: ignore[union-attr]
+            holder, key = stack[-1]
+            c = text[at]
+            wants_key = isinstance(holder, dict) and not key
+            if c in "}])":
+                at += 1
+                self._close(stack, dict if c == "}" else list)
+            elif wants_key:
+                if c == "{":  # the closing brace is missing
+                    if holder or len(stack) > 2:
+                        stack.pop()
+                    else:
+                        at += 1
+                else:
+                    at = self._key(stack, at)
+            elif c in "{[(":
+                if (found := _NUMBERS.match(text, at)) and found[1]:
+                    self._add(stack, [number(word) for word in found[1].replace(",", " ").split()])
+                    at = found.end()
+                elif len(stack) > DEPTH:
+                    break
+                else:
+                    self._push(stack, {} if c == "{" else [])
+                    at += 1
+            else:
+                value, at = self._scalar(at, "{" if isinstance(holder, dict) else "[")
+                self._add(stack, value)
+            if len(stack) == 1:
+                return values, at
+        self._cut(stack, text[max(at - 80, 0) : at].rstrip().endswith(","))
+        return values, at
+
+    def _strict(self, at: int) -> tuple[Any, int] | None:
+        """(value, the place behind it) of correct JSON; None for other JSON. The text is tried a few times only."""
+        if self._tries:
+            try:
+                return _DECODER.raw_decode(self.text, at)
+            except (ValueError, RecursionError):
+                self._tries -= 1
+        return None
+
+    def _add(self, stack, value) -> None:
+        holder, key = stack[-1]
+        if isinstance(holder, list):
+            holder.append(value)
+        else:
+            holder[key.pop()] = value
+
+    def _push(self, stack, holder) -> None:
+        self._add(stack, holder)
+        stack.append((holder, []))
+
+    def _close(self, stack, kind: type) -> None:
+        """Closes the innermost bracket of this kind, and those in it whose closing bracket is missing."""
+        for depth in range(len(stack) - 1, 0, -1):
+            if isinstance(stack[depth][0], kind):
+                for holder, key in stack[depth:]:
+                    if key:
+                        holder[key.pop()] = None
+                del stack[depth:]
+                return
+
+    def _cut(self, stack, in_object: bool) -> None:
+        for i, (holder, key) in enumerate(stack[1:], 2):
+            if isinstance(holder, list):
+                holder.append(CUT)
+            elif key:
+                holder[key.pop()] = CUT
+            elif in_object and i == len(stack):
+                holder[None] = CUT
+
+    def _key(self, stack, at: int) -> int:
+        """Reads a key and its colon, or passes over something that is no key."""
+        text = self.text
+        if text[at] in "\"'":
+            key, end = self._string(at, "key")
+            if key is CUT:
+                stack[-1][0][None] = CUT
+        elif found := _NAME.match(text, at):
+            key, end = found[0], found.end()
+        else:
+            found = _JUNK.match(text, at)
+            return found.end() if found else at + 1
+        if colon := _COLON.match(text, end):
+            if key in stack[-1][0]:  # the brace between two objects is missing
+                stack.pop()
+                self._push(stack, {}) if isinstance(stack[-1][0], list) else stack.append(({}, []))
+            stack[-1][1].append(key)
+            return colon.end()
+        return end
+
+    def _scalar(self, at: int, where: str) -> tuple[Any, int]:
+        text = self.text
+        if text[at] in "\"'":
+            return self._string(at, where)
+        if not (word := _WORD.match(text, at)):
+            return None, at + 1
+        if word[0] in _WORDS:
+            return _WORDS[word[0]], word.end()
+        value = number(word[0])
+        if value is None and where == "{":
+            word = _PHRASE.match(text, at) or word
+        return (word[0].strip() if value is None else value), max(word.end(), at + 1)
+
+    def _string(self, at: int, where: str) -> tuple[Any, int]:
+        """(the string whose opening quote is at `at`, the place behind it). CUT if the text ends in it."""
+        text, quote, start = self.text, self.text[at], at + 1
+        if start < self._endless.get((quote, where), len(text) + 1):
+            found = _STRINGS[quote, where].match(text, start)
+            end = found.end(1)  # type: ignore[union-attr]
+            if found[2] is not None:  # type: ignore[index]
+                return _unescaped(text[start:end]), end + 1
+            if end < len(text) and text[end] == quote:  # a key begins here, so the closing quote is missing
+                value = text[start:end].rstrip(" \t\r\n,{}[]")
+                return _unescaped(value), start + len(value)
+            self._endless[quote, where] = start
+        line = text.find("\n", start)
+        if line < 0:
+            return CUT, len(text)
+        return _unescaped(text[start:line].rstrip(" \t\r,{}[]")), line
+
+
+def number(word: str) -> int | float | None:
+    """The number that a word writes, or None."""
+    if not _NUMBER.fullmatch(word):
+        return None
+    return int(word) if word.lstrip("+-").isdigit() else float(word)
+
+
+def _unescaped(text: str) -> str:
+    if "\\" not in text:
+        return text
+    text = _ESCAPE.sub(lambda m: chr(int(m[1], 16)) if m[1] else _ESCAPED.get(m[2], m[2]), text)
+    # \ud83d\ude00 is one character; half of such a pair is none.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
