@@ -10,16 +10,16 @@ A model is any callable `model(messages, tools) -> text`. An Engine needs three 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from qwenvl_jax.agents.actions import TOOLS, Action, View, read_action
+from qwenvl_jax.agents.options import Limits
 from qwenvl_jax.agents.record import Record, Step
 from qwenvl_jax.agents.schemas import schema
 from qwenvl_jax.answers import tools as calls
 from qwenvl_jax.answers.boxes import Sizes
 from qwenvl_jax.errors import InputError, shown
-from qwenvl_jax.options import build, check, option
+from qwenvl_jax.options import build
 
 ZOOM = "image_zoom_in_tool"
 _UNREADABLE = (
@@ -56,19 +56,6 @@ class Still:
 
     def close(self) -> None:
         pass
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When a run ends without the model's say."""
-
-    steps: int = option(50, "most actions, and answers that ask for none", least=1, most=10_000)
-    seconds: float = option(900.0, "most seconds; checked before each step", above=0)
-    repeats: int = option(5, "end when the same action comes so many times in a row", least=2)
-    pictures: int = option(3, "the newest pictures that stay in the conversation; older ones are left out", least=1)
-
-    def __post_init__(self):
-        check(self)
 
 
 class Outcome(NamedTuple):

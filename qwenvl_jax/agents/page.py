@@ -9,28 +9,21 @@ import contextlib
 import io
 import os
 import queue
-import shutil
 import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 
 from qwenvl_jax.agents.actions import Action
+from qwenvl_jax.agents.chromium import launch
 from qwenvl_jax.agents.fence import Fence
-from qwenvl_jax.errors import InputError, OptionsError, install, shown
-from qwenvl_jax.options import build, check, option
+from qwenvl_jax.agents.options import PageOptions
+from qwenvl_jax.errors import InputError, install, shown
+from qwenvl_jax.options import build
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
-_MAC = ("Chromium", "Google Chrome", "Microsoft Edge")
-_HOW = (
-    "no Chromium is found. Install one (apt-get install chromium; brew install --cask chromium; playwright install "
-    "chromium), or name its program with chromium="
-)
-_MOST_PIXELS = 1 << 25  # of a screenshot
 _CLICKS = {
     "left_click": ("left", 1), "right_click": ("right", 1), "middle_click": ("middle", 1), "double_click": ("left", 2),
     "triple_click": ("left", 3),
@@ -46,35 +39,6 @@ _KEYS = {
 }  # fmt: skip
 _MOST_WINDOWS = 5
 _MOST_NOTES = 5
-_HARDENED = (
-    "--no-proxy-server",  # a proxy would resolve hosts by itself
-    "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
-    "--webrtc-ip-handling-policy=disable_non_proxied_udp",
-    "--deny-permission-prompts",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-
-
-@dataclass(frozen=True)
-class PageOptions:
-    """How a page is opened."""
-
-    width: int = option(1280, "of the window, in CSS pixels", least=64, most=8192)
-    height: int = option(800, "of the window, in CSS pixels", least=64, most=8192)
-    scale: float = option(1.0, "device scale factor: pixels of the screenshot per CSS pixel", least=0.25, most=4)
-    origins: tuple[str, ...] = option((), 'what the page may reach beside its own origin, such as "https://a.org"')
-    chromium: str | None = option(None, "the browser's program; found by name if it is not given")
-    sandbox: bool = option(True, "Chromium's own sandbox; it does not work as root")
-    seconds: float = option(30.0, "most seconds for one action or screenshot", above=0)
-    settle: float = option(0.3, "seconds to wait after each action", least=0, most=60)
-
-    def __post_init__(self):
-        check(self)
-        if self.width * self.height * self.scale**2 > _MOST_PIXELS:
-            said = f"the screenshot would have {self.width} × {self.height} × {self.scale}² pixels"
-            raise OptionsError(f"{said}; the most are {_MOST_PIXELS:,}")
 
 
 class Page:
@@ -89,7 +53,8 @@ class Page:
     def __init__(self, url: str, **options):
         self.options = build(PageOptions, options)
         self._fence = Fence(url, self.options.origins)
-        self._notes: list[str] = []  # what happened that the model cannot see
+        self._notes: list[str] = []  # what happened since the last action, and the model cannot see
+        self._refused = False  # whether a request was
         self._pointer: tuple[float, float] | None = None  # in CSS pixels
         self._playwright: Any = None
         self._browser: Any = None
@@ -167,18 +132,8 @@ class Page:
         except ImportError as e:
             raise InputError(f"a page needs Playwright: {install('agents')}") from e
         o = self.options
-        if o.sandbox and hasattr(os, "geteuid") and os.geteuid() == 0:
-            said = "Chromium's sandbox does not work as root: run as another user"
-            raise InputError(f"{said}, or pass sandbox=False for pages that you trust")
         self._playwright = sync_playwright().start()
-        program = find_chromium(o.chromium) or self._playwright.chromium.executable_path
-        if not os.path.exists(program):
-            raise InputError(_HOW)
-        arguments = [*_HARDENED, f"--host-resolver-rules={self._fence.rules}"]
-        launch = self._playwright.chromium.launch
-        self._browser = launch(executable_path=program, chromium_sandbox=o.sandbox, args=arguments)
-        processes = self._browser.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
-        self._pid = next(p["id"] for p in processes if p["type"] == "browser")
+        self._browser, self._pid = launch(self._playwright, o.chromium, o.sandbox, self._fence)
         size = {"width": o.width, "height": o.height}
         self._context = self._browser.new_context(
             viewport=size, device_scale_factor=o.scale, accept_downloads=False, service_workers="block"
@@ -204,6 +159,7 @@ class Page:
         if action.tool != "computer_use":
             raise InputError(f"a page has a mouse and a keyboard (computer_use), and takes no {action.tool}")
         self._notes.clear()
+        self._refused = False
         page, name, values = self._page, action.name, action.arguments
         if action.points and name != "left_click_drag":
             self._pointer = self._css(action.points[0])
@@ -241,8 +197,8 @@ class Page:
         if None in keys:
             known = ", ".join(_KEYS)
             raise InputError(f"there is no key {shown(names[keys.index(None)])}; the keys are {known}, and characters")
-        if keys == ["Alt", "ArrowLeft"]:  # a window without a frame does not do it by itself
-            page.go_back()
+        if keys == ["Alt", "ArrowLeft"]:  # a headless window does not do it by itself
+            self._back()
             return
         for key in keys:
             page.keyboard.down(key)
@@ -251,10 +207,17 @@ class Page:
 
     def _stay(self) -> None:
         """Goes back from a page that is not allowed, or that could not be opened."""
-        page = self._page
-        if page.url.startswith("chrome-error:") or page.url not in self._fence:
+        url = self._page.url
+        if url.startswith("chrome-error:") or url not in self._fence or (self._refused and url == "about:blank"):
             self._note("the page that it led to is not allowed, or does not open")
-            page.go_back()
+            self._back()
+
+    def _back(self) -> None:
+        """To the page before this one, or to the window before this one."""
+        page, url = self._page, self._page.url
+        page.go_back()
+        if page.url == url and len(self._context.pages) > 1:
+            page.close()
 
     def _route(self, route) -> None:
         url = route.request.url
@@ -262,6 +225,7 @@ class Page:
             route.continue_()
             return
         self._note(f"a request to {shown(url)} was refused")
+        self._refused = True
         route.abort("aborted")
 
     def _dialog(self, dialog) -> None:
@@ -296,13 +260,3 @@ def _work(jobs: queue.SimpleQueue) -> None:
             future.set_result(function(*arguments))
         except BaseException as e:
             future.set_exception(e)
-
-
-def find_chromium(program: str | None = None) -> str | None:
-    """The path of a Chromium: the named one, or the first that is found. Raises InputError if the named one is not."""
-    if program is not None:
-        if found := shutil.which(program):
-            return found
-        raise InputError(f"chromium is {shown(program)}, which is no program here")
-    paths = [f"/Applications/{name}.app/Contents/MacOS/{name}" for name in _MAC]
-    return next((found for name in (*_NAMES, *paths) if (found := shutil.which(name))), None)

@@ -180,7 +180,7 @@ def _drawn(picture: str) -> str:
 
 
 def _save(picture, path: Path) -> None:
-    _replace(path, lambda file: picture.convert("RGB").save(file, "PNG"))
+    _replace(path, lambda file: picture.convert("RGB").save(file, "PNG", compress_level=1))
 
 
 def _replace(path: Path, write) -> None:
