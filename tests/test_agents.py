@@ -154,6 +154,26 @@ def test_the_view_is_the_processors(tiny_checkpoint):
         View.of(processor, max_pixel=5)
 
 
+def test_the_conversation_is_a_prompt(tiny_checkpoint):
+    """A processor takes what the loop gives to the model, with as many pictures as stay."""
+    from qwenvl_jax.inputs.processor import Processor
+    from qwenvl_jax.params.directory import read_config
+
+    processor = Processor.from_dir(tiny_checkpoint, read_config(tiny_checkpoint))
+    view = View.of(processor, max_pixels=64 * 784)
+    answers = ["<tool_call>{", *[computer("left_click", coordinate=[i, i]) for i in range(3)], "Done."]
+    script, pictures = Script(*answers), []
+
+    def model(messages, tools):
+        pictures.append(len(processor.encode(messages, tools=tools).visuals))
+        prompt = processor.render(messages, tools=tools)
+        assert '"name_for_human": "computer_use"' in prompt and prompt.count("<tool_response>") == len(pictures[2:])
+        return script(messages, tools)
+
+    assert run(model, Desk((640, 480)), "task", view=view, pictures=2).status == "answered"
+    assert pictures == [1, 1, 2, 2, 2]
+
+
 @pytest.mark.parametrize("value", ["[5, 6]", "(5, 6)", [[5, 6]], {"x": 5, "y": 6}, (5, 6), [5.0, 6.0]])
 def test_points_are_read_in_the_forms_that_models_write(value):
     action = read_action(ToolCall("computer_use", {"action": "mouse_move", "coordinate": value}), Sizes((9, 9), (9, 9)))

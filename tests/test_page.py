@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import http.server
+import shutil
 import threading
 import time
 from urllib.parse import parse_qs, urlsplit
@@ -259,6 +260,38 @@ def test_a_page_stays_where_it_may_be(chromium, tmp_path):
         page.evaluate("document.querySelector('a').click()")
         page.act(computer("wait", time=0.1))
         assert page.url.endswith("page.html")
+
+
+SCENE = """<!doctype html><style>body { margin: 0 } img { position: absolute; width: 100vw; height: 100vh }</style>
+<img src="scene.png"><script>
+document.onclick = e => {
+  const x = e.clientX / innerWidth, y = e.clientY / innerHeight  // the pizza in 140 × 140: 102, 6, 124, 34
+  document.title = x > 0.73 && x < 0.886 && y > 0.043 && y < 0.243 ? "the pizza" : "something else"
+}</script>"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "scale"), [(140, 1), (70, 2)])
+def test_the_demo_finds_a_thing_on_a_page(chromium, width, scale, tmp_path):
+    """The demo locates; it was not trained to call tools, so a script writes its box as a click."""
+    import qwenvl_jax as qv
+    from qwenvl_jax.demo import SAMPLES
+
+    engine = qv.Engine(qv.load("demo"))
+
+    def model(messages, tools):
+        if len(messages) > 1:
+            return write([ToolCall("computer_use", {"action": "terminate", "status": "success"})])
+        question = [{"role": "user", "content": [messages[0]["content"][1], messages[0]["content"][0]]}]
+        found = engine.generate([question], temperature=0, max_new_tokens=64)[0].objects("resized")
+        ((x1, y1), (x2, y2)) = found.objects[0].points
+        return write([ToolCall("computer_use", {"action": "left_click", "coordinate": [(x1 + x2) / 2, (y1 + y2) / 2]})])
+
+    (tmp_path / "scene.html").write_text(SCENE)
+    shutil.copy(f"{SAMPLES}/scene.png", tmp_path)
+    with opened((tmp_path / "scene.html").as_uri(), width=width, height=width, scale=scale) as page:
+        run(model, page, "Locate the pizza.", view=View.of(engine.processor))
+        assert page.evaluate("document.title") == "the pizza"
 
 
 @pytest.mark.browser

@@ -1,4 +1,4 @@
-"""Finds a Chromium on the machine, and starts it so that pages can do little."""
+"""Finds a Chromium on the machine, starts it so that pages can do little, and names its keys."""
 
 import os
 import shutil
@@ -13,6 +13,15 @@ _HOW = (
     "no Chromium is found. Install one (apt-get install chromium; brew install --cask chromium; playwright install "
     "chromium), or name its program with chromium="
 )
+_KEYS = {
+    "ctrl": "Control", "control": "Control", "alt": "Alt", "option": "Alt", "shift": "Shift", "cmd": "Meta",
+    "command": "Meta", "meta": "Meta", "super": "Meta", "win": "Meta", "enter": "Enter", "return": "Enter",
+    "esc": "Escape", "escape": "Escape", "tab": "Tab", "backspace": "Backspace", "delete": "Delete", "del": "Delete",
+    "space": " ", "up": "ArrowUp", "down": "ArrowDown", "left": "ArrowLeft", "right": "ArrowRight", "home": "Home",
+    "end": "End", "insert": "Insert", "pageup": "PageUp", "pgup": "PageUp", "pagedown": "PageDown", "pgdn": "PageDown",
+    "capslock": "CapsLock", **{f"f{n}": f"F{n}" for n in range(1, 13)},
+    **{f"arrow{way}": f"Arrow{way.title()}" for way in ("up", "down", "left", "right")},
+}  # fmt: skip
 _FLAGS = (
     "--no-proxy-server",  # a proxy would resolve hosts by itself
     "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
@@ -47,3 +56,12 @@ def find_chromium(program: str | None = None) -> str | None:
         raise InputError(f"chromium is {shown(program)}, which is no program here")
     paths = [f"/Applications/{name}.app/Contents/MacOS/{name}" for name in _MAC]
     return next((found for name in (*_NAMES, *paths) if (found := shutil.which(name))), None)
+
+
+def key_names(names: list[str]) -> list[str]:
+    """Playwright's names of keys, from those that models write ("ctrl", "enter", "a"). Raises InputError."""
+    keys = [_KEYS.get(name.lower(), name if len(name) == 1 else "") for name in names]
+    if "" in keys:
+        known = ", ".join(_KEYS)
+        raise InputError(f"there is no key {shown(names[keys.index('')])}; the keys are {known}, and characters")
+    return keys

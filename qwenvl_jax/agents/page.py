@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from qwenvl_jax.agents.actions import Action
-from qwenvl_jax.agents.chromium import launch
+from qwenvl_jax.agents.chromium import key_names, launch
 from qwenvl_jax.agents.fence import Fence
 from qwenvl_jax.agents.options import PageOptions
 from qwenvl_jax.errors import InputError, install, shown
@@ -28,15 +28,7 @@ _CLICKS = {
     "left_click": ("left", 1), "right_click": ("right", 1), "middle_click": ("middle", 1), "double_click": ("left", 2),
     "triple_click": ("left", 3),
 }  # fmt: skip
-_KEYS = {
-    "ctrl": "Control", "control": "Control", "alt": "Alt", "option": "Alt", "shift": "Shift", "cmd": "Meta",
-    "command": "Meta", "meta": "Meta", "super": "Meta", "win": "Meta", "enter": "Enter", "return": "Enter",
-    "esc": "Escape", "escape": "Escape", "tab": "Tab", "backspace": "Backspace", "delete": "Delete", "del": "Delete",
-    "space": " ", "up": "ArrowUp", "down": "ArrowDown", "left": "ArrowLeft", "right": "ArrowRight", "home": "Home",
-    "end": "End", "insert": "Insert", "pageup": "PageUp", "pgup": "PageUp", "pagedown": "PageDown", "pgdn": "PageDown",
-    "capslock": "CapsLock", **{f"f{n}": f"F{n}" for n in range(1, 13)},
-    **{f"arrow{way}": f"Arrow{way.title()}" for way in ("up", "down", "left", "right")},
-}  # fmt: skip
+_TYPED = 500  # characters that are typed one by one; a longer text is put in at once
 _MOST_WINDOWS = 5
 _MOST_NOTES = 5
 
@@ -121,6 +113,7 @@ class Page:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         if self._jobs is not None:
+            self._jobs.put((Future(), self._shut, ()))
             self._jobs.put(None)
             self._jobs = None
 
@@ -131,7 +124,7 @@ class Page:
             from playwright.sync_api import Error, sync_playwright
         except ImportError as e:
             raise InputError(f"a page needs Playwright: {install('agents')}") from e
-        o = self.options
+        o, self._error = self.options, Error
         self._playwright = sync_playwright().start()
         self._browser, self._pid = launch(self._playwright, o.chromium, o.sandbox, self._fence)
         size = {"width": o.width, "height": o.height}
@@ -150,6 +143,8 @@ class Page:
 
     @property
     def _page(self):
+        if not self._context.pages:
+            raise InputError("the page has closed itself")
         return self._context.pages[-1]
 
     def _screenshot(self) -> Image.Image:
@@ -179,7 +174,8 @@ class Page:
             pixels = values["pixels"] / self.options.scale
             page.mouse.wheel(*((0, -pixels) if name == "scroll" else (pixels, 0)))
         elif name == "type":
-            page.keyboard.type(values["text"])
+            text = values["text"]
+            (page.keyboard.type if len(text) <= _TYPED else page.keyboard.insert_text)(text)
         elif name == "key":
             self._press(page, values["keys"])
         elif name == "wait":
@@ -193,10 +189,7 @@ class Page:
         return point[0] / self.options.scale, point[1] / self.options.scale
 
     def _press(self, page, names: list[str]) -> None:
-        keys = [_KEYS.get(name.lower(), name if len(name) == 1 else None) for name in names]
-        if None in keys:
-            known = ", ".join(_KEYS)
-            raise InputError(f"there is no key {shown(names[keys.index(None)])}; the keys are {known}, and characters")
+        keys = key_names(names)
         if keys == ["Alt", "ArrowLeft"]:  # a headless window does not do it by itself
             self._back()
             return
@@ -221,19 +214,21 @@ class Page:
 
     def _route(self, route) -> None:
         url = route.request.url
-        if url in self._fence:
-            route.continue_()
-            return
-        self._note(f"a request to {shown(url)} was refused")
-        self._refused = True
-        route.abort("aborted")
+        with contextlib.suppress(self._error):  # its page may be gone
+            if url in self._fence:
+                route.continue_()
+                return
+            self._note(f"a request to {shown(url)} was refused")
+            self._refused = True
+            route.abort("aborted")
 
     def _dialog(self, dialog) -> None:
         self._note(f"the page said {shown(dialog.message)}, which was closed")
-        if dialog.type == "beforeunload":
-            dialog.accept()
-        else:
-            dialog.dismiss()
+        with contextlib.suppress(self._error):
+            if dialog.type == "beforeunload":
+                dialog.accept()
+            else:
+                dialog.dismiss()
 
     def _window(self, page) -> None:
         if len(self._context.pages) > _MOST_WINDOWS:
@@ -246,11 +241,14 @@ class Page:
             self._notes.append(text)
 
     def _shut(self) -> None:
-        if self._browser:
-            self._browser.close()
-            self._pid = 0
-        if self._playwright:
-            self._playwright.stop()
+        playwright, browser = self._playwright, self._browser
+        self._playwright = self._browser = None
+        if browser:
+            with contextlib.suppress(Exception):  # it may be dead
+                browser.close()
+                self._pid = 0
+        if playwright:
+            playwright.stop()
 
 
 def _work(jobs: queue.SimpleQueue) -> None:
