@@ -489,6 +489,7 @@ def test_a_recorded_phone_goes_on_with_the_right_action(tmp_path):
         call("mobile_use", "swipe", coordinate=[500, 900], coordinate2=[510, 200]),
         call("mobile_use", "terminate", status="success"),
     ]
+    assert [f"src='{i:03d}.png'" in replay(tmp_path / "phone").read_text("utf-8") for i in range(4)] == [True] * 4
     outcome = run(Script(*mobile), device, "Write hello", tools=["mobile_use"], view=view, folder=tmp_path / "run")
     assert outcome.status == "success" and device.done and (device.at, device.wrong) == (3, 3)
     said = [step.result for step in outcome.steps[:-1]]

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.server
 import shutil
+import sys
 import threading
 import time
 from urllib.parse import parse_qs, urlsplit
@@ -36,10 +37,14 @@ for (const kind of ["mousedown", "mouseup", "dblclick", "contextmenu"]) document
 </script>"""
 
 
+SLOW = "<p>Slow"
+
+
 class Site(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.append(self.path)
         page = self.server.pages.get(urlsplit(self.path).path)
+        time.sleep(1.5 * (page == SLOW))
         if isinstance(page, int):  # a redirect to this port
             self.send_response(302)
             self.send_header("Location", f"http://127.0.0.1:{page}/elsewhere")
@@ -78,7 +83,7 @@ def chromium():
 
 
 def opened(url: str, **options) -> Page:
-    return Page(url, **({"sandbox": False, "settle": 0.1} | options))
+    return Page(url, **({"sandbox": False} | options))
 
 
 def computer(name: str, *points, **arguments) -> Action:
@@ -153,6 +158,7 @@ def test_a_form_is_filled_in_and_sent(chromium, size, scale, coordinates, tmp_pa
             assert page.url.startswith(f"{server.url}/done?")
     sent = [parse_qs(urlsplit(path).query) for path in server.asked if path.startswith("/done")]
     assert sent == [{"name": ["Zoë 茶"], "sort": ["green"], "agree": ["on"]}]
+    assert outcome.steps[5].result == "done. this is a menu; choose with the keys up, down and enter"
     # Each click came to its element, as near to its middle as whole coordinates of the model allow.
     presses = [event for event in heard if event[0] == "mousedown"]
     aimed = [
@@ -220,6 +226,7 @@ LINKS = """<!doctype html><style>a, button { position: absolute; left: 10px; wid
 <a style="top: 10px" href="http://127.0.0.1:PORT/x">link</a><a style="top: 40px" href="/away">redirect</a>
 <a style="top: 70px" target="_blank" href="/next">window</a>
 <a style="top: 100px" target="_blank" href="http://127.0.0.1:PORT/y">window elsewhere</a>
+<a style="top: 220px" href="/slow">slow</a>
 <a style="top: 130px" href="/file" download>download</a><a style="top: 160px" href="/next">next</a>
 <button style="top: 190px" onclick="alert('Hello ' + confirm('Really?'))">say</button>
 <img src="http://127.0.0.1:PORT/z.png"><iframe src="http://127.0.0.1:PORT/frame"></iframe>
@@ -231,7 +238,7 @@ fetch("/away").catch(() => 0); navigator.geolocation.getCurrentPosition(() => { 
 def test_a_page_stays_where_it_may_be(chromium, tmp_path):
     with site(elsewhere="secret") as other:
         links = LINKS.replace("PORT", str(other.server_port))
-        with site(links=links, away=other.server_port, next="<p>Next", file="data") as server:
+        with site(links=links, away=other.server_port, next="<p>Next", slow=SLOW, file="data") as server:
             with opened(f"{server.url}/links", width=400, height=300) as page:
 
                 def click(y: int) -> str:
@@ -248,6 +255,8 @@ def test_a_page_stays_where_it_may_be(chromium, tmp_path):
                 assert click(160) == "done" and page.url == f"{server.url}/next"
                 page.act(computer("key", keys=["alt", "left"]))
                 assert page.url == f"{server.url}/links"
+                assert click(220) == "done" and page.url == f"{server.url}/slow"  # it is waited for
+                page.act(computer("key", keys=["alt", "left"]))
                 said = click(190)
                 assert "'Really?'" in said and "'Hello false'" in said
                 assert page.evaluate("document.title") == ""
@@ -324,6 +333,20 @@ def test_pages_that_do_not_open(chromium):
             opened(f"{server.url}/away")
     with pytest.raises(InputError, match="does not open"):
         opened(f"{server.url}/gone")
+
+
+@pytest.mark.browser
+def test_without_a_sandbox_only_if_it_is_said(chromium, monkeypatch):
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    with pytest.raises(InputError, match="sandbox does not work as root: run as another user, or pass sandbox=False"):
+        Page("http://127.0.0.1:9/")
+
+
+def test_without_playwright(monkeypatch):
+    monkeypatch.setitem(sys.modules, "playwright", None)
+    monkeypatch.setitem(sys.modules, "playwright.sync_api", None)
+    with pytest.raises(InputError, match=r"a page needs Playwright: .*pip install .*\[agents\]"):
+        Page("http://127.0.0.1:9/")
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ class PageOptions:
     origins: tuple[str, ...] = option((), 'what the page may reach beside its own origin, such as "https://a.org"')
     chromium: str | None = option(None, "the browser's program; found by name if it is not given")
     sandbox: bool = option(True, "Chromium's own sandbox; it does not work as root")
-    seconds: float = option(30.0, "most seconds for one action or screenshot", above=0)
-    settle: float = option(0.3, "seconds to wait after each action", least=0, most=60)
+    seconds: float = option(30.0, "most seconds for one action or screenshot", least=1)
+    settle: float = option(0.3, "seconds to wait after each action, beside the loading of a page", least=0, most=5)
 
     def __post_init__(self):
         check(self)

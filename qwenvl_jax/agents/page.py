@@ -2,17 +2,15 @@
 
 Chromium must be on the machine; Playwright only drives it. What the page may reach is bounded in two places: Chromium
 resolves no host and port but the allowed ones, so neither redirects nor web sockets get around it, and each request is
-checked before it is sent. There are no downloads, permissions or further windows.
+checked before it is sent. There are no downloads and no permissions.
 """
 
 import contextlib
 import io
 import os
-import queue
 import signal
-import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 from PIL import Image
@@ -21,6 +19,7 @@ from qwenvl_jax.agents.actions import Action
 from qwenvl_jax.agents.chromium import key_names, launch
 from qwenvl_jax.agents.fence import Fence
 from qwenvl_jax.agents.options import PageOptions
+from qwenvl_jax.agents.worker import Worker
 from qwenvl_jax.errors import InputError, install, shown
 from qwenvl_jax.options import build
 
@@ -47,12 +46,12 @@ class Page:
         self._fence = Fence(url, self.options.origins)
         self._notes: list[str] = []  # what happened since the last action, and the model cannot see
         self._refused = False  # whether a request was
+        self._loading: set = set()  # requests of pages that have no end yet
         self._pointer: tuple[float, float] | None = None  # in CSS pixels
         self._playwright: Any = None
         self._browser: Any = None
         self._pid = 0
-        self._jobs: queue.SimpleQueue | None = queue.SimpleQueue()
-        threading.Thread(target=_work, args=(self._jobs,), daemon=True).start()
+        self._worker: Worker | None = Worker()
         try:
             self._call(self._open, url, extra=30)
         except BaseException:
@@ -76,7 +75,7 @@ class Page:
         return self._call(lambda: self._page.evaluate(script))
 
     def close(self) -> None:
-        if self._jobs is not None:
+        if self._worker is not None:
             with contextlib.suppress(InputError):
                 self._call(self._shut)
             self._end()
@@ -89,14 +88,10 @@ class Page:
 
     def _call(self, function: Callable, *arguments, extra: float = 0.0) -> Any:
         """Runs it in the page's thread. extra: seconds that it may take beside `seconds`."""
-        if self._jobs is None:
+        if self._worker is None:
             raise InputError("the page is closed")
-        future: Future = Future()
-        self._jobs.put((future, function, arguments))
         try:
-            return future.result(self.options.seconds + extra)
-        except InputError:
-            raise
+            return self._worker.call(self.options.seconds + extra, function, *arguments)
         except TimeoutError:
             self._end()
             said = f"the page kept the browser busy for more than {self.options.seconds:g} seconds"
@@ -112,10 +107,9 @@ class Page:
         if pid:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-        if self._jobs is not None:
-            self._jobs.put((Future(), self._shut, ()))
-            self._jobs.put(None)
-            self._jobs = None
+        if self._worker is not None:
+            self._worker.end(self._shut)
+            self._worker = None
 
     # What follows runs in the page's thread.
 
@@ -131,12 +125,15 @@ class Page:
         self._context = self._browser.new_context(
             viewport=size, device_scale_factor=o.scale, accept_downloads=False, service_workers="block"
         )
-        self._context.set_default_timeout(800 * o.seconds)  # milliseconds: before that of `_call`
+        self._context.set_default_timeout(250 * o.seconds)  # milliseconds: before `_call` gives up
         self._context.route("**/*", self._route)
         self._context.on("dialog", self._dialog)
         self._context.on("page", self._window)
+        self._context.on("request", lambda r: self._loading.add(r) if r.is_navigation_request() else None)
+        for end in ("requestfinished", "requestfailed"):
+            self._context.on(end, lambda r: self._loading.discard(r))
         try:
-            self._context.new_page().goto(url, wait_until="load")
+            self._context.new_page().goto(url, timeout=800 * o.seconds)
         except Error as e:
             why = "; if it leads to another origin, name that in origins=" if "NAME_NOT_RESOLVED" in str(e) else ""
             raise InputError(f"{url}: the page does not open ({str(e).splitlines()[0]}){why}") from e
@@ -148,12 +145,14 @@ class Page:
         return self._context.pages[-1]
 
     def _screenshot(self) -> Image.Image:
-        return Image.open(io.BytesIO(self._page.screenshot(type="png", scale="device"))).convert("RGB")
+        png = self._page.screenshot(timeout=800 * self.options.seconds)
+        return Image.open(io.BytesIO(png)).convert("RGB")
 
     def _act(self, action: Action) -> str:
         if action.tool != "computer_use":
             raise InputError(f"a page has a mouse and a keyboard (computer_use), and takes no {action.tool}")
         self._notes.clear()
+        self._loading.clear()
         self._refused = False
         page, name, values = self._page, action.name, action.arguments
         if action.points and name != "left_click_drag":
@@ -180,9 +179,11 @@ class Page:
             self._press(page, values["keys"])
         elif name == "wait":
             page.wait_for_timeout(1000 * values["time"])
-        self._page.wait_for_timeout(1000 * self.options.settle)
-        self._page.wait_for_load_state("domcontentloaded")
-        self._stay()
+        self._settle()
+        if name in _CLICKS:
+            with contextlib.suppress(self._error):
+                if self._page.evaluate("document.activeElement?.tagName") == "SELECT":
+                    self._note("this is a menu; choose with the keys up, down and enter")
         return ". ".join(["done", *self._notes])
 
     def _css(self, point: tuple[float, float]) -> tuple[float, float]:
@@ -198,8 +199,14 @@ class Page:
         for key in reversed(keys):
             page.keyboard.up(key)
 
-    def _stay(self) -> None:
-        """Goes back from a page that is not allowed, or that could not be opened."""
+    def _settle(self) -> None:
+        """Waits for what an action began; goes back from a page that is not allowed, or that could not be opened."""
+        self._page.wait_for_timeout(1000 * self.options.settle)
+        end = time.monotonic() + self.options.seconds / 4
+        while self._loading and time.monotonic() < end:
+            self._page.wait_for_timeout(50)
+        with contextlib.suppress(self._error):  # too slow: the screenshot shows how far it came
+            self._page.wait_for_load_state("domcontentloaded")
         url = self._page.url
         if url.startswith("chrome-error:") or url not in self._fence or (self._refused and url == "about:blank"):
             self._note("the page that it led to is not allowed, or does not open")
@@ -225,10 +232,7 @@ class Page:
     def _dialog(self, dialog) -> None:
         self._note(f"the page said {shown(dialog.message)}, which was closed")
         with contextlib.suppress(self._error):
-            if dialog.type == "beforeunload":
-                dialog.accept()
-            else:
-                dialog.dismiss()
+            (dialog.accept if dialog.type == "beforeunload" else dialog.dismiss)()
 
     def _window(self, page) -> None:
         if len(self._context.pages) > _MOST_WINDOWS:
@@ -244,17 +248,8 @@ class Page:
         playwright, browser = self._playwright, self._browser
         self._playwright = self._browser = None
         if browser:
-            with contextlib.suppress(Exception):  # it may be dead
+            with contextlib.suppress(self._error):  # it may be dead
                 browser.close()
-                self._pid = 0
+            self._pid = 0
         if playwright:
             playwright.stop()
-
-
-def _work(jobs: queue.SimpleQueue) -> None:
-    while job := jobs.get():
-        future, function, arguments = job
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as e:
-            future.set_exception(e)

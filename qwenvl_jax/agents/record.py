@@ -121,7 +121,8 @@ def replay(folder) -> Path:
     run = read(folder)
     rows = []
     for number, step in enumerate(run.steps):
-        picture = _drawn(step.picture) if step.action else step.picture
+        drawn = _drawn(step.picture)
+        picture = drawn if (Path(folder) / drawn).exists() else step.picture
         said = describe(step.action) if step.action else "nothing that can be done"
         rows.append(
             f"<h2>{number}: {html.escape(said)}</h2>\n<p>{step.seconds:.1f} s</p>\n<img src='{picture}' alt=''>\n"
