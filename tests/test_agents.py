@@ -390,6 +390,50 @@ def test_a_crash_leaves_a_record(tmp_path):
         run(model, Desk(), "task", folder=tmp_path)
 
 
+def test_no_answer_breaks_the_loop(tmp_path):
+    rng = random.Random(7)
+    whole = [
+        "I look.\n" + computer("left_click", coordinate=[100, 50]), computer("key", keys=["ctrl", "c"]),
+        call("image_zoom_in_tool", bbox_2d=[10, 20, 90, 99], label="a", img_idx=0),
+        computer("type", text='a "b" \\ 茶'),
+        write([ToolCall("computer_use", {"action": "scroll", "pixels": -5})] * 3),
+    ]  # fmt: skip
+    pieces = [
+        "{",
+        "}",
+        '"',
+        "<tool_call>",
+        "</tool_call>",
+        "\\",
+        "\ud800",
+        "\0",
+        "null",
+        "1e999",
+        "-",
+        ",",
+        "[",
+        "]",
+        "\n",
+    ]
+
+    def model(messages, tools):
+        text = list(rng.choice(whole))
+        for _ in range(rng.randrange(4)):
+            at = rng.randrange(len(text))
+            text[at : at + rng.randrange(4)] = rng.choice(pieces)
+        return "".join(text) + "<tool_call>" * rng.randrange(2)  # never an end in words
+
+    steps = 0
+    for number in range(10):
+        tools = ["computer_use", "image_zoom_in_tool"]
+        outcome = run(model, Desk(), "task", tools=tools, folder=tmp_path / str(number), steps=40, repeats=41)
+        found = read(tmp_path / str(number))
+        assert outcome.status in ("steps", "answered", "success", "failure")
+        assert [step.action for step in found.steps] == [step.action for step in outcome.steps]
+        steps += len(found.steps)
+    assert steps > 200
+
+
 def test_zooming_shows_a_part_of_a_picture():
     large = Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 1200, 3), np.uint8))
     view = View(Preprocessing(max_pixels=50_176))

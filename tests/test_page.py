@@ -3,7 +3,10 @@
 import asyncio
 import contextlib
 import http.server
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +17,7 @@ import pytest
 from PIL import Image
 
 from qwenvl_jax.agents.actions import Action, View
-from qwenvl_jax.agents.chromium import find_chromium
+from qwenvl_jax.agents.chromium import find_chromium, kill
 from qwenvl_jax.agents.loop import run
 from qwenvl_jax.agents.page import Page
 from qwenvl_jax.agents.record import read, replay
@@ -340,6 +343,17 @@ def test_without_a_sandbox_only_if_it_is_said(chromium, monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 0)
     with pytest.raises(InputError, match="sandbox does not work as root: run as another user, or pass sandbox=False"):
         Page("http://127.0.0.1:9/")
+
+
+def test_only_own_processes_are_killed():
+    mine = subprocess.Popen(["sleep", "60"])
+    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+    orphan = int(subprocess.run(["sh", "-c", "sleep 60 >/dev/null & echo $!"], check=True, **quiet).stdout)
+    for pid in (0, orphan, mine.pid):
+        kill(pid)
+    assert mine.wait(10) == -signal.SIGKILL
+    kill(mine.pid)  # which is gone
+    os.kill(orphan, signal.SIGKILL)  # raises if it is
 
 
 def test_without_playwright(monkeypatch):

@@ -1,7 +1,10 @@
 """Finds a Chromium on the machine, starts it so that pages can do little, and names its keys."""
 
+import contextlib
 import os
 import shutil
+import signal
+from pathlib import Path
 from typing import Any
 
 from qwenvl_jax.agents.fence import Fence
@@ -46,6 +49,19 @@ def launch(playwright: Any, program: str | None, sandbox: bool, fence: Fence) ->
     browser = playwright.chromium.launch(executable_path=path, chromium_sandbox=sandbox, args=arguments)
     processes = browser.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
     return browser, next(process["id"] for process in processes if process["type"] == "browser")
+
+
+def kill(pid: int) -> None:
+    """Kills a browser that this process started; 0 is none. Another process that has its id by now is left alone."""
+    above = pid
+    while above > 1 and above != os.getpid():
+        try:
+            above = int(Path(f"/proc/{above}/stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):  # it has ended, or this is no Linux
+            above = os.getpid() if not os.path.exists("/proc/self") else 0
+    if above > 1:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def find_chromium(program: str | None = None) -> str | None:

@@ -7,8 +7,6 @@ checked before it is sent. There are no downloads and no permissions.
 
 import contextlib
 import io
-import os
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from qwenvl_jax.agents.actions import Action
-from qwenvl_jax.agents.chromium import key_names, launch
+from qwenvl_jax.agents.chromium import key_names, kill, launch
 from qwenvl_jax.agents.fence import Fence
 from qwenvl_jax.agents.options import PageOptions
 from qwenvl_jax.agents.worker import Worker
@@ -103,10 +101,8 @@ class Page:
 
     def _end(self) -> None:
         """Kills the browser if it still runs, and lets the thread end."""
-        pid, self._pid = self._pid, 0
-        if pid:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        kill(self._pid)
+        self._pid = 0
         if self._worker is not None:
             self._worker.end(self._shut)
             self._worker = None
