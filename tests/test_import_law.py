@@ -1,8 +1,9 @@
 """The import law: which module may see which, read from the syntax trees so that nothing need be imported.
 
 `types, errors, options, stores, config` <- `sharding`, `families`, `answers` <- `inputs`, `model` <- `params` <-
-`convert` <- `infer`, `train` <- `eval`, `serve`, `plan` <- `cli`. `inputs`, `families`: no jax. `infer` and `train`
-never meet.
+`convert` <- `infer`, `train` <- `eval`, `serve`, `plan` <- `cli`. `agents` is above
+`inputs` and `answers`, and takes a model as a callable. `inputs`, `answers`, `agents`, `families`: no jax. `infer` and
+`train` never meet.
 """
 
 import ast
@@ -30,6 +31,7 @@ MAY_SEE = {
     "convert": BASE | {"families", "sharding", "model", "inputs", "params"},
     "distributed": BASE,
     "infer": BASE | {"families", "answers", "sharding", "model", "params", "convert", "inputs"},
+    "agents": BASE | {"families", "answers", "inputs"},
     "train": BASE | {"answers", "sharding", "distributed", "model", "params", "convert", "inputs"},
     "eval": BASE | {"answers", "sharding", "model", "params", "inputs", "infer"},
     "serve": BASE | {"answers", "sharding", "model", "params", "inputs", "infer"},
@@ -82,7 +84,7 @@ def test_module_keeps_the_law(module):
     for name, top in imports(MODULES[module], module):
         root = name.split(".")[0]
         if root in ("jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers"):
-            light = ("inputs", "answers", "families", "config", "types", "errors", "options", "stores", "")
+            light = ("inputs", "answers", "agents", "families", "config", "types", "errors", "options", "stores", "")
             assert mine not in light, f"{module} imports {name}"
         if root == "flax":
             assert mine == "model", f"{module} imports {name}"
