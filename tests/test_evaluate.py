@@ -231,6 +231,28 @@ def test_right_boxes_that_cannot_be_read(gold):
         read_questions([{"messages": [ask("?")], "answer": gold, "metric": "iou"}])
 
 
+@pytest.mark.parametrize(
+    "said, matched",
+    [
+        ('{"point_2d": [1, 40], "label": "cat"}', (1, 1, 1)),
+        ('<points x1="2" y1="3" x2="9" y2="9" alt="cat">cat</points>', (1, 2, 1)),
+        ('{"point_2d": [0, 40], "label": "cat"}', (0, 1, 1)),
+        ('{"point_2d": [2, 3], "label": "dog"}', (0, 1, 1)),
+        ('{"bbox_2d": [0, 0, 50, 50], "label": "cat"}', (1, 1, 1)),  # its centre
+        ('{"bbox_2d": [0, 0, 90, 90], "label": "cat"}', (0, 1, 1)),
+        ("no", (0, 0, 1)),
+    ],
+)
+def test_points_in_boxes(said, matched):
+    (question,) = read_questions([{"messages": [ask("?")], "answer": BOX, "metric": "points"}])
+    answer = score(question, said)
+    assert answer.matched == matched and answer.score == 2 * matched[0] / (matched[1] + matched[2])
+    assert "F1, points in boxes" in report([answer]).table()
+    (unnamed,) = read_questions([{"messages": [ask("?")], "answer": "[1, 2, 30, 40]", "metric": "points"}])
+    assert score(unnamed, "(5, 6)").score == 1
+    assert score(question._replace(metric="iou"), '{"point_2d": [1, 40], "label": "cat"}').matched == (0, 0, 1)
+
+
 def test_iou():
     a = Box("", 0, 0, 10, 10)
     assert metrics.iou(a, a) == 1

@@ -13,6 +13,7 @@ from tiny import tiny_config
 from qwenvl_jax import cli
 from qwenvl_jax.answers.boxes import Sizes, converted, sizes
 from qwenvl_jax.answers.grounding import Object, Parsed, parse
+from qwenvl_jax.answers.loose import Reader
 from qwenvl_jax.answers.writing import FORMS, write
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
@@ -490,6 +491,26 @@ def test_time_is_linear(unit):
     """Four times the text takes about four times as long; twelve leaves room for other load."""
     short, long = (timed(unit * (n // len(unit)))[0] for n in (10_000, 40_000))
     assert long < 12 * max(short, 0.001)
+
+
+def drawn_json(rng, depth=0):
+    if depth < 5 and rng.random() < 0.6:
+        if rng.random() < 0.5:
+            return [drawn_json(rng, depth + 1) for _ in range(rng.randrange(4))]
+        return {drawn_label(rng): drawn_json(rng, depth + 1) for _ in range(rng.randrange(4))}
+    return rng.choice((drawn_label(rng), drawn_number(rng), rng.randrange(10**30), -7, 1e-7, True, False, None))
+
+
+def test_correct_json_is_read_as_json():
+    """Also by the reader of broken JSON, which has to tell where each string ends."""
+    rng = random.Random(3)
+    for _ in range(1200):
+        value = [drawn_json(rng)]
+        text = json.dumps(value, ensure_ascii=rng.random() < 0.5, indent=rng.choice((None, 1, "\t")))
+        assert Reader(text).read(0) == ([value], len(text))
+        reader = Reader(text)
+        reader._tries = 0
+        assert reader.read(0) == ([value], len(text))
 
 
 def test_deep_nesting():

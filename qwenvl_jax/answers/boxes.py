@@ -168,10 +168,14 @@ def _replaced(text: str, change: Callable[[re.Match, list[float]], str], certain
     return _LIKELY.sub(one, text)
 
 
-def parse_boxes(text: str, unlabelled: bool = False) -> list[Box]:
-    """The boxes in an answer, in any form that `grounding.parse` reads; without a label only if `unlabelled`."""
-    boxes = [Box(o.label, *o.points[0], *o.points[1]) for o in parse(text).objects if o.kind == "box"]
-    return [box for box in boxes if box.label or unlabelled]
+def parse_boxes(text: str, *, unlabelled: bool = False, points: bool = False) -> list[Box]:
+    """The boxes in an answer, in any form that `grounding.parse` reads.
+
+    unlabelled: also those without a label. points: also points, as boxes without an area.
+    """
+    kinds = ("box", "point") if points else ("box",)
+    found = [o for o in parse(text).objects if o.kind in kinds and (o.label or unlabelled)]
+    return [Box(o.label, *o.points[0], *o.points[-1]) for o in found]
 
 
 def _head(found: re.Match) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 CUT = ...  # stands for what the end of the text cut off: a value of an object, or the rest of a list
 DEPTH = 24  # deeper brackets begin anew
 
-NUMBER = r"[-+]?(?:[0-9]{1,18}(?:\.[0-9]{0,24})?|\.[0-9]{1,24})(?:[eE][-+]?[0-9]{1,3})?"
+NUMBER = r"[-+]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,24})(?:[eE][-+]?[0-9]{1,3})?"
 _SPACE = re.compile(r"[\s,，]*+")
 _NUMBERS = re.compile(r"[\[(]([-+.0-9eE,，\s]*+)[\])]")
 _NUMBER = re.compile(NUMBER)
@@ -116,9 +116,11 @@ class Reader:
         if self._tries:
             try:
                 value, end = _DECODER.raw_decode(self.text, at)
-                return (value, end) if _is_shallow(value) else None
+                if _is_shallow(value):
+                    return value, end
             except (ValueError, RecursionError):
-                self._tries -= 1
+                pass
+            self._tries -= 1
         return None
 
     def _add(self, stack, value) -> None:

@@ -35,7 +35,7 @@ def add_arguments(parser) -> None:
     converse.add_model(parser)
     parser.add_argument(
         "--metric",
-        choices=(*METRICS, BOXES),
+        choices=(*METRICS, *BOXES),
         default="exact",
         help="for records without a metric of their own (default: exact)",
     )

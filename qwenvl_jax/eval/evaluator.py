@@ -113,7 +113,7 @@ class Evaluator:
         """The names of the scores, without "eval/"."""
         groups = dict.fromkeys((q.task, q.metric) for q in self.questions)
         named = [f"{task}/{metric}" for task, metric in groups]
-        boxes = [f"{task}/{detail}" for task, metric in groups if metric == BOXES for detail in ("precision", "recall")]
+        boxes = [f"{task}/{detail}" for task, metric in groups if metric in BOXES for detail in ("precision", "recall")]
         return [*named, *boxes, "overall"]
 
     def report(self, params, *, output=None, overwrite: bool = False) -> Report:
@@ -306,7 +306,7 @@ def _with_model_boxes(question: Question, sample: Sample, processor, coordinates
 
     Raises InputError for a box outside its picture.
     """
-    if question.metric != BOXES and coordinates is None:
+    if question.metric not in BOXES and coordinates is None:
         return question
     golds = []
     for answer in question.answers:

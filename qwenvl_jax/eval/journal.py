@@ -106,7 +106,7 @@ class Journal:
             return "answers a question that is not asked"
         golds = q.answers[0] if len(q.answers) == 1 else list(q.answers)
         pairs: dict[str, tuple] = {"metric": (line.get("metric"), q.metric), "task": (line.get("task"), q.task)}
-        if q.metric != BOXES:  # a line has them in the model's coordinates
+        if q.metric not in BOXES:  # a line has them in the model's coordinates
             pairs["answer"] = line["answer"], golds
         for name, (old, new) in pairs.items():
             if old != new:

@@ -163,8 +163,18 @@ def iou(a: Box, b: Box) -> float:
     return width * height / (areas - width * height)
 
 
-def match_boxes(predicted: Sequence[Box], gold: Sequence[Box], *, threshold: float = 0.5) -> Matched:
-    """Pairs boxes one to one, as many as possible: the same label (up to case) and an IoU of at least `threshold`.
+def overlaps(predicted: Box, gold: Box) -> bool:
+    return iou(predicted, gold) >= 0.5
+
+
+def inside(predicted: Box, gold: Box) -> bool:
+    """Whether the predicted point, or the centre of a predicted box, is in the gold box, as in ScreenSpot."""
+    x, y = (predicted.x1 + predicted.x2) / 2, (predicted.y1 + predicted.y2) / 2
+    return gold.x1 <= x <= gold.x2 and gold.y1 <= y <= gold.y2
+
+
+def match_boxes(predicted: Sequence[Box], gold: Sequence[Box], fit: Callable[[Box, Box], bool] = overlaps) -> Matched:
+    """Pairs boxes one to one, as many as possible: the same label (up to case), and fit(predicted, gold).
 
     A gold box without a label fits any label: the question named the object, as in referring expressions. A second box
     on the same object has no partner and lowers precision.
@@ -175,7 +185,7 @@ def match_boxes(predicted: Sequence[Box], gold: Sequence[Box], *, threshold: flo
 
     labels = [label(g) for g in gold]
     fits = [
-        [i for i, g in enumerate(gold) if labels[i] in (mine, "") and iou(p, g) >= threshold]
+        [i for i, g in enumerate(gold) if labels[i] in (mine, "") and fit(p, g)]
         for p, mine in ((p, label(p)) for p in predicted)
     ]
     partner: dict[int, int] = {}  # gold → predicted
@@ -236,4 +246,5 @@ def bootstrap(
 METRICS: dict[str, Callable[..., float]] = {
     f.__name__: f for f in (exact, anls, relaxed, seconds, tiou, tool_type, tool_call)
 }
-BOXES = "iou"  # F1 over the boxes of a task; other metrics are means over items
+# F1 over the boxes of a task, by what makes two of them a pair; the other metrics are means over items.
+BOXES: dict[str, Callable[[Box, Box], bool]] = {"iou": overlaps, "points": inside}

@@ -72,8 +72,8 @@ def _question(record, source, index: int, metric: str) -> Question:
     if not messages:
         raise InputError("has no question before the answer; add a user message")
     task, metric = _task(record.get("task")), metric if record.get("metric") is None else record["metric"]
-    if metric not in (*METRICS, BOXES):
-        raise InputError(f"metric is {shown(metric)}; known are {', '.join((*METRICS, BOXES))}")
+    if metric not in (*METRICS, *BOXES):
+        raise InputError(f"metric is {shown(metric)}; known are {', '.join((*METRICS, *BOXES))}")
     check_coordinates(boxes := record.get("boxes"))
     answers = (str(answer),) if reply and metric in _CALLS else _answers(answer, metric)  # a reply is checked later
     for text in answers:
@@ -107,7 +107,7 @@ def _check_characters(text: str, key: str) -> None:
 
 def _answers(answer, metric: str) -> tuple[str, ...]:
     """The right answers as texts. Raises InputError if the metric cannot read one."""
-    if metric == BOXES:
+    if metric in BOXES:
         return (_boxes(answer),)
     if metric == "tiou" and not _is_texts(answer):
         answer = _json(answer)

@@ -81,7 +81,7 @@ class Report:
         """The scores as a text table, in percent."""
         rows = [("task", "metric", "n", "score", "95% interval", "")]
         for s in (*self.scores, self.overall):
-            metric = "F1 at IoU 0.5" if s.metric == BOXES else s.metric
+            metric = {"iou": "F1 at IoU 0.5", "points": "F1, points in boxes"}.get(s.metric, s.metric)
             details = ", ".join(f"{name} {100 * value:.1f}%" for name, value in s.details.items())
             interval = f"{100 * s.low:.1f} – {100 * s.high:.1f}"
             rows.append((s.task, metric, str(s.n), f"{100 * s.value:.1f}%", interval, details))
@@ -100,10 +100,11 @@ def score(
 ) -> Answer:
     """Scores one prediction. clean: what is done to it and to the right answers before they are compared."""
     said, golds = clean(prediction), [clean(answer) for answer in question.answers]
-    if question.metric == BOXES:
+    if question.metric in BOXES:
         gold = parse_boxes(golds[0], unlabelled=True)
-        predicted = parse_boxes(said, unlabelled=any(not box.label for box in gold))
-        matched = metrics.match_boxes(predicted, gold)
+        loose = any(not box.label for box in gold)
+        predicted = parse_boxes(said, unlabelled=loose, points=question.metric == "points")
+        matched = metrics.match_boxes(predicted, gold, BOXES[question.metric])
         return Answer(question, prediction, finish_reason, matched.f1, matched)
     return Answer(question, prediction, finish_reason, METRICS[question.metric](said, golds))
 
@@ -119,7 +120,7 @@ def report(answers: Sequence[Answer], skipped: Mapping[str, int] | None = None) 
 
 def _score(task: str, metric: str, answers: Sequence[Answer]) -> Score:
     n = len(answers)
-    if metric == BOXES:
+    if metric in BOXES:
         matched = [a.matched for a in answers if a.matched is not None]
         right, predicted, gold = (sum(column) for column in zip(*matched, strict=True))
         pairs = [(2 * m.right, m.predicted + m.gold) for m in matched]
