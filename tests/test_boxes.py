@@ -329,7 +329,17 @@ def test_width_and_height_are_not_guessed():
 
 
 @pytest.mark.parametrize(
-    "text", ["(" + "1" * 50_000, '"bbox_2d": [' * 5_000, "[" * 50_000, "<box>" * 20_000, "<point x" * 9999]
+    "text",
+    [
+        "[0,0,0,0]" * 5_000,
+        "x=0 y=0 " * 5_000,
+        "0 " * 20_000,
+        "(" + "1" * 50_000,
+        '"bbox_2d": [' * 5_000,
+        "[" * 50_000,
+        "<box>" * 20_000,
+        "<point x" * 9999,
+    ],
 )
 def test_long_texts_take_no_time(text):
     start = time.perf_counter()

@@ -78,7 +78,7 @@ def test_the_text_names_reasons_and_flags(data, capsys):
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_converted_boxes_are_counted(task, data, capsys):
     """One has boxes, one has none, one says that they are those of the model, one says nothing, one has no picture."""
-    boxed = dict(question="<image>\nWhere?", answer='{"box": [4, 4, 80, 50]}', image="large.png")
+    boxed = dict(question="<image>\nWhere?", answer='{"box": [4, 4, 50, 50]}', image="large.png")
     records = [chat(**boxed, boxes="original"), chat(**boxed | {"answer": "a"}, boxes="original")]
     records += [chat(**boxed, boxes="resized"), chat(**boxed), chat(answer=boxed["answer"], boxes="original")]
     if task == "dpo":
