@@ -120,6 +120,10 @@ def test_other_forms_of_the_same_keys():
     "text, want",
     [
         ("cat(0,0),(2000,1500)", "cat(0,0),(476,364)"),
+        (
+            "<p data-bbox=\"0 0 2000 1500\">2000</p><h2 data-bbox='0,0,4000,3000'>a</h2>",
+            "<p data-bbox=\"0 0 476 364\">2000</p><h2 data-bbox='0,0,952,728'>a</h2>",
+        ),
         ("(0,0),(2000,1500)", "(0,0),(476,364)"),
         ("cat(0,0),(2000,1500)dog(0,0),(4000,3000)", "cat(0,0),(476,364)dog(0,0),(952,728)"),
         ("[0, 0, 2000, 1500]", "[0, 0, 476, 364]"),
@@ -225,6 +229,9 @@ def test_other_forms_in_a_text_that_is_said_to_have_boxes(text, want):
         ('{"x1": 30, "y1": 20, "x2": 10, "y2": 300}', "corners exchanged; correct it, or what boxes says"),
         ("What is at [100, 200, 5000, 290]?", r"the box \[100, 200, 5000, 290\] is outside"),
         ("click(x=4100, y=2)", "outside its picture"),
+        ('<p data-bbox="10 20 30">a</p>', "cannot be read"),
+        ("cat <loc0012><loc0100><loc0500><loc0600>", "<loc0012>… is in the form of another model"),
+        ("<loc_12><loc_100>", "is in the form of another model"),
         ('{"polygon": [0, 0, 4001, 0, 40, 40]}', "outside its picture"),
     ],
 )
@@ -232,7 +239,7 @@ def test_what_cannot_be_converted_is_refused(text, said):
     for learnt in (True, False) if text[0] != "(" else (True,):
         with pytest.raises(InputError, match=said):
             to_model(text, [PHOTO], RESIZED, "original", learnt)
-    with pytest.raises(InputError, match=r"2 pictures of different sizes|cannot be read|fractions"):
+    with pytest.raises(InputError, match=r"2 pictures of different sizes|cannot be read|fractions|form of another"):
         to_model(text, [PHOTO, Sizes((9000, 9000), (84, 84))], RESIZED, "original")
 
 

@@ -204,6 +204,8 @@ ANSWERS = {
         ("drag(start_box='(12,30)', end_box='(40,50)')", [point("", 12, 30), point("", 40, 50)], 0),
         ("click(point='<point>12 30</point>')", [point("", 12, 30)], 0),
         ("click(start_box='[12, 30, 200, 310]')", [MUG._replace(label="")], 0),
+        ('<p data-bbox="12 30 200 310">a 1</p><p data-bbox="">b</p>', [MUG._replace(label="")], 1),
+        ('savefig(bbox="tight", 3)', [], 0),
     ],
     "tokens": [
         (MUG_REF + MUG_BOX, [MUG], 0),

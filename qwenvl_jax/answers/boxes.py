@@ -27,6 +27,7 @@ _ALONE = re.compile(rf"(?:(?<![A-Za-z0-9_.])|(?<=\\[nrt])){NUMBER}(?![A-Za-z0-9_
 _BEGUN = re.compile(r"(?<![A-Za-z0-9_.])\.?[0-9]")  # the beginning of a number, or of a word such as 10px
 # Forms that make numbers a box in any text; other forms do so only in a text that is said to have boxes.
 _CERTAIN = ("bbox2d", "point2d", "<|box_start|>", "<|quad_start|>", "<point", "<points")
+_FOREIGN = re.compile(r"<(?:loc|bin|patch_index)_?[0-9]{1,4}>")  # PaliGemma, Florence-2, Kosmos-2
 _FRACTIONS = 'fractions from 0 to 1; multiply them by 1000 and say "boxes": "thousandths"'
 
 
@@ -89,7 +90,7 @@ class _Place(NamedTuple):
 
     def is_inside(self, limits: tuple[int, int]) -> bool:
         """Whether every point is in the picture and the second corner of a box is not left of or above the first."""
-        (x1, y1), *_, (x2, y2) = self.points * 2 if len(self.points) == 1 else self.points
+        (x1, y1), (x2, y2) = self.points[0], self.points[-1]
         in_order = self.kind != "box" or (x1 <= x2 and y1 <= y2)
         return in_order and all(0 <= x <= limits[0] and 0 <= y <= limits[1] for x, y in self.points)
 
@@ -117,6 +118,8 @@ def to_model(text: str, pictures: Sequence[Sizes], target: str, source: str | No
         for place in found:
             _check_undeclared(place, sizes, target, text, alone=len(found) == 1)
         return text
+    if foreign := _FOREIGN.search(text):
+        raise InputError(f'the box {foreign[0]}… is in the form of another model; write "bbox_2d": [x1, y1, x2, y2]')
     found = [place for place in found if _is_box(place, sizes[0], source, learnt and place.words == text.strip())]
     if found and len(sizes) > 1:
         what = f"{len(sizes)} pictures of different sizes"

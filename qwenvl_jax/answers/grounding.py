@@ -7,6 +7,7 @@
     <|object_ref_start|>cat<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>, <|quad_start|>…    Qwen2-VL
     cat(x1,y1),(x2,y2)                                                                   without its control tokens
     <points x1="…" y1="…" x2="…" y2="…" alt="cat">cat</points>, <point x="…" y="…">cat</point>
+    <p data-bbox="x1 y1 x2 y2">, which `answers.documents` reads with its text                        Qwen2.5-VL
     click(start_box='(x,y)'), <point>x y</point>, <ref>cat</ref><box>[[x1, y1, x2, y2]]</box>      UI-TARS and others
 
 Broken JSON is read as far as it goes (`answers.loose`). The coordinates are those of the text;
@@ -80,7 +81,7 @@ _START = re.compile(
     r"""|(?P<key>["'](?:bbox_2d|point_2d)["']\s*+:)"""
     r"""|(?P<ref><\|object_ref_start\|>|<ref>)"""
     r"""|(?P<mark><\|(?:box|quad)_start\|>|<(?:box|bbox|quad|points?)>"""
-    r"""|\b(?:(?:start|end)_(?:box|point)|point)=["'](?!<))"""
+    r"""|\b(?:(?:start|end)_(?:box|point)|point|bbox|polygon)=\\?["'](?!<))"""
     r"""|(?P<points><points?\s)"""
     rf"""|(?P<four>\(\s*+{NUMBER}(?:\s*+[,，]\s*+{NUMBER}){{3}}\s*+\))"""
     rf"""|(?P<named>{_NAMED[0]}[\s,]*+{_NAMED[1]}(?:[\s,]*+{_NAMED[2]}[\s,]*+{_NAMED[3]})?)"""
