@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import random
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,7 +97,7 @@ def test_records_are_converted(write, config, source, numbers, want):
 
 def test_answers_are_converted():
     text = f"2 cats: {json_box(714, 0, 928, 728)} and {marked(0, 0, 960, -3)}, in 2024; (7,8),(9,9)."
-    want = f"2 cats: {json_box(3000, 0, 3899, 3000)} and {marked(0, 0, 4000, 0)}, in 2024; (7,8),(9,9)."
+    want = f"2 cats: {json_box(3000, 0, 3899, 3000)} and {marked(0, 0, 4000, 0)}, in 2024; (29,33),(38,37)."
     assert from_model(text, PHOTO, RESIZED, "original") == want
     assert from_model("(750,0),(975,1000)", PHOTO, THOUSANDTHS, "original") == "(3000,0),(3900,3000)"
     assert from_model(json_box(7.5, 0, 8, 9), PHOTO, RESIZED, "resized") == json_box(7.5, 0, 8, 9)
@@ -118,6 +120,10 @@ def test_other_forms_of_the_same_keys():
     "text, want",
     [
         ("cat(0,0),(2000,1500)", "cat(0,0),(476,364)"),
+        (
+            "<p data-bbox=\"0 0 2000 1500\">2000</p><h2 data-bbox='0,0,4000,3000'>a</h2>",
+            "<p data-bbox=\"0 0 476 364\">2000</p><h2 data-bbox='0,0,952,728'>a</h2>",
+        ),
         ("(0,0),(2000,1500)", "(0,0),(476,364)"),
         ("cat(0,0),(2000,1500)dog(0,0),(4000,3000)", "cat(0,0),(476,364)dog(0,0),(952,728)"),
         ("[0, 0, 2000, 1500]", "[0, 0, 476, 364]"),
@@ -136,19 +142,177 @@ def test_other_forms_of_the_same_keys():
         ('{"bbox_2d": ["0", "0", "2000", "1500"]}', '{"bbox_2d": ["0", "0", "476", "364"]}'),
         ('{"point_2d": [[4000, 1500], [2000, 0]]}', '{"point_2d": [[952, 364], [476, 0]]}'),  # points have no order
         ('{"bbox_2d": [x1, y1, x2, y2]}', None),
-        ('{"bbox_2d": [1, 2, 3]}', None),
-        ("The line goes through (10, 20), (300, 400). Slope?", None),
-        ("The line goes through (10,20),(300,400)", None),
-        ("exit (1,2),(3,4)", None),
+        ("The cat is at (0, 0), (2000, 1500).", "The cat is at (0, 0), (476, 364)."),
+        ("exit (0,0),(2000,1500)", "exit (0,0),(476,364)"),
+        ('{"box": [0, 0, 2000, 1500]}', '{"box": [0, 0, 476, 364]}'),
+        ('{"bounding_box": [0, 0, 2000, 1500.0], "n": 2000}', '{"bounding_box": [0, 0, 476, 364], "n": 2000}'),
+        ("{'box_2d': [0,0 , 2000,1500],}", "{'box_2d': [0,0 , 476,364],}"),
+        ('{"polygon": [[0, 0], [2000, 0], [2000, 1500]]}', '{"polygon": [[0, 0], [476, 0], [476, 364]]}'),
+        ('{"coordinates": [[2000, 1500], [0, 0]]}', '{"coordinates": [[476, 364], [0, 0]]}'),
+        ('{"center": [2000, 1500], "cat": 2000}', '{"center": [476, 364], "cat": 2000}'),
+        ('{"y1":0,"x1":0,"y2":1500,"x2":2000}', '{"y1":0,"x1":0,"y2":364,"x2":476}'),
+        ('{"left":0,"top":0,"right":2000,"bottom":1500}', '{"left":0,"top":0,"right":476,"bottom":364}'),
+        (
+            '{"x": 2000, "y": 1500, "width": 2000, "height": 1500}',
+            '{"x": 476, "y": 364, "width": 476, "height": 364}',
+        ),
+        ('<points x1= "2000" y1= "1500">a</points>', '<points x1= "476" y1= "364">a</points>'),
+        ('<point x="50.1" y="20.3">', '<point x="12" y="5">'),
+        ("pyautogui.click(x=2000, y=1500)", "pyautogui.click(x=476, y=364)"),
+        ("At x=2000, y=1500.", "At x=476, y=364."),
+        ("The box: [0,0,2000,1500]", "The box: [0,0,476,364]"),
+        ("cat: [0,0,2000,1500]\ndog: [0,0,4000,3000]", "cat: [0,0,476,364]\ndog: [0,0,952,728]"),
+        ("What is at [0, 0, 2000, 1500]?", "What is at [0, 0, 476, 364]?"),
+        ("Click (2000, 1500)", "Click (476, 364)"),
+        ("[2000, 1500]", "[476, 364]"),
+        ("0 0 2000 1500\n0 0 4000 3000", "0 0 476 364\n0 0 952 728"),
+        ('["cat", 0, 0, 2000, 1500]', '["cat", 0, 0, 476, 364]'),
+        ("[(2000, 1500), (4000, 0)]", "[(476, 364), (952, 0)]"),
+        ('{"cat": [0, 0, 2000, 1500], "dogs": 2000}', '{"cat": [0, 0, 476, 364], "dogs": 2000}'),
+        (
+            '{"bbox_2d": [0, 0, 2000, 1500], "center": [2000, 1500], "polygon": [0, 0, 4000, 0, 4000, 3000]}',
+            '{"bbox_2d": [0, 0, 476, 364], "center": [476, 364], "polygon": [0, 0, 952, 0, 952, 728]}',
+        ),
+        (
+            "<think>See [0, 0, 2000, 1500]</think>2000 of [0, 0, 2000, 1500]",
+            "<think>See [0, 0, 476, 364]</think>2000 of [0, 0, 476, 364]",
+        ),
+        (  # arguments in a string, with line breaks before numbers
+            json.dumps({"arguments": json.dumps({"bbox_2d": [0, 0, 2000, 1500]}, indent=1)}),
+            json.dumps({"arguments": json.dumps({"bbox_2d": [0, 0, 476, 364]}, indent=1)}),
+        ),
+        (
+            "<|object_ref_start|>2000 [1]<|object_ref_end|><|box_start|>(0,0),(2000,1500)<|box_end|>",
+            "<|object_ref_start|>2000 [1]<|object_ref_end|><|box_start|>(0,0),(476,364)<|box_end|>",
+        ),
+        ("Reply as [x1, y1, x2, y2] or <|box_start|>(x1,y1),(x2,y2)<|box_end|>, 3 of them.", None),
+        ('{"bbox_2d": []}', None),
+        ('{"bbox_2d": null, "n": 3}', None),
+        ('{"box": "3", "position": 7}', None),
         ("f(1, 2) = 3", None),
         ("[5000, 5000]", None),
+        ("A number in [0, 1], or (0.5, 0.7).", None),
         ("In 2024, 4000 people", None),
+        ("From 12:30 to 14:05 on 2024-11-27, call +1 (555) 010-2030.", None),
+        ("| a | 1 | 2 | 3 | 4 |\n|---|---|---|---|---|\n| b | 5 | 6 | 7 | 8 |", None),
+        ("for i in range(10):\n    a[i], b[2] = f(i, 3), max(1, 2) + 1", None),
+        ("1, 2, 3 and 4 cats; 5.5% of 10 [1][2]; v1.2.3", None),
+        ("The answer is $3.50 (2 + 2 = 4).", None),
     ],
 )
 def test_other_forms_in_a_text_that_is_said_to_have_boxes(text, want):
     assert to_model(text, [PHOTO], RESIZED, "original") == (text if want is None else want)
     assert to_model(text, [PHOTO], RESIZED, None, learnt=False) == text
     assert to_model(text, [], RESIZED, "original") == text  # before any picture
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"bbox_2d": [300, 200, 100]}', r'the box "bbox_2d": \[300, 200, 100\] cannot be read; write "bbox_2d"'),
+        ('[{"bbox_2d": [1, 1, 90, 90]}, {"box": [1, 1, 1]}]', r'the box "box": \[1, 1, 1\] cannot be read'),
+        ('{"bbox_2d": ["10px", "20px", "30px", "40px"]}', "cannot be read"),
+        ('{"bbox_2d": [10, 20, 30', "cannot be read"),
+        ("<|box_start|>(1,2),(30<|box_end|>", "cannot be read"),
+        (
+            '{"bbox_2d": [0.1, 0.2, 0.5, 0.75]}',
+            'has fractions from 0 to 1; multiply them by 1000 and say "boxes": "thou',
+        ),
+        ("[0.1, 0.2, 0.5, 1.0]", "has fractions"),
+        ("(0.25, 0.5)", "has fractions"),
+        ("The cat is at [0.1, 0.2, 0.5, 1].", "has fractions"),
+        ('<point x="0.25" y="0.5">cat</point>', "has fractions"),
+        ('{"box": [5, 2, 5, 2]}', r"the box \[5, 2, 5, 2\] has no area; mend it, or leave it out"),
+        ('{"box": [0, 0, 1, 1]}', "has no area in resized coordinates; raise max_pixels, or leave it out"),
+        ('{"x": 10, "y": 20, "w": 0, "h": 30}', "has no area"),
+        ('{"x": 3990, "y": 20, "w": 100, "h": 30}', "outside its picture"),
+        ('{"x1": 30, "y1": 20, "x2": 10, "y2": 300}', "corners exchanged; correct it, or what boxes says"),
+        ("What is at [100, 200, 5000, 290]?", r"the box \[100, 200, 5000, 290\] is outside"),
+        ("click(x=4100, y=2)", "outside its picture"),
+        ('<p data-bbox="10 20 30">a</p>', "cannot be read"),
+        ("cat <loc0012><loc0100><loc0500><loc0600>", "<loc0012>… is in the form of another model"),
+        ("<loc_12><loc_100>", "is in the form of another model"),
+        ('{"polygon": [0, 0, 4001, 0, 40, 40]}', "outside its picture"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(text, said):
+    for learnt in (True, False) if text[0] != "(" else (True,):
+        with pytest.raises(InputError, match=said):
+            to_model(text, [PHOTO], RESIZED, "original", learnt)
+    with pytest.raises(InputError, match=r"2 pictures of different sizes|cannot be read|fractions|form of another"):
+        to_model(text, [PHOTO, Sizes((9000, 9000), (84, 84))], RESIZED, "original")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"bbox_2d": [0.1, 0.2, 0.5, 0.75]}', "has fractions"),
+        ("<|box_start|>(0.1,0.2),(0.5,0.75)<|box_end|>", "has fractions"),
+        ("[0.1, 0.2, 0.5, 0.75]", "has fractions"),
+        ("[3000, 0, 3900, 728]", "outside its picture"),  # but inside the picture's file
+        ("[1, 2, 3, 4]", None),
+        ("[4, 3, 2, 1]", None),
+        ("[1000, 2000, 3000, 4000]", None),  # in no picture
+        ("[0.4, 0.3, 0.2, 0.1]", None),
+        ("Sorted: [3000, 0, 3900, 728]", None),
+        ("[[3000, 1], [3900, 2]]", None),
+        ('{"box": [3000, 0, 3900, 728], "center": [0.5, 0.5]}', None),
+        ("cat(3000,0),(3900,728)", None),
+        ("click(x=3000, y=0.5)", None),
+        ('{"bbox_2d": [1, 2, 3]}', None),
+    ],
+)
+def test_what_is_refused_in_an_answer_without_coordinates(text, said):
+    assert to_model(text, [PHOTO], RESIZED, None, learnt=False) == text
+    if said is None:
+        assert to_model(text, [PHOTO], RESIZED, None) == text
+    else:
+        with pytest.raises(InputError, match=said):
+            to_model(text, [PHOTO], RESIZED, None)
+
+
+def test_pairs_about_a_clip_may_be_times():
+    clip = PHOTO._replace(clip=True)
+    for text in ("[[12.5, 20.0]]", "[[12, 20], [30, 41]]", '{"jump": [12, 20]}', "From (12, 20)"):
+        assert to_model(text, [clip], RESIZED, "original") == from_model(text, clip, RESIZED, "original") == text
+        assert to_model(text, [PHOTO], RESIZED, "original") != text
+    assert to_model('{"point_2d": [4000, 1500]}', [clip], RESIZED, "original") == '{"point_2d": [952, 364]}'
+
+
+WRITTEN = [
+    '{{"bbox_2d": [{}, {}, {}, {}], "label": "7 cats"}}',
+    "[{{'box': [{}, {}, {}, {}]}}, {{'point': [{}, {}]}}]",
+    "cat<|box_start|>({},{}),({},{})<|box_end|>",
+    "cat({},{}),({},{})",
+    "In 2024, [{}, {}, {}, {}] and 5 more at ({}, {}), ({}, {}).",
+    '{{"x1": {}, "y1": {}, "x2": {}, "y2": {}, "score": 0.5}}',
+    '<points x1="{}" y1="{}" x2="{}" y2="{}" alt="a 1">a 1</points>',
+    '{{"polygon": [[{}, {}], [{}, {}], [{}, {}]]}}',
+    "<box>[[{}, {}, {}, {}]]</box>",
+    "click(x={}, y={})",
+]
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+@pytest.mark.parametrize("target", [RESIZED, THOUSANDTHS])
+def test_there_and_back_in_texts(form, target):
+    """The numbers come back within the rounding to the model's, and all else stays."""
+    rng, empty = random.Random(form), re.sub(r"\{\}", "#", form).replace("{{", "{").replace("}}", "}")
+    for _ in range(100):
+        width, height = rng.randint(300, 6000), rng.randint(300, 6000)
+        picture = Sizes((width, height), (28 * max(2, round(width / 70)), 28 * max(2, round(height / 70))))
+        low, high = (
+            [rng.randint(a, b) * 1 for a, b in pair]
+            for pair in (((0, width // 3), (0, height // 3)), ((width // 2, width), (height // 2, height)))
+        )
+        numbers = [*low, *high, *low, *high][: form.count("{}")]
+        told = to_model(form.format(*numbers), [picture], target, "original")
+        back = from_model(told, picture, target, "original")
+        pattern = re.escape(empty).replace("\\#", "([0-9]+)").replace("#", "([0-9]+)")
+        assert re.fullmatch(pattern, told)
+        read = [int(n) for n in re.fullmatch(pattern, back).groups()]
+        for i, (a, b) in enumerate(zip(numbers, read, strict=True)):
+            assert abs(a - b) <= 0.5 * picture.original[i % 2] / picture.of(target)[i % 2] + 0.5
 
 
 def test_points_of_tags_are_checked():
@@ -172,7 +336,17 @@ def test_width_and_height_are_not_guessed():
 
 
 @pytest.mark.parametrize(
-    "text", ["(" + "1" * 50_000, '"bbox_2d": [' * 5_000, "[" * 50_000, "<box>" * 20_000, "<point x" * 9999]
+    "text",
+    [
+        "[0,0,0,0]" * 5_000,
+        "x=0 y=0 " * 5_000,
+        "0 " * 20_000,
+        "(" + "1" * 50_000,
+        '"bbox_2d": [' * 5_000,
+        "[" * 50_000,
+        "<box>" * 20_000,
+        "<point x" * 9999,
+    ],
 )
 def test_long_texts_take_no_time(text):
     start = time.perf_counter()
@@ -264,7 +438,7 @@ def test_sizes():
     config = tiny_config("qwen2_5_vl")
     p = config.vision.patch_size
     assert sizes(Visual(patches, Grid(1, 4, 6), "image", 0, (40, 30)), config) == Sizes((40, 30), (6 * p, 4 * p))
-    assert sizes(Visual(patches, Grid(2, 4, 6), "video", 1), config) == Sizes((6 * p, 4 * p), (6 * p, 4 * p))
+    assert sizes(Visual(patches, Grid(2, 4, 6), "video", 1), config) == Sizes((6 * p, 4 * p), (6 * p, 4 * p), clip=True)
 
 
 FORMS = [

@@ -75,6 +75,25 @@ def test_the_text_names_reasons_and_flags(data, capsys):
         assert image.format == "PNG" and image.width > 1000
 
 
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_converted_boxes_are_counted(task, data, capsys):
+    """One has boxes, one has none, one says that they are those of the model, one says nothing, one has no picture."""
+    boxed = dict(question="<image>\nWhere?", answer='{"box": [4, 4, 50, 50]}', image="large.png")
+    records = [chat(**boxed, boxes="original"), chat(**boxed | {"answer": "a"}, boxes="original")]
+    records += [chat(**boxed, boxes="resized"), chat(**boxed), chat(answer=boxed["answer"], boxes="original")]
+    if task == "dpo":
+        records = [{"prompt": r["messages"][:1], "chosen": r["messages"][1:], "rejected": "no"} | r for r in records]
+        for record in records:
+            del record["messages"]
+    data.write_text("\n".join(map(json.dumps, records)))
+    small = ["--max-pixels", "6272", "--task", task]
+    assert facts_of(capsys, data, *small)["boxes"] == {"declared": 4, "converted": 1}
+    assert cli.main(["data", str(data), *SHAPE, *small]) == 0
+    assert "boxes converted in 1 of 4 records that name coordinates" in capsys.readouterr().out
+    assert cli.main(["data", str(data), *SHAPE, *small, "--boxes", "original"]) == 0
+    assert "boxes converted in 2 of 5 records that name coordinates" in capsys.readouterr().out
+
+
 def test_packing_is_that_of_training(data, processor):
     """Equal records: their order decides nothing."""
     records = [chat("q", "answer")] * 53

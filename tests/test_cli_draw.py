@@ -204,7 +204,7 @@ class Pieces:
 @pytest.fixture
 def engine(monkeypatch, tmp_path):
     GRAY.save(tmp_path / "in.png")
-    visual = SimpleNamespace(grid=SimpleNamespace(h=14, w=14), size=(400, 400))
+    visual = SimpleNamespace(kind="image", grid=SimpleNamespace(h=14, w=14), size=(400, 400))
     monkeypatch.chdir(tmp_path)
     where = SimpleNamespace(path=".")
     sample = SimpleNamespace(visuals=[visual])

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from timing import timed
 from tiny import tiny_config
 
 from qwenvl_jax import cli
-from qwenvl_jax.answers.boxes import Sizes, converted, sizes
+from qwenvl_jax.answers.boxes import Sizes, converted, from_model, sizes
 from qwenvl_jax.answers.grounding import Object, Parsed, parse
 from qwenvl_jax.answers.loose import Reader
 from qwenvl_jax.answers.writing import FORMS, write
@@ -203,6 +204,8 @@ ANSWERS = {
         ("drag(start_box='(12,30)', end_box='(40,50)')", [point("", 12, 30), point("", 40, 50)], 0),
         ("click(point='<point>12 30</point>')", [point("", 12, 30)], 0),
         ("click(start_box='[12, 30, 200, 310]')", [MUG._replace(label="")], 0),
+        ('<p data-bbox="12 30 200 310">a 1</p><p data-bbox="">b</p>', [MUG._replace(label="")], 1),
+        ('savefig(bbox="tight", 3)', [], 0),
     ],
     "tokens": [
         (MUG_REF + MUG_BOX, [MUG], 0),
@@ -512,6 +515,17 @@ def test_deep_nesting():
 
 
 # Coordinates
+
+
+@pytest.mark.parametrize("text", [text for text, *_ in TABLE])
+def test_numbers_are_converted_where_they_stand(text):
+    """With every coordinate three times as large, the same objects and labels are read, and all other text stays."""
+    large = Sizes((9000, 9000), (3000, 3000))
+    out = from_model(text, large, "resized", "original")
+    scaled = converted(parse(text), [large] * 99, "resized", "original", whole=True).objects
+    if "rotate" not in text:
+        assert [(o.label, o.points) for o in parse(out).objects] == [(o.label, o.points) for o in scaled]
+    assert re.sub(r"-?[0-9.]+(e[0-9])?", "#", out) == re.sub(r"-?[0-9.]+(e[0-9])?", "#", text)
 
 
 def drawn_sizes(rng, p):

@@ -1,13 +1,7 @@
 """Boxes in texts, and the coordinates that they are in.
 
 `to_model` and `from_model` change the numbers within a text, of people and models alike, and of the arguments of tool
-calls. They read these forms; `grounding.parse` reads more, since it may misread a text that has no boxes.
-
-    {"bbox_2d": [x1, y1, x2, y2], "label": "cat"}, {"point_2d": [x, y]}, {"coordinate": [x, y]}          Qwen2.5-VL
-    <|object_ref_start|>cat<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>                     Qwen2-VL
-    cat(x1,y1),(x2,y2) or [x1, y1, x2, y2], as the whole text
-    {"poly": [x1, y1, x2, y2, …]}, <points x1="…" y1="…" x2="…" y2="…">cat</points>
-    click(start_box='(x,y)'), <point>x y</point>, <box>[[x1, y1, x2, y2]]</box>                      UI-TARS and others
+calls; all else stays as it is. They change what `grounding` reads, in every form that it knows.
 
 A model writes boxes in the coordinates of its family, `families.BOXES`. Datasets often have pixels of the stored
 picture, which is larger than the resized picture that the model sees.
@@ -15,10 +9,11 @@ picture, which is larger than the resized picture that the model sees.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from qwenvl_jax.answers.grounding import Object, Parsed, parse
+from qwenvl_jax.answers.grounding import Object, Parsed, parse, places
+from qwenvl_jax.answers.loose import NUMBER
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.types import Visual
@@ -27,24 +22,13 @@ from qwenvl_jax.types import Visual
 # thousandths: 0 to 1000 along each side.
 COORDINATES = ("original", "resized", "thousandths")
 
-_NUMBER = r"[+-]?(?:[0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})(?:[eE][+-]?[0-9]{1,3})?"
-_NUMBERS = re.compile(_NUMBER)
-_LIST = r"""\[[-+.0-9eE,\s\[\]"']*\]"""
-_RUN = r"[-+.0-9eE,\s()\[\]]*"
-_TAG = r"""(?P<tag><points?\s(?:[^<>"']|"[^"<]*+"|'[^'<]*+')*+>)"""
-_PLACE = re.compile(rf"""(?P<before>\b(?P<axis>[xy])[0-9]*\s*=\s*["']\s*)(?P<n>{_NUMBER})(?=\s*["'])""")
-# What makes numbers a box in any text; and what does so only in a text that is said to have boxes.
-_CERTAIN = re.compile(
-    rf"""(?P<key>["'](?P<name>bbox_2d|point_2d)\\?["']\s*:\s*){_LIST}|(?P<mark><\|(?:box|quad)_start\|>){_RUN}|{_TAG}"""
-)
-_LIKELY = re.compile(
-    rf"""(?P<key>["'](?P<name>bbox_2d|point_2d|coordinate2?|bbox|poly|polygon|rotate_rect)\\?["']\s*:\s*){_LIST}"""
-    rf"""|(?P<mark><\|(?:box|quad)_start\|>|<box>|<point>|\b(?:(?:start|end)_(?:box|point)|point)=["']){_RUN}|{_TAG}"""
-)
-_BARE = re.compile(
-    r"(?P<key>(?P<name>(?P<mark>(?P<tag>))))(?<![\s(,])\([0-9]{1,9},[0-9]{1,9}\),\([0-9]{1,9},[0-9]{1,9}\)"
-)
-_WHOLE = re.compile(rf"(?P<key>(?P<name>(?P<mark>(?P<tag>))))\s*{_LIST}\s*")
+# Numbers that are no part of a word such as "bbox_2d"; in escaped JSON, "\\n" may stand before them.
+_ALONE = re.compile(rf"(?:(?<![A-Za-z0-9_.])|(?<=\\[nrt])){NUMBER}(?![A-Za-z0-9_.])")
+_BEGUN = re.compile(r"(?<![A-Za-z0-9_.])\.?[0-9]")  # the beginning of a number, or of a word such as 10px
+# Forms that make numbers a box in any text; other forms do so only in a text that is said to have boxes.
+_CERTAIN = ("bbox2d", "point2d", "<|box_start|>", "<|quad_start|>", "<point", "<points")
+_FOREIGN = re.compile(r"<(?:loc|bin|patch_index)_?[0-9]{1,4}>")  # PaliGemma, Florence-2, Kosmos-2
+_FRACTIONS = 'fractions from 0 to 1; multiply them by 1000 and say "boxes": "thousandths"'
 
 
 class Box(NamedTuple):
@@ -62,6 +46,7 @@ class Sizes(NamedTuple):
 
     original: tuple[int, int]
     resized: tuple[int, int]
+    clip: bool = False  # bare pairs of numbers may then be times
 
     def of(self, coordinates: str) -> tuple[int, int]:
         """The largest x and y in these coordinates."""
@@ -76,41 +61,73 @@ def check_coordinates(name) -> None:
 
 def sizes(visual: Visual, config: Config) -> Sizes:
     resized = (visual.grid.w * config.vision.patch_size, visual.grid.h * config.vision.patch_size)
-    return Sizes(visual.size or resized, resized)
+    return Sizes(visual.size or resized, resized, visual.kind == "video")
+
+
+class _Place(NamedTuple):
+    """A `grounding.Place` with what the text has there."""
+
+    kind: str
+    form: str
+    numbers: tuple[float, ...]
+    spans: tuple[tuple[int, int], ...]  # (start, end) of each number; () if it cannot be read
+    words: str  # for messages
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        n = self.numbers
+        if self.form.endswith((",w,h", ",width,height")):
+            n = (n[0], n[1], n[0] + n[2], n[1] + n[3])
+        return list(zip(n[::2], n[1::2], strict=False))
+
+    @property
+    def is_turned(self) -> bool:
+        return len(self.numbers) == 5
+
+    @property
+    def is_fractions(self) -> bool:
+        return all(0 <= n <= 1 for n in self.numbers) and any(n % 1 for n in self.numbers)
+
+    def is_inside(self, limits: tuple[int, int]) -> bool:
+        """Whether every point is in the picture and the second corner of a box is not left of or above the first."""
+        (x1, y1), (x2, y2) = self.points[0], self.points[-1]
+        in_order = self.kind != "box" or (x1 <= x2 and y1 <= y2)
+        return in_order and all(0 <= x <= limits[0] and 0 <= y <= limits[1] for x, y in self.points)
+
+    def is_chance(self, picture: Sizes, coordinates: str) -> bool:
+        """Whether they are rather no coordinates: bare pairs that are times, a range or far outside."""
+        if picture.clip and self.kind == "point" and self.form in ("", "plain"):
+            return True
+        return self.form == "plain" and (max(self.numbers) <= 1 or not self.is_inside(picture.of(coordinates)))
 
 
 def to_model(text: str, pictures: Sequence[Sizes], target: str, source: str | None, learnt: bool = True) -> str:
     """A text of a record with its boxes in the model's coordinates, `target`, rounded to whole numbers.
 
     pictures: the pictures that the text may be about. A text before any picture is not changed.
-    source: the coordinates of the text's boxes. None: the model's, which are only checked, and only in a `learnt` text.
-    Raises InputError for a box outside its picture or with its corners exchanged, and for a box that may belong to
-    pictures of different sizes.
+    source: the coordinates of the text's boxes. None: the model's. Then only what is a box for certain is checked, and
+        only in a `learnt` text.
+    Raises InputError for what looks like a box and cannot be converted: it cannot be read, is outside its picture, has
+    its corners exchanged or no area, has fractions, or may belong to pictures of different sizes.
     """
-    places = list(dict.fromkeys(pictures))
-
-    def change(found: re.Match, numbers: list[float]) -> str:
-        if source is None:
-            if not any(_inside(found, numbers, place.of(target)) for place in places):
-                hint = 'say which coordinates they are: "boxes": "original"'
-                raise InputError(f"{_outside(found[0], places[0], target)}; {hint}")
-            return found[0]
-        if found["name"] == "bbox":
-            said = f"the box {_short(found[0])} may be [x, y, width, height] or two corners"
-            raise InputError(f'{said}; write "bbox_2d": [x1, y1, x2, y2], or leave out boxes')
-        if found["name"] == "rotate_rect":
-            said = f"{_short(found[0])} has an angle, which changes with the sides of a picture"
-            raise InputError(f'{said}; write its corners, "poly": [x1, y1, …], or leave out boxes')
-        if len(places) > 1:
-            what = f"{len(places)} pictures of different sizes"
-            raise InputError(f"a box ({_short(found[0])}) may belong to {what}; its coordinates cannot be converted")
-        if not _inside(found, numbers, places[0].of(source)):
-            raise InputError(_outside(found[0], places[0], source))
-        return _scaled(found, places[0].of(source), places[0].of(target))
-
-    if not places or (source is None and not learnt):
+    sizes = list(dict.fromkeys(pictures))
+    if not sizes or (source is None and not learnt):
         return text
-    return _replaced(text, change, certain=source is None)
+    found = _places(text)
+    if source is None:
+        for place in found:
+            _check_undeclared(place, sizes, target, text, alone=len(found) == 1)
+        return text
+    if foreign := _FOREIGN.search(text):
+        raise InputError(f'the box {foreign[0]}… is in the form of another model; write "bbox_2d": [x1, y1, x2, y2]')
+    found = [place for place in found if _is_box(place, sizes[0], source, learnt and place.words == text.strip())]
+    if found and len(sizes) > 1:
+        what = f"{len(sizes)} pictures of different sizes"
+        said = f"a box ({found[0].words}) may belong to {what}; its coordinates cannot be converted"
+        raise InputError(f"{said}; show one picture a message, or convert the boxes and leave out boxes")
+    for place in found:
+        _check(place, sizes[0], target, source)
+    return _rewritten(text, found, sizes[0], source, target)
 
 
 def from_model(text: str, picture: Sizes, source: str, target: str) -> str:
@@ -119,7 +136,118 @@ def from_model(text: str, picture: Sizes, source: str, target: str) -> str:
     source: the model's coordinates. A "rotate_rect" stays as it is, since stretching changes its angle; `converted`
     gives its corners.
     """
-    return _replaced(text, lambda found, _: _scaled(found, picture.of(source), picture.of(target)))
+    found = [p for p in _places(text) if p.spans and not p.is_turned and not p.is_chance(picture, source)]
+    return _rewritten(text, found, picture, source, target)
+
+
+def _places(text: str) -> list[_Place]:
+    """What `grounding` reads in a text, and where the numbers stand.
+
+    `grounding` is given a text in which no number occurs twice: of equal numbers, all but the first are changed in
+    their last bits. So each number that it reads says where it stands, however the text writes it.
+    """
+    spans: dict[float, tuple[int, int]] = {}
+    last: dict[float, float] = {}
+
+    def unlike(found: re.Match) -> str:
+        n = own = float(found[0])
+        if math.isfinite(n):
+            own = last.get(n, n)
+            while own in spans:
+                own = math.nextafter(own, math.inf)
+            last[n], spans[own] = own, (found.start(), found.start() + len(found[0].rstrip(".")))
+        return found[0] if own == n else repr(own)
+
+    def original(part: str) -> str:
+        return _ALONE.sub(lambda m: text[slice(*spans[float(m[0])])] if float(m[0]) in spans else m[0], part)
+
+    out = []
+    for part in _ALONE.sub(unlike, text).split("</think>"):
+        for kind, form, numbers, words in places(part):
+            at = tuple(spans[n] for n in numbers if n in spans)
+            if not at or len(at) < len(numbers):
+                out.append(_Place("", form, (), (), _short(original(words[:200]).replace("Ellipsis", "…"))))
+                continue
+            start, end = min(at)[0], max(at)[1]
+            while text[start - 1 : start] in ("[", "("):
+                start -= 1
+            while text[end : end + 1] in ("]", ")"):
+                end += 1
+            numbers = tuple(float(text[slice(*span)]) for span in at)
+            out.append(_Place(kind, form, numbers, at, _short(text[start:end])))
+    return out
+
+
+def _is_box(place: _Place, picture: Sizes, source: str, whole: bool) -> bool:
+    """Whether a place in a text that is said to have boxes is to be converted. Raises InputError if it cannot be.
+
+    whole: it is all of an answer.
+    """
+    words = place.words
+    if not place.spans:
+        if len(_BEGUN.findall(words)) < 2:  # '{"bbox_2d": [x1, y1, x2, y2]}' shows the form
+            return False
+        raise InputError(f'the box {words} cannot be read; write "bbox_2d": [x1, y1, x2, y2] or "point_2d": [x, y]')
+    if place.form in ("bbox", "bboxes"):
+        said = f"the box {words} may be [x, y, width, height] or two corners"
+        raise InputError(f'{said}; write "bbox_2d": [x1, y1, x2, y2], or leave out boxes')
+    if place.is_turned:
+        said = f"{words} has an angle, which changes with the sides of a picture"
+        raise InputError(f'{said}; write its corners, "poly": [x1, y1, …], or leave out boxes')
+    chance = place.is_chance(picture, source)
+    if place.is_fractions and (whole or not chance):
+        raise InputError(f"the box {words} has {_FRACTIONS}")
+    return not chance
+
+
+def _check(place: _Place, picture: Sizes, target: str, source: str) -> None:
+    """Raises InputError if a place is not in its picture, or is a box without an area."""
+    if not place.is_inside(picture.of(source)):
+        raise InputError(f"{_outside(place.words, picture, source)}; correct it, or what boxes says")
+    if place.kind == "box":
+        sides = [(a[i], b[i]) for i in (0, 1) for a, b in [place.points]]
+        told = [[_scaled(n, i, picture, source, target) for n in side] for i, side in enumerate(sides)]
+        if any(a == b for a, b in told):
+            where = "" if any(a == b for a, b in sides) else f" in {target} coordinates; raise max_pixels"
+            raise InputError(f"the box {place.words} has no area{where or '; mend it'}, or leave it out")
+
+
+def _check_undeclared(place: _Place, sizes: Sequence[Sizes], target: str, text: str, alone: bool) -> None:
+    """Raises InputError if what is a box for certain, or may be the whole text, is not in the model's coordinates."""
+    is_whole = alone and place.kind == "box" and not place.form and text.strip()[0] + text.strip()[-1] == "[]"
+    if not place.spans or not (place.form in _CERTAIN or is_whole):
+        return
+    if place.is_fractions and (not is_whole or place.is_inside((1, 1))):
+        raise InputError(f"the box {place.words} has {_FRACTIONS}")
+    if any(place.is_inside(size.of(target)) for size in sizes):
+        return
+    if not is_whole or any(place.is_inside(size.original) for size in sizes):  # other lists of numbers are no box
+        hint = 'say which coordinates they are: "boxes": "original"'
+        raise InputError(f"{_outside(place.words, sizes[0], target)}; {hint}")
+
+
+def _rewritten(text: str, found: Sequence[_Place], picture: Sizes, source: str, target: str) -> str:
+    """The text with the numbers of these places in other coordinates."""
+    if source == target:
+        return text
+    new = {
+        span: str(_scaled(n, i % 2, picture, source, target))
+        for place in found
+        for i, (span, n) in enumerate(zip(place.spans, place.numbers, strict=True))
+    }
+    parts, done = [], 0
+    for start, end in sorted(new):
+        parts += [text[done:start], new[start, end]]
+        done = end
+    return "".join([*parts, text[done:]])
+
+
+def _scaled(n: float, side: int, picture: Sizes, source: str, target: str) -> float:
+    """A coordinate along a side (0: x), as a whole number and within the picture, unless it stays as it is."""
+    if source == target:
+        return n
+    end = picture.of(target)[side]
+    return round(min(max(n * end / picture.of(source)[side], 0), end))
 
 
 def converted(parsed: Parsed, pictures: Sequence[Sizes], source: str, target: str, *, whole: bool = False) -> Parsed:
@@ -146,28 +274,6 @@ def _moved(o: Object, picture: Sizes, source: str, target: str, whole: bool) -> 
     return o._replace(points=tuple((along(0, x), along(1, y)) for x, y in o.points))
 
 
-def _replaced(text: str, change: Callable[[re.Match, list[float]], str], certain: bool = False) -> str:
-    """The text with `change(match, its numbers)` in place of each box."""
-
-    def one(found: re.Match) -> str:
-        if found["tag"]:
-            read = [place["n"] for place in _PLACE.finditer(found[0])]
-        else:
-            read = _NUMBERS.findall(found[0], _head(found))
-        numbers = [n for n in map(float, read) if math.isfinite(n)]
-        if found["name"] == "rotate_rect":
-            return change(found, numbers) if len(numbers) == 5 else found[0]
-        return change(found, numbers) if numbers and len(numbers) % 2 == 0 else found[0]
-
-    if certain:
-        return _CERTAIN.sub(one, text)
-    if whole := _WHOLE.fullmatch(text):
-        return one(whole) if len(_NUMBERS.findall(text)) % 4 == 0 else text
-    if text.rstrip().endswith(")"):  # "cat(1,2),(3,4)" is a box, "the points (1,2),(3,4)" in a sentence are not
-        text = _BARE.sub(one, text)
-    return _LIKELY.sub(one, text)
-
-
 def parse_boxes(text: str, *, unlabelled: bool = False, points: bool = False) -> list[Box]:
     """The boxes in an answer, in any form that `grounding.parse` reads.
 
@@ -178,40 +284,10 @@ def parse_boxes(text: str, *, unlabelled: bool = False, points: bool = False) ->
     return [Box(o.label, *o.points[0], *o.points[-1]) for o in found]
 
 
-def _head(found: re.Match) -> int:
-    """The length of the key or mark before the numbers; "bbox_2d" has a digit."""
-    return len(found["key"] or found["mark"] or "")
-
-
-def _inside(found: re.Match, numbers: list[float], limits: tuple[int, int]) -> bool:
-    """Whether every point is in the picture and the second corner of a box is not left of or above the first."""
-    is_box = len(numbers) == 4 and not found["tag"] and found["name"] not in ("point_2d", "coordinate", "coordinate2")
-    in_order = not is_box or (numbers[0] <= numbers[2] and numbers[1] <= numbers[3])
-    return in_order and all(0 <= n <= limits[i % 2] for i, n in enumerate(numbers))
-
-
-def _scaled(found: re.Match, source: tuple[int, int], target: tuple[int, int]) -> str:
-    head, position = _head(found), 0
-    if source == target or found["name"] == "rotate_rect":
-        return found[0]
-
-    def scaled(number: str, side: int) -> str:
-        return str(round(min(max(float(number) * target[side] / source[side], 0), target[side])))
-
-    def scale(number: re.Match) -> str:
-        nonlocal position
-        position += 1
-        return scaled(number[0], (position - 1) % 2)
-
-    if found["tag"]:
-        return _PLACE.sub(lambda place: place["before"] + scaled(place["n"], "xy".index(place["axis"])), found[0])
-    return found[0][:head] + _NUMBERS.sub(scale, found[0][head:])
-
-
 def _outside(box: str, picture: Sizes, coordinates: str) -> str:
     width, height = picture.of(coordinates)
     where = "0 … 1000 along each side" if coordinates == "thousandths" else f"{width} × {height} pixels, {coordinates}"
-    return f"the box {_short(box)} is outside its picture ({where}) or has its corners exchanged"
+    return f"the box {box} is outside its picture ({where}) or has its corners exchanged"
 
 
 def _short(box: str) -> str:

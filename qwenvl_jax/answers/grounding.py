@@ -7,6 +7,7 @@
     <|object_ref_start|>cat<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>, <|quad_start|>…    Qwen2-VL
     cat(x1,y1),(x2,y2)                                                                   without its control tokens
     <points x1="…" y1="…" x2="…" y2="…" alt="cat">cat</points>, <point x="…" y="…">cat</point>
+    <p data-bbox="x1 y1 x2 y2">, which `answers.documents` reads with its text                        Qwen2.5-VL
     click(start_box='(x,y)'), <point>x y</point>, <ref>cat</ref><box>[[x1, y1, x2, y2]]</box>      UI-TARS and others
 
 Broken JSON is read as far as it goes (`answers.loose`). The coordinates are those of the text;
@@ -38,6 +39,22 @@ class Object(NamedTuple):
     image: int = 0
 
 
+class Place(NamedTuple):
+    """The numbers of an object as the text says them, or of something that looks like one and cannot be read.
+
+    kind: that of the `Object`; "" if the numbers cannot be read.
+    form: the key of its numbers as `shapes.plain_key` writes it, or the mark or tag; "" in JSON without a key; "four",
+        "named" or "pairs" in prose; "plain" for what is an object only because the text has no other.
+    numbers: x and y in turn; or x, y, width and height; or those of a rotated rectangle. () if they cannot be read.
+    text: the words of the text, for messages.
+    """
+
+    kind: str
+    form: str
+    numbers: tuple[float, ...]
+    text: str
+
+
 class Parsed(NamedTuple):
     """The objects of an answer in text order. malformed: how many more look like objects but cannot be read."""
 
@@ -64,7 +81,7 @@ _START = re.compile(
     r"""|(?P<key>["'](?:bbox_2d|point_2d)["']\s*+:)"""
     r"""|(?P<ref><\|object_ref_start\|>|<ref>)"""
     r"""|(?P<mark><\|(?:box|quad)_start\|>|<(?:box|bbox|quad|points?)>"""
-    r"""|\b(?:(?:start|end)_(?:box|point)|point)=["'](?!<))"""
+    r"""|\b(?:(?:start|end)_(?:box|point)|point|bbox|polygon)=\\?["'](?!<))"""
     r"""|(?P<points><points?\s)"""
     rf"""|(?P<four>\(\s*+{NUMBER}(?:\s*+[,，]\s*+{NUMBER}){{3}}\s*+\))"""
     rf"""|(?P<named>{_NAMED[0]}[\s,]*+{_NAMED[1]}(?:[\s,]*+{_NAMED[2]}[\s,]*+{_NAMED[3]})?)"""
@@ -107,6 +124,13 @@ def parse(text: str) -> Parsed:
     return _Parser(text).parsed()
 
 
+def places(text: str) -> list[Place]:
+    """The numbers of the objects that `parse` reads, in its order, and of those that it counts as malformed."""
+    parser = _Parser(text)
+    parser.parsed()
+    return parser.places
+
+
 class _Parser:
     def __init__(self, text: str):
         if "“bbox_2d”" in text or "“point_2d”" in text:
@@ -119,6 +143,8 @@ class _Parser:
         self.reader = Reader(text)
         self.found: list[tuple[Object, int | None]] = []  # with the number of its picture, if the text says it
         self.malformed = 0
+        self.places: list[Place] = []
+        self.form = self.words = ""  # the form and text of the place that is read now
         self.lone: list[tuple[float, ...]] = []  # pairs of numbers, which are a point if the text has nothing else
         self.label = ""  # of the last object outside of JSON
         self.picture: int | None = None
@@ -130,6 +156,7 @@ class _Parser:
             prose = self.text[done : start.start()]
             if pictures := _PICTURE.findall(prose):
                 self.picture = int("".join(pictures[-1]))
+            self.form, self.words = start.lastgroup or "", self.text[start.start() : start.start() + 80]
             done = getattr(self, f"_{start.lastgroup}")(start, prose)
         if not self.found and not self.malformed:
             self._plain()
@@ -138,6 +165,7 @@ class _Parser:
 
     def _plain(self) -> None:
         """Numbers without any mark: a box a line, one point, or "top left (x1, y1), bottom right (x2, y2)"."""
+        self.form, self.words = "plain", self.text
         for line in _LINE.findall(self.text):
             self._add("", shapes.shape("point", shapes.floats(line)))
         if not self.found and len(self.lone) == 1:
@@ -148,11 +176,15 @@ class _Parser:
     def _add(self, label: str, shape, attributes: dict | None = None, picture: int | None = None) -> None:
         """shape: (kind, points), or None if its numbers cannot be read."""
         if shape is None:
-            self.malformed += 1
-        else:
-            self.found.append(
-                (Object(label, shape[0], shape[1], attributes or {}), self.picture if picture is None else picture)
-            )
+            return self._malformed()
+        self.places.append(Place(shape[0], self.form, shape[2], self.words))
+        self.found.append(
+            (Object(label, shape[0], shape[1], attributes or {}), self.picture if picture is None else picture)
+        )
+
+    def _malformed(self) -> None:
+        self.malformed += 1
+        self.places.append(Place("", self.form, (), self.words))
 
     def _deep(self, start: re.Match, prose: str) -> int:
         """The last one of many brackets: no answer is nested so deeply."""
@@ -178,8 +210,10 @@ class _Parser:
         if isinstance(value, dict):
             self._dict(value, name, picture, explicit)
         elif isinstance(value, list) and not explicit and (row := shapes.row(value)):
+            self.form, self.words = "", str(value)
             self._add(row[0], row[1], None, picture)
         elif isinstance(value, list) and (what := shapes.bare(value)):
+            self.form, self.words = "", str(value)
             for shape in [] if explicit else shapes.under(what, value):
                 self._add(name, shape, None, picture)
         elif isinstance(value, list):
@@ -195,19 +229,22 @@ class _Parser:
         if isinstance(text := value.get("arguments"), str) and text.startswith("{"):
             value["arguments"] = Reader(text).read(0)[0][0]
         kinds = [(key, kind) for key, inner in value.items() if (kind := shapes.kind(key, inner))]
-        places = [shape for key, kind in kinds for shape in shapes.under(kind, value.pop(key))]
-        if not places and (corners := shapes.corners_of(value)):
-            places = [shapes.cornered(corners, [value.pop(n) for n in corners])]
-        if not places:
+        places = [(key, value[key], shapes.under(kind, value.pop(key))) for key, kind in kinds]
+        if not any(read for _, _, read in places) and (corners := shapes.corners_of(value)):
+            numbers = [value.pop(n) for n in corners]
+            places = [(", ".join(corners), numbers, [shapes.cornered(corners, numbers)])]
+        if not any(read for _, _, read in places):
             return self._children(value, name, picture, explicit)
+        self.form, self.words = "", f'"{places[0][0]}": {places[0][1]}'
         if any(v is CUT for v in value.values()):  # its text ends in it
-            self.malformed += 1
-            return
+            return self._malformed()
         label = label_of(value)
         attributes = {k: v for k, v in value.items() if k != "label" or isinstance(v, list | dict | bool)}
         at = len(self.found)
-        for shape in places:
-            self._add(name if label is None else label, shape, attributes, picture)
+        for key, numbers, read in places:
+            self.form, self.words = shapes.plain_key(key), f'"{key}": {numbers}'
+            for shape in read:
+                self._add(name if label is None else label, shape, attributes, picture)
         end = len(self.found)
         for key in [k for k, v in attributes.items() if isinstance(v, dict | list)]:
             before = len(self.found), self.malformed
@@ -216,8 +253,7 @@ class _Parser:
                 del attributes[key]
             elif is_cut(attributes[key]):
                 del self.found[at:end]
-                self.malformed += 1
-                return
+                return self._malformed()
 
     def _children(self, value: dict, name: str, picture: int | None, explicit: bool) -> None:
         """The objects in an object that has no place itself. A key may be their label: {"cat": [x1, y1, x2, y2]}."""
@@ -255,8 +291,8 @@ class _Parser:
         return self.label
 
     def _mark(self, start: re.Match, prose: str) -> int:
-        run, end = _span(_RUN, self.text, start.end())
-        closed = _RUN_END.match(self.text, end)
+        self.form, (run, end) = start[0], _span(_RUN, self.text, start.end())
+        closed, self.words = _RUN_END.match(self.text, end), self.text[start.start() : end]
         if not closed and not any(c.isdigit() for c in run) and not start[0].startswith("<|"):
             return end  # a tag of something else
         places = shapes.within(run, "quad" in start[0])
@@ -268,9 +304,9 @@ class _Parser:
         return closed.end() if closed else end
 
     def _points(self, start: re.Match, prose: str) -> int:
-        tag = _TAG.match(self.text, start.start())
+        self.form, tag = start[0].rstrip(), _TAG.match(self.text, start.start())
         if not tag:
-            self.malformed += 1
+            self._malformed()
             return start.end()
         said = {m[1]: html.unescape(m[2] if m[2] is not None else m[3]) for m in _ATTRIBUTE.finditer(tag[1])}
         places = [(said.pop(k), said.pop(f"y{k[1:]}", "")) for k in list(said) if re.fullmatch("x[0-9]{0,9}", k)]
@@ -311,7 +347,8 @@ class _Parser:
         label = self._said(prose)
         for shape in places:
             self._add(label, shape)
-        self.malformed += bool(half)
+        if half:
+            self._malformed()
         return half.end() if half else end
 
 

@@ -1,6 +1,7 @@
 """Numbers of an answer → boxes, points and polygons. Their count decides, since models exchange the keys.
 
-A shape is (kind, points) as in `grounding.Object`, or None if the numbers cannot be read.
+A shape is (kind, points, numbers), or None if the numbers cannot be read. kind, points: as in `grounding.Object`.
+numbers: those of the text, in its terms: x and y in turn, or a width and height, or an angle at last.
 """
 
 import math
@@ -31,21 +32,22 @@ _CORNERS = (
 _FIRST = {names[0] for names in _CORNERS}
 _LARGEST = 1e9
 _SEPARATOR = re.compile("[,;，]")
+Shape = tuple[str, tuple[tuple[float, float], ...], tuple[float, ...]]
 GROUP = re.compile(r"[(\[]([^()\[\]]*+)[)\]]")
 
 
-def shape(what: str, numbers: Sequence[float] | None) -> tuple[str, tuple[tuple[float, float], ...]] | None:
+def shape(what: str, numbers: Sequence[float] | None) -> Shape | None:
     """The shape of the numbers under a key. what: "box", "point", "points", "polygon" or "rotated"."""
     if numbers is None or not all(map(is_number, numbers)):
         return None
-    n, points = len(numbers), tuple(zip(numbers[::2], numbers[1::2], strict=False))
+    n, points, numbers = len(numbers), tuple(zip(numbers[::2], numbers[1::2], strict=False)), tuple(numbers)
     if what == "rotated" and n == 5:
-        return "polygon", _turned(*numbers)
+        return "polygon", _turned(*numbers), numbers
     if n == 2 and what != "box":
-        return "point", points
+        return "point", points, numbers
     if n == 4:
-        return "box", points
-    return ("polygon", points) if n >= 6 and n % 2 == 0 else None
+        return "box", points, numbers
+    return ("polygon", points, numbers) if n >= 6 and n % 2 == 0 else None
 
 
 def _turned(x: float, y: float, width: float, height: float, degrees: float) -> tuple[tuple[float, float], ...]:
@@ -86,19 +88,21 @@ def corners_of(value: dict) -> tuple[str, ...]:
     return next((names for names in _CORNERS if all(is_number(value.get(n)) for n in names)), ())
 
 
-def cornered(names: Sequence[str], numbers: Sequence[float]):
+def cornered(names: Sequence[str], numbers: Sequence[float]) -> Shape | None:
     """The shape of numbers with names, one of _CORNERS."""
-    x, y, *size = map(float, numbers)
+    x, y, *size = read = tuple(map(float, numbers))
     if names[2:3] in (("width",), ("w",)):
-        size = [x + size[0], y + size[1]]
-    return shape("box" if size else "point", (x, y, *size))
+        corner = (x + size[0], y + size[1])
+        return ("box", ((x, y), corner), read) if all(map(is_number, corner)) else None
+    return shape("box" if size else "point", read)
 
 
 def within(text: str, quad: bool = False) -> list:
     """The shapes in a run of numbers and brackets. quad: its pairs are the corners of one polygon."""
     read = [floats(group) for group in GROUP.findall(text)] or [floats(text)]
     groups = [group for group in read if group is not None and len(group) == 2]
-    if len({len(group or ()) for group in read}) > 1:
+    left = GROUP.sub("", text) if GROUP.search(text) else ""
+    if len({len(group or ()) for group in read}) > 1 or any(c.isdigit() for c in left):
         return [None]
     if len(groups) < len(read):
         return [shape("point", group) for group in read]

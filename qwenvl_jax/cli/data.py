@@ -71,6 +71,7 @@ def describe(found, options: TrainOptions, config) -> dict:
         "forms": dict(found.forms.most_common()),
         "pictures": sum(x.pictures for x in m),
         "clips": sum(x.clips for x in m),
+        "boxes": {"declared": sum(x.boxes is not None for x in m), "converted": sum(bool(x.boxes) for x in m)},
         "bad": {reason: {"count": n, "first": found.examples[reason]} for reason, n in found.bad.most_common()},
     }
     if not m:
@@ -112,6 +113,10 @@ def table(facts: dict) -> str:
     part = "" if facts["read"] == facts["records"] else f", {facts['read']:,} of them read"
     lines = [f"{facts['records']:,} records{part}: {facts['usable']:,} fit, with {facts['pictures']:,} pictures and "
              f"{facts['clips']:,} clips in all that can be read"]  # fmt: skip
+    if declared := facts["boxes"]["declared"]:
+        lines.append(
+            f"boxes converted in {facts['boxes']['converted']:,} of {declared:,} records that name coordinates"
+        )
     forms = list(facts["forms"].items())
     lines += ["", "keys of a record", *(f"  {n:>9,}  {keys}" for keys, n in forms[:5])]
     lines += [f"  {sum(n for _, n in forms[5:]):>9,}  others"] if forms[5:] else []

@@ -91,6 +91,13 @@ class RecordProcessor:
             check_coordinates(own := record.get("boxes"))
             return self.processor.boxes_to_model(messages, visuals, self.boxes if own is None else own)
 
+    def converts_boxes(self, record, visuals: tuple[Visual, ...]) -> bool | None:
+        """Whether boxes of a record that can be used, with these visuals, are converted; None if nothing says so."""
+        if record.get("boxes") is None and self.boxes is None:
+            return None
+        read = preference(record, None) if self.preferences else [conversation(record, None)]
+        return any(self._boxes_to_model(talk.messages, visuals, record) != talk.messages for talk in read)
+
     def _sample(self, prompt: Prompt, weights: list[int], visuals: tuple[Visual, ...]) -> Sample:
         config = self.processor.config
         if prompt.turns.max(initial=0) != len(weights):

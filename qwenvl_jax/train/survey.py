@@ -32,6 +32,7 @@ class Measured(NamedTuple):
     pictures: int
     clips: int
     frames: tuple[tuple[Grid, int], ...]  # grids of single frames and how many follow each other
+    boxes: bool | None = None  # whether boxes were converted; None if neither record nor options name coordinates
 
     @property
     def tokens(self) -> int:
@@ -107,7 +108,7 @@ def survey(data, processor: Processor, options: TrainOptions, *, limit: int | No
                 fits.check(item)
             except BadRecord as e:
                 too_big = Bad(where, e.reason, str(e))
-            item = _measured(item)
+            item = _measured(item)._replace(boxes=fits.converts_boxes(record, item[0].visuals))
         out.take(_keys(record), item, too_big)
     return out
 
