@@ -250,7 +250,7 @@ def animation(kind: str, durations, n: int = 5) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "AVIF"])
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "AVIF", "WEBP"])
 def test_durations_of_animations(kind):
     visual = video_visual(animation(kind, [100, 100, 2000, 100, 100]), P, MediaOptions(**SMALL))
     assert np.round(np.array(numbers(visual)) / 10).tolist() == [0, 2, 2, 4]  # at 0, 0.8, 1.6 and 2.4 s

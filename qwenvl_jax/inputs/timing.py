@@ -12,6 +12,7 @@ from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
 
 DEFAULT_FPS = 2.0
 MIN_FRAMES, MAX_FRAMES = 4, 768
+MAX_CLIP_SECONDS = 10**6  # eleven days; float32 and int32 hold the positions, half seconds, exactly
 MOST_STAMPS = 1 << 21  # timestamps that are kept, 8 bytes each: 19 hours at 30 frames per second
 _OFF = 0.1  # seconds that the frames of a constant rate may be off their places, and at most 1½ frames
 _SAME = 0.002  # seconds; frames so close are one to the eye: a repeated timestamp, a hidden frame of VP8
@@ -67,13 +68,16 @@ class Stamps:
             return constant
         stamps = np.frombuffer(self.values, np.int64)
         stamps.sort()
-        start = int(stamps[0])
+        start, last = int(stamps[0]), int(stamps[-1])
+        stay = self._last_ticks if self._last_ticks > 1 else 0
+        if (last - start + stay) * tick > MAX_CLIP_SECONDS:  # damaged
+            return constant
         stamps -= start
         gaps = np.diff(stamps)
         if not gaps.any() or (may_jump and gaps.max() * tick > _RESTART):
             return constant
         usual = float(np.median(gaps[gaps > 0], overwrite_input=True))
-        end = int(stamps[-1]) + (self._last_ticks if self._last_ticks > 1 else round(usual))
+        end = last - start + (stay or round(usual))
         own = stamps[np.append(True, gaps > min(usual / 8, _SAME / tick))]
         off = np.linspace(0, end, len(own), endpoint=False)
         off -= own
@@ -92,7 +96,7 @@ def sampled(clock: Clock, o: MediaOptions, per_step: int) -> tuple[list[int], fl
         most = max(clock.total, MAX_FRAMES)  # a frame that is shown for long may be sampled several times
         n = frame_count(clock.total, clock.total / (last - first), o, per_step, most)
         moments = np.linspace(first / clock.tick, last / clock.tick, n) + 1e-3  # rounding must not miss a frame's start
-        return np.floor(moments).astype(np.int64).tolist(), per_step * (last - first) / (n - 1)
+        return np.floor(moments).astype(np.int64).tolist(), per_step * (last - first) / max(n - 1, 1)
     first, last = frame_range(clock.total, clock.rate, o.video_start, o.video_end)
     if clock.total == 1:
         n = max(round((o.nframes or 1) / per_step), 1) * per_step

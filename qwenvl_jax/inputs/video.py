@@ -12,25 +12,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from qwenvl_jax.errors import InputError, MediaError, OptionsError, install
-from qwenvl_jax.inputs import pictures
+from qwenvl_jax.inputs import animation, pictures
 from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.fetch import name_of, path_or_bytes
 from qwenvl_jax.inputs.media import as_visual, empty_patches, fill, opened, resize
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
 from qwenvl_jax.inputs.preprocessing import MAX_PIXELS, Preprocessing, target_size
-from qwenvl_jax.inputs.timing import DEFAULT_FPS, Clock, Stamps, sampled
+from qwenvl_jax.inputs.timing import DEFAULT_FPS, MAX_CLIP_SECONDS, Clock, Stamps, sampled
 from qwenvl_jax.types import Visual
 
 FRAME_MIN_TOKENS, FRAME_MAX_TOKENS = 128, 768  # visual tokens per frame, before frames are paired
 TOTAL_TOKENS = 128000 * 0.9  # visual tokens per clip
 MAX_VIDEO_BYTES = 512 << 20  # of a download; files are read while they are decoded
-MAX_CLIP_SECONDS = 10**6  # eleven days; float32 and int32 hold the positions, half seconds, exactly
 
 _HELD = {"h264": 18, "hevc": 18}  # frames that a decoder holds: the references, and those to be shown later; others: 10
 _CLOCK_MAY_JUMP = 512  # AVFMT_TS_DISCONT, of FFmpeg's description of a format
@@ -55,8 +55,8 @@ def video_visual(
 ) -> Visual:
     """One clip as patches [t·h·w, C] uint8; a grid step is two frames.
 
-    source: a video file (path, file:// or http(s) URL, base64 data: URL, bytes), or a list of frames, each a source of
-        `load_image`.
+    source: a video file or animation (path, file:// or http(s) URL, base64 data: URL, bytes), or a list of frames, each
+        a source of `load_image`.
     options: fps or nframes, not both. For a list of frames, fps is the rate at which they were taken. The list is
         resized as images are, and its last frame is repeated if their number is odd; total_pixels, min_frames and
         max_frames do not apply.
@@ -83,7 +83,15 @@ def video_visual(
         raise OptionsError(f"min_frames {o.min_frames} is larger than max_frames {o.max_frames}")
     data = path_or_bytes(source, MAX_VIDEO_BYTES, budget)
     try:
-        return _from_file(_opener(data, budget), p, o, budget)
+        if animation.is_animated_webp(_start(data)):
+            data = animation.read(data, budget)
+            return _from_file(
+                lambda: animation.count(data, budget), lambda _: animation.decode(data, budget), p, o, budget
+            )
+        open_clip = _opener(data, budget)
+        return _from_file(lambda: _count(open_clip), lambda held: _decode(open_clip, budget, held), p, o, budget)
+    except OSError as e:
+        raise MediaError(f"{name_of(source)}: cannot be read ({e.strerror or e})") from e
     except InputError as e:
         raise e.at(name_of(source)) from e
 
@@ -145,22 +153,30 @@ def _allocate(n: int, height: int, width: int, p: Preprocessing, budget: Budget,
     return empty_patches(steps, height, width, p)
 
 
-def _from_file(open_clip: Callable, p: Preprocessing, o: MediaOptions, budget: Budget) -> Visual:
+def _from_file(
+    count: Callable[[], Clock],
+    decode: Callable[[int], Iterator[tuple]],
+    p: Preprocessing,
+    o: MediaOptions,
+    budget: Budget,
+) -> Visual:
     """Two passes: the first counts the frames without decoding, the second decodes up to the last sampled one.
 
+    decode(held): (number, timestamp, function that gives the picture and its shown (height, width)) of each frame, for
+        a caller that keeps `held` of them.
     If fewer frames decode than were counted, and they are sampled by number, a third pass samples from that number.
     """
-    clock = _count(open_clip)
+    clock = count()
     while clock.total:
         wanted, seconds_per_grid = sampled(clock, o, p.temporal_patch_size)
         n, patches, found, seen = len(wanted), None, 0, 0
-        with closing(_decode(open_clip, budget, int(clock.stamps is not None))) as frames:
-            for index, frame, aspect, end in _with_ends(frames, clock):
+        with closing(decode(int(clock.stamps is not None))) as frames:
+            for index, show, end in _with_ends(frames, clock):
                 seen = index + 1
                 until = bisect_left(wanted, end)
                 if until <= found:
                     continue
-                image, size = _upright(frame, aspect)
+                image, size = show()
                 if patches is None:
                     height, width = frame_size(*size, n, p, o)
                     patches = _allocate(n, height, width, p, budget, True)
@@ -177,13 +193,13 @@ def _from_file(open_clip: Callable, p: Preprocessing, o: MediaOptions, budget: B
 def _with_ends(frames: Iterator[tuple], clock: Clock) -> Iterator[tuple]:
     """Adds to each frame the place of the next one: its number or, if the rate varies, when it is shown."""
     if clock.stamps is None:
-        yield from ((index, frame, aspect, index + 1) for index, frame, aspect in frames)
+        yield from ((number, show, number + 1) for number, _, show in frames)
         return
     held = None
-    for index, frame, aspect in frames:
+    for number, stamp, show in frames:
         if held:
-            yield *held, clock.place(index, frame.pts)
-        held = index, frame, aspect
+            yield *held, clock.place(number, stamp)
+        held = number, show
     if held:
         yield *held, math.inf
 
@@ -222,7 +238,7 @@ def _count(open_clip: Callable) -> Clock:
 
 
 def _decode(open_clip: Callable, budget: Budget, held: int) -> Iterator[tuple]:
-    """(number, frame, aspect of a pixel) of each frame as it is shown. held: frames that the caller keeps."""
+    """The frames in the order in which they are shown, as `_from_file` takes them."""
     with open_clip() as (packets, _, stream):
         context, index = stream.codec_context, 0
         most = max(_picture_bytes(context), _LEAST_PICTURE)
@@ -232,7 +248,7 @@ def _decode(open_clip: Callable, budget: Budget, held: int) -> Iterator[tuple]:
         with budget.clip_decoder(held * most + 16 * context.width * context.height):
             for packet in packets:
                 for frame in packet.decode():
-                    yield index, frame, stream.sample_aspect_ratio
+                    yield index, frame.pts, partial(_upright, frame, stream.sample_aspect_ratio)
                     index += 1
                 if _picture_bytes(context) > most:
                     raise MediaError(f"its frames grow to {context.width} × {context.height} pixels in the middle")
@@ -274,6 +290,12 @@ def _check_frame(width: int, height: int) -> None:
         raise MediaError(f"frames of {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels")
 
 
+def _start(data: bytes | Path) -> bytes:
+    """The first 64 bytes."""
+    with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
+        return file.read(64)
+
+
 def _opener(data: bytes | Path, budget: Budget) -> Callable:
     """A context manager that opens the clip anew: `with open_clip() as (packets, container, video stream)`."""
     try:
@@ -288,8 +310,7 @@ def _opener(data: bytes | Path, budget: Budget) -> Callable:
 
     def check_kind():
         """Names a file that is no video, once FFmpeg has failed."""
-        with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
-            start = file.read(64)
+        start = _start(data)
         pictures.check_start(start)
         picture, other = pictures.opened_kind(start), pictures.other_kind(start)
         if picture not in (None, "GIF"):
