@@ -243,6 +243,23 @@ def test_a_recording_that_stands_still(tmp_path):
         video_visual(tmp_path / "screen.mp4", P, MediaOptions(nframes=1000))
 
 
+@pytest.mark.skipif(not hasattr(av.stream.Stream, "index_entries"), reason="this PyAV does not show the index")
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize("cut", [90, 1500])
+def test_an_edit_list_cuts_frames_off(tmp_path, codec, cut):
+    """As phones trim clips: the frames stay in the file, and are not shown."""
+    data = bytearray(clip(tmp_path / "a.mp4", 10, codec=codec, times=SLOW).read_bytes())
+    at = data.index(b"elst") + 12
+    duration, start = struct.unpack(">Ii", data[at : at + 8])  # in ms, and in ticks
+    data[at : at + 8] = struct.pack(">Ii", duration - cut, start + cut * 16)
+    visual = video_visual(bytes(data), P, MediaOptions(video_end=2.4, nframes=4, **SMALL))
+    first = min(t for t in SLOW if t >= cut)
+    assert np.round(numbers(visual)).tolist() == shown(SLOW, first + np.linspace(0, 2400, 4))
+    assert visual.seconds_per_grid == pytest.approx(1.6)
+    whole = video_visual(bytes(data), P, MediaOptions(nframes=4, **SMALL))
+    assert whole.seconds_per_grid == pytest.approx(2 * (4.6 - first / 1000) / 3, rel=0.05)
+
+
 def animation(kind: str, durations, n: int = 5) -> bytes:
     file, frames = io.BytesIO(), [Image.fromarray(frame(10 * i)) for i in range(n)]
     options = {} if durations is None else {"duration": durations}
@@ -262,6 +279,37 @@ def test_durations_of_animations(kind):
         even = video_visual(animation(kind, durations), P, MediaOptions(**SMALL))
         assert np.round(np.array(numbers(even)) / 10).tolist() == [0, 1, 3, 4]
         assert even.seconds_per_grid == pytest.approx(0.25)
+
+
+def test_webp_animations(tmp_path):
+    """They show transparent parts white; frames of up to 10 ms last 100, as in browsers; a still picture is no clip."""
+    clear = Image.new("RGBA", (84, 56), (40, 40, 40, 0))
+    file, black = io.BytesIO(), Image.new("RGBA", (84, 56), (0, 0, 0, 255))
+    clear.save(file, "WEBP", save_all=True, append_images=[black], duration=[300, 900], lossless=True)
+    visual = video_visual(file.getvalue(), P, MediaOptions(**SMALL))
+    assert numbers(visual) == [61.25, -2.5, -2.5, -2.5] and visual.seconds_per_grid == pytest.approx(0.8)
+    path = tmp_path / "a.webp"
+    path.write_bytes(animation("WEBP", 0))
+    even = video_visual(path, P, MediaOptions(**SMALL))
+    assert (even.size, even.seconds_per_grid) == ((84, 56), 0.25)
+    with pytest.raises(InputError, match=r"is a picture .WEBP.; give it as an image"):
+        video_visual(picture("WEBP"), P)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-300], r"a\.webp: not a picture that can be opened"),
+        (lambda data: data.replace(b"ANMF", b"ANMG"), "a WebP animation without frames"),
+        (lambda data: data[:24] + b"\xff" * 6 + data[30:], r"a\.webp: .* the limit is"),
+        (lambda data: data[:24] + b"\x50\x17\0" * 2 + data[30:], r"a\.webp: .* of memory, the limit is 1,024 MiB"),
+    ],
+)
+def test_bad_webp_animations(tmp_path, change, message):
+    path = tmp_path / "a.webp"
+    path.write_bytes(change(animation("WEBP", 100)))
+    with pytest.raises(InputError, match=message):
+        video_visual(path, P)
 
 
 def ticks(stamps, last: int = 1, time_base=Fraction(1, 1000), may_jump: bool = False):

@@ -56,8 +56,8 @@ class Stamps:
         if self._last is None or stamp >= self._last:
             self._last, self._last_ticks = stamp, ticks or 0
 
-    def clock(self, rate: float, time_base: Fraction, may_jump: bool) -> Clock:
-        """The clip's clock. may_jump: the format's timestamps may start anew.
+    def clock(self, rate: float, time_base: Fraction, may_jump: bool, ticks: int | None = None) -> Clock:
+        """The clip's clock. may_jump: the format's timestamps may start anew; ticks: how long all frames are shown.
 
         The rate is constant unless frames are off their evenly spread places, by more than rounding (Matroska counts
         milliseconds, GIF hundredths) or a single missing frame explains. So it also is where too few frames have a
@@ -78,6 +78,8 @@ class Stamps:
             return constant
         usual = float(np.median(gaps[gaps > 0], overwrite_input=True))
         end = last - start + (stay or round(usual))
+        if ticks and ticks > last - start:  # FFmpeg shifts the frames' own ticks where an edit list cuts frames off
+            end = min(end, ticks)
         own = stamps[np.append(True, gaps > min(usual / 8, _SAME / tick))]
         off = np.linspace(0, end, len(own), endpoint=False)
         off -= own

@@ -208,6 +208,8 @@ def _count(open_clip: Callable) -> Clock:
     """Number of frames, their mean rate and their times, from the packets, since headers may lack them or be wrong."""
     stamps = Stamps()
     with open_clip() as (packets, container, stream):
+        # FFmpeg's index lacks the frames that an edit list leaves out. Older PyAV does not show it.
+        indexed = min(stream.frames, len(getattr(stream, "index_entries", range(stream.frames))))
         n, with_time, times = 0, 0, (math.inf, -math.inf, 0)
         for packet in packets:
             with_time += packet.pts is not None
@@ -217,11 +219,11 @@ def _count(open_clip: Callable) -> Clock:
                 if packet.pts is not None:
                     times = min(times[0], packet.pts), max(times[1], packet.pts), times[2] + 1
         # MP4 and MOV have an index of all frames, so a missing frame means that the file was cut off.
-        if "mp4" in container.format.name and with_time < stream.frames:
-            raise MediaError(f"the file is cut off: it has {with_time} of {stream.frames} frames")
+        if "mp4" in container.format.name and with_time < indexed:
+            raise MediaError(f"the file is cut off: it has {with_time} of {indexed} frames")
         declared = stream.average_rate or stream.guessed_rate
         span = (times[1] - times[0]) * stream.time_base if times[2] else 0
-        brand = container.metadata.get("major_brand", "")
+        brand, ticks = container.metadata.get("major_brand", ""), stream.duration
         time_base, may_jump = stream.time_base or Fraction(1), bool(container.format.flags & _CLOCK_MAY_JUMP)
     timed = Fraction(times[2] - 1) / span if span > 0 else None
     # The header's rate, which the reference uses, is exact. If timestamps contradict it (as with a variable rate in
@@ -234,7 +236,7 @@ def _count(open_clip: Callable) -> Clock:
         rate = float(timed or 1)
     if brand.startswith("avi") and rate >= 100:  # an AVIF without durations; browsers show 10 frames per second
         return Clock(n, 10.0)
-    return stamps.clock(rate, time_base, may_jump)
+    return stamps.clock(rate, time_base, may_jump, ticks)
 
 
 def _decode(open_clip: Callable, budget: Budget, held: int) -> Iterator[tuple]:
