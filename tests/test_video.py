@@ -355,6 +355,8 @@ def test_which_rates_vary(stamps, varies):
 def test_a_last_frame_that_stays_counts():
     assert ticks(EVEN, last=40) is ticks(EVEN, last=0) is ticks(EVEN, last=20) is None
     assert ticks(EVEN, last=9000) is not None
+    assert ticks([0, 2000], last=100).tolist() == [0, 2000]
+    assert ticks([0, 2000], last=100, may_jump=True) is None  # MPEG-TS stores no durations
 
 
 def test_a_clock_that_starts_anew_is_no_pause():

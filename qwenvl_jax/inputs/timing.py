@@ -59,9 +59,9 @@ class Stamps:
     def clock(self, rate: float, time_base: Fraction, may_jump: bool, ticks: int | None = None) -> Clock:
         """The clip's clock. may_jump: the format's timestamps may start anew; ticks: how long all frames are shown.
 
-        The rate is constant unless frames are off their evenly spread places, by more than rounding (Matroska counts
-        milliseconds, GIF hundredths) or a single missing frame explains. So it also is where too few frames have a
-        timestamp, and beyond MOST_STAMPS.
+        The rate varies if frames are off their evenly spread places by more than rounding (Matroska counts
+        milliseconds, GIF hundredths) or a single missing frame explains. Otherwise it is constant, as it is taken to
+        be if too few frames have a timestamp, or more than MOST_STAMPS.
         """
         constant, tick = Clock(self._total, rate), float(time_base)
         if len(self.values) < 2 or self._total - len(self.values) > self._total // 50 + 1:
@@ -69,7 +69,7 @@ class Stamps:
         stamps = np.frombuffer(self.values, np.int64)
         stamps.sort()
         start, last = int(stamps[0]), int(stamps[-1])
-        stay = self._last_ticks if self._last_ticks > 1 else 0
+        stay = self._last_ticks if self._last_ticks > 1 and not may_jump else 0  # MPEG-TS stores none
         if (last - start + stay) * tick > MAX_CLIP_SECONDS:  # damaged
             return constant
         stamps -= start
