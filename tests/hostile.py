@@ -167,6 +167,8 @@ def clips(folder: Path):
     kinds = [("a.mp4", "libx264"), ("b.mp4", "mpeg4"), ("a.mkv", "libx264"), ("a.webm", "libvpx-vp9"), ("a.gif", "gif"),
              ("a.avi", "mjpeg"), ("a.ts", "mpeg2video"), ("a.flv", "flv1"), ("a.h264", "libx264")]  # fmt: skip
     sources = [test_video.clip(folder / name, 12, codec=codec).read_bytes() for name, codec in kinds]
+    sources.append(test_video.clip(folder / "varying.mkv", 10, times=test_video.SLOW).read_bytes())
+    sources += [test_video.animation(kind, [100, 100, 2000, 100, 100]) for kind in ("AVIF", "WEBP")]
     small = MediaOptions(max_pixels=784 * 8)
 
     def run(data):
@@ -192,6 +194,7 @@ def clips(folder: Path):
     bombs = {
         "mp4 of large frames": large_frames,
         "mp4 of a hundred million frames": lambda: run(bytes(counted)),
+        "webp of 32 megapixels": lambda: run(sources[-1][:24] + (5699).to_bytes(3, "little") * 2 + sources[-1][30:]),
     }
     return bombs, lambda rng: run(mutated(rng, rng.choice(sources), sources))
 

@@ -17,12 +17,13 @@ from tiny import tiny_config
 
 from qwenvl_jax.errors import InputError, install
 from qwenvl_jax.families import to_dict
-from qwenvl_jax.inputs import video
+from qwenvl_jax.inputs import timing, video
 from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.inputs.media import image_visual
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.preprocessing import Preprocessing, pixel_table
-from qwenvl_jax.inputs.video import frame_count, frame_indices, frame_range, frame_size, video_visual
+from qwenvl_jax.inputs.timing import Stamps, frame_count, frame_indices, frame_range
+from qwenvl_jax.inputs.video import frame_size, video_visual
 from qwenvl_jax.types import Grid, Visual
 
 av = pytest.importorskip("av")
@@ -194,12 +195,196 @@ def test_real_clip():
     assert part.seconds_per_grid == 2 / (4 / 26 * 25)
 
 
-def test_variable_frame_rate(tmp_path):
-    times = [0, 40, 80, 120, 1000, 2000, 2040, 2080, 3500, 4500]
-    path = clip(tmp_path / "vfr.mkv", 10, times=times)
+SCREEN = [round(i * 1000 / 30) for i in range(60)] + [6000]  # 2 s at 30 frames per second, then a still until 6 s
+SLOW = [0, 40, 80, 120, 1000, 2000, 2040, 2080, 3500, 4500]  # in ms
+
+
+def shown(times: list, moments) -> list[int]:
+    """The numbers of the frames that are shown at these moments."""
+    return [max(i for i, t in enumerate(times) if t <= m + 1e-6) for m in moments]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.mp4", "libx264"),  # frames out of order
+        ("b.mp4", "mpeg4"),
+        ("a.mkv", "libx264"),
+        ("a.webm", "libvpx-vp9"),
+        ("a.webm", "libvpx"),
+        ("a.avi", "mpeg4"),
+        ("a.flv", "flv1"),
+        ("a.gif", "gif"),
+    ],
+)
+def test_a_varying_rate_is_sampled_by_time(tmp_path, name, codec):
+    path = clip(tmp_path / name, 10, codec=codec, times=SLOW)
+    visual = video_visual(path, P, MediaOptions(video_start=0.5, video_end=3.5, nframes=4, **SMALL))
+    assert np.round(numbers(visual)).tolist() == shown(SLOW, [500, 1500, 2500, 3500]) == [3, 4, 7, 8]
+    assert visual.seconds_per_grid == 2.0
+    still = video_visual(path, P, MediaOptions(video_start=2.5, video_end=3.25, fps=8, **SMALL))
+    assert (np.round(numbers(still)).tolist(), still.seconds_per_grid) == ([7] * 6, 0.3)
+    whole = video_visual(path, P, MediaOptions(nframes=4, **SMALL))  # to the end of the last frame
+    assert np.round(numbers(whole)).tolist() == [0, 4, 7, 9]
+    assert whole.seconds_per_grid == pytest.approx(2 * 4.55 / 3, rel=0.02)
+
+
+def test_a_recording_that_stands_still(tmp_path):
+    visual = video_visual(clip(tmp_path / "screen.mp4", 61, codec="libx264", times=SCREEN), P, MediaOptions(**SMALL))
+    moments = np.linspace(0, 6033, 12)
+    assert np.round(numbers(visual)).tolist() == shown(SCREEN, moments)
+    assert visual.seconds_per_grid == pytest.approx(2 * 6.033 / 11, rel=0.02)
+    every = video_visual(tmp_path / "screen.mp4", P, MediaOptions(nframes=62, **SMALL))  # more than it has frames
+    assert len(numbers(every)) == 62
+    for part in ({"video_start": 7}, {"video_start": 3, "video_end": 3}):
+        with pytest.raises(InputError, match=r"leave nothing of 6\.\d\d seconds"):
+            video_visual(tmp_path / "screen.mp4", P, MediaOptions(**part))
+    with pytest.raises(InputError, match=r"nframes 1000 rounds to 1000 of the clip's 61 frames; .* from 2 to 768"):
+        video_visual(tmp_path / "screen.mp4", P, MediaOptions(nframes=1000))
+
+
+@pytest.mark.skipif(not hasattr(av.stream.Stream, "index_entries"), reason="this PyAV does not show the index")
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize("cut", [90, 1500])
+def test_an_edit_list_cuts_frames_off(tmp_path, codec, cut):
+    """As phones trim clips: the frames stay in the file, and are not shown."""
+    data = bytearray(clip(tmp_path / "a.mp4", 10, codec=codec, times=SLOW).read_bytes())
+    at = data.index(b"elst") + 12
+    duration, start = struct.unpack(">Ii", data[at : at + 8])  # in ms, and in ticks
+    data[at : at + 8] = struct.pack(">Ii", duration - cut, start + cut * 16)
+    visual = video_visual(bytes(data), P, MediaOptions(video_end=2.4, nframes=4, **SMALL))
+    first = min(t for t in SLOW if t >= cut)
+    assert np.round(numbers(visual)).tolist() == shown(SLOW, first + np.linspace(0, 2400, 4))
+    assert visual.seconds_per_grid == pytest.approx(1.6)
+    whole = video_visual(bytes(data), P, MediaOptions(nframes=4, **SMALL))
+    assert whole.seconds_per_grid == pytest.approx(2 * (4.6 - first / 1000) / 3, rel=0.05)
+
+
+def animation(kind: str, durations, n: int = 5) -> bytes:
+    file, frames = io.BytesIO(), [Image.fromarray(frame(10 * i)) for i in range(n)]
+    options = {} if durations is None else {"duration": durations}
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "AVIF", "WEBP"])
+def test_durations_of_animations(kind):
+    visual = video_visual(animation(kind, [100, 100, 2000, 100, 100]), P, MediaOptions(**SMALL))
+    assert np.round(np.array(numbers(visual)) / 10).tolist() == [0, 2, 2, 4]  # at 0, 0.8, 1.6 and 2.4 s
+    assert visual.seconds_per_grid == pytest.approx(1.6)
+    pause = video_visual(animation(kind, [100, 100, 100, 100, 3600]), P, MediaOptions(nframes=6, **SMALL))
+    assert np.round(np.array(numbers(pause)) / 10).tolist() == [0, 4, 4, 4, 4, 4]
+    assert pause.seconds_per_grid == pytest.approx(1.6)
+    for durations in (100, None) if kind != "PNG" else (100,):
+        even = video_visual(animation(kind, durations), P, MediaOptions(**SMALL))
+        assert np.round(np.array(numbers(even)) / 10).tolist() == [0, 1, 3, 4]
+        assert even.seconds_per_grid == pytest.approx(0.25)
+
+
+def test_webp_animations(tmp_path):
+    """They show transparent parts white; frames of up to 10 ms last 100, as in browsers; a still picture is no clip."""
+    clear = Image.new("RGBA", (84, 56), (40, 40, 40, 0))
+    file, black = io.BytesIO(), Image.new("RGBA", (84, 56), (0, 0, 0, 255))
+    clear.save(file, "WEBP", save_all=True, append_images=[black], duration=[300, 900], lossless=True)
+    visual = video_visual(file.getvalue(), P, MediaOptions(**SMALL))
+    assert numbers(visual) == [61.25, -2.5, -2.5, -2.5] and visual.seconds_per_grid == pytest.approx(0.8)
+    path = tmp_path / "a.webp"
+    path.write_bytes(animation("WEBP", 0))
+    even = video_visual(path, P, MediaOptions(**SMALL))
+    assert (even.size, even.seconds_per_grid) == ((84, 56), 0.25)
+    with pytest.raises(InputError, match=r"is a picture .WEBP.; give it as an image"):
+        video_visual(picture("WEBP"), P)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:-300], r"a\.webp: not a picture that can be opened"),
+        (lambda data: data.replace(b"ANMF", b"ANMG"), "a WebP animation without frames"),
+        (lambda data: data[:24] + b"\xff" * 6 + data[30:], r"a\.webp: .* the limit is"),
+        (lambda data: data[:24] + b"\x50\x17\0" * 2 + data[30:], r"a\.webp: .* of memory, the limit is 1,024 MiB"),
+    ],
+)
+def test_bad_webp_animations(tmp_path, change, message):
+    path = tmp_path / "a.webp"
+    path.write_bytes(change(animation("WEBP", 100)))
+    with pytest.raises(InputError, match=message):
+        video_visual(path, P)
+
+
+def ticks(stamps, last: int = 1, time_base=Fraction(1, 1000), may_jump: bool = False):
+    collected = Stamps()
+    for i, stamp in enumerate(stamps):
+        collected.add(stamp, last if i == len(stamps) - 1 else 0)
+    return collected.clock(25.0, time_base, may_jump).stamps
+
+
+EVEN = [40 * i for i in range(100)]
+
+
+@pytest.mark.parametrize(
+    ("stamps", "varies"),
+    [
+        (EVEN, False),
+        ([round(i * 1001 / 30) for i in range(1000)], False),  # NTSC in Matroska
+        ([i * 100 // 24 for i in range(99)], False),  # in hundredths, as in GIF
+        ([t + (7 * i % 5) for i, t in enumerate(EVEN)], False),  # a camera's jitter
+        ([EVEN[i ^ 1] for i in range(100)], False),  # out of order
+        ([t for t in EVEN if t != 2000], False),  # a missing frame
+        ([*EVEN[:50], EVEN[49], *EVEN[50:]], False),  # a repeated timestamp
+        ([t for t in EVEN for _ in range(2)], False),  # two packets of a frame
+        ([t if t != 2000 else None for t in EVEN], False),
+        ([t if t % 400 else None for t in EVEN], False),  # too few to judge
+        ([None] * 9, False),
+        ([7] * 9, False),
+        ([7], False),
+        ([-80, -40, *EVEN], False),
+        ([t if t < 2000 else t + 500 for t in EVEN], True),  # a pause
+        ([t if t < 2000 else 2 * t - 2000 for t in EVEN], True),  # half the rate from there on
+        ([1000 * i for i in (0, 1, 3, 4, 5)], True),  # slides
+        ([10000 * i + j for i in range(9) for j in (0, 33)], True),
+    ],
+)
+def test_which_rates_vary(stamps, varies):
+    found = ticks(stamps)
+    assert (found is not None) == varies
+    if varies:
+        assert found.tolist() == sorted(stamps)
+
+
+def test_a_last_frame_that_stays_counts():
+    assert ticks(EVEN, last=40) is ticks(EVEN, last=0) is ticks(EVEN, last=20) is None
+    assert ticks(EVEN, last=9000) is not None
+    assert ticks([0, 2000], last=100).tolist() == [0, 2000]
+    assert ticks([0, 2000], last=100, may_jump=True) is None  # MPEG-TS stores no durations
+
+
+def test_a_clock_that_starts_anew_is_no_pause():
+    restarted = [*EVEN, *(t + 10**6 for t in EVEN)]
+    assert ticks(restarted) is not None
+    assert ticks(restarted, may_jump=True) is None
+
+
+def test_timestamps_take_bounded_memory(monkeypatch):
+    monkeypatch.setattr(timing, "MOST_STAMPS", 50)
+    collected = Stamps()
+    for t in [*SLOW] * 10:
+        collected.add(t, 1)
+    assert len(collected.values) == 50
+    assert collected.clock(25.0, Fraction(1, 1000), False) == timing.Clock(100, 25.0)
+
+
+def test_frames_of_a_varying_rate_that_do_not_decode(tmp_path, monkeypatch):
+    """Each moment shows the last decoded frame before it, or the first."""
+    path, decode = clip(tmp_path / "a.mkv", 10, times=SLOW), video._decode
+
+    def some(*args):
+        kept = (item for item in decode(*args) if item[0] not in (0, 4, 9))
+        yield from ((i, *item[1:]) for i, item in enumerate(kept))
+
+    monkeypatch.setattr(video, "_decode", some)
     visual = video_visual(path, P, MediaOptions(nframes=4, **SMALL))
-    assert np.round(numbers(visual)).tolist() == [0, 3, 6, 9]
-    assert visual.seconds_per_grid == pytest.approx(2 / (4 / 10 * 9 / 4.5))  # nine intervals in 4.5 s
+    assert np.round(numbers(visual)).tolist() == [1, 3, 7, 8]
 
 
 def test_fragmented_file_that_declares_no_frames(tmp_path):
@@ -212,7 +397,7 @@ def test_fragmented_file_that_declares_no_frames(tmp_path):
 def test_frames_that_do_not_decode_are_not_counted(tmp_path, monkeypatch):
     path = clip(tmp_path / "short.mp4", 20)
     count = video._count
-    monkeypatch.setattr(video, "_count", lambda open_clip: (count(open_clip)[0] + 7, 10.0))
+    monkeypatch.setattr(video, "_count", lambda open_clip: count(open_clip)._replace(total=27))
     visual = video_visual(path, P, MediaOptions(nframes=4, **SMALL))
     assert np.round(numbers(visual)).tolist() == [0, 6, 13, 19]
     assert visual.seconds_per_grid == 2 / (4 / 20 * 10)

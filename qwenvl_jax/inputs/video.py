@@ -7,32 +7,33 @@ list of frames is resized once, by the rules for images.
 import io
 import math
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from qwenvl_jax.errors import InputError, MediaError, OptionsError, install
-from qwenvl_jax.inputs import pictures
+from qwenvl_jax.inputs import animation, pictures
 from qwenvl_jax.inputs.budget import Budget
 from qwenvl_jax.inputs.fetch import name_of, path_or_bytes
 from qwenvl_jax.inputs.media import as_visual, empty_patches, fill, opened, resize
 from qwenvl_jax.inputs.options import DEFAULT, MediaOptions
 from qwenvl_jax.inputs.preprocessing import MAX_PIXELS, Preprocessing, target_size
+from qwenvl_jax.inputs.timing import DEFAULT_FPS, MAX_CLIP_SECONDS, Clock, Stamps, sampled
 from qwenvl_jax.types import Visual
 
-DEFAULT_FPS = 2.0
-MIN_FRAMES, MAX_FRAMES = 4, 768
 FRAME_MIN_TOKENS, FRAME_MAX_TOKENS = 128, 768  # visual tokens per frame, before frames are paired
 TOTAL_TOKENS = 128000 * 0.9  # visual tokens per clip
 MAX_VIDEO_BYTES = 512 << 20  # of a download; files are read while they are decoded
-MAX_CLIP_SECONDS = 10**6  # eleven days; float32 and int32 hold the positions, half seconds, exactly
 
 _HELD = {"h264": 18, "hevc": 18}  # frames that a decoder holds: the references, and those to be shown later; others: 10
+_CLOCK_MAY_JUMP = 512  # AVFMT_TS_DISCONT, of FFmpeg's description of a format
 _LEAST_PICTURE = 4 << 20  # bytes; so that frames may grow up to full HD
 _TURNS = {  # display matrix → the transpose that shows the frame upright
     (0, 1, -1, 0): Image.Transpose.ROTATE_270,
@@ -54,17 +55,19 @@ def video_visual(
 ) -> Visual:
     """One clip as patches [t·h·w, C] uint8; a grid step is two frames.
 
-    source: a video file (path, file:// or http(s) URL, base64 data: URL, bytes), or a list of frames, each a source of
-        `load_image`.
+    source: a video file or animation (path, file:// or http(s) URL, base64 data: URL, bytes), or a list of frames, each
+        a source of `load_image`.
     options: fps or nframes, not both. For a list of frames, fps is the rate at which they were taken. The list is
         resized as images are, and its last frame is repeated if their number is odd; total_pixels, min_frames and
         max_frames do not apply.
 
     budget: what the conversation's media may still take.
 
-    As in the reference, frames are sampled evenly by number, even if the frame rate varies. Frames are upright and have
-    the file's aspect; transparent parts are white (WebM's are not decoded). Interlaced frames stay as they are. A file
-    of one frame is one grid step, or as many as `nframes` asks for.
+    As in the reference, frames are sampled evenly by number. If the frame rate varies, they are sampled evenly in time:
+    of each moment, the frame that is shown then, which may be the same again; seconds_per_grid is twice the time from
+    moment to moment. (The reference samples by number here too, so its frames come from other times.) Frames are
+    upright and have the file's aspect; transparent parts are white (WebM's are not decoded). Interlaced frames stay as
+    they are. A file of one frame is one grid step, or as many as `nframes` asks for.
 
     Raises MediaError or OptionsError that names the source.
     """
@@ -80,48 +83,17 @@ def video_visual(
         raise OptionsError(f"min_frames {o.min_frames} is larger than max_frames {o.max_frames}")
     data = path_or_bytes(source, MAX_VIDEO_BYTES, budget)
     try:
-        return _from_file(_opener(data, budget), p, o, budget)
+        if animation.is_animated_webp(_start(data)):
+            data = animation.read(data, budget)
+            return _from_file(
+                lambda: animation.count(data, budget), lambda _: animation.decode(data, budget), p, o, budget
+            )
+        open_clip = _opener(data, budget)
+        return _from_file(lambda: _count(open_clip), lambda held: _decode(open_clip, budget, held), p, o, budget)
+    except OSError as e:
+        raise MediaError(f"{name_of(source)}: cannot be read ({e.strerror or e})") from e
     except InputError as e:
         raise e.at(name_of(source)) from e
-
-
-def frame_range(total: int, rate: float, start: float | None, end: float | None) -> tuple[int, int]:
-    """First and last frame (inclusive) between two times in seconds; a time past the end is the end."""
-    if start is None and end is None:
-        return 0, total - 1
-    seconds = total / rate
-    if total == 1 and (start or 0) < seconds and (end is None or end >= (start or 0)):
-        return 0, 0
-    first = math.ceil(min(start or 0.0, seconds) * rate)
-    last = min(math.floor(min(seconds if end is None else end, seconds) * rate), total - 1)
-    if first >= last:
-        raise OptionsError(
-            f"video_start {start} and video_end {end} leave fewer than two frames of {seconds:.2f} seconds"
-        )
-    return first, last
-
-
-def frame_count(total: int, rate: float, o: MediaOptions = DEFAULT, factor: int = 2) -> int:
-    """How many of `total` frames at `rate` frames per second to sample: a multiple of `factor`."""
-    if o.nframes is not None:
-        n = round(o.nframes / factor) * factor
-    else:
-        low = math.ceil((o.min_frames or MIN_FRAMES) / factor) * factor
-        high = math.floor((o.max_frames or min(MAX_FRAMES, total)) / factor) * factor
-        n = min(max(total / rate * (o.fps or DEFAULT_FPS), low), high, total)
-        n = math.floor(n / factor) * factor
-    if not factor <= n <= total:
-        asked = f"nframes {o.nframes} rounds to {n}" if o.nframes is not None else f"{n} would be sampled"
-        raise OptionsError(f"{asked} of the clip's {total} frames; it must be from {factor} to {total}")
-    return n
-
-
-def frame_indices(first: int, last: int, n: int) -> list[int]:
-    """`n` frame numbers spread evenly over first … last, both included.
-
-    The reference computes them in float32; in clips of many thousand frames its numbers may differ by one.
-    """
-    return np.linspace(first, last, n).round().astype(int).tolist()
 
 
 def frame_size(height: int, width: int, n: int, p: Preprocessing, o: MediaOptions = DEFAULT) -> tuple[int, int]:
@@ -181,78 +153,104 @@ def _allocate(n: int, height: int, width: int, p: Preprocessing, budget: Budget,
     return empty_patches(steps, height, width, p)
 
 
-def _from_file(open_clip: Callable, p: Preprocessing, o: MediaOptions, budget: Budget) -> Visual:
+def _from_file(
+    count: Callable[[], Clock],
+    decode: Callable[[int], Iterator[tuple]],
+    p: Preprocessing,
+    o: MediaOptions,
+    budget: Budget,
+) -> Visual:
     """Two passes: the first counts the frames without decoding, the second decodes up to the last sampled one.
 
-    If fewer frames decode than were counted, a third pass samples from that number.
+    decode(held): (number, timestamp, function that gives the picture and its shown (height, width)) of each frame, for
+        a caller that keeps `held` of them.
+    If fewer frames decode than were counted, and they are sampled by number, a third pass samples from that number.
     """
-    total, rate = _count(open_clip)
-    while total:
-        first, last = frame_range(total, rate, o.video_start, o.video_end)
-        if total == 1:
-            n = max(round((o.nframes or 1) / p.temporal_patch_size), 1) * p.temporal_patch_size
-            indices = [0] * n
-            sampled_fps = o.fps or DEFAULT_FPS  # as of a list of frames
-        else:
-            n = frame_count(last - first + 1, rate, o, p.temporal_patch_size)
-            indices = frame_indices(first, last, n)
-            sampled_fps = n / (last - first + 1) * rate
-        patches, found, seen = None, 0, 0
-        with closing(_decode(open_clip, budget)) as frames:
-            for index, frame, aspect in frames:
+    clock = count()
+    while clock.total:
+        wanted, seconds_per_grid = sampled(clock, o, p.temporal_patch_size)
+        n, patches, found, seen = len(wanted), None, 0, 0
+        with closing(decode(int(clock.stamps is not None))) as frames:
+            for index, show, end in _with_ends(frames, clock):
                 seen = index + 1
-                if index != indices[found]:
+                until = bisect_left(wanted, end)
+                if until <= found:
                     continue
-                image, size = _upright(frame, aspect)
+                image, size = show()
                 if patches is None:
                     height, width = frame_size(*size, n, p, o)
                     patches = _allocate(n, height, width, p, budget, True)
                 stored, image = image.size, resize(image, height, width)
-                while found < n and indices[found] == index:
-                    fill(patches[found // p.temporal_patch_size], image, [found % p.temporal_patch_size])
-                    found += 1
+                for i in range(found, until):
+                    fill(patches[i // p.temporal_patch_size], image, [i % p.temporal_patch_size])
+                found = until
                 if found == n:
-                    return _as_clip(patches, p.temporal_patch_size / sampled_fps)._replace(size=stored)
-        total = seen
+                    return _as_clip(patches, seconds_per_grid)._replace(size=stored)
+        clock = clock._replace(total=seen)
     raise MediaError("no frame can be decoded")
 
 
-def _count(open_clip: Callable) -> tuple[int, float]:
-    """Number of frames and their mean rate, from the packets, since headers may lack both or be wrong."""
+def _with_ends(frames: Iterator[tuple], clock: Clock) -> Iterator[tuple]:
+    """Adds to each frame the place of the next one: its number or, if the rate varies, when it is shown."""
+    if clock.stamps is None:
+        yield from ((number, show, number + 1) for number, _, show in frames)
+        return
+    held = None
+    for number, stamp, show in frames:
+        if held:
+            yield *held, clock.place(number, stamp)
+        held = number, show
+    if held:
+        yield *held, math.inf
+
+
+def _count(open_clip: Callable) -> Clock:
+    """Number of frames, their mean rate and their times, from the packets, since headers may lack them or be wrong."""
+    stamps = Stamps()
     with open_clip() as (packets, container, stream):
+        # FFmpeg's index lacks the frames that an edit list leaves out. Older PyAV does not show it.
+        indexed = min(stream.frames, len(getattr(stream, "index_entries", range(stream.frames))))
         n, with_time, times = 0, 0, (math.inf, -math.inf, 0)
         for packet in packets:
             with_time += packet.pts is not None
             if packet.size and not packet.is_discard:
                 n += 1
+                stamps.add(packet.dts if packet.pts is None else packet.pts, packet.duration)
                 if packet.pts is not None:
                     times = min(times[0], packet.pts), max(times[1], packet.pts), times[2] + 1
         # MP4 and MOV have an index of all frames, so a missing frame means that the file was cut off.
-        if "mp4" in container.format.name and with_time < stream.frames:
-            raise MediaError(f"the file is cut off: it has {with_time} of {stream.frames} frames")
+        if "mp4" in container.format.name and with_time < indexed:
+            raise MediaError(f"the file is cut off: it has {with_time} of {indexed} frames")
         declared = stream.average_rate or stream.guessed_rate
         span = (times[1] - times[0]) * stream.time_base if times[2] else 0
+        brand, ticks = container.metadata.get("major_brand", ""), stream.duration
+        time_base, may_jump = stream.time_base or Fraction(1), bool(container.format.flags & _CLOCK_MAY_JUMP)
     timed = Fraction(times[2] - 1) / span if span > 0 else None
     # The header's rate, which the reference uses, is exact. If timestamps contradict it (as with a variable rate in
     # Matroska), they decide.
     if declared and (timed is None or abs(timed / declared - 1) < 0.02):
-        return n, float(declared)
-    if n > 1 and timed is None:
+        rate = float(declared)
+    elif n > 1 and timed is None:
         raise MediaError("the clip has neither a frame rate nor timestamps; give its frames as a list, with fps")
-    return n, float(timed or 1)
+    else:
+        rate = float(timed or 1)
+    if brand.startswith("avi") and rate >= 100:  # an AVIF without durations; browsers show 10 frames per second
+        return Clock(n, 10.0)
+    return stamps.clock(rate, time_base, may_jump, ticks)
 
 
-def _decode(open_clip: Callable, budget: Budget) -> Iterator[tuple]:
+def _decode(open_clip: Callable, budget: Budget, held: int) -> Iterator[tuple]:
+    """The frames in the order in which they are shown, as `_from_file` takes them."""
     with open_clip() as (packets, _, stream):
         context, index = stream.codec_context, 0
         most = max(_picture_bytes(context), _LEAST_PICTURE)
         threads = budget.memory_limit // 4 // most
         context.thread_type, context.thread_count = "AUTO", max(1, min(os.cpu_count() or 1, 16, threads))
-        held = _HELD.get(context.name, 10) + context.thread_count
+        held += _HELD.get(context.name, 10) + context.thread_count
         with budget.clip_decoder(held * most + 16 * context.width * context.height):
             for packet in packets:
                 for frame in packet.decode():
-                    yield index, frame, stream.sample_aspect_ratio
+                    yield index, frame.pts, partial(_upright, frame, stream.sample_aspect_ratio)
                     index += 1
                 if _picture_bytes(context) > most:
                     raise MediaError(f"its frames grow to {context.width} × {context.height} pixels in the middle")
@@ -294,6 +292,12 @@ def _check_frame(width: int, height: int) -> None:
         raise MediaError(f"frames of {width} × {height} pixels; the limit is {MAX_PIXELS:,} pixels")
 
 
+def _start(data: bytes | Path) -> bytes:
+    """The first 64 bytes."""
+    with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
+        return file.read(64)
+
+
 def _opener(data: bytes | Path, budget: Budget) -> Callable:
     """A context manager that opens the clip anew: `with open_clip() as (packets, container, video stream)`."""
     try:
@@ -308,8 +312,7 @@ def _opener(data: bytes | Path, budget: Budget) -> Callable:
 
     def check_kind():
         """Names a file that is no video, once FFmpeg has failed."""
-        with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as file:
-            start = file.read(64)
+        start = _start(data)
         pictures.check_start(start)
         picture, other = pictures.opened_kind(start), pictures.other_kind(start)
         if picture not in (None, "GIF"):
