@@ -272,8 +272,8 @@ def test_truncation_at_any_length_is_noticed(tmp_path):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "not a readable index"),
-        ("[]", "not a readable index"),
+        ("{", "not readable as JSON"),
+        ("[]", "not a JSON object"),
         ("{}", "not a readable index"),
         ('{"weight_map": {"a": 3}}', "not a readable index"),
         ('{"weight_map": {}}', "names no tensors"),
