@@ -329,6 +329,18 @@ REAL_TOKENS = dict(
 )
 
 
+def test_settings_that_are_not_obeyed_are_named_once(tokenizer_dir, tmp_path, caplog):
+    hf_checkpoint(tmp_path / "hf", tokenizer_dir)
+    file = tmp_path / "hf" / "generation_config.json"
+    qwenvl_jax.load(tmp_path / "hf", dtype="bfloat16", progress=False)
+    assert not caplog.records
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": 4, "min_p": 0.1, "min_new_tokens": 3}))
+    qwenvl_jax.load(tmp_path / "hf", dtype="bfloat16", progress=False)
+    (one,) = caplog.records
+    said = "not supported, so answers differ from transformers': num_beams 4, min_new_tokens 3"
+    assert one.getMessage() == f"{file}: {said}"
+
+
 def test_load_and_save(tokenizer_dir, tmp_path):
     config = hf_checkpoint(tmp_path / "hf", tokenizer_dir)
     model = qwenvl_jax.load(tmp_path / "hf", progress=False)
