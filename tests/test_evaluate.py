@@ -644,6 +644,23 @@ def test_a_bad_output_is_refused_before_any_work(output, says, tmp_path, monkeyp
 
 
 @only_new
+def test_a_question_that_is_asked_fewer_times_is_named(tiny_checkpoint, tmp_path, capsys, echo):
+    file, output = numbers(tmp_path / "q.jsonl", "a", "b", "a", "a"), tmp_path / "answers.jsonl"
+    rest = ("--model", tiny_checkpoint, "--output", output)
+    assert run_eval(capsys, file, *rest)[0] == 0
+    kept = output.read_bytes()
+    for names, says in (
+        (("a", "b"), f":3: is answer 2 to the question of {file}:1, which is now asked once; give another"),
+        (("b", "a", "a"), f":4: is answer 3 to the question of {file}:2, which is now asked 2 times; give another"),
+    ):
+        numbers(file, *names)
+        code, _, err = run_eval(capsys, file, *rest)
+        assert code == 2 and says in err and output.read_bytes() == kept
+    numbers(file, "a", "b", "a", "a", "a")  # more of them is no contradiction
+    assert run_eval(capsys, file, *rest)[0] == 0
+
+
+@only_new
 def test_answers_of_another_evaluation_are_refused(tiny_checkpoint, tmp_path, capsys, echo):
     file, output = numbers(tmp_path / "q.jsonl", "a", "b"), tmp_path / "answers.jsonl"
     argv = (file, "--model", tiny_checkpoint, "--output", output)
@@ -696,6 +713,9 @@ def test_answers_follow_pictures_and_preprocessing_but_not_the_working_directory
         write(file, {**record, key: value})
         code, _, err = run_eval(capsys, file, *rest)
         assert code == 2 and f":1: the {key} of {file}:1 was " in err and f" and is {value!r}" in err
+    write(file, {**record, "metric": "anls", "answer": "y"}, {**record, "answer": "z"})  # the second is nearer
+    code, _, err = run_eval(capsys, file, *rest)
+    assert code == 2 and f":1: the answer of {file}:2 was 'x' and is 'z'" in err
     write(file, record)
     settings = model / "preprocessor_config.json"
     before = settings.read_text()
