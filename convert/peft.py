@@ -154,12 +154,23 @@ class AdapterFile(contextlib.AbstractContextManager):
             r, scale[l] = pair.A.shape[0], pair.scale
             self._reader.read_part(pair.A, slice(0, r), slice(0, n_in), True, a[l, :, :r])
             self._reader.read_part(pair.B, slice(0, n_out), slice(0, r), True, b[l, :r])
+            if not (np.isfinite(a[l]).all() and np.isfinite(b[l]).all()):
+                raise _diverged(pair.A.file, linear)
         return (a, b, scale) if spec.stacked else (a[0], b[0], scale[0])
 
     def replace(self, path: str, index: tuple[slice, ...], out: np.ndarray) -> None:
         """Overwrites what this adapter replaces in `out`, the part `index` of a parameter."""
         for job in pieces(self._declared[path], self.replaced.get(path, {}), index, out):
             self._reader.read_part(*job)
+        if self.replaced.get(path) and not np.isfinite(out).all():
+            raise _diverged(self.path / WEIGHTS, path)
+
+
+def _diverged(file: Path, path: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: the adapter's weights of {path} have NaN or infinity, so its training diverged; take an earlier "
+        "checkpoint of it, or train again with a smaller learning rate"
+    )
 
 
 class AdaptedSource(Source):

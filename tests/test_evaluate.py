@@ -632,7 +632,12 @@ def test_answers_carry_the_ids_of_their_records(tiny_checkpoint, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "output, says", [("gs://a/b.jsonl", "local file only"), ("no/b.jsonl", "there is no directory")]
+    "output, says",
+    [
+        ("gs://a/b.jsonl", "local file only"),
+        ("no/b.jsonl", "there is no directory no; make it first"),
+        (".", r"is a directory; give a file, such as answers\.jsonl"),
+    ],
 )
 def test_a_bad_output_is_refused_before_any_work(output, says, tmp_path, monkeypatch, capsys):
     """From Python as from the command line: here there are neither records nor a model."""

@@ -231,7 +231,9 @@ def _local(source) -> str | None:
     if not isinstance(source, str | os.PathLike):
         return None
     path = re.sub("(?i)^file://(localhost(?=/))?", "", os.fspath(source))
-    return None if re.match("(?i)[a-z][a-z0-9+.-]*://|data:", path) else os.path.abspath(path)
+    if re.match("(?i)[a-z][a-z0-9+.-]*://|data:", path):
+        return None
+    return os.path.abspath(path if os.path.exists(path) else os.path.expanduser(path))
 
 
 def _absolute(source):
