@@ -166,7 +166,7 @@ def _check_ids(name: str, ids: tuple[int, ...], vocab_size: int) -> None:
 
 
 def _stop_strings(generation: Mapping) -> tuple[str, ...]:
-    stored = generation.get("stop_strings")
+    stored: Any = generation.get("stop_strings")
     try:
         return GenerateOptions(stop=stored).stop
     except OptionsError as e:

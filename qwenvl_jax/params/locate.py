@@ -16,7 +16,6 @@ from qwenvl_jax.stores import HUB_ID
 
 PACKAGE = Path(__file__).parents[1]
 DEMO = "demo"
-_DEMO_PATH = PACKAGE / "demo" / "checkpoint"
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([\w.-]+)")
 _LOG = logging.getLogger(__name__)
 
@@ -50,9 +49,10 @@ def find(path_or_id, *, revision: str | None = None, weights: bool = True) -> Pa
 def _small(path_or_id, revision: str | None = None) -> tuple[Path, Place | None]:
     """A checkpoint's directory with its small files, and the place of its weights, None if it is a local directory."""
     if path_or_id == DEMO:
-        if not _DEMO_PATH.is_dir():
+        path = PACKAGE / "demo" / "checkpoint"
+        if not path.is_dir():
             raise CheckpointError(f"{DEMO}: this installation has no demo checkpoint; name a directory or a hub id")
-        return _DEMO_PATH, None
+        return path, None
     path = Path(path_or_id).expanduser()
     if path.is_dir() and revision is None:
         return path.absolute(), None
@@ -115,7 +115,7 @@ def _public_name(path: Path, place: Place | None) -> tuple[str, str | None]:
     """The name of a checkpoint for other programs, and its revision; of a folder in the hub's cache, its commit."""
     if place is not None:
         return place.url or place.repo, place.revision
-    if path == _DEMO_PATH:  # the same on every machine
+    if path == PACKAGE / "demo" / "checkpoint":  # the same on every machine
         return DEMO, None
     cached = _CACHED.search(str(path))
     return (f"{cached[1]}/{cached[2]}", cached[3]) if cached else (str(path), None)
