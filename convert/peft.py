@@ -1,43 +1,32 @@
 """Reads and writes low-rank adapters in PEFT's format."""
 
 import contextlib
-import math
+import logging
 import re
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from qwenvl_convert.adapter_config import factors_of, read_settings, targeted
 from qwenvl_convert.hf import card, pieces
-from qwenvl_convert.names import core, tensor_names, tensor_shape
+from qwenvl_convert.names import LAYOUTS, core, tensor_names, tensor_shape
 from qwenvl_convert.safetensors import Reader, Tensor, Writer
 
-from qwenvl_jax.config import Config, read_json
+from qwenvl_jax.config import Config
 from qwenvl_jax.errors import CheckpointError, InputError, shown
 from qwenvl_jax.params.checkpoint import staged, write_json, write_rule
 from qwenvl_jax.params.directory import ADAPTER_SETTINGS, ADAPTER_WEIGHTS
 from qwenvl_jax.params.locate import find
-from qwenvl_jax.params.lora import attach, is_alpha, is_rank, linears, split
+from qwenvl_jax.params.lora import attach, linears, split
 from qwenvl_jax.params.place import Leaf, Source
 from qwenvl_jax.params.specs import ADAPTER, flatten, specs, unflatten
 
 SETTINGS, WEIGHTS = ADAPTER_SETTINGS, ADAPTER_WEIGHTS
-
-# PEFT's settings that change more than the low-rank update of a Linear.
-_UNSUPPORTED = (
-    *("use_dora", "lora_bias", "trainable_token_indices", "layer_replication", "target_parameters"),
-    *("alora_invocation_tokens", "use_qalora", "arrow_config", "use_bdlora", "kasa_config", "monteclora_config"),
-)
-# Values of init_lora_weights: the first ones change the base, the last one is another method.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_VARIANTS = ("mica",)
-_MOST_WAYS = 1e7  # in which one pattern may match: four `.*`, or two and a hundred names to choose from
-_SECONDS = 5  # for matching the patterns of one file
+_LOG = logging.getLogger("qwenvl_jax.peft")  # below the package's, whose warnings the commands print
 
 
 def save_adapter(
@@ -121,7 +110,7 @@ class AdapterFile(contextlib.AbstractContextManager):
 
     def __init__(self, config: Config, path):
         self.path, self._declared = Path(path), specs(config)
-        settings = _read_settings(self.path / SETTINGS)
+        settings = read_settings(self.path / SETTINGS)
         if not (self.path / WEIGHTS).is_file():
             raise CheckpointError(_no_weights(self.path))
         for beside in ("non_lora_state_dict.bin", "non_lora_trainables.bin"):  # of scripts that also train the merger
@@ -156,12 +145,23 @@ class AdapterFile(contextlib.AbstractContextManager):
             r, scale[l] = pair.A.shape[0], pair.scale
             self._reader.read_part(pair.A, slice(0, r), slice(0, n_in), True, a[l, :, :r])
             self._reader.read_part(pair.B, slice(0, n_out), slice(0, r), True, b[l, :r])
+            if not (np.isfinite(a[l]).all() and np.isfinite(b[l]).all()):
+                raise _diverged(pair.A.file, linear)
         return (a, b, scale) if spec.stacked else (a[0], b[0], scale[0])
 
     def replace(self, path: str, index: tuple[slice, ...], out: np.ndarray) -> None:
         """Overwrites what this adapter replaces in `out`, the part `index` of a parameter."""
         for job in pieces(self._declared[path], self.replaced.get(path, {}), index, out):
             self._reader.read_part(*job)
+        if self.replaced.get(path) and not np.isfinite(out).all():
+            raise _diverged(self.path / WEIGHTS, path)
+
+
+def _diverged(file: Path, path: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: the adapter's weights of {path} have NaN or infinity, so its training diverged; take an earlier "
+        "checkpoint of it, or train again with a smaller learning rate"
+    )
 
 
 class AdaptedSource(Source):
@@ -227,7 +227,8 @@ class _Pair(NamedTuple):
 def _match(reader: Reader, config: Config, settings: dict) -> tuple[dict, dict]:
     """`pairs` and `replaced` of AdapterFile. Shapes are checked before arrays of these sizes are allocated."""
     low, full = _sort(reader, config)
-    declared, pairs, factors = specs(config), {}, _factors(reader.directory / SETTINGS, settings)
+    expected = _expected(config, settings, [sides[s][0] for sides in low.values() for s in sides])
+    declared, pairs, factors = specs(config), {}, factors_of(reader.directory / SETTINGS, settings)
     for linear, modules in _modules(config).items():
         n_in, n_out = declared[f"{linear}/kernel"].shape[-2:]
         for l, module in enumerate(modules):
@@ -247,6 +248,8 @@ def _match(reader: Reader, config: Config, settings: dict) -> tuple[dict, dict]:
             if found := full.pop(core(name), None):
                 found[1].check(found[0], tensor_shape(config, declared[path]), "config.json")
                 replaced.setdefault(path, {})[l] = found[1]
+    if pairs or replaced:
+        _report_lost(reader, expected, pairs, replaced)
     named = settings.get("modules_to_save") or []
     for name in sorted(set(map(str, named if isinstance(named, list) else [named]))):
         if not any(f".{name}." in f".{key}." for key in reader.tensors):
@@ -257,6 +260,29 @@ def _match(reader: Reader, config: Config, settings: dict) -> tuple[dict, dict]:
     if not pairs and not replaced:
         raise CheckpointError(f"{reader.directory / WEIGHTS}: holds no tensors")
     return pairs, replaced
+
+
+def _report_lost(reader: Reader, expected: dict, pairs: dict, replaced: dict) -> None:
+    lost = [
+        module
+        for linear, modules in expected.items()
+        for l, module in modules.items()
+        if l not in pairs.get(linear, {}) and f"{linear}/kernel" not in replaced
+    ]
+    if lost:
+        said = f"target_modules names {sum(map(len, expected.values()))} modules, but {WEIGHTS} has nothing for"
+        said = f"{said} {len(lost)} of them, first {lost[0]}; they stay as in the base"
+        _LOG.warning("%s: %s", reader.directory, said)
+
+
+def _expected(config: Config, settings: dict, found: list[str]) -> dict[str, dict[int, str]]:
+    """Path of each Linear → layer → its module, where target_modules names it. found: modules that the file has."""
+    layouts = [_modules(config, layout) for layout in LAYOUTS]
+    named = max(layouts, key=lambda names: len({m for modules in names.values() for m in modules}.intersection(found)))
+    is_target = targeted(settings)
+    if is_target is None:
+        return {}
+    return {path: {l: m for l, m in enumerate(modules) if is_target(m)} for path, modules in named.items()}
 
 
 def _sort(reader: Reader, config: Config) -> tuple[dict, dict]:
@@ -301,98 +327,6 @@ def _no_weights(path: Path) -> str:
         "v.contiguous() for k, v in torch.load('adapter_model.bin', weights_only=True).items()}, "
         f"'{WEIGHTS}')\""
     )
-
-
-def _read_settings(file: Path) -> dict:
-    settings = read_json(file)
-    if settings.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"{file}: peft_type is {shown(settings.get('peft_type'))}; only LORA adapters can be read; load the model "
-            "that PEFT's merge_and_unload gives"
-        )
-    for key in _UNSUPPORTED:
-        if settings.get(key):
-            more = f"{key} is {shown(settings[key])}, more than plain LoRA"
-            raise CheckpointError(f"{file}: {more}; load the model that PEFT's merge_and_unload gives")
-    init = settings.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_CHANGES_BASE):
-        raise CheckpointError(
-            f"{file}: init_lora_weights {shown(init)} changed the base weights; convert the adapter with PEFT "
-            "(save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    if isinstance(init, str) and init.startswith(_VARIANTS):
-        raise CheckpointError(
-            f"{file}: init_lora_weights {shown(init)} is another method than LoRA; load the model that PEFT's "
-            "merge_and_unload gives"
-        )
-    return settings
-
-
-def _factors(file: Path, settings: dict) -> Callable[[str], tuple[int, float]]:
-    """Module → its rank and scale. As in PEFT, the first pattern that matches the end of its name counts."""
-    rank, alpha = (_by_pattern(file, key, settings.get(key)) for key in ("rank_pattern", "alpha_pattern"))
-
-    def factors(module: str) -> tuple[int, float]:
-        r = rank(module, settings.get("r", 8))  # 8 is PEFT's default for both
-        a = alpha(module, settings.get("lora_alpha", 8))
-        if not is_rank(r):
-            raise CheckpointError(f"{file}: r is {shown(r)} for {module}; it must be an integer of at least 1")
-        if not is_alpha(a):
-            raise CheckpointError(f"{file}: lora_alpha is {shown(a)} for {module}; it must be a number")
-        return r, a / (r**0.5 if settings.get("use_rslora") else r)
-
-    return factors
-
-
-def _by_pattern(file: Path, key: str, patterns) -> Callable:
-    """(module, default) → the value of the first pattern that matches.
-
-    Files of others hold a regular expression per module: plain names are looked up, and what is left must be cheap.
-    """
-    plain, rest = {}, []
-    try:
-        for i, (pattern, value) in enumerate((patterns or {}).items()):
-            if re.fullmatch(r"[\w.]+", pattern):
-                plain[pattern] = i, value
-            elif _ways(pattern) > _MOST_WAYS:
-                raise CheckpointError(f"{file}: {key} has {shown(pattern)}, too complex a pattern; name the modules")
-            else:
-                rest.append((i, re.compile(rf"(.*\.)?({pattern})$"), value))
-    except (AttributeError, TypeError, OverflowError, RecursionError, re.error) as e:
-        raise CheckpointError(f"{file}: {key} is not readable ({e})") from e
-    ends = time.monotonic() + _SECONDS
-
-    def find_value(module: str, default):
-        parts = module.split(".")
-        ending = [".".join(parts[n:]) for n in range(len(parts))]
-        found = [plain[name] for name in ending if name in plain]
-        for i, pattern, value in rest:
-            if time.monotonic() > ends:
-                raise CheckpointError(f"{file}: {key} takes too long to match; name the modules")
-            if pattern.match(module):
-                found.append((i, value))
-                break
-        return min(found, key=lambda f: f[0])[1] if found else default
-
-    return find_value
-
-
-def _ways(pattern: str) -> float:
-    """An upper bound of the ways in which `re` may try to match a name: the product of what each part can do."""
-    plain = re.sub(r"\\.", "x", pattern, flags=re.DOTALL)
-    plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", plain)
-    plain = re.sub(r"\(\?[:=!]", "(", plain)
-    if len(pattern) > 1000 or plain.count("(") > 50 or re.search(r"\)[*+{]|\(\?", plain) or re.search(r"\\\d", pattern):
-        return math.inf
-    ways, branches = 50.0 ** len(re.findall(r"[*+{]", plain)) * 2.0 ** plain.count("?"), [1]
-    for letter in plain:
-        if letter == "(":
-            branches.append(1)
-        elif letter == "|":
-            branches[-1] += 1
-        elif letter == ")" and len(branches) > 1:
-            ways *= branches.pop()
-    return ways * math.prod(branches)
 
 
 def _tidy(alpha: float) -> float | int:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from qwenvl_jax.config import refuse_pointer
+from qwenvl_jax.config import read_json, refuse_pointer
 from qwenvl_jax.errors import CheckpointError, InputError, shown
 from qwenvl_jax.params.directory import INDEX, leftover
 
@@ -100,10 +100,9 @@ class Reader(contextlib.AbstractContextManager):
             what = leftover(self.directory) or "; weights are read from safetensors files only"
             raise CheckpointError(f"{self.directory}: no {either}{what}")
         try:
-            refuse_pointer(index)
-            weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+            weight_map = read_json(index)["weight_map"]
             pairs = [(name, Path(file)) for name, file in weight_map.items()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (KeyError, TypeError, AttributeError) as e:
             raise CheckpointError(f"{index}: not a readable index of weight files ({e!r})") from e
         files = {}
         for name, file in pairs:

@@ -4,6 +4,7 @@ Field names are those of the Hugging Face files, except that a tower's own width
 width always `out_hidden_size`. `families/` translates config.json.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import json
@@ -11,7 +12,7 @@ import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenvl_jax.errors import CheckpointError, shown
+from qwenvl_jax.errors import CheckpointError, InputError, shown
 
 ROPES = ("sections", "interleaved")
 NORMS = ("rms", "layer")
@@ -154,16 +155,45 @@ def refuse_pointer(path: Path) -> None:
             raise CheckpointError(f"{path}: is a Git LFS pointer, not the file; run `git lfs pull` in {path.parent}")
 
 
+# How editors mark a text in another encoding than plain UTF-8. UTF-32 precedes UTF-16, whose mark its own begins with.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32"),
+    **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-16"),
+}
+
+
+def decode_text(data: bytes) -> str:
+    r"""A text that people write or edit, as their editors save it; every end of a line becomes "\n".
+
+    It is UTF-8, or what a byte order mark says: UTF-8, UTF-16 or UTF-32. Raises InputError for any other.
+    """
+    coding = next((coding for mark, coding in _MARKS.items() if data.startswith(mark)), "utf-8")
+    if coding == "utf-8" and b"\0" in data[:4]:
+        raise InputError("is text in UTF-16 or UTF-32 without a byte order mark, or no text; save it as UTF-8")
+    try:
+        text = data.decode(coding)
+    except UnicodeDecodeError as e:
+        name = coding.removesuffix("-sig").upper()
+        raise InputError(f"is not {name} text ({e.reason} at byte {e.start}); save it as UTF-8") from e
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_text(path: Path) -> str:
+    """A checkpoint's text file, as `decode_text` reads it. Raises CheckpointError."""
     try:
         if path.stat().st_size > MAX_JSON:
             raise CheckpointError(f"{path}: larger than {MAX_JSON >> 20} MiB, the limit for such a file")
         refuse_pointer(path)
-        return path.read_text("utf-8")
+        return decode_text(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}; a checkpoint directory needs it") from None
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
         raise CheckpointError(f"{path}: not readable ({e})") from e
+    except CheckpointError:
+        raise
+    except InputError as e:
+        raise CheckpointError(f"{path}: {e}") from e
 
 
 def is_number(value, kind=int | float) -> bool:

@@ -29,15 +29,31 @@ Number = int | float  # keeps its type
 _WORDS = {int: "a whole number", float: "a number", Number: "a number", bool: "true or false", str: "a string"}
 
 
+def whole(text: str) -> int:
+    """Parses the whole number of a flag."""
+    try:
+        return int(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number") from e
+
+
+def real(text: str) -> float:
+    """Parses the number of a flag."""
+    try:
+        return float(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number") from e
+
+
 def number(text: str) -> Number:
     """Parses the `Number` of a flag."""
     try:
         return int(text)
     except ValueError:
-        return float(text)
+        return real(text)
 
 
-_FLAGS: dict = {int: (int, "N"), float: (float, "X"), Number: (number, "X"), str: (str, "VALUE")}
+_FLAGS: dict = {int: (whole, "N"), float: (real, "X"), Number: (number, "X"), str: (str, "VALUE")}
 
 
 def option(

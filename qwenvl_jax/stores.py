@@ -73,9 +73,13 @@ def local_file(option: str, path) -> Path:
     """The path of a file to write. Raises InputError if it is a URL, a directory, or in a directory that is missing."""
     if as_url(path):
         raise InputError(f"{option} {path}: is written to a local file only; give a local path and copy it afterwards")
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"{option} {path}: is a directory, or there is no directory {path.parent}")
+    if not str(path):
+        raise InputError(f"{option} is empty; give a file")
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise InputError(f"{option} {path}: is a directory; give a file, such as {path / 'answers.jsonl'}")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: there is no directory {path.parent}; make it first")
     return path
 
 

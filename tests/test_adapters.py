@@ -546,3 +546,31 @@ def test_a_source_of_arrays_is_closed_with_its_files(tmp_path):
     with HfSource(src, config) as source, pytest.raises(CheckpointError, match=r"has no adapter_config\.json"):
         peft.AdaptedSource(source, peft.AdapterFile(config, tmp_path))
     assert not source._reader._open
+
+
+def test_the_demo_is_named_so_that_its_adapter_opens_on_every_machine():
+    """Not by the place of this installation."""
+    assert locate.locate("demo").name == locate.locate(locate.find("demo")).name == "demo"
+    assert "base_model" not in peft.card("demo").split("---")[1]
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_an_adapter_that_diverged_is_named(name, home, tmp_path):
+    """Not the base's weights, which it is added to."""
+    shutil.copytree(home[0] / "adapter", tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / peft.WEIGHTS)
+    tensors[next(key for key in tensors if name in key)][0, 0] = np.nan
+    save_file(tensors, tmp_path / "a" / peft.WEIGHTS)
+    said = f"{tmp_path / 'a' / peft.WEIGHTS}: the adapter's weights of .* have NaN or infinity, so its training"
+    with pytest.raises(CheckpointError, match=said):
+        params_of(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=said):
+        peft.load_adapter(home[1].config, home[1].params, tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["12", "."])
+def test_a_checkpoint_of_a_run_is_named(name, tmp_path):
+    (tmp_path / "12" / "progress").mkdir(parents=True)
+    (tmp_path / "12" / "state" / "d").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="of a run; end the run with `qwenvl train`, then open its folder final"):
+        directory.read_config(tmp_path / name)

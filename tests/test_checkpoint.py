@@ -272,8 +272,8 @@ def test_truncation_at_any_length_is_noticed(tmp_path):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "not a readable index"),
-        ("[]", "not a readable index"),
+        ("{", "not readable as JSON"),
+        ("[]", "not a JSON object"),
         ("{}", "not a readable index"),
         ('{"weight_map": {"a": 3}}', "not a readable index"),
         ('{"weight_map": {}}', "names no tensors"),
@@ -327,6 +327,18 @@ REAL_TOKENS = dict(
     vision_end_token_id=151653,
     eos_token_id=151645,
 )
+
+
+def test_settings_that_are_not_obeyed_are_named_once(tokenizer_dir, tmp_path, caplog):
+    hf_checkpoint(tmp_path / "hf", tokenizer_dir)
+    file = tmp_path / "hf" / "generation_config.json"
+    qwenvl_jax.load(tmp_path / "hf", dtype="bfloat16", progress=False)
+    assert not caplog.records
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": 4, "min_p": 0.1, "min_new_tokens": 3}))
+    qwenvl_jax.load(tmp_path / "hf", dtype="bfloat16", progress=False)
+    (one,) = caplog.records
+    said = "not supported, so answers differ from transformers': num_beams 4, min_new_tokens 3"
+    assert one.getMessage() == f"{file}: {said}"
 
 
 def test_load_and_save(tokenizer_dir, tmp_path):

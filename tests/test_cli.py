@@ -172,7 +172,7 @@ def test_messages_from_file_and_stdin(engine, files, monkeypatch):
     path.write_text(json.dumps(messages))
     assert cli.main(["generate", "--model", "m", "--messages", str(path)]) == 0
     assert engine.calls[0][0] == messages
-    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps({"messages": messages})))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps({"messages": messages}).encode())))
     assert cli.main(["generate", "--model", "m", "--messages", "-"]) == 0
     assert engine.calls[1][0] == messages
 
@@ -268,9 +268,28 @@ def test_an_encoding_without_the_answers_characters(engine, monkeypatch, json_fl
     assert json.loads(text)["text"] == "né" if json_flag else text == "n\\xe9\n"
 
 
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+def test_messages_and_tools_saved_on_windows(engine, tmp_path, monkeypatch, coding):
+    messages, tools = tmp_path / "m.json", tmp_path / "t.json"
+    messages.write_bytes('[{"role": "user",\r\n"content": "é"}]'.encode(coding))
+    tools.write_bytes("[]".encode(coding))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(messages.read_bytes()), "ascii"))
+    for where in (str(messages), "-"):
+        assert cli.main(["generate", "--model", "m", "--messages", where, "--tools", str(tools)]) == 0
+        assert engine.calls.pop()[0] == [{"role": "user", "content": "é"}]
+
+
+_TURN = '{"messages": [{"role": "user", "content": "Hi"}]}'
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
+        (f"{_TURN}\n{_TURN}\n", "holds several JSON values"),
+        (f"{_TURN}\r{_TURN}", "holds several JSON values"),
+        (_TURN + _TURN, "holds several JSON values"),
+        ("[] x", "not readable as JSON"),
+        (f"[{_TURN}]", "is a list of records; give one of them"),
         ("{", "not readable as JSON"),
         ("[]", "expected a list of messages"),
         ('{"a": 1}', "expected a list of messages"),

@@ -109,6 +109,21 @@ def test_bad_options_are_named(asked, tmp_path, capsys, line, sentence):
     assert asked.options is None
 
 
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+def test_options_saved_on_windows(asked, tmp_path, coding):
+    file = tmp_path / "run.toml"
+    file.write_bytes('rows = 2\r\noutput = "é"\r\n'.encode(coding))
+    cli.main(["train", str(file)])
+    assert (asked.options.rows, asked.options.output) == (2, "é")
+
+
+def test_options_in_another_encoding(asked, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_bytes('output = "é"'.encode("latin-1"))
+    assert cli.main(["train", str(file)]) == 2
+    assert f"{file}: is not UTF-8 text" in capsys.readouterr().err and asked.options is None
+
+
 def test_bad_options_outside_a_file(tmp_path, capsys):
     assert cli.main(["train", "--steps", "0"]) == 2
     assert "steps is 0; it must be a whole number, at least 1" in capsys.readouterr().err

@@ -9,8 +9,8 @@ import pytest
 from tiny import FAMILIES, tiny_config
 
 from qwenvl_jax.cli.info import PARAMETERS, describe
-from qwenvl_jax.config import NORMS, VISION_ACTIVATIONS, YarnConfig
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.config import NORMS, VISION_ACTIVATIONS, YarnConfig, decode_text
+from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import PRESETS, from_dict, merge_presets, to_dict
 from qwenvl_jax.model import vision
 from qwenvl_jax.params.directory import read_config
@@ -223,6 +223,35 @@ def _result(data):
 
 def test_known_activations_and_norms_are_those_of_the_vision_tower():
     assert set(VISION_ACTIVATIONS) == set(vision.ACTIVATIONS) and set(NORMS) == set(vision.NORMS)
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be"])
+def test_texts_are_read_as_editors_save_them(coding):
+    """A byte order mark says the encoding; with it, the ends of lines are those of any system."""
+    text = "ä\nb\n\n☃"
+    mark = "\ufeff" if coding.endswith(("le", "be")) else ""
+    for end in ("\n", "\r\n", "\r"):
+        assert decode_text((mark + text.replace("\n", end)).encode(coding)) == text
+    assert decode_text(mark.encode(coding)) == ""
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("{}".encode("utf-16-le"), "is text in UTF-16 or UTF-32 without a byte order mark"),
+        ("{}".encode("utf-16-be"), "is text in UTF-16 or UTF-32 without a byte order mark"),
+        (b"a\xe9b", "is not UTF-8 text .* at byte 1"),
+        (b"\xef\xbb\xbfa\xe9b", "is not UTF-8 text"),
+        (b"\xff\xfea", "is not UTF-16 text"),
+        (b"\xff\xfe\0\0\xff\xff\xff\xff", "is not UTF-32 text"),
+    ],
+)
+def test_texts_in_another_encoding_are_named(data, says, tmp_path):
+    with pytest.raises(InputError, match=says):
+        decode_text(data)
+    (tmp_path / "config.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"config\.json: {says}"):
+        read_config(tmp_path)
 
 
 def test_unreadable_file_is_named(tmp_path):

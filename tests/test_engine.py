@@ -269,12 +269,29 @@ def test_eos_ends_the_text_and_is_not_in_it(monkeypatch):
     assert (r.text, r.token_ids, r.finish_reason) == ("okmore", ids, "length")
 
 
+def test_max_length_of_the_checkpoint_counts_the_prompt(monkeypatch):
+    """As in transformers: an own max_new_tokens takes its place, as the file's does."""
+    engine, s = shared(), texts(np.random.default_rng(0), 8)
+    monkeypatch.setattr(engine, "generation", {"max_length": 12})
+    assert len(engine.generate(s, ignore_eos=True)[0].token_ids) == 4
+    assert len(engine.generate(s, ignore_eos=True, max_new_tokens=6)[0].token_ids) == 6
+    with pytest.raises(InputError, match=r"has 12 tokens; generation_config\.json allows 12 .*Give max_new_tokens"):
+        engine.generate(texts(np.random.default_rng(0), 12))
+    monkeypatch.setattr(engine, "generation", {"max_length": 12, "max_new_tokens": 5})
+    assert len(engine.generate(s, ignore_eos=True)[0].token_ids) == 5
+    monkeypatch.setattr(engine, "generation", {"eos_token_id": 160})
+    with pytest.raises(InputError, match="eos_token_id is 160, which is not in the vocabulary of 160"):
+        engine.generate(s)
+
+
+@pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("skip", [True, False])
-def test_a_stop_string_that_is_a_control_token_ends_the_text_too(monkeypatch, skip):
+def test_a_stop_string_that_is_a_control_token_ends_the_text_too(monkeypatch, skip, stored):
     ids = [*b"ok", 157, *b"more"]
     (s,) = texts(np.random.default_rng(0), 8)
-    options = dict(stop=["<box>"], skip_special_tokens=skip, max_new_tokens=7)
-    (r,) = scripted(monkeypatch, ids).generate([s], **options)
+    engine, options = scripted(monkeypatch, ids), dict(skip_special_tokens=skip, max_new_tokens=7)
+    monkeypatch.setattr(engine, "generation", {"stop_strings": "<box>"} if stored else {})
+    (r,) = engine.generate([s], **options | ({} if stored else {"stop": ["<box>"]}))
     assert (r.text, r.token_ids, r.finish_reason) == ("ok", ids[:3], "stop")
 
 

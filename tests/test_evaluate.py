@@ -654,7 +654,12 @@ def test_answers_carry_the_ids_of_their_records(tiny_checkpoint, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "output, says", [("gs://a/b.jsonl", "local file only"), ("no/b.jsonl", "there is no directory")]
+    "output, says",
+    [
+        ("gs://a/b.jsonl", "local file only"),
+        ("no/b.jsonl", "there is no directory no; make it first"),
+        (".", r"is a directory; give a file, such as answers\.jsonl"),
+    ],
 )
 def test_a_bad_output_is_refused_before_any_work(output, says, tmp_path, monkeypatch, capsys):
     """From Python as from the command line: here there are neither records nor a model."""
@@ -663,6 +668,23 @@ def test_a_bad_output_is_refused_before_any_work(output, says, tmp_path, monkeyp
         evaluate(None, tmp_path / "none.jsonl", output=output)
     assert cli.main(["eval", "none.jsonl", "--model", "none", "--output", output]) == 2
     assert re.search(f"--output {output}: .*{says}", capsys.readouterr().err)
+
+
+@only_new
+def test_a_question_that_is_asked_fewer_times_is_named(tiny_checkpoint, tmp_path, capsys, echo):
+    file, output = numbers(tmp_path / "q.jsonl", "a", "b", "a", "a"), tmp_path / "answers.jsonl"
+    rest = ("--model", tiny_checkpoint, "--output", output)
+    assert run_eval(capsys, file, *rest)[0] == 0
+    kept = output.read_bytes()
+    for names, says in (
+        (("a", "b"), f":3: is answer 2 to the question of {file}:1, which is now asked once; give another"),
+        (("b", "a", "a"), f":4: is answer 3 to the question of {file}:2, which is now asked 2 times; give another"),
+    ):
+        numbers(file, *names)
+        code, _, err = run_eval(capsys, file, *rest)
+        assert code == 2 and says in err and output.read_bytes() == kept
+    numbers(file, "a", "b", "a", "a", "a")  # more of them is no contradiction
+    assert run_eval(capsys, file, *rest)[0] == 0
 
 
 @only_new
@@ -718,6 +740,9 @@ def test_answers_follow_pictures_and_preprocessing_but_not_the_working_directory
         write(file, {**record, key: value})
         code, _, err = run_eval(capsys, file, *rest)
         assert code == 2 and f":1: the {key} of {file}:1 was " in err and f" and is {value!r}" in err
+    write(file, {**record, "metric": "anls", "answer": "y"}, {**record, "answer": "z"})  # the second is nearer
+    code, _, err = run_eval(capsys, file, *rest)
+    assert code == 2 and f":1: the answer of {file}:2 was 'x' and is 'z'" in err
     write(file, record)
     settings = model / "preprocessor_config.json"
     before = settings.read_text()

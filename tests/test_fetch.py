@@ -247,7 +247,11 @@ def test_no_server():
         ("file:///no/such/file.png", r"^file:///no/such/file\.png: No such file"),
         (str(MEDIA), "is a directory"),
         ("/dev/zero", "not a regular file"),
-        ("", "is a directory"),
+        ("", "^the path '': is empty; give a path"),
+        (" ", "^the path ' ': is empty"),
+        (Path(), "^the path '': is empty"),
+        ("nowhere/*.png", r"^nowhere/\*\.png: No such file or directory; patterns are not expanded, name each file"),
+        ("~nobody-of-this-name/a.png", "^~nobody-of-this-name/a.png: "),
         ("nul\0byte.png", "null"),
         ("x" * 5000, "x…: File name too long"),
         ("ftp://localhost/a.png", r"ftp:// is not supported"),
@@ -295,3 +299,13 @@ def test_size_limits(monkeypatch):
     for given in (PHOTO, data_url(PHOTO)):
         with pytest.raises(InputError, match="larger than 0 MiB"):
             image_visual(given, Preprocessing())
+
+
+def test_a_path_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"home")
+    (tmp_path / "~").mkdir()
+    assert path_or_bytes("~/a.png", 9) == path_or_bytes(Path("~/a.png"), 9) == tmp_path / "a.png"
+    (tmp_path / "~" / "a.png").write_bytes(b"a directory of this name")
+    assert path_or_bytes("~/a.png", 9) == Path("~/a.png")

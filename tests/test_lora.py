@@ -359,6 +359,8 @@ A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{s}.weight" for 
     [
         ({"peft_type": "IA3"}, {}, "peft_type is 'IA3'"),
         ({"use_dora": True}, {}, "use_dora is True.*merge_and_unload"),
+        ({"use_new_thing_2027": True}, {}, "use_new_thing_2027 is True, which is not known here.*merge_and_unload"),
+        ({"foo_config": {"a": 1}}, {}, "foo_config is .*not known"),
         ({"modules_to_save": ["lm_head"]}, {}, r"modules_to_save is \['lm_head'\]"),
         ({"bias": "lora_only"}, {}, "bias is 'lora_only'"),
         ({"init_lora_weights": "pissa_niter_4"}, {}, "'pissa_niter_4'.*changed the base weights"),
@@ -393,6 +395,50 @@ def test_adapters_that_cannot_be_read(settings, tensors, said, tmp_path):
     path = write(tmp_path / "a", {"r": 2, "lora_alpha": 4} | settings, tensors)
     with pytest.raises(InputError, match=said):
         peft.load_adapter(config, params, path)
+
+
+@pytest.mark.parametrize(
+    "settings, lost",
+    [
+        ({"target_modules": [f"model.layers.{l}.self_attn.q_proj" for l in (0, 1, 2)]}, 2),
+        ({"target_modules": ["q_proj"]}, 2),
+        ({"target_modules": ["q_proj", "v_proj"]}, 5),
+        ({"target_modules": r"model\.layers\.[01]\..*q_proj"}, 1),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]}, 1),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}, 1),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 0}, 0),
+        ({"target_modules": ["model.layers.0.self_attn.q_proj"]}, 0),
+        ({"target_modules": r"^(?!.*visual).*layers\.0\..*(?:q_proj).*"}, 0),
+        ({"target_modules": "all-linear"}, 0),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 1], "layers_pattern": "blocks"}, 0),
+        ({"target_modules": ["layers.0.self_attn.q_proj"], "lorap_emb_lr": 1e-6, "a_number_of_2027": 3}, 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["hub", "nested"])
+def test_layers_that_an_adapter_lost_are_named(settings, lost, layout, tmp_path, caplog):
+    """target_modules says which modules PEFT trained."""
+    config, params, _ = base("qwen2_vl")
+    names = json.dumps({"r": 2, "lora_alpha": 4} | settings), {A: np.ones((2, 48)), B: np.ones((48, 2))}
+    settings, tensors = json.loads(names[0]), names[1]
+    if layout == "nested":
+        settings = json.loads(names[0].replace("model.layers", "model.language_model.layers").replace(
+            r"model\\.layers", r"model\\.language_model\\.layers"))  # fmt: skip
+        tensors = {k.replace("model.layers", "model.language_model.layers"): v for k, v in tensors.items()}
+    peft.load_adapter(config, params, write(tmp_path / "a", settings, tensors))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (lost > 0)
+    assert not lost or f"has nothing for {lost} of them, first model." in said[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_adapter_says_nothing(family, tmp_path, caplog):
+    config, params, _ = base(family)
+    for layout in ("hub", "nested"):
+        path = tmp_path / layout
+        peft.save_adapter(config, adapted(family), path, base_name="tiny", layout=layout)
+        peft.load_adapter(config, params, path)
+    assert not caplog.records
 
 
 def test_files_that_are_not_there(tmp_path):

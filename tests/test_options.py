@@ -353,3 +353,20 @@ def test_the_command_that_installs_an_extra_of_a_clone(tmp_path, monkeypatch):
     assert install("a") == "pip install 'qwenvl-jax[a]'"
     (tmp_path / "pyproject.toml").touch()
     assert install("a") == f"pip install -e '{tmp_path}[a]'"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["train", "--epochs", "0.5"], "--epochs: '0.5' is not a whole number"),
+        (["train", "--learning-rate", "1e-5x"], "--learning-rate: '1e-5x' is not a number"),
+        (["generate", "--prompt", "?", "--seed", "one"], "--seed: 'one' is not a whole number"),
+        (["eval", "q.jsonl", "--limit", "1.5"], "--limit: '1.5' is not a whole number"),
+        (["plan", "--model", "m", "--target", "h100", "--batch", "x"], "--batch: 'x' is not a whole number"),
+        (["data", "q.jsonl", "--limit", ""], "--limit: '' is not a whole number"),
+    ],
+)
+def test_flags_that_are_not_numbers(argv, says, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    assert f"argument {says}\n" in capsys.readouterr().err

@@ -317,3 +317,11 @@ def test_json_and_table_say_the_same(capsys):
     assert f"{answer['tokens_per_second']:,.0f} tokens/s" in text
     assert "GB of 16.91 GB: fits" in text
     assert answer["hbm_per_chip"]["limit"] == int(CHIPS["v5e"].memory)
+
+
+@pytest.mark.parametrize("target, kind", [("v6e-1", "TPU"), ("h100", "GPU")])
+def test_a_compiler_that_is_not_installed_names_its_extra(target, kind, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = f"{target} needs the {kind} compiler, which comes with the extra plan: {install('plan')}"
+    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+        devices(parse_target(target))

@@ -264,6 +264,38 @@ def test_tokenizer_from_vocab_and_merges(processor, tokenizer_dir, tmp_path):
         assert built.decode(one, False) == processor.decode(two, False)
 
 
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("old", [False, True], ids=["tokenizer.json", "vocab.json"])
+def test_a_checkpoint_whose_texts_were_saved_on_windows(processor, tokenizer_dir, tmp_path, old, coding):
+    """Every text file has a byte order mark and CRLF, and the ids are the same."""
+    path = copy(tokenizer_dir, tmp_path / "a")
+    template = json.loads((path / "chat_template.json").read_text("utf-8"))["chat_template"]
+    (path / "chat_template.jinja").write_text(template, "utf-8")
+    if old:
+        model = json.loads((path / "tokenizer.json").read_text("utf-8"))["model"]
+        (path / "vocab.json").write_text(json.dumps(model["vocab"], indent=1), "utf-8")
+        (path / "merges.txt").write_text("\n".join(["#version: 0.2", *model["merges"]]) + "\n", "utf-8")
+        (path / "tokenizer.json").unlink()
+    for file in path.iterdir():
+        file.write_bytes(file.read_text("utf-8").replace("\n", "\r\n").encode(coding))
+    saved = Processor.from_dir(path, CONFIG)
+    assert saved.preprocessing == processor.preprocessing
+    for messages, prompt in conversations(20, 1, TEXTS):
+        one, two = (p.encode(messages, add_generation_prompt=prompt).tokens for p in (saved, processor))
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_tokenizer_saved_with_dropout(processor, tokenizer_dir, tmp_path):
+    """BPE dropout, of training, would split a text into other tokens every time."""
+    path = copy(tokenizer_dir, tmp_path / "a")
+    data = json.loads((path / "tokenizer.json").read_text("utf-8"))
+    data["model"]["dropout"] = 0.9
+    (path / "tokenizer.json").write_text(json.dumps(data), "utf-8")
+    text = [{"role": "user", "content": "The tokenizer splits the whole sentence. " * 9}]
+    one, two = (p.encode(text).tokens for p in (Processor.from_dir(path, CONFIG), processor))
+    np.testing.assert_array_equal(one, two)
+
+
 @pytest.mark.parametrize(
     "added, says",
     [

@@ -7,6 +7,7 @@ import pytest
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.options import OFF, GenerateOptions, SamplingParams
+from qwenvl_jax.inputs.fields import GENERATION, unsupported
 
 V = 97
 allowed_ids = jax.jit(sampling.allowed_ids)
@@ -300,6 +301,52 @@ def test_eos_ids_and_length_come_from_the_checkpoint():
     assert GenerateOptions(stop="x").resolve({}, EOS).stop == ("x",)
 
 
+def test_stop_strings_come_from_the_checkpoint():
+    stored = {"stop_strings": ["a", "b"]}
+    assert GenerateOptions().resolve(stored, EOS).stop == ("a", "b")
+    assert GenerateOptions(stop="x").resolve(stored, EOS).stop == ("x",)
+    assert GenerateOptions().resolve({"stop_strings": "a"}, EOS).stop == ("a",)
+    assert GenerateOptions().resolve({"stop_strings": None}, EOS).stop == ()
+
+
+def test_ids_outside_the_vocabulary_never_end_an_answer():
+    for generation, options, says in (
+        ({"eos_token_id": [155, 160]}, {}, r"generation_config\.json: eos_token_id is 160, .* of 160 tokens"),
+        ({"eos_token_id": -1}, {}, r"generation_config\.json: eos_token_id is -1"),
+        ({}, {"stop_token_ids": [160]}, "^stop_token_ids is 160"),
+    ):
+        with pytest.raises(InputError, match=says):
+            GenerateOptions(**options).resolve(generation, EOS, vocab_size=160)
+    assert GenerateOptions(ignore_eos=True).resolve({"eos_token_id": 160}, EOS, vocab_size=160).stop_token_ids == ()
+
+
+def test_every_setting_of_transformers_is_obeyed_harmless_or_named():
+    from transformers import GenerationConfig
+
+    defaults = GenerationConfig().to_dict()
+    assert unsupported(defaults) == "" == unsupported(OFFICIAL | {"stop_strings": "x", "transformers_version": "9"})
+    known = GENERATION.keys() | {"exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id"}
+    assert defaults.keys() - known == {"max_time", "dola_layers"}
+
+
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {"num_beams": 4}, {"no_repeat_ngram_size": 3}, {"bad_words_ids": [[7]]}, {"suppress_tokens": [1]},
+        {"begin_suppress_tokens": [1]}, {"forced_bos_token_id": 2}, {"forced_eos_token_id": 2}, {"min_length": 9},
+        {"min_new_tokens": 3}, {"typical_p": 0.9}, {"penalty_alpha": 0.6}, {"dola_layers": "high"}, {"max_time": 2.0},
+        {"sequence_bias": {"a": 1}}, {"guidance_scale": 1.5}, {"watermarking_config": {"bias": 2}}, {"top_h": 0.4},
+        {"exponential_decay_length_penalty": [2, 1.1]}, {"token_healing": True}, {"presence_penalty": 1.5},
+        {"cache_implementation": "quantized"}, {"a_setting_of_2027": 1},
+    ],
+    ids=lambda g: min(g),
+)  # fmt: skip
+def test_settings_that_are_not_obeyed_are_named(generation):
+    ((name, value),) = generation.items()
+    assert unsupported(OFFICIAL | generation) == f"{name} {value!r}"
+    assert unsupported({name: None}) == ""
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -345,14 +392,15 @@ def test_the_widest_options_allowed_give_a_token_that_can_be(base, options):
 @pytest.mark.parametrize(
     "generation",
     [{"temperature": "x"}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}, {"repetition_penalty": 1e39},
-     {"eos_token_id": "x"}, {"eos_token_id": [1, 2.5]}],
+     {"eos_token_id": "x"}, {"eos_token_id": [1, 2.5]}, {"stop_strings": [1]}, {"stop_strings": ""},
+     {"max_length": 0}, {"max_length": 2.5}],
     ids=str,
 )  # fmt: skip
 def test_bad_values_in_generation_config_name_the_file(generation):
     (name,) = generation
     with pytest.raises(InputError, match=rf"^generation_config\.json: {name} is"):
         GenerateOptions().resolve({"do_sample": True, **generation}, EOS)
-    if name != "eos_token_id":
+    if name not in ("eos_token_id", "stop_strings", "max_length"):
         with pytest.raises(InputError, match=rf"^{name} is"):
             GenerateOptions(**{name: -1}).resolve({"do_sample": True, **generation}, EOS)
 

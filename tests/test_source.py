@@ -8,6 +8,7 @@ import lzma
 import os
 import pickle
 import re
+import subprocess
 import sys
 import tarfile
 import threading
@@ -479,3 +480,11 @@ def test_pictures_of_a_pipe_start_at_the_working_directory(tmp_path):
     writer.join()
     for descriptor in (read, file):
         os.close(descriptor)
+
+
+def test_records_that_are_open_when_python_ends(tmp_path):
+    file = lines(tmp_path / "a.jsonl", qa(1))
+    code = f"from qwenvl_jax.inputs.source import open_records\nimport os, sys\nrecords = open_records({str(file)!r})\n"
+    code += "sys.modules['kept'] = records\nos = None\nimport qwenvl_jax.inputs.source as s\ns.os = None\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

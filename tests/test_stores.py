@@ -201,7 +201,7 @@ def test_what_is_written_locally_only(tmp_path, monkeypatch, capsys):
         assert cli.main([verb, *argv]) == 2
         assert "is written to a local file only" in capsys.readouterr().err
         assert cli.main([verb, *argv[:-1], "nowhere/b"]) == 2
-        assert "--output nowhere/b: is a directory, or there is no directory nowhere" in capsys.readouterr().err
+        assert "--output nowhere/b: there is no directory nowhere" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,7 +8,7 @@ from qwenvl_jax.cli.errors import OK
 from qwenvl_jax.cli.plot import new_figure, save_figure
 from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
-from qwenvl_jax.options import add_flags, given, names
+from qwenvl_jax.options import add_flags, given, names, whole
 from qwenvl_jax.train.options import TrainOptions
 
 HELP = "Describe training records: sizes, bad ones, and batches that fit. No weights are read."
@@ -26,7 +26,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--model", default="demo", metavar="DIR_OR_ID", help="whose tokenizer and preprocessing (default: demo)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="read N records, drawn at random")
+    parser.add_argument("--limit", type=whole, metavar="N", help="read N records, drawn at random")
     parser.add_argument("-o", "--output", metavar="FILE.png", help="draw the sizes into a PNG file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_flags(parser, TrainOptions, only=_OPTIONS)

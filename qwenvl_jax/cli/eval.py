@@ -16,7 +16,7 @@ from qwenvl_jax.eval.metrics import BOXES, METRICS
 from qwenvl_jax.eval.questions import Question, Questions
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.options import MediaOptions, PromptOptions, RecordOptions
-from qwenvl_jax.options import add_flags, given
+from qwenvl_jax.options import add_flags, given, whole
 
 HELP = "Answer questions from files and score the answers."
 EXAMPLES = (
@@ -45,9 +45,9 @@ def add_arguments(parser) -> None:
         help="JSONL file that gets every answer as it comes; the same command goes on where it stopped",
     )
     parser.add_argument("--overwrite", action="store_true", help="start the --output file anew")
-    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N records only")
+    parser.add_argument("--limit", type=whole, metavar="N", help="ask the first N records only")
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions answered together (default: 32)")
+    parser.add_argument("--batch", type=whole, default=32, metavar="N", help="questions in a batch (default: 32)")
     converse.add_distributed(parser)
     add_flags(parser, GenerateOptions, "By default greedy, with at most 256 new tokens.")
     add_flags(parser, MediaOptions)

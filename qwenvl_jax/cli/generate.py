@@ -9,6 +9,7 @@ from pathlib import Path
 from qwenvl_jax.answers.boxes import Sizes, from_model, sizes
 from qwenvl_jax.cli import converse, drawing
 from qwenvl_jax.cli.errors import OK, one_of_several
+from qwenvl_jax.config import decode_text
 from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.infer.options import GenerateOptions
 from qwenvl_jax.inputs.fields import (
@@ -160,6 +161,8 @@ def _read_messages(args) -> tuple[list[dict], dict]:
         if "messages" not in request and isinstance(request.get("body"), dict):
             raise InputError(f"{name} is a line of OpenAI's Batch API; give its 'body' alone, the request")
         messages = request.get("messages")
+    if isinstance(messages, list) and any(isinstance(m, dict) and "messages" in m for m in messages):
+        raise InputError(f"{name} is a list of records; give one of them")
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
         raise InputError(f'{name}: expected a list of messages such as {{"role": "user", "content": "Hi"}}')
     if args.system is not None and messages[0].get("role") == "system":
@@ -200,7 +203,14 @@ def _read_json(option: str, where: str):
     """The value in a JSON file; "-" is stdin. Raises InputError."""
     if not where:
         raise InputError(f"{option} is empty; it must be a file, or - for stdin")
+    name = "stdin" if where == "-" else where
     try:
-        return json.loads(sys.stdin.read() if where == "-" else Path(where).read_text("utf-8"))
-    except (ValueError, RecursionError) as e:  # also ValueErrors: not UTF-8, a number too long
-        raise InputError(f"{'stdin' if where == '-' else where}: not readable as JSON ({e})") from e
+        text = decode_text(sys.stdin.buffer.read() if where == "-" else Path(where).expanduser().read_bytes())
+    except InputError as e:
+        raise e.at(name) from e
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:  # also a ValueError: a number too long
+        if getattr(e, "msg", "") == "Extra data" and text[e.pos] in '[{"':  # type: ignore[union-attr]
+            raise InputError(f"{name}: holds several JSON values, as JSONL does; give a file with one of them") from e
+        raise InputError(f"{name}: not readable as JSON ({e})") from e

@@ -7,6 +7,7 @@ import sys
 
 from qwenvl_jax.cli.errors import FAILED, OK, mute_libraries
 from qwenvl_jax.errors import InputError
+from qwenvl_jax.options import whole
 
 HELP = "Does a job fit on a TPU slice or GPUs, and how fast at best? Compiles without the hardware."
 EXAMPLES = (
@@ -37,14 +38,14 @@ def add_arguments(parser) -> None:
         default="decode",
         help="the program to compile (default: decode)",
     )
-    add("--batch", type=int, metavar="N", help="rows of a batch (default: 1)")
-    add("--context", type=int, metavar="N", help="tokens or cache slots per row (default: 4096)")
-    add("--images", type=int, metavar="N", help="images in all, for vision and train (default: 1)")
-    add("--pixels", type=int, metavar="N", help="pixels of each image (default: 1280·28·28)")
+    add("--batch", type=whole, metavar="N", help="rows of a batch (default: 1)")
+    add("--context", type=whole, metavar="N", help="tokens or cache slots per row (default: 4096)")
+    add("--images", type=whole, metavar="N", help="images in all, for vision and train (default: 1)")
+    add("--pixels", type=whole, metavar="N", help="pixels of each image (default: 1280·28·28)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--full", action="store_true", default=None, help="train all weights (the default)")
     group.add_argument(
-        "--lora", type=int, nargs="?", const=16, metavar="RANK", help="train adapters of this rank (default: 16)"
+        "--lora", type=whole, nargs="?", const=16, metavar="RANK", help="train adapters of this rank (default: 16)"
     )
     add("--mesh", metavar="DxFxT", help="chips along data, fsdp and tensor (default: by task)")
     add("--search", action="store_true", help="find the smallest slice that the job fits, and its fastest mesh")

@@ -93,7 +93,9 @@ class Evaluator:
         options = {"temperature": 0.0, "max_new_tokens": max_new_tokens, **options}
         allow = self._encoding.get("allow_control_tokens")
         allow = model.processor.allow_control_tokens if allow is None else allow
-        chosen = GenerateOptions(**options).resolve(model.generation, model.config.eos_token_id, keep_special=allow)
+        c = model.config
+        how = dict(keep_special=allow, vocab_size=c.text.vocab_size)
+        chosen = GenerateOptions(**options).resolve(model.generation, c.eos_token_id, **how)
         self._options = {**options, "skip_special_tokens": chosen.skip_special_tokens}
         self._identity = {**self._encoding, **_settings(chosen), "seed": options.get("seed")}
         self._clean = model.processor.without_control_tokens if chosen.skip_special_tokens else str

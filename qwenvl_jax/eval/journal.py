@@ -101,17 +101,20 @@ class Journal:
 
     def _why_not_asked(self, line: dict) -> str:
         """What has changed, if the same prompt is still asked."""
-        q = next((q for name, q in self._questions.items() if name[:_PROMPT] == line["id"][:_PROMPT]), None)
-        if q is None:
+        name, _, copy = line["id"].partition("-")
+        if name in self._questions:
+            asked = sum(other.partition("-")[0] == name for other in self._questions)
+            times = "once" if asked == 1 else f"{asked} times"
+            return f"is answer {copy} to the question of {self._questions[name].where}, which is now asked {times}"
+        same = [
+            (_changes(line, q), q.where) for other, q in self._questions.items() if other[:_PROMPT] == name[:_PROMPT]
+        ]
+        if not same:
             return "answers a question that is not asked"
-        golds = q.answers[0] if len(q.answers) == 1 else list(q.answers)
-        pairs: dict[str, tuple] = {"metric": (line.get("metric"), q.metric), "task": (line.get("task"), q.task)}
-        if q.metric not in BOXES:  # a line has them in the model's coordinates
-            pairs["answer"] = line["answer"], golds
-        for name, (old, new) in pairs.items():
-            if old != new:
-                return f"the {name} of {q.where} was {shown(old)} and is {shown(new)}"
-        return f"the right answer of {q.where}, or the coordinates of its boxes, have changed"
+        changed, where = min(same, key=lambda pair: len(pair[0]))  # one prompt may have several right answers
+        if changed:
+            return f"the {changed[0][0]} of {where} was {changed[0][1]} and is {changed[0][2]}"
+        return f"the right answer of {where}, or the coordinates of its boxes, have changed"
 
     @staticmethod
     def _foreign(where: str) -> InputError:
@@ -156,6 +159,15 @@ class Journal:
 
     def __exit__(self, *exception):
         self._file.close()
+
+
+def _changes(line: dict, q: Question) -> list[tuple[str, str, str]]:
+    """What differs between a line and a question of the same prompt: names, old and new values."""
+    golds = q.answers[0] if len(q.answers) == 1 else list(q.answers)
+    pairs: dict[str, tuple] = {"metric": (line.get("metric"), q.metric), "task": (line.get("task"), q.task)}
+    if q.metric not in BOXES:  # a line has them in the model's coordinates
+        pairs["answer"] = line["answer"], golds
+    return [(name, shown(old), shown(new)) for name, (old, new) in pairs.items() if old != new]
 
 
 def answered_ids(path: Path) -> set[str]:
@@ -219,7 +231,9 @@ def _local(source) -> str | None:
     if not isinstance(source, str | os.PathLike):
         return None
     path = re.sub("(?i)^file://(localhost(?=/))?", "", os.fspath(source))
-    return None if re.match("(?i)[a-z][a-z0-9+.-]*://|data:", path) else os.path.abspath(path)
+    if re.match("(?i)[a-z][a-z0-9+.-]*://|data:", path):
+        return None
+    return os.path.abspath(path if os.path.exists(path) else os.path.expanduser(path))
 
 
 def _absolute(source):

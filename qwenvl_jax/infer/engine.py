@@ -189,15 +189,17 @@ class Engine:
         if options.seed is None and jax.process_count() > 1:  # one seed for all processes
             seed = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
             options = options.replace(seed=int(seed))
+        max_length = options.max_length(self.generation)
+        keep, vocab_size = self.processor.allow_control_tokens, self.config.text.vocab_size
+        eos = self.config.eos_token_id
+        options = options.resolve(self.generation, eos, keep_special=keep, vocab_size=vocab_size)
         # Where control tokens are left out of the text, their ids end it.
         ends = tuple(self.processor.control_tokens[s] for s in options.stop if s in self.processor.control_tokens)
         options = options.replace(stop_token_ids=options.stop_token_ids + ends)
-        keep = self.processor.allow_control_tokens
-        options = options.resolve(self.generation, self.config.eos_token_id, keep_special=keep)
         sample = conversation
         if not isinstance(sample, Sample):
             sample = self.processor.encode(conversation, tools=tools)
-        limit = min(options.max_new_tokens, tokens_left(sample, self.max_length))
+        limit = min(options.max_new_tokens, tokens_left(sample, self.max_length, max_length))
         for visual in sample.visuals:
             self.ladder.capacity(slots_needed(visual.grid, self.config.vision), self.config.vision)
         decode = functools.partial(self.processor.decode, skip_special_tokens=options.skip_special_tokens)

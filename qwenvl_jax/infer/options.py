@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qwenvl_jax import options
+from qwenvl_jax.config import is_number
 from qwenvl_jax.errors import ContextError, OptionsError, shown
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.options import check, checked, names, option
@@ -15,6 +16,7 @@ from qwenvl_jax.types import Sample
 MAX_LOGPROBS = 20
 _DEFAULT_NEW_TOKENS = 512
 _LIMIT = 1e6  # products with logits and counts stay finite in float32
+_FILE = "generation_config.json: "
 _TINY = 2.0**-126  # float32's smallest normal number; the device may flush smaller ones to zero
 
 
@@ -97,13 +99,17 @@ class GenerateOptions:
             )
         return options.replace(self, changes)
 
-    def resolve(self, generation: Mapping, eos_token_id: int, *, keep_special=False) -> "GenerateOptions":
+    def resolve(
+        self, generation: Mapping, eos_token_id: int | tuple[int, ...], *, keep_special=False, vocab_size=2**31
+    ) -> "GenerateOptions":
         """Fills in every None, checks every value, and adds the eos ids to `stop_token_ids`.
 
         generation: the checkpoint's generation_config.json, or {}. As in transformers 4.51.3, decoding is greedy unless
         `do_sample` is true; then missing keys mean temperature 1, top_k 50 and top_p 1 (GenerationConfig's defaults).
-        The same top_k and top_p apply if only a temperature is given here. max_new_tokens defaults to 512.
+        The same top_k and top_p apply if only a temperature is given here. max_new_tokens defaults to 512, or to
+        max_length, which counts the prompt too (`tokens_left`). stop_strings stand for a `stop` that is not given.
         keep_special: the processor's `allow_control_tokens`; if true, skip_special_tokens defaults to false.
+        vocab_size: stop_token_ids and eos ids must be below it.
         Raises OptionsError for a bad value in the file.
         """
 
@@ -111,17 +117,14 @@ class GenerateOptions:
             if (own := getattr(self, key)) is not None:
                 return own
             stored = generation.get(key)
-            return default if stored is None else checked(GenerateOptions, key, stored, "generation_config.json: ")
+            return default if stored is None else checked(GenerateOptions, key, stored, _FILE)
 
         greedy = self.temperature is None and not generation.get("do_sample")
-        eos = generation.get("eos_token_id")
-        try:
-            eos = checked(GenerateOptions, "stop_token_ids", eos_token_id if eos is None else eos)
-        except OptionsError as e:
-            raise OptionsError(f"generation_config.json: eos_token_id is {shown(eos)}; it must be whole numbers") from e
+        eos = () if self.ignore_eos else _eos(generation, eos_token_id, vocab_size)
+        _check_ids("stop_token_ids", self.stop_token_ids, vocab_size)
         return dataclasses.replace(
             self,
-            max_new_tokens=value("max_new_tokens", _DEFAULT_NEW_TOKENS),
+            max_new_tokens=value("max_new_tokens", self.max_length(generation) or _DEFAULT_NEW_TOKENS),
             temperature=0.0 if greedy else value("temperature", 1.0),
             top_k=value("top_k", 50),
             top_p=value("top_p", 1.0),
@@ -129,17 +132,59 @@ class GenerateOptions:
             repetition_penalty=value("repetition_penalty", 1.0),
             skip_special_tokens=value("skip_special_tokens", not keep_special),
             seed=secrets.randbits(63) if self.seed is None else self.seed,
-            stop_token_ids=self.stop_token_ids + (() if self.ignore_eos else eos),
+            stop=self.stop or _stop_strings(generation),
+            stop_token_ids=self.stop_token_ids + eos,
         )
 
+    def max_length(self, generation: Mapping) -> int | None:
+        """max_length of generation_config.json, of prompt and answer, if no max_new_tokens takes its place."""
+        length = generation.get("max_length")
+        if length is None or self.max_new_tokens is not None or generation.get("max_new_tokens") is not None:
+            return None
+        if not is_number(length, int) or length < 1:
+            raise OptionsError(
+                f"generation_config.json: max_length is {shown(length)}; it must be a whole number above 0"
+            )
+        return length
 
-def tokens_left(sample: Sample, context: int) -> int:
-    """How many tokens the context has left after the prompt. Raises ContextError if there is none."""
+
+def _eos(generation: Mapping, default, vocab_size: int) -> tuple[int, ...]:
+    eos = generation.get("eos_token_id")
+    try:
+        ids = checked(GenerateOptions, "stop_token_ids", default if eos is None else eos)
+    except OptionsError as e:
+        raise OptionsError(f"{_FILE}eos_token_id is {shown(eos)}; it must be whole numbers") from e
+    if eos is not None:
+        _check_ids(f"{_FILE}eos_token_id", ids, vocab_size)
+    return ids
+
+
+def _check_ids(name: str, ids: tuple[int, ...], vocab_size: int) -> None:
+    for one in ids:
+        if not 0 <= one < vocab_size:
+            raise OptionsError(f"{name} is {shown(one)}, which is not in the vocabulary of {vocab_size} tokens")
+
+
+def _stop_strings(generation: Mapping) -> tuple[str, ...]:
+    stored: Any = generation.get("stop_strings")
+    try:
+        return GenerateOptions(stop=stored).stop
+    except OptionsError as e:
+        raise OptionsError(f"{_FILE}stop_strings is {shown(stored)}; it must be texts, none empty") from e
+
+
+def tokens_left(sample: Sample, context: int, max_length: int | None = None) -> int:
+    """How many tokens may follow the prompt, in the context and in `max_length`. Raises ContextError if none may."""
     length = len(sample.tokens)
+    if max_length is not None and length >= max_length and length < context:
+        raise ContextError(
+            f"the prompt has {length} tokens; generation_config.json allows {max_length} with the answer (max_length). "
+            "Give max_new_tokens (--max-new-tokens)"
+        )
     if length >= context:
         shrink = " with fewer pictures or frames, or a smaller max_pixels" if sample.visuals else ""
         raise ContextError(
             f"the prompt has {length} tokens; the context of {context} must hold it and at least "
             f"one new token. Use a shorter conversation{shrink}"
         )
-    return context - length
+    return min(context, max_length or context) - length

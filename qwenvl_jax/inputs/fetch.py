@@ -26,9 +26,11 @@ def name_of(source) -> str:
     if isinstance(source, bytes | bytearray | memoryview):
         return f"{len(source)} bytes"
     if isinstance(source, str | Path):
-        text = str(source)
+        text = "" if source == Path() else str(source)
         if text[:5].lower() == "data:":
             return f"{re.split('[;,]', text[:60])[0]} URL of {len(text)} characters"
+        if not text.strip():
+            return f"the path {text!r}"
         return text if len(text) <= 200 else f"{text[:197]}…"
     return f"{type(source).__name__} object"
 
@@ -52,6 +54,8 @@ def _path_or_bytes(source, max_bytes: int, budget: Budget) -> bytes | Path:
         return bytes(source)
     if not isinstance(source, str | Path):
         raise MediaError("give a path, a URL, bytes, a PIL image or a uint8 array")
+    if source == Path() or not str(source).strip():  # Path("") is the working directory
+        raise MediaError("is empty; give a path or a URL")
     scheme = re.match(r"(?i)[a-z][a-z0-9+.-]*://|data:", source) if isinstance(source, str) else None
     scheme = scheme and scheme[0].rstrip(":/").lower()
     if scheme == "data":
@@ -69,13 +73,16 @@ def _path_or_bytes(source, max_bytes: int, budget: Budget) -> bytes | Path:
         raise MediaError(f"{scheme}:// is not supported; use {known}")
     path = Path(source)
     try:
+        if path.parts[:1] and path.parts[0][:1] == "~" and not path.exists():
+            path = path.expanduser()
         if scheme:
             path = Path(re.sub("(?i)^file://(localhost(?=/))?", "", source))
             if not path.exists():
                 path = Path(urllib.parse.unquote(str(path)))
         mode = path.stat().st_mode
-    except (OSError, ValueError) as e:
-        raise MediaError(f"{getattr(e, 'strerror', None) or e}") from e
+    except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: no such user
+        hint = "; patterns are not expanded, name each file" if re.search(r"[*?]", str(source)) else ""
+        raise MediaError(f"{getattr(e, 'strerror', None) or e}{hint}") from e
     if not stat.S_ISREG(mode):
         raise MediaError(f"{'is a directory' if stat.S_ISDIR(mode) else 'not a regular file'}")
     return path

@@ -96,6 +96,44 @@ ITEM = dict.fromkeys(("id", "uuid", "annotations", "cache_control", "logprobs"),
 URL = {"format": anything}  # beside "url" and "detail"
 
 
+# Of generation_config.json, by transformers 4.51 to 5.24. The first three lines are obeyed (`infer.options`).
+GENERATION: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"), anything),
+    **dict.fromkeys(("max_new_tokens", "max_length", "eos_token_id", "stop_strings"), anything),
+    "skip_special_tokens": anything,  # ours
+    # Who wrote it, how it is computed, and what comes with the answer.
+    **dict.fromkeys(("bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"), anything),
+    **dict.fromkeys(("_from_model_config", "_commit_hash", "_name_or_path", "dtype", "torch_dtype"), anything),
+    **dict.fromkeys(("attn_implementation", "trust_remote_code", "use_cache", "cache_config"), anything),
+    **dict.fromkeys(("max_cache_len", "return_legacy_cache", "prefill_chunk_size", "low_memory"), anything),
+    **dict.fromkeys(("compile_config", "disable_compile", "continuous_batching_config"), anything),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits"), anything),
+    **dict.fromkeys(("return_dict_in_generate", "use_model_defaults"), anything),
+    "cache_implementation": lambda value: value != "quantized",
+    # The large model checks the drafts of a smaller one, so the distribution stays.
+    **dict.fromkeys(("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule"), anything),
+    **dict.fromkeys(("assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind"), anything),
+    **dict.fromkeys(("assistant_ensemble_weight", "speculation_type", "target_lookbehind", "use_mtp"), anything),
+    **dict.fromkeys(("prompt_lookup_num_tokens", "max_matching_ngram_size"), anything),
+    # Only of use with num_beams, or before a softmax.
+    **dict.fromkeys(("length_penalty", "early_stopping", "diversity_penalty", "renormalize_logits"), anything),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), only(1)),
+    **dict.fromkeys(("typical_p", "guidance_scale", "encoder_repetition_penalty"), only(1)),
+    **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size"), only(0)),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "penalty_alpha"), only(0)),
+    **dict.fromkeys(("remove_invalid_values", "token_healing"), only(False)),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids", "constraints", "forced_decoder_ids"), only([])),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), only([])),
+    **dict.fromkeys(("sequence_bias", "watermarking_config", "generation_kwargs"), only({}, [])),
+}  # any other: named
+
+
+def unsupported(generation: Mapping) -> str:
+    """The settings of generation_config.json that would change the answers and are not obeyed, in words; or ""."""
+    given = {key: value for key, value in generation.items() if value is not None}
+    return ", ".join(f"{key} {shown(value)}" for key, value in given.items() if not GENERATION.get(key, nothing)(value))
+
+
 def read_keys(given: Mapping, table: Mapping[str, Callable[[Any], bool]], where: str) -> dict:
     """`given` without the keys of the table, which change nothing. Raises InputError for one that would."""
     for key, value in given.items():

@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from qwenvl_jax.answers.boxes import check_coordinates, sizes, to_model
-from qwenvl_jax.config import MAX_JSON, Config, read_json, refuse_pointer
+from qwenvl_jax.config import Config, read_json, read_text
 from qwenvl_jax.errors import CheckpointError, ContextError, InputError, shown
 from qwenvl_jax.families import family_of
 from qwenvl_jax.inputs.budget import Budget
@@ -247,16 +247,16 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     file = path / "tokenizer.json"
     if not file.exists():
         return _build_tokenizer(path)
-    if file.stat().st_size > MAX_JSON:
-        raise CheckpointError(f"{file}: larger than {MAX_JSON >> 20} MiB, the limit for a tokenizer")
-    refuse_pointer(file)
+    text = read_text(file)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(text)
     except Exception as e:  # the library raises bare Exception
         raise CheckpointError(f"{file}: not a readable tokenizer ({e})") from e
     # transformers keeps the settings of its last call in the file. They would cut or lengthen every prompt.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):  # BPE dropout, of training, splits the same text anew each time
+        tokenizer.model.dropout = None
     return tokenizer
 
 
@@ -272,10 +272,10 @@ def _build_tokenizer(path: Path) -> Tokenizer:
     vocab, merges = path / "vocab.json", path / "merges.txt"
     if not (vocab.exists() and merges.exists()):
         raise CheckpointError(f"{path} has no tokenizer.json, nor vocab.json with merges.txt; {_COPY}")
-    for file in (vocab, merges):
-        refuse_pointer(file)
+    ids, lines = read_json(vocab), read_text(merges).removesuffix("\n").split("\n")
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     try:
-        tokenizer = Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
+        tokenizer = Tokenizer(tokenizers.models.BPE(ids, pairs))
     except Exception as e:  # the library raises bare Exception
         raise CheckpointError(f"{vocab}, {merges}: not a readable vocabulary ({e})") from e
     bytes_only = dict(add_prefix_space=False, use_regex=False)

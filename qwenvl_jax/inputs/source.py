@@ -290,9 +290,9 @@ class JsonFile:
         if self._data is None:
             self._file = os.open(self.path, os.O_RDONLY)
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # bound here: at Python's exit, `os` may be gone
         if hasattr(self, "_file"):
-            os.close(self._file)
+            close(self._file)
 
 
 def _parse(line: bytes):

@@ -21,6 +21,7 @@ from qwenvl_jax import stores
 from qwenvl_jax.config import DTYPES, Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families import to_dict
+from qwenvl_jax.inputs.fields import unsupported
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
 from qwenvl_jax.inputs.processor import RULE, RULE_FILE
 from qwenvl_jax.params import directory
@@ -34,6 +35,7 @@ from qwenvl_jax.types import Model
 
 _LOG = logging.getLogger(__name__)
 PARTIAL = ".partial-qwenvl_jax"
+GENERATION = "generation_config.json"
 CHUNK_BYTES = 16 << 20  # small, so that a process reads little more than its own shard
 PIECE_BYTES = 64 << 20  # in memory at a time, unless one layer is larger
 
@@ -64,11 +66,14 @@ def load_located(located: Located, *, mesh=None, dtype=None, progress: bool = Tr
     chosen = precision_of(config, mesh) if dtype is None else Precision(_known_dtype(dtype), _known_dtype(dtype))
     config = config.replace(dtype=chosen.compute)
     processor = Processor.from_dir(path, config, located.adapters)  # before the weights, because it fails quickly
+    generation = read_json(path / GENERATION, missing={})
     with open_weights(located, config) as source:
         params = to_devices(source, shardings, chosen.weights, progress)
     if progress and chosen.reason:
         _LOG.warning("%s: %s", path.name, chosen.reason)  # without handlers, Python shows it on stderr
-    return Model(config, params, processor, read_json(path / "generation_config.json", missing={}))
+    if ignored := unsupported(generation):
+        _LOG.warning("%s: not supported, so answers differ from transformers': %s", path / GENERATION, ignored)
+    return Model(config, params, processor, generation)
 
 
 @contextlib.contextmanager
@@ -137,7 +142,7 @@ def save(model: Model, path, *, files_from=None) -> None:
             write_rule(getattr(model.processor, RULE, False), work)
         stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # not the compute dtype, on CPUs
         write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
-        write_json(work / "generation_config.json", dict(model.generation))
+        write_json(work / GENERATION, dict(model.generation))
         write_json(work / MARKER, {"format": directory.FORMAT})
 
 

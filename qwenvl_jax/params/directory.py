@@ -64,6 +64,8 @@ _LEFTOVERS = (
     ("checkpoint-*/config.json", "it holds a trainer's checkpoints; name one of them"),
     ("checkpoint-*/adapter_config.json", "it holds a trainer's checkpoints of an adapter; name one of them"),
     ("checkpoints/*/state", "it is the directory of a run that has not ended; run `qwenvl train` again to end it"),
+    ("progress", "it is a checkpoint of a run; end the run with `qwenvl train`, then open its folder final"),
+    ("*/progress", "it holds checkpoints of a run; end the run with `qwenvl train`, then open its folder final"),
     ("d/*", "it holds Orbax's arrays alone; name the checkpoint's directory, which has a config.json"),
     ("_METADATA", "it holds Orbax's arrays alone; name the checkpoint's directory, which has a config.json"),
     ("adapter_model.*", "it holds an adapter's weights without adapter_config.json; copy that file into it"),

@@ -115,6 +115,8 @@ def _public_name(path: Path, place: Place | None) -> tuple[str, str | None]:
     """The name of a checkpoint for other programs, and its revision; of a folder in the hub's cache, its commit."""
     if place is not None:
         return place.url or place.repo, place.revision
+    if path == PACKAGE / "demo" / "checkpoint":  # the same on every machine
+        return DEMO, None
     cached = _CACHED.search(str(path))
     return (f"{cached[1]}/{cached[2]}", cached[3]) if cached else (str(path), None)
 

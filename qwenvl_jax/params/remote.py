@@ -5,7 +5,6 @@ one commit of the hub, or of one state of the store. Imports no jax.
 """
 
 import contextlib
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -177,7 +176,7 @@ def _reading(name: str):
 def _lacking(path: Path) -> str:
     """The weight files that are not there, in words."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        files = sorted(set(json.loads((path / INDEX).read_text("utf-8"))["weight_map"].values()))
+        files = sorted(set(read_json(path / INDEX)["weight_map"].values()))
         files = [file for file in files if not (path / file).is_file()]
         return f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else files[0]
     return f"{PARAMS}/" if (path / MARKER).is_file() else SINGLE

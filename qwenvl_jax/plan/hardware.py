@@ -113,12 +113,12 @@ def devices(target: Target):
         os.environ.setdefault(name, value)
     if target.chip.slices:
         if importlib.util.find_spec("libtpu") is None:
-            raise InputError(f"{target} needs the TPU compiler: {install('plan')}")
+            raise InputError(f"{target} needs the TPU compiler, which comes with the extra plan: {install('plan')}")
         bounds = {"chips_per_host_bounds": [1, 1, 1]} if target.chips == 1 else {}
         name = f"{target.kind}:{target.chip.slices[target.chips]}"
         return topologies.get_topology_desc(topology_name=name, platform="tpu", **bounds).devices
     if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
-        raise InputError(f"{target} needs the GPU compiler: {install('plan')}")
+        raise InputError(f"{target} needs the GPU compiler, which comes with the extra plan: {install('plan')}")
     chip = target.chip
     card = _GPU.format(name=target.kind.upper(), memory=chip.memory, bandwidth=chip.bandwidth)
     shape = f"{-(-target.chips // _HOST)}x1x{min(target.chips, _HOST)}"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenvl_jax import options
-from qwenvl_jax.config import GROUPS
-from qwenvl_jax.errors import OptionsError
+from qwenvl_jax.config import GROUPS, decode_text
+from qwenvl_jax.errors import InputError, OptionsError
 from qwenvl_jax.inputs.options import MediaOptions, PromptOptions, RecordOptions
 from qwenvl_jax.options import as_text, build, check, check_names, checked, given, names, option
 
@@ -184,10 +184,12 @@ def _one_length(changes: dict) -> dict:
 
 def _read_toml(file: Path) -> dict:
     try:
-        values = tomllib.loads(file.read_text("utf-8"))
+        values = tomllib.loads(decode_text(file.read_bytes()))
     except OSError as e:
         raise OptionsError(f"{file}: cannot be read ({e.strerror})") from e
-    except ValueError as e:  # not TOML, or not UTF-8
+    except InputError as e:
+        raise OptionsError(f"{file}: {e}") from e
+    except ValueError as e:
         raise OptionsError(f"{file}: not readable as TOML ({e})") from e
     check_names(values, names(TrainOptions), f"{file}: ")
     return {name: checked(TrainOptions, name, value, f"{file}: ") for name, value in values.items()}
