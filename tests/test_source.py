@@ -300,6 +300,32 @@ def test_a_table_gives_every_row_the_keys_of_all(tmp_path):
     assert answers(path) == ["A", "A1"]
 
 
+@pytest.mark.parametrize("form", ["lines", "array", "list", "parquet", "dataset"])
+def test_nulls_are_absent_from_every_source(processor, tmp_path, form):
+    """As `Dataset.to_json`, `Table.to_pylist` and Parquet write rows that lack a key of other rows."""
+    calls = [{"function": {"name": n, "arguments": {"a": 1, n: n}}} for n in "fg"]
+    user = {"role": "user", "content": "Q"}
+    given = [[user, {"role": "assistant", "content": "", "tool_calls": [call]}] for call in calls]
+    for messages, other in zip(given, "gf", strict=True):
+        messages[1]["tool_calls"][0]["function"]["arguments"][other] = None
+    records = [{"messages": messages, "tools": None} for messages in given]
+    if form == "dataset":
+        data = pytest.importorskip("datasets").Dataset.from_list(records)
+    elif form == "list":
+        data = records
+    elif form == "parquet":
+        data = table(tmp_path / "a.parquet", records)
+    else:
+        text = json.dumps(records) if form == "array" else "".join(json.dumps(r) + "\n" for r in records)
+        (data := tmp_path / "a.jsonl").write_text(text)
+    for i, (_, record) in enumerate(everything(open_records(data))):
+        arguments = {"a": 1, "fg"[i]: "fg"[i]}
+        assert record["messages"][1]["tool_calls"][0]["function"]["arguments"] == arguments
+        assert "tools" not in record
+    (text,) = learnt(processor, data)
+    assert text.count('"f": "f"') == text.count('"g": "g"') == 1 and "null" not in text
+
+
 def test_a_damaged_table(tmp_path):
     path = table(tmp_path / "a.parquet", [qa(i) for i in range(50)], 10)
     good, identity = path.read_bytes(), open_records(path).identity

@@ -14,6 +14,8 @@ _FOREIGN = re.compile(
     r"|<image[ _-]?\d+>|<ImageHere>|<image_placeholder>|<image_soft_token>|<start_of_image>|<IMG_CONTEXT>|<__media__>"
 )
 _BOXES = re.compile(r"<bbox>|<ref-object>")  # ms-swift's, in the texts of every role
+_BREAK = "(?:\r\n|[\n\r\x85\u2028\u2029])?"  # one line break of any system, or none
+_MARKER = re.compile(f"{_BREAK}<(image|video)>{_BREAK}")
 _AS_TEXT = 'if it is meant as text, write the content as [{"type": "text", "text": …}]'
 
 
@@ -54,7 +56,7 @@ def with_media(messages: list, given: Mapping, folder: Path | None) -> list:
         if isinstance(content, list | tuple):
             message = {**message, "content": [with_source(item) for item in content]}
         elif isinstance(content, str) and message.get("role") in ("user", "tool"):
-            parts = re.split(r"\n?<(image|video)>\n?", content)  # text at even indices, kinds at odd ones
+            parts = _MARKER.split(content)  # text at even indices, kinds at odd ones
             if len(parts) > 1:
                 items = ({"type": p} if i % 2 else {"type": "text", "text": p} for i, p in enumerate(parts) if p)
                 message = {**message, "content": [with_source(item) for item in items]}
@@ -95,7 +97,8 @@ def _with_missing_markers(messages: list, beside: dict[str, list]) -> list:
     first = next((i for i, m in enumerate(messages) if isinstance(m, Mapping) and m.get("role") == "user"), None)
     if not missing or first is None or not isinstance(messages[first]["content"], str):
         return messages
-    message = {**messages[first], "content": missing + messages[first]["content"]}
+    # The line break is removed with the marker; one that the text begins with stays.
+    message = {**messages[first], "content": f"{missing}\n{messages[first]['content']}"}
     return [*messages[:first], message, *messages[first + 1 :]]
 
 

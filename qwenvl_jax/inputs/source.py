@@ -23,6 +23,7 @@ import numpy as np
 
 from qwenvl_jax import stores
 from qwenvl_jax.errors import BadRecord, InputError, OptionsError
+from qwenvl_jax.inputs.fields import without_nulls
 from qwenvl_jax.inputs.tables import ParquetFile, Rows, Stream, hub, saved
 
 MAX_IN_MEMORY = 512 << 20  # bytes of a JSON array, which is read whole, and of a pipe
@@ -94,7 +95,11 @@ class Records:
         return self._parts[0].epoch(seed, epoch)
 
     def renamed(self, record):
-        """The record with its keys renamed as `columns` says. Raises BadRecord if that would overwrite one."""
+        """The record without nulls and with its keys renamed as `columns` says.
+
+        Raises BadRecord if that would overwrite a key.
+        """
+        record = without_nulls(record)
         if not self._columns or not isinstance(record, Mapping):
             return record
         out = {k: v for k, v in record.items() if k not in self._columns}

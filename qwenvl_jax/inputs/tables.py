@@ -44,7 +44,7 @@ class ParquetFile:
     def __getitem__(self, index: int) -> Any:
         group = bisect_right(self._ends, index)
         row = index - (self._ends[group - 1] if group else 0)
-        return _without_nulls(self._table(group).slice(row, 1).to_pylist()[0])
+        return self._table(group).slice(row, 1).to_pylist()[0]
 
     def where(self, index: int) -> str:
         return f"{self.name}[{index}]"
@@ -80,13 +80,6 @@ class ParquetFile:
             raise InputError(f"{self.path}: not a readable Parquet file ({e})") from e
 
 
-def _without_nulls(value):
-    """Without the keys that are None: a table gives every row the keys of all rows."""
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
 class Rows:
     """The rows of a Hugging Face dataset, as stored: pictures stay bytes until this package decodes them."""
 
@@ -98,7 +91,7 @@ class Rows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Any:
-        return _without_nulls(self._rows[int(index)].to_pylist()[0])
+        return self._rows[int(index)].to_pylist()[0]
 
     def where(self, index: int) -> str:
         return f"{self.name}[{index}]"
@@ -121,7 +114,7 @@ class Stream:
         rows.set_epoch(epoch)
         try:
             for row in rows:
-                yield _without_nulls(row.to_pylist()[0])
+                yield row.to_pylist()[0]
         except Exception as e:  # from the network and pyarrow, of any kind
             raise InputError(f"{self.name}: cannot be read further ({' '.join(str(e).split())[:300]})") from e
 

@@ -122,7 +122,9 @@ class RecordProcessor:
 
 
 def _why_nothing(record: Mapping) -> str:
-    if record.get("answer") is not None:
+    if isinstance(answer := record.get("answer"), float | bool):
+        return f"no assistant message to learn from ('answer' is {answer}; to train on it, write it as text)"
+    if answer is not None:
         return "no assistant message to learn from ('answer' is for evaluation; write it as an assistant message)"
     if any(key in record for key in ("messages", "conversations", "conversation")):
         return "no assistant message to learn from"
