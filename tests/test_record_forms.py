@@ -563,6 +563,52 @@ def test_pictures_of_every_kind(processor, folder):
     assert pickle.loads(pickle.dumps(BadRecord("a", "b"))).reason == "a"
 
 
+LISTS = {
+    "JSON": '["a.png", "b.png"]', "one": '["a.png"]', "indented": json.dumps(["a.png", "b.png"], indent=1),
+    "an object": '{"bytes": null, "path": "a.png"}', "objects": '[{"path": "a.png"}, {"path": "b.png"}]',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["image", "images"])
+@pytest.mark.parametrize("name", LISTS)
+def test_media_as_json_text(processor, folder, key, name):
+    count = LISTS[name].count(".png")
+    (segment,) = RecordProcessor(processor, SHAPE, folder=folder)({"query": "Q", "response": "A", key: LISTS[name]})
+    assert trained(processor, segment) == expected(processor, f"user:{SEE * count}Q|assistant:«A")
+    assert len(segment.visuals) == count
+
+
+def test_media_as_text_that_is_not_json(folder):
+    for text in ("['a.png']", "[{'path': 'a.png'}]", "{'bytes': None, 'path': 'a.png'}"):
+        with pytest.raises(BadRecord, match=r"'images' is .*as Python prints it; write it as JSON"):
+            conversation({"query": "Q", "response": "A", "images": text}, folder)
+    for name in ("[1].png", "{a}.png", '["a.png', "['90s].png"):  # names of files
+        (item,) = conversation({"query": "<image>", "response": "A", "images": name}, None).messages[0]["content"]
+        assert item["image"] == name
+
+
+EMPTY = [
+    {"type": "image", "text": "", "image": "a.png"},
+    {"type": "image", "image": "a.png", "video": "", "text": None, "image_url": {}},
+    {"type": "image", "image": "", "image_url": {"url": "a.png"}, "video": [], "text": ""},
+    {"image": "a.png", "text": "", "video": ""},
+    {"type": "image", "image": "a.png", "image_url": {"url": None}},
+]
+
+
+@pytest.mark.parametrize("item", EMPTY)
+def test_empty_sources_beside_another_count_as_absent(processor, folder, item):
+    text = {"type": "text", "text": "Q", "image": "", "video": "", "image_url": {"url": None}}
+    record = {"messages": [say("user", [item, text]), REPLY]}
+    (segment,) = RecordProcessor(processor, SHAPE, folder=folder)(record)
+    assert trained(processor, segment) == expected(processor, f"user:{SEE}Q|assistant:«A")
+    beside = {"messages": [say("user", [{"type": "image", "image": "", "text": ""}, text]), REPLY], "image": "a.png"}
+    assert trained(processor, *RecordProcessor(processor, SHAPE, folder=folder)(beside)) == trained(processor, segment)
+    plain = [{"type": "image", "text": "", "image": picture()}, {"type": "text", "text": "Q", "image": ""}]
+    assert processor.render([say("user", plain)]) == processor.render([say("user", [{"image": picture()}, "Q"][:1] + [
+        {"type": "text", "text": "Q"}])])  # fmt: skip
+
+
 ODD = [None, True, 0, 1.5, "", "x", "<image>", "[", "[1]", "{}", '[{"role": "user"}]', [], [1], [[1, 2]], {}, {"a": 1}]
 NAMES = [
     *_KNOWN,

@@ -170,6 +170,8 @@ REFUSED = {
     "train_on_eos": "the end of a learnt message is always learnt",
     "rejected_images": "both replies of a preference are about the same pictures; put them into 'images'",
 }
+CHAT = ("messages", "conversations", "conversation", "texts")
+QUESTIONS = (*CHAT, "prompt", "query", "question", "instruction", "input")  # keys of which a record has one
 # Who speaks in a message.
 ROLES = {
     "human": "user", "user": "user",

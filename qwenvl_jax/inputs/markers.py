@@ -1,11 +1,13 @@
 """Puts the media that stand beside a record's messages into them, in place of `<image>` and `<video>`."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenvl_jax.errors import BadRecord, shown
+from qwenvl_jax.inputs.fields import present
 
 _SOURCES = ("image", "image_url", "video", "video_url", "url", "path")
 # Markers of other programs, in texts of users and tools.
@@ -28,7 +30,7 @@ def with_media(messages: list, given: Mapping, folder: Path | None) -> list:
     marker stand before the first user's text, as in TRL and ms-swift. Markers of other programs are refused.
     """
     _check_foreign(messages)
-    beside = {kind: [*_as_list(given.get(kind)), *_as_list(given.get(kind + "s"))] for kind in ("image", "video")}
+    beside = {kind: [*_as_list(given, kind), *_as_list(given, kind + "s")] for kind in ("image", "video")}
     if "data_path" in given:  # of Qwen's own training code
         if not isinstance(given["data_path"], str):
             raise BadRecord("messages", f"'data_path' is {shown(given['data_path'])}; it must be one folder, as a text")
@@ -44,7 +46,8 @@ def with_media(messages: list, given: Mapping, folder: Path | None) -> list:
     def with_source(item):
         if not isinstance(item, Mapping):
             return item
-        sources = {k: item[k] for k in _SOURCES if item.get(k) is not None}
+        sources = present({k: item[k] for k in _SOURCES if k in item})
+        item = {k: v for k, v in item.items() if k in sources or k not in _SOURCES}
         inline = item.get("base64") is not None or item.get("source") is not None
         if not sources and item.get("type") in list(used) and not inline:
             sources = {item["type"]: next_source(item["type"])}
@@ -102,7 +105,15 @@ def _with_missing_markers(messages: list, beside: dict[str, list]) -> list:
     return [*messages[:first], message, *messages[first + 1 :]]
 
 
-def _as_list(value) -> Sequence[Any]:
+def _as_list(given: Mapping, key: str) -> Sequence[Any]:
+    """The media under a key, which tables of text hold as JSON text."""
+    value = given.get(key)
+    if isinstance(value, str) and re.match(r"""\s*(\[\s*["'{\[\]]|\{\s*["'])""", value):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            if re.match(r"[\s\[{]*'", value) and value.rstrip()[-1] in "]}":
+                raise BadRecord("media", f"{key!r} is {shown(value)}, as Python prints it; write it as JSON") from None
     return value if isinstance(value, list | tuple) else [] if value is None else [value]
 
 

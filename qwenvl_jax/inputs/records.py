@@ -27,20 +27,18 @@ from typing import Any, NamedTuple
 
 from qwenvl_jax.errors import BadRecord, shown
 from qwenvl_jax.inputs import fields
-from qwenvl_jax.inputs.fields import ROLES, present, without_nulls
+from qwenvl_jax.inputs.fields import CHAT, QUESTIONS, ROLES, present, without_nulls
 from qwenvl_jax.inputs.markers import with_media
 
-_CHAT = ("messages", "conversations", "conversation", "texts")
-_QUESTIONS = (*_CHAT, "prompt", "query", "question", "instruction", "input")
 _REPLIES = ("completion", "response", "output")
 _PAIRS = ("chosen", "rejected", "rejected_response", "rejected_messages")
-_TEXTS = (*_QUESTIONS[len(_CHAT) :], *_REPLIES, *_PAIRS)
+_TEXTS = (*QUESTIONS[len(CHAT) :], *_REPLIES, *_PAIRS)
 _LIKE_CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
 _MEDIA = {"image", "images", "video", "videos"}
 _MEDIA_NAME = re.compile(r"(?i)\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif|mp4|mkv|webm|mov|avi)\b")
 _OPENAI_PAIR = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
 _KNOWN = (
-    *_QUESTIONS, *_REPLIES, *_PAIRS, "history", "system", "system_prompt", "tools", "functions", "image", "images",
+    *QUESTIONS, *_REPLIES, *_PAIRS, "history", "system", "system_prompt", "tools", "functions", "image", "images",
     "video", "videos", "data_path", "answer", "boxes", "task", "metric",
 )  # fmt: skip
 _CALLS = ("function_call", "tool_call")  # roles whose text is a call as JSON
@@ -119,7 +117,7 @@ def _keys(record) -> dict:
 
 def _check_media_keys(given: dict) -> None:
     """Raises BadRecord for a key that seems to hold the picture, if the record has no other."""
-    chats = [_json(given[k], repr(k)) if k in _CHAT else given[k] for k in (*_CHAT, "prompt") if k in given]
+    chats = [_json(given[k], repr(k)) if k in CHAT else given[k] for k in (*CHAT, "prompt") if k in given]
     turns = [turn for chat in chats if isinstance(chat, list | tuple) for turn in chat if isinstance(turn, Mapping)]
     contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list | tuple)]
     items = [item for content in contents for item in content if isinstance(item, Mapping)]
@@ -166,14 +164,14 @@ def _json(value, where: str, nulls=False):
 
 def _turns(given: dict) -> list:
     """The messages of any form. Those of a TRL `prompt` are not learnt."""
-    keys = [k for k in _QUESTIONS if k in given]
+    keys = [k for k in QUESTIONS if k in given]
     if not keys:
-        raise BadRecord("messages", f"has none of {', '.join(map(repr, _QUESTIONS))}; write 'messages'")
+        raise BadRecord("messages", f"has none of {', '.join(map(repr, QUESTIONS))}; write 'messages'")
     if keys[1:] and keys != ["instruction", "input"]:
         both = f"has both {keys[0]!r} and {keys[1]!r}"
         raise BadRecord("messages", f"{both}; {_pass_over(keys[0])} or --columns {keys[1]}=")
     key, replies = keys[0], [k for k in _REPLIES if k in given]
-    if key in _CHAT:
+    if key in CHAT:
         if extra := [*replies, *(k for k in ("history",) if k in given)]:
             raise BadRecord("messages", f"has both {key!r} and {extra[0]!r}; {_pass_over(extra[0])}")
         return _list(given[key], key)
@@ -192,7 +190,7 @@ def _turns(given: dict) -> list:
 
 def _pair(given: dict) -> tuple[list, list[list]]:
     """(prompt, [chosen reply, rejected reply])."""
-    has_prompt = any(k in given for k in _QUESTIONS)
+    has_prompt = any(k in given for k in QUESTIONS)
     if "rejected_response" in given or "rejected_messages" in given:
         if "chosen" in given or "rejected" in given:
             raise BadRecord("messages", "has both 'chosen' or 'rejected' and 'rejected_response'; remove one")
@@ -207,8 +205,8 @@ def _pair(given: dict) -> tuple[list, list[list]]:
         return _common(chosen, rejected)
     if extra := next((k for k in _REPLIES if k in given), None):
         raise BadRecord("messages", f"has both 'chosen' and {extra!r}; {_pass_over(extra)}")
-    talk_key = next((k for k in _CHAT if k in given and "prompt" in given), "answer")
-    if talk_key in _CHAT and _list(given[talk_key], talk_key) not in (chosen, rejected):
+    talk_key = next((k for k in CHAT if k in given and "prompt" in given), "answer")
+    if talk_key in CHAT and _list(given[talk_key], talk_key) not in (chosen, rejected):
         raise BadRecord(
             "messages", f"has 'prompt', 'chosen' and {talk_key!r}, which is neither reply; {_pass_over(talk_key)}"
         )
@@ -262,12 +260,12 @@ def _reply(reply, key: str) -> list:
 
 
 def _list(turns, key: str) -> list:
-    turns = _json(turns, repr(key)) if key in _CHAT else turns
+    turns = _json(turns, repr(key)) if key in CHAT else turns
     if not isinstance(turns, list | tuple) or not turns:
         raise BadRecord("messages", f"{key!r} must be a list of at least one message")
     out: list = []
     for i, turn in enumerate(turns):
-        where = f"message {i}" if key in (*_CHAT, "prompt") else f"{key} {i}"
+        where = f"message {i}" if key in (*CHAT, "prompt") else f"{key} {i}"
         if isinstance(turn, Mapping) and not turn.keys() & {"role", "from"} and "assistant" in turn:
             pair = ((role, turn.get(role)) for role in ("system", "human", "user", "assistant"))  # ms-swift's
             if odd := turn.keys() - {"system", "human", "user", "assistant"} - fields.HARMLESS_IN_MESSAGES:

@@ -137,12 +137,31 @@ def hub(name: str, rest: list[str], streaming: bool = False) -> Rows | Stream:
     except InputError as e:
         needs = f"a dataset of the hub needs the extra `datasets`: {install('datasets')}"
         raise InputError(f"{name}: there is no such file; {needs}") from e
+    _check_hub(datasets, name)
     config, split = (rest[0] if rest[1:] else None), (rest[-1] if rest else "train")
     full_name, how = ":".join((name, *rest)), {"streaming": True} if streaming else {}
     try:
         return _split(lambda: datasets.load_dataset(name, config, split=split, **how), full_name, None, None)
     except InputError as e:
         raise InputError(f"there is no such file, and as a dataset of the hub: {e}") from e
+
+
+def _check_hub(datasets, name: str) -> None:
+    """Raises InputError if the hub cannot be reached, which `datasets` would try for half a minute."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE or os.path.isdir(
+        os.path.join(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___"))
+    ):
+        return
+    try:
+        HfApi().dataset_info(name, timeout=5)
+    except Exception as e:  # the type depends on huggingface_hub's version and http library
+        if getattr(e, "response", None) is None:  # an answer of the hub is for `datasets`
+            raise InputError(
+                f"{name}: there is no such file, and the hub, where it may be a dataset, cannot be reached "
+                f"({' '.join(str(e).split())[:200]})"
+            ) from e
 
 
 def _split(load, name: str, split: str | None, folder: Path | None) -> Rows | Stream:
