@@ -563,6 +563,42 @@ def test_pictures_of_every_kind(processor, folder):
     assert pickle.loads(pickle.dumps(BadRecord("a", "b"))).reason == "a"
 
 
+ARGUMENTS = [
+    ("{a:1", "message 1: the arguments of a call are '{a:1', which is not readable as JSON (Expecting property name"),
+    ("Rome", "'Rome', which is not readable as JSON"),
+    ('"x"', "they must be a JSON object"),
+    ('"{\\"city\\": \\"Rome\\"}"', "they must be a JSON object"),
+    ("3", "the arguments of a call are '3'; they must be a JSON object"),
+    ([1], "the arguments of a call are [1]; they must be a JSON object"),
+    (5, "the arguments of a call are 5; they must be a JSON object"),
+]
+
+
+@pytest.mark.parametrize("arguments, says", ARGUMENTS)
+def test_arguments_that_are_no_object_are_not_learnt(processor, arguments, says):
+    bare = {"name": "weather", "arguments": arguments}
+    forms = [say("assistant", "", tool_calls=[{"function": bare}]), say("assistant", "", tool_calls=[bare])]
+    for call in [*forms, turn("function_call", json.dumps(bare)), say("assistant", "", function_call=bare)]:
+        record = {"messages": [ASK, call], "tools": [TOOL]}
+        with pytest.raises(BadRecord) as e:
+            RecordProcessor(processor, SHAPE)(record)
+        assert says in str(e.value)
+        wrong = {**call, "weight": 0}  # a call that failed, in an agent's trace
+        (segment,) = RecordProcessor(processor, SHAPE)(
+            {"messages": [ASK, wrong, say("tool", "no"), REPLY], "tools": [TOOL]}
+        )
+        assert trained(processor, segment)[1] == ["A<|im_end|>"]
+
+
+@pytest.mark.parametrize("arguments", [None, "", "{}", {}])
+def test_a_call_without_arguments_is_learnt(processor, arguments):
+    call = say("assistant", "", tool_calls=[{"function": {"name": "weather", "arguments": arguments}}])
+    (segment,) = RecordProcessor(processor, SHAPE)({"messages": [ASK, call], "tools": [TOOL]})
+    assert trained(processor, segment)[1] == [
+        '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>'
+    ]
+
+
 LISTS = {
     "JSON": '["a.png", "b.png"]', "one": '["a.png"]', "indented": json.dumps(["a.png", "b.png"], indent=1),
     "an object": '{"bytes": null, "path": "a.png"}', "objects": '[{"path": "a.png"}, {"path": "b.png"}]',

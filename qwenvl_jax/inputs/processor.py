@@ -129,6 +129,8 @@ class Processor:
         flags = dict(add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id)
         flags |= dict(tools=tools, allow_control_tokens=allow_control_tokens)
         prompt = self.prompt(messages, **flags)
+        if (length := len(prompt.tokens)) > self.config.text.context:
+            raise ContextError(f"the prompt has {length:,} tokens; the context has {self.config.text.context:,}")
         visuals = self.open(prompt.media, options)
         if boxes is not None:
             prompt = self.prompt(self.boxes_to_model(messages, visuals, boxes), **flags)
