@@ -130,7 +130,8 @@ class Processor:
         flags |= dict(tools=tools, allow_control_tokens=allow_control_tokens)
         prompt = self.prompt(messages, **flags)
         if (length := len(prompt.tokens)) > self.config.text.context:
-            raise ContextError(f"the prompt has {length:,} tokens; the context has {self.config.text.context:,}")
+            context = f"the context of {self.config.text.context} must hold it"
+            raise ContextError(f"the prompt has {length} tokens; {context}. Use a shorter conversation")
         visuals = self.open(prompt.media, options)
         if boxes is not None:
             prompt = self.prompt(self.boxes_to_model(messages, visuals, boxes), **flags)
