@@ -330,3 +330,19 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def join(url: str, name: str) -> str:
     return f"{url}/{name}" if name else url
+
+
+def refuse_closed(path, error: type[InputError] = InputError) -> None:
+    """Raises `error` for a path that is, or lies in, a folder that this user may not enter or list.
+
+    For paths that are folders or were not found: without permission, the system says that nothing is there.
+    """
+    for folder in (*reversed(Path(path).parents), Path(path)):
+        try:
+            os.stat(os.path.join(folder, "."))
+            if folder == Path(path):
+                os.scandir(folder).close()
+        except PermissionError as e:
+            raise error(f"{path}: cannot be read (no permission to open the folder {folder})") from e
+        except (OSError, ValueError):
+            return

@@ -695,7 +695,10 @@ def test_chat_on_a_terminal():
     t.wait(">", b"\x04")
     assert t.close() == 0
     said = t.seen.count("compiling…")
-    assert said and t.seen.count("\b" * len("compiling…")) == 2 * said
+    assert said and t.seen.count("\x1b7compiling…") == t.seen.count("\x1b8\x1b[K") == said
+
+
+ERASED = "\x1b7compiling…\x1b8\x1b[K"  # save the cursor; go back to it and clear the line, "^C" too
 
 
 def test_compiling_is_said_where_it_fits(monkeypatch, capsys):
@@ -705,9 +708,11 @@ def test_compiling_is_said_where_it_fits(monkeypatch, capsys):
     status = chat_verb._Status()
     threading.Timer(0.4, pieces.put, ["piece"]).start()
     assert status.get(pieces, engine, "a\nb") == "piece"
-    erased = "compiling…" + "\b" * 10 + " " * 10 + "\b" * 10
-    assert capsys.readouterr().out == erased
-    status.show(engine, "x" * 15)
+    assert capsys.readouterr().out == ERASED
+    status.show(engine, "x" * 14)  # with "^C" it would fill the line
+    monkeypatch.setenv("TERM", "dumb")  # it has no place for the cursor to return to
+    status.show(engine, "")
+    monkeypatch.delenv("TERM")
     engine.compiling = None
     status.show(engine, "")
     assert capsys.readouterr().out == ""
@@ -730,7 +735,28 @@ def test_compiling_goes_when_ctrl_c_comes_with_it(monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     with pytest.raises(KeyboardInterrupt):
         chat_verb._Status().get(queue.SimpleQueue(), SimpleNamespace(compiling="step"), "")
-    assert terminal.getvalue() == "compiling…" + "\b" * 10 + " " * 10 + "\b" * 10
+    assert terminal.getvalue() == ERASED
+
+
+def test_compiling_goes_when_ctrl_c_ends_the_wait_for_the_last_answer(monkeypatch):
+    class Worker:
+        joined = 0
+
+        def is_alive(self):
+            return True
+
+        def join(self, timeout):
+            self.joined += 1
+            if self.joined == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdout", terminal := io.StringIO())
+    terminal.isatty = lambda: True
+    chat = chat_verb.Chat(SimpleNamespace(compiling="step"), None, None, None, [])
+    chat._worker = Worker()
+    with pytest.raises(KeyboardInterrupt):
+        chat._wait(chat_verb._Status())
+    assert terminal.getvalue() == ERASED
 
 
 def test_a_lost_ctrl_c_comes_again():

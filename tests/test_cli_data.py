@@ -128,8 +128,22 @@ def test_suggestions_hold_all(task, data, processor):
     assert part.tokens < shape.tokens
     words = survey([chat()] * 3, processor, options)
     if task == "sft":  # text needs one lane, as small as can be
-        expected = PackShape(7, 128, 1, processor.config.vision.block_slots, 64)
-        assert suggest(words.measured, TrainOptions(rows=7, tokens=128), processor.config, 1.0) == expected
+        options = TrainOptions(rows=7, tokens=128)
+        for scale, rows in ((1, 1), (5, 5), (7, 7), (100, 7)):  # records that were not read count too
+            expected = PackShape(rows, 128, 1, processor.config.vision.block_slots, 64)
+            assert suggest(words.measured, options, processor.config, 1.0, scale) == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 24, 200])
+def test_few_records_get_no_more_rows_than_hold_them(processor, count):
+    options = TrainOptions(rows=64, tokens=128)
+    found = survey([chat("q" * (1 + i % 9), "answer") for i in range(count)], processor, options)
+    shape = suggest(found.measured, options, processor.config, 1.0)
+    packed = pack(found.measured, shape, processor.config, found.total)
+    assert packed.left_out == 0 and packed.batches == 1
+    if count > 2:
+        assert packed.tokens > 0.75
+    assert shape.rows == 1 if count < 3 else 1 < shape.rows <= 64
 
 
 def test_several_files_with_other_names(data, capsys):

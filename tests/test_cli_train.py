@@ -331,6 +331,33 @@ def test_a_start_that_fails_leaves_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_empty_flag_switches_a_list_of_the_file_off(asked, tmp_path):
+    (file := tmp_path / "run.toml").write_text('data = ["d.jsonl"]\neval_data = ["e.jsonl"]\nlora_targets = ""\n')
+    assert TrainOptions.read(file).eval_data == ("e.jsonl",)
+    options = TrainOptions.read(file, {"eval_data": [""]})
+    assert (options.eval_data, options.data, options.lora_targets) == ((), ("d.jsonl",), ())
+    assert TrainOptions.read(file, {"eval_data": ["", "f"]}).eval_data == ("", "f")
+    assert cli.main(["train", str(file), "--eval-data", ""]) == 0
+    assert asked.options.eval_data == ()
+
+
+def test_a_result_that_the_disk_does_not_hold(tiny_checkpoint, tmp_path, monkeypatch):
+    """The whole model counts, in the checkpoint's dtype."""
+    (tmp_path / "data.jsonl").write_text(json.dumps({"query": "Q", "response": "A"}) + "\n")
+    seen = []
+
+    def train(model, data, options, reserve=0, **more):
+        seen.append((reserve, sum(w.size for w in jax.tree.leaves(model.params))))
+        raise InputError("enough")
+
+    monkeypatch.setattr(finetune, "train", train)
+    options = TrainOptions(model=str(tiny_checkpoint), data=(f"{tmp_path}/data.jsonl",), output=f"{tmp_path}/run")
+    with pytest.raises(InputError, match="enough"):
+        finetune.finetune(options)
+    ((reserve, size),) = seen
+    assert reserve == size * np.dtype(checkpoint.directory.read_config(tiny_checkpoint).dtype).itemsize
+
+
 def test_epochs_replace_steps(tmp_path):
     assert (TrainOptions().steps, TrainOptions(epochs=2).steps) == (1000, None)
     assert TrainOptions().replace(epochs=2) == TrainOptions(epochs=2)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -495,6 +496,44 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
             file.write_bytes(b"")
     with pytest.raises(InputError, match=f"{run.CHECKPOINTS}/1"):
         loop.train(model(), Batches(), options(tmp_path, steps=1))
+
+
+@pytest.mark.parametrize(
+    "changes, count",
+    [
+        (dict(steps=12, save_every=3, keep=2), 3),  # the next one is complete before the oldest is deleted
+        (dict(steps=12, save_every=3, keep=10**9), 4),
+        (dict(steps=12, save_every=3, keep=2, best="x"), 4),
+        (dict(steps=2, save_every=3), 1),
+        (dict(steps=2**30, save_every=1, keep=5), 6),
+        (dict(steps=None, epochs=2, keep=2), 3),
+    ],
+)
+def test_a_disk_without_space_is_found_before_the_first_step(tmp_path, monkeypatch, changes, count):
+    state = {"x": np.zeros(25 * 10**6, np.float32)}  # 0.1 GB
+    need = count * 10**8 + 3 * 10**8 + run.stores.MARGIN
+    for free, fits in ((need, True), (need - 1, False)):
+        monkeypatch.setattr(run.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with run.Run(options(tmp_path / "run", **changes), 3 * 10**8) as r:
+            if fits:
+                r.begin(state)
+                continue
+            with pytest.raises(InputError) as e:
+                r.begin(state)
+            assert f"no space for the run: {count} checkpoints of 0.10 GB and the result of 0.30 GB" in str(e.value)
+
+
+def test_a_resumed_run_needs_space_for_what_is_new(tmp_path, monkeypatch):
+    loop.train(model(), Batches(), options(tmp_path, steps=6))
+    usage = SimpleNamespace(free=run.stores.MARGIN)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage)
+    assert loop.train(model(), Batches(), options(tmp_path, steps=6)).step == 6  # it writes nothing more
+    batches = Batches()
+    with pytest.raises(InputError, match=r"1 checkpoints of 0.00 GB are to be written, and 0.07 GB are free"):
+        loop.train(model(), batches, options(tmp_path, steps=12))
+    assert saved(tmp_path) == [3, 6] and batches.at == 7
+    usage.free *= 2
+    assert loop.train(model(), Batches(), options(tmp_path, steps=12)).step == 12
 
 
 def test_a_full_disk_is_named(tmp_path):

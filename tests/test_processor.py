@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from PIL import Image
 
-from qwenvl_jax.errors import CheckpointError, InputError
+from qwenvl_jax.errors import CheckpointError, ContextError, InputError
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.inputs.options import VIDEO
 from qwenvl_jax.inputs.pack import make_batch
@@ -375,6 +375,17 @@ def test_tools_equal_transformers(processor, reference):
         options = dict(tools=tools or None, add_generation_prompt=True)
         expected = reference.apply_chat_template(messages, chat_template=template, **options)
         assert processor.encode(messages, **options).tokens.tolist() == expected, messages
+
+
+def test_tokens_beyond_the_context_are_refused_before_positions(processor, monkeypatch):
+    """A letter may be several tokens, so the letters alone do not bound them."""
+    monkeypatch.setattr("qwenvl_jax.inputs.processor.make_sample", lambda *_, **__: pytest.fail("positions were made"))
+    monkeypatch.setattr(Processor, "open", lambda *_, **__: pytest.fail("media were opened"))
+    context = CONFIG.text.context
+    for letter in ("\u200d", "a ", "\U0001f600"):
+        content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": letter * context}]
+        with pytest.raises(ContextError, match=rf"the prompt has \d+ tokens; the context of {context} must hold it"):
+            processor.encode([{"role": "user", "content": content}])
 
 
 @pytest.mark.parity

@@ -86,6 +86,33 @@ FORMS = {
                       say("function", "18", name="weather"), REPLY], "functions": [WEATHER]},
         f"tools|user:Q|assistant:«{CALLED}|user:<tool_response>\n18\n</tool_response>|assistant:«A",
     ),
+    "nulls in calls and tools": (
+        {"messages": [ASK, say("assistant", None, tool_calls=[{"id": None, "function": {
+            "name": "weather", "arguments": {"city": "Rome", "day": None, "more": [{"at": None}, None]}}}])],
+         "tools": [{"type": "function", "function": WEATHER | {"strict": None, "parameters": {
+             "type": "object", "properties": {"day": None}}}}]},
+        "tools|user:Q|assistant:«" + CALLED.replace('"Rome"', '"Rome", "more": [{}, null]'),
+    ),
+    "nulls in messages as text": (
+        {"messages": json.dumps([ASK, say("assistant", None, tool_calls=[{"function": {
+            "name": "weather", "arguments": {"city": "Rome", "day": None}}}])]),
+         "tools": json.dumps([{**TOOL, "function": {**WEATHER, "strict": None}}])},
+        f"tools|user:Q|assistant:«{CALLED}",
+    ),
+    "nulls in calls as text": (
+        {"messages": [ASK, say("assistant", "", tool_calls=[{"function": {
+            "name": "weather", "arguments": '{"city": null}'}}]), say("tool_call", CALL.replace('"Rome"', "null"))],
+         "tools": [TOOL]},
+        "tools|user:Q|assistant:«" + "\n".join([CALLED.replace('"Rome"', "null")] * 2),
+    ),
+    "whole numbers": ({"question": 5, "answer": 3}, "user:5|assistant:«3"),
+    "whole numbers in alpaca": (
+        {"instruction": "Q", "input": 4, "output": 16, "history": [[2, -4]]},
+        "user:2|assistant:«-4|user:Q\n4|assistant:«16",
+    ),
+    "whole numbers in messages": (
+        {"conversations": [turn("human", 5), turn("gpt", 0)], "system": 1}, "system:1|user:5|assistant:«0",
+    ),
     "nulls of a table": (
         {"messages": [{**ASK, "tool_calls": None, "weight": None}, {**REPLY, "name": None}], "tools": None,
          "system": "", "images": [], "chosen": None},
@@ -287,7 +314,52 @@ def test_evaluation_reads_the_same(processor, folder, name):
     messages, _, tools = conversation(in_folder(record, folder), None)
     assert question.messages == messages[:-1] and question.tools == tools
     if "tool_calls" not in messages[-1]:
-        assert question.answers == ("B" if form.endswith("B") else "A",)
+        assert question.answers == (form.rpartition(":")[2].removeprefix("«"),)
+
+
+BREAKS = ["", "\n", "\r\n", "\r", "\x85", "\u2028", "\u2029"]
+AROUND = {  # text before and after a marker, the media beside it → forms of record
+    "messages": lambda text, media: {"messages": [say("user", text), REPLY], **media},
+    "conversations": lambda text, media: {"conversations": [turn("human", text), turn("gpt", "A")], **media},
+    "texts": lambda text, media: {"texts": [{"user": text, "assistant": "A"}], **media},
+    "query": lambda text, media: {"query": text, "response": "A", **media},
+    "alpaca": lambda text, media: {"instruction": text, "output": "A", **media},
+    "prompt": lambda text, media: {"prompt": [say("user", text)], "completion": "A", **media},
+    "history": lambda text, media: {"query": "R", "response": "B", "history": [[text, "A"]], **media},
+}
+
+
+def first_user(record) -> str:
+    """The first user message: each picture or clip as ⟨kind⟩."""
+    message = next(m for m in conversation(record, None).messages if m["role"] == "user")
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(i.get("text", f"⟨{i['type']}⟩") for i in content)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("name", AROUND)
+def test_one_line_break_beside_a_marker_is_removed(name, kind):
+    for gap in BREAKS:
+        read = lambda text: first_user(AROUND[name](text, {kind: "a.png"}))  # noqa: E731
+        assert read(f"<{kind}>{gap}Q") == f"⟨{kind}⟩Q"
+        assert read(f"P{gap}<{kind}>") == f"P⟨{kind}⟩"
+        assert read(f"P{gap}<{kind}>{gap}Q") == f"P⟨{kind}⟩Q"
+        assert read(f"P{gap}{gap}<{kind}>{gap}{gap} Q{gap}") == f"P{gap}⟨{kind}⟩{gap} Q{gap}"
+        assert first_user(AROUND[name](f"<{kind}>{gap}<{kind}>{gap}Q", {kind: ["a", "b"]})) == f"⟨{kind}⟩⟨{kind}⟩Q"
+
+
+@pytest.mark.parametrize("gap", BREAKS[1:])
+def test_line_breaks_without_a_marker_stay(gap):
+    text = f"{gap}P{gap}{gap}Q{gap}"
+    for name, form in AROUND.items():
+        assert first_user(form(text, {})) == text
+        if name != "conversations":  # elsewhere, media without a marker stand before the text
+            assert first_user(form(text, {"images": ["a", "b"]})) == f"⟨image⟩⟨image⟩{text}"
+    both = {"query": f"{gap}<image>{gap}{gap}Q", "response": "A", "images": ["a"], "videos": ["b"]}
+    assert first_user(both) == f"⟨video⟩⟨image⟩{gap}Q"
+    items = [{"type": "image"}, {"type": "text", "text": f"{gap}<image>{gap}Q"}]
+    assert first_user({"messages": [say("user", items), REPLY], "image": "a"}) == f"⟨image⟩{gap}<image>{gap}Q"
+    assert conversation({"query": "Q", "response": f"<image>{gap}A"}, None).messages[-1]["content"] == f"<image>{gap}A"
 
 
 PAIRS = {
@@ -363,11 +435,17 @@ REFUSED = [
     (CHAT | {"history": [["a", "b"]]}, "has both 'messages' and 'history'"),
     ({"query": "Q", "response": "A", "output": "B"}, "has both 'response' and 'output'"),
     ({"query": "Q", "response": ["A", "B"]}, "'response' must be a text, a message or a list of"),
-    ({"query": 5, "response": "A"}, "'query' is of type int; it must be a text"),
+    ({"query": True, "response": "A"}, "'query' is True; it must be a text"),
+    ({"query": "Q", "response": 3.0}, "'response' is 3.0; write it as text, such as \"3\" or \"3.0\""),
+    ({"query": "Q", "response": 0.5}, "'response' is 0.5; write it as text, such as \"0.5\""),
+    ({"query": "Q", "response": False}, "'response' is False; it must be a text"),
+    ({"question": "Q", "answer": 2.5}, "'answer' is 2.5; to train on it, write it as text"),
+    ({"messages": [ASK, say("assistant", 2.5)]}, "message 1 has content of type float; it must be a string"),
+    ({"messages": [ASK, say("assistant", True)]}, "message 1 has content of type bool; it must be a string"),
     ({"query": "Q", "response": "A", "history": [["a"]]}, "'history' must be a list of [question, answer]"),
     ({"query": "Q", "response": "A", "history": {"a": "b"}}, "'history' must be a list of [question, answer]"),
     ({"prompt": [ASK, say("assistant", "{")], "completion": "A"}, "'prompt' ends with an assistant message"),
-    (CHAT | {"system": 5}, "'system' is of type int"),
+    (CHAT | {"system": ["S"]}, "'system' is ['S']; it must be a text"),
     ({"messages": [say("system", "T"), ASK, REPLY], "system": "S"}, "has two system prompts"),
     (CHAT | {"tools": [TOOL], "functions": [WEATHER]}, "has both 'tools' and 'functions'"),
     (CHAT | {"tools": "[{]"}, "'tools' is text and not readable as JSON"),
@@ -483,6 +561,88 @@ def test_pictures_of_every_kind(processor, folder):
             segment.visuals[0].patches, processor.encode([say("user", [{"image": picture()}])]).visuals[0].patches
         )
     assert pickle.loads(pickle.dumps(BadRecord("a", "b"))).reason == "a"
+
+
+ARGUMENTS = [
+    ("{a:1", "message 1: the arguments of a call are '{a:1', which is not readable as JSON (Expecting property name"),
+    ("Rome", "'Rome', which is not readable as JSON"),
+    ('"x"', "they must be a JSON object"),
+    ('"{\\"city\\": \\"Rome\\"}"', "they must be a JSON object"),
+    ("3", "the arguments of a call are '3'; they must be a JSON object"),
+    ([1], "the arguments of a call are [1]; they must be a JSON object"),
+    (5, "the arguments of a call are 5; they must be a JSON object"),
+]
+
+
+@pytest.mark.parametrize("arguments, says", ARGUMENTS)
+def test_arguments_that_are_no_object_are_not_learnt(processor, arguments, says):
+    bare = {"name": "weather", "arguments": arguments}
+    forms = [say("assistant", "", tool_calls=[{"function": bare}]), say("assistant", "", tool_calls=[bare])]
+    for call in [*forms, turn("function_call", json.dumps(bare)), say("assistant", "", function_call=bare)]:
+        record = {"messages": [ASK, call], "tools": [TOOL]}
+        with pytest.raises(BadRecord) as e:
+            RecordProcessor(processor, SHAPE)(record)
+        assert says in str(e.value)
+        wrong = {**call, "weight": 0}  # a call that failed, in an agent's trace
+        (segment,) = RecordProcessor(processor, SHAPE)(
+            {"messages": [ASK, wrong, say("tool", "no"), REPLY], "tools": [TOOL]}
+        )
+        assert trained(processor, segment)[1] == ["A<|im_end|>"]
+
+
+@pytest.mark.parametrize("arguments", [None, "", "{}", {}])
+def test_a_call_without_arguments_is_learnt(processor, arguments):
+    call = say("assistant", "", tool_calls=[{"function": {"name": "weather", "arguments": arguments}}])
+    (segment,) = RecordProcessor(processor, SHAPE)({"messages": [ASK, call], "tools": [TOOL]})
+    assert trained(processor, segment)[1] == [
+        '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>'
+    ]
+
+
+LISTS = {
+    "JSON": '["a.png", "b.png"]', "one": '["a.png"]', "indented": json.dumps(["a.png", "b.png"], indent=1),
+    "an object": '{"bytes": null, "path": "a.png"}', "objects": '[{"path": "a.png"}, {"path": "b.png"}]',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["image", "images"])
+@pytest.mark.parametrize("name", LISTS)
+def test_media_as_json_text(processor, folder, key, name):
+    count = LISTS[name].count(".png")
+    (segment,) = RecordProcessor(processor, SHAPE, folder=folder)({"query": "Q", "response": "A", key: LISTS[name]})
+    assert trained(processor, segment) == expected(processor, f"user:{SEE * count}Q|assistant:«A")
+    assert len(segment.visuals) == count
+
+
+def test_media_as_text_that_is_not_json(folder):
+    for text in ("['a.png']", "[{'path': 'a.png'}]", "{'bytes': None, 'path': 'a.png'}"):
+        with pytest.raises(BadRecord, match=r"'images' is .*as Python prints it; write it as JSON"):
+            conversation({"query": "Q", "response": "A", "images": text}, folder)
+    for name in ("[1].png", "{a}.png", '["a.png', "['90s].png"):  # names of files
+        (item,) = conversation({"query": "<image>", "response": "A", "images": name}, None).messages[0]["content"]
+        assert item["image"] == name
+
+
+EMPTY = [
+    {"type": "image", "text": "", "image": "a.png"},
+    {"type": "image", "image": "a.png", "video": "", "text": None, "image_url": {}},
+    {"type": "image", "image": "", "image_url": {"url": "a.png"}, "video": [], "text": ""},
+    {"image": "a.png", "text": "", "video": ""},
+    {"type": "image", "image": "a.png", "image_url": {"url": None}},
+]
+
+
+@pytest.mark.parametrize("item", EMPTY)
+def test_empty_sources_beside_another_count_as_absent(processor, folder, item):
+    text = {"type": "text", "text": "Q", "image": "", "video": "", "image_url": {"url": None}}
+    record = {"messages": [say("user", [item, text]), REPLY]}
+    (segment,) = RecordProcessor(processor, SHAPE, folder=folder)(record)
+    assert trained(processor, segment) == expected(processor, f"user:{SEE}Q|assistant:«A")
+    beside = {"messages": [say("user", [{"type": "image", "image": "", "text": ""}, text]), REPLY], "image": "a.png"}
+    assert trained(processor, *RecordProcessor(processor, SHAPE, folder=folder)(beside)) == trained(processor, segment)
+    plain = [{"type": "image", "text": "", "image": picture()}, {"type": "text", "text": "Q", "image": ""}]
+    assert processor.render([say("user", plain)]) == processor.render([say("user", [{"image": picture()}, "Q"][:1] + [
+        {"type": "text", "text": "Q"}])])  # fmt: skip
 
 
 ODD = [None, True, 0, 1.5, "", "x", "<image>", "[", "[1]", "{}", '[{"role": "user"}]', [], [1], [[1, 2]], {}, {"a": 1}]

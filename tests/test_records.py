@@ -288,7 +288,7 @@ def turns(*values, **more):
         ({"messages": "hello"}, "messages", "'messages' must be a list"),
         ({"messages": [3]}, "messages", "message 0 is of type int"),
         ({"messages": [{"role": "alien", "content": "x"}]}, "messages", "message 0 has role 'alien'"),
-        ({"messages": [user("x"), assistant(5)]}, "messages", "message 1 has content of type int"),
+        ({"messages": [user("x"), assistant(5.5)]}, "messages", "message 1 has content of type float"),
         ({"messages": [user("x"), assistant("y", weight=2)]}, "messages", "message 1 has weight 2"),
         ({"messages": [user("x\ud800"), assistant("y")]}, "messages", "half of a character"),
         ({"messages": [user("x"), assistant("y")], "tools": "weather"}, "messages", "tools must be a list"),

@@ -22,9 +22,10 @@ from PIL import Image
 from tiny import read_questions
 
 from qwenvl_jax import cli
-from qwenvl_jax.errors import InputError, install
+from qwenvl_jax.errors import CheckpointError, InputError, install
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.inputs.source import open_records
+from qwenvl_jax.params.locate import find
 from qwenvl_jax.train.data import Dataset
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.records import PackShape
@@ -250,6 +251,88 @@ def test_the_extra_is_named(tmp_path, monkeypatch):
         open_records("runs/train")
 
 
+RECORD = '{"query": "Q", "response": "A"}'
+NOT_LINES = {
+    "wrapper": (
+        f'{{"version": 1, "data": [{RECORD}, {RECORD}]}}',
+        "records are under 'data'; write one per line, as jq",
+    ),
+    "wrapper over lines": (json.dumps({"rows": [json.loads(RECORD)]}, indent=1), "under 'rows'"),
+    "splits": (f'{{"train": [{RECORD}], "test": []}}', "jq -c '.[\"train\"][]' "),
+    "indented": (
+        json.dumps(json.loads(RECORD), indent=1),
+        "holds one JSON object over several lines; write one record",
+    ),
+    "several indented": (json.dumps(json.loads(RECORD), indent=1) * 2, "holds JSON objects over several lines each"),
+    "a break within": (
+        '{"messages": [\n{"role": "user", "content": "Q"}]}\n{}',
+        "holds JSON objects over several lines",
+    ),
+    "on one line": (RECORD * 2, "several JSON values on one line; write one record per line, as jq -c . does"),
+    "on one line, spaced": (f"{RECORD}\n{RECORD} \t{RECORD}\n", "several JSON values on one line"),
+    "carriage returns": (
+        f"{RECORD}\r{RECORD}\r",
+        r"carriage returns alone (\r); write line feeds, as tr '\r' '\n' does",
+    ),
+    "commas": (f"{RECORD},\n{RECORD}\n", "a comma after the record; write one record per line and no commas"),
+    "words": (f"{RECORD} x\n", "not readable as JSON (Extra data"),
+    "damaged": ('{"query": "Q\n{"response": "A"}\n', "not readable as JSON"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_LINES)
+def test_what_is_not_one_record_per_line_is_named(tmp_path, name):
+    text, says = NOT_LINES[name]
+    for mark in ("", "\ufeff"):
+        (path := tmp_path / "a.jsonl").write_text(mark + text, "utf-8", newline="")
+        with pytest.raises(InputError) as e:
+            everything(open_records(path))
+        assert says in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "text", [RECORD, f"{RECORD}\r\n\r\n{RECORD}\r\n", f"\n{RECORD}\n", '{"images": [{"path": "a"}]}']
+)
+def test_one_record_per_line_is_read(tmp_path, text):
+    (path := tmp_path / "a.jsonl").write_text(text, "utf-8", newline="")
+    assert len(open_records(path)) == text.count("}\n") + text.count("}\r") + text.endswith("}")
+    assert everything(open_records(path))
+
+
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
+    """As another user sees it; the tests may run as root."""
+    closed, stat, scandir = tmp_path / "closed", os.stat, os.scandir
+    lines(tmp_path / "a.jsonl", qa(1))
+
+    def refusing(function):
+        def call(path, *args, **more):
+            inside = str(path).startswith(f"{closed}{os.sep}") or (function is scandir and str(path) == str(closed))
+            if inside:
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *args, **more)
+
+        return call
+
+    closed.mkdir()
+    monkeypatch.setattr(os, "stat", refusing(stat))
+    monkeypatch.setattr(os, "scandir", refusing(scandir))
+    for data in (
+        closed,
+        closed / "x.jsonl",
+        closed / "sub" / "x.jsonl",
+        closed / "*.jsonl",
+        closed / "sub" / "*" / "x",
+    ):
+        with pytest.raises(InputError, match=f"cannot be read .no permission to open the folder {closed}.$"):
+            open_records(data)
+        if "*" not in str(data):
+            with pytest.raises(CheckpointError, match="no permission to open the folder"):
+                find(data)
+    with pytest.raises(InputError, match="No such file"):
+        open_records(tmp_path / "gone" / "x.jsonl")
+    assert len(open_records(tmp_path / "a.jsonl")) == 1
+
+
 # ------------------------------------------------------------------------------------------ Parquet
 
 
@@ -301,6 +384,32 @@ def test_a_table_gives_every_row_the_keys_of_all(tmp_path):
     assert answers(path) == ["A", "A1"]
 
 
+@pytest.mark.parametrize("form", ["lines", "array", "list", "parquet", "dataset"])
+def test_nulls_are_absent_from_every_source(processor, tmp_path, form):
+    """As `Dataset.to_json`, `Table.to_pylist` and Parquet write rows that lack a key of other rows."""
+    calls = [{"function": {"name": n, "arguments": {"a": 1, n: n}}} for n in "fg"]
+    user = {"role": "user", "content": "Q"}
+    given = [[user, {"role": "assistant", "content": "", "tool_calls": [call]}] for call in calls]
+    for messages, other in zip(given, "gf", strict=True):
+        messages[1]["tool_calls"][0]["function"]["arguments"][other] = None
+    records = [{"messages": messages, "tools": None} for messages in given]
+    if form == "dataset":
+        data = pytest.importorskip("datasets").Dataset.from_list(records)
+    elif form == "list":
+        data = records
+    elif form == "parquet":
+        data = table(tmp_path / "a.parquet", records)
+    else:
+        text = json.dumps(records) if form == "array" else "".join(json.dumps(r) + "\n" for r in records)
+        (data := tmp_path / "a.jsonl").write_text(text)
+    for i, (_, record) in enumerate(everything(open_records(data))):
+        arguments = {"a": 1, "fg"[i]: "fg"[i]}
+        assert record["messages"][1]["tool_calls"][0]["function"]["arguments"] == arguments
+        assert "tools" not in record
+    (text,) = learnt(processor, data)
+    assert text.count('"f": "f"') == text.count('"g": "g"') == 1 and "null" not in text
+
+
 def test_a_damaged_table(tmp_path):
     path = table(tmp_path / "a.parquet", [qa(i) for i in range(50)], 10)
     good, identity = path.read_bytes(), open_records(path).identity
@@ -319,6 +428,7 @@ def test_a_damaged_table(tmp_path):
 @pytest.fixture
 def datasets(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     return pytest.importorskip("datasets")
 
 
@@ -369,6 +479,36 @@ def test_a_dataset_of_the_hub(processor, datasets, monkeypatch, name, called):
     assert answers(name) == ["A0", "A1", "A2"] and calls == [(name.split(":")[0], called)]
     assert learnt(processor, name) == ["0", "1", "2"]
     assert open_records(name).where(1) == f"{name}[1]"
+
+
+def test_a_hub_out_of_reach_is_found_at_once(datasets, monkeypatch):
+    """`datasets` would try for half a minute. What the hub answers, and what is in the cache, is for `datasets`."""
+    error, called = OSError("no route to host"), []
+
+    def dataset_info(self, name, timeout):
+        assert timeout <= 5
+        raise error
+
+    def load_dataset(path, config, split):
+        called.append(path)
+        raise OSError("not found")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("foo/bar", "foo/bar:test"):
+        with pytest.raises(InputError, match=r"foo/bar: there is no such file, and the hub.*\(no route to host\)"):
+            open_records(name)
+    assert called == []
+    error.response = object()
+    with pytest.raises(InputError, match="cannot be opened as a dataset"):
+        open_records("foo/bar")
+    del error.response
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(Path(os.environ["HF_HOME"])))
+    (Path(os.environ["HF_HOME"]) / "foo___bar").mkdir(parents=True)
+    with pytest.raises(InputError, match="cannot be opened as a dataset"):
+        open_records("foo/bar")
+    assert called == ["foo/bar"] * 2
 
 
 @pytest.fixture

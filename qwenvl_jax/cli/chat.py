@@ -40,6 +40,7 @@ _HELP = '''\
 Ctrl-C        stop an answer; what was written so far stays in the conversation'''
 _BLOCK = '"""'
 _COMPILING = "compiling…"
+_SAVE, _RESTORE = "\x1b7", "\x1b8\x1b[K"  # the cursor's place; the second one clears the line behind it
 
 
 class Attachment(NamedTuple):
@@ -235,14 +236,16 @@ class Chat:
 
     def _wait(self, status: "_Status") -> None:
         """Waits until the last answer's thread has ended: an engine computes for one thread at a time."""
-        while self._worker is not None and self._worker.is_alive():
-            self._worker.join(0.1)
-            status.show(self._engine, "")
-        status.hide()
+        try:
+            while self._worker is not None and self._worker.is_alive():
+                self._worker.join(0.1)
+                status.show(self._engine, "")
+        finally:
+            status.hide()
 
 
 class _Status:
-    """Says "compiling…" behind what is printed, on a terminal, and removes it."""
+    """Says "compiling…" behind what is printed, on a terminal, and removes it, with the ^C that Ctrl-C adds to it."""
 
     def __init__(self):
         self._shown: bool = False
@@ -258,19 +261,18 @@ class _Status:
             self.hide()
 
     def show(self, engine, text: str) -> None:
-        """text: what was printed before. Nothing is said near the end of a line, since Backspace stays on one line."""
+        """text: what was printed before. Nothing is said near the end of a line, since the next line could scroll."""
         used = 2 * len(text.rpartition("\n")[2])  # a character has at most two columns
-        fits = used + len(_COMPILING) < shutil.get_terminal_size().columns
+        fits = used + len(_COMPILING) + len("^C") < shutil.get_terminal_size().columns
         if not engine.compiling:
             self.hide()
-        elif fits and not self._shown and sys.stdout.isatty():
+        elif fits and not self._shown and sys.stdout.isatty() and os.environ.get("TERM") != "dumb":
             self._shown = True  # first: Ctrl-C may come before print returns
-            print(_COMPILING, end="", flush=True)
+            print(_SAVE, _COMPILING, sep="", end="", flush=True)
 
     def hide(self) -> None:
         if self._shown:
-            back = "\b" * len(_COMPILING)
-            print(back, " " * len(_COMPILING), back, sep="", end="", flush=True)
+            print(_RESTORE, end="", flush=True)
             self._shown = False
 
 

@@ -88,7 +88,8 @@ def describe(found, options: TrainOptions, config) -> dict:
         name: dict(zip(_QUANTILES, quantiles(v), strict=True)) for name, v in columns.items() if any(v)
     }
     facts["batches"] = _batches(pack(m, found.shape, config, found.total * len(m) // found.read), options)
-    shapes = {f"{share:.0%}": suggest(m, options, config, share) for share in (1.0, 0.99)}
+    scale = found.total / found.read
+    shapes = {f"{share:.0%}": suggest(m, options, config, share, scale) for share in (1.0, 0.99)}
     if shapes["99%"] == shapes["100%"]:
         del shapes["99%"]
     total = found.total * len(m) // found.read

@@ -144,6 +144,26 @@ def read_keys(given: Mapping, table: Mapping[str, Callable[[Any], bool]], where:
 
 # ------------------------------------------------------------------------------------------ records
 
+
+def without_nulls(value, depth: int = 0):
+    """The value without keys that are None, in lists too: a table gives every row the keys of all rows.
+
+    JSON text within it stays as it is, and so does what lies deeper than a hundred levels.
+    """
+    if depth > 100:
+        return value
+    if isinstance(value, Mapping):
+        return {k: without_nulls(v, depth + 1) for k, v in value.items() if v is not None}
+    return [without_nulls(v, depth + 1) for v in value] if isinstance(value, list) else value
+
+
+def present(value: Mapping) -> dict:
+    """Without keys that are None or empty: dataset rows have every key of every row."""
+    return {
+        k: v for k, v in value.items() if v is not None and not (isinstance(v, str | list | tuple | Mapping) and not v)
+    }
+
+
 # Keys that describe a record. They are passed over.
 HARMLESS = frozenset(
     "id _id idx index uid uuid guid name key qid pid question_id image_id video_id prompt_id sample_id item_id "
@@ -188,3 +208,13 @@ REFUSED = {
     "train_on_eos": "the end of a learnt message is always learnt",
     "rejected_images": "both replies of a preference are about the same pictures; put them into 'images'",
 }
+CHAT = ("messages", "conversations", "conversation", "texts")
+QUESTIONS = (*CHAT, "prompt", "query", "question", "instruction", "input")  # keys of which a record has one
+# Who speaks in a message.
+ROLES = {
+    "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function_call": "assistant", "tool_call": "assistant",
+    "system": "system", "developer": "system",
+    "observation": "tool", "tool": "tool", "tool_response": "tool", "function_response": "tool",
+}  # fmt: skip

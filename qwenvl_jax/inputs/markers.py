@@ -1,11 +1,13 @@
 """Puts the media that stand beside a record's messages into them, in place of `<image>` and `<video>`."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenvl_jax.errors import BadRecord, shown
+from qwenvl_jax.inputs.fields import present
 
 _SOURCES = ("image", "image_url", "video", "video_url", "url", "path")
 # Markers of other programs, in texts of users and tools.
@@ -14,6 +16,8 @@ _FOREIGN = re.compile(
     r"|<image[ _-]?\d+>|<ImageHere>|<image_placeholder>|<image_soft_token>|<start_of_image>|<IMG_CONTEXT>|<__media__>"
 )
 _BOXES = re.compile(r"<bbox>|<ref-object>")  # ms-swift's, in the texts of every role
+_BREAK = "(?:\r\n|[\n\r\x85\u2028\u2029])?"  # one line break of any system, or none
+_MARKER = re.compile(f"{_BREAK}<(image|video)>{_BREAK}")
 _AS_TEXT = 'if it is meant as text, write the content as [{"type": "text", "text": …}]'
 
 
@@ -26,7 +30,7 @@ def with_media(messages: list, given: Mapping, folder: Path | None) -> list:
     marker stand before the first user's text, as in TRL and ms-swift. Markers of other programs are refused.
     """
     _check_foreign(messages)
-    beside = {kind: [*_as_list(given.get(kind)), *_as_list(given.get(kind + "s"))] for kind in ("image", "video")}
+    beside = {kind: [*_as_list(given, kind), *_as_list(given, kind + "s")] for kind in ("image", "video")}
     if "data_path" in given:  # of Qwen's own training code
         if not isinstance(given["data_path"], str):
             raise BadRecord("messages", f"'data_path' is {shown(given['data_path'])}; it must be one folder, as a text")
@@ -42,7 +46,8 @@ def with_media(messages: list, given: Mapping, folder: Path | None) -> list:
     def with_source(item):
         if not isinstance(item, Mapping):
             return item
-        sources = {k: item[k] for k in _SOURCES if item.get(k) is not None}
+        sources = present({k: item[k] for k in _SOURCES if k in item})
+        item = {k: v for k, v in item.items() if k in sources or k not in _SOURCES}
         inline = item.get("base64") is not None or item.get("source") is not None
         if not sources and item.get("type") in list(used) and not inline:
             sources = {item["type"]: next_source(item["type"])}
@@ -54,7 +59,7 @@ def with_media(messages: list, given: Mapping, folder: Path | None) -> list:
         if isinstance(content, list | tuple):
             message = {**message, "content": [with_source(item) for item in content]}
         elif isinstance(content, str) and message.get("role") in ("user", "tool"):
-            parts = re.split(r"\n?<(image|video)>\n?", content)  # text at even indices, kinds at odd ones
+            parts = _MARKER.split(content)  # text at even indices, kinds at odd ones
             if len(parts) > 1:
                 items = ({"type": p} if i % 2 else {"type": "text", "text": p} for i, p in enumerate(parts) if p)
                 message = {**message, "content": [with_source(item) for item in items]}
@@ -95,11 +100,20 @@ def _with_missing_markers(messages: list, beside: dict[str, list]) -> list:
     first = next((i for i, m in enumerate(messages) if isinstance(m, Mapping) and m.get("role") == "user"), None)
     if not missing or first is None or not isinstance(messages[first]["content"], str):
         return messages
-    message = {**messages[first], "content": missing + messages[first]["content"]}
+    # The line break is removed with the marker; one that the text begins with stays.
+    message = {**messages[first], "content": f"{missing}\n{messages[first]['content']}"}
     return [*messages[:first], message, *messages[first + 1 :]]
 
 
-def _as_list(value) -> Sequence[Any]:
+def _as_list(given: Mapping, key: str) -> Sequence[Any]:
+    """The media under a key, which tables of text hold as JSON text."""
+    value = given.get(key)
+    if isinstance(value, str) and re.match(r"""\s*(\[\s*["'{\[\]]|\{\s*["'])""", value):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            if re.match(r"[\s\[{]*'", value) and value.rstrip()[-1] in "]}":
+                raise BadRecord("media", f"{key!r} is {shown(value)}, as Python prints it; write it as JSON") from None
     return value if isinstance(value, list | tuple) else [] if value is None else [value]
 
 

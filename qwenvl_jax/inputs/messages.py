@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from qwenvl_jax.errors import InputError, shown
-from qwenvl_jax.inputs.fields import ITEM, MESSAGE, URL, read_keys
+from qwenvl_jax.inputs.fields import ITEM, MESSAGE, URL, present, read_keys
 from qwenvl_jax.inputs.options import IMAGE, VIDEO, MediaOptions
 from qwenvl_jax.options import check_names, checked
 
@@ -26,6 +26,7 @@ _SOURCES = {
     "image": ("image", "image_url", "url", "path", "base64", "source"),
     "video": ("video", "video_url", "url", "path"),
 }
+_ANY_SOURCE = tuple({key: None for keys in _SOURCES.values() for key in keys})
 _OPTIONS = {"text": (), "image": IMAGE, "video": VIDEO}
 _DETAIL = ("auto", "low", "high")
 
@@ -65,7 +66,7 @@ def map_texts(messages: Sequence[Mapping], change: Callable[[str, range, Any], s
     for message in messages:
         content, role = message.get("content"), message.get("role")
         items = content if isinstance(content, list | tuple) else ()
-        is_text = [_kind(_present(item), "") == "text" for item in items]
+        is_text = [_kind(_item_keys(item), "") == "text" for item in items]
         if not all(is_text):
             pictures = range(pictures.stop, pictures.stop + is_text.count(False))
         if isinstance(content, str):
@@ -95,6 +96,13 @@ def _with_arguments(call: Mapping, change: Callable[[str, range, Any], str], *ab
 
 def _present(value: Mapping) -> dict:
     return {k: v for k, v in value.items() if v is not None and not (isinstance(v, list) and not v)}
+
+
+def _item_keys(item: Mapping) -> dict:
+    """The keys of an item that say something. An empty source beside another counts as absent, as tables write it."""
+    given = _present(item)
+    full = present({k: given[k] for k in _ANY_SOURCE if k in given})
+    return {k: v for k, v in given.items() if not full or k in full or k not in _ANY_SOURCE}
 
 
 def _message(message, where: str) -> tuple[dict, list[Media]]:
@@ -134,7 +142,7 @@ def _message(message, where: str) -> tuple[dict, list[Media]]:
 def _item(item, where: str) -> tuple[dict, Media | None]:
     if not isinstance(item, Mapping):
         raise InputError(f"{where} is of {_type(item)}, not an object with a 'type'")
-    given = read_keys(_present(item), ITEM, where)
+    given = read_keys(_item_keys(item), ITEM, where)
     kind = _kind(given, where)
     detail = [given.pop("detail")] if kind == "image" and "detail" in given else []
     given.pop("type", None)

@@ -129,6 +129,9 @@ class Processor:
         flags = dict(add_generation_prompt=add_generation_prompt, add_vision_id=add_vision_id)
         flags |= dict(tools=tools, allow_control_tokens=allow_control_tokens)
         prompt = self.prompt(messages, **flags)
+        if (length := len(prompt.tokens)) > self.config.text.context:
+            context = f"the context of {self.config.text.context} must hold it"
+            raise ContextError(f"the prompt has {length} tokens; {context}. Use a shorter conversation")
         visuals = self.open(prompt.media, options)
         if boxes is not None:
             prompt = self.prompt(self.boxes_to_model(messages, visuals, boxes), **flags)

@@ -12,6 +12,9 @@
 Beside them may stand `system`, `tools`, and media under image, images, video or videos (one, or a list). Media replace
 `<image>`, `<video>` and items without a source, in order. A message is not trained on if it has `"weight": 0` (OpenAI),
 `"loss": false` (ms-swift) or `"train": false` (axolotl). Another key that is not in `HARMLESS` is an error.
+
+A null counts as absent everywhere, as tables write it; only a call that is JSON text keeps its own. A whole number
+stands for its text.
 """
 
 import difflib
@@ -23,29 +26,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwenvl_jax.errors import BadRecord, shown
-from qwenvl_jax.inputs.fields import HARMLESS, HARMLESS_IN_MESSAGES, MAYBE_MEDIA, MEDIA_BY_VALUE, REFUSED
+from qwenvl_jax.inputs import fields
+from qwenvl_jax.inputs.fields import CHAT, QUESTIONS, ROLES, present, without_nulls
 from qwenvl_jax.inputs.markers import with_media
 
-_CHAT = ("messages", "conversations", "conversation", "texts")
-_QUESTIONS = (*_CHAT, "prompt", "query", "question", "instruction", "input")
 _REPLIES = ("completion", "response", "output")
 _PAIRS = ("chosen", "rejected", "rejected_response", "rejected_messages")
-_TEXTS = (*_QUESTIONS[len(_CHAT) :], *_REPLIES, *_PAIRS)
+_TEXTS = (*QUESTIONS[len(CHAT) :], *_REPLIES, *_PAIRS)
 _LIKE_CHAT = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|from|content|value)["']\s*:""")
 _MEDIA = {"image", "images", "video", "videos"}
 _MEDIA_NAME = re.compile(r"(?i)\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif|mp4|mkv|webm|mov|avi)\b")
 _OPENAI_PAIR = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
 _KNOWN = (
-    *_QUESTIONS, *_REPLIES, *_PAIRS, "history", "system", "system_prompt", "tools", "functions", "image", "images",
+    *QUESTIONS, *_REPLIES, *_PAIRS, "history", "system", "system_prompt", "tools", "functions", "image", "images",
     "video", "videos", "data_path", "answer", "boxes", "task", "metric",
 )  # fmt: skip
-_ROLES = {
-    "human": "user", "user": "user",
-    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "function_call": "assistant", "tool_call": "assistant",
-    "system": "system", "developer": "system",
-    "observation": "tool", "tool": "tool", "tool_response": "tool", "function_response": "tool",
-}  # fmt: skip
 _CALLS = ("function_call", "tool_call")  # roles whose text is a call as JSON
 _MARKS = ("weight", "loss", "train", "training")
 _MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", *_MARKS}
@@ -102,15 +97,15 @@ def _keys(record) -> dict:
         raise BadRecord("unreadable", f"{said}, so write one record per line (jq -c '.[]')")
     if not isinstance(record, Mapping):
         raise BadRecord("unreadable", f"a record is a JSON object; this one is of type {type(record).__name__}")
-    given = {key: _chat(value, key) for key, value in _present(record).items()}
+    given = {key: _chat(value, key) for key, value in present(without_nulls(record)).items()}
     if isinstance(given.get("input"), Mapping):  # OpenAI's form of a preference
         given |= {k: given.pop(old) for k, old in _OPENAI_PAIR.items() if old in given}
-        given |= _present(given.pop("input"))
-    for key, why in REFUSED.items():
+        given |= present(given.pop("input"))
+    for key, why in fields.REFUSED.items():
         if key in given:
             raise BadRecord("unknown key", f"{key!r}: {why}; to train without it, {_pass_over(key)}")
     _check_media_keys(given)
-    if unknown := sorted({str(k) for k in given} - {*_KNOWN} - HARMLESS - MAYBE_MEDIA):
+    if unknown := sorted({str(k) for k in given} - {*_KNOWN} - fields.HARMLESS - fields.MAYBE_MEDIA):
         close = difflib.get_close_matches(unknown[0], [k for k in _KNOWN if k not in given], 1, 0.75)
         hint = f"did you mean {close[0]!r}? Otherwise rename" if close else "rename"
         several = f"unknown keys {', '.join(map(repr, unknown))}" if unknown[1:] else f"unknown key {unknown[0]!r}"
@@ -122,24 +117,17 @@ def _keys(record) -> dict:
 
 def _check_media_keys(given: dict) -> None:
     """Raises BadRecord for a key that seems to hold the picture, if the record has no other."""
-    chats = [_json(given[k], repr(k)) if k in _CHAT else given[k] for k in (*_CHAT, "prompt") if k in given]
+    chats = [_json(given[k], repr(k)) if k in CHAT else given[k] for k in (*CHAT, "prompt") if k in given]
     turns = [turn for chat in chats if isinstance(chat, list | tuple) for turn in chat if isinstance(turn, Mapping)]
     contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list | tuple)]
     items = [item for content in contents for item in content if isinstance(item, Mapping)]
     if given.keys() & _MEDIA or any(item.get("text") is None for item in items):
         return  # the keys describe the picture
-    for key in sorted(MAYBE_MEDIA & given.keys()):
-        if key not in MEDIA_BY_VALUE or _MEDIA_NAME.search(shown(given[key])):
+    for key in sorted(fields.MAYBE_MEDIA & given.keys()):
+        if key not in fields.MEDIA_BY_VALUE or _MEDIA_NAME.search(shown(given[key])):
             new = "video" if "video" in key else "image"
             said = f"{key!r} may be the record's picture, and is not read; read it with --columns {key}={new}"
             raise BadRecord("unknown key", f"{said}, or {_pass_over(key)}")
-
-
-def _present(value: Mapping) -> dict:
-    """Without keys that are None or empty: dataset rows have every key of every row."""
-    return {
-        k: v for k, v in value.items() if v is not None and not (isinstance(v, str | list | tuple | Mapping) and not v)
-    }
 
 
 def _pass_over(*keys: str) -> str:
@@ -153,20 +141,20 @@ def _chat(value, key: str):
     if value.lstrip("[{ \t\r\n")[:1] == "'":
         raise BadRecord("messages", f"{key!r} holds messages as Python prints them; write them as JSON")
     try:
-        read = json.loads(value)
+        read = without_nulls(json.loads(value))
     except (ValueError, RecursionError):
         return value
     turns = read if isinstance(read, list) else [read]
-    are_turns = (isinstance(t, Mapping) and (t.get("role") or t.get("from")) in (*_ROLES, "function") for t in turns)
+    are_turns = (isinstance(t, Mapping) and (t.get("role") or t.get("from")) in (*ROLES, "function") for t in turns)
     return read if all(are_turns) else value
 
 
-def _json(value, where: str):
-    """The value, which datasets may hold as JSON text."""
+def _json(value, where: str, nulls=False):
+    """The value, which datasets may hold as JSON text. nulls: keep those of the text."""
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value) if nulls else without_nulls(json.loads(value))
     except (ValueError, RecursionError) as e:
         raise BadRecord("messages", f"{where} is text and not readable as JSON ({e})") from e
 
@@ -176,22 +164,22 @@ def _json(value, where: str):
 
 def _turns(given: dict) -> list:
     """The messages of any form. Those of a TRL `prompt` are not learnt."""
-    keys = [k for k in _QUESTIONS if k in given]
+    keys = [k for k in QUESTIONS if k in given]
     if not keys:
-        raise BadRecord("messages", f"has none of {', '.join(map(repr, _QUESTIONS))}; write 'messages'")
+        raise BadRecord("messages", f"has none of {', '.join(map(repr, QUESTIONS))}; write 'messages'")
     if keys[1:] and keys != ["instruction", "input"]:
         both = f"has both {keys[0]!r} and {keys[1]!r}"
         raise BadRecord("messages", f"{both}; {_pass_over(keys[0])} or --columns {keys[1]}=")
     key, replies = keys[0], [k for k in _REPLIES if k in given]
-    if key in _CHAT:
+    if key in CHAT:
         if extra := [*replies, *(k for k in ("history",) if k in given)]:
             raise BadRecord("messages", f"has both {key!r} and {extra[0]!r}; {_pass_over(extra[0])}")
         return _list(given[key], key)
     if replies[1:]:
         raise BadRecord("messages", f"has both {replies[0]!r} and {replies[1]!r}; {_pass_over(replies[1])}")
-    if not replies and isinstance(given.get("answer"), str):
+    if not replies and _is_text(given.get("answer")):
         replies = ["answer"]
-    if key == "prompt" and not isinstance(given[key], str):
+    if key == "prompt" and isinstance(given[key], list | tuple | Mapping):
         turns = _not_learnt(_list(given[key], key))
     else:
         turns = [{"role": "user", "content": "\n".join(_text(given[k], k) for k in keys)}]
@@ -202,7 +190,7 @@ def _turns(given: dict) -> list:
 
 def _pair(given: dict) -> tuple[list, list[list]]:
     """(prompt, [chosen reply, rejected reply])."""
-    has_prompt = any(k in given for k in _QUESTIONS)
+    has_prompt = any(k in given for k in QUESTIONS)
     if "rejected_response" in given or "rejected_messages" in given:
         if "chosen" in given or "rejected" in given:
             raise BadRecord("messages", "has both 'chosen' or 'rejected' and 'rejected_response'; remove one")
@@ -217,8 +205,8 @@ def _pair(given: dict) -> tuple[list, list[list]]:
         return _common(chosen, rejected)
     if extra := next((k for k in _REPLIES if k in given), None):
         raise BadRecord("messages", f"has both 'chosen' and {extra!r}; {_pass_over(extra)}")
-    talk_key = next((k for k in _CHAT if k in given and "prompt" in given), "answer")
-    if talk_key in _CHAT and _list(given[talk_key], talk_key) not in (chosen, rejected):
+    talk_key = next((k for k in CHAT if k in given and "prompt" in given), "answer")
+    if talk_key in CHAT and _list(given[talk_key], talk_key) not in (chosen, rejected):
         raise BadRecord(
             "messages", f"has 'prompt', 'chosen' and {talk_key!r}, which is neither reply; {_pass_over(talk_key)}"
         )
@@ -233,10 +221,18 @@ def _common(chosen: list, rejected: list) -> tuple[list, list[list]]:
     return chosen[:common], [chosen[common:], rejected[common:]]
 
 
+def _is_text(value) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
 def _text(value, key: str) -> str:
-    if not isinstance(value, str):
-        raise BadRecord("messages", f"{key!r} is of type {type(value).__name__}; it must be a text")
-    return value
+    """A text, or the text of a whole number. Other numbers can be written in several ways."""
+    if isinstance(value, float):
+        ways = " or ".join(f'"{way}"' for way in dict.fromkeys((f"{value:g}", str(value))))
+        raise BadRecord("messages", f"{key!r} is {value}; write it as text, such as {ways}")
+    if not _is_text(value):
+        raise BadRecord("messages", f"{key!r} is {shown(value)}; it must be a text")
+    return str(value)
 
 
 def _history(given: dict) -> list:
@@ -254,8 +250,8 @@ def _history(given: dict) -> list:
 
 
 def _reply(reply, key: str) -> list:
-    if isinstance(reply, str):
-        return [{"role": "assistant", "content": reply}]
+    if isinstance(reply, str | int | float):
+        return [{"role": "assistant", "content": _text(reply, key)}]
     if isinstance(reply, Mapping):
         return _list([reply], key)
     if not isinstance(reply, list | tuple) or not reply or any(isinstance(turn, str) for turn in reply):
@@ -264,17 +260,17 @@ def _reply(reply, key: str) -> list:
 
 
 def _list(turns, key: str) -> list:
-    turns = _json(turns, repr(key)) if key in _CHAT else turns
+    turns = _json(turns, repr(key)) if key in CHAT else turns
     if not isinstance(turns, list | tuple) or not turns:
         raise BadRecord("messages", f"{key!r} must be a list of at least one message")
     out: list = []
     for i, turn in enumerate(turns):
-        where = f"message {i}" if key in (*_CHAT, "prompt") else f"{key} {i}"
+        where = f"message {i}" if key in (*CHAT, "prompt") else f"{key} {i}"
         if isinstance(turn, Mapping) and not turn.keys() & {"role", "from"} and "assistant" in turn:
             pair = ((role, turn.get(role)) for role in ("system", "human", "user", "assistant"))  # ms-swift's
-            if odd := turn.keys() - {"system", "human", "user", "assistant"} - HARMLESS_IN_MESSAGES:
+            if odd := turn.keys() - {"system", "human", "user", "assistant"} - fields.HARMLESS_IN_MESSAGES:
                 raise BadRecord("messages", f"{where} has the unknown key {min(map(str, odd))!r}")
-            out += [{"role": _ROLES[role], "content": text} for role, text in pair if text is not None]
+            out += [{"role": ROLES[role], "content": text} for role, text in pair if text is not None]
         else:
             _append(out, _message(turn, where), where, turn)
     return out
@@ -296,17 +292,22 @@ def _message(turn, where: str):
     """A turn of any form in OpenAI's, with its mark as `weight`."""
     if not isinstance(turn, Mapping):
         return turn  # `normalize` names it
-    given = {k: v for k, v in turn.items() if v is not None and k not in HARMLESS_IN_MESSAGES}
+    given = {k: v for k, v in turn.items() if v is not None and k not in fields.HARMLESS_IN_MESSAGES}
     speaker = "from" if "from" in given else "role"
     role = given.pop(speaker, None)
-    known = isinstance(role, str) and (role in _ROLES or (speaker, role) == ("role", "function"))
+    known = isinstance(role, str) and (role in ROLES or (speaker, role) == ("role", "function"))
     if not known:
         said = f"is from {shown(role)}" if speaker == "from" else f"has role {shown(role)}"
-        raise BadRecord("messages", f"{where} {said}; known are {', '.join(_ROLES)}")
-    message: dict = {"role": "tool" if role == "function" else _ROLES[role]}
+        raise BadRecord("messages", f"{where} {said}; known are {', '.join(ROLES)}")
+    message: dict = {"role": "tool" if role == "function" else ROLES[role]}
     content = given.pop("value", None)
     content = given.pop("content", None) if content is None else content
-    call = _json(_untagged(content), where) if role in _CALLS else _json(given.pop("function_call", None), where)
+    content = str(content) if _is_text(content) else content
+    call = (
+        _json(_untagged(content), where, nulls=True)
+        if role in _CALLS
+        else _json(given.pop("function_call", None), where)
+    )
     if isinstance(call, str):
         raise BadRecord("messages", f'{where} is a call and must be JSON: {{"name": …, "arguments": …}}')
     if call is not None:
@@ -316,7 +317,7 @@ def _message(turn, where: str):
         message["content"] = content
     if (weight := _mark(given, message["role"], where)) is not None:
         message["weight"] = weight
-    given = _present(given)
+    given = present(given)
     if unknown := sorted(map(str, given.keys() - _MESSAGE_KEYS)):
         said = f"{where} has the unknown key {unknown[0]!r}, which is not read"
         raise BadRecord("unknown key", f"{said}; remove it, or write what it says into the content")

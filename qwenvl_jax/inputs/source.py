@@ -23,6 +23,7 @@ import numpy as np
 
 from qwenvl_jax import stores
 from qwenvl_jax.errors import BadRecord, InputError, OptionsError
+from qwenvl_jax.inputs.fields import QUESTIONS, without_nulls
 from qwenvl_jax.inputs.tables import ParquetFile, Rows, Stream, hub, saved
 
 MAX_IN_MEMORY = 512 << 20  # bytes of a JSON array, which is read whole, and of a pipe
@@ -94,7 +95,11 @@ class Records:
         return self._parts[0].epoch(seed, epoch)
 
     def renamed(self, record):
-        """The record with its keys renamed as `columns` says. Raises BadRecord if that would overwrite one."""
+        """The record without nulls and with its keys renamed as `columns` says.
+
+        Raises BadRecord if that would overwrite a key.
+        """
+        record = without_nulls(record)
         if not self._columns or not isinstance(record, Mapping):
             return record
         out = {k: v for k, v in record.items() if k not in self._columns}
@@ -140,10 +145,11 @@ def _open(name: str, streaming: bool) -> list:
         for part in parts:
             part.name, part.folder = url, stores.folder(url).parent
         return parts
+    if os.path.exists(name) and not os.path.isdir(name):
+        return [_file(name)]
+    stores.refuse_closed(os.path.dirname(re.split(r"[*?\[]", name)[0]) if glob.has_magic(name) else name)
     if os.path.isdir(name):
         return [saved(name, None)]
-    if os.path.exists(name):
-        return [_file(name)]
     if glob.has_magic(name):
         if not (found := sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p))):
             raise InputError(f"{name}: no file matches the pattern")
@@ -235,12 +241,36 @@ class JsonFile:
             return
         self._starts = np.concatenate(starts)
         self._ends = np.append(self._starts[1:], size)
-        if len(self._starts) > 1 and self._item(0).strip() == b"{":
-            said = "holds one JSON object over several lines"
-            raise InputError(f"{self.path}: {said}; write a JSON array of records, or one record per line")
         blank = [i for i in np.flatnonzero(np.concatenate(maybe_blank)) if not self._item(i).strip()]
         self._lines = np.delete(np.arange(len(self._starts)), blank) + 1
         self._starts, self._ends = np.delete(self._starts, blank), np.delete(self._ends, blank)
+        self._refuse_objects(size)
+
+    def _refuse_objects(self, size: int) -> None:
+        """Raises InputError for an object over several lines, and for a single one that holds the records."""
+        if not len(self) or self._item(0).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"{" or size > MAX_IN_MEMORY:
+            return
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(self._item(0))
+            if len(self) > 1:
+                return
+        text = self._read(0, size).decode("utf-8-sig", "replace").lstrip()
+        try:
+            value, end = json.JSONDecoder().raw_decode(text)
+        except (ValueError, RecursionError):
+            return  # its lines are bad records
+        if key := _wrapper(value):
+            said, how = (
+                f"the records are under {key!r}",
+                f"write one per line, as jq -c '.[{json.dumps(key)}][]' {self.path} does",
+            )
+            raise InputError(f"{self.path}: {said}; {how}")
+        if "\n" in text[:end]:
+            several = (
+                "JSON objects over several lines each" if text[end:].strip() else "one JSON object over several lines"
+            )
+            how = f"write one record per line, as jq -c . {self.path} does, or a JSON array of records"
+            raise InputError(f"{self.path}: holds {several}; {how}")
 
     def _elements(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Where the elements of the array start and end."""
@@ -295,13 +325,38 @@ class JsonFile:
             close(self._file)
 
 
+def _wrapper(value) -> str | None:
+    """The key of an object under which a list of records stands, if the object itself is no record."""
+    if not isinstance(value, dict) or value.keys() & {*QUESTIONS, "chosen"}:
+        return None
+    rest = {k: v for k, v in value.items() if k not in ("images", "videos", "tools", "history")}
+    lists = (k for k, v in rest.items() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v))
+    return next(lists, None)
+
+
 def _parse(line: bytes):
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         raise BadRecord("unreadable", f"not UTF-8 text ({e.reason} at byte {e.start} of the line)") from e
+    except json.JSONDecodeError as e:
+        raise BadRecord("unreadable", _why_no_record(e)) from e
     except (ValueError, RecursionError) as e:
         raise BadRecord("unreadable", f"not readable as JSON ({e})") from e
+
+
+def _why_no_record(e: json.JSONDecodeError) -> str:
+    """Why a line is not one JSON value."""
+    if e.msg != "Extra data":
+        return f"not readable as JSON ({e})"
+    before, after = e.doc[: e.pos], e.doc[e.pos : e.pos + 1]
+    if "\r" in before[len(before.rstrip()) :]:
+        return "lines end with carriage returns alone (\\r); write line feeds, as tr '\\r' '\\n' does"
+    if after in ("{", "["):
+        return "several JSON values on one line; write one record per line, as jq -c . does"
+    if after == ",":
+        return "a comma after the record; write one record per line and no commas, or a JSON array"
+    return f"not readable as JSON ({e})"
 
 
 class _List:

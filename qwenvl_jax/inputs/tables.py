@@ -44,7 +44,7 @@ class ParquetFile:
     def __getitem__(self, index: int) -> Any:
         group = bisect_right(self._ends, index)
         row = index - (self._ends[group - 1] if group else 0)
-        return _without_nulls(self._table(group).slice(row, 1).to_pylist()[0])
+        return self._table(group).slice(row, 1).to_pylist()[0]
 
     def where(self, index: int) -> str:
         return f"{self.name}[{index}]"
@@ -80,13 +80,6 @@ class ParquetFile:
             raise InputError(f"{self.path}: not a readable Parquet file ({e})") from e
 
 
-def _without_nulls(value):
-    """Without the keys that are None: a table gives every row the keys of all rows."""
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
 class Rows:
     """The rows of a Hugging Face dataset, as stored: pictures stay bytes until this package decodes them."""
 
@@ -98,7 +91,7 @@ class Rows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Any:
-        return _without_nulls(self._rows[int(index)].to_pylist()[0])
+        return self._rows[int(index)].to_pylist()[0]
 
     def where(self, index: int) -> str:
         return f"{self.name}[{index}]"
@@ -121,7 +114,7 @@ class Stream:
         rows.set_epoch(epoch)
         try:
             for row in rows:
-                yield _without_nulls(row.to_pylist()[0])
+                yield row.to_pylist()[0]
         except Exception as e:  # from the network and pyarrow, of any kind
             raise InputError(f"{self.name}: cannot be read further ({' '.join(str(e).split())[:300]})") from e
 
@@ -144,12 +137,31 @@ def hub(name: str, rest: list[str], streaming: bool = False) -> Rows | Stream:
     except InputError as e:
         needs = f"a dataset of the hub needs the extra `datasets`: {install('datasets')}"
         raise InputError(f"{name}: there is no such file; {needs}") from e
+    _check_hub(datasets, name)
     config, split = (rest[0] if rest[1:] else None), (rest[-1] if rest else "train")
     full_name, how = ":".join((name, *rest)), {"streaming": True} if streaming else {}
     try:
         return _split(lambda: datasets.load_dataset(name, config, split=split, **how), full_name, None, None)
     except InputError as e:
         raise InputError(f"there is no such file, and as a dataset of the hub: {e}") from e
+
+
+def _check_hub(datasets, name: str) -> None:
+    """Raises InputError if the hub cannot be reached, which `datasets` would try for half a minute."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE or os.path.isdir(
+        os.path.join(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___"))
+    ):
+        return
+    try:
+        HfApi().dataset_info(name, timeout=5)
+    except Exception as e:  # the type depends on huggingface_hub's version and http library
+        if getattr(e, "response", None) is None:  # an answer of the hub is for `datasets`
+            raise InputError(
+                f"{name}: there is no such file, and the hub, where it may be a dataset, cannot be reached "
+                f"({' '.join(str(e).split())[:200]})"
+            ) from e
 
 
 def _split(load, name: str, split: str | None, folder: Path | None) -> Rows | Stream:

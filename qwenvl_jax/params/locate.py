@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from qwenvl_jax import stores
 from qwenvl_jax.config import read_json
 from qwenvl_jax.errors import CheckpointError, shown
 from qwenvl_jax.families import PRESETS
@@ -54,6 +55,7 @@ def _small(path_or_id, revision: str | None = None) -> tuple[Path, Place | None]
             raise CheckpointError(f"{DEMO}: this installation has no demo checkpoint; name a directory or a hub id")
         return path, None
     path = Path(path_or_id).expanduser()
+    stores.refuse_closed(path, CheckpointError)
     if path.is_dir() and revision is None:
         return path.absolute(), None
     if path.exists() and not path.is_dir():

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from qwenvl_convert.orbax import save_hf
 from qwenvl_convert.peft import AdapterFile, load_adapter, save_adapter
 
@@ -79,7 +80,10 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
             if evaluator is None:
                 raise OptionsError("eval_data needs an evaluator")
             evaluate = evaluator(model, questions, options.encoding)
-        result = train(model, data, options, evaluate=evaluate, donate=True, **more)
+        stored = directory.read_config(source.path)  # the result has the dtype of the checkpoint
+        result = train(
+            model, data, options, evaluate=evaluate, donate=True, reserve=_result_bytes(model, stored.dtype), **more
+        )
     if result.signal is not None:
         _say(f"stopped after step {result.step}; the same command resumes the run")
         return result.signal
@@ -98,7 +102,6 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
             )
             _say(f"adapter for PEFT: {mirror.name(adapter)}")
         params = lora.merge(params)
-    stored = directory.read_config(source.path)  # the result has the dtype of the checkpoint
     params = jax.tree.map(lambda w: w.astype(stored.dtype), params)
     model = model._replace(config=stored, params=params)
     if options.result_format == "hf":
@@ -107,6 +110,13 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
         checkpoint.save(model, final, files_from=source.path)
     _say(f"model of step {result.step}: {mirror.name(final)}")
     return None
+
+
+def _result_bytes(model: Model, dtype: str) -> int:
+    """The size of the result, which the first process writes; several leave it to a later call."""
+    return (
+        0 if jax.process_count() > 1 else sum(w.size for w in jax.tree.leaves(model.params)) * np.dtype(dtype).itemsize
+    )
 
 
 def _set_aside(mirror: Mirror, step: int, *results: Path) -> None:

@@ -59,6 +59,7 @@ def train(
     optimizer=None,
     on_metrics: OnMetrics | Sequence[OnMetrics] = (),
     donate=False,
+    reserve=0,
 ) -> Result:
     """Trains a model, or resumes the run in `options.output` if it has the same options.
 
@@ -73,13 +74,13 @@ def train(
         not finite reaches neither the weights nor its state.
     on_metrics: called with (step, metrics) after every step, in the first process: one function, or several. Their
         errors end the run. A resumed run calls again for the steps after its checkpoint.
-    donate: donate `model.params`, which saves a copy.
+    donate: donate `model.params`, which saves a copy. reserve: bytes that the caller writes there after the run.
 
     SIGTERM or Ctrl-C stops the run after the current step, with a checkpoint; a second Ctrl-C stops it at once. With
     several processes, SIGTERM to one stops all with a checkpoint; Ctrl-C stops them at once. A bad record stops the run
     with a checkpoint too.
     Raises OptionsError for options that contradict each other or the run in the directory, InputError for bad records
-    and for too many steps in a row that are not finite.
+    for too many steps in a row that are not finite, and if the disk does not hold what the run writes.
     """
     if options.best and evaluate is None:
         raise OptionsError(f"best is {options.best!r}, a metric of the evaluation; give eval_data")
@@ -89,7 +90,7 @@ def train(
         raise OptionsError(f"epochs is {options.epochs}; data must end after as many, as Dataset(…, epochs=…) does")
     if math.isnan(getattr(data, "epoch", 0.0)):
         options.check_stream()
-    with Run(options) as run, run.names(), Signals() as signals:
+    with Run(options, reserve) as run, run.names(), Signals() as signals:
         loop = _Loop(model, data, options, loss, optimizer, donate, mesh, run)
         loop.evaluate, loop.signals = evaluate, signals
         loop.on_metrics = (on_metrics,) if callable(on_metrics) else tuple(on_metrics)
@@ -188,7 +189,7 @@ class _Loop:
         batch = self.load()
         if batch is None and not self.step:
             raise InputError("the data has no record that can be used")
-        self.run.begin()
+        self.run.begin(_saved_part(self.state, self.trainable), bool(self.evaluate))
         with self.progress.started(self.step):
             if batch is None and self.evaluate and self.run.evaluation(self.step) is None:
                 final_metrics = self.run_evaluation(self.evaluate)  # the final evaluation failed or was interrupted

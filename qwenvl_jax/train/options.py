@@ -30,7 +30,7 @@ class TrainOptions(MediaOptions, PromptOptions, RecordOptions):
     data: tuple[str, ...] = option(
         (), "training records: a JSONL, JSON or Parquet file, a pattern, or a dataset of the hub; repeatable"
     )
-    eval_data: tuple[str, ...] = option((), "records to answer and score during training; repeatable")
+    eval_data: tuple[str, ...] = option((), 'records to answer and score during training; repeatable, "" for none')
     streaming: bool = option(False, "read a dataset of the hub as it comes, without downloading it first")
     output: str = option("", "directory of the run and its result; a run in it is resumed", free=True)
     task: str = option("sft", "train on the assistant's messages, or on preferences", choices=("sft", "dpo"))
@@ -105,6 +105,9 @@ class TrainOptions(MediaOptions, PromptOptions, RecordOptions):
 
     def __post_init__(self):
         check(self)
+        for name in names(self):
+            if getattr(self, name) == ("",):  # --eval-data "" switches a key of the file off
+                object.__setattr__(self, name, ())
         if self.steps is not None and self.epochs is not None:
             raise OptionsError(f"steps is {self.steps} and epochs is {self.epochs}; give one of them")
         if self.steps is None and self.epochs is None:

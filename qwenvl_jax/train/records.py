@@ -3,6 +3,7 @@
 The assistant's text is trained on, except messages that say otherwise. `inputs/records.py` reads the forms of records.
 """
 
+import json
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from qwenvl_jax import stores
 from qwenvl_jax.answers.boxes import check_coordinates
-from qwenvl_jax.errors import BadRecord, InputError
+from qwenvl_jax.errors import BadRecord, InputError, shown
 from qwenvl_jax.inputs.layout import Lanes, make_sample, slots_needed
 from qwenvl_jax.inputs.options import MediaOptions, PromptOptions
 from qwenvl_jax.inputs.processor import Processor, Prompt
@@ -60,6 +61,8 @@ class RecordProcessor:
         """
         folder = folder if self.folder is None else self.folder
         read = preference(record, folder) if self.preferences else [conversation(record, folder)]
+        for talk in read:
+            _check_calls(talk)
         prompts = [self._prompt(talk) for talk in read]
         if not all(any(talk.weights) for talk in read):
             raise BadRecord("nothing to learn", _why_nothing(record))
@@ -128,8 +131,30 @@ class RecordProcessor:
             raise BadRecord("too large", f"{patches} patches of pictures and frames do not fit into {lanes}")
 
 
+def _check_calls(talk: Conversation) -> None:
+    """Raises BadRecord for a call to learn whose arguments are no object; the template would write them as a string."""
+    replies = [(i, m) for i, m in enumerate(talk.messages) if isinstance(m, Mapping) and m.get("role") == "assistant"]
+    for (i, message), weight in zip(replies, talk.weights, strict=True):
+        calls = message.get("tool_calls")
+        for call in calls if weight and isinstance(calls, list | tuple) else ():
+            function = call.get("function", call) if isinstance(call, Mapping) else None
+            arguments = function.get("arguments") if isinstance(function, Mapping) else None
+            try:
+                read = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
+            except (ValueError, RecursionError) as e:
+                said = (
+                    f"message {i}: the arguments of a call are {shown(arguments)}, which is not readable as JSON ({e})"
+                )
+                raise BadRecord("messages", said) from e
+            if not isinstance(read, Mapping | None):
+                said = f"message {i}: the arguments of a call are {shown(arguments)}; they must be a JSON object"
+                raise BadRecord("messages", said)
+
+
 def _why_nothing(record: Mapping) -> str:
-    if record.get("answer") is not None:
+    if isinstance(answer := record.get("answer"), float | bool):
+        return f"no assistant message to learn from ('answer' is {answer}; to train on it, write it as text)"
+    if answer is not None:
         return "no assistant message to learn from ('answer' is for evaluation; write it as an assistant message)"
     if any(key in record for key in ("messages", "conversations", "conversation")):
         return "no assistant message to learn from"

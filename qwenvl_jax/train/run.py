@@ -32,17 +32,18 @@ _DELETED = "deleted"
 class Run:
     """The directory of a run, opened for training: a context manager.
 
+    reserve: bytes that will be written there after the run.
     Raises InputError if another process has it open, or if it holds a run with other options.
     """
 
-    def __init__(self, options: TrainOptions):
+    def __init__(self, options: TrainOptions, reserve: int = 0):
         if not options.output:
             raise OptionsError("output is missing; it names the directory of the run")
         if jax.process_count() > 1:
             check_shared(options.output)
         self._mirror = open_mirror(options.output)
         self.path = self._mirror.path
-        self._options, self._metrics, self._board = options, None, None
+        self._options, self._reserve, self._metrics, self._board = options, reserve, None, None
         self._writes, self._locked = jax.process_index() == 0, False
         self._made = not self.path.exists()
         try:
@@ -92,13 +93,34 @@ class Run:
         )
         return ocp.CheckpointManager(self.path / CHECKPOINTS, item_names=("state", "progress"), options=how)
 
-    def begin(self) -> None:
-        """Writes the options, and drops metrics after the last checkpoint."""
+    def begin(self, state: dict | None = None, evaluates=False) -> None:
+        """Writes the options, and drops metrics after the last checkpoint.
+
+        state: what each checkpoint will hold, as for `save`. evaluates: whether evaluations write checkpoints too.
+        Raises InputError if the disk does not hold the checkpoints and `reserve`.
+        """
+        self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(state)), evaluates)
         self._manager  # noqa: B018 - in every process at the same time: they wait for each other
         if self._writes:
             _replace(self.path / OPTIONS, [self._options.to_toml()])
             _replace(self.path / METRICS, _lines_up_to(self.path / METRICS, self.step))
             self._mirror.push()
+
+    def _check_space(self, nbytes: int, evaluates: bool) -> None:
+        o, stored = self._options, len(_steps(self.path))
+        new: float = math.inf  # of a run by epochs, whose steps are not known
+        if o.steps is not None:
+            every = (o.save_every, o.eval_every if evaluates else o.save_every)
+            once, other, both = ((o.steps - 1) // n - self.step // n for n in (*every, math.lcm(*every)))
+            new = once + other - both + 1 if self.step < o.steps else 0
+        # The next one is complete before the oldest is deleted.
+        count = max(0, int(min(o.keep + bool(o.best) + 1, stored + new)) - stored)
+        need, free = count * nbytes + self._reserve, shutil.disk_usage(self.path).free
+        if free < need + stores.MARGIN:
+            parts = [f"{count} checkpoints of {_size(nbytes)}"] if count else []
+            parts += [f"the result of {_size(self._reserve)}"] if self._reserve else []
+            said = f"{' and '.join(parts)} are to be written, and {_size(free)} are free"
+            raise InputError(f"{self.path}: no space for the run: {said}; free some, or lower keep ({o.keep})")
 
     def evaluation(self, step: int) -> dict | None:
         """The metrics of a checkpoint's evaluation, None if there was none."""
@@ -217,8 +239,15 @@ class Run:
 
 def last_step(output) -> int:
     """The step of a run's latest checkpoint, 0 if there is none, without opening the run."""
-    steps = (Path(output).expanduser() / CHECKPOINTS).glob("*")
-    return max((int(s.name) for s in steps if s.name.isdecimal()), default=0)
+    return max(_steps(Path(output).expanduser()), default=0)
+
+
+def _steps(path: Path) -> list[int]:
+    return [int(step.name) for step in (path / CHECKPOINTS).glob("*") if step.name.isdecimal()]
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
 
 
 def read_metrics(run) -> list[dict]:

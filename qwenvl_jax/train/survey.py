@@ -157,15 +157,20 @@ def fits(record: Measured, shape: PackShape, config: Config) -> bool:
     return record.tokens <= shape.tokens and _lanes(record, shape.patches, config) <= shape.lanes
 
 
-def suggest(measured: Sequence[Measured], options: TrainOptions, config: Config, share: float) -> PackShape:
+def suggest(
+    measured: Sequence[Measured], options: TrainOptions, config: Config, share: float, scale: float = 1.0
+) -> PackShape:
     """A shape with about as many tokens as the options' batches that holds this share of the records.
 
     The row is as long as the longest record of the share, in steps of 128; a lane holds its largest frame, in steps of
-    512, as the kernels prefer; there are as many lanes as such rows fill.
+    512, as the kernels prefer; there are as many lanes as such rows fill. Few records get no more rows than hold all.
+
+    scale: records of the data set for each of these.
     """
     by_size = sorted(measured, key=lambda m: (m.tokens, m.patches))[: max(1, math.ceil(share * len(measured)))]
     tokens = _up(by_size[-1].tokens, 128)
     rows = max(1, round(options.rows * options.tokens / tokens))
+    rows = min(rows, math.ceil(_rows(by_size, PackShape(rows, tokens, 1, 1, options.segments), config) * scale))
     grids = {grid for m in by_size for grid, _ in m.frames}
     if not grids:
         return PackShape(rows, tokens, 1, config.vision.block_slots, options.segments)
@@ -176,6 +181,14 @@ def suggest(measured: Sequence[Measured], options: TrainOptions, config: Config,
     most = sorted(by_size, key=lambda m: -m.patches)[:50]
     lanes = max(lanes, *(_lanes(m, patches, config) for m in most))
     return PackShape(rows, tokens, lanes, patches, options.segments)
+
+
+def _rows(measured: Sequence[Measured], shape: PackShape, config: Config) -> int:
+    """How many rows of a batch hold all records, by their tokens; all rows of the shape if they do not."""
+    packer = Packer(shape, config)
+    if all(packer.add(record._replace(frames=()).samples()) for record in reversed(measured)):
+        return np.count_nonzero(packer.used)
+    return shape.rows
 
 
 def _lanes(record: Measured, patches: int, config: Config) -> float:
