@@ -320,6 +320,7 @@ def test_ids_outside_the_vocabulary_never_end_an_answer():
     assert GenerateOptions(ignore_eos=True).resolve({"eos_token_id": 160}, EOS, vocab_size=160).stop_token_ids == ()
 
 
+@pytest.mark.parity
 def test_every_setting_of_transformers_is_obeyed_harmless_or_named():
     from transformers import GenerationConfig
 
