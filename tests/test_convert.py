@@ -73,7 +73,7 @@ def test_a_tensor_larger_than_the_limit_gets_a_file_of_its_own(tmp_path):
     assert_same_bits(read_files(tmp_path / "back"), tensors)
 
 
-@pytest.mark.parametrize("piece", [1, 1000, 30_000])
+@pytest.mark.parametrize("piece", [pytest.param(1, marks=pytest.mark.slow), 1000, 30_000])
 @pytest.mark.parametrize("tied", [True, False])
 def test_large_parameters_go_in_pieces_and_chunks(tied, piece, monkeypatch, tmp_path):
     """Pieces and chunks far smaller than a tensor, with remainders, in both directions and in loading."""

@@ -500,6 +500,7 @@ def warm():
     return engine
 
 
+@pytest.mark.slow
 def test_programs_are_a_sum_of_ladders():
     """Rows 1, 2; prompts 64, 128; caches 128, 192; lanes of 64 or 256 patches; greedy or sampling."""
     rows, tokens, caches, lanes, kinds = 2, 2, 2, 2, 2

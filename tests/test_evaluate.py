@@ -688,6 +688,7 @@ def test_a_question_that_is_asked_fewer_times_is_named(tiny_checkpoint, tmp_path
 
 
 @only_new
+@pytest.mark.slow
 def test_answers_of_another_evaluation_are_refused(tiny_checkpoint, tmp_path, capsys, echo):
     file, output = numbers(tmp_path / "q.jsonl", "a", "b"), tmp_path / "answers.jsonl"
     argv = (file, "--model", tiny_checkpoint, "--output", output)

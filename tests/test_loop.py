@@ -425,6 +425,7 @@ def test_a_rate_by_its_share_is_that_by_its_step(schedule):
     assert learning_rate_at(2.0, schedule, 9, math.inf, warmup=4, cooldown=cooldown) == 2.0
 
 
+@pytest.mark.slow
 def test_speed_is_that_of_steps_alone(tmp_path):
     """Evaluations sleep, and every step writes a checkpoint; every step but the first has its speed."""
     more = dict(save_every=1, eval_every=2, steps=5)

@@ -61,6 +61,7 @@ def test_lane_packing_leaves_the_logits_unchanged(model):
     assert_same(logits_by_row(*model, samples, one_lane), logits_by_row(*model, samples))
 
 
+@pytest.mark.slow
 def test_sizes_and_calls_leave_the_logits_unchanged(model):
     config = model[0]
     rng = np.random.default_rng(3)

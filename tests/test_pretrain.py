@@ -100,6 +100,7 @@ def _leaves(batch):
     return [*batch.inputs.vision[0], batch.targets, batch.weights, batch.edges]
 
 
+@pytest.mark.slow
 def test_loss_falls_and_forgets_what_has_no_weight(cells):
     config = demo_config()
     params = init(config, jax.random.key(0)) | init_heads(config.text.hidden_size, jax.random.key(1))
