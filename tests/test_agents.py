@@ -328,6 +328,29 @@ def test_several_calls_in_one_answer():
     assert len(run(Script(both), Desk(), "task", steps=3).steps) == 3
 
 
+UNREADABLE = [
+    '<tool_call>\n{"name": "computer_use", "arguments": {"action": "left_click", "coordinate": NaN}}\n</tool_call>',
+    '<tool_call>\n{"name": "computer_use", "arguments": {"action": "left_cl',
+    "<tool_call>\n</tool_call>",
+]
+
+
+@pytest.mark.parametrize("bad", UNREADABLE)
+@pytest.mark.parametrize("after", [computer("type", text="secret"), computer("terminate", status="success")])
+def test_nothing_is_done_after_a_call_that_cannot_be_read(bad, after):
+    desk = Desk()
+    model = Script(f"{computer('wait', time=0)}\n{bad}\n{after}", "Enough.")
+    assert run(model, desk, "task").status == "answered" and [a.name for a in desk.acted] == ["wait"]
+    told = [message["content"][0]["text"] for message in model.seen[1][-3:]]
+    assert [text[:8] for text in told] == ["did wait", "not done", "the tool"]
+
+
+def test_a_call_in_a_thought_is_not_done():
+    desk = Desk()
+    model = Script(f"I think {computer('type', text='rm')} no.</think>\n\n{computer('terminate', status='failure')}")
+    assert run(model, desk, "task").status == "failure" and not desk.acted
+
+
 @pytest.mark.parametrize(
     ("limits", "status", "actions"),
     [({"steps": 4, "repeats": 9}, "steps", 4), ({"repeats": 3}, "repeats", 3), ({"seconds": 1e-9}, "seconds", 0)],

@@ -64,6 +64,20 @@ TABLE = [
     (f"<tool_call>\n<tool_call>\n{F}\n</tool_call>", "", [f(a=1)]),
     (f"<think>Or {tagged(F)}?</think>\n{tagged(CLICK)}", f"<think>Or {tagged(F)}?</think>", [CLICKED]),
     (f"<think>Or {tagged(F)}", f"<think>Or {tagged(F)}", []),
+    (f"<tool_call>{F}<tool_call>", "", [f(a=1)]),
+    (f"<tool_call>{F}<tool_call>\n<tool_call>{CLICK}<tool_call>\n", "", [f(a=1), CLICKED]),
+    (f"<tool_call>\n{F}\n<tool_call>\nDone.", "Done.", [f(a=1)]),
+    # thinking: its calls are none, whether or not the answer has the tag that opens it
+    (f"I think {tagged(F)} no.</think>\n\n{tagged(CLICK)}", f"I think {tagged(F)} no.</think>\n", [CLICKED]),
+    (f"Or <tool_call>{F}</think>\n{tagged(CLICK)}", f"Or <tool_call>{F}</think>", [CLICKED]),
+    (f"Or <tool_call>{F[:-3]}</think>\n{tagged(CLICK)}", f"Or <tool_call>{F[:-3]}</think>", [CLICKED]),
+    (f'Or <tool_call>{{"name": "f</think>\n{tagged(CLICK)}', 'Or <tool_call>{"name": "f</think>', [CLICKED]),
+    (f"Or {tagged('{}')}</think>\n{tagged(CLICK)}", f"Or {tagged('{}')}</think>", [CLICKED]),
+    (f"<think>A</think>{tagged(F)}</think>{tagged(CLICK)}", f"<think>A</think>{tagged(F)}</think>", [CLICKED]),
+    (f"{tagged(F)}</think>Done.", f"{tagged(F)}</think>Done.", []),
+    (f"So.</think>\n{CLICK}", "So.</think>", [CLICKED]),
+    (f"<think>So.</think>\n{CLICK}", "<think>So.</think>", [CLICKED]),
+    (tagged('{"name": "f", "arguments": {"a": "x</think>y"}}'), "", [f(a="x</think>y")]),
     # broken JSON with one meaning
     (tagged(f"{F};"), "", [f(a=1)]),
     (tagged(F[1:]), "", [f(a=1)]),
@@ -124,13 +138,13 @@ def test_answers(answer, text, calls):
 @pytest.mark.parametrize("body", MALFORMED)
 def test_malformed_calls_are_counted_and_stay_in_the_text(body):
     answer = f"Look.\n{tagged(body)}\n{tagged(CLICK)}"
-    assert parse(answer) == Turn(f"Look.\n{tagged(body)}", [CLICKED], 1)
+    assert parse(answer) == Turn(f"Look.\n{tagged(body)}", [CLICKED], 1, whole=0)
 
 
 @pytest.mark.parametrize("body", CUT)
 def test_a_call_that_is_cut_short_is_not_run(body):
     answer = f"{tagged(CLICK)}\n<tool_call>\n{body}"
-    assert parse(answer) == Turn(f"<tool_call>\n{body}", [CLICKED], 1)
+    assert parse(answer) == Turn(f"<tool_call>\n{body}", [CLICKED], 1, whole=1)
 
 
 def test_a_text_that_ends_within_a_tag():
@@ -141,9 +155,9 @@ def test_a_text_that_ends_within_a_tag():
 # ------------------------------------------------------------------------------------------ pieces
 
 
-def streamed(pieces) -> tuple[list, int]:
+def streamed(pieces, thinking=False) -> tuple[list, int]:
     """The events, with the pieces of a text joined; and how many calls are malformed."""
-    stream, out = Stream(), []
+    stream, out = Stream(thinking), []
     for event in [e for piece in pieces for e in stream.feed(piece)] + stream.close():
         if isinstance(event, str) and out and isinstance(out[-1], str):
             out[-1] += event
@@ -152,7 +166,8 @@ def streamed(pieces) -> tuple[list, int]:
     return out, stream.malformed
 
 
-ANSWERS = [answer for answer, *_ in TABLE] + [
+THOUGHTS = [answer for answer, *_ in TABLE if "</think>" in answer and "x</think>y" not in answer]
+ANSWERS = [answer for answer, *_ in TABLE if answer not in THOUGHTS or answer.startswith("<think>Or")] + [
     f"A\n{tagged(body)}\n{tagged(F)}" for body in MALFORMED if len(body) < 999
 ]
 
@@ -170,6 +185,16 @@ def test_any_cutting_gives_the_same(answer):
     for _ in range(20):
         cuts = sorted(rng.choices(range(len(answer) + 1), k=5))
         assert streamed(answer[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)) == whole
+
+
+@pytest.mark.parametrize("answer", [answer for answer in THOUGHTS if answer.count("</think>") == 1])
+def test_a_stream_that_begins_within_a_thought(answer):
+    turn = parse(answer)
+    for i in range(len(answer)):
+        events, malformed = streamed([answer[:i], answer[i:]], thinking=True)
+        assert "".join(e for e in events if isinstance(e, str)) == turn.text and malformed == 0
+        assert [e for e in events if isinstance(e, ToolCall)] == turn.calls
+    assert streamed([tagged(F)], thinking=True) == ([tagged(F)], 0)
 
 
 def test_text_and_calls_come_as_soon_as_they_are_known():

@@ -143,7 +143,8 @@ class _Work:
         self.messages.append(reply)
         told: list[list[dict]] = []
         failed = False
-        for call in turn.calls:
+        for number, call in enumerate(turn.calls):
+            failed = failed or number == turn.whole  # a call before it cannot be read
             if failed or self._limit():
                 told.append([_text(_NOT_DONE)])
                 continue

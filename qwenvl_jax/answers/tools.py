@@ -19,7 +19,9 @@ from qwenvl_jax.errors import InputError
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _THINK, _THOUGHT = "<think>", "</think>"  # a call within is not made
-_INSIDE = re.compile(rf'"|\\.|{_OPEN}|{_CLOSE}', re.S)
+_THINKS = re.compile(rf"{_THINK}|{_THOUGHT}")
+_BEGINS = re.compile(r'\s*(?:[\[{]|"name"|```)')  # what a call begins with
+_INSIDE = re.compile(rf'"|\\.|{_OPEN}|{_CLOSE}|{_THOUGHT}', re.S)
 # A call whose opening tag is missing.
 _BARE = re.compile(r'\{\s{0,9}"name"\s{0,9}:\s{0,9}"[^"{]{1,200}"\s{0,9},\s{0,9}"arguments"\s{0,9}:\s{0,9}\{')
 _PIECE = 4096
@@ -42,6 +44,7 @@ class Turn(NamedTuple):
     text: str  # beside the calls; malformed calls stay in it as they are
     calls: list[ToolCall]
     malformed: int  # calls that cannot be read or are cut short
+    whole: int | None = None  # how many calls stand before the first malformed one; None: no call is malformed
 
 
 def parse(text: str) -> Turn:
@@ -49,13 +52,22 @@ def parse(text: str) -> Turn:
 
     Broken JSON is read where it has one meaning: quotes, commas or closing brackets that are wrong or missing,
     arguments as JSON text, several calls in one pair of tags. A tag may be missing. A call whose arguments are cut
-    short is malformed, since a tool must not run on half of them.
+    short is malformed, since a tool must not run on half of them. A call in the model's thinking is text: only what
+    follows the last `</think>` makes calls, whether or not a `<think>` stands before it.
     """
-    stream = Stream()
-    pieces = (text[at : at + _PIECE] for at in range(0, len(text), _PIECE))  # the stream's buffer stays small
-    events = [event for piece in pieces for event in stream.feed(piece)] + stream.close()
+    stream, events = _read(text, 0)
+    if stream.thought:
+        stream, events = _read(text, stream.thought)
     said = "".join(event for event in events if isinstance(event, str))
-    return Turn(said, [event for event in events if isinstance(event, ToolCall)], stream.malformed)
+    return Turn(said, [event for event in events if isinstance(event, ToolCall)], stream.malformed, stream.whole)
+
+
+def _read(text: str, thought: int) -> tuple["Stream", list]:
+    """(the stream that has read a text, its events). thought: so many characters at its start are a thought."""
+    stream = Stream()
+    stream._think(text[:thought])
+    pieces = (text[at : at + _PIECE] for at in range(thought, len(text), _PIECE))  # the stream's buffer stays small
+    return stream, [event for piece in pieces for event in stream.feed(piece)] + stream.close()
 
 
 def write(calls: Iterable[ToolCall], text: str = "") -> str:
@@ -107,18 +119,27 @@ class Stream:
 
     `feed(piece)` and, at the end, `close()` return what is known by then: pieces of text, and `ToolCall`s. Joined, they
     are what `parse` returns for the whole answer. Text that may become a call is held back.
+
+    thinking: the answer begins within a thought, since the prompt ends with `<think>`. No call is made before its
+    `</think>`. Without it, the calls of such a thought are given before anything can tell that they are none.
     """
 
-    def __init__(self):
+    def __init__(self, thinking: bool = False):
         self.malformed = 0
+        self.whole: int | None = None  # as in Turn
+        self.thought = 0  # how many characters end with a `</think>` that has no `<think>`; their calls are none
+        self._calls = 0
+        self._done = 0  # how many characters are no longer in the buffer
         self._buffer = ""  # not yet decided; within a call it starts after the tag
-        self._thinking = False
+        self._thinking = thinking
         self._inside = False  # whether the buffer is a call
         self._tagged = True  # whether that call has its opening tag
         self._at = 0  # how much of the call is scanned for its end
         self._quoted = False  # whether it is within a JSON string there
         self._closing = -1  # where the first closing tag is, if it is within a string
         self._said = False  # whether there was text other than white space
+        self._alone = True  # whether there was none but a thought
+        self._unclosed = False  # whether the last thing was a call, ended by an opening tag
         self._space = ""  # white space that is dropped if a call follows
         self._after_call = False
         self._events: list[str | ToolCall] = []
@@ -136,8 +157,7 @@ class Stream:
             elif self._inside:
                 self._end_call(len(self._buffer), 0)
             else:
-                self._say(self._buffer)
-                self._buffer = ""
+                self._pass(len(self._buffer))
             while self._step():
                 pass
         if not self._after_call:
@@ -158,12 +178,13 @@ class Stream:
         end = len(self._buffer) if tag < 0 else tag
         if not self._thinking and (bare := _BARE.search(self._buffer, 0, end)):
             end = bare.start()
-        if not self._thinking and (think := self._buffer.find(_THINK, 0, end)) >= 0:
-            self._pass(think + len(_THINK))
-            self._thinking = True
+        if not self._thinking and (think := _THINKS.search(self._buffer, 0, end)):
+            self._pass(think.end())
+            self._thinking = think[0] == _THINK
+            self.thought = self.thought if self._thinking else self._done
         elif self._thinking and tag >= 0:
             self._pass(tag + len(_THOUGHT))
-            self._thinking = False
+            self._thinking, self._alone = False, True
         elif end < len(self._buffer):
             self._begin(end, len(_OPEN) if end == tag else 0)
         else:
@@ -171,14 +192,24 @@ class Stream:
             return False
         return True
 
+    def _think(self, text: str) -> None:
+        """A text before the first piece, which is a thought."""
+        self._say(text)
+        self._done, self._alone = len(text), True
+
+    def _take(self, end: int) -> str:
+        """The buffer up to `end`, which leaves it."""
+        text, self._buffer = self._buffer[:end], self._buffer[end:]
+        self._done += end
+        return text
+
     def _pass(self, end: int) -> None:
         """The buffer up to `end` is text."""
-        text, self._buffer = self._buffer[:end], self._buffer[end:]
-        self._say(text)
+        self._say(self._take(end))
 
     def _begin(self, at: int, tag: int) -> None:
-        self._say(self._buffer[:at])
-        self._buffer = self._buffer[at + tag :]
+        self._pass(at)
+        self._take(tag)
         self._inside, self._tagged = True, tag > 0
         self._at, self._quoted, self._closing = 0, False, -1
 
@@ -193,9 +224,13 @@ class Stream:
                 whole = self._closing < 0 or _is_json(self._buffer[: found.start()])
                 self._end_call(found.start() if whole else self._closing, len(_CLOSE))
                 return True
-            elif found[0] == _OPEN:
-                if self._closing < 0 and self._tagged and not self._buffer[: found.start()].strip():  # it stands twice
-                    self._buffer, self._at = self._buffer[found.end() :], 0
+            elif found[0] == _THOUGHT and self._quoted:  # the string's, too
+                continue
+            elif found[0] in (_OPEN, _THOUGHT):
+                empty = self._closing < 0 and self._tagged and not self._buffer[: found.start()].strip()
+                if empty and found[0] == _OPEN:  # it stands twice
+                    self._take(found.end())
+                    self._at = 0
                     continue
                 self._end_call(*((found.start(), 0) if self._closing < 0 else (self._closing, len(_CLOSE))))
                 return True
@@ -204,16 +239,25 @@ class Stream:
 
     def _end_call(self, end: int, tag: int) -> None:
         """The buffer up to `end` is a call, followed by a closing tag of so many characters, or by none."""
-        body, self._buffer = self._buffer[:end], self._buffer[end + tag :]
-        self._inside = False
+        at, body = self._done, self._take(end)
+        self._take(tag)
+        self._inside, unclosed, self._unclosed = False, self._unclosed, False
         found = _calls(body, closed=tag > 0)
-        alone = not self._said and not self._after_call and not self._buffer
+        alone = self._alone and not self._after_call and not self._buffer
         if found and (self._tagged or tag or (alone and not found[1].strip())):
             self._space, self._after_call = "", True
             self._events += found[0]
+            self._calls += len(found[0])
+            self._unclosed = self._tagged and not tag and not found[1].strip()
             self._say(found[1])
+        elif unclosed and not tag and not _BEGINS.match(body):  # the opening tag stood for the closing one
+            self._say(body)
         else:
-            self.malformed += bool(self._tagged or tag)
+            if _THOUGHT in body:
+                self.thought = at + body.rindex(_THOUGHT) + len(_THOUGHT)
+            if self._tagged or tag:
+                self.malformed += 1
+                self.whole = self._calls if self.whole is None else self.whole
             self._say((_OPEN if self._tagged else "") + body + (_CLOSE if tag else ""))
 
     def _say(self, text: str) -> None:
@@ -228,13 +272,13 @@ class Stream:
             text, self._after_call = (space if self._said else "") + stripped, False
         if text.endswith("\n"):
             text, self._space = text[:-1], "\n"
-        self._said = self._said or bool(text.strip())
+        self._said, self._alone = self._said or bool(text.strip()), self._alone and not text.strip()
         self._events.append(text)
 
 
 def _may_begin_call(text: str) -> int:
     """How many characters at the end of a text may be the beginning of a call."""
-    tag = _partial(text, _OPEN, _THINK)
+    tag = _partial(text, _OPEN, _THINK, _THOUGHT)
     start = text.rfind("{", -_BARE_LENGTH)
     if start >= 0:
         tail = "".join(text[start:].split())
@@ -250,7 +294,7 @@ def _unfinished(text: str) -> int:
     """How many characters at the end of a text may be the beginning of a tag or an escape."""
     if text.endswith("\\"):
         return 1
-    return _partial(text, _OPEN, _CLOSE)
+    return _partial(text, _OPEN, _CLOSE, _THOUGHT)
 
 
 def _partial(text: str, *tags: str) -> int:
