@@ -352,7 +352,7 @@ def test_many_mutated_answers():
 def test_long_answers_are_read_in_linear_time(piece, before):
     def took(size: int) -> float:
         text = before + piece * (size // len(piece))
-        return timed(lambda: parse(text), 0.05)[0]
+        return timed(lambda: parse(text, ["f"]), 0.05)[0]
 
     assert any(took(100_000) < max(0.05, 25 * took(10_000)) for _ in range(2))
 

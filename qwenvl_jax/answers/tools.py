@@ -11,10 +11,10 @@ conversation with the calls and with what the tools returned.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qwenvl_jax.answers.lenient import read
+from qwenvl_jax.answers.calls import ToolCall, calls_of, untagged
 from qwenvl_jax.errors import InputError
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -27,15 +27,6 @@ _BARE = re.compile(r'\{\s{0,9}"name"\s{0,9}:\s{0,9}"[^"{]{1,200}"\s{0,9},\s{0,9}
 _PIECE = 4096
 _BARE_LENGTH = 300  # no match is longer
 _BARE_NAME = re.compile(r'\{"name":"[^"{]{0,200}("?)')
-_FENCE = re.compile(r"```(?:json)?|```")
-_BETWEEN = re.compile(r"[\s,;}\]]*+")  # between calls in one pair of tags, and after the last; models double brackets
-
-
-class ToolCall(NamedTuple):
-    """One call. arguments: what JSON can hold."""
-
-    name: str
-    arguments: dict[str, Any]
 
 
 class Turn(NamedTuple):
@@ -47,19 +38,29 @@ class Turn(NamedTuple):
     whole: int | None = None  # how many calls stand before the first malformed one; None: no call is malformed
 
 
-def parse(text: str) -> Turn:
+def parse(text: str, names: Collection[str] = ()) -> Turn:
     """The calls of an answer, in order.
 
     Broken JSON is read where it has one meaning: quotes, commas or closing brackets that are wrong or missing,
     arguments as JSON text, several calls in one pair of tags. A tag may be missing. A call whose arguments are cut
     short is malformed, since a tool must not run on half of them. A call in the model's thinking is text: only what
     follows the last `</think>` makes calls, whether or not a `<think>` stands before it.
+
+    names: of the tools that there are. If given, an answer without tags may call them by JSON that begins a line, in a
+    fence, in a list or after a label such as "Action:". What calls one of them in another form is malformed.
     """
     stream, events = _read(text, 0)
     if stream.thought:
         stream, events = _read(text, stream.thought)
     said = "".join(event for event in events if isinstance(event, str))
-    return Turn(said, [event for event in events if isinstance(event, ToolCall)], stream.malformed, stream.whole)
+    turn = Turn(said, [event for event in events if isinstance(event, ToolCall)], stream.malformed, stream.whole)
+    if not names or turn.calls or turn.malformed:
+        return turn
+    begin = turn.text.rfind(_THOUGHT) + len(_THOUGHT) if _THOUGHT in turn.text else 0
+    found = untagged(turn.text[begin:].partition(_THINK)[0], names)
+    if found is None:
+        return turn._replace(malformed=1, whole=0)
+    return turn._replace(text=(turn.text[:begin] + found[1]).strip(), calls=found[0]) if found[0] else turn
 
 
 def _read(text: str, thought: int) -> tuple["Stream", list]:
@@ -242,7 +243,7 @@ class Stream:
         at, body = self._done, self._take(end)
         self._take(tag)
         self._inside, unclosed, self._unclosed = False, self._unclosed, False
-        found = _calls(body, closed=tag > 0)
+        found = calls_of(body, closed=tag > 0)
         alone = self._alone and not self._after_call and not self._buffer
         if found and (self._tagged or tag or (alone and not found[1].strip())):
             self._space, self._after_call = "", True
@@ -308,69 +309,6 @@ def _is_json(text: str) -> bool:
         return isinstance(json.loads(text), dict | list)
     except (ValueError, RecursionError):
         return False
-
-
-def _calls(body: str, closed: bool) -> tuple[list[ToolCall], str] | None:
-    """(the calls in a body, the text after them), or None if it is malformed.
-
-    closed: a closing tag follows, so that the body is not cut short, and no text may stand in it.
-    """
-    body = _FENCE.sub("", body, count=1).lstrip() if body.lstrip().startswith("```") else body.lstrip()
-    if body.startswith("{{"):  # the braces of a format string
-        body = body[1:]
-    if "name" not in body:  # soon done with texts of thousands of tags
-        return None
-    if body.startswith('"name"'):
-        body = "{" + body
-    body += "\n" * closed  # a number at the end is complete
-    calls: list[ToolCall] = []
-    at = 0
-    try:
-        while at < len(body) and body[at] in "{[":
-            found = read(body, at)
-            if closed and found.half:
-                return None
-            values = found.value if isinstance(found.value, list) else [found.value]
-            calls += [_call(value, () if closed else found.open) for value in values]
-            at = _BETWEEN.match(body, found.end).end()  # type: ignore[union-attr]
-    except ValueError:
-        return None
-    if not calls or (closed and body[at:].replace("```", "").strip()):
-        return None
-    return calls, "" if closed else body[len(body[:at].rstrip()) :]
-
-
-def _call(value, unfinished: Sequence) -> ToolCall:
-    """Raises ValueError if the value is no call, or its arguments are among the `unfinished` lists and dicts."""
-    if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping):
-        value = value["function"]  # OpenAI's form
-    if not isinstance(value, Mapping) or not isinstance(name := value.get("name"), str) or not name:
-        raise ValueError("a call has a name")
-    key = next((key for key in ("arguments", "parameters", "args") if key in value), "arguments")
-    if key not in value and (value.keys() - {"name", "id", "type"} or any(value is part for part in unfinished)):
-        raise ValueError("a call has arguments")
-    arguments = value.get(key)
-    if any(arguments is part for part in unfinished):
-        raise ValueError("the arguments are cut short")
-    if isinstance(arguments, str):
-        arguments = _object(arguments)
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, dict):
-        raise ValueError("the arguments are no object")
-    _json([name, arguments]).encode()  # raises for half of a surrogate pair, which no message can hold
-    return ToolCall(name, arguments)
-
-
-def _object(text: str):
-    """The value of arguments that are given as JSON text."""
-    if not (text := text.strip()):
-        return {}
-    if text[0] != "{":
-        raise ValueError("the arguments are no object")
-    found = read(text)
-    if found.half or found.open or text[found.end :].strip():
-        raise ValueError("the arguments are cut short")
-    return found.value
 
 
 def _json(value) -> str:
