@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -659,6 +660,8 @@ def test_actions_are_drawn_where_they_are():
         '{"picture": "../a.png"}',
         '{"picture": "0.png", "action": 5}',
         '{"picture": "0.png", "box": [1]}',
+        '{"picture": "0.png", "action": {"name": "type", "text": "hi"}}',
+        '{"picture": "0.png", "bbox": [1, 2, 3, 4]}',
         "{}",
     ],
 )
@@ -703,6 +706,41 @@ def test_a_recorded_phone_goes_on_with_the_right_action(tmp_path):
     said = [step.result for step in outcome.steps[:-1]]
     assert said == ["nothing happened", "done", "done", "nothing happened", "done", "nothing happened", "done"]
     assert device.screenshot().getpixel((0, 0)) == (150, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ({"action": {"name": "tap", "points": [[5, 6]]}}, "no action 'tap'"),
+        ({"action": {"name": "click"}, "box": [1, 2, 30, 40]}, "click has 0 points and needs 1"),
+        ({"action": {"name": "click", "points": [[5, 6], [7, 8]]}}, "click has 2 points and needs 1"),
+        ({"action": {"name": "left_click", "points": [[5, 6], [7, 8]]}}, "left_click has 2 points and needs 1"),
+        ({"action": {"name": "swipe", "points": [[5, 6]]}}, "swipe has 1 points and needs 2"),
+        ({"action": {"name": "type", "text": "hi"}}, "'text' is no part of an action"),
+        ({"action": {"name": "type"}}, 'type needs text: "arguments": {"text": …}'),
+        ({"action": {"name": "system_button"}}, "system_button needs button"),
+        ({"action": {"name": "key", "tool": "computer_use", "arguments": {"text": "a"}}}, "key needs keys"),
+        ({"action": {"name": "click", "points": [[5, 6]]}, "box": [9, 9, 5, 5]}, "left, top, right, bottom"),
+        ({"action": {"name": "click", "points": [[5, 6]]}, "box": [9, 9, 15, 15]}, "is not in its box"),
+        ({"picture": "009.png"}, "there is no 009.png beside it"),
+        ({"picture": "009.png", "action": {"name": "click", "points": [[5, 6]]}}, "there is no 009.png"),
+    ],
+)
+def test_a_recording_that_cannot_be_played(step, said, tmp_path):
+    folder = phone(tmp_path / "phone")
+    with open(folder / "steps.jsonl", "a") as file:
+        file.write(json.dumps({"picture": "003.png"} | step) + "\n")
+    with pytest.raises(InputError, match=f"steps.jsonl, line 6: .*{re.escape(said)}"):
+        RecordedPhone(folder)
+
+
+def test_a_recording_passes_over_zooms(tmp_path):
+    zoom = call("image_zoom_in_tool", bbox_2d=[0, 0, 90, 90], label="a")
+    answers = [zoom, computer("left_click", coordinate=[9, 9]), computer("left_click"), "Done."]
+    run(Script(*answers), Desk(), "task", tools=["computer_use", "image_zoom_in_tool"], folder=tmp_path)
+    device = RecordedPhone(tmp_path)
+    run(Script(*answers[1:]), device, "task")
+    assert device.done and device.wrong == 0
 
 
 def test_a_run_is_a_recording(tmp_path):

@@ -144,6 +144,27 @@ def read_action(call: ToolCall, screen: Sizes, coordinates: str = "resized", pic
     return Action(call.name, name, tuple(points), values)
 
 
+def unplayable(action: Action) -> str | None:
+    """Why no call can ask for a recorded action, or None. Without a tool, an action of any tool will do."""
+    wants = {tool: known[action.name] for tool, known in _ARGUMENTS.items() if action.name in known}
+    wants = {tool: needs for tool, needs in wants.items() if action.tool in ("", tool)}
+    said = f"there is no action {shown(action.name)}; the actions are {', '.join(ACTIONS)}"
+    for needs in map(str.split, wants.values()):
+        least, most = (sum(need.startswith("coordinate") for need in some) for some in (_must(needs), needs))
+        missing = [need for need in _must(needs) if need in ("text", "keys", "button") and need not in action.arguments]
+        if missing:
+            said = f'{action.name} needs {missing[0]}: "arguments": {{"{missing[0]}": …}}'
+        elif not least <= len(action.points) <= most:
+            said = f'{action.name} has {len(action.points)} points and needs {least or most}: "points": [[x, y], …]'
+        else:
+            return None
+    return said
+
+
+def _must(needs: Sequence[str]) -> list[str]:
+    return [need for need in needs if not need.endswith("?")]
+
+
 def _second_place(needs: str, arguments: Mapping) -> str | None:
     """An argument beside `coordinate` that is a place, too. To pass it over would do something else than was asked."""
     others = [key for key, value in arguments.items() if "coordinate" in str(key).lower() and value is not None]
