@@ -119,6 +119,8 @@ MALFORMED = [
     '{"name": "f", "arguments": {"a": undefined}}',
     '{"name: "f", "arguments": {"a": 1}}',
     '{"name": "f", "arguments": {"a": 1e999}}',
+    '{"name": "f", "arguments": {"a": [100, 200, "text": "a"}}',
+    "{'name': 'f', 'arguments': {'a': [100, 'text' : 'a'}}",
     '{"name": "f", "arguments": {"a": "\\ud83d"}}',
     '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}",
     '{"name": "f", "arguments": {"a": ' + "[" * 1000 + "]" * 1000 + "}}",
@@ -217,6 +219,8 @@ NASTY = [
     "}]{['",
     "{}",
     "\u2028",
+    "\fa\bc \time\neq",
+    "C:\\new \\frac",
     "//",
 ]
 
@@ -245,6 +249,24 @@ def test_what_is_written_is_read_again(seed):
     ]
     text = rng.choice(["", "I look.", "Zwei\n\nZeilen. ", "{x} <b>"])
     assert parse(write(calls, text)) == Turn(text, calls, 0)
+
+
+@pytest.mark.parametrize("calls, text, said", [
+    ([f(a=1)], "<think>I look.", "text is '<think>I look.'"), ([], F, "text is"), ([f(a=1)], tagged(F), "text is"),
+    ([f(a=1)], "So <tool_call>", "text is"), ([f(a=1)], "A</think>B</tool_call>" + tagged("x"), "text is"),
+    ([ToolCall("", {"a": 1})], "", "the call of '' cannot be written"), ([f(a=float("nan"))], "", "the call of 'f'"),
+    ([f(a={1, 2})], "", "the call of 'f'"), ([ToolCall("f", [1])], "", "the call of 'f'"),
+    ([f(a="\ud83d")], "", "the call of 'f'"),
+])  # fmt: skip
+def test_what_would_be_read_as_something_else_is_not_written(calls, text, said):
+    with pytest.raises(InputError, match=said):
+        write(calls, text)
+
+
+@pytest.mark.parametrize("text", ["<think>I look.</think>\n\nThere.", "So.</think>", "\n", f"Such as {F} in a text."])
+def test_texts_beside_calls(text):
+    turn = parse(write([f(a=(1, 2))], text))
+    assert turn.text.strip() == text.strip() and turn.calls == [f(a=[1, 2])] and turn.malformed == 0
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +394,22 @@ def test_long_answers_are_read_in_linear_time(piece, before):
 def test_json_that_is_cut_short_says_so(text, value, is_open, half):
     found = lenient.read(text)
     assert (found.value, len(found.open), found.half) == (value, is_open, half) and found.end == len(text)
+
+
+@pytest.mark.parametrize("text, value", [
+    (r"$\frac{1}{2}$", r"$\frac{1}{2}$"), (r"\begin{a} \beta \forall", r"\begin{a} \beta \forall"),
+    (r"\theta \times \text{a} \nabla \neq \rho \right)", r"\theta \times \text{a} \nabla \neq \rho \right)"),
+    (r"\\frac \\\\ \\new", r"\frac \\ \new"), (r"\(x\)\nso", "\\(x\\)\nso"), (r"\alpha\nu", "\\alpha\nu"),
+    (r"a\tb\nthe\rend\n", "a\tb\nthe\rend\n"), (r"\f \b 1\f2", "\f \b 1\f2"), (r"word\tan apple", "word\tan apple"),
+    (r"C:\Users\new", r"C:\Users\new"), (r"C:\bin\temp\r.txt", r"C:\bin\temp\r.txt"),
+    (r"C:\\Users\\new", r"C:\Users\new"),
+    (r"in D:\docs\new now\nthen", "in D:\\docs\\new now\nthen"), (r"Option A:\nThe dog", "Option A:\nThe dog"),
+    (r"\u00e9 \underline \u12", "é \\underline \\u12"),
+])  # fmt: skip
+def test_backslashes_that_stand_for_themselves(text, value):
+    assert lenient.read(f'{{"a": "{text}"}}').value == {"a": value}
+    assert lenient.read(f"['{text}',]").value == [value]
+    assert lenient.read(lenient.written({"a": value})).value == {"a": value}
 
 
 @pytest.mark.parametrize("text", ["{{", "[1, 2}", "{12: 3}", "{" + "[" * 99, "{]", '{"a": NaN}'])

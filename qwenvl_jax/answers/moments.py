@@ -12,7 +12,6 @@
 Which expressions are times, see `answers.times`. JSON may be broken or cut short (`answers.lenient`).
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from qwenvl_jax.answers import times
-from qwenvl_jax.answers.lenient import DEPTH, Unreadable, read
+from qwenvl_jax.answers.lenient import DEPTH, Unreadable, read, written
 from qwenvl_jax.errors import InputError, shown
 
 
@@ -374,7 +373,7 @@ def _row(moment: Moment, form: str) -> dict:
 
 
 def _json(moment: Moment, form: str) -> str:
-    text = json.dumps(_row(moment, form), ensure_ascii=False)
+    text = written(_row(moment, form))
     return re.sub("(?i)<(?=/think>|/?answer>)", r"\\u003c", text)  # tags that `parse` heeds
 
 

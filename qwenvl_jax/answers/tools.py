@@ -15,7 +15,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qwenvl_jax.answers.calls import ToolCall, calls_of, untagged
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.answers.lenient import written
+from qwenvl_jax.errors import InputError, shown
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _THINK, _THOUGHT = "<think>", "</think>"  # a call within is not made
@@ -72,9 +73,29 @@ def _read(text: str, thought: int) -> tuple["Stream", list]:
 
 
 def write(calls: Iterable[ToolCall], text: str = "") -> str:
-    """The answer that says `text` and makes these calls, as the chat template writes it."""
-    blocks = [f"{_OPEN}\n{_shielded(_json(call._asdict()))}\n{_CLOSE}" for call in calls]
-    return "\n".join(([text] if text or not blocks else []) + blocks)
+    """The answer that says `text` and makes these calls, as the chat template writes it, and as `parse` reads it.
+
+    Raises InputError for arguments that JSON cannot hold and a text that would be read as a call or hide one.
+    """
+    blocks = [_block(call) for call in calls]
+    answer = "\n".join(([text] if text or not blocks else []) + blocks)
+    turn = parse(answer)
+    if turn.text.strip() != text.strip() or len(turn.calls) != len(blocks) or turn.malformed:
+        said = f"close its {_THINK} and leave {_OPEN} and JSON of calls out"
+        raise InputError(f"text is {shown(text)}; it would be read as a call or hide one: {said}")
+    return answer
+
+
+def _block(call: ToolCall) -> str:
+    try:
+        block = f"{_OPEN}\n{_shielded(written(call._asdict()))}\n{_CLOSE}"
+        (read,) = parse(block).calls
+        if written(read) != written(call):
+            raise ValueError("it would be read as another call")
+        return block
+    except (TypeError, ValueError, RecursionError) as e:
+        said = "it needs a name, and a dict of what JSON can hold"
+        raise InputError(f"the call of {shown(call.name)} cannot be written: {said}") from e
 
 
 def message(turn: Turn, first: int = 0) -> dict:
@@ -84,7 +105,7 @@ def message(turn: Turn, first: int = 0) -> dict:
     """
     out: dict[str, Any] = {"role": "assistant", "content": turn.text}
     if turn.calls:
-        functions = [{"name": call.name, "arguments": _json(call.arguments)} for call in turn.calls]
+        functions = [{"name": call.name, "arguments": written(call.arguments)} for call in turn.calls]
         out["tool_calls"] = [
             {"id": f"call_{i}", "type": "function", "function": function} for i, function in enumerate(functions, first)
         ]
