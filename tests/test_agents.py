@@ -310,6 +310,12 @@ def test_a_run_ends_as_the_model_says():
     [
         (computer("terminate", status="failure"), "failure", ""),
         ("It cannot be done.", "answered", "It cannot be done."),
+        ("<think>\nHm.\n</think>\n\nIt is red.", "answered", "It is red."),
+        (
+            f"Or {computer('type', text='rm')}?</think>\nNo.\n{computer('terminate', status='failure')}",
+            "failure",
+            "No.",
+        ),
         (computer("answer", text="42"), "answered", "42"),
         ("I am done.\n" + computer("terminate", status="success"), "success", "I am done."),
     ],

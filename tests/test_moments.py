@@ -142,6 +142,13 @@ TABLE = [
     ("12.5-20.0, 30.0-40.0", [(12.5, 20, ""), (30, 40, "")]),
     ("From 5 to 10 and 15 to 20.", [(5, 10, ""), (15, 20, "")]),
     ("[5, 10, 15]", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("at 5s, 10 and 15s", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("at the 5th, 10th and 15th second", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("at 5, then 10, and then 15 seconds", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("between 5-10 and 15-20 seconds", [(5, 10, ""), (15, 20, "")]),
+    ("[5, 10, 15] seconds", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("Timestamps: [5, 10, 15]", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("It lasts about 5 or 10 seconds, for 5, 10 or 15 seconds.", []),
     ("In 2019, 5 seconds in", [(5, None, "In 2019, 5 seconds in")]),
     ("second 2, 10 people", [(2, None, "10 people")]),
     # several

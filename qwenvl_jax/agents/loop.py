@@ -139,7 +139,7 @@ class _Work:
                 turn = turn._replace(malformed=1, whole=0)
             if not turn.calls and not turn.malformed:
                 self._add(answer, None, "", self._screen)
-                return "answered", turn.text.strip()
+                return "answered", _words(turn)
             if ended := self._turn(turn, answer):
                 return ended
         return ended
@@ -160,7 +160,7 @@ class _Work:
             told.append(content)
             if action and action.name in ("terminate", "answer"):
                 status, text = action.arguments.get("status"), action.arguments.get("text")
-                return status or "answered", turn.text.strip() if text is None else text
+                return status or "answered", _words(turn) if text is None else text
             failed = action is None
         self.messages += calls.results(reply, told)
         if turn.malformed:
@@ -247,6 +247,11 @@ class _Work:
             last = describe(self._last) if isinstance(self._last, Action) else shown(self._last)
             return "repeats", f"the same came {self._same} times in a row: {last}"
         return None
+
+
+def _words(turn: calls.Turn) -> str:
+    """What an answer says after its thinking."""
+    return turn.text.rpartition("</think>")[2].strip()
 
 
 def _text(text: str) -> dict:

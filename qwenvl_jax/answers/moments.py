@@ -82,6 +82,7 @@ _BETWEEN = re.compile(r"\s*[,;，、；]\s*(?:and\s)?\s*|\s+and\s+|\s*[和与]\s
 _PAIR = re.compile(rf"[\[(]\s*({_NUMBER})\s*,\s*({_NUMBER})\s*[\])]")
 _FIRST_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _ONE_NUMBER = re.compile(rf"{_AROUND}(?<![-.0-9])({_FIRST_NUMBER.pattern})\W{{0,3}}", re.I)
+_INSTANT = re.compile(rf"{_AROUND}(?<![-.0-9])({_NUMBER})\W*(?:s|secs?|seconds?)?\W*", re.I)
 
 
 def parse(text: str) -> Parsed:
@@ -350,7 +351,7 @@ def _bare(text: str) -> list[Moment]:
     for line in text.splitlines():
         parts = _BETWEEN.split(line) if len(line) < 2000 else []
         spans = [_BARE_SPAN.fullmatch(part) for part in parts]
-        instants = [re.fullmatch(rf"\W*({_NUMBER})\W*", part) for part in parts]
+        instants = [_INSTANT.fullmatch(part) for part in parts]
         if len(parts) > 1 and all(span and not span["text"] for span in spans):
             out += [Moment(float(s[1]), float(s[2])) for s in spans if s and float(s[1]) <= float(s[2])]
         elif len(parts) > 2 and all(instants):

@@ -77,11 +77,11 @@ _LOWER = re.compile(
 )
 _UPPER = re.compile(rf"{_DASH}({_DIGITS})(?!{_TO_UNIT}{re.sub('[?]P<[a-z]+>', '?:', _UNIT)}|[0-9a-z]|[:：.][0-9])")
 # Numbers that share the unit of the last one: "at 5, 10 and 15 seconds"; and those after the first: "seconds 5, 10".
-_SPAN = rf"({_DIGITS})(?:{_DASH}({_DIGITS}))?"
-_SHARE = r"(?:[ ]?[,，、;][ ]?(?:and[ ]|or[ ]|&[ ])?|[ ](?:and|or|&)[ ]|[ ]?[和与及][ ]?)(?:at[ ]|第)?"
-_LIST = re.compile(
-    rf"(?:\b(?:at|near|from|around|about|approximately|the)[ ]|[第在约从:：\n(\[])[ ]?((?:{_SPAN}{_SHARE})+)$"
-)
+_SPAN = rf"({_DIGITS})(?:st|nd|rd|th)?(?:{_DASH}({_DIGITS})(?:st|nd|rd|th)?)?"
+_AND_THEN = r"(?:and[ ]then|and|or|&|then)[ ]"
+_SHARE = rf"(?:[ ]?[,，、;][ ]?(?:{_AND_THEN})?|[ ]{_AND_THEN}|[ ]?[和与及][ ]?)(?:at[ ]|第)?"
+_BEFORE_LIST = r"\b(?:at|near|from|between|during|for|around|about|approximately|the)[ ]|[第在约从:：\n(\[]"
+_LIST = re.compile(rf"(?:{_BEFORE_LIST}|\r{_SHARE})[ ]?((?:{_SPAN}{_SHARE})+)$")
 _ITEM = re.compile(_SPAN)
 _MORE = re.compile(rf"{_SHARE}{_SPAN}(?![0-9a-z]|[:：.][0-9])(?P<last>(?=[ ]?(?:[,，、;.)\]\n]|$|(?:and|or|&)[ ])))?")
 _PLAIN = {ord(wide): narrow for wide, narrow in zip("０１２３４５６７８９．", "0123456789.", strict=True)}
@@ -264,13 +264,17 @@ def _with_units(text: str, found: re.Match, done: int, named: int | None = None)
     is_adjective = is_adjective and end is None and bool(_ATTRIBUTE.match(text, to))
     if is_adjective or _LENGTH_BEFORE.search(before) or _LENGTH_AFTER.match(text, to):
         return [_time(at, to, start, end, "length")]
-    return [*_sharing(text, at, done, _SCALES[unit], start), _time(at, to, start, end, "moment")]
+    out = [*_sharing(text, at, done, _SCALES[unit], start), _time(at, to, start, end, "moment")]
+    if len(out) > 1 and _LENGTH_BEFORE.search(text[max(out[0].at - 48, done) : out[0].at]):
+        return [time._replace(kind="length") for time in out]
+    return out
 
 
 def _sharing(text: str, at: int, done: int, scale: Decimal, last: Decimal) -> list[Time]:
     """The times before `at` that share the unit of the one there, which is the last; none if they do not rise to it."""
     begin = max(at - _LIST_LENGTH, done)
-    if not (found := _LIST.search(("." if begin else "\n") + text[begin:at])):
+    lead = "\r" if 0 < begin == done else "." if begin else "\n"  # after a time, anywhere, where the text begins
+    if not (found := _LIST.search(lead + text[begin:at])):
         return []
     out, begin = [], at - len(found[1])
     for item in _ITEM.finditer(found[1]):
