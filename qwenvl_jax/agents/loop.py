@@ -251,7 +251,7 @@ class _Work:
 
 def _words(turn: calls.Turn) -> str:
     """What an answer says after its thinking."""
-    return turn.text.rpartition("</think>")[2].strip()
+    return turn.text[calls.thought(turn.text) :].strip()
 
 
 def _text(text: str) -> dict:

@@ -19,10 +19,11 @@ from qwenvl_jax.answers.lenient import written
 from qwenvl_jax.errors import InputError, shown
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_THINK, _THOUGHT = "<think>", "</think>"  # a call within is not made
-_THINKS = re.compile(rf"{_THINK}|{_THOUGHT}")
+_THOUGHTS = ("<think>", "<thinking>", "</think>", "</thinking>")  # a call within is not made
+_THINK, _THOUGHT = re.compile("<think(?:ing)?>"), re.compile("</think(?:ing)?>")
+_THINKS = re.compile("</?think(?:ing)?>")
 _BEGINS = re.compile(r'\s*(?:[\[{]|"name"|```)')  # what a call begins with
-_INSIDE = re.compile(rf'"|\\.|{_OPEN}|{_CLOSE}|{_THOUGHT}', re.S)
+_INSIDE = re.compile(rf'"|\\.|{_OPEN}|{_CLOSE}|{_THOUGHT.pattern}', re.S)
 # A call whose opening tag is missing.
 _BARE = re.compile(r'\{\s{0,9}"name"\s{0,9}:\s{0,9}"[^"{]{1,200}"\s{0,9},\s{0,9}"arguments"\s{0,9}:\s{0,9}\{')
 _PIECE = 4096
@@ -57,18 +58,23 @@ def parse(text: str, names: Collection[str] = ()) -> Turn:
     turn = Turn(said, [event for event in events if isinstance(event, ToolCall)], stream.malformed, stream.whole)
     if not names or turn.calls or turn.malformed:
         return turn
-    begin = turn.text.rfind(_THOUGHT) + len(_THOUGHT) if _THOUGHT in turn.text else 0
-    found = untagged(turn.text[begin:].partition(_THINK)[0], names)
+    begin = thought(turn.text)
+    found = untagged(_THINK.split(turn.text[begin:], maxsplit=1)[0], names)
     if found is None:
         return turn._replace(malformed=1, whole=0)
     return turn._replace(text=(turn.text[:begin] + found[1]).strip(), calls=found[0]) if found[0] else turn
 
 
-def _read(text: str, thought: int) -> tuple["Stream", list]:
-    """(the stream that has read a text, its events). thought: so many characters at its start are a thought."""
+def thought(text: str) -> int:
+    """How many characters of an answer are up to the end of its last thought."""
+    return max((found.end() for found in _THOUGHT.finditer(text)), default=0)
+
+
+def _read(text: str, begin: int) -> tuple["Stream", list]:
+    """(the stream that has read a text, its events). begin: so many characters at its start are a thought."""
     stream = Stream()
-    stream._think(text[:thought])
-    pieces = (text[at : at + _PIECE] for at in range(thought, len(text), _PIECE))  # the stream's buffer stays small
+    stream._think(text[:begin])
+    pieces = (text[at : at + _PIECE] for at in range(begin, len(text), _PIECE))  # the stream's buffer stays small
     return stream, [event for piece in pieces for event in stream.feed(piece)] + stream.close()
 
 
@@ -81,7 +87,7 @@ def write(calls: Iterable[ToolCall], text: str = "") -> str:
     answer = "\n".join(([text] if text or not blocks else []) + blocks)
     turn = parse(answer)
     if turn.text.strip() != text.strip() or len(turn.calls) != len(blocks) or turn.malformed:
-        said = f"close its {_THINK} and leave {_OPEN} and JSON of calls out"
+        said = f"close its <think> and leave {_OPEN} and JSON of calls out"
         raise InputError(f"text is {shown(text)}; it would be read as a call or hide one: {said}")
     return answer
 
@@ -196,21 +202,25 @@ class Stream:
         return self._find_end() if self._inside else self._find_call()
 
     def _find_call(self) -> bool:
-        tag = self._buffer.find(_THOUGHT if self._thinking else _OPEN)
+        tag = self._buffer.find(_OPEN)
+        thought = _THOUGHT.search(self._buffer) if self._thinking else None
         end = len(self._buffer) if tag < 0 else tag
         if not self._thinking and (bare := _BARE.search(self._buffer, 0, end)):
             end = bare.start()
         if not self._thinking and (think := _THINKS.search(self._buffer, 0, end)):
             self._pass(think.end())
-            self._thinking = think[0] == _THINK
+            self._thinking = not think[0].startswith("</")
             self.thought = self.thought if self._thinking else self._done
-        elif self._thinking and tag >= 0:
-            self._pass(tag + len(_THOUGHT))
+        elif thought:
+            self._pass(thought.end())
             self._thinking, self._alone = False, True
+        elif self._thinking:
+            self._pass(len(self._buffer) - _partial(self._buffer, *_THOUGHTS))
+            return False
         elif end < len(self._buffer):
             self._begin(end, len(_OPEN) if end == tag else 0)
         else:
-            self._pass(end - (_partial(self._buffer, _THOUGHT) if self._thinking else _may_begin_call(self._buffer)))
+            self._pass(end - _may_begin_call(self._buffer))
             return False
         return True
 
@@ -246,9 +256,9 @@ class Stream:
                 whole = self._closing < 0 or _is_json(self._buffer[: found.start()])
                 self._end_call(found.start() if whole else self._closing, len(_CLOSE))
                 return True
-            elif found[0] == _THOUGHT and self._quoted:  # the string's, too
+            elif found[0] in _THOUGHTS and self._quoted:  # the string's, too
                 continue
-            elif found[0] in (_OPEN, _THOUGHT):
+            elif found[0] == _OPEN or found[0] in _THOUGHTS:
                 empty = self._closing < 0 and self._tagged and not self._buffer[: found.start()].strip()
                 if empty and found[0] == _OPEN:  # it stands twice
                     self._take(found.end())
@@ -275,8 +285,7 @@ class Stream:
         elif unclosed and not tag and not _BEGINS.match(body):  # the opening tag stood for the closing one
             self._say(body)
         else:
-            if _THOUGHT in body:
-                self.thought = at + body.rindex(_THOUGHT) + len(_THOUGHT)
+            self.thought = at + thought(body) if thought(body) else self.thought
             if self._tagged or tag:
                 self.malformed += 1
                 self.whole = self._calls if self.whole is None else self.whole
@@ -300,7 +309,7 @@ class Stream:
 
 def _may_begin_call(text: str) -> int:
     """How many characters at the end of a text may be the beginning of a call."""
-    tag = _partial(text, _OPEN, _THINK, _THOUGHT)
+    tag = _partial(text, _OPEN, *_THOUGHTS)
     start = text.rfind("{", -_BARE_LENGTH)
     if start >= 0:
         tail = "".join(text[start:].split())
@@ -316,7 +325,7 @@ def _unfinished(text: str) -> int:
     """How many characters at the end of a text may be the beginning of a tag or an escape."""
     if text.endswith("\\"):
         return 1
-    return _partial(text, _OPEN, _CLOSE, _THOUGHT)
+    return _partial(text, _OPEN, _CLOSE, *_THOUGHTS)
 
 
 def _partial(text: str, *tags: str) -> int:
