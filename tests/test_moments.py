@@ -84,6 +84,7 @@ TABLE = [
     ("t=12.5 to 20.5s", [(12.5, 20.5, "")]),
     ("timestamps: 1 to 2 minutes", [(60, 120, "")]),
     ("version t=12.5.3 and t=5x", []),
+    ("<thinking>\nAt 3 seconds?\n</thinking>\n\n5 s", [(5, None, "")]),
     # one span
     ("00:12 - 00:45", [(12, 45, "")]),
     ("00:12–00:45", [(12, 45, "")]),
@@ -314,7 +315,7 @@ def test_a_time_that_a_clock_cannot_show(moment, form):
     assert parse(write([moment], "json_seconds")) == ([moment], 0)
 
 
-@pytest.mark.parametrize("text", ["x </think> y", "<answer>5 s</answer>", "</THINK> <Answer>"])
+@pytest.mark.parametrize("text", ["x </think> y", "<answer>5 s</answer>", "</THINK> <Answer>", "</thinking>"])
 def test_a_text_that_holds_a_tag_is_written_as_json(text):
     assert parse(write([Moment(1.0, 2.0, text)])) == ([Moment(1.0, 2.0, text)], 0)
 

@@ -139,7 +139,7 @@ def write(moments: Sequence[Moment], form: str = "json") -> str:
 
 def _parse(text: str) -> tuple[list[Moment], int, str]:
     """(moments, how many are malformed, the part of the text that counts)."""
-    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
+    text = re.split("</think(?:ing)?>", text)[-1]
     if answer := _ANSWER.search(text):
         text = answer[1]
     moments: list[Moment] = []
@@ -375,7 +375,7 @@ def _row(moment: Moment, form: str) -> dict:
 
 def _json(moment: Moment, form: str) -> str:
     text = written(_row(moment, form))
-    return re.sub("(?i)<(?=/think>|/?answer>)", r"\\u003c", text)  # tags that `parse` heeds
+    return re.sub("(?i)<(?=/think(?:ing)?>|/?answer>)", r"\\u003c", text)  # tags that `parse` heeds
 
 
 def _line(moment: Moment, form: str) -> str:
