@@ -1,12 +1,14 @@
 """Agents: tool schemas, actions in original pixels, the loop with a scripted model, records and recorded phones."""
 
 import hashlib
+import io
 import json
 import random
+import re
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from qwenvl_jax.agents.actions import TOOLS, Action, View, read_action
 from qwenvl_jax.agents.fence import Fence
@@ -97,6 +99,9 @@ def test_each_action_of_a_schema_is_read(tool, coordinates):
         "button": "Back", "status": "success",
     }  # fmt: skip
     for name in schema(tool, SCREEN, coordinates)["function"]["parameters"]["properties"]["action"]["enum"]:
+        everything = {k: v for k, v in everything.items() if k != "coordinate2"} | (
+            {"coordinate2": [7, 8]} if name == "swipe" else {}
+        )
         action = read_action(ToolCall(tool, {"action": name} | everything), SCREEN, coordinates)
         assert (action.tool, action.name) == (tool, name) and describe(action).startswith(name)
         for missing in everything:
@@ -174,7 +179,8 @@ def test_the_conversation_is_a_prompt(tiny_checkpoint):
     assert pictures == [1, 1, 2, 2, 2]
 
 
-@pytest.mark.parametrize("value", ["[5, 6]", "(5, 6)", [[5, 6]], {"x": 5, "y": 6}, (5, 6), [5.0, 6.0]])
+@pytest.mark.parametrize("value", ["[5, 6]", "(5, 6)", [[5, 6]], {"x": 5, "y": 6}, (5, 6), [5.0, 6.0], ["5", "6"],
+                                   [["5", " 6.0"]], {"x": "5", "y": "6"}])  # fmt: skip
 def test_points_are_read_in_the_forms_that_models_write(value):
     action = read_action(ToolCall("computer_use", {"action": "mouse_move", "coordinate": value}), Sizes((9, 9), (9, 9)))
     assert action.points == ((5, 6),)
@@ -184,6 +190,21 @@ def test_points_are_read_in_the_forms_that_models_write(value):
 def test_keys_are_read_in_the_forms_that_models_write(keys):
     action = read_action(ToolCall("computer_use", {"action": "key", "keys": keys}), SCREEN)
     assert action.arguments == {"keys": ["ctrl", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "read"),
+    [
+        ("computer_use", {"action": "wait", "time": "2"}, {"time": 2.0}),
+        ("computer_use", {"action": "scroll", "pixels": "-500"}, {"pixels": -500.0}),
+        ("mobile_use", {"action": "long_press", "coordinate": ["1", "2"], "time": "1.5"}, {"time": 1.5}),
+        ("image_zoom_in_tool", {"bbox_2d": ["1", "2", "30", "40"], "img_idx": "0", "label": 5},
+         {"picture": 0, "label": "5"}),
+        ("image_zoom_in_tool", {"bbox_2d": [1, 2, 30, 40], "label": ["a"]}, {"picture": 0, "label": "['a']"}),
+    ],
+)  # fmt: skip
+def test_numbers_in_quotes_are_numbers(tool, arguments, read):
+    assert read_action(ToolCall(tool, arguments), Sizes((99, 99), (99, 99))).arguments == read
 
 
 BAD = [
@@ -214,7 +235,17 @@ BAD = [
     ("image_zoom_in_tool", {"bbox_2d": [5, 5, 5, 9]}, "left, top, right, bottom"),
     ("image_zoom_in_tool", {"bbox_2d": [2000, 5, 2100, 9]}, "within the picture, which is 1288 × 812"),
     ("image_zoom_in_tool", {"bbox_2d": [1, 2]}, "4 numbers"),
-    ("image_zoom_in_tool", {"bbox_2d": [1, 2, 3, 4], "img_idx": 1}, "a whole number from 0 to 0"),
+    ("image_zoom_in_tool", {"bbox_2d": [1, 2, 3, 4], "img_idx": 1}, "img_idx is 1; it must be 0, the only picture"),
+    ("image_zoom_in_tool", {"bbox_2d": [1, 2, 3, 4], "img_idx": "0.5"}, "img_idx is '0.5'; it must be 0"),
+    (
+        "computer_use",
+        {"action": "left_click_drag", "coordinate": [1, 2], "coordinate2": [5, 6]},
+        "coordinate2 is given",
+    ),
+    ("computer_use", {"action": "left_click_drag", "coordinate": [1, 2], "start_coordinate": [5, 6]}, "mouse_move to"),
+    ("mobile_use", {"action": "click", "coordinate": [1, 2], "coordinate2": [5, 6]}, "click takes one place"),
+    ("computer_use", {"action": "scroll", "pixels": "-5px"}, "pixels is '-5px'"),
+    ("computer_use", {"action": "left_click", "coordinate": ["5", "x"]}, "2 numbers"),
 ]
 
 
@@ -279,6 +310,12 @@ def test_a_run_ends_as_the_model_says():
     [
         (computer("terminate", status="failure"), "failure", ""),
         ("It cannot be done.", "answered", "It cannot be done."),
+        ("<think>\nHm.\n</think>\n\nIt is red.", "answered", "It is red."),
+        (
+            f"Or {computer('type', text='rm')}?</think>\nNo.\n{computer('terminate', status='failure')}",
+            "failure",
+            "No.",
+        ),
         (computer("answer", text="42"), "answered", "42"),
         ("I am done.\n" + computer("terminate", status="success"), "success", "I am done."),
     ],
@@ -326,6 +363,29 @@ def test_several_calls_in_one_answer():
     assert [len(content) for content in tools] == [1, 1, 2]  # the screenshot comes last
     both = write([ToolCall("computer_use", {"action": "wait", "time": 0})] * 2)
     assert len(run(Script(both), Desk(), "task", steps=3).steps) == 3
+
+
+UNREADABLE = [
+    '<tool_call>\n{"name": "computer_use", "arguments": {"action": "left_click", "coordinate": NaN}}\n</tool_call>',
+    '<tool_call>\n{"name": "computer_use", "arguments": {"action": "left_cl',
+    "<tool_call>\n</tool_call>",
+]
+
+
+@pytest.mark.parametrize("bad", UNREADABLE)
+@pytest.mark.parametrize("after", [computer("type", text="secret"), computer("terminate", status="success")])
+def test_nothing_is_done_after_a_call_that_cannot_be_read(bad, after):
+    desk = Desk()
+    model = Script(f"{computer('wait', time=0)}\n{bad}\n{after}", "Enough.")
+    assert run(model, desk, "task").status == "answered" and [a.name for a in desk.acted] == ["wait"]
+    told = [message["content"][0]["text"] for message in model.seen[1][-3:]]
+    assert [text[:8] for text in told] == ["did wait", "not done", "the tool"]
+
+
+def test_a_call_in_a_thought_is_not_done():
+    desk = Desk()
+    model = Script(f"I think {computer('type', text='rm')} no.</think>\n\n{computer('terminate', status='failure')}")
+    assert run(model, desk, "task").status == "failure" and not desk.acted
 
 
 @pytest.mark.parametrize(
@@ -441,21 +501,132 @@ def test_zooming_shows_a_part_of_a_picture():
     model = Script(
         call("image_zoom_in_tool", bbox_2d=[0, 0, width / 4, height / 3], label="corner", img_idx=0),
         call("image_zoom_in_tool", bbox_2d=[0, 0, 50, 50], label="corner", img_idx=1),
-        call("image_zoom_in_tool", bbox_2d=[0, 0, 50, 50], label="corner", img_idx=0),
+        call("image_zoom_in_tool", bbox_2d=[0, 0, 50, 50], label="corner", img_idx=1),
         "It is noise.",
     )
     outcome = run(model, Still(large), "What is in the corner?", tools=["image_zoom_in_tool"], view=view, pictures=2)
     assert outcome.status == "answered" and outcome.steps[0].action.points == ((0, 0), (300, 300))
-    parts = [m["content"][1]["image"] for m in outcome.messages if m["role"] == "tool" and len(m["content"]) > 1]
-    assert (
-        parts[0].size == (448, 448)
-        and np.allclose(  # 256 visual tokens
-            np.asarray(parts[0]).mean((0, 1)), np.asarray(large)[:300, :300].mean((0, 1)), atol=2
-        )
-    )
-    assert outcome.steps[2].result == "picture 0 is no longer in the conversation"
+    items = [item for m in outcome.messages if m["role"] in ("user", "tool") for item in m["content"]]
+    assert next(item["image"].size for item in items if item["type"] == "image") == large.size
+    assert {"type": "text", "text": "(picture 1 was here)"} in items
+    assert outcome.steps[2].result == "picture 1 is no longer in the conversation"
+    outcome = run(Script(model.answers[0], "It is noise."), Still(large), "?", tools=["image_zoom_in_tool"], view=view)
+    part = outcome.messages[-1]["content"][1]["image"]
+    assert part.size == (448, 448)  # 256 visual tokens
+    assert np.allclose(np.asarray(part).mean((0, 1)), np.asarray(large)[:300, :300].mean((0, 1)), atol=2)
     with_call = run(Script(computer("left_click", coordinate=[1, 1]), "no"), Still(large), "?", view=view)
     assert with_call.steps[0].result == "a picture can only be looked at"
+
+
+def test_the_original_stays_however_often_a_part_is_zoomed():
+    zooms = [call("image_zoom_in_tool", bbox_2d=[i, i, 90, 90], label="a", img_idx=0) for i in range(6)]
+    for pictures in (1, 2, 3):
+        model = Script(*zooms, "Red.")
+        outcome = run(model, Still(picture()), "?", tools=["image_zoom_in_tool"], pictures=pictures)
+        assert outcome.status == "answered" and all(step.result.startswith("picture ") for step in outcome.steps[:-1])
+        assert not any("no longer" in step.result for step in outcome.steps)
+        kinds = [item["type"] for m in model.seen[-1] if m["role"] != "assistant" for item in m["content"]]
+        assert kinds.count("image") == max(pictures, 2)
+
+
+def test_parts_go_before_screenshots():
+    zoom = call("image_zoom_in_tool", bbox_2d=[0, 0, 90, 90], label="a")
+    answers = [computer("left_click", coordinate=[1, 1]), zoom, computer("left_click", coordinate=[2, 2])]
+    model = Script(*answers, computer("terminate", status="success"))
+    run(model, Desk(), "task", tools=["computer_use", "image_zoom_in_tool"], pictures=3)
+    left = [item.get("text") for m in model.seen[-1] if m["role"] != "assistant" for item in m["content"]]
+    assert [text for text in left if text and "was here" in text] == ["(picture 2 was here)"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_picture_is_seen_upright(orientation):
+    turned = picture((400, 200), (255, 255, 255))
+    turned.paste((255, 0, 0), (0, 0, 40, 40))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    turned.save(file, "PNG", exif=exif)
+    turned = Image.open(file)
+    upright = ImageOps.exif_transpose(turned)
+    assert View().sizes(turned) == View().sizes(upright) and View().sizes(turned).original == upright.size
+    (y, x) = np.argwhere(np.asarray(upright)[..., 1] == 0).mean(0)
+    (width, height) = View().sizes(upright).resized
+    x, y = x * width / upright.width, y * height / upright.height
+    zoom = call("image_zoom_in_tool", bbox_2d=[x - 14, y - 14, x + 14, y + 14], label="a", img_idx=0)
+    outcome = run(Script(zoom, "Red."), Still(turned), "?", tools=["image_zoom_in_tool"])
+    part = np.asarray(outcome.messages[-1]["content"][1]["image"])
+    assert (part[..., 0] == 255).all() and (part[..., 1] == 0).mean() > 0.9
+
+
+CLICK_HERE = '{"name": "computer_use", "arguments": {"action": "left_click", "coordinate": [5, 5]}}'
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        CLICK_HERE,
+        f"```json\n{CLICK_HERE}\n```",
+        f"Thought: It is there.\nAction: {CLICK_HERE}",
+        f"**Action:** {CLICK_HERE}",
+        f"{CLICK_HERE}\nDone.",
+        f"I click it.\n\n```json\n{CLICK_HERE}\n```\nDone.",
+        f"[{CLICK_HERE}]",
+        f"<tool_calls>\n[{CLICK_HERE}]\n</tool_calls>",
+        f"<tools>\n{CLICK_HERE}\n</tools>",
+        f'{{"tool_calls": [{{"type": "function", "function": {CLICK_HERE}}}]}}',
+        f"- {CLICK_HERE}",
+        f"<think>Or {CLICK_HERE}?</think>\nYes.\n{CLICK_HERE}",
+        CLICK_HERE.replace('"', "'"),
+    ],
+)
+def test_a_call_of_a_tool_needs_no_tags(answer):
+    desk = Desk()
+    model = Script(answer, "I am done.")
+    assert run(model, desk, "task")[:2] == ("answered", "I am done.")
+    assert [a.name for a in desk.acted] == ["left_click"]
+    said = model.seen[1][1]["content"]
+    assert "left_click" not in said.split("</think>")[-1] and "```" not in said
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"I could write {CLICK_HERE} here.",
+        f"```json\n{CLICK_HERE[:-20]}",
+        f"[{CLICK_HERE}, {CLICK_HERE.replace('computer_use', 'rm')}]",
+        'Action: computer_use\nAction Input: {"action": "left_click", "coordinate": [5, 5]}',
+        'computer_use({"action": "left_click", "coordinate": [5, 5]})',
+        "computer_use(action='left_click', coordinate=[5, 5])",
+        "<function=computer_use>\n<parameter=action>\nleft_click\n</parameter>\n</function>",
+        '{"action": "left_click", "coordinate": [5, 5]}',
+        '{"tool": "computer_use", "action": "left_click"}',
+        "<tool_call>\n",
+    ],
+)
+def test_what_calls_a_tool_in_another_form_goes_back(answer):
+    desk = Desk()
+    model = Script(answer, "I am done.")
+    assert run(model, desk, "task").status == "answered" and not desk.acted
+    assert "cannot be read" in model.seen[1][-1]["content"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["I did it with computer_use.", '{"name": "Ann"}', '[{"bbox_2d": [1, 2, 3, 4]}]', "{"],
+)
+def test_other_answers_end_a_run(answer):
+    assert run(Script(answer), Desk(), "task")[:2] == ("answered", answer)
+
+
+@pytest.mark.parametrize("answer", [None, ["x"], 5])
+def test_a_model_that_gives_no_text(answer):
+    outcome = run(Script(answer), Desk(), "task")
+    assert outcome.status == "error" and "it must return the text of its answer" in outcome.text
+
+
+def test_the_action_that_repeats_is_named():
+    outcome = run(Script(computer("left_click", coordinate=[154, 98])), Desk(), "task", repeats=2)
+    assert outcome.text == "the same came 2 times in a row: left_click (160, 100)"
 
 
 def test_a_record_is_read_and_replayed(tmp_path):
@@ -495,6 +666,8 @@ def test_actions_are_drawn_where_they_are():
         '{"picture": "../a.png"}',
         '{"picture": "0.png", "action": 5}',
         '{"picture": "0.png", "box": [1]}',
+        '{"picture": "0.png", "action": {"name": "type", "text": "hi"}}',
+        '{"picture": "0.png", "bbox": [1, 2, 3, 4]}',
         "{}",
     ],
 )
@@ -539,6 +712,41 @@ def test_a_recorded_phone_goes_on_with_the_right_action(tmp_path):
     said = [step.result for step in outcome.steps[:-1]]
     assert said == ["nothing happened", "done", "done", "nothing happened", "done", "nothing happened", "done"]
     assert device.screenshot().getpixel((0, 0)) == (150, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ({"action": {"name": "tap", "points": [[5, 6]]}}, "no action 'tap'"),
+        ({"action": {"name": "click"}, "box": [1, 2, 30, 40]}, "click has 0 points and needs 1"),
+        ({"action": {"name": "click", "points": [[5, 6], [7, 8]]}}, "click has 2 points and needs 1"),
+        ({"action": {"name": "left_click", "points": [[5, 6], [7, 8]]}}, "left_click has 2 points and needs 1"),
+        ({"action": {"name": "swipe", "points": [[5, 6]]}}, "swipe has 1 points and needs 2"),
+        ({"action": {"name": "type", "text": "hi"}}, "'text' is no part of an action"),
+        ({"action": {"name": "type"}}, 'type needs text: "arguments": {"text": …}'),
+        ({"action": {"name": "system_button"}}, "system_button needs button"),
+        ({"action": {"name": "key", "tool": "computer_use", "arguments": {"text": "a"}}}, "key needs keys"),
+        ({"action": {"name": "click", "points": [[5, 6]]}, "box": [9, 9, 5, 5]}, "left, top, right, bottom"),
+        ({"action": {"name": "click", "points": [[5, 6]]}, "box": [9, 9, 15, 15]}, "is not in its box"),
+        ({"picture": "009.png"}, "there is no 009.png beside it"),
+        ({"picture": "009.png", "action": {"name": "click", "points": [[5, 6]]}}, "there is no 009.png"),
+    ],
+)
+def test_a_recording_that_cannot_be_played(step, said, tmp_path):
+    folder = phone(tmp_path / "phone")
+    with open(folder / "steps.jsonl", "a") as file:
+        file.write(json.dumps({"picture": "003.png"} | step) + "\n")
+    with pytest.raises(InputError, match=f"steps.jsonl, line 6: .*{re.escape(said)}"):
+        RecordedPhone(folder)
+
+
+def test_a_recording_passes_over_zooms(tmp_path):
+    zoom = call("image_zoom_in_tool", bbox_2d=[0, 0, 90, 90], label="a")
+    answers = [zoom, computer("left_click", coordinate=[9, 9]), computer("left_click"), "Done."]
+    run(Script(*answers), Desk(), "task", tools=["computer_use", "image_zoom_in_tool"], folder=tmp_path)
+    device = RecordedPhone(tmp_path)
+    run(Script(*answers[1:]), device, "task")
+    assert device.done and device.wrong == 0
 
 
 def test_a_run_is_a_recording(tmp_path):

@@ -67,6 +67,24 @@ TABLE = [
     ("12.5", [(12.5, None, "")]),
     ("The answer is 12.", [(12, None, "")]),
     ("<think>\nAt 3 seconds?\n</think>\n\n<answer>12.5</answer>", [(12.5, None, "")]),
+    # a word and a unit
+    ("Timestamp: 12.5s", [(12.5, None, "")]),
+    ("The timestamp is 12.5s.", [(12.5, None, "")]),
+    ("t=12.5s", [(12.5, None, "")]),
+    ("second 12.5s", [(12.5, None, "")]),
+    ("at t = 3.25sec", [(3.25, None, "")]),
+    ("timestamp: 1.5min", [(90, None, "")]),
+    ("Timestamp: 1 minute 5 seconds", [(65, None, "")]),
+    ("t=1,234.5s", [(1234.5, None, "")]),
+    ("t=5h", [(18000, None, "")]),
+    ("Timestamp: 12.5秒, a dog", [(12.5, None, "a dog")]),
+    ('{"timestamp": "t=12.5s"}', [(12.5, None, "")]),
+    ("timestamp 12.5s - 20.5s", [(12.5, 20.5, "")]),
+    ("t = 12.5s to t = 20s", [(12.5, 20, "")]),
+    ("t=12.5 to 20.5s", [(12.5, 20.5, "")]),
+    ("timestamps: 1 to 2 minutes", [(60, 120, "")]),
+    ("version t=12.5.3 and t=5x", []),
+    ("<thinking>\nAt 3 seconds?\n</thinking>\n\n5 s", [(5, None, "")]),
     # one span
     ("00:12 - 00:45", [(12, 45, "")]),
     ("00:12–00:45", [(12, 45, "")]),
@@ -111,6 +129,29 @@ TABLE = [
     ("<start>5.0</start><end>9.0</end>", [(5, 9, "")]),
     ('<event start="00:05" end="00:09">dog</event>', [(5, 9, "dog")]),
     ("[START] 0:05 [END] 0:09", [(5, 9, "")]),
+    # several that share a unit
+    ("at 5, 10 and 15 seconds", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("at 5.0, 10.0, and 15.0 s", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("5 and 10 minutes", [(300, None, ""), (600, None, "")]),
+    ("第5、10和15秒", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("at seconds 5, 10, and 15", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("timestamps 5 and 9", [(5, None, ""), (9, None, "")]),
+    ("t=12.5, 13.5", [(12.5, None, ""), (13.5, None, "")]),
+    ("5-10, 15-20 seconds", [(5, 10, ""), (15, 20, "")]),
+    ("from 5 to 10 and 15 to 20 seconds", [(5, 10, ""), (15, 20, "")]),
+    ("第5到10、15到20秒", [(5, 10, ""), (15, 20, "")]),
+    ("12.5-20.0, 30.0-40.0", [(12.5, 20, ""), (30, 40, "")]),
+    ("From 5 to 10 and 15 to 20.", [(5, 10, ""), (15, 20, "")]),
+    ("[5, 10, 15]", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("at 5s, 10 and 15s", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("at the 5th, 10th and 15th second", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("at 5, then 10, and then 15 seconds", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("between 5-10 and 15-20 seconds", [(5, 10, ""), (15, 20, "")]),
+    ("[5, 10, 15] seconds", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("Timestamps: [5, 10, 15]", [(5, None, ""), (10, None, ""), (15, None, "")]),
+    ("It lasts about 5 or 10 seconds, for 5, 10 or 15 seconds.", []),
+    ("In 2019, 5 seconds in", [(5, None, "In 2019, 5 seconds in")]),
+    ("second 2, 10 people", [(2, None, "10 people")]),
     # several
     ("0:05, 0:12 and 0:30", [(5, None, ""), (12, None, ""), (30, None, "")]),
     ("1. **00:00 - 00:05**: A man enters.\n2. **00:05 - 00:12**: A cat.\n",
@@ -152,7 +193,12 @@ TABLE = [
     ('{"answer": "at 00:12"}', [(12, None, "")]),
     ('{"bbox_2d": [1, 2, 3, 4], "label": "a"}', []),
     ('{"from": "Ann", "to": "Bob"}', []),
+    ('{"12.5 - 20.0": "A man"}', [(12.5, 20, "A man")]),
+    ('{"00:12": {"description": "A man"}, "00:20-00:30": ["a", "b"]}', [(12, None, "A man"), (20, 30, "a, b")]),
     # no moments
+    ('{"start_frame": 12, "end_frame": 40}', []),
+    ("It starts at frame 12 and ends at frame 40.", []),
+    ('{"score": "3-2"}', []),
     ("", []),
     ("The dog barks for 3 seconds.", []),
     ("The clip is 12 seconds long.", []),
@@ -259,6 +305,19 @@ def test_what_is_written_is_read_again(form, seed):
 def test_no_moment_is_not_written(moment):
     with pytest.raises(InputError, match="is no moment"):
         write([moment])
+
+
+@pytest.mark.parametrize("form", ["json", "clock"])
+@pytest.mark.parametrize("moment", [Moment(1e8, None, "x"), Moment(1.0, 3_600_000.0)])
+def test_a_time_that_a_clock_cannot_show(moment, form):
+    with pytest.raises(InputError, match=f'are too long for the form {form}; use "json_seconds"'):
+        write([moment], form)
+    assert parse(write([moment], "json_seconds")) == ([moment], 0)
+
+
+@pytest.mark.parametrize("text", ["x </think> y", "<answer>5 s</answer>", "</THINK> <Answer>", "</thinking>"])
+def test_a_text_that_holds_a_tag_is_written_as_json(text):
+    assert parse(write([Moment(1.0, 2.0, text)])) == ([Moment(1.0, 2.0, text)], 0)
 
 
 @pytest.mark.parametrize("form", FORMS[2:])

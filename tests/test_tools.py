@@ -64,6 +64,22 @@ TABLE = [
     (f"<tool_call>\n<tool_call>\n{F}\n</tool_call>", "", [f(a=1)]),
     (f"<think>Or {tagged(F)}?</think>\n{tagged(CLICK)}", f"<think>Or {tagged(F)}?</think>", [CLICKED]),
     (f"<think>Or {tagged(F)}", f"<think>Or {tagged(F)}", []),
+    (f"<tool_call>{F}<tool_call>", "", [f(a=1)]),
+    (f"<tool_call>{F}<tool_call>\n<tool_call>{CLICK}<tool_call>\n", "", [f(a=1), CLICKED]),
+    (f"<tool_call>\n{F}\n<tool_call>\nDone.", "Done.", [f(a=1)]),
+    # thinking: its calls are none, whether or not the answer has the tag that opens it
+    (f"I think {tagged(F)} no.</think>\n\n{tagged(CLICK)}", f"I think {tagged(F)} no.</think>\n", [CLICKED]),
+    (f"Or <tool_call>{F}</think>\n{tagged(CLICK)}", f"Or <tool_call>{F}</think>", [CLICKED]),
+    (f"Or <tool_call>{F[:-3]}</think>\n{tagged(CLICK)}", f"Or <tool_call>{F[:-3]}</think>", [CLICKED]),
+    (f'Or <tool_call>{{"name": "f</think>\n{tagged(CLICK)}', 'Or <tool_call>{"name": "f</think>', [CLICKED]),
+    (f"Or {tagged('{}')}</think>\n{tagged(CLICK)}", f"Or {tagged('{}')}</think>", [CLICKED]),
+    (f"<think>A</think>{tagged(F)}</think>{tagged(CLICK)}", f"<think>A</think>{tagged(F)}</think>", [CLICKED]),
+    (f"<thinking>Or {tagged(F)}</thinking>{tagged(CLICK)}", f"<thinking>Or {tagged(F)}</thinking>", [CLICKED]),
+    (f"Or {tagged(F)}</thinking>{tagged(CLICK)}", f"Or {tagged(F)}</thinking>", [CLICKED]),
+    (f"{tagged(F)}</think>Done.", f"{tagged(F)}</think>Done.", []),
+    (f"So.</think>\n{CLICK}", "So.</think>", [CLICKED]),
+    (f"<think>So.</think>\n{CLICK}", "<think>So.</think>", [CLICKED]),
+    (tagged('{"name": "f", "arguments": {"a": "x</think>y"}}'), "", [f(a="x</think>y")]),
     # broken JSON with one meaning
     (tagged(f"{F};"), "", [f(a=1)]),
     (tagged(F[1:]), "", [f(a=1)]),
@@ -105,6 +121,8 @@ MALFORMED = [
     '{"name": "f", "arguments": {"a": undefined}}',
     '{"name: "f", "arguments": {"a": 1}}',
     '{"name": "f", "arguments": {"a": 1e999}}',
+    '{"name": "f", "arguments": {"a": [100, 200, "text": "a"}}',
+    "{'name': 'f', 'arguments': {'a': [100, 'text' : 'a'}}",
     '{"name": "f", "arguments": {"a": "\\ud83d"}}',
     '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}",
     '{"name": "f", "arguments": {"a": ' + "[" * 1000 + "]" * 1000 + "}}",
@@ -124,13 +142,13 @@ def test_answers(answer, text, calls):
 @pytest.mark.parametrize("body", MALFORMED)
 def test_malformed_calls_are_counted_and_stay_in_the_text(body):
     answer = f"Look.\n{tagged(body)}\n{tagged(CLICK)}"
-    assert parse(answer) == Turn(f"Look.\n{tagged(body)}", [CLICKED], 1)
+    assert parse(answer) == Turn(f"Look.\n{tagged(body)}", [CLICKED], 1, whole=0)
 
 
 @pytest.mark.parametrize("body", CUT)
 def test_a_call_that_is_cut_short_is_not_run(body):
     answer = f"{tagged(CLICK)}\n<tool_call>\n{body}"
-    assert parse(answer) == Turn(f"<tool_call>\n{body}", [CLICKED], 1)
+    assert parse(answer) == Turn(f"<tool_call>\n{body}", [CLICKED], 1, whole=1)
 
 
 def test_a_text_that_ends_within_a_tag():
@@ -141,9 +159,9 @@ def test_a_text_that_ends_within_a_tag():
 # ------------------------------------------------------------------------------------------ pieces
 
 
-def streamed(pieces) -> tuple[list, int]:
+def streamed(pieces, thinking=False) -> tuple[list, int]:
     """The events, with the pieces of a text joined; and how many calls are malformed."""
-    stream, out = Stream(), []
+    stream, out = Stream(thinking), []
     for event in [e for piece in pieces for e in stream.feed(piece)] + stream.close():
         if isinstance(event, str) and out and isinstance(out[-1], str):
             out[-1] += event
@@ -152,9 +170,10 @@ def streamed(pieces) -> tuple[list, int]:
     return out, stream.malformed
 
 
-ANSWERS = [answer for answer, *_ in TABLE] + [
-    f"A\n{tagged(body)}\n{tagged(F)}" for body in MALFORMED if len(body) < 999
-]
+THOUGHTS = [answer for answer, *_ in TABLE if "</think" in answer and "x</think>y" not in answer]
+ANSWERS = [
+    answer for answer, *_ in TABLE if answer not in THOUGHTS or answer.startswith(("<think>Or", "<thinking>Or"))
+] + [f"A\n{tagged(body)}\n{tagged(F)}" for body in MALFORMED if len(body) < 999]
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
@@ -170,6 +189,16 @@ def test_any_cutting_gives_the_same(answer):
     for _ in range(20):
         cuts = sorted(rng.choices(range(len(answer) + 1), k=5))
         assert streamed(answer[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)) == whole
+
+
+@pytest.mark.parametrize("answer", [answer for answer in THOUGHTS if answer.count("</think") == 1])
+def test_a_stream_that_begins_within_a_thought(answer):
+    turn = parse(answer)
+    for i in range(len(answer)):
+        events, malformed = streamed([answer[:i], answer[i:]], thinking=True)
+        assert "".join(e for e in events if isinstance(e, str)) == turn.text and malformed == 0
+        assert [e for e in events if isinstance(e, ToolCall)] == turn.calls
+    assert streamed([tagged(F)], thinking=True) == ([tagged(F)], 0)
 
 
 def test_text_and_calls_come_as_soon_as_they_are_known():
@@ -192,6 +221,8 @@ NASTY = [
     "}]{['",
     "{}",
     "\u2028",
+    "\fa\bc \time\neq",
+    "C:\\new \\frac",
     "//",
 ]
 
@@ -220,6 +251,24 @@ def test_what_is_written_is_read_again(seed):
     ]
     text = rng.choice(["", "I look.", "Zwei\n\nZeilen. ", "{x} <b>"])
     assert parse(write(calls, text)) == Turn(text, calls, 0)
+
+
+@pytest.mark.parametrize("calls, text, said", [
+    ([f(a=1)], "<think>I look.", "text is '<think>I look.'"), ([], F, "text is"), ([f(a=1)], tagged(F), "text is"),
+    ([f(a=1)], "So <tool_call>", "text is"), ([f(a=1)], "A</think>B</tool_call>" + tagged("x"), "text is"),
+    ([ToolCall("", {"a": 1})], "", "the call of '' cannot be written"), ([f(a=float("nan"))], "", "the call of 'f'"),
+    ([f(a={1, 2})], "", "the call of 'f'"), ([ToolCall("f", [1])], "", "the call of 'f'"),
+    ([f(a="\ud83d")], "", "the call of 'f'"),
+])  # fmt: skip
+def test_what_would_be_read_as_something_else_is_not_written(calls, text, said):
+    with pytest.raises(InputError, match=said):
+        write(calls, text)
+
+
+@pytest.mark.parametrize("text", ["<think>I look.</think>\n\nThere.", "So.</think>", "\n", f"Such as {F} in a text."])
+def test_texts_beside_calls(text):
+    turn = parse(write([f(a=(1, 2))], text))
+    assert turn.text.strip() == text.strip() and turn.calls == [f(a=[1, 2])] and turn.malformed == 0
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +376,7 @@ def test_many_mutated_answers():
 def test_long_answers_are_read_in_linear_time(piece, before):
     def took(size: int) -> float:
         text = before + piece * (size // len(piece))
-        return timed(lambda: parse(text), 0.05)[0]
+        return timed(lambda: parse(text, ["f"]), 0.05)[0]
 
     assert any(took(100_000) < max(0.05, 25 * took(10_000)) for _ in range(2))
 
@@ -347,6 +396,22 @@ def test_long_answers_are_read_in_linear_time(piece, before):
 def test_json_that_is_cut_short_says_so(text, value, is_open, half):
     found = lenient.read(text)
     assert (found.value, len(found.open), found.half) == (value, is_open, half) and found.end == len(text)
+
+
+@pytest.mark.parametrize("text, value", [
+    (r"$\frac{1}{2}$", r"$\frac{1}{2}$"), (r"\begin{a} \beta \forall", r"\begin{a} \beta \forall"),
+    (r"\theta \times \text{a} \nabla \neq \rho \right)", r"\theta \times \text{a} \nabla \neq \rho \right)"),
+    (r"\\frac \\\\ \\new", r"\frac \\ \new"), (r"\(x\)\nso", "\\(x\\)\nso"), (r"\alpha\nu", "\\alpha\nu"),
+    (r"a\tb\nthe\rend\n", "a\tb\nthe\rend\n"), (r"\f \b 1\f2", "\f \b 1\f2"), (r"word\tan apple", "word\tan apple"),
+    (r"C:\Users\new", r"C:\Users\new"), (r"C:\bin\temp\r.txt", r"C:\bin\temp\r.txt"),
+    (r"C:\\Users\\new", r"C:\Users\new"),
+    (r"in D:\docs\new now\nthen", "in D:\\docs\\new now\nthen"), (r"Option A:\nThe dog", "Option A:\nThe dog"),
+    (r"\u00e9 \underline \u12", "é \\underline \\u12"),
+])  # fmt: skip
+def test_backslashes_that_stand_for_themselves(text, value):
+    assert lenient.read(f'{{"a": "{text}"}}').value == {"a": value}
+    assert lenient.read(f"['{text}',]").value == [value]
+    assert lenient.read(lenient.written({"a": value})).value == {"a": value}
 
 
 @pytest.mark.parametrize("text", ["{{", "[1, 2}", "{12: 3}", "{" + "[" * 99, "{]", '{"a": NaN}'])

@@ -47,6 +47,7 @@ _ARGUMENTS: dict[str, dict[str, str]] = {
     "image_zoom_in_tool": {"zoom": "bbox_2d label? img_idx?"},
 }  # fmt: skip
 TOOLS = tuple(_ARGUMENTS)
+ACTIONS = {name: needs for actions in _ARGUMENTS.values() for name, needs in actions.items()}
 
 
 class Action(NamedTuple):
@@ -81,15 +82,24 @@ class View:
         return cls(processor.preprocessing, family_of(processor.config).BOXES, build(MediaOptions, media))
 
     def sizes(self, picture) -> Sizes:
-        """picture: a PIL image. Raises MediaError for an extreme aspect."""
-        height, width = target_size(picture.height, picture.width, self.preprocessing, self.options)
-        return Sizes((picture.width, picture.height), (width, height))
+        """picture: a PIL image; its sizes are those when it is upright. Raises MediaError for an extreme aspect."""
+        original = picture.size[::-1] if _lies(picture) else picture.size
+        height, width = target_size(original[1], original[0], self.preprocessing, self.options)
+        return Sizes(original, (width, height))
 
     def item(self, picture) -> dict:
         """The item of a message that shows a PIL image, with these options."""
         names = ("min_pixels", "max_pixels", "resized_height", "resized_width")
         chosen = {name: getattr(self.options, name) for name in names if getattr(self.options, name) is not None}
         return {"type": "image", "image": picture, **chosen}
+
+
+def _lies(picture) -> bool:
+    """Whether a picture's EXIF block says that it must be turned by 90° to be upright."""
+    try:
+        return picture.getexif().get(0x0112) in (5, 6, 7, 8)
+    except Exception:  # the EXIF block is damaged; Pillow raises anything
+        return False
 
 
 def read_action(call: ToolCall, screen: Sizes, coordinates: str = "resized", pictures: Sequence[Sizes] = ()) -> Action:
@@ -106,6 +116,9 @@ def read_action(call: ToolCall, screen: Sizes, coordinates: str = "resized", pic
     if not isinstance(name, str) or name not in known:
         said = "action is missing" if name is None else f"there is no action {shown(name)}"
         raise InputError(f"{said}; the actions of {call.name} are {', '.join(known)}")
+    if "coordinate2" not in known[name] and (more := _second_place(known[name], call.arguments)):
+        said = "a drag starts at the pointer: mouse_move to its start" if "drag" in name else "make one call for each"
+        raise InputError(f"{name} takes one place, coordinate, and {more} is given, too; {said}")
     pictures = list(pictures) or [screen]
     points: list[tuple[float, float]] = []
     values: dict[str, Any] = {}
@@ -131,6 +144,38 @@ def read_action(call: ToolCall, screen: Sizes, coordinates: str = "resized", pic
     return Action(call.name, name, tuple(points), values)
 
 
+def unplayable(action: Action) -> str | None:
+    """Why no call can ask for a recorded action, or None. Without a tool, an action of any tool will do."""
+    wants = {tool: known[action.name] for tool, known in _ARGUMENTS.items() if action.name in known}
+    wants = {tool: needs for tool, needs in wants.items() if action.tool in ("", tool)}
+    said = f"there is no action {shown(action.name)}; the actions are {', '.join(ACTIONS)}"
+    for needs in map(str.split, wants.values()):
+        least, most = (sum(need.startswith("coordinate") for need in some) for some in (_must(needs), needs))
+        missing = [need for need in _must(needs) if need in ("text", "keys", "button") and need not in action.arguments]
+        if missing:
+            said = f'{action.name} needs {missing[0]}: "arguments": {{"{missing[0]}": …}}'
+        elif not least <= len(action.points) <= most:
+            said = f'{action.name} has {len(action.points)} points and needs {least or most}: "points": [[x, y], …]'
+        else:
+            return None
+    return said
+
+
+def _must(needs: Sequence[str]) -> list[str]:
+    return [need for need in needs if not need.endswith("?")]
+
+
+def _second_place(needs: str, arguments: Mapping) -> str | None:
+    """An argument beside `coordinate` that is a place, too. To pass it over would do something else than was asked."""
+    others = [key for key, value in arguments.items() if "coordinate" in str(key).lower() and value is not None]
+    return next((key for key in others if key != "coordinate"), None) if "coordinate" in needs else None
+
+
+def _number(value):
+    """A number that is written as a string, such as "-500", as a number; any other value as it is."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) else value
+
+
 def _numbers(argument: str, value, count: int) -> list[float]:
     if isinstance(value, str) and len(value) < 200:  # "[100, 200]" or "(100, 200)"
         value = [float(n) for n in _NUMBER.findall(value)]
@@ -138,6 +183,8 @@ def _numbers(argument: str, value, count: int) -> list[float]:
         value = [value["x"], value["y"]]
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = value[0]
+    if isinstance(value, list | tuple):
+        value = [_number(n) for n in value]
     if not isinstance(value, list | tuple) or len(value) != count or not all(map(_is_number, value)):
         form = "[x, y]" if count == 2 else "[x1, y1, x2, y2]"
         raise InputError(f"{argument} is {shown(value)}; it must be {form}, {count} numbers")
@@ -183,9 +230,11 @@ def _index(value, count: int) -> int:
     """Which picture; without a number, the newest."""
     if value is None:
         return count - 1
-    if not _is_number(value) or value != int(value) or not 0 <= value < count:
-        raise InputError(f"img_idx is {shown(value)}; it must be a whole number from 0 to {count - 1}")
-    return int(value)
+    number = _number(value)
+    if not _is_number(number) or number != int(number) or not 0 <= number < count:
+        must = f"it must be a whole number from 0 to {count - 1}" if count > 1 else "it must be 0, the only picture"
+        raise InputError(f"img_idx is {shown(value)}; {must}")
+    return int(number)
 
 
 def _is_number(value) -> bool:
@@ -196,6 +245,11 @@ def _text(argument: str, value) -> str:
     if not isinstance(value, str) or len(value) > _LONGEST_TEXT:
         raise InputError(f"{argument} is {shown(value)}; it must be a string of at most {_LONGEST_TEXT} characters")
     return value
+
+
+def _label(argument: str, value) -> str:
+    """Nothing depends on it, so that anything will do."""
+    return (value if isinstance(value, str) else shown(value))[:_LONGEST_TEXT]
 
 
 def _keys(argument: str, value) -> list[str]:
@@ -210,15 +264,17 @@ def _keys(argument: str, value) -> list[str]:
 
 
 def _seconds(argument: str, value) -> float:
-    if not _is_number(value) or not 0 <= value <= _LONGEST_WAIT:
+    number = _number(value)
+    if not _is_number(number) or not 0 <= number <= _LONGEST_WAIT:
         raise InputError(f"{argument} is {shown(value)}; it must be seconds, from 0 to {_LONGEST_WAIT:g}")
-    return float(value)
+    return float(number)
 
 
 def _pixels(argument: str, value) -> float:
-    if not _is_number(value):
+    number = _number(value)
+    if not _is_number(number):
         raise InputError(f"{argument} is {shown(value)}; it must be a number of pixels")
-    return float(value)
+    return float(number)
 
 
 def _one_of(choices: list[str]):
@@ -232,6 +288,6 @@ def _one_of(choices: list[str]):
 
 
 _READERS = {
-    "text": _text, "label": _text, "keys": _keys, "time": _seconds, "pixels": _pixels, "button": _one_of(_BUTTONS),
+    "text": _text, "label": _label, "keys": _keys, "time": _seconds, "pixels": _pixels, "button": _one_of(_BUTTONS),
     "status": _one_of(_STATUSES),
 }  # fmt: skip

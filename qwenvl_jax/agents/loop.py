@@ -8,17 +8,19 @@ A model is any callable `model(messages, tools) -> text`. An Engine needs three 
 """
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from qwenvl_jax.agents.actions import TOOLS, Action, View, read_action
+from qwenvl_jax.agents.actions import ACTIONS, TOOLS, Action, View, read_action
 from qwenvl_jax.agents.options import Limits
-from qwenvl_jax.agents.record import Record, Step
+from qwenvl_jax.agents.record import Record, Step, describe
 from qwenvl_jax.agents.schemas import schema
 from qwenvl_jax.answers import tools as calls
 from qwenvl_jax.answers.boxes import Sizes
 from qwenvl_jax.errors import InputError, shown
+from qwenvl_jax.inputs.media import load_image
 from qwenvl_jax.options import build
 
 ZOOM = "image_zoom_in_tool"
@@ -26,6 +28,7 @@ _UNREADABLE = (
     'the tool call cannot be read; write <tool_call>{"name": …, "arguments": {…}}</tool_call> and its JSON whole'
 )
 _NOT_DONE = "not done, since the call before it failed"
+_ACTION = re.compile(rf"""["']action["']\s*:\s*["'](?:{"|".join(sorted(ACTIONS))})["']""")  # a call without a name
 _LEAST_TOKENS = 256  # of an enlarged part of a picture, as in the cookbook
 
 
@@ -111,27 +114,32 @@ class _Work:
         self.environment, self.view, self.tools, self.limits, self.record = environment, view, tools, limits, record
         self.steps: list[Step] = []
         self.messages: list[dict] = []
-        self._screen: Any = None  # the newest screenshot
+        self._screen: Any = None  # the newest screenshot, upright as the model sees it
         self._changed = False  # whether the model has not seen it yet
         self._pictures: list = []  # all that the conversation had; None in place of those left out
         self._sizes: list[Sizes] = []  # theirs
-        self._items: list[tuple[list, int]] = []  # where those are that stay: (content, index in it)
+        self._items: list[tuple[list, int]] = []  # where they are or were: (content, index in it)
+        self._parts: list[bool] = []  # which of them are parts of others
         self._start = time.monotonic()
         self._calls = self._same = 0
         self._last: Any = None
 
     def go(self, model, task: str) -> tuple[str, str]:
-        self._screen = self.environment.screenshot()
+        self._screen = load_image(self.environment.screenshot())
         content: list = [_text(task)]
         self.messages.append({"role": "user", "content": content})
         self._show(self._screen, content)
         while not (ended := self._limit()):
             sizes = self.view.sizes(self._screen)
             answer = model([*self.messages], [schema(name, sizes, self.view.coordinates) for name in self.tools])
-            turn = calls.parse(answer)
+            if not isinstance(answer, str):
+                raise InputError(f"the model returned {shown(answer)}; it must return the text of its answer")
+            turn = calls.parse(answer, self.tools)
+            if not turn.calls and not turn.malformed and _ACTION.search(turn.text):
+                turn = turn._replace(malformed=1, whole=0)
             if not turn.calls and not turn.malformed:
                 self._add(answer, None, "", self._screen)
-                return "answered", turn.text.strip()
+                return "answered", _words(turn)
             if ended := self._turn(turn, answer):
                 return ended
         return ended
@@ -143,7 +151,8 @@ class _Work:
         self.messages.append(reply)
         told: list[list[dict]] = []
         failed = False
-        for call in turn.calls:
+        for number, call in enumerate(turn.calls):
+            failed = failed or number == turn.whole  # a call before it cannot be read
             if failed or self._limit():
                 told.append([_text(_NOT_DONE)])
                 continue
@@ -151,7 +160,7 @@ class _Work:
             told.append(content)
             if action and action.name in ("terminate", "answer"):
                 status, text = action.arguments.get("status"), action.arguments.get("text")
-                return status or "answered", turn.text.strip() if text is None else text
+                return status or "answered", _words(turn) if text is None else text
             failed = action is None
         self.messages += calls.results(reply, told)
         if turn.malformed:
@@ -183,7 +192,7 @@ class _Work:
             failed = False
         self._add(answer, action, result, seen)
         if action and action.tool != ZOOM and action.name not in ("terminate", "answer"):
-            self._screen, self._changed = self.environment.screenshot(), True
+            self._screen, self._changed = load_image(self.environment.screenshot()), True
         content[0] = _text(result)
         return None if failed else action, content
 
@@ -198,20 +207,26 @@ class _Work:
         if tokens < _LEAST_TOKENS:
             scale = math.sqrt(_LEAST_TOKENS / tokens)
             part = part.resize((math.ceil(part.width * scale), math.ceil(part.height * scale)), 3)  # bicubic
-        self._show(part, content)
+        self._show(part, content, part=True)
         return picture, f"picture {len(self._pictures) - 1}, a part of picture {index}:"
 
-    def _show(self, picture, content: list[dict]) -> None:
-        """Adds a picture to the conversation, and leaves out the oldest one if there are too many."""
+    def _show(self, picture, content: list[dict], part: bool = False) -> None:
+        """Adds a picture to the conversation, and leaves out older ones if there are too many: first parts of others.
+
+        The newest screenshot stays, and so does the picture that is added.
+        """
         self._sizes.append(self.view.sizes(picture))
         self._pictures.append(picture)
+        self._parts.append(part)
         content.append(self.view.item(picture))
         self._items.append((content, len(content) - 1))
-        for number in range(len(self._items) - self.limits.pictures):
-            if self._pictures[number] is not None:
-                place, index = self._items[number]
-                place[index] = _text(f"(picture {number} was here)")
-                self._pictures[number] = None
+        screen = max(number for number, is_part in enumerate(self._parts) if not is_part)
+        there = [number for number, picture in enumerate(self._pictures) if picture is not None]
+        older = [number for number in there[:-1] if number != screen]
+        for number in sorted(older, key=lambda n: not self._parts[n])[: max(len(there) - self.limits.pictures, 0)]:
+            place, index = self._items[number]
+            place[index] = _text(f"(picture {number} was here)")
+            self._pictures[number] = None
 
     def _add(self, answer: str, action: Action | None, result: str, picture) -> None:
         seconds = time.monotonic() - self._start
@@ -229,8 +244,14 @@ class _Work:
         if time.monotonic() - self._start > self.limits.seconds:
             return "seconds", f"the limit of {self.limits.seconds:g} seconds is reached"
         if self._same >= self.limits.repeats:
-            return "repeats", f"the same came {self._same} times in a row: {shown(self._last)}"
+            last = describe(self._last) if isinstance(self._last, Action) else shown(self._last)
+            return "repeats", f"the same came {self._same} times in a row: {last}"
         return None
+
+
+def _words(turn: calls.Turn) -> str:
+    """What an answer says after its thinking."""
+    return turn.text[calls.thought(turn.text) :].strip()
 
 
 def _text(text: str) -> dict:

@@ -15,7 +15,7 @@ class Limits:
     steps: int = option(50, "most actions, and answers that ask for none", least=1, most=10_000)
     seconds: float = option(900.0, "most seconds; checked before each step", above=0)
     repeats: int = option(5, "end when the same action comes so many times in a row", least=2)
-    pictures: int = option(3, "the newest pictures that stay in the conversation; older ones are left out", least=1)
+    pictures: int = option(3, "how many pictures stay in the conversation; the newest screenshot always does", least=1)
 
     def __post_init__(self):
         check(self)

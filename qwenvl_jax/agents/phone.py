@@ -9,13 +9,13 @@ It plays the folder of a run (see `record`), or one that a person wrote, where "
 
 from pathlib import Path
 
-from qwenvl_jax.agents.actions import Action
+from qwenvl_jax.agents.actions import Action, unplayable
 from qwenvl_jax.agents.record import STEPS, Step, read
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.media import load_image
 
 _NEAR = 0.05  # of the screen's shorter side: how far a point may be from the recorded one, where there is no box
-_PASSED_OVER = ("wait", "terminate", "answer")  # they change no screen
+_PASSED_OVER = ("wait", "terminate", "answer", "zoom")  # they change no screen
 
 
 class RecordedPhone:
@@ -28,11 +28,27 @@ class RecordedPhone:
     def __init__(self, folder):
         self.at = self.wrong = 0
         self._folder = Path(folder)
-        steps = read(folder).steps
+        steps = read(folder, self._check).steps
         acting = [step for step in steps if step.action and step.action.name not in _PASSED_OVER]
         if not steps:
             raise InputError(f"{self._folder / STEPS} has no screenshot; each line needs a picture, such as 000.png")
         self._screens = acting if acting and acting[-1] is steps[-1] else [*acting, steps[-1]]
+
+    def _check(self, step: Step) -> None:
+        """Raises ValueError for a step that no action of a model can be."""
+        if not (self._folder / step.picture).is_file():
+            raise ValueError(f"there is no {step.picture} beside it")
+        if step.action is None or step.action.name in _PASSED_OVER:
+            return
+        if said := unplayable(step.action):
+            raise ValueError(said)
+        if step.box:
+            x1, y1, x2, y2 = step.box
+            if len(step.action.points) != 1 or not (x1 < x2 and y1 < y2):
+                raise ValueError(f"box is {list(step.box)}; it must be [left, top, right, bottom] around one point")
+            ((x, y),) = step.action.points
+            if not (x1 <= x <= x2 and y1 <= y <= y2):
+                raise ValueError(f"the point {[x, y]} is not in its box {list(step.box)}")
 
     @property
     def done(self) -> bool:

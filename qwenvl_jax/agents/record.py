@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,8 +80,8 @@ class Record:
         _replace(self.folder / STEPS, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
-def read(folder) -> Run:
-    """A run from its folder. Raises InputError that names the file and line."""
+def read(folder, check: Callable[[Step], None] = lambda step: None) -> Run:
+    """A run from its folder. Raises InputError that names the file and line, also where `check` raises ValueError."""
     path = Path(folder) / STEPS
     try:
         lines = path.read_bytes().decode("utf-8", "replace").splitlines()
@@ -93,7 +94,8 @@ def read(folder) -> Run:
             if "status" in value:
                 status, text = str(value["status"]), str(value["text"])
             elif "picture" in value:
-                steps.append(_step(value))
+                check(step := _step(value))
+                steps.append(step)
             else:
                 task = str(value["task"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -101,11 +103,18 @@ def read(folder) -> Run:
     return Run(task, steps, status, text)
 
 
+def _only_known(value: dict, known: Sequence[str], what: str) -> None:
+    if more := [key for key in value if key not in known]:
+        raise ValueError(f"{shown(more[0])} is no part of {what}; it has {', '.join(known)}")
+
+
 def _step(value: dict) -> Step:
     if not _PICTURE.fullmatch(value["picture"]):
         raise ValueError(f"picture is {shown(value['picture'])}; it must be a name such as 000.png")
     action = value.get("action")
+    _only_known(value, Step._fields, "a line")
     if action is not None:
+        _only_known(action, Action._fields, "an action")
         points = tuple((float(x), float(y)) for x, y in action.get("points", ()))
         action = Action(str(action.get("tool", "")), str(action["name"]), points, dict(action.get("arguments", {})))
     box = value.get("box")

@@ -1,7 +1,8 @@
 """JSON as models write it, read without `eval` and in linear time.
 
 Beside JSON these are read: single quotes, no quotes, Python's True, False and None, tuples, quotes and line breaks
-within a string, missing or doubled commas, closing brackets that are missing, `//` comments, texts that are cut short.
+within a string, missing or doubled commas, closing brackets that are missing, `//` comments, texts that are cut short,
+backslashes of LaTeX and of Windows' paths that are not doubled.
 """
 
 import json
@@ -21,8 +22,20 @@ _CUT = re.compile(r"[\"'\\]")
 _VALUE_ENDS = re.compile(
     r"""\s*+(?:\Z|[}\])]|//|[,;]\s*+(?:\Z|//|["'{}\[\]+\-.0-9]|(?:true|false|null|True|False|None)\b|\w++\s*+:)|"[\w-]++"\s*+:|\n\s*+["'{\[])"""
 )
+_LIST_KEY = re.compile(r"""(["'])[^"'\\\n]{0,200}\1\s*+[:：]""")
 _KEY_ENDS = re.compile(r"\s*+(?:\Z|:|：|=)")
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}(?:\\u[dD][c-fC-F][0-9a-fA-F]{2})?|.)", re.S)
+# A backslash that stands for itself, though JSON has an escape of its letter: LaTeX, and \f and \b before a letter,
+# which no text has as control characters.
+_COMMANDS = (
+    r"[bf](?=[A-Za-z])|n(?:abla|eq|otin)(?![A-Za-z])|r(?:ho|ight|angle|floor|ceil|ightarrow)(?![A-Za-z])"
+    r"|t(?:heta|imes|ilde|riangle|an(?=[({\\^_$])|ext(?:bf|it|rm|sf|tt)?(?=\{))(?![A-Za-z])"
+)
+_RAW = re.compile(rf"(?<!\\)(?:\\\\)*+\\(?:{_COMMANDS})")
+_COMMAND = re.compile(_COMMANDS)
+# A path of Windows with an escape that JSON lacks or that `_COMMANDS` names, so that its backslashes are not doubled.
+_PATH = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]:(?:\\(?!\\)[^\s\\\"'<>|*?]*+)++")
+_FOREIGN = re.compile(r"\\(?:[^\"'\\/bfnrtu]|[bf](?=[A-Za-z])|u(?![0-9a-fA-F]{4}))")
 _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", '"': '"', "'": "'", "\\": "\\", "/": "/", "\n": ""}
 _WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
 _NOT_VALUES = {"undefined", "NaN", "nan", "Infinity", "-Infinity", "inf", "-inf"}
@@ -49,7 +62,7 @@ def read(text: str, start: int = 0) -> Read:
     """Reads the list or object whose bracket is at `start`. Raises Unreadable."""
     try:
         value, end = _STRICT.raw_decode(text, start)
-        if _depth(text, start, end) <= DEPTH:
+        if _depth(text, start, end) <= DEPTH and not _RAW.search(text, start, end):
             return Read(value, end, [], False)
     except (ValueError, RecursionError):
         pass
@@ -153,6 +166,8 @@ class _Reader:
     def _scalar(self, at: int) -> tuple[bool, Any, int]:
         """(whether it is complete, the value, the index after it)."""
         if self.text[at] in "\"'":
+            if isinstance(self.open[-1], list) and (key := _LIST_KEY.match(self.text, at)):
+                raise Unreadable(key.end())  # the list is not closed: what belongs to it, and what to the object?
             string, at = self._string(at, _VALUE_ENDS)
             return string is not None, string, at
         if found := _NUMBER.match(self.text, at):
@@ -181,12 +196,28 @@ class _Reader:
             if found[0] == "\\":
                 at += 1
             elif found[0] == quote and ends.match(self.text, at):
-                return _ESCAPE.sub(_unescaped, self.text[start + 1 : at - 1]), at
+                return _ESCAPE.sub(_unescaped, _PATH.sub(_doubled, self.text[start + 1 : at - 1])), at
         return None, self.end
+
+
+def written(value) -> str:
+    """A value as JSON that `read` reads as the same value: no escape in it looks like LaTeX or a path."""
+
+    def plain(found: re.Match) -> str:
+        control = _ESCAPED[found[1]] if found[1] in "bfnrt" else ""
+        return f"\\u{ord(control):04x}" if control and _COMMAND.match(found.string, found.start(1)) else found[0]
+
+    return re.sub(r"\\(.)", plain, json.dumps(value, ensure_ascii=False))
+
+
+def _doubled(path: re.Match) -> str:
+    return path[0].replace("\\", "\\\\") if _FOREIGN.search(path[0]) else path[0]
 
 
 def _unescaped(found: re.Match) -> str:
     code = found[1]
+    if _COMMAND.match(found.string, found.start(1)):
+        return found[0]
     if len(code) == 1:
         return _ESCAPED.get(code, found[0])  # models write "\d" and "\(" for themselves
     return json.loads(f'"{found[0]}"')

@@ -12,7 +12,6 @@
 Which expressions are times, see `answers.times`. JSON may be broken or cut short (`answers.lenient`).
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from qwenvl_jax.answers import times
-from qwenvl_jax.answers.lenient import DEPTH, Unreadable, read
+from qwenvl_jax.answers.lenient import DEPTH, Unreadable, read, written
 from qwenvl_jax.errors import InputError, shown
 
 
@@ -74,12 +73,16 @@ _BARE_SPAN = re.compile(
     re.I,
 )
 _START_END = re.compile(
-    rf"(?:start|begin|开始)[^0-9\n]{{0,20}}({_NUMBER})[^0-9]{{1,30}}?(?:end|finish|stop|结束)[^0-9\n]{{0,20}}({_NUMBER})",
+    rf"(?:start|begin|开始)(?:(?!frame|帧)[^0-9\n]){{0,20}}({_NUMBER})[^0-9]{{1,30}}?"
+    rf"(?:end|finish|stop|结束)(?:(?!frame|帧)[^0-9\n]){{0,20}}({_NUMBER})",
     re.I,
 )
+_KEY = re.compile(rf"\s*({_NUMBER})\s*(?:-{{1,3}}>?|[–—~～→]|to|到|至)\s*({_NUMBER})\s*")
+_BETWEEN = re.compile(r"\s*[,;，、；]\s*(?:and\s)?\s*|\s+and\s+|\s*[和与]\s*")
 _PAIR = re.compile(rf"[\[(]\s*({_NUMBER})\s*,\s*({_NUMBER})\s*[\])]")
 _FIRST_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 _ONE_NUMBER = re.compile(rf"{_AROUND}(?<![-.0-9])({_FIRST_NUMBER.pattern})\W{{0,3}}", re.I)
+_INSTANT = re.compile(rf"{_AROUND}(?<![-.0-9])({_NUMBER})\W*(?:s|secs?|seconds?)?\W*", re.I)
 
 
 def parse(text: str) -> Parsed:
@@ -111,7 +114,7 @@ def write(moments: Sequence[Moment], form: str = "json") -> str:
 
     form: "json" (mm:ss.ff) or "json_seconds", or one moment a line: "clock", "seconds", "tags" ("<2.0 seconds>") or
     "chinese". Raises InputError for a time that is negative or not finite, a span that ends before it starts, and a
-    text that the form cannot hold.
+    time (of 1,000 hours and more) or text that the form cannot hold.
     """
     if form not in _FORMS:
         raise InputError(f"form is {shown(form)}; it must be one of {', '.join(_FORMS)}")
@@ -120,17 +123,23 @@ def write(moments: Sequence[Moment], form: str = "json") -> str:
         if not 0 <= ends[0] <= ends[1] < 1e9:
             raise InputError(f"{moment} is no moment: its times must be finite, at least 0, and in order")
     if form.startswith("json"):
-        rows = ",\n".join(f"    {json.dumps(_row(m, form), ensure_ascii=False)}" for m in moments)
-        return f"```json\n[\n{rows}\n]\n```" if rows else "```json\n[]\n```"
-    for moment in moments:
-        if parse(_line(moment, form)) != ([moment], 0):
+        rows = [_json(moment, form) for moment in moments]
+        text = "```json\n[\n" + ",\n".join(f"    {row}" for row in rows) + "\n]\n```" if rows else "```json\n[]\n```"
+    else:
+        rows = [_line(moment, form) for moment in moments]
+        text = "\n".join(rows)
+    for moment, row in zip(moments, rows, strict=True):
+        if parse(row) != ([moment], 0):
+            bare = moment._replace(text="")
+            if parse(_json(bare, form) if form.startswith("json") else _line(bare, form)) != ([bare], 0):
+                raise InputError(f'the times of {moment} are too long for the form {form}; use "json_seconds"')
             raise InputError(f'the text of {moment} cannot stand in a line of the form {form}; use "json"')
-    return "\n".join(_line(moment, form) for moment in moments)
+    return text
 
 
 def _parse(text: str) -> tuple[list[Moment], int, str]:
     """(moments, how many are malformed, the part of the text that counts)."""
-    text = text[text.rfind("</think>") + len("</think>") :] if "</think>" in text else text
+    text = re.split("</think(?:ing)?>", text)[-1]
     if answer := _ANSWER.search(text):
         text = answer[1]
     moments: list[Moment] = []
@@ -205,12 +214,20 @@ class _Walk:
             self.malformed += 1
         for key, item in value.items():
             if isinstance(item, dict | list) and key not in used:
-                self.value(item, depth + 1)
+                self._branch(key, item, depth)
             elif isinstance(item, str) and not used:  # {"00:12": "A man"}, {"A man": "00:12"}
-                if spans := _spans(key, strict=True):
+                if spans := _key_spans(key):
                     self._add(spans, item)
                 elif spans := _spans(item, strict=True):
                     self._add(spans, "" if _name(key) in _ANSWERS else key)
+
+    def _branch(self, key: str, item: dict | list, depth: int) -> None:
+        """A value in an object. Its key may be its time: {"00:12": {"description": "A man"}}, {"00:12": ["A man"]}."""
+        before = len(self.moments) + self.malformed
+        self.value(item, depth + 1)
+        if before == len(self.moments) + self.malformed and (spans := _key_spans(key)):
+            texts = [v for k, v in item.items() if _name(k) in _TEXTS] if isinstance(item, dict) else item
+            self._add(spans, ", ".join(text for text in texts if isinstance(text, str)))
 
     def _ends(self, value: dict, start: str | None, end: str | None, length: str | None) -> list | None:
         """The span of an object with a time for its start; None if it has none, or is cut short before its end."""
@@ -302,6 +319,12 @@ def _spans(value: Any, strict: bool = False, depth: int = 0) -> list[tuple[float
     return flat
 
 
+def _key_spans(key: str) -> list[tuple[float, float | None]] | None:
+    """The time or span that a key is; a span needs no unit."""
+    bare = _KEY.fullmatch(key) if len(key) < 60 else None
+    return [(float(bare[1]), float(bare[2]))] if bare else _spans(key, strict=True)
+
+
 # --- prose ----------------------------------------------------------------------------------------------
 
 
@@ -324,9 +347,16 @@ def _bare(text: str) -> list[Moment]:
         pairs = []
     if pairs := pairs or ends:
         return [Moment(float(a), float(b)) for a, b in pairs if float(a) <= float(b)]
-    out = []
+    out: list[Moment] = []
     for line in text.splitlines():
-        if (span := _BARE_SPAN.fullmatch(line)) and float(span[1]) <= float(span[2]):
+        parts = _BETWEEN.split(line) if len(line) < 2000 else []
+        spans = [_BARE_SPAN.fullmatch(part) for part in parts]
+        instants = [_INSTANT.fullmatch(part) for part in parts]
+        if len(parts) > 1 and all(span and not span["text"] for span in spans):
+            out += [Moment(float(s[1]), float(s[2])) for s in spans if s and float(s[1]) <= float(s[2])]
+        elif len(parts) > 2 and all(instants):
+            out += [Moment(float(one[1])) for one in instants if one]
+        elif (span := _BARE_SPAN.fullmatch(line)) and float(span[1]) <= float(span[2]):
             out.append(Moment(float(span[1]), float(span[2]), (span["text"] or "").strip()))
     return out
 
@@ -341,6 +371,11 @@ def _row(moment: Moment, form: str) -> dict:
     if moment.end is None:
         return {"timestamp": time(moment.start), "description": moment.text}
     return {"start_time": time(moment.start), "end_time": time(moment.end), "description": moment.text}
+
+
+def _json(moment: Moment, form: str) -> str:
+    text = written(_row(moment, form))
+    return re.sub("(?i)<(?=/think(?:ing)?>|/?answer>)", r"\\u003c", text)  # tags that `parse` heeds
 
 
 def _line(moment: Moment, form: str) -> str:

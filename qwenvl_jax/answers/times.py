@@ -1,8 +1,9 @@
 """Times and spans of time in a sentence, in English and Chinese: where they stand and how many seconds they are.
 
 A number is a time if a colon or a unit makes it one: 00:12, 1:02:03.5, 12.5 seconds, 12s, 1 minute 5 seconds, the 12th
-second, second 12, t=12.5, 第12秒, 1分05秒. A length of time ("for 3 seconds", "a 10-second clip"), a time of day
-("3:45 PM"), a ratio ("16:9") and an age ("in her 30s") are no moments.
+second, second 12, t=12.5, 第12秒, 1分05秒. The numbers of a list share the unit: at 5, 10 and 15 seconds. A length of
+time ("for 3 seconds", "a 10-second clip"), a time of day ("3:45 PM"), a ratio ("16:9") and an age ("in her 30s") are no
+moments.
 """
 
 import re
@@ -18,7 +19,7 @@ _WORDS |= {word: n for n, word in enumerate(_TEENS[1:], 10)}
 _HAN = {c: n for n, c in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 
 _HAN_DIGITS = "零〇一二两三四五六七八九十百"
-_DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})++|[0-9]{1,9}+)(?:\.[0-9]{1,20}+)?|(?<![0-9.])\.[0-9]{1,20}+)"
+_DIGITS = r"(?>(?:[0-9]{1,3}(?:,[0-9]{3})++|[0-9]{1,9}+)(?:\.[0-9]{1,20}+)?|(?<![0-9.])\.[0-9]{1,20}+)"
 _SPELLED = rf"(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_UNITS)}))?|{'|'.join(_UNITS + _TEENS)}"
 _N = rf"(?:{_DIGITS}|(?:{_SPELLED})(?![a-z])|(?<![{_HAN_DIGITS}])[{_HAN_DIGITS}]{{1,7}}+)"
 _SCALES = {"h": Decimal(3600), "m": Decimal(60), "s": Decimal(1), "ms": Decimal("0.001")}
@@ -35,7 +36,7 @@ _TIME = re.compile(
     (?P<clock>[0-9]{{1,9}}+(?:[:：][0-9]{{1,9}}+){{1,4}}+(?:[.,][0-9]{{1,20}}+(?![:：][0-9]))?)(?![0-9]|[:：][0-9])
         (?:[ ]?s(?:ec(?:ond)?s?)?\b)?
     |(?:(?:(?<!the[ ])(?<!a[ ])seconds?|timestamps?)(?:[ ]?[=≈:]|[ ]is|[ ]of|(?=[ ]))|t[ ]?[=≈:])[ ]?
-        (?P<named>{_DIGITS})(?![0-9a-z]|[:：][0-9])
+        (?P<named>{_DIGITS})(?![0-9]|[:：.][0-9])
     |(?P<n>{_N}){_TO_UNIT}{_UNIT})""",
     re.X,
 )
@@ -74,7 +75,15 @@ _END = re.compile(
 _LOWER = re.compile(
     rf"(?<![0-9a-z])(?<![0-9][:：.])({_DIGITS})(?:st|nd|rd|th)?(?:(?P<to>{_DASH})|(?P<and>{_AND.pattern})|(?P<ends>{_END.pattern}))$"
 )
-_UPPER = re.compile(rf"{_DASH}({_DIGITS})(?![0-9a-z]|[:：][0-9])")
+_UPPER = re.compile(rf"{_DASH}({_DIGITS})(?!{_TO_UNIT}{re.sub('[?]P<[a-z]+>', '?:', _UNIT)}|[0-9a-z]|[:：.][0-9])")
+# Numbers that share the unit of the last one: "at 5, 10 and 15 seconds"; and those after the first: "seconds 5, 10".
+_SPAN = rf"({_DIGITS})(?:st|nd|rd|th)?(?:{_DASH}({_DIGITS})(?:st|nd|rd|th)?)?"
+_AND_THEN = r"(?:and[ ]then|and|or|&|then)[ ]"
+_SHARE = rf"(?:[ ]?[,，、;][ ]?(?:{_AND_THEN})?|[ ]{_AND_THEN}|[ ]?[和与及][ ]?)(?:at[ ]|第)?"
+_BEFORE_LIST = r"\b(?:at|near|from|between|during|for|around|about|approximately|the)[ ]|[第在约从:：\n(\[]"
+_LIST = re.compile(rf"(?:{_BEFORE_LIST}|\r{_SHARE})[ ]?((?:{_SPAN}{_SHARE})+)$")
+_ITEM = re.compile(_SPAN)
+_MORE = re.compile(rf"{_SHARE}{_SPAN}(?![0-9a-z]|[:：.][0-9])(?P<last>(?=[ ]?(?:[,，、;.)\]\n]|$|(?:and|or|&)[ ])))?")
 _PLAIN = {ord(wide): narrow for wide, narrow in zip("０１２３４５６７８９．", "0123456789.", strict=True)}
 _PLAIN |= {capital: chr(capital + 32) for capital in range(ord("A"), ord("Z") + 1)}  # str.lower() may move what follows
 # What the text says of a time.
@@ -88,7 +97,7 @@ _LEAD = re.compile(
     re.I,
 )
 _BEFORE_NEXT = re.compile(
-    rf"(?:[{_MARKS}]|\b(?:and|then|at|from|between|around|about|by|in|finally)\b|[从在第到])+$", re.I
+    rf"(?:[{_MARKS}]|\b(?:and|then|at|from|between|around|about|by|in|finally)\b|[从在第到和与及])+$", re.I
 )
 _AFTER = re.compile(
     rf"(?:</?[a-z_]{{1,20}}>|[{_MARKS}]|(?:mark|point|timestamp)s?\b"
@@ -98,6 +107,7 @@ _AFTER = re.compile(
 )
 _TAG = re.compile(r"</?[a-zA-Z_]{1,20}>")
 _LABEL = re.compile(r"\W*(?:description|event|caption|activity|action|描述|事件|内容)[\s\"'*]*[:：]", re.I)
+_LIST_LENGTH = 120  # most characters of numbers that share a unit
 _SENTENCE_LENGTH = 300  # of a long sentence, so many characters to each side of its time count
 
 
@@ -158,16 +168,43 @@ def _singles(text: str) -> Iterator[Time]:
                 yield time
                 done = at
         elif found["named"]:
-            start, end = _number(found["named"]), None
-            if unit := _SUFFIX.match(text, at):
-                start, at = start * _SCALES[str(unit.lastgroup)], unit.end()
-            elif upper := _UPPER.match(text, at):
-                end, at = _number(upper[1]), upper.end()
-            yield _time(found.start(), at, start, end, "moment")
-            done = at
-        elif time := _with_units(text, found, done):
-            yield time
-            at = done = time.to
+            if yielded := _named(text, found):
+                yield from yielded
+                at = done = yielded[-1].to
+            else:  # a unit follows
+                at = found.start("named")
+                if (number := _TIME.match(text, at)) is None:
+                    at = found.end()
+                elif yielded := _with_units(text, number, done, found.start()):
+                    yield from yielded
+                    at = done = yielded[-1].to
+                else:
+                    at = number.end()
+        elif yielded := _with_units(text, found, done):
+            yield from yielded
+            at = done = yielded[-1].to
+
+
+def _named(text: str, found: re.Match) -> list[Time]:
+    """The times of "second 12", "t=12.5 to 20" or "seconds 5, 10 and 15"; none if the numbers have a unit."""
+    at = found.end()
+    if _SUFFIX.match(text, at) or re.match("[a-z]", text[at : at + 1]):
+        return []
+    end = None
+    if upper := _UPPER.match(text, at):
+        end, at = _number(upper[1]), upper.end()
+    elif _TO.match(text, at) and re.match(rf"{_DASH}{_DIGITS}", text[at : at + 80]):
+        return []
+    out = [_time(found.start(), at, _number(found["named"]), end, "moment")]
+    several = re.match("(?:second|timestamp)s", found[0])
+    while (
+        (more := _MORE.match(text, at))
+        and (several or more["last"] is not None)
+        and not _SUFFIX.match(text, more.end())
+    ):
+        at = more.end()
+        out.append(_time(more.start(1), at, _number(more[1]), _number(more[2]) if more[2] else None, "moment"))
+    return out
 
 
 def _time(at: int, to: int, start: Decimal, end: Decimal | None, kind: str) -> Time:
@@ -198,17 +235,22 @@ def _unit(found: re.Match) -> str:
     return next(unit for unit in _SCALES if found[unit])
 
 
-def _with_units(text: str, found: re.Match, done: int) -> Time | None:
-    """The time of "1 minute 5 seconds" or "3 to 5 seconds"; None if its unit is none. done: no earlier text is used."""
+def _with_units(text: str, found: re.Match, done: int, named: int | None = None) -> list[Time]:
+    """The times of "1 minute 5 seconds", "3 to 5 seconds" or "5, 10 and 15 seconds"; none if the unit is none.
+
+    done: no earlier text is used. named: where a word stands that says that it is a time.
+    """
     at, to, unit = found.start(), found.end(), _unit(found)
     seconds = _number(found["n"]) * _SCALES[unit]
-    alone = found[unit] in ("m", "h", "分")  # metres, points of a game, …
+    alone = named is None and found[unit] in ("m", "h", "分")  # metres, points of a game, …
     last = unit
     while last in ("h", "m") and (more := _PAIR.match(text, to)) and _SCALES[_unit(more)] < _SCALES[last]:
         last, to, alone = _unit(more), more.end(), False
         seconds += _number(more["n"]) * _SCALES[last]
+    if named is not None:
+        return [_time(named, to, seconds, None, "moment")]
     if alone or (found[unit] == "s" and text[to - 2] == "0" and _is_age(text, found)):
-        return None
+        return []
     before = text[max(at - 48, done) : at]
     start, end = seconds, None
     if (lower := _LOWER.search(before)) and _is_pair(lower, before[: lower.start()]):
@@ -221,8 +263,25 @@ def _with_units(text: str, found: re.Match, done: int) -> Time | None:
     is_adjective = hyphen or (found[unit] in ("second", "minute", "hour") and seconds > _SCALES[unit])
     is_adjective = is_adjective and end is None and bool(_ATTRIBUTE.match(text, to))
     if is_adjective or _LENGTH_BEFORE.search(before) or _LENGTH_AFTER.match(text, to):
-        return _time(at, to, start, end, "length")
-    return _time(at, to, start, end, "moment")
+        return [_time(at, to, start, end, "length")]
+    out = [*_sharing(text, at, done, _SCALES[unit], start), _time(at, to, start, end, "moment")]
+    if len(out) > 1 and _LENGTH_BEFORE.search(text[max(out[0].at - 48, done) : out[0].at]):
+        return [time._replace(kind="length") for time in out]
+    return out
+
+
+def _sharing(text: str, at: int, done: int, scale: Decimal, last: Decimal) -> list[Time]:
+    """The times before `at` that share the unit of the one there, which is the last; none if they do not rise to it."""
+    begin = max(at - _LIST_LENGTH, done)
+    lead = "\r" if 0 < begin == done else "." if begin else "\n"  # after a time, anywhere, where the text begins
+    if not (found := _LIST.search(lead + text[begin:at])):
+        return []
+    out, begin = [], at - len(found[1])
+    for item in _ITEM.finditer(found[1]):
+        start, end = _number(item[1]) * scale, _number(item[2]) * scale if item[2] else None
+        out.append(_time(begin + item.start(), begin + item.end(), start, end, "moment"))
+    rising = [time.start for time in out] + [float(last)]
+    return out if rising == sorted(rising) else []
 
 
 def _is_pair(lower: re.Match, before: str) -> bool:

@@ -11,29 +11,24 @@ conversation with the calls and with what the tools returned.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qwenvl_jax.answers.lenient import read
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.answers.calls import ToolCall, calls_of, untagged
+from qwenvl_jax.answers.lenient import written
+from qwenvl_jax.errors import InputError, shown
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_THINK, _THOUGHT = "<think>", "</think>"  # a call within is not made
-_INSIDE = re.compile(rf'"|\\.|{_OPEN}|{_CLOSE}', re.S)
+_THOUGHTS = ("<think>", "<thinking>", "</think>", "</thinking>")  # a call within is not made
+_THINK, _THOUGHT = re.compile("<think(?:ing)?>"), re.compile("</think(?:ing)?>")
+_THINKS = re.compile("</?think(?:ing)?>")
+_BEGINS = re.compile(r'\s*(?:[\[{]|"name"|```)')  # what a call begins with
+_INSIDE = re.compile(rf'"|\\.|{_OPEN}|{_CLOSE}|{_THOUGHT.pattern}', re.S)
 # A call whose opening tag is missing.
 _BARE = re.compile(r'\{\s{0,9}"name"\s{0,9}:\s{0,9}"[^"{]{1,200}"\s{0,9},\s{0,9}"arguments"\s{0,9}:\s{0,9}\{')
 _PIECE = 4096
 _BARE_LENGTH = 300  # no match is longer
 _BARE_NAME = re.compile(r'\{"name":"[^"{]{0,200}("?)')
-_FENCE = re.compile(r"```(?:json)?|```")
-_BETWEEN = re.compile(r"[\s,;}\]]*+")  # between calls in one pair of tags, and after the last; models double brackets
-
-
-class ToolCall(NamedTuple):
-    """One call. arguments: what JSON can hold."""
-
-    name: str
-    arguments: dict[str, Any]
 
 
 class Turn(NamedTuple):
@@ -42,26 +37,71 @@ class Turn(NamedTuple):
     text: str  # beside the calls; malformed calls stay in it as they are
     calls: list[ToolCall]
     malformed: int  # calls that cannot be read or are cut short
+    whole: int | None = None  # how many calls stand before the first malformed one; None: no call is malformed
 
 
-def parse(text: str) -> Turn:
+def parse(text: str, names: Collection[str] = ()) -> Turn:
     """The calls of an answer, in order.
 
     Broken JSON is read where it has one meaning: quotes, commas or closing brackets that are wrong or missing,
     arguments as JSON text, several calls in one pair of tags. A tag may be missing. A call whose arguments are cut
-    short is malformed, since a tool must not run on half of them.
+    short is malformed, since a tool must not run on half of them. A call in the model's thinking is text: only what
+    follows the last `</think>` makes calls, whether or not a `<think>` stands before it.
+
+    names: of the tools that there are. If given, an answer without tags may call them by JSON that begins a line, in a
+    fence, in a list or after a label such as "Action:". What calls one of them in another form is malformed.
     """
-    stream = Stream()
-    pieces = (text[at : at + _PIECE] for at in range(0, len(text), _PIECE))  # the stream's buffer stays small
-    events = [event for piece in pieces for event in stream.feed(piece)] + stream.close()
+    stream, events = _read(text, 0)
+    if stream.thought:
+        stream, events = _read(text, stream.thought)
     said = "".join(event for event in events if isinstance(event, str))
-    return Turn(said, [event for event in events if isinstance(event, ToolCall)], stream.malformed)
+    turn = Turn(said, [event for event in events if isinstance(event, ToolCall)], stream.malformed, stream.whole)
+    if not names or turn.calls or turn.malformed:
+        return turn
+    begin = thought(turn.text)
+    found = untagged(_THINK.split(turn.text[begin:], maxsplit=1)[0], names)
+    if found is None:
+        return turn._replace(malformed=1, whole=0)
+    return turn._replace(text=(turn.text[:begin] + found[1]).strip(), calls=found[0]) if found[0] else turn
+
+
+def thought(text: str) -> int:
+    """How many characters of an answer are up to the end of its last thought."""
+    return max((found.end() for found in _THOUGHT.finditer(text)), default=0)
+
+
+def _read(text: str, begin: int) -> tuple["Stream", list]:
+    """(the stream that has read a text, its events). begin: so many characters at its start are a thought."""
+    stream = Stream()
+    stream._think(text[:begin])
+    pieces = (text[at : at + _PIECE] for at in range(begin, len(text), _PIECE))  # the stream's buffer stays small
+    return stream, [event for piece in pieces for event in stream.feed(piece)] + stream.close()
 
 
 def write(calls: Iterable[ToolCall], text: str = "") -> str:
-    """The answer that says `text` and makes these calls, as the chat template writes it."""
-    blocks = [f"{_OPEN}\n{_shielded(_json(call._asdict()))}\n{_CLOSE}" for call in calls]
-    return "\n".join(([text] if text or not blocks else []) + blocks)
+    """The answer that says `text` and makes these calls, as the chat template writes it, and as `parse` reads it.
+
+    Raises InputError for arguments that JSON cannot hold and a text that would be read as a call or hide one.
+    """
+    blocks = [_block(call) for call in calls]
+    answer = "\n".join(([text] if text or not blocks else []) + blocks)
+    turn = parse(answer)
+    if turn.text.strip() != text.strip() or len(turn.calls) != len(blocks) or turn.malformed:
+        said = f"close its <think> and leave {_OPEN} and JSON of calls out"
+        raise InputError(f"text is {shown(text)}; it would be read as a call or hide one: {said}")
+    return answer
+
+
+def _block(call: ToolCall) -> str:
+    try:
+        block = f"{_OPEN}\n{_shielded(written(call._asdict()))}\n{_CLOSE}"
+        (read,) = parse(block).calls
+        if written(read) != written(call):
+            raise ValueError("it would be read as another call")
+        return block
+    except (TypeError, ValueError, RecursionError) as e:
+        said = "it needs a name, and a dict of what JSON can hold"
+        raise InputError(f"the call of {shown(call.name)} cannot be written: {said}") from e
 
 
 def message(turn: Turn, first: int = 0) -> dict:
@@ -71,7 +111,7 @@ def message(turn: Turn, first: int = 0) -> dict:
     """
     out: dict[str, Any] = {"role": "assistant", "content": turn.text}
     if turn.calls:
-        functions = [{"name": call.name, "arguments": _json(call.arguments)} for call in turn.calls]
+        functions = [{"name": call.name, "arguments": written(call.arguments)} for call in turn.calls]
         out["tool_calls"] = [
             {"id": f"call_{i}", "type": "function", "function": function} for i, function in enumerate(functions, first)
         ]
@@ -107,18 +147,27 @@ class Stream:
 
     `feed(piece)` and, at the end, `close()` return what is known by then: pieces of text, and `ToolCall`s. Joined, they
     are what `parse` returns for the whole answer. Text that may become a call is held back.
+
+    thinking: the answer begins within a thought, since the prompt ends with `<think>`. No call is made before its
+    `</think>`. Without it, the calls of such a thought are given before anything can tell that they are none.
     """
 
-    def __init__(self):
+    def __init__(self, thinking: bool = False):
         self.malformed = 0
+        self.whole: int | None = None  # as in Turn
+        self.thought = 0  # how many characters end with a `</think>` that has no `<think>`; their calls are none
+        self._calls = 0
+        self._done = 0  # how many characters are no longer in the buffer
         self._buffer = ""  # not yet decided; within a call it starts after the tag
-        self._thinking = False
+        self._thinking = thinking
         self._inside = False  # whether the buffer is a call
         self._tagged = True  # whether that call has its opening tag
         self._at = 0  # how much of the call is scanned for its end
         self._quoted = False  # whether it is within a JSON string there
         self._closing = -1  # where the first closing tag is, if it is within a string
         self._said = False  # whether there was text other than white space
+        self._alone = True  # whether there was none but a thought
+        self._unclosed = False  # whether the last thing was a call, ended by an opening tag
         self._space = ""  # white space that is dropped if a call follows
         self._after_call = False
         self._events: list[str | ToolCall] = []
@@ -136,8 +185,7 @@ class Stream:
             elif self._inside:
                 self._end_call(len(self._buffer), 0)
             else:
-                self._say(self._buffer)
-                self._buffer = ""
+                self._pass(len(self._buffer))
             while self._step():
                 pass
         if not self._after_call:
@@ -154,31 +202,46 @@ class Stream:
         return self._find_end() if self._inside else self._find_call()
 
     def _find_call(self) -> bool:
-        tag = self._buffer.find(_THOUGHT if self._thinking else _OPEN)
+        tag = self._buffer.find(_OPEN)
+        thought = _THOUGHT.search(self._buffer) if self._thinking else None
         end = len(self._buffer) if tag < 0 else tag
         if not self._thinking and (bare := _BARE.search(self._buffer, 0, end)):
             end = bare.start()
-        if not self._thinking and (think := self._buffer.find(_THINK, 0, end)) >= 0:
-            self._pass(think + len(_THINK))
-            self._thinking = True
-        elif self._thinking and tag >= 0:
-            self._pass(tag + len(_THOUGHT))
-            self._thinking = False
+        if not self._thinking and (think := _THINKS.search(self._buffer, 0, end)):
+            self._pass(think.end())
+            self._thinking = not think[0].startswith("</")
+            self.thought = self.thought if self._thinking else self._done
+        elif thought:
+            self._pass(thought.end())
+            self._thinking, self._alone = False, True
+        elif self._thinking:
+            self._pass(len(self._buffer) - _partial(self._buffer, *_THOUGHTS))
+            return False
         elif end < len(self._buffer):
             self._begin(end, len(_OPEN) if end == tag else 0)
         else:
-            self._pass(end - (_partial(self._buffer, _THOUGHT) if self._thinking else _may_begin_call(self._buffer)))
+            self._pass(end - _may_begin_call(self._buffer))
             return False
         return True
 
+    def _think(self, text: str) -> None:
+        """A text before the first piece, which is a thought."""
+        self._say(text)
+        self._done, self._alone = len(text), True
+
+    def _take(self, end: int) -> str:
+        """The buffer up to `end`, which leaves it."""
+        text, self._buffer = self._buffer[:end], self._buffer[end:]
+        self._done += end
+        return text
+
     def _pass(self, end: int) -> None:
         """The buffer up to `end` is text."""
-        text, self._buffer = self._buffer[:end], self._buffer[end:]
-        self._say(text)
+        self._say(self._take(end))
 
     def _begin(self, at: int, tag: int) -> None:
-        self._say(self._buffer[:at])
-        self._buffer = self._buffer[at + tag :]
+        self._pass(at)
+        self._take(tag)
         self._inside, self._tagged = True, tag > 0
         self._at, self._quoted, self._closing = 0, False, -1
 
@@ -193,9 +256,13 @@ class Stream:
                 whole = self._closing < 0 or _is_json(self._buffer[: found.start()])
                 self._end_call(found.start() if whole else self._closing, len(_CLOSE))
                 return True
-            elif found[0] == _OPEN:
-                if self._closing < 0 and self._tagged and not self._buffer[: found.start()].strip():  # it stands twice
-                    self._buffer, self._at = self._buffer[found.end() :], 0
+            elif found[0] in _THOUGHTS and self._quoted:  # the string's, too
+                continue
+            elif found[0] == _OPEN or found[0] in _THOUGHTS:
+                empty = self._closing < 0 and self._tagged and not self._buffer[: found.start()].strip()
+                if empty and found[0] == _OPEN:  # it stands twice
+                    self._take(found.end())
+                    self._at = 0
                     continue
                 self._end_call(*((found.start(), 0) if self._closing < 0 else (self._closing, len(_CLOSE))))
                 return True
@@ -204,16 +271,24 @@ class Stream:
 
     def _end_call(self, end: int, tag: int) -> None:
         """The buffer up to `end` is a call, followed by a closing tag of so many characters, or by none."""
-        body, self._buffer = self._buffer[:end], self._buffer[end + tag :]
-        self._inside = False
-        found = _calls(body, closed=tag > 0)
-        alone = not self._said and not self._after_call and not self._buffer
+        at, body = self._done, self._take(end)
+        self._take(tag)
+        self._inside, unclosed, self._unclosed = False, self._unclosed, False
+        found = calls_of(body, closed=tag > 0)
+        alone = self._alone and not self._after_call and not self._buffer
         if found and (self._tagged or tag or (alone and not found[1].strip())):
             self._space, self._after_call = "", True
             self._events += found[0]
+            self._calls += len(found[0])
+            self._unclosed = self._tagged and not tag and not found[1].strip()
             self._say(found[1])
+        elif unclosed and not tag and not _BEGINS.match(body):  # the opening tag stood for the closing one
+            self._say(body)
         else:
-            self.malformed += bool(self._tagged or tag)
+            self.thought = at + thought(body) if thought(body) else self.thought
+            if self._tagged or tag:
+                self.malformed += 1
+                self.whole = self._calls if self.whole is None else self.whole
             self._say((_OPEN if self._tagged else "") + body + (_CLOSE if tag else ""))
 
     def _say(self, text: str) -> None:
@@ -228,13 +303,13 @@ class Stream:
             text, self._after_call = (space if self._said else "") + stripped, False
         if text.endswith("\n"):
             text, self._space = text[:-1], "\n"
-        self._said = self._said or bool(text.strip())
+        self._said, self._alone = self._said or bool(text.strip()), self._alone and not text.strip()
         self._events.append(text)
 
 
 def _may_begin_call(text: str) -> int:
     """How many characters at the end of a text may be the beginning of a call."""
-    tag = _partial(text, _OPEN, _THINK)
+    tag = _partial(text, _OPEN, *_THOUGHTS)
     start = text.rfind("{", -_BARE_LENGTH)
     if start >= 0:
         tail = "".join(text[start:].split())
@@ -250,7 +325,7 @@ def _unfinished(text: str) -> int:
     """How many characters at the end of a text may be the beginning of a tag or an escape."""
     if text.endswith("\\"):
         return 1
-    return _partial(text, _OPEN, _CLOSE)
+    return _partial(text, _OPEN, _CLOSE, *_THOUGHTS)
 
 
 def _partial(text: str, *tags: str) -> int:
@@ -264,69 +339,6 @@ def _is_json(text: str) -> bool:
         return isinstance(json.loads(text), dict | list)
     except (ValueError, RecursionError):
         return False
-
-
-def _calls(body: str, closed: bool) -> tuple[list[ToolCall], str] | None:
-    """(the calls in a body, the text after them), or None if it is malformed.
-
-    closed: a closing tag follows, so that the body is not cut short, and no text may stand in it.
-    """
-    body = _FENCE.sub("", body, count=1).lstrip() if body.lstrip().startswith("```") else body.lstrip()
-    if body.startswith("{{"):  # the braces of a format string
-        body = body[1:]
-    if "name" not in body:  # soon done with texts of thousands of tags
-        return None
-    if body.startswith('"name"'):
-        body = "{" + body
-    body += "\n" * closed  # a number at the end is complete
-    calls: list[ToolCall] = []
-    at = 0
-    try:
-        while at < len(body) and body[at] in "{[":
-            found = read(body, at)
-            if closed and found.half:
-                return None
-            values = found.value if isinstance(found.value, list) else [found.value]
-            calls += [_call(value, () if closed else found.open) for value in values]
-            at = _BETWEEN.match(body, found.end).end()  # type: ignore[union-attr]
-    except ValueError:
-        return None
-    if not calls or (closed and body[at:].replace("```", "").strip()):
-        return None
-    return calls, "" if closed else body[len(body[:at].rstrip()) :]
-
-
-def _call(value, unfinished: Sequence) -> ToolCall:
-    """Raises ValueError if the value is no call, or its arguments are among the `unfinished` lists and dicts."""
-    if isinstance(value, Mapping) and isinstance(value.get("function"), Mapping):
-        value = value["function"]  # OpenAI's form
-    if not isinstance(value, Mapping) or not isinstance(name := value.get("name"), str) or not name:
-        raise ValueError("a call has a name")
-    key = next((key for key in ("arguments", "parameters", "args") if key in value), "arguments")
-    if key not in value and (value.keys() - {"name", "id", "type"} or any(value is part for part in unfinished)):
-        raise ValueError("a call has arguments")
-    arguments = value.get(key)
-    if any(arguments is part for part in unfinished):
-        raise ValueError("the arguments are cut short")
-    if isinstance(arguments, str):
-        arguments = _object(arguments)
-    arguments = {} if arguments is None else arguments
-    if not isinstance(arguments, dict):
-        raise ValueError("the arguments are no object")
-    _json([name, arguments]).encode()  # raises for half of a surrogate pair, which no message can hold
-    return ToolCall(name, arguments)
-
-
-def _object(text: str):
-    """The value of arguments that are given as JSON text."""
-    if not (text := text.strip()):
-        return {}
-    if text[0] != "{":
-        raise ValueError("the arguments are no object")
-    found = read(text)
-    if found.half or found.open or text[found.end :].strip():
-        raise ValueError("the arguments are cut short")
-    return found.value
 
 
 def _json(value) -> str:
