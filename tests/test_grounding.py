@@ -375,6 +375,7 @@ ANSWERS = {
         ("The mug in image 2: [12, 30, 200, 310]", [MUG._replace(label="The mug", image=1)], 0),
         ("mug: x1=12, y1=30, x2=200, y2=310\n**pen**: x1=5, y1=6, x2=70, y2=80", [MUG, PEN], 0),
         ("mug [12, 30, 200, 310]; pen [5, 6, 70, 80]", [MUG, PEN], 0),
+        ("<!-- Image (12, 30, 200, 310) -->\nText", [MUG._replace(label="Image")], 0),
         ("- mug [12, 30, 200, 310]\n- pen [5, 6, 70, 80]", [MUG, PEN], 0),
         ("I see [12, 30, 200, 310]; the answer is [5, 6, 70, 80]", [MUG._replace(label=""), PEN._replace(label="")], 0),
         ('{"bboxes": [[12, 30, 200, 310], [5, 6, 70, 80]], "labels": ["mug", "pen"]}', [MUG, PEN], 0),

@@ -188,7 +188,8 @@ def is_said(prose: str) -> bool:
 
 def said(prose: str) -> str:
     """What the end of a text says about the numbers behind it: "" if it is only a sentence that leads to them."""
-    line = re.sub(r"<[^<>]*>", "", prose.rstrip().rpartition("\n")[2])
+    line = prose.rstrip().rpartition("\n")[2].rpartition("<!--")[2]
+    line = re.sub(r"<[^<>]*>", "", line.rpartition("-->")[2])
     if found := list(mentions(line)):
         (_, at, end), before = found[-1], found[-2][2] if len(found) > 1 else 0
         line, head = _SIDE.sub("", line[end:]), line[before:at]
