@@ -917,6 +917,12 @@ def test_generate_prints_objects(tmp_path, capsys):
         {"label": o.label, "kind": "box", "points": [list(xy) for xy in o.points], "attributes": {}, "image": 0}
         for o in want.objects
     ]
+    assert cli.main([*command, "--json", "--boxes", "thousandths"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert all(max(max(xy) for xy in o["points"]) <= 1000 for o in told["objects"])
+    assert [[tuple(xy) for xy in o["points"]] for o in told["objects"]] == [
+        [tuple(xy) for xy in o.points] for o in parse(told["text"]).objects
+    ]
 
 
 @pytest.mark.parametrize("depth", [5, 23, 24, 25, 60, 300, 480, 700, 990, 3000])

@@ -86,7 +86,8 @@ def _block(lines: list[str], at: int, place: str) -> tuple[str, int]:
         words = core if (core := words.rstrip("#"))[-1:] in ("", " ", "\t") else words  # closing signs
         return f"<h{level}>{_read(words)}</h{level}>", at + 1
     if found := _FENCE.match(line):
-        end = _until(lines, at + 1, lambda x: x.strip().startswith(found[1]))
+        fence = found[1]
+        end = _until(lines, at + 1, lambda x: x.strip().startswith(fence))
         code = escape("\n".join(lines[at + 1 : end]))
         return f'<pre><code class="language-{found[2]}">{code}</code></pre>', end + 1
     if found := _EQUATION.match(line):
