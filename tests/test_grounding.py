@@ -480,6 +480,7 @@ ANSWERS = {
         (json.dumps({"answer": f"[{MUG_JSON}]"}), [MUG], 0),
         (f"<thinking>maybe {PEN_JSON}</thinking>\n{MUG_JSON}", [MUG], 0),
         ("<think>12 30 200 310\n</think>\nNothing.", [], 0),
+        (f"<think>Perhaps {PEN_JSON}, or", [], 0),
     ],
     "single backslashes": [
         (

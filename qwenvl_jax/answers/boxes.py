@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qwenvl_jax.answers.grounding import THOUGHT_END, Object, Parsed, parse, places
+from qwenvl_jax.answers.grounding import THOUGHT, Object, Parsed, parse, places
 from qwenvl_jax.answers.loose import NUMBER
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, shown
@@ -156,7 +156,7 @@ def _places(text: str) -> list[_Place]:
         return _ALONE.sub(lambda m: text[slice(*spans[float(m[0])])] if float(m[0]) in spans else m[0], part)
 
     out = []
-    for part in THOUGHT_END.split(_ALONE.sub(unlike, text)):
+    for part in THOUGHT.split(_ALONE.sub(unlike, text)):
         for kind, form, points, numbers, words in places(part):
             at = tuple(spans[n] for n in numbers if n in spans)
             if not at or len(at) < len(numbers):

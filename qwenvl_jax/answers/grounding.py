@@ -105,7 +105,7 @@ _CORNERS = re.compile(
     rf"[^()\[\]]{{0,40}}(?:\b(?:bottom|lower)[ -]?right\b|右下)[^()\[\]]{{0,40}}{_ANY_PAIR}",
     re.I,
 )
-THOUGHT_END = re.compile(r"</think(?:ing)?>")
+THOUGHT = re.compile(r"</?think(?:ing)?>")
 
 
 def parse(text: str, clips: Sequence[bool] = ()) -> Parsed:
@@ -116,7 +116,7 @@ def parse(text: str, clips: Sequence[bool] = ()) -> Parsed:
     `img_idx` counts from 0.
     clips: for each picture and clip of the conversation, whether it is a clip. If it has both, "Picture 1" is the first
         picture and "Video 1" the first clip. Without it, the text is taken to speak of one kind only.
-    If the text has thinking in it, only what follows `</think>` is read.
+    If the text has thinking in it, only what follows `</think>` is read; nothing of a thought that does not end.
     """
     return _Parser(text).parsed(clips)
 
@@ -146,7 +146,7 @@ class _Parser:
         self.ref: str | None = None  # a label that waits for its box
 
     def parsed(self, clips: Sequence[bool] = ()) -> Parsed:
-        done = begin = max((end.end() for end in THOUGHT_END.finditer(self.text)), default=0)
+        done = begin = _begin(self.text)
         while start := _START.search(self.text, done):
             prose = self.text[done : start.start()]
             self.picture = names.last(prose, self.picture) if prose else self.picture
@@ -369,6 +369,14 @@ class _Parser:
         if half:
             self._malformed()
         return half.end() if half else end
+
+
+def _begin(text: str) -> int:
+    """Where the answer begins, after the thinking."""
+    tags = list(THOUGHT.finditer(text))
+    ends = [tag.end() for tag in tags if tag[0][1] == "/"]
+    is_cut = tags and not ends and not text[: tags[0].start()].strip()
+    return len(text) if is_cut else max(ends, default=0)
 
 
 def _span(pattern: re.Pattern, text: str, at: int) -> tuple[str, int]:
