@@ -396,7 +396,7 @@ def test_markdown_of_qwen3_vl():
     assert parse(f"```markdown{MARKED}\n```") == document
     for name in ("think", "thinking"):
         assert parse(f"<{name}>\nA <b>page</b>.\n</{name}>\n{MARKED}") == document
-    assert parse(f"A page.\n</think>\n{MARKED}") == document
+    assert parse(f"A page.\n</think>\n{MARKED}") == document and parse("<think>\nA page").blocks == []
 
 
 @pytest.mark.parametrize(
