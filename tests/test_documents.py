@@ -394,7 +394,55 @@ def test_markdown_of_qwen3_vl():
     document = parse(MARKED)
     assert document.qwenvl() == READ and document.malformed == 1  # a box of three numbers
     assert parse(f"```markdown{MARKED}\n```") == document
-    assert parse(f"<think>\nA <b>page</b>.\n</think>\n{MARKED}").blocks[1:] == document.blocks
+    for name in ("think", "thinking"):
+        assert parse(f"<{name}>\nA <b>page</b>.\n</{name}>\n{MARKED}") == document
+    assert parse(f"A page.\n</think>\n{MARKED}") == document and parse("<think>\nA page").blocks == []
+
+
+@pytest.mark.parametrize(
+    "written, wanted",
+    [
+        (r"Let \(y_1 = x*z*\) be \[1\].", r"<p>Let \(y_1 = x*z*\) be [1].</p>"),
+        (
+            "b\n\\[\nx\n\\]\nc\n\\[ y^2 \\]",
+            '<p>b</p>\n<div class="formula"><div>\\[\nx\n\\]</div></div>\n<p>c</p>\n'
+            '<div class="formula"><div>\\[ y^2 \\]</div></div>',
+        ),
+        ("\\begin{align*}\nx &= 1 \\\\\ny &= 2\n\\end{align*}", None),
+        ("\\begin{equation}\\begin{split}a\\\\b\\end{split}\\end{equation}", None),
+        (
+            r"so \begin{cases}1 & a*b*c\end{cases} is",
+            r'<p>so <span class="formula">\begin{cases}1 &amp; a*b*c\end{cases}</span> is</p>',
+        ),
+        (
+            "\\begin{table*}[h!]\n\\centering\n\\caption{A \\textbf{b} $c_1$}\\label{tab:a}\n"
+            "\\begin{tabular}{l}\na \\\\\n\\end{tabular}\n\\end{table*}",
+            "<table><caption>A <b>b</b> $c_1$</caption><tr><td>a</td></tr></table>",
+        ),
+        (
+            "<!-- Table (1, 2, 3, 4) -->\n\\begin{table}\n\\begin{tabular}{l}a\\end{tabular}",
+            '<table data-bbox="1 2 3 4"><tr><td>a</td></tr></table>',
+        ),
+        (
+            "\\begin{figure}\n\\includegraphics[width=1]{a.png}\n\\caption{A cat}\n\\end{figure}",
+            '<div class="image"></div>\n<div class="caption">A cat</div>',
+        ),
+        (
+            "<!-- Image (1, 2, 3, 4): a -cat -->",
+            '<div class="image" data-bbox="1 2 3 4"><img alt="a -cat"/></div>',
+        ),
+        ("<!-- Photo: [1, 2, 3, 4] -->", '<div class="image" data-bbox="1 2 3 4"></div>'),
+        ("<!-- Figure (1, 2), (3, 4) -->", '<div class="image" data-bbox="1 2 3 4"></div>'),
+        ("<!-- Image: a cat -->", '<div class="image"><img alt="a cat"/></div>'),
+        ("<!-- Image processing -->\nb", "<p>b</p>"),
+    ],
+)
+def test_latex_and_comments_in_markdown(written, wanted):
+    if wanted is None:
+        wanted = f'<div class="formula"><div>{written.replace("&", "&amp;")}</div></div>'
+    document = parse(f"a\n\n{written}\n\nafter")
+    assert document.qwenvl() == f"<html><body>\n<p>a</p>\n{wanted}\n<p>after</p>\n</body></html>"
+    assert document.malformed == 0 and parse(document.qwenvl()) == document
 
 
 def test_cut_markdown():
@@ -413,7 +461,9 @@ def test_our_markdown_is_read(page, wanted):
 
 
 @pytest.mark.parametrize(
-    "piece", ["`", "``", "\\begin{tabular}", "- ", "|-", "* ", "[x](", "<!-- Image (", "$$", " ", "\\multirow{9}{*}{"]
+    "piece",
+    ["`", "``", "\\begin{tabular}", "- ", "|-", "* ", "[x](", "<!-- Image (", "$$", " ", "\\multirow{9}{*}{"]
+    + ["\\begin{align}", "\\begin{table}", "\\["],
 )
 @pytest.mark.parametrize("start, end", [("x", ""), ("x\n", "\n"), ("\\begin{tabular}{c} a", ""), ("x\n\n", "\n\n")])
 def test_floods_of_markdown(piece, start, end):

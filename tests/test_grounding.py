@@ -285,6 +285,221 @@ ANSWERS = {
             0,
         ),
     ],
+    "several pictures, as models say it": [
+        *(
+            (f"{heading} {MUG_JSON}", [MUG._replace(image=1)], 0)
+            for heading in (
+                *("In the second image:", "Second image:", "The 2nd image:", "Image-2:", "Img 2:", "Pic 2:"),
+                *(
+                    "Image No. 2:",
+                    "<image 2>",
+                    "Image two:",
+                    "The second input image:",
+                    "the image 2 shows",
+                    "Photo #2,",
+                ),
+                *(
+                    "第二张图：",
+                    "图二：",
+                    "图片二：",
+                    "第2幅图：",
+                    "第二张照片：",
+                    "照片2：",
+                    "Second video:",
+                    "第二个视频：",
+                ),
+            )
+        ),
+        *(
+            (f"{heading} {MUG_JSON}", [MUG], 0)
+            for heading in (
+                *("In the image 3 dogs:", "On the photo 12 people;", "In the 12 second clip:", "A ten second video:"),
+                *(
+                    "Image 640 x 480:",
+                    "Number of mugs in the image: 3",
+                    "图片中有2个杯子：",
+                    "Image 100%:",
+                    "the images 2 m",
+                ),
+            )
+        ),
+        ("第二十一张图：[12, 30, 200, 310]", [MUG._replace(label="", image=20)], 0),
+        (f'{{"Image-1": [{MUG_JSON}], "Image-2": {PEN_JSON}}}', [MUG, PEN._replace(image=1)], 0),
+        (f'{{"first_image": [{MUG_JSON}], "second_image": {PEN_JSON}}}', [MUG, PEN._replace(image=1)], 0),
+        (f'{{"图1": [{MUG_JSON}], "图二": {PEN_JSON}}}', [MUG, PEN._replace(image=1)], 0),
+        *(
+            (f"{{{said}, {PEN_JSON[1:]}", [PEN._replace(image=1)], 0)
+            for said in (
+                *(
+                    '"image_number": 2',
+                    '"image_id": "2"',
+                    '"image": "second"',
+                    '"Image": "the second one"',
+                    '"photo": 2',
+                ),
+                *('"imgIdx": 1', '"img_idx": 1', '"picture_no": "#2"', '"video": 2', '"clip_index": "2nd"'),
+            )
+        ),
+        (
+            '{"img_idx": 1, "bbox_2d": [1, 2, 3, 4]}, {"image": 1, "point": [1, 2]}',
+            [box("", 1, 2, 3, 4, image=1), point("", 1, 2)],
+            0,
+        ),
+        ('{"bbox_2d": [12, 30, 200, 310], "label": "Image 2: mug"}', [MUG._replace(image=1)], 0),
+        (
+            '{"bbox_2d": [1, 2, 3, 4], "label": "the cup in image 2"}',
+            [box("the cup in image 2", 1, 2, 3, 4, image=1)],
+            0,
+        ),
+        ('{"image": 1, "bbox_2d": [1, 2, 3, 4], "label": "Image 2: a"}', [box("Image 2: a", 1, 2, 3, 4)], 0),
+        (
+            '{"bbox_2d": [1, 2, 3, 4], "text_content": "Image 2: a"}',
+            [box("Image 2: a", 1, 2, 3, 4, text_content="Image 2: a")],
+            0,
+        ),
+        (
+            f"<|object_ref_start|>the cup in image 2<|object_ref_end|>{MUG_BOX}{PEN_REF}{PEN_BOX}",
+            [MUG._replace(label="the cup in image 2", image=1), PEN],
+            0,
+        ),
+    ],
+    "labels": [
+        (
+            "There are two mugs: (12,30),(200,310) and a pen (5,6),(70,80)",
+            [MUG._replace(label="mugs"), PEN._replace(label="a pen")],
+            0,
+        ),
+        ("Picture 2 has nothing. In picture 1: [12, 30, 200, 310]", [MUG._replace(label="")], 0),
+        ("第2幅图：[12, 30, 200, 310]", [MUG._replace(label="", image=1)], 0),
+        ("Image 2 (right): [12, 30, 200, 310]", [MUG._replace(label="", image=1)], 0),
+        ("The mug in image 2: [12, 30, 200, 310]", [MUG._replace(label="The mug", image=1)], 0),
+        ("mug: x1=12, y1=30, x2=200, y2=310\n**pen**: x1=5, y1=6, x2=70, y2=80", [MUG, PEN], 0),
+        ("mug [12, 30, 200, 310]; pen [5, 6, 70, 80]", [MUG, PEN], 0),
+        ("<!-- Image (12, 30, 200, 310) -->\nText", [MUG._replace(label="Image")], 0),
+        ("- mug [12, 30, 200, 310]\n- pen [5, 6, 70, 80]", [MUG, PEN], 0),
+        ("I see [12, 30, 200, 310]; the answer is [5, 6, 70, 80]", [MUG._replace(label=""), PEN._replace(label="")], 0),
+        ('{"bboxes": [[12, 30, 200, 310], [5, 6, 70, 80]], "labels": ["mug", "pen"]}', [MUG, PEN], 0),
+        ('{"bbox_2d": [[12, 30, 200, 310], [5, 6, 70, 80]], "label": ["mug", "pen"]}', [MUG, PEN], 0),
+        ('{"bbox_2d": [[12, 30, 200], [5, 6, 70, 80]], "label": ["mug", "pen"]}', [PEN], 1),
+        ('{"points": [[12, 30], [5, 6]], "names": ["mug", 7]}', [point("mug", 12, 30), point("7", 5, 6)], 0),
+        (
+            '{"bboxes": [[12, 30, 200, 310], [5, 6, 70, 80]], "labels": ["mug"]}',
+            [o._replace(label="", attributes={"labels": ["mug"]}) for o in (MUG, PEN)],
+            0,
+        ),
+        ('{"bbox_2d": [12, 30, 200, 310], [5, 6, 70, 80], "label": "mug"}', [MUG, PEN._replace(label="mug")], 0),
+        (
+            "**mug**: Top-left (12, 30), bottom-right (200, 310)\n**pen**: Top left: [5, 6], lower right: [70, 80]",
+            [MUG, PEN],
+            0,
+        ),
+        ("Top-left (12, 30), bottom-right (200, 310) and (5, 6)", [], 1),
+    ],
+    "numbers by name": [
+        (
+            '{"bounding_box": {"top_left": {"x": 12, "y": 30}, "bottom_right": {"y": 310, "x": 200}}, "label": "mug"}',
+            [MUG],
+            0,
+        ),
+        *(
+            (f'{{{numbers}, "label": "mug"}}', [MUG], 0)
+            for numbers in (
+                *('"top_left": [12, 30], "bottom_right": [200, 310]', '"bottomRight": "200, 310", "TopLeft": "12, 30"'),
+                *('"upper_right": [200, 30], "lower_left": [12, 310]', '"tl": [12, 30], "br": [200, 310]'),
+                '"bbox": [{"x": 12, "y": 30}, {"x": 200, "y": 310}]',
+                '"left": 12, "top": 30, "width": 188, "height": 280',
+                '"box": {"left": 12, "top": 30, "width": 188, "height": 280}',
+                '"x1": "12", "y1": "30", "x2": "200", "y2": "310"',
+                '"x0": 12, "y0": 30, "x1": 200, "y1": 310',
+                '"xMin": 12, "yMin": 30, "xMax": 200, "yMax": 310',
+                *(
+                    '"cx": 106, "cy": 170, "w": 188, "h": 280',
+                    '"x_center": 106, "y_center": 170, "width": 188, "height": 280',
+                ),
+                *(
+                    '"bbox_xywh": [12, 30, 188, 280]',
+                    '"cxcywh": [106, 170, 188, 280]',
+                    '"bbox_xyxy": [12, 30, 200, 310]',
+                ),
+            )
+        ),
+        *(
+            (f'{{"box": {numbers}, "format": "{form}"}}', [MUG._replace(label="", attributes={"format": form})], 0)
+            for form, numbers in {
+                "xywh": [12, 30, 188, 280],
+                "cx, cy, w, h": [106, 170, 188, 280],
+                "YXYX": [30, 12, 310, 200],
+                "x1y1x2y2": [12, 30, 200, 310],
+                "JSON": [12, 30, 200, 310],
+            }.items()
+        ),
+        ('{"x": "12", "y": "30", "label": "mug"}', [point("mug", 12, 30)], 0),
+        ('{"center_x": 12, "center_y": 30}', [point("", 12, 30)], 0),
+        ('{"left": "arm", "top": "red", "x": "a", "y": "b"}', [], 0),
+        ('{"bbox_2d": {"top_left": [12, 30]}, "label": "mug"}', [], 1),
+        (
+            '{"boundingPoly": {"vertices": [{"x": 1, "y": 2}, {"x": 9, "y": 2}, {"x": 5, "y": 7}]}, "label": "a"}',
+            [polygon("a", 1, 2, 9, 2, 5, 7)],
+            0,
+        ),
+        (
+            '{"top_left": [10, 20], "top_right": [90, 24], '
+            '"bottom_right": [89, 44], "bottom_left": [9, 40], "label": "up"}',
+            [polygon("up", *SLOPE)],
+            0,
+        ),
+        (
+            "[[12, 30, 200, 310, 0.9], [5, 6, 70, 80, 0.5]]",
+            [box("", 12, 30, 200, 310, score=0.9), box("", 5, 6, 70, 80, score=0.5)],
+            0,
+        ),
+        (
+            '[["mug", 0.9, 12, 30, 200, 310], [5, 6, 70, 80, 0.5, "pen"]]',
+            [box("mug", 12, 30, 200, 310, score=0.9), box("pen", 5, 6, 70, 80, score=0.5)],
+            0,
+        ),
+        ("[[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]", [], 0),
+        ("<point><x>12</x><y>30</y></point>", [point("", 12, 30)], 0),
+        ("<point>\n  <y>30</y>\n  <x>12</x>\n</point>", [point("", 12, 30)], 0),
+        (
+            "<name>mug</name><bndbox><xmin>12</xmin><ymin>30</ymin><xmax>200</xmax><ymax>310</ymax></bndbox>",
+            [MUG],
+            0,
+        ),
+        ("<point><x>12</x><z>30</z></point>", [], 1),
+        ('<points x1="12" y1="30" x1="5" y1="6" alt="mug">mug</points>', [point("mug", 12, 30), point("mug", 5, 6)], 0),
+        ('<points x1="12, 5" y1="30, 6" alt="mug">mug</points>', [point("mug", 12, 30), point("mug", 5, 6)], 0),
+        ('<points x1="12, 5" y1="30" alt="mug">mug</points>', [], 1),
+        ('<point x="12, 30" alt="mug">mug</point>', [], 1),
+        ('<point y="30" x="12">mug</point>', [point("mug", 12, 30)], 0),
+    ],
+    "JSON in other things": [
+        (json.dumps(f"[{MUG_JSON}]"), [MUG], 0),
+        (json.dumps(f"[\n{MUG_JSON}\n]"), [MUG], 0),
+        (f"```json\n{json.dumps(MUG_JSON)}\n```", [MUG], 0),
+        (json.dumps({"answer": f"[{MUG_JSON}]"}), [MUG], 0),
+        (f"<thinking>maybe {PEN_JSON}</thinking>\n{MUG_JSON}", [MUG], 0),
+        ("<think>12 30 200 310\n</think>\nNothing.", [], 0),
+        (f"<think>Perhaps {PEN_JSON}, or", [], 0),
+    ],
+    "single backslashes": [
+        (
+            f'{{"bbox_2d": [1, 2, 3, 4], "text_content": "{written}"}}',
+            [box(wanted, 1, 2, 3, 4, text_content=wanted)],
+            0,
+        )
+        for written, wanted in {
+            r"$\frac{1}{2} \beta$": r"$\frac{1}{2} \beta$",
+            r"$\\frac{1}{2}$\nand": "$\\frac{1}{2}$\nand",
+            r"$\alpha \times \neq \to x$\nfoo": "$\\alpha \\times \\neq \\to x$\nfoo",
+            r"\rightarrow \textbf{a}": r"\rightarrow \textbf{a}",
+            r"C:\Users\new\table": r"C:\Users\new\table",
+            r"C:\\Users\\new": r"C:\Users\new",
+            r"A:\nfoo\tbar\r\nto": "A:\nfoo\tbar\r\nto",
+            r"a\to \not": "a\to \not",
+            r"\u00e9 \u00C9\f": "é É\f",
+        }.items()
+    ],
 }
 TABLE = [(text, objects, malformed) for answers in ANSWERS.values() for text, objects, malformed in answers]
 
@@ -292,6 +507,21 @@ TABLE = [(text, objects, malformed) for answers in ANSWERS.values() for text, ob
 @pytest.mark.parametrize("text, objects, malformed", TABLE)
 def test_answers(text, objects, malformed):
     assert parse(text) == Parsed(objects, malformed)
+
+
+@pytest.mark.parametrize(
+    "clips, places",
+    [
+        ((), (0, 0, 1, 1)),
+        ((False, True), (0, 1, 3, 3)),
+        ((True, False, True, False), (1, 0, 3, 2)),
+        ((True, True), (0, 0, 1, 1)),
+    ],
+)
+def test_pictures_and_clips_are_counted_for_themselves(clips, places):
+    """As the chat template numbers them. What is not there stays out of the conversation."""
+    text = "Picture 1: [1,2,3,4]\nVideo 1: [1,2,3,4]\nSecond image: [1,2,3,4]\n第二个视频：[1,2,3,4]"
+    assert tuple(o.image for o in parse(text, clips).objects) == places
 
 
 def test_a_rectangle_turns_clockwise():
@@ -357,6 +587,7 @@ def test_written_forms():
         {"bbox_2d": [1, 2, 3, 4], "text_content": "A"}
     ]
     assert [o["image"] for o in json.loads(write([MUG, PEN._replace(image=1)]))] == [1, 2]
+    assert json.loads(write([box("Picture 2: A", 1, 2, 3, 4)]))[0]["image"] == 1  # the label alone says another one
     assert write([MUG, PEN._replace(label="mug"), PEN], "tokens") == MUG_REF + MUG_BOX + PEN_BOX + PEN_REF + PEN_BOX
     assert write([point("a<b", 1, 2), point("a<b", 3, 4)], "xml") == (
         '<points x1="1" y1="2" x2="3" y2="4" alt="a&lt;b">a&lt;b</points>'
@@ -660,8 +891,14 @@ def test_objects_of_a_result():
     assert in_thousandths.objects().objects[0].points == ((48, 90), (800, 930))
     outside = replace(result, text="[-5, 3, 2000, 9]").objects()
     assert outside.objects[0].points == ((0, 3 * 3000 / 728), (4000, 9 * 3000 / 728))  # moved to the edge
-    with pytest.raises(InputError, match="it must be one of original, resized, thousandths"):
+    with pytest.raises(InputError, match=r"^coordinates is 'pixels'; it must be one of original, resized, thousandths"):
         result.objects("pixels")
+    for names in (("pixels", "original"), ("original", None)):
+        with pytest.raises(InputError, match=r"^(source|target) is '\w+'; it must be one of original, resized"):
+            converted(parse(text), [wide, tall], *names)
+    clip = Sizes((600, 300), (280, 140), clip=True)
+    mixed = replace(result, text=f"Picture 1: {PEN_JSON} Video 1: {PEN_JSON}", pictures=(clip, tall)).objects("resized")
+    assert mixed == Parsed([PEN._replace(image=1), PEN], 0)
     assert replace(result, pictures=()).objects() == Parsed([], 4)
 
 
@@ -680,6 +917,12 @@ def test_generate_prints_objects(tmp_path, capsys):
     assert told["objects"] == [
         {"label": o.label, "kind": "box", "points": [list(xy) for xy in o.points], "attributes": {}, "image": 0}
         for o in want.objects
+    ]
+    assert cli.main([*command, "--json", "--boxes", "thousandths"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert all(max(max(xy) for xy in o["points"]) <= 1000 for o in told["objects"])
+    assert [[tuple(xy) for xy in o["points"]] for o in told["objects"]] == [
+        [tuple(xy) for xy in o.points] for o in parse(told["text"]).objects
     ]
 
 

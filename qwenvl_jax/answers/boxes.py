@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qwenvl_jax.answers.grounding import Object, Parsed, parse, places
+from qwenvl_jax.answers.grounding import THOUGHT, Object, Parsed, parse, places
 from qwenvl_jax.answers.loose import NUMBER
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, shown
@@ -53,10 +53,10 @@ class Sizes(NamedTuple):
         return (1000, 1000) if coordinates == "thousandths" else getattr(self, coordinates)
 
 
-def check_coordinates(name) -> None:
-    """Raises InputError unless it is one of COORDINATES or None."""
+def check_coordinates(name, what: str = "boxes") -> None:
+    """Raises InputError unless it is one of COORDINATES or None. what: the name of the argument, for the message."""
     if name is not None and name not in list(COORDINATES):
-        raise InputError(f"boxes is {shown(name)}; it must be one of {', '.join(COORDINATES)}")
+        raise InputError(f"{what} is {shown(name)}; it must be one of {', '.join(COORDINATES)}")
 
 
 def sizes(visual: Visual, config: Config) -> Sizes:
@@ -69,16 +69,10 @@ class _Place(NamedTuple):
 
     kind: str
     form: str
+    points: tuple[tuple[float, float], ...]
     numbers: tuple[float, ...]
     spans: tuple[tuple[int, int], ...]  # (start, end) of each number; () if it cannot be read
     words: str  # for messages
-
-    @property
-    def points(self) -> list[tuple[float, float]]:
-        n = self.numbers
-        if self.form.endswith((",w,h", ",width,height")):
-            n = (n[0], n[1], n[0] + n[2], n[1] + n[3])
-        return list(zip(n[::2], n[1::2], strict=False))
 
     @property
     def is_turned(self) -> bool:
@@ -162,11 +156,11 @@ def _places(text: str) -> list[_Place]:
         return _ALONE.sub(lambda m: text[slice(*spans[float(m[0])])] if float(m[0]) in spans else m[0], part)
 
     out = []
-    for part in _ALONE.sub(unlike, text).split("</think>"):
-        for kind, form, numbers, words in places(part):
+    for part in THOUGHT.split(_ALONE.sub(unlike, text)):
+        for kind, form, points, numbers, words in places(part):
             at = tuple(spans[n] for n in numbers if n in spans)
             if not at or len(at) < len(numbers):
-                out.append(_Place("", form, (), (), _short(original(words[:200]).replace("Ellipsis", "…"))))
+                out.append(_Place("", form, (), (), (), _short(original(words[:200]).replace("Ellipsis", "…"))))
                 continue
             start, end = min(at)[0], max(at)[1]
             while text[start - 1 : start] in ("[", "("):
@@ -174,7 +168,8 @@ def _places(text: str) -> list[_Place]:
             while text[end : end + 1] in ("]", ")"):
                 end += 1
             numbers = tuple(float(text[slice(*span)]) for span in at)
-            out.append(_Place(kind, form, numbers, at, _short(text[start:end])))
+            corners = tuple((round(x, 4), round(y, 4)) for x, y in points)  # without the change of the last bits
+            out.append(_Place(kind, form, corners, numbers, at, _short(text[start:end])))
     return out
 
 
@@ -258,8 +253,10 @@ def converted(parsed: Parsed, pictures: Sequence[Sizes], source: str, target: st
     source: the coordinates of the objects, one of COORDINATES. whole: round to whole numbers.
     There and back, a point moves by rounding errors of floats only. Rounded to whole model pixels or thousandths on the
     way, it moves by up to half of one along each side; that is more than an original pixel in a picture that was shrunk
-    to less than half.
+    to less than half. Raises InputError for unknown coordinates.
     """
+    for what, name in (("source", source), ("target", target)):
+        check_coordinates(str(name), what)
     objects = [o._replace(image=0) if len(pictures) == 1 else o for o in parsed.objects]
     moved = [_moved(o, pictures[o.image], source, target, whole) for o in objects if o.image < len(pictures)]
     return Parsed(moved, parsed.malformed + len(parsed.objects) - len(moved))

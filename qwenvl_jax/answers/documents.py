@@ -24,6 +24,9 @@ from qwenvl_jax.answers.boxes import Sizes
 
 _HTML = re.compile(r"<(?:html|body)[\s>]|data-bbox|```(?:html|xml)\s*<|\A\s*<(?!!--|think)", re.I)  # or it is Markdown
 
+_THINKS = re.compile(r"\s*<think(?:ing)?>")
+_THOUGHT = re.compile(r"(?<![\\`])</think(?:ing)?>")
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -95,6 +98,10 @@ def parse(text: str) -> Document:
     """The pages in an answer, in QwenVL-HTML or in Qwen3-VL's Markdown; never raises.
 
     Tags may be cut off, missing or wrongly nested. What surrounds <html>, <body> or a ```html fence is left out.
-    Nesting deeper than 20 is flattened.
+    Thinking before `</think>` is left out, also if it does not end. Nesting deeper than 20 is flattened.
     """
+    if thought := _THOUGHT.search(text):
+        text = text[thought.end() :]
+    elif _THINKS.match(text):
+        text = ""
     return Document(*from_html.read(text if _HTML.search(text) else from_markdown.to_html(text)))

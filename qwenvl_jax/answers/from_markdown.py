@@ -4,25 +4,43 @@
     <!-- Table (x1, y1, x2, y2) -->
     \\begin{tabular}{|l|c|} a & b \\\\ \\hline \\multicolumn{2}{|c|}{c} \\end{tabular}
 
-Also headings, lists, quotes, fences, pipe tables and formulas. HTML in the Markdown stays HTML.
+Also headings, lists, quotes, fences, pipe tables, formulas (with \\begin{align} and the like), and LaTeX's environments
+of tables and figures with their captions. HTML in the Markdown stays HTML.
 """
 
 import re
 from collections.abc import Callable
 from html import escape
 
-_PLACED = re.compile(r"\s*<!--\s*(Image|Figure|Chart|Table)\s*(?:\(([^()]*+)\))?\s*-->\s*", re.I)
+_PLACED = re.compile(
+    r"\s*<!--\s*(?P<what>Image|Picture|Photo|Figure|Diagram|Chart|Table)\s*"
+    r"(?:[:：]?\s*[(\[](?P<box>[^()\[\]]*+(?:[)\]]\s*,?\s*[(\[][^()\[\]]*+)?)[)\]]\s*[:：,-]?(?!->)|(?=-->)|[:：])"
+    r"(?P<words>(?:[^-<>]|-(?!->))*+)-->\s*",
+    re.I,
+)
 _HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*)")
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})\s*([\w+#.-]*)")
 _ITEM = re.compile(r"([ \t]*)(?:[-*+•]|([0-9]{1,9})[.)])(?:[ \t]+|$)(.*)")
 _RULE = re.compile(r" {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}")
 _DELIMITERS = re.compile(r"\s*+\|?(?:\s*+:?-++:?\s*+\|)*+(?:\s*+:?-++:?\s*+)?")
 _TABULAR = re.compile(r"\s*\\begin\{(?:tabular[x*]?|longtable|array)\}")
+_MATH = r"(?P<env>(?:equation|align|alignat|gather|multline|eqnarray|flalign|displaymath|math|split|cases)\*?)"
+_EQUATION = re.compile(rf"\s*\\begin\{{{_MATH}\}}")
+_DISPLAYED = re.compile(r"\s*\\\[(?:\s*|(?=.*(?:[\^=]|\\[A-Za-z])).*\\\]\s*)\Z")  # other "\[" are brackets
+_FLOAT = re.compile(r"\s*\\begin\{((?:wrap)?(?:table|figure)\*?)\}")
+_LAYOUT = re.compile(
+    r"\\(?:begin|end)\{(?:wrap)?(?:table|figure)\*?\}(?:\[[^\]\n]*+\])?|\\label\{[^{}\n]*+\}"
+    r"|\\(?:centering|raggedright|small|footnotesize|scriptsize|tiny)(?![A-Za-z])|\\(?:vspace|hspace)\*?\{[^{}\n]*+\}"
+)
+_CAPTION = re.compile(r"\\caption\*?(?:\[[^\]\n]*+\])?\{((?:[^{}\\]|\\.|\{[^{}]*+\})*+)\}")
+_GRAPHICS = re.compile(r"\\includegraphics(?:\[[^\]\n]*+\])?\{[^{}\n]*+\}")
 _MULTI = re.compile(r"\s*\\multi(column|row)\s*\{\s*([0-9]{1,5})\s*\}\s*(?:\[[^\]]*\])?\s*\{(?:[^{}]|\{[^{}]*\})*\}\s*")
 _RULES = re.compile(r"\\(?:hline|toprule|midrule|bottomrule)\b|\\c(?:line|midrule)(?:\([lr]*\))?\s*\{[^{}]*\}")
 _ROW = re.compile(r"(?:[^\\&]|\\[^\\])++|&|\\\\(?:\s*\[[^\]\n]*\])?")
 _INLINE = re.compile(
-    r"(?P<tex>\$\$(?:[^$\\]|\\[\s\S])++\$\$|\$(?![\s$])(?:[^$\\\n]|\\.)++(?<!\s)\$(?![0-9]))"
+    r"(?P<tex>\$\$(?:[^$\\]|\\[\s\S])++\$\$|\$(?![\s$])(?:[^$\\\n]|\\.)++(?<!\s)\$(?![0-9])"
+    r"|\\\((?:[^\\]|\\[^()])++\\\)"
+    rf"|\\begin\{{{_MATH}\}}(?:[^\\]|\\(?!(?:begin|end)\{{(?P=env)\}})[\s\S])*+\\end\{{(?P=env)\}})"
     r"|\\(?P<char>[!-/:-@\[-`{-~])|(?<!`)(?P<ticks>`++)(?P<code>[^`]++)(?P=ticks)(?!`)"
     r"|\*\*(?P<b>(?![\s*])[^*\n]++)\*\*|\*(?P<i>(?![\s*])[^*\n]++)\*|~~(?P<s>[^~\n]++)~~"
     r"|(?P<alt>!?)\[(?P<words>[^\[\]\n]*+)\]\((?P<to>[^()\s]*+)\)"
@@ -32,15 +50,24 @@ _INLINE = re.compile(
 def to_html(markdown: str) -> str:
     """Markdown as HTML."""
     inner = re.sub(r"\A\s*```(?:markdown|md)[ \t]*\n|\n```\s*\Z", "\n", markdown.replace("\r\n", "\n"))
-    lines = inner.split("\n")
+    return _blocks(inner.split("\n"), "")
+
+
+def _blocks(lines: list[str], place: str) -> str:
+    """Lines of Markdown as HTML. place: the box of the next table, as an attribute."""
     out: list[str] = []
-    at, place = 0, ""
+    at = 0
     while at < len(lines):
         line = lines[at]
         if found := _PLACED.match(line):
-            box = "" if found[2] is None else f' data-bbox="{escape(found[2].replace(",", " "))}"'
-            is_table = found[1].lower() == "table"
-            out += [] if is_table else [f'<div class="image"{box}></div>']
+            numbers, words = re.sub(r"[,()\[\]]", " ", found["box"] or ""), escape(found["words"].strip())
+            box = "" if found["box"] is None else f' data-bbox="{escape(numbers)}"'
+            is_table = found["what"].lower() == "table"
+            if is_table:
+                out += [f'<div class="caption">{words}</div>'] if words else []
+            else:
+                alt = f'<img alt="{words}">' if words else ""
+                out.append(f'<div class="image"{box}>{alt}</div>')
             place, lines[at] = box if is_table else place, line[found.end() :]
             continue
         written, at = _block(lines, at, place)
@@ -59,16 +86,29 @@ def _block(lines: list[str], at: int, place: str) -> tuple[str, int]:
         words = core if (core := words.rstrip("#"))[-1:] in ("", " ", "\t") else words  # closing signs
         return f"<h{level}>{_read(words)}</h{level}>", at + 1
     if found := _FENCE.match(line):
-        end = _until(lines, at + 1, lambda x: x.strip().startswith(found[1]))
+        fence = found[1]
+        end = _until(lines, at + 1, lambda x: x.strip().startswith(fence))
         code = escape("\n".join(lines[at + 1 : end]))
         return f'<pre><code class="language-{found[2]}">{code}</code></pre>', end + 1
+    if found := _EQUATION.match(line):
+        begin, close = (f"\\{which}{{{found['env']}}}" for which in ("begin", "end"))
+        alone = close in line
+        end = at if alone else _until(lines, at + 1, lambda x: close in x or begin in x or not x.strip())
+        tex, closed, rest = "\n".join(lines[at : end + 1]).partition(close)
+        if closed and tex.count(begin) == 1 and not rest.strip(" .,"):
+            return f'<div class="formula">{escape((tex + close).strip())}</div>', end + 1
+    if found := _FLOAT.match(line):
+        close = f"\\end{{{found[1]}}}"
+        end = at if close in line else _until(lines, at + 1, lambda x: close in x or _FLOAT.match(x) is not None)
+        end += end < len(lines) and close in lines[end]
+        return _float("\n".join(lines[at:end]), place), end
     if _TABULAR.match(line):
         end = _until(lines, at, lambda x: r"\end{" in x)
         return _latex(_TABULAR.sub("", "\n".join(lines[at : end + 1]), count=1), place), end + 1
     if line.lstrip().startswith(("$$", "\\[")):
         start, close = ("$$", "$$") if line.lstrip().startswith("$$") else ("\\[", "\\]")
         alone = close in line.lstrip()[2:]
-        end = at if alone else _until(lines, at + 1, lambda x: close in x or not x.strip())
+        end = at if alone else _until(lines, at + 1, lambda x: close in x or start in x or not x.strip())
         tex = "\n".join(lines[at : end + 1]).strip()
         if tex.endswith(close) and tex.count(start) == (2 if start == close else 1):
             return f'<div class="formula">{escape(tex)}</div>', end + 1
@@ -91,7 +131,7 @@ def _block(lines: list[str], at: int, place: str) -> tuple[str, int]:
         raw = "\n".join(lines[at:end])
         return re.sub(r"\A\s*<table\b", f"<table{place}", raw, flags=re.I), end
     end = _until(lines, at + 1, lambda x: not x.strip() or _starts(x))
-    text = re.sub(r"(?:(?<! ) {2,}|\\)\n", "<br>", "\n".join(lines[at:end]))
+    text = re.sub(r"(?:(?<! ) {2,}|(?<!\\)\\)\n", "<br>", "\n".join(lines[at:end]))
     return f"<p>{_read(text)}</p>", end
 
 
@@ -101,13 +141,29 @@ def _until(lines: list[str], at: int, ends: Callable[[str], bool]) -> int:
 
 def _starts(line: str) -> bool:
     """Whether a line starts a block though no empty line is before it."""
-    return any(p.match(line) for p in (_PLACED, _HEADING, _FENCE, _TABULAR, _ITEM)) or line.lstrip().startswith("$$")
+    starts = (_PLACED, _HEADING, _FENCE, _TABULAR, _EQUATION, _FLOAT, _ITEM, _DISPLAYED)
+    return any(p.match(line) for p in starts) or line.lstrip().startswith("$$")
+
+
+def _float(text: str, place: str) -> str:
+    """A LaTeX table or figure with its caption."""
+    words = _read(_words(" ".join(" ".join(_CAPTION.findall(text)).split())))
+    rest = _GRAPHICS.sub(" ", _LAYOUT.sub(" ", _CAPTION.sub(" ", text)))
+    inner = _blocks([line.strip() for line in rest.split("\n")], place).strip("\n")
+    if _GRAPHICS.search(text):
+        inner = f'<div class="image"></div>{inner}'
+    if words and inner.startswith("<table"):
+        start, close, cells = inner.partition(">")
+        return f"{start}{close}<caption>{words}</caption>{cells}"
+    return inner + (f'<div class="caption">{words}</div>' if words else "")
 
 
 def _read(text: str) -> str:
     """The inline elements of a text as HTML."""
 
     def one(found: re.Match) -> str:
+        if found["env"]:
+            return f'<span class="formula">{escape(found["tex"], quote=False)}</span>'
         if found["tex"] or found["char"]:
             return escape(found["tex"] or found["char"], quote=False)
         if found["code"]:

@@ -16,10 +16,11 @@ Broken JSON is read as far as it goes (`answers.loose`). The coordinates are tho
 
 import html
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from qwenvl_jax.answers import shapes
-from qwenvl_jax.answers.loose import CUT, NUMBER, Reader, is_cut
+from qwenvl_jax.answers import names, shapes
+from qwenvl_jax.answers.loose import CUT, NUMBER, Reader, is_cut, out_of_string
 
 
 class Object(NamedTuple):
@@ -45,12 +46,14 @@ class Place(NamedTuple):
     kind: that of the `Object`; "" if the numbers cannot be read.
     form: the key of its numbers as `shapes.plain_key` writes it, or the mark or tag; "" in JSON without a key; "four",
         "named" or "pairs" in prose; "plain" for what is an object only because the text has no other.
+    points: as in `Object`.
     numbers: x and y in turn; or x, y, width and height; or those of a rotated rectangle. () if they cannot be read.
     text: the words of the text, for messages.
     """
 
     kind: str
     form: str
+    points: tuple[tuple[float, float], ...]
     numbers: tuple[float, ...]
     text: str
 
@@ -62,12 +65,6 @@ class Parsed(NamedTuple):
     malformed: int
 
 
-# The first of these keys that an object has is its label. "label" is no attribute; the others are.
-_LABELS = (
-    *("label", "name", "text_content", "text", "object", "object_name", "instance", "category", "class", "class_name"),
-    *("caption", "phrase", "title", "description", "type"),
-)
-_IMAGES = {"image", "image_id", "image_index", "image_idx", "picture", "picture_id", "img_id", "img_idx"}
 _CALLS = ("arguments", "parameters")
 # Keys that hold objects and name nothing.
 _LISTS = {"objects", "detections", "results", "result", "instances", "items", "annotations", "data", "answer", "output"}
@@ -80,7 +77,7 @@ _START = re.compile(
     rf"""|(?P<json>\[(?=\s*+(?:[\[{{("']|{NUMBER}[\s,]))|\{{(?=\s*+(?:["']|\w++\s*+[:：])))"""
     r"""|(?P<key>["'](?:bbox_2d|point_2d)["']\s*+:)"""
     r"""|(?P<ref><\|object_ref_start\|>|<ref>)"""
-    r"""|(?P<mark><\|(?:box|quad)_start\|>|<(?:box|bbox|quad|points?)>"""
+    r"""|(?P<mark><\|(?:box|quad)_start\|>|<(?:box|bbox|bndbox|quad|points?)>"""
     r"""|\b(?:(?:start|end)_(?:box|point)|point|bbox|polygon)=\\?["'](?!<))"""
     r"""|(?P<points><points?\s)"""
     rf"""|(?P<four>\(\s*+{NUMBER}(?:\s*+[,，]\s*+{NUMBER}){{3}}\s*+\))"""
@@ -92,36 +89,36 @@ _OLD_REF_END = re.compile(r"</?ref>|<(?:box|quad)>")
 _TEXT = re.compile(r"[^<]*+")
 _TAG = re.compile(r"""<points?\b((?:[^<>"']|"[^"<]*+"|'[^'<]*+')*+)>""")
 _TAG_END = re.compile(r"</points?>")
-_ATTRIBUTE = re.compile(r"""(?<![\w-])([\w-]++)\s*+=\s*+(?:"([^"]*+)"|'([^']*+)')""")
 _RUN = re.compile(r"[-+.0-9eE,;\s()\[\]]*+")
-_RUN_END = re.compile(r"""<\|(?:box|quad)_end\|>|</(?:box|bbox|quad|points?)>|["']""")
+_RUN_END = re.compile(r"""<\|(?:box|quad)_end\|>|</(?:box|bbox|bndbox|quad|points?)>|["']""")
+_XML_NUMBER = re.compile(rf"\s*+<(\w++)>\s*+({NUMBER})\s*+</\1>")
+_XML = re.compile(rf"(?:\s*+<(\w++)>\s*+{NUMBER}\s*+</\1>){{2,9}}")
 _LINE = re.compile(
     rf"^[ \t]*+({NUMBER}(?:[ \t]*+,[ \t]*+|[ \t]++){NUMBER}(?:(?:[ \t]*+,[ \t]*+|[ \t]++){NUMBER}){{2}})[ \t]*+$", re.M
 )
 _HALF = re.compile(r"\s*+,?\s*+\([-+.0-9eE,\s]*+\Z")
 _ESCAPED_KEY = re.compile(r'\\"(?:bbox_2d|point_2d)\\"')
+_ANY_PAIR = rf"[(\[]\s*+({NUMBER})\s*+[,，]\s*+({NUMBER})\s*+[)\]]"
 _CORNER = re.compile(r"\b(?:top|upper)[ -]?left\b|左上", re.I)
-_PICTURE = re.compile(
-    r"\b(?:picture|image|photo|video)[ _#]{0,3}([0-9]{1,3})(?![0-9])"
-    r"|(?:图片?|图像|视频)\s{0,3}([0-9]{1,3})|第\s?([0-9]{1,3})\s?[张幅]",
+_CORNERS = re.compile(
+    rf"(?:\b(?:top|upper)[ -]?left\b|左上)[^()\[\]]{{0,40}}{_ANY_PAIR}"
+    rf"[^()\[\]]{{0,40}}(?:\b(?:bottom|lower)[ -]?right\b|右下)[^()\[\]]{{0,40}}{_ANY_PAIR}",
     re.I,
 )
-# The end of a sentence that leads to coordinates and names nothing.
-_LEAD = re.compile(
-    r"\b(?:bbox(?:_2d)?|coordinates?|answer|result|is|are|at|by)\W*+\Z|\bbounding box|坐标|边界框|[为是在]\W*+\Z", re.I
-)
-_BULLET = re.compile(r"^[0-9]{1,3}[.)]\s+")
-_AND = re.compile(r"^(?:(?:and|&)(?:\s|$)|和|以及|与)\s*", re.I)
+THOUGHT = re.compile(r"</?think(?:ing)?>")
 
 
-def parse(text: str) -> Parsed:
+def parse(text: str, clips: Sequence[bool] = ()) -> Parsed:
     """The objects in an answer. Reads any text, in time linear in its length; it never raises.
 
     Meant for answers to a question about places: four numbers in brackets are a box in any sentence.
-    Numbers of pictures in the text ("Picture 2:", {"image": 2}) count from 1, as prompts number them, unless one is 0.
-    If the text has thinking in it, only what follows `</think>` is read.
+    Numbers of pictures in the text ("Picture 2:", {"image": 2}) count from 1, as prompts number them, unless one is 0;
+    `img_idx` counts from 0.
+    clips: for each picture and clip of the conversation, whether it is a clip. If it has both, "Picture 1" is the first
+        picture and "Video 1" the first clip. Without it, the text is taken to speak of one kind only.
+    If the text has thinking in it, only what follows `</think>` is read; nothing of a thought that does not end.
     """
-    return _Parser(text).parsed()
+    return _Parser(text).parsed(clips)
 
 
 def places(text: str) -> list[Place]:
@@ -135,56 +132,65 @@ class _Parser:
     def __init__(self, text: str):
         if "“bbox_2d”" in text or "“point_2d”" in text:
             text = text.replace("“", '"').replace("”", '"')
-        if _ESCAPED_KEY.search(text) and text.count('"') == text.count(
-            '\\"'
-        ):  # JSON in a string whose quotes are missing
-            text = text.replace('\\"', '"')
+        if _ESCAPED_KEY.search(text):
+            text = out_of_string(text)
         self.text = text
         self.reader = Reader(text)
-        self.found: list[tuple[Object, int | None]] = []  # with the number of its picture, if the text says it
+        self.found: list[tuple[Object, names.Picture | None]] = []  # with its picture, if the text names it
         self.malformed = 0
         self.places: list[Place] = []
         self.form = self.words = ""  # the form and text of the place that is read now
         self.lone: list[tuple[float, ...]] = []  # pairs of numbers, which are a point if the text has nothing else
         self.label = ""  # of the last object outside of JSON
-        self.picture: int | None = None
+        self.picture: names.Picture | None = None
         self.ref: str | None = None  # a label that waits for its box
 
-    def parsed(self) -> Parsed:
-        done = max(self.text.rfind("</think>"), 0)
+    def parsed(self, clips: Sequence[bool] = ()) -> Parsed:
+        done = begin = _begin(self.text)
         while start := _START.search(self.text, done):
             prose = self.text[done : start.start()]
-            if pictures := _PICTURE.findall(prose):
-                self.picture = int("".join(pictures[-1]))
+            self.picture = names.last(prose, self.picture) if prose else self.picture
             self.form, self.words = start.lastgroup or "", self.text[start.start() : start.start() + 80]
             done = getattr(self, f"_{start.lastgroup}")(start, prose)
         if not self.found and not self.malformed:
-            self._plain()
-        first = 0 if any(picture == 0 for _, picture in self.found) else 1
-        return Parsed([o if n is None else o._replace(image=n - first) for o, n in self.found], self.malformed)
+            self._plain(self.text[begin:])
+        first = 0 if any(p and p.kind != "index" and p.number == 0 for _, p in self.found) else 1
+        objects = [o if p is None else o._replace(image=names.index(p, first, clips)) for o, p in self.found]
+        return Parsed(objects, self.malformed)
 
-    def _plain(self) -> None:
+    def _plain(self, text: str) -> None:
         """Numbers without any mark: a box a line, one point, or "top left (x1, y1), bottom right (x2, y2)"."""
-        self.form, self.words = "plain", self.text
-        for line in _LINE.findall(self.text):
+        self.form, self.words = "plain", text
+        for line in _LINE.findall(text):
             self._add("", shapes.shape("point", shapes.floats(line)))
-        if not self.found and len(self.lone) == 1:
+        if self.found:
+            return
+        corners, done = list(_CORNERS.finditer(text)), 0
+        if corners and 2 * len(corners) == len(self.lone):
+            for found in corners:
+                prose, done = text[done : found.start()], found.end()
+                self.picture = names.last(prose, self.picture)
+                label = names.said(prose) if prose.rstrip(" *-").endswith((":", "：")) else ""
+                self._add(label, shapes.shape("box", shapes.floats(" ".join(found.groups()))))
+        elif len(self.lone) == 1:
             self._add("", shapes.shape("point", self.lone[0]))
-        elif not self.found and len(self.lone) == 2 and _CORNER.search(self.text):
+        elif len(self.lone) == 2 and _CORNER.search(text):
             self._add("", shapes.shape("box", (*self.lone[0], *self.lone[1])))
+        elif self.lone and corners:
+            self._malformed()
 
-    def _add(self, label: str, shape, attributes: dict | None = None, picture: int | None = None) -> None:
-        """shape: (kind, points), or None if its numbers cannot be read."""
+    def _add(self, label: str, shape, attributes: dict | None = None, picture: names.Picture | None = None) -> None:
+        """shape: (kind, points, numbers), or None if its numbers cannot be read."""
         if shape is None:
             return self._malformed()
-        self.places.append(Place(shape[0], self.form, shape[2], self.words))
-        self.found.append(
-            (Object(label, shape[0], shape[1], attributes or {}), self.picture if picture is None else picture)
-        )
+        self.places.append(Place(shape[0], self.form, shape[1], shape[2], self.words))
+        if picture is None:
+            picture = names.of_label(label)[0] or self.picture
+        self.found.append((Object(label, shape[0], shape[1], attributes or {}), picture))
 
     def _malformed(self) -> None:
         self.malformed += 1
-        self.places.append(Place("", self.form, (), self.words))
+        self.places.append(Place("", self.form, (), (), self.words))
 
     def _deep(self, start: re.Match, prose: str) -> int:
         """The last one of many brackets: no answer is nested so deeply."""
@@ -196,7 +202,11 @@ class _Parser:
         values, end = self.reader.read(start.start(), inside=start.lastgroup == "key")
         before = len(self.found), self.malformed
         for value in values:  # "cat: [x1, y1, x2, y2]"
-            self._value(value, _name(prose) if prose.rstrip(" ").endswith((":", "：")) and shapes.bare(value) else "")
+            name = ""
+            if shapes.bare(value):
+                is_named = prose.rstrip(" ").endswith((":", "："))
+                name = names.said(prose) if is_named else names.listed(prose, self.text[end : end + 9])
+            self._value(value, name)
         if (len(self.found), self.malformed) != before:
             self.label, self.ref = "", None
         elif len(values) == 1 and (numbers := shapes.numbers_of(values[0])) and len(numbers) == 2:
@@ -205,13 +215,17 @@ class _Parser:
 
     _key = _json
 
-    def _value(self, value, name: str = "", picture: int | None = None, explicit: bool = False) -> None:
+    def _value(self, value, name: str = "", picture: names.Picture | None = None, explicit: bool = False) -> None:
         """Adds the objects in a value. name: the label of those without one. explicit: bare numbers are no object."""
         if isinstance(value, dict):
             self._dict(value, name, picture, explicit)
         elif isinstance(value, list) and not explicit and (row := shapes.row(value)):
             self.form, self.words = "", str(value)
-            self._add(row[0], row[1], None, picture)
+            self._add(row[0] or name, row[1], row[2], picture)
+        elif isinstance(value, list) and not explicit and (rows := shapes.scored(value)):
+            self.form, self.words = "", str(value)
+            for shape, score in rows:
+                self._add(name, shape, {"score": score}, picture)
         elif isinstance(value, list) and (what := shapes.bare(value)):
             self.form, self.words = "", str(value)
             for shape in [] if explicit else shapes.under(what, value):
@@ -220,31 +234,32 @@ class _Parser:
             for one in value:
                 self._value(one, name, picture, explicit)
 
-    def _dict(self, value: dict, name: str, picture: int | None, explicit: bool) -> None:
+    def _dict(self, value: dict, name: str, picture: names.Picture | None, explicit: bool) -> None:
         value = dict(value)
-        for key in [key for key in value if key in _IMAGES]:
-            if (n := _picture(value[key])) is not None:
-                picture = n
+        for key in list(value):
+            if (named := names.of_item(key, value[key])) is not None:
+                picture = named
                 del value[key]
         if isinstance(text := value.get("arguments"), str) and text.startswith("{"):
             value["arguments"] = Reader(text).read(0)[0][0]
-        kinds = [(key, kind) for key, inner in value.items() if (kind := shapes.kind(key, inner))]
-        places = [(key, value[key], shapes.under(kind, value.pop(key))) for key, kind in kinds]
-        if not any(read for _, _, read in places) and (corners := shapes.corners_of(value)):
-            numbers = [value.pop(n) for n in corners]
-            places = [(", ".join(corners), numbers, [shapes.cornered(corners, numbers)])]
+        places = shapes.of_object(value)
         if not any(read for _, _, read in places):
             return self._children(value, name, picture, explicit)
         self.form, self.words = "", f'"{places[0][0]}": {places[0][1]}'
         if any(v is CUT for v in value.values()):  # its text ends in it
             return self._malformed()
-        label = label_of(value)
+        count = sum(len(read) for _, _, read in places)
+        named, label = names.in_object(value, headed=picture is None)
+        key, labels = names.parallel(value, count) if label is None and len(places) == 1 else (None, [])
+        labels = labels or [name if label is None else label] * count
         attributes = {k: v for k, v in value.items() if k != "label" or isinstance(v, list | dict | bool)}
+        attributes.pop(key, None)
+        picture = picture or named or self.picture
         at = len(self.found)
         for key, numbers, read in places:
             self.form, self.words = shapes.plain_key(key), f'"{key}": {numbers}'
             for shape in read:
-                self._add(name if label is None else label, shape, attributes, picture)
+                self._add(labels.pop(0), shape, attributes, picture)
         end = len(self.found)
         for key in [k for k, v in attributes.items() if isinstance(v, dict | list)]:
             before = len(self.found), self.malformed
@@ -255,21 +270,20 @@ class _Parser:
                 del self.found[at:end]
                 return self._malformed()
 
-    def _children(self, value: dict, name: str, picture: int | None, explicit: bool) -> None:
+    def _children(self, value: dict, name: str, picture: names.Picture | None, explicit: bool) -> None:
         """The objects in an object that has no place itself. A key may be their label: {"cat": [x1, y1, x2, y2]}."""
-        own, points = (
-            label_of(value) or name,
-            all(shapes.bare(v) == "points" or shapes.is_pair(v) for v in value.values()),
-        )
+        own = names.label_of(value) or name
+        points = all(shapes.bare(v) == "points" or shapes.is_pair(v) for v in value.values())
         for key, inner in value.items():
+            is_list = shapes.plain_key(key) in _LISTS
+            if isinstance(inner, str) and is_list and re.match(r"\s*[\[{]", inner):  # JSON in a string
+                inner = Reader(inner).read(len(inner) - len(inner.lstrip()))[0]
             if not isinstance(inner, dict | list) or (shapes.bare(inner) == "points" and not points):
                 continue
-            n = _picture(key)
-            label = (
-                name if n is not None or key in _CALLS else own if own or shapes.plain_key(key) in _LISTS else str(key)
-            )
+            named = names.of_key(key)
+            label = name if named or key in _CALLS else own if own or is_list else str(key)
             inner = [inner] if points and shapes.is_pair(inner) else inner
-            self._value(inner, label, picture if n is None else n, explicit)
+            self._value(inner, label, named or picture, explicit)
 
     # --- control tokens, tags and pairs ---
 
@@ -286,12 +300,17 @@ class _Parser:
         """The label of numbers outside of JSON: the tokens before them, else the prose, else as the last ones."""
         if self.ref is not None:
             self.label, self.ref = self.ref, None
-        elif _AND.sub("", prose.strip(" \t\r\n,;.")):
-            self.label = _name(prose)
+        elif names.is_said(prose):
+            self.label = names.said(prose)
         return self.label
 
     def _mark(self, start: re.Match, prose: str) -> int:
-        self.form, (run, end) = start[0], _span(_RUN, self.text, start.end())
+        self.form, self.words = start[0], self.text[start.start() : start.start() + 80]
+        if tags := _XML.match(self.text, start.end()):
+            numbers = {m[1]: m[2] for m in _XML_NUMBER.finditer(tags[0])}
+            self._add(self._said(prose), shapes.of_names(numbers))
+            return tags.end()
+        run, end = _span(_RUN, self.text, start.end())
         closed, self.words = _RUN_END.match(self.text, end), self.text[start.start() : end]
         if not closed and not any(c.isdigit() for c in run) and not start[0].startswith("<|"):
             return end  # a tag of something else
@@ -308,8 +327,7 @@ class _Parser:
         if not tag:
             self._malformed()
             return start.end()
-        said = {m[1]: html.unescape(m[2] if m[2] is not None else m[3]) for m in _ATTRIBUTE.finditer(tag[1])}
-        places = [(said.pop(k), said.pop(f"y{k[1:]}", "")) for k in list(said) if re.fullmatch("x[0-9]{0,9}", k)]
+        said, places = shapes.of_tag(tag[1])
         inner, end = "", tag.end()
         if not tag[1].endswith("/"):
             text, end = _span(_TEXT, self.text, end)
@@ -320,8 +338,8 @@ class _Parser:
         label = inner if inner.strip() and inner.strip() != said.get("alt") else said.get("alt", inner.strip())
         if said.get("alt") == label:
             del said["alt"]
-        for x, y in places or [("", "")]:
-            self._add(label, shapes.shape("point", shapes.floats(f"{x} {y}")), dict(said))
+        for place in places or [None]:
+            self._add(label, place and shapes.shape("point", place), dict(said))
         self.label, self.ref = "", None
         return end
 
@@ -331,7 +349,8 @@ class _Parser:
 
     def _named(self, start: re.Match, prose: str) -> int:
         numbers = re.findall(rf"[=:]\s*+({NUMBER})", start[0])
-        self._add("", shapes.shape("point", shapes.floats(" ".join(numbers))))
+        label = names.said(prose) if prose.rstrip(" ").endswith((":", "：")) else ""
+        self._add(label, shapes.shape("point", shapes.floats(" ".join(numbers))))
         return start.end()
 
     def _pairs(self, start: re.Match, prose: str) -> int:
@@ -352,6 +371,14 @@ class _Parser:
         return half.end() if half else end
 
 
+def _begin(text: str) -> int:
+    """Where the answer begins, after the thinking."""
+    tags = list(THOUGHT.finditer(text))
+    ends = [tag.end() for tag in tags if tag[0][1] == "/"]
+    is_cut = tags and not ends and not text[: tags[0].start()].strip()
+    return len(text) if is_cut else max(ends, default=0)
+
+
 def _span(pattern: re.Pattern, text: str, at: int) -> tuple[str, int]:
     """What a pattern that always matches finds at a place, and where that ends."""
     found = pattern.match(text, at)
@@ -361,27 +388,3 @@ def _span(pattern: re.Pattern, text: str, at: int) -> tuple[str, int]:
 
 def _is_area(shape) -> bool:
     return shape is not None and shape[0] != "point"
-
-
-def label_of(value: dict) -> str | None:
-    for key in _LABELS:
-        if key in value and isinstance(label := value[key], str | int | float) and not isinstance(label, bool):
-            return str(label)
-    return None
-
-
-def _name(prose: str) -> str:
-    """What the end of a text says about the numbers behind it: "" if it is only a sentence that leads to them."""
-    line = _PICTURE.sub("", re.sub(r"<[^<>]*>", "", prose.rstrip().rpartition("\n")[2]))
-    name = _BULLET.sub("", line.strip()).strip(" \t\r,;:：，、-*•`\"'.")
-    touches = prose[-1:] and not prose[-1].isspace() and prose[-1] not in ":："
-    if name.endswith("=") or (not touches and _LEAD.search(name)):  # start_box='…', "The box is at …"
-        return ""
-    return _AND.sub("", name)
-
-
-def _picture(value) -> int | None:
-    """The number of a picture: 2 or "Picture 2"."""
-    if isinstance(value, str) and (found := _PICTURE.fullmatch(value)):
-        return int("".join(filter(None, found.groups())))
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1000 else None

@@ -20,7 +20,20 @@ _WORD = re.compile(r"""[^\s,:{}\[\]()<`"'][^\s,:{}\[\]()<`"]*+""")
 _PHRASE = re.compile(r"[^,{}\[\]<`\"\n]*+")
 _JUNK = re.compile(r"""[^\s{}\[\]<`"'\w]++|\w++""")
 _WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
-_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|([\"'\\/bfnrt]))")
+# Backslashes that models forget to double: "\frac", "C:\Users\new". No text has \b, \f or \r before a letter. The words
+# behind \n and \t are no words of a text; the short ones count only beside other signs of TeX.
+_TEX = (
+    r"[bf](?=[A-Za-z])|r(?=[a-z])|n(?:abla|eq|exists|otin|ewline|ewcommand|ormalsize|subseteq)(?![A-Za-z])"
+    r"|t(?:heta|imes|au|ext(?:bf|it|rm|tt|sf|sc|style)?|ilde|riangle(?:q|left|right)?|frac|binom)(?![A-Za-z])"
+)
+_SHORT_TEX = r"(?:n(?:e|i|u|eg|ot|leq|geq)|t(?:o|an|anh|op|ag))(?![A-Za-z])"
+_FORGOTTEN = re.compile(rf"(?<!\\)(?:\\\\)*+\\(?:{_TEX}|{_SHORT_TEX})")
+_ESCAPES = [
+    re.compile(rf"(?P<kept>\\(?:{tex}))|\\(?:u(?P<code>[0-9a-fA-F]{{4}})|(?P<sign>[\"'\\/bfnrt]))")
+    for tex in (_TEX, f"{_TEX}|{_SHORT_TEX}")
+]
+_UNKNOWN = re.compile(r"(?<!\\)(?:\\\\)*+\\(?:[^\W_0-9bfnrtu]|u(?![0-9a-fA-F]{4}))")
+_PATH = re.compile(r"(?<![A-Za-z])[A-Za-z]:(?:\\(?![\\\"'])[\w.$ ()~-]*+)++")
 _ESCAPED = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 # What comes behind the quote that ends a key, a value of an object, and a value of a list. Other quotes are text.
 _KEY = r"""["']\w++["']\s*+[:：]"""
@@ -64,7 +77,8 @@ class Reader:
 
     def __init__(self, text: str):
         self.text = text
-        self._tries = 0 if "\\u" in text else 4  # json.loads accepts halves of characters
+        # json.loads accepts halves of characters, and reads a form feed in "\frac".
+        self._tries = 0 if "\\u" in text or _FORGOTTEN.search(text) else 4
         self._endless: dict[tuple[str, str], int] = {}  # (quote, where): no string that starts behind this has an end
 
     def read(self, at: int, inside: bool = False) -> tuple[list, int]:
@@ -92,11 +106,13 @@ class Reader:
                         stack.pop()
                     else:
                         at += 1
+                elif c in "[(" and holder and (found := _NUMBERS.match(text, at)) and self._append(holder, found[1]):
+                    at = found.end()
                 else:
                     at = self._key(stack, at)
             elif c in "{[(":
                 if (found := _NUMBERS.match(text, at)) and found[1]:
-                    self._add(stack, [number(word) for word in found[1].replace(",", " ").replace("，", " ").split()])
+                    self._add(stack, _numbers(found[1]))
                     at = found.end()
                 elif len(stack) > DEPTH:
                     break
@@ -129,6 +145,18 @@ class Reader:
             holder.append(value)
         else:
             holder[key.pop()] = value
+
+    @staticmethod
+    def _append(holder: dict, text: str) -> bool:
+        """Adds a list of numbers that stands where a key is due to the list of numbers before it."""
+        key = next(reversed(holder))
+        value = holder[key]
+        if not isinstance(value, list) or not value or not text.strip():
+            return False
+        if not all(isinstance(v, list) for v in value):
+            value = holder[key] = [value]
+        value.append(_numbers(text))
+        return True
 
     def _push(self, stack, holder) -> None:
         self._add(stack, holder)
@@ -215,6 +243,10 @@ def is_cut(value) -> bool:
     return False
 
 
+def _numbers(text: str) -> list:
+    return [number(word) for word in text.replace(",", " ").replace("，", " ").split()]
+
+
 def number(word: str) -> int | float | None:
     """The number that a word writes, or None."""
     if not _NUMBER.fullmatch(word):
@@ -222,9 +254,31 @@ def number(word: str) -> int | float | None:
     return int(word) if word.lstrip("+-").isdigit() else float(word)
 
 
+def _character(found: re.Match) -> str:
+    if found["kept"]:
+        return found[0]
+    return chr(int(found["code"], 16)) if found["code"] else _ESCAPED.get(found["sign"], found["sign"])
+
+
 def _unescaped(text: str) -> str:
     if "\\" not in text:
         return text
-    text = _ESCAPE.sub(lambda m: chr(int(m[1], 16)) if m[1] else _ESCAPED.get(m[2], m[2]), text)
+    if _UNKNOWN.search(text):
+        text = _PATH.sub(lambda m: m[0].replace("\\", "\\\\") if _UNKNOWN.search(m[0]) else m[0], text)
+    escape = _ESCAPES["$" in text or _UNKNOWN.search(text) is not None]
+    text = escape.sub(_character, text)
     # \ud83d\ude00 is one character; half of such a pair is none.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def out_of_string(text: str) -> str:
+    """JSON that stands in a string, whose quotes may be missing, as JSON."""
+    inner = re.sub(r"\A\s*(?:```\w*\s*)?|\s*(?:```)?\s*\Z", "", text)
+    if inner.count('"') == inner.count('\\"') + 2 and inner[0] == inner[-1] == '"':
+        text = inner[1:-1]
+    elif text.count('"') != text.count('\\"'):
+        return text
+    try:
+        return text.replace('\\"', '"') if "\\u" in text else json.loads(f'"{text}"', strict=False)
+    except ValueError:
+        return text.replace('\\"', '"')

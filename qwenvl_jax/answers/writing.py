@@ -6,7 +6,8 @@ import json
 import math
 from collections.abc import Sequence
 
-from qwenvl_jax.answers.grounding import Object, Parsed, label_of, parse
+from qwenvl_jax.answers.grounding import Object, Parsed, parse
+from qwenvl_jax.answers.names import label_of, of_label
 from qwenvl_jax.errors import InputError, shown
 
 FORMS = ("json", "tokens", "xml")
@@ -34,7 +35,8 @@ def write(objects: Sequence[Object], form: str = "json") -> str:
 
 
 def _as_json(objects: Sequence[Object]) -> str:
-    keys, several = {"box": "bbox_2d", "point": "point_2d", "polygon": "poly"}, any(o.image for o in objects)
+    keys = {"box": "bbox_2d", "point": "point_2d", "polygon": "poly"}
+    several = any(o.image or of_label(o.label, headed=True)[0] for o in objects)  # or the label says another picture
     lines = []
     for o in objects:
         item: dict = {keys[o.kind]: [_short(n) for point in o.points for n in point]}

@@ -50,9 +50,9 @@ def pictures(media: Sequence[tuple[str, Any, Visual]]) -> list:
     return [load_image(source) if kind == "image" else visual for kind, source, visual in media]
 
 
-def objects_of(result) -> dict:
-    """The objects of an answer, in whole pixels of their pictures' files."""
-    parsed = result.objects("original")
+def objects_of(result, coordinates: str = "original") -> dict:
+    """The objects of an answer in whole numbers, by default in pixels of their pictures' files."""
+    parsed = result.objects(coordinates)
     whole = [o._replace(points=[[round(n) for n in point] for point in o.points]) for o in parsed.objects]
     return {"objects": [o._asdict() for o in whole], "malformed": parsed.malformed}
 

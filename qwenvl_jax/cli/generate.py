@@ -64,7 +64,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--objects",
         action="store_true",
-        help="print the boxes, points and polygons of the answer as JSON, in pixels of the image file",
+        help="print the boxes, points and polygons of the answer as JSON, in pixels of the image file or in --boxes",
     )
     parser.add_argument(
         "--draw",
@@ -111,7 +111,7 @@ def run(args) -> int:
             drawing.finish(file, drawn_on, stream.result, engine.config)
         return OK
     (result,) = answered = engine.generate([sample], options)
-    found = drawing.objects_of(result) if args.objects else {}
+    found = drawing.objects_of(result, args.boxes or "original") if args.objects else {}
     if place is not None:
         result = replace(result, text=from_model(result.text, place, family_of(engine.config).BOXES, args.boxes))
     if args.json or args.objects:

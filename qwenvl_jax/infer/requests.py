@@ -45,8 +45,8 @@ class Result:
         coordinates: one of `answers.boxes.COORDINATES`. Whatever a model writes is read: see `answers.grounding.parse`
         and `answers.boxes.converted`. Raises InputError only for unknown coordinates.
         """
-        check_coordinates(coordinates)
-        return converted(parse(self.text), self.pictures, self.boxes, coordinates)
+        check_coordinates(coordinates, "coordinates")
+        return converted(parse(self.text, [p.clip for p in self.pictures]), self.pictures, self.boxes, coordinates)
 
     @property
     def samples(self) -> tuple["Result", ...]:

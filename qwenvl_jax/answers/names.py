@@ -1,0 +1,212 @@
+"""What the words around coordinates name: the label of an object, and the picture or clip that it is in.
+
+Pictures are named as in "Picture 2:", "in the second image", 第二张图, {"image": 2} and {"label": "Image 2: dog"}.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from qwenvl_jax.answers.shapes import plain_key
+
+
+class Picture(NamedTuple):
+    """A picture as a text names it.
+
+    kind: "image" or "video", by the noun; "index" for `img_idx` of Qwen's zoom tool, which always counts from 0.
+    number: as the text says it.
+    """
+
+    kind: str
+    number: int
+
+
+# The first of these keys that an object has is its label. "label" is no attribute; the others are.
+_LABELS = (
+    *("label", "name", "text_content", "text", "object", "object_name", "instance", "category", "class", "class_name"),
+    *("caption", "phrase", "title", "description", "type"),
+)
+_READ = {"text_content", "text", "caption", "title", "description"}  # words that the picture shows
+_LISTS = ("labels", "names", "texts", "categories", "classes", "objects")  # a label for each of several places
+
+_IMAGE = "picture|image|photograph|photo|pic|img|screenshot"
+_NOUN = rf"(?P<noun>{_IMAGE}|video|clip)"
+_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+_DIGITS = "一二三四五六七八九"
+_HAN = rf"(?:[0-9]{{1,3}}(?![0-9.])|[{_DIGITS}十两]{{1,3}})"
+_HAN_NOUN = r"(?:图片|图像|照片|相片|截图|图|视频)"
+_ORDINAL = rf"(?:{'|'.join(_ORDINALS)}|[0-9]{{1,2}}(?:st|nd|rd|th))"
+_COUNTS = r"(?!\s{0,3}(?:[x×*%]|px\b|pixels?\b|by\b|-?\s?(?:seconds?|minutes?|hours?)\b))"  # "image 640 x 480"
+# What follows the number of a picture but nothing that it counts: "the image 2 shows", not "the image 2 dogs".
+_AFTER = (
+    r"(?=\s{0,3}(?:[^\w\s]|\Z|(?:is|was|shows?|has|contains?|depicts?|there|and|or|at|in|on|with|we|i|you)\b)|[ \t]*\n)"
+)
+_NAMED = re.compile(
+    rf"(?<![a-z]){_NOUN}"
+    r"(?:[ _#]{0,3}|-|\s?(?:no\.?|number|nr\.?)\s?)"
+    rf"(?:(?P<n>[0-9]{{1,3}})(?![0-9]|\.[0-9]|[a-z]){_COUNTS}"
+    rf"|(?P<word>{'|'.join(_WORDS)})\b{_AFTER}(?!\s*\w))"
+    rf"|(?<![a-z-])(?<![0-9] )(?P<nth>{_ORDINAL})[ -](?:(?:input|given|provided|attached)\s)?"
+    rf"(?P<noun2>{_IMAGE}|video|clip)(?![a-z])"
+    rf"|(?:第\s?(?P<han>{_HAN})\s?(?:[张幅副]\s?{_HAN_NOUN}?|[个段]?\s?{_HAN_NOUN})|{_HAN_NOUN}\s{{0,3}}(?P<han2>{_HAN}))"
+    r"(?![个只条人辆件位匹名头棵朵秒分])",
+    re.I,
+)
+# The end of a sentence that leads to coordinates and names nothing.
+_LEAD = re.compile(
+    r"\b(?:bbox(?:_2d)?|coordinates?|answer|result|is|are|at|by)\W*+\Z|\bbounding box|坐标|边界框|[为是在]\W*+\Z", re.I
+)
+_BULLET = re.compile(r"^[0-9]{1,3}[.)]\s+")
+_AND = re.compile(r"^(?:(?:and|&)(?:\s|$)|和|以及|与)\s*", re.I)
+_SIDE = re.compile(r"^\s*\([^()]{0,40}\)\s*(?=[:：]|\Z)")
+_THERE = re.compile(
+    rf"^there (?:is|are|was|were)\s+(?:(?:also|only|an?|the|some|several|{'|'.join(_WORDS)}|[0-9]{{1,3}})\s+){{0,2}}",
+    re.I,
+)
+_IN = re.compile(r"\W*\b(?:in|on|of|from|for|within)(?:\s+the)?\s*\Z|[\s(（,，在]+\Z", re.I)
+_STOP = re.compile(r"\b(?:i|we|you|it|they|he|she|see|found|here|click|tap|box|boxes|values?|sum)\b", re.I)
+_DETERMINER = re.compile(r"\b(?:the|this|that|an?|each|every|your|our|my)\s+\Z", re.I)
+_IS_NAME = re.compile(_AFTER, re.I)
+_DURATION = re.compile(rf"\b(?:{'|'.join(_WORDS)})[ -]\Z", re.I)  # "a ten second clip"
+_SENTENCE = re.compile(r"[.!?;]\s|[。！？；]")
+_STRIPPED = " \t\r,;:：，、-*•`\"'."
+
+
+def mentions(text: str) -> Iterator[tuple[Picture, int, int]]:
+    """(picture, start, end) of each name of a picture."""
+    for found in _NAMED.finditer(text):
+        word = next(filter(None, (found[n] for n in ("n", "word", "nth", "han", "han2"))))
+        before = text[max(found.start() - 12, 0) : found.start()]
+        if word.lower() == "second" and _DURATION.search(before):
+            continue
+        if found["n"] and _DETERMINER.search(before) and not _IS_NAME.match(text, found.end()):
+            continue
+        noun = (found["noun"] or found["noun2"] or found[0]).lower()
+        kind = "video" if noun in ("video", "clip") or "视频" in noun else "image"
+        yield Picture(kind, _number(word.lower())), found.start(), found.end()
+
+
+def _number(word: str) -> int:
+    for words in (_WORDS, _ORDINALS):
+        if word in words:
+            return words.index(word) + 1
+    if digits := re.match("[0-9]+", word):
+        return int(digits[0])
+    tens, ten, ones = word.replace("两", "二").rpartition("十")
+    return (10 * (_DIGITS.find(tens[:1]) + 1 if tens else 1) if ten else 0) + (
+        _DIGITS.find(ones[:1]) + 1 if ones else 0
+    )
+
+
+def last(text: str, before: Picture | None = None) -> Picture | None:
+    """The picture that a text names last, or `before`."""
+    for before, _, _ in mentions(text):  # noqa: B007
+        pass
+    return before
+
+
+def of_key(key) -> Picture | None:
+    """The picture that a key such as "Image-2" or "second_image" names."""
+    text = key.replace("_", " ").strip() if isinstance(key, str) and len(key) < 60 else ""
+    text = re.sub(r"\Athe\s", "", text, flags=re.I)
+    found = _NAMED.fullmatch(text)
+    return next((picture for picture, _, _ in mentions(text)), None) if found else None
+
+
+def of_item(key, value) -> Picture | None:
+    """The picture that a key and its value name: "image": 2, "image_id": "2", "picture": "the second", "img_idx": 0."""
+    found = re.fullmatch(rf"({_IMAGE}|video|clip)(?:id|index|idx|number|num|no)?", plain_key(key))
+    if not found:
+        return None
+    kind = "index" if found[0] == "imgidx" else "video" if found[1] in ("video", "clip") else "image"
+    if isinstance(value, str) and len(value) < 60:
+        word = re.sub(r"\A(?:the\s+|#)|\s+one\Z", "", value.strip().lower())
+        if re.fullmatch(rf"[0-9]{{1,3}}|{_ORDINAL}|{'|'.join(_WORDS)}", word):
+            value = _number(word)
+        else:
+            return of_key(value)
+    return Picture(kind, value) if type(value) is int and 0 <= value < 1000 else None
+
+
+def of_label(label: str, headed: bool = False) -> tuple[Picture | None, str]:
+    """(the picture that a label names, the label): "the cup in image 2". headed: also "Image 2: cup", which is cut."""
+    found = list(mentions(label)) if len(label) < 1000 else []
+    if not found:
+        return None, label
+    (first, start, end), (picture, at, stop) = found[0], found[-1]
+    if not label[stop:].strip(" .)）") and (_IN.search(label[:at]) or (headed and not label[:at].strip())):
+        return picture, label
+    if headed and not label[:start].strip() and (rest := re.match(r"\s*[:：—–,，-]\s*(?=\S)", label[end:])):
+        return first, label[end + rest.end() :]
+    return None, label
+
+
+def index(picture: Picture, first: int, clips: Sequence[bool]) -> int:
+    """The place of a picture in the conversation, from 0. first: the number of the first one.
+
+    clips: for each picture and clip of the conversation, whether it is a clip. If it has both, each kind is counted for
+    itself, as the chat template does.
+    """
+    n = picture.number if picture.kind == "index" else picture.number - first
+    if picture.kind == "index" or len(set(clips)) < 2:
+        return n
+    same = [i for i, clip in enumerate(clips) if clip == (picture.kind == "video")]
+    return same[n] if n < len(same) else len(clips) + n
+
+
+def label_of(value: dict) -> str | None:
+    return next((label for _, label in _labels(value)), None)
+
+
+def _labels(value: dict) -> Iterator[tuple[str, str]]:
+    for key in _LABELS:
+        if key in value and isinstance(label := value[key], str | int | float) and not isinstance(label, bool):
+            yield key, str(label)
+
+
+def in_object(value: dict, headed: bool) -> tuple[Picture | None, str | None]:
+    """(picture, label) that an object of JSON names. headed: a picture at the beginning of its label is one."""
+    for key, label in _labels(value):
+        return of_label(label, headed) if key not in _READ else (None, label)
+    return None, None
+
+
+def parallel(value: dict, count: int) -> tuple[str | None, list[str]]:
+    """(key, labels) of a list with as many labels as the object has places; (None, []) if there is none."""
+    for key in (*_LABELS, *_LISTS):
+        labels = value.get(key)
+        if isinstance(labels, list) and len(labels) == count and all(type(label) in (str, int) for label in labels):
+            return key, [str(label) for label in labels]
+    return None, []
+
+
+def is_said(prose: str) -> bool:
+    """Whether there are words in it that may be a label."""
+    return bool(_AND.sub("", prose.strip(" \t\r\n,;.")))
+
+
+def said(prose: str) -> str:
+    """What the end of a text says about the numbers behind it: "" if it is only a sentence that leads to them."""
+    line = prose.rstrip().rpartition("\n")[2].rpartition("<!--")[2]
+    line = re.sub(r"<[^<>]*>", "", line.rpartition("-->")[2])
+    if found := list(mentions(line)):
+        (_, at, end), before = found[-1], found[-2][2] if len(found) > 1 else 0
+        line, head = _SIDE.sub("", line[end:]), line[before:at]
+        if not line.strip(_STRIPPED):  # "the cup in image 2:"
+            line = _IN.sub("", _SENTENCE.split(head)[-1])
+    name = _THERE.sub("", _BULLET.sub("", line.strip()).strip(_STRIPPED))
+    touches = prose[-1:] and not prose[-1].isspace() and prose[-1] not in ":："
+    if name.endswith("=") or (not touches and _LEAD.search(name)):  # start_box='…', "The box is at …"
+        return ""
+    return _AND.sub("", name)
+
+
+def listed(prose: str, after: str) -> str:
+    """The label of "dog [1, 2, 3, 4]; cat [5, 6, 7, 8]": a few words between items; "" for other prose."""
+    item = re.split(r"[;；\n]", prose)[-1]
+    words = item.split()
+    is_item = item != prose or re.match(r"[ \t]*[;；\n]", after)
+    if not is_item or not 1 <= len(words) <= 3 or _STOP.search(item) or not re.fullmatch(r"[\w\s'*`-]+", item):
+        return ""
+    return said(item)
