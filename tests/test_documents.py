@@ -267,9 +267,9 @@ def test_floods(start, piece):
 
     def seconds(size: int) -> float:
         text = start + piece * (size // len(piece))
-        return timed(lambda: every_form(parse(text)), 0.005)[0]
+        return timed(lambda: every_form(parse(text)), 0.005, tries=1 if size > 5_000 else 3)[0]
 
-    assert any(seconds(50_000) < 40 * max(seconds(5_000), 0.005) for _ in range(3))
+    assert any(seconds(20_000) < 40 * max(seconds(2_000), 0.003) for _ in range(3))
 
 
 def test_deep_nesting():
@@ -469,9 +469,9 @@ def test_our_markdown_is_read(page, wanted):
 def test_floods_of_markdown(piece, start, end):
     def seconds(size: int) -> float:
         text = start + f"{piece}{end}" * (size // len(piece + end))
-        return timed(lambda: every_form(parse(text)), 0.005)[0]
+        return timed(lambda: every_form(parse(text)), 0.005, tries=1 if size > 5_000 else 3)[0]
 
-    assert any(seconds(50_000) < 40 * max(seconds(5_000), 0.005) for _ in range(3))
+    assert any(seconds(20_000) < 40 * max(seconds(2_000), 0.003) for _ in range(3))
 
 
 # --- round trip -----------------------------------------------------------------------------------------
