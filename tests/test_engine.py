@@ -510,6 +510,7 @@ def test_programs_are_a_sum_of_ladders():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_no_new_traces_after_warmup():
     engine, rng = warm(), np.random.default_rng(16)
     traces, sizes = engine.traces, set()

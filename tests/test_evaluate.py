@@ -719,6 +719,7 @@ def test_answers_of_another_evaluation_are_refused(tiny_checkpoint, tmp_path, ca
 
 
 @only_new
+@pytest.mark.slow
 def test_answers_follow_pictures_and_preprocessing_but_not_the_working_directory(
     tiny_checkpoint, tmp_path, capsys, echo, monkeypatch
 ):

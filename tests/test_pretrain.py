@@ -119,6 +119,7 @@ def test_loss_falls_and_forgets_what_has_no_weight(cells):
     assert float(loss(params, batch._replace(targets=garbled))) == pytest.approx(float(value), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_levelled_changes_the_length_of_visual_tokens_only(cells):
     config = demo_config()
     params = init(config, jax.random.key(0))

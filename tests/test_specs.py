@@ -76,6 +76,7 @@ def named(config):
 NEW = "decoder/layers/input_layernorm/mix"
 
 
+@pytest.mark.slow
 def test_a_new_parameter_is_declared_in_one_place(mixed, monkeypatch, tmp_path):
     declared = specs(mixed)
     assert declared[NEW].shape == (3, 48, 48) and declared[NEW].group == "llm"
