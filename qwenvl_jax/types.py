@@ -20,6 +20,10 @@ Arrays are typed `Any`: numpy arrays on the host, jax arrays on the device.
 
 from typing import Any, NamedTuple
 
+# Coordinates of boxes. original: pixels of the stored picture, turned upright. resized: pixels of the picture that the
+# model sees. thousandths: 0 to 1000 along each side.
+COORDINATES = ("original", "resized", "thousandths")
+
 
 class Grid(NamedTuple):
     """Patches of a picture or clip along time, height and width; one t step is two frames."""

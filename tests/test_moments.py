@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from mutations import mutated
 from timing import timed
 
 from qwenvl_jax.answers.moments import Moment, first_time, parse, write
@@ -339,27 +340,10 @@ PIECES = ["00:12", ":", " - ", "12.5", " seconds", "秒", "第", "从", "到", "
           "\ud83d", "<answer>", "</think>", "|", "**", "for ", "１", "٣"]  # fmt: skip
 
 
-def mutated(rng: random.Random) -> str:
-    answers = [answer for answer, *_ in TABLE + MALFORMED]
-    text = rng.choice(answers)
-    for _ in range(rng.randrange(1, 8)):
-        at = rng.randrange(len(text) + 1)
-        match rng.randrange(4):
-            case 0:
-                text = text[:at]
-            case 1:
-                text = text[:at] + text[at + rng.randrange(1, 9) :]
-            case 2:
-                text = text[:at] + rng.choice(PIECES) * rng.choice([1, 1, 1, 2, 30]) + text[at:]
-            case 3:
-                text += rng.choice(["\n", "", " "]) + rng.choice(answers)
-    return text
-
-
 def check_mutations(seeds):
     slowest = 0.0
     for seed in seeds:
-        text = mutated(random.Random(seed))
+        text = mutated(random.Random(seed), [answer for answer, *_ in TABLE + MALFORMED], PIECES)
         seconds, (moments, malformed) = timed(lambda text=text: parse(text), 0.05)
         slowest = max(slowest, seconds)
         assert malformed >= 0

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from mutations import mutated
 from timing import timed
 
 from qwenvl_jax.answers import lenient
@@ -329,27 +330,11 @@ PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool",
           "\ud83d"]  # fmt: skip
 
 
-def mutated(rng: random.Random) -> str:
-    text = rng.choice(ANSWERS)
-    for _ in range(rng.randrange(1, 8)):
-        at = rng.randrange(len(text) + 1)
-        match rng.randrange(4):
-            case 0:
-                text = text[:at]
-            case 1:
-                text = text[:at] + text[at + rng.randrange(1, 9) :]
-            case 2:
-                text = text[:at] + rng.choice(PIECES) * rng.choice([1, 1, 1, 2, 30]) + text[at:]
-            case 3:
-                text += rng.choice(ANSWERS)
-    return text
-
-
 def check_mutations(seeds):
     slowest = 0.0
     for seed in seeds:
         rng = random.Random(seed)
-        text = mutated(rng)
+        text = mutated(rng, ANSWERS, PIECES)
         seconds, turn = timed(lambda text=text: parse(text), 0.05)
         slowest = max(slowest, seconds)
         assert turn.malformed >= 0 and all(isinstance(call.arguments, dict) for call in turn.calls)

@@ -16,11 +16,7 @@ from qwenvl_jax.answers.grounding import THOUGHT, Object, Parsed, parse, places
 from qwenvl_jax.answers.loose import NUMBER
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, shown
-from qwenvl_jax.types import Visual
-
-# original: pixels of the stored picture, turned upright. resized: pixels of the picture that the model sees.
-# thousandths: 0 to 1000 along each side.
-COORDINATES = ("original", "resized", "thousandths")
+from qwenvl_jax.types import COORDINATES, Visual
 
 # Numbers that are no part of a word such as "bbox_2d"; in escaped JSON, "\\n" may stand before them.
 _ALONE = re.compile(rf"(?:(?<![A-Za-z0-9_.])|(?<=\\[nrt])){NUMBER}(?![A-Za-z0-9_.])")

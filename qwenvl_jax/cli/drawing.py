@@ -1,17 +1,21 @@
 """Shared by `qwenvl generate` and `qwenvl chat`: what an answer places in pictures, as JSON and drawn on them."""
 
+from __future__ import annotations
+
 import io
 import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qwenvl_jax.answers.grounding import Object
-from qwenvl_jax.answers.moments import Moment, parse
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.types import Visual
+
+if TYPE_CHECKING:  # `--help` imports this file
+    from qwenvl_jax.answers.grounding import Object
+    from qwenvl_jax.answers.moments import Moment
 
 
 def check(where: str) -> Path:
@@ -59,6 +63,8 @@ def objects_of(result, coordinates: str = "original") -> dict:
 
 def finish(file: Path, drawn_on: Sequence, result, config) -> None:
     """Writes the pictures of an answer, a Result, and says on stderr what they do not show."""
+    from qwenvl_jax.answers.moments import parse
+
     objects, moments = result.objects("original").objects, parse(result.text).moments
     files = write(file, drawn_on, objects, config, moments)
     for line in (*notes(drawn_on, objects), f"drawn: {', '.join(map(str, files))}"):

@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from qwenvl_jax.answers.boxes import Sizes, from_model, sizes
 from qwenvl_jax.cli import converse, drawing
 from qwenvl_jax.cli.errors import OK, one_of_several
 from qwenvl_jax.config import decode_text
@@ -113,6 +112,8 @@ def run(args) -> int:
     (result,) = answered = engine.generate([sample], options)
     found = drawing.objects_of(result, args.boxes or "original") if args.objects else {}
     if place is not None:
+        from qwenvl_jax.answers.boxes import from_model
+
         result = replace(result, text=from_model(result.text, place, family_of(engine.config).BOXES, args.boxes))
     if args.json or args.objects:
         print(json.dumps(_as_json(result) | found if args.json else found))
@@ -123,8 +124,10 @@ def run(args) -> int:
     return OK
 
 
-def _place(sample, config) -> Sizes:
+def _place(sample, config):
     """The sizes of the sample's pictures. Raises InputError if they differ, since a box could be of any of them."""
+    from qwenvl_jax.answers.boxes import sizes
+
     places = {sizes(visual, config) for visual in sample.visuals}
     if len(places) != 1:
         what = f"the prompt has pictures of {len(places)} sizes" if places else "the prompt has no picture"

@@ -4,15 +4,16 @@ A metric takes a prediction and the right answers ("golds") and returns a score 
 `match_boxes` counts them, because their score is computed over a task.
 """
 
+from __future__ import annotations
+
 import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from qwenvl_jax.answers import blocks, documents, moments, tools
-from qwenvl_jax.answers.boxes import Box
-from qwenvl_jax.answers.moments import first_time
+if TYPE_CHECKING:  # `--help` imports this file; the readers of answers compile a hundred patterns
+    from qwenvl_jax.answers.boxes import Box
 
 _Z = 1.959963984540054  # 97.5% quantile of the normal distribution: two-sided 95%
 _NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
@@ -64,6 +65,8 @@ def seconds(prediction: str, golds: Sequence[str], *, tolerance: float = 0.5) ->
 
     Which time is the first, see `answers.moments.first_time`.
     """
+    from qwenvl_jax.answers.moments import first_time
+
     p, times = first_time(prediction), map(first_time, golds)
     return float(p is not None and any(t is not None and abs(p - t) <= tolerance + 1e-9 for t in times))
 
@@ -90,6 +93,8 @@ def _overlap(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> floa
 
 def _spans(text: str) -> list[tuple[float, float]]:
     """The spans of a text, sorted, with those that overlap joined."""
+    from qwenvl_jax.answers import moments
+
     out: list[tuple[float, float]] = []
     for start, end in sorted((m.start, m.end) for m in moments.parse(text).moments if m.end is not None):
         if out and start <= out[-1][1]:
@@ -104,6 +109,7 @@ def tool_type(prediction: str, golds: Sequence[str]) -> float:
 
     The type is the tool's name, and the argument `action` if it has one, as `computer_use` and `mobile_use` do.
     """
+    from qwenvl_jax.answers import tools
 
     def types(text):
         return [(call.name, call.arguments.get("action")) for call in tools.parse(text).calls]
@@ -116,6 +122,8 @@ def tool_call(prediction: str, golds: Sequence[str]) -> float:
 
     The order of keys does not count, and 1 equals 1.0. Text beside the calls is ignored.
     """
+    from qwenvl_jax.answers import tools
+
     calls = tools.parse(prediction).calls
     return float(any(calls == tools.parse(gold).calls for gold in golds))
 
@@ -245,6 +253,8 @@ def teds(prediction: str, golds: Sequence[str]) -> float:
 
 def table_tree(text: str) -> list[_Node] | None:
     """The first table of a text in postorder; None without one, or if it has more than 1,000 rows and cells."""
+    from qwenvl_jax.answers import blocks, documents
+
     table = next((block for block in documents.parse(text).walk() if block.kind == "table"), None)
     tree: list[_Node] = []
     for row in table.children if table else ():

@@ -4,8 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from qwenvl_jax.answers import moments, tools
-from qwenvl_jax.answers.boxes import check_coordinates, parse_boxes
 from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
@@ -75,6 +73,8 @@ def _question(record, source, index: int, metric: str) -> Question:
     task, metric = _task(record.get("task")), metric if record.get("metric") is None else record["metric"]
     if metric not in (*METRICS, *BOXES):
         raise InputError(f"metric is {shown(metric)}; known are {', '.join((*METRICS, *BOXES))}")
+    from qwenvl_jax.answers.boxes import check_coordinates  # not at the top, as in `metrics`
+
     check_coordinates(boxes := record.get("boxes"))
     answers = (str(answer),) if reply and metric in _CALLS else _answers(answer, metric)  # a reply is checked later
     for text in answers:
@@ -125,6 +125,8 @@ def _answers(answer, metric: str) -> tuple[str, ...]:
 
 def check_answer(text: str, metric: str) -> None:
     """Raises InputError if a right answer has nothing that the metric compares."""
+    from qwenvl_jax.answers import moments, tools
+
     if metric == "seconds" and moments.first_time(text) is None:
         raise InputError(f"answer is {text[:80]!r}; for the metric seconds it must contain a time")
     if metric == "tiou":
@@ -163,6 +165,8 @@ def _boxes(answer) -> str:
     count = len(objects) if isinstance(objects, list) else max(isinstance(objects, dict), text.count("bbox_2d"), 1)
     if isinstance(objects, list) and objects and not any(isinstance(o, list | dict) for o in objects):
         count = 1  # [x1, y1, x2, y2]
+    from qwenvl_jax.answers.boxes import parse_boxes
+
     found = len(parse_boxes(text, unlabelled=True))
     if found < count or (isinstance(objects, list) and found != count):
         raise InputError(

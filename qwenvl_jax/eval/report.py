@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from qwenvl_jax.answers.boxes import parse_boxes
 from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 from qwenvl_jax.eval.questions import Question, text_of
@@ -101,6 +100,8 @@ def score(
     """Scores one prediction. clean: what is done to it and to the right answers before they are compared."""
     said, golds = clean(prediction), [clean(answer) for answer in question.answers]
     if question.metric in BOXES:
+        from qwenvl_jax.answers.boxes import parse_boxes
+
         gold = parse_boxes(golds[0], unlabelled=True)
         loose = any(not box.label for box in gold)
         predicted = parse_boxes(said, unlabelled=loose, points=question.metric == "points")

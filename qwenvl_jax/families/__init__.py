@@ -3,7 +3,7 @@
 from_dict(data), to_dict(config)   config.json → Config and back
 tensor_names(config)               parameter path → the hub's tensor name, with `{l}` for the layer
 time_steps(visual, config)         the M-RoPE t position of each grid step of a picture or clip
-BOXES                              coordinates of boxes in answers, one of `answers.boxes.COORDINATES`
+BOXES                              coordinates of boxes in answers, one of `types.COORDINATES`
 PRESETS                            the official sizes by name
 """
 

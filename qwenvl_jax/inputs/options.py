@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from qwenvl_jax.answers.boxes import COORDINATES
 from qwenvl_jax.options import Number, check, option
+from qwenvl_jax.types import COORDINATES
 
 _INT32 = 2**31 - 1
 
