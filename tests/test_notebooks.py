@@ -39,6 +39,13 @@ def test_notebook_begins_with_what_it_is_and_what_to_change(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_says_that_no_model_gave_its_written_answers(path):
+    first, *cells = nbformat.read(path, as_version=4).cells
+    code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+    assert ("ANSWER = " in code) == ("written for this notebook" in " ".join(first.source.split()))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_imports_what_exists(path):
     code = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
     for node in ast.walk(ast.parse(code)):
@@ -59,4 +66,6 @@ def test_links_between_notebooks_lead_somewhere():
 
 def test_notebooks_are_executed():
     assert NOTEBOOKS
-    assert "jupyter execute notebooks/*.ipynb" in (ROOT / ".ci" / "run").read_text("utf-8")
+    script = (ROOT / ".ci" / "run").read_text("utf-8")
+    assert 'aside inside "$work/v311" jupyter execute notebooks/*.ipynb' in script  # without Playwright
+    assert "tests browser && jupyter execute notebooks/08_agent.ipynb" in script
