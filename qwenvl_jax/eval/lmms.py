@@ -15,7 +15,7 @@ from qwenvl_jax.errors import InputError, OptionsError, install, shown
 from qwenvl_jax.eval.evaluator import check_counts, generate, in_batches
 from qwenvl_jax.infer.options import GenerateOptions, tokens_left
 from qwenvl_jax.inputs.options import MediaOptions, PromptOptions, RecordOptions
-from qwenvl_jax.options import build, check_names, names
+from qwenvl_jax.options import build, check_names, checked, names
 
 try:
     from lmms_eval.api.instance import GenerationResult, TokenCounts
@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 _BATCH, _NEW_TOKENS = 32, 256  # as in `qwenvl eval`
 _ENCODING = (*names(MediaOptions), *names(PromptOptions), "boxes")
 _ARGUMENTS = ("pretrained", "dtype", "mesh", *_ENCODING, "on_bad_record")
-_FILLED_IN = ["\n\n"]  # lmms-eval's `until` for a task that names none; it would cut answers after one paragraph
+_FILLED_IN = ("\n\n",)  # lmms-eval's `until` for a task that names none; it would cut answers after one paragraph
 _NOT_OURS = ("image_aspect_ratio",)  # how LLaVA fits a picture into its square
 
 
@@ -177,16 +177,15 @@ def _generate_options(settings: Mapping, allow_control_tokens: bool | None) -> G
     sample = left.pop("do_sample", None)
     if sample and "temperature" not in left:
         raise OptionsError("do_sample is true without a temperature; add one")
-    if sample is False or not left.get("temperature") or left.get("top_p") == 0:
+    if (sample is not None and not sample) or not left.get("temperature") or left.get("top_p") == 0:
         left |= {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None}
-    stop: list = []
-    for name in ("until", "stop_sequences"):
-        texts = left.pop(name, [])
-        texts = [texts] if isinstance(texts, str) else texts
-        stop += [] if texts == _FILLED_IN else texts
+    stop: tuple = ()
+    for name in ("until", "stop_sequences", "stop"):
+        texts = checked(GenerateOptions, "stop", left.pop(name, None), f"{name}: ")
+        stop += () if texts == _FILLED_IN else texts
     if allow_control_tokens is not None:  # answers follow the rule of prompts
         left.setdefault("skip_special_tokens", not allow_control_tokens)
-    return build(GenerateOptions, {"max_new_tokens": _NEW_TOKENS, **left, "stop": tuple(stop) or left.get("stop", ())})
+    return build(GenerateOptions, {"max_new_tokens": _NEW_TOKENS, **left, "stop": stop})
 
 
 def _messages(messages) -> list:
