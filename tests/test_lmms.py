@@ -252,7 +252,8 @@ def test_boxes_in_pixels_of_the_picture(model, monkeypatch):
     [
         ({"device": "cuda:0"}, "device is 'cuda:0'; leave it out"),
         ({"batch_size": "many"}, "batch_size is 'many'; it must be a whole number"),
-        ({"batch_size": 0}, "batch is 0"),
+        ({"batch_size": "0"}, "batch_size is '0'; it must be a whole number, at least 1"),
+        ({"max_new_tokens": 9}, "max_new_tokens is an option of a generation; give it by --gen_kwargs"),
         ({"max_pixel": 1}, "unknown option max_pixel; did you mean max_pixels"),
         ({"max_pixels": "big"}, "max_pixels is 'big'"),
         ({"boxes": "inches"}, "boxes is 'inches'"),

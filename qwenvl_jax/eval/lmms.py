@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from qwenvl_jax.answers.boxes import from_model, sizes
 from qwenvl_jax.errors import InputError, OptionsError, install, shown
-from qwenvl_jax.eval.evaluator import check_counts, generate, in_batches
+from qwenvl_jax.eval.evaluator import generate, in_batches
 from qwenvl_jax.infer.options import GenerateOptions, tokens_left
 from qwenvl_jax.inputs.options import MediaOptions, PromptOptions, RecordOptions
 from qwenvl_jax.options import build, check_names, checked, names
@@ -66,14 +66,12 @@ class QwenVL(lmms):
         if device is not None:
             rule = "leave it out: JAX_PLATFORMS chooses the devices, and mesh=1x1x8 lays the model out over eight"
             raise OptionsError(f"device is {shown(device)}; {rule}")
-        if str(batch_size).startswith("auto"):
-            batch_size = max_batch_size or _BATCH
-        self._batch = _whole("batch_size", batch_size)
-        check_counts(self._batch, None)
+        self._batch = _whole(max_batch_size or _BATCH if str(batch_size).startswith("auto") else batch_size)
+        if wrong := [name for name in options if name in names(GenerateOptions)]:
+            raise OptionsError(f"{wrong[0]} is an option of a generation; give it by --gen_kwargs {wrong[0]}=…")
         check_names(options, _ARGUMENTS)
-        how = {cls: {n: v for n, v in options.items() if n in names(cls)} for cls in (MediaOptions, PromptOptions)}
-        for cls, values in how.items():
-            build(cls, values)
+        for cls in (MediaOptions, PromptOptions):
+            build(cls, {name: value for name, value in options.items() if name in names(cls)})
         records = build(RecordOptions, {n: v for n, v in options.items() if n in ("boxes", "on_bad_record")})
         self._skip, self._boxes = records.on_bad_record == "skip", records.boxes
         self._encoding = {name: value for name, value in options.items() if name in _ENCODING and value is not None}
@@ -156,12 +154,14 @@ def _engine(pretrained, mesh, dtype, batch: int):
     return Engine(model, max_batch=batch, ladder=Ladder(rows=tuple(sorted({1, batch}))))
 
 
-def _whole(name: str, value) -> int:
+def _whole(batch_size) -> int:
     """Flags of lmms-eval come as texts."""
     try:
-        return int(value)
-    except (TypeError, ValueError) as e:
-        raise OptionsError(f"{name} is {shown(value)}; it must be a whole number, at least 1, or auto") from e
+        if (count := int(batch_size)) > 0:
+            return count
+    except (TypeError, ValueError):
+        pass
+    raise OptionsError(f"batch_size is {shown(batch_size)}; it must be a whole number, at least 1, or auto")
 
 
 def _generate_options(settings: Mapping, allow_control_tokens: bool | None) -> GenerateOptions:
