@@ -32,6 +32,13 @@ from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.params import checkpoint
 
 
+def test_the_model_of_lmms_eval_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    monkeypatch.delitem(sys.modules, "qwenvl_jax.eval.lmms", raising=False)
+    with pytest.raises(ImportError, match=r"lmms-eval cannot be imported .*Install it: .*\[lmms-eval\]"):
+        import qwenvl_jax.eval.lmms  # noqa: F401
+
+
 @pytest.mark.parametrize(
     "prediction, golds, want",
     [

@@ -119,6 +119,7 @@ def test_wheel_and_sdist(tmp_path):
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"qwenvl_jax", "qwenvl_convert"}
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert "qwenvl = qwenvl_jax.cli:main\nqwenvl-convert = qwenvl_jax.cli:convert_main" in entry_points
+    assert "[lmms_eval.models]\nqwenvl_jax = qwenvl_jax.eval.lmms:manifest" in entry_points
 
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as t:

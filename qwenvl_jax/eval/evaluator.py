@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -203,50 +203,70 @@ class Evaluator:
             return e.at(q.where)
 
     def _answer(self, engine, todo: list[int], bad_last: bool) -> Iterator[dict[int, Any]]:
-        """Batches of {index: (question, text, finish_reason) or an InputError}.
-
-        bad_last: the bad records of a window come after its answers, so that the answers are kept if these end the run.
-        """
-        from tqdm import tqdm
-
-        if not todo:
-            return
+        """Batches of {index: (question, text, finish_reason) or an InputError}. bad_last: see `in_batches`."""
         # Questions of one task have similar sizes, so their batches need few buckets.
         order = sorted(todo, key=lambda i: self.questions[i].task)
-        windows = [order[i : i + self._batch * _AHEAD] for i in range(0, len(order), self._batch * _AHEAD)]
-        encode = partial(self._encode, engine)
-        with (
-            ThreadPoolExecutor(_LOADERS) as pool,
-            tqdm(total=len(order), desc="evaluating", disable=not self._progress) as bar,
-        ):
-            encoded = pool.map(encode, windows[0])
-            for window, following in zip(windows, [*windows[1:], []], strict=True):
-                pairs = dict(zip(window, _agreed(list(encoded)), strict=True))
-                encoded = pool.map(encode, following)  # starts now, while this window is answered
-                bad = {i: one for i, one in pairs.items() if isinstance(one, InputError)}
-                bar.update(len(bad))
-                if not bad_last:
-                    yield bad
-                by_length = sorted(pairs.keys() - bad.keys(), key=lambda i: (len(pairs[i][0].tokens), i))
-                for at in range(0, len(by_length), self._batch):
-                    batch = {i: pairs.pop(i) for i in by_length[at : at + self._batch]}
-                    bar.update(len(batch))
-                    yield self._generate(engine, batch)
-                if bad_last:
-                    yield bad
+        encode, answer = partial(self._encode, engine), partial(generate, engine, changes=self._options)
+        for batch in in_batches(order, encode, answer, self._batch, bad_last=bad_last, progress=self._progress):
+            yield {
+                i: one if isinstance(one, InputError) else (one[0], one[1].text, one[1].finish_reason)
+                for i, one in batch.items()
+            }
 
-    def _generate(self, engine, batch: dict[int, tuple[Sample, Question]]) -> dict[int, Any]:
-        why = ""
-        try:
-            results = engine.generate([sample for sample, _ in batch.values()], **self._options)
-        except NonFiniteError as e:
-            results, why = e.results, e.why
-        done: dict[int, Any] = {}
-        for (i, (_, question)), result in zip(batch.items(), results, strict=True):
-            done[i] = question, result.text, result.finish_reason
-            if result.finish_reason == "error":
-                done[i] = NonFiniteError(f"{question.where}: the model computed NaN or infinity: {why}")
-        return done
+
+def in_batches(
+    order: list[int], encode: Callable, answer: Callable, size: int, *, bad_last: bool = False, progress: bool = False
+) -> Iterator[dict[int, Any]]:
+    """Batches of {index: what `answer` gives for it, or an InputError}: similar lengths, of questions near in `order`.
+
+    encode: index → (Sample, something), or an InputError; runs in threads, ahead of the answers.
+    answer: {index: what `encode` gave} of at most `size` questions → {index: something}.
+    bad_last: the bad records of a window come after its answers, so that the answers are kept if these end the run.
+    """
+    from tqdm import tqdm
+
+    if not order:
+        return
+    windows = [order[i : i + size * _AHEAD] for i in range(0, len(order), size * _AHEAD)]
+    with (
+        ThreadPoolExecutor(_LOADERS) as pool,
+        tqdm(total=len(order), desc="evaluating", disable=not progress) as bar,
+    ):
+        encoded = pool.map(encode, windows[0])
+        for window, following in zip(windows, [*windows[1:], []], strict=True):
+            pairs = dict(zip(window, _agreed(list(encoded)), strict=True))
+            encoded = pool.map(encode, following)  # starts now, while this window is answered
+            bad = {i: one for i, one in pairs.items() if isinstance(one, InputError)}
+            bar.update(len(bad))
+            if not bad_last:
+                yield bad
+            by_length = sorted(pairs.keys() - bad.keys(), key=lambda i: (len(pairs[i][0].tokens), i))
+            for at in range(0, len(by_length), size):
+                batch = {i: pairs.pop(i) for i in by_length[at : at + size]}
+                bar.update(len(batch))
+                yield answer(batch)
+            if bad_last:
+                yield bad
+
+
+def generate(
+    engine, batch: Mapping[int, tuple[Sample, Any]], options: Sequence | None = None, changes: Mapping | None = None
+) -> dict[int, Any]:
+    """{index: (question, Result), or a NonFiniteError with its place} for {index: (sample, question)}.
+
+    options, changes: as for `Engine.generate`. The questions have a `where`.
+    """
+    why = ""
+    try:
+        results = engine.generate([sample for sample, _ in batch.values()], options, **(changes or {}))
+    except NonFiniteError as e:
+        results, why = e.results, e.why
+    done: dict[int, Any] = {}
+    for (i, (_, question)), result in zip(batch.items(), results, strict=True):
+        done[i] = question, result
+        if result.finish_reason == "error":
+            done[i] = NonFiniteError(f"{question.where}: the model computed NaN or infinity: {why}")
+    return done
 
 
 def check_counts(batch: int, limit: int | None) -> None:
