@@ -14,7 +14,7 @@ from tiny import tiny_config
 from qwenvl_jax import cli
 from qwenvl_jax.answers.boxes import Sizes, converted, from_model, sizes
 from qwenvl_jax.answers.grounding import Object, Parsed, parse
-from qwenvl_jax.answers.loose import Reader
+from qwenvl_jax.answers.lenient import Reader
 from qwenvl_jax.answers.writing import FORMS, write
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
