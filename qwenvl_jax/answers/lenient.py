@@ -14,7 +14,7 @@ for itself. So correct JSON is read as JSON but for the second one.
     \\frac, \\begin, \\times, \\neq  \\b and \\f before a letter, and commands of LaTeX that leave no word of a text
     C:\\Users\\new                 all single backslashes in a path of Windows that has one of the first two
 
-In mathematics (a string with $, \\( or \\[, and without doubled backslashes) short commands count too: \\to, \\nu, \\rm.
+In mathematics (a string with $, \\( or \\[, and no doubled backslash) short commands count too: \\to, \\nu, \\rm.
 What stays ambiguous is read as JSON says: C:\\new, \\to in prose, \\n and \\t of a regular expression.
 """
 
@@ -32,16 +32,15 @@ _SPACE = re.compile(r"(?:[\s,，;]|//[^\n]*+)*+")
 _NUMBERS = re.compile(r"[\[(]([-+.0-9eE,，\s]*+)[\])]")
 _NUMBER = re.compile(NUMBER)
 _COLON = re.compile(r"\s*+(?:[:：]|=>?)\s*+")
-_NAME = re.compile(r"[^\W\d][\w-]*+(?=\s*+(?:[:：=]|\Z))")
-_WORD = re.compile(r"[-+.\w]++(?=[\s,，;}\])]|\Z)")
-_PHRASE = re.compile(r"""[^\s,，;:="'`{}\[\]()<](?:[^,，;"'`{}\[\]()<\n]|(?<=\w)'(?=\w))*+""")
+_NAME = re.compile(r"[^\W\d][\w-]*+(?=\s*+[:：=]|\Z)")
+_WORD = re.compile(r"[-+.\w]++(?=[\s,，;\"`{}\[\])<]|\Z)")
+_PHRASE = re.compile(r"""[^\s,，;:="'`{}\[\]()<](?:[^,，;"'`{}\[\]()<\n]|(?<=[^\W\d_])'(?=[^\W\d_]))*+""")
 _JUNK = re.compile(r"""[^\s{}\[\]<`"'\w]++|\w++""")
 _OPENERS = re.compile(r"""(?:[\[{\s]|["'][^"'\\]{0,40}["']\s*+:\s*+)*+""")
 _LIST_KEY = re.compile(r"""(["'])[^"'\\\n]{0,200}\1\s*+[:：]""")
 _WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
 # What is no value of JSON, or a number that is too large.
 _NO_VALUE = re.compile(r"undefined|[-+]?(?:NaN|nan|Infinity|inf|[0-9]++(?:\.[0-9]*+)?(?:[eE][-+]?[0-9]++)?)")
-_END = re.compile(r"\s*+\Z")
 
 # What follows the quote that ends a key, a value of an object and a value of a list. Other quotes are text.
 _KEY = r"""["'][\w-]++["']\s*+[:：=]"""
@@ -255,15 +254,20 @@ class Reader:
         if key is CUT and not self.certain:
             holder[None] = CUT
         if not (colon := _COLON.match(text, end)):
-            if not _END.match(text, end):
+            if end < len(text):
                 self._doubt(end)
             self.half = self.half or self.certain
             return end
         if key in holder and not self.certain:  # the brace between two objects is missing
             self._stack.pop()
             self._push({}) if isinstance(self._stack[-1][0], list) else self._stack.append(({}, []))
-        self._stack[-1][1].append(key)
-        return colon.end()
+        end = colon.end()
+        if text[end : end + 1] in tuple(",，;"):  # the value is missing
+            self._doubt(end)
+            self._stack[-1][0][key] = None
+        else:
+            self._stack[-1][1].append(key)
+        return end
 
     def _no_key(self, at: int, holder: dict) -> int:
         self._doubt(at + 1)
@@ -303,7 +307,7 @@ class Reader:
     def _string(self, at: int, where: str) -> tuple[Any, int]:
         """(the string whose opening quote is at `at`, the place behind it). CUT if the text ends in it."""
         text, quote, start = self.text, self.text[at], at + 1
-        if text.startswith(quote * 3, at):  # Python's
+        if where != "key" and text.startswith(quote * 3, at):  # Python's
             end = text.find(quote * 3, at + 3)
             self.half = self.half or end < 0
             return (CUT, len(text)) if end < 0 else (text[at + 3 : end], end + 3)
