@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 from mutations import mutated
@@ -235,7 +236,7 @@ def check_deltas(events, turn: Turn) -> None:
     assert [type(e) for e in calls] == [CallStart, CallArguments, CallEnd] * (len(calls) // 3)
     ended = []
     for i, (start, arguments, end) in enumerate(zip(calls[::3], calls[1::3], calls[2::3], strict=True)):
-        assert start.index == arguments.index == end.index == i and start.id == f"call_{i}"
+        assert start.number == arguments.number == end.number == i and start.id == f"call_{i}"
         if end.call is None:
             with pytest.raises(ValueError):
                 json.loads(arguments.piece)
@@ -512,6 +513,49 @@ def test_backslashes_that_stand_for_themselves(text, value):
     assert lenient.read(f'{{"a": "{text}"}}').value == {"a": value}
     assert lenient.read(f"['{text}',]").value == [value]
     assert lenient.read(lenient.written({"a": value})).value == {"a": value}
+
+
+def test_valid_json_is_read_as_json():
+    """Also where its escapes may be something else: only \\b and \\f before letters and commands of LaTeX are not."""
+    rng = random.Random(0)
+    letters = [
+        *"abcz .:$(){}[]/01é",
+        "\\n",
+        "\\t",
+        "\\r",
+        '\\"',
+        "\\\\",
+        "\\/",
+        "\\u0041",
+        "C:",
+        "\\b ",
+        "\\f1",
+        "\\n5",
+        "\\t$",
+    ]
+    kept = "|".join(["[bf][A-Za-z]", *"nabla neq times theta tau nu ne to tan top rm".split()])
+    for _ in range(3000):
+        text = '{"a": "' + "".join(rng.choices(letters, k=rng.randrange(1, 20))) + '", "b": [1, "\\u00e9"]}'
+        if not re.search(rf"(?<!\\)(?:\\\\)*\\(?:{kept})", text):
+            assert lenient.read(text).value == json.loads(text), text
+
+
+@pytest.mark.parametrize("text, value", [
+    ('{"path": "C:\\\\new"}', "C:\\new"), ('{"path": "C:\\new"}', "C:\new"), ('{"path": "C:\\new",}', "C:\new"),
+    ('{"path": "C:\\Users\\new"}', "C:\\Users\\new"), ('{"path": "\\\\\\\\server\\\\new"}', "\\\\server\\new"),
+])  # fmt: skip
+def test_paths(text, value):
+    assert lenient.read(text).value == {"path": value} == lenient.Reader(text).read(0)[0][0]
+
+
+@pytest.mark.parametrize("text, value", [
+    ('{"a": , "b": 1}', {"a": None, "b": 1}), ('{"a": [1, 2, "b": 3}', None),
+    ('{"a": 1, {"b": 2}', {"a": 1}), ('{"a": }', {"a": None}), ('{"a": 1, b 2}', {"a": 1}),
+])  # fmt: skip
+def test_what_is_guessed_is_never_acted_on(text, value):
+    with pytest.raises(lenient.Unreadable):
+        lenient.read(text)
+    assert value is None or lenient.Reader(text).read(0)[0][0] == value
 
 
 @pytest.mark.parametrize("text", ["{{", "[1, 2}", "{12: 3}", "{" + "[" * 99, "{]", '{"a": NaN}'])

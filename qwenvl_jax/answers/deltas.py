@@ -10,9 +10,9 @@ from qwenvl_jax.answers.lenient import COMMANDS, written
 
 
 class CallStart(NamedTuple):
-    """A call begins. index: its place among the calls of the answer."""
+    """A call begins. number: of the answer's calls, from 0; OpenAI's API calls it the index."""
 
-    index: int
+    number: int
     id: str
     name: str
 
@@ -20,14 +20,14 @@ class CallStart(NamedTuple):
 class CallArguments(NamedTuple):
     """The next piece of a call's arguments. Joined, the pieces of a whole call are their JSON."""
 
-    index: int
+    number: int
     piece: str
 
 
 class CallEnd(NamedTuple):
     """A call ends. call: None if it is malformed or cut short; its pieces are then no JSON, so that nobody runs it."""
 
-    index: int
+    number: int
     call: ToolCall | None
 
 

@@ -66,9 +66,11 @@ def _is_same_step(call, wanted, screen, tolerance: float) -> bool:
     said, right = dict(call.arguments), dict(wanted.arguments)
     if call.name != wanted.name or said.keys() != right.keys():
         return False
-    swipes = [[shapes.numbers_of(a.get(key)) for key in ("coordinate", "coordinate2")] for a in (said, right)]
-    if all(end is not None and len(end) == 2 for swipe in swipes for end in swipe):
-        if _direction(*swipes[0]) != _direction(*swipes[1]):
+    swipes = [
+        _direction(*(shapes.numbers_of(a.get(key)) for key in ("coordinate", "coordinate2"))) for a in (said, right)
+    ]
+    if None not in swipes:
+        if swipes[0] != swipes[1]:
             return False
         right = {key: value for key, value in right.items() if key not in ("coordinate", "coordinate2")}
     for key, value in right.items():
@@ -78,8 +80,10 @@ def _is_same_step(call, wanted, screen, tolerance: float) -> bool:
     return True
 
 
-def _direction(start: tuple[float, ...], end: tuple[float, ...]) -> tuple[bool, int]:
-    """(whether it is along y, -1 or 1; 0 without a movement)."""
+def _direction(start: tuple[float, ...] | None, end: tuple[float, ...] | None) -> tuple[bool, int] | None:
+    """(whether it is along y, -1 or 1; 0 without a movement); None unless it has two points."""
+    if start is None or end is None or not len(start) == len(end) == 2:
+        return None
     x, y = end[0] - start[0], end[1] - start[1]
     along = y if abs(y) > abs(x) else x
     return abs(y) > abs(x), (along > 0) - (along < 0)
