@@ -708,6 +708,28 @@ def test_answers_carry_the_ids_of_their_records(tiny_checkpoint, tmp_path, capsy
         assert [line.get("record_id", "none") for line in lines] == ["r-1", 7, "none", "none"]
 
 
+@only_new
+def test_steps_are_measured_on_the_screen_that_the_model_sees(tiny_checkpoint, tmp_path, capsys, echo):
+    """A rerun, which opens no picture, scores them alike. Right answers may be in pixels of the file."""
+    Image.new("RGB", (60, 120)).save(tmp_path / "screen.png")
+    records = []
+    for said, right, boxes in (
+        ([14, 40], [14, 28], "resized"), ([14, 60], [14, 28], "resized"),
+        ([13, 77], [14, 90], "original"), ([14, 56], [10, 40, 20, 60], "original"),
+    ):  # fmt: skip
+        content = [{"type": "image", "image": "screen.png"}, {"type": "text", "text": "\n" + json.dumps(click(said))}]
+        asked = {"messages": [{"role": "user", "content": content}], "answer": click(right), "boxes": boxes}
+        records.append({**asked, "metric": "tool_step"})
+    output = tmp_path / "answers.jsonl"
+    argv = (write(tmp_path / "q.jsonl", *records), "--model", tiny_checkpoint, "--output", output)
+    for _ in range(2):
+        code, scores, err = run_eval(capsys, *argv)
+        assert code == 0, err
+        lines = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [line["score"] for line in lines] == [1, 0, 1, 1] and scores["overall"]["value"] == 0.75
+        assert {tuple(line["screen"]) for line in lines} == {(56, 112)} and len(echo.asked) == 4
+
+
 @pytest.mark.parametrize(
     "output, says",
     [

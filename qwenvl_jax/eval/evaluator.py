@@ -310,11 +310,7 @@ def _with_model_boxes(question: Question, sample: Sample, processor, coordinates
     Raises InputError for a box outside its picture.
     """
     if question.metric == "tool_step" and sample.visuals:
-        from qwenvl_jax.answers.boxes import sizes
-        from qwenvl_jax.families import family_of
-
-        last = sizes(sample.visuals[-1], processor.config)
-        question = question._replace(screen=last.of(family_of(processor.config).BOXES))
+        question = question._replace(screen=processor.limits(sample.visuals[-1]))
     if question.metric not in BOXES and coordinates is None:
         return question
     golds = []
