@@ -792,6 +792,13 @@ def test_time_is_linear(unit):
     assert long < 12 * max(short, 0.001)
 
 
+def test_many_lists_under_one_key():
+    short, long = (
+        timed(lambda n=n: parse('{"bbox_2d": [1, 2, 3, 4]' + " [5, 6, 7, 8]" * n + "}"), 0.02) for n in (1000, 4000)
+    )
+    assert len(long[1].objects) == 4001 and long[0] < 12 * max(short[0], 0.001)
+
+
 def drawn_json(rng, depth=0):
     if depth < 5 and rng.random() < 0.6:
         if rng.random() < 0.5:

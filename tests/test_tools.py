@@ -482,6 +482,15 @@ def test_long_answers_are_read_in_linear_time(piece, before):
     assert any(took(100_000) < max(0.05, 25 * took(10_000)) for _ in range(2))
 
 
+@pytest.mark.parametrize("unit", ["x", "\\\\n", "\\\\t5", "\\\\d", '", "', '"', "\\n", "é", "\\\\", "<", "C:\\\\n"])
+def test_long_calls_in_pieces_take_linear_time(unit):
+    def took(size: int) -> float:
+        text = '<tool_call>{"name": "f", "arguments": {"a": ["' + unit * (size // len(unit)) + '"]}}</tool_call>'
+        return timed(lambda: deltas(text[i : i + 9] for i in range(0, len(text), 9)), 0.05)[0]
+
+    assert any(took(40_000) < max(0.05, 12 * took(10_000)) for _ in range(2))
+
+
 # ------------------------------------------------------------------------------------------ lenient JSON
 
 

@@ -5,10 +5,10 @@ and quotes within a string, missing or doubled commas, missing closing brackets,
 and the time is linear in the length of the text.
 
 `read` is for what is acted on: it raises Unreadable where a text has no single meaning. `Reader` is for what is looked
-at: it reads on with the likeliest meaning.
+at: it reads on with the likeliest meaning. (A key that stands twice then begins another object.)
 
 Backslashes have one rule in both. An escape means what JSON says, with three exceptions, in which its backslash stands
-for itself. So correct JSON is read as JSON but for the second one.
+for itself. Correct JSON has only the second one, and paths with a `\\b` or `\\f` of it; in all else it is read as JSON.
 
     \\d, \\_, \\alpha, \\(          an escape that JSON lacks
     \\frac, \\begin, \\times, \\neq  \\b and \\f before a letter, and commands of LaTeX that leave no word of a text
@@ -280,7 +280,9 @@ class Reader:
         if text[at] in "[(" and holder and (found := _NUMBERS.match(text, at)) and found[1].strip():
             key = next(reversed(holder))  # one more list of numbers under the last key
             if isinstance(value := holder[key], list) and value:
-                holder[key] = [*(value if all(isinstance(v, list) for v in value) else [value]), _row(found[1])]
+                if not isinstance(value[-1], list):
+                    value = holder[key] = [value]
+                value.append(_row(found[1]))
                 return found.end()
         return _behind(_JUNK, text, at) if _JUNK.match(text, at) else at + 1
 
@@ -336,8 +338,8 @@ class Reader:
 
 def unescaped(text: str) -> str:
     """The text that stands between the quotes of a string, without its escapes."""
-    text = _PATH.sub(lambda m: m[0].replace("\\", "\\\\") if _FOREIGN.search(m[0]) else m[0], text)
     commands = COMMANDS if "\\\\" not in text and _MATH.search(text) else _COMMANDS
+    text = _PATH.sub(lambda m: m[0].replace("\\", "\\\\") if _FOREIGN.search(m[0]) else m[0], text)
 
     def character(found: re.Match) -> str:
         if commands.match(text, found.start() + 1):
