@@ -630,6 +630,14 @@ def test_what_is_written_is_read(form):
         assert parse(write(objects, form)) == Parsed(objects, 0)
 
 
+@pytest.mark.parametrize(
+    "label", ["\fa \bc", "$x$ \to", "\times \neq", r"\frac \d C:\Users\new", "C:\new", r"\\server\new"]
+)
+def test_labels_with_backslashes_and_control_characters(label):
+    objects = [box(label, 1, 2, 3, 4, seen=label)]
+    assert parse(write(objects)) == Parsed(objects, 0) and json.loads(write(objects))[0]["label"] == label
+
+
 def test_written_forms():
     tilted = polygon("猫", *SLOPE)
     assert write([MUG, point("pen", 5, 6.5)]) == (
