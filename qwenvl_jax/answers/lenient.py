@@ -21,7 +21,9 @@ What stays ambiguous is read as JSON says: C:\\new, \\to in prose, \\n and \\t o
 import json
 import math
 import re
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from typing import Any, NamedTuple
 
 CUT = ...  # stands for what the end of the text cut off: a value of an object, or the rest of a list
@@ -109,29 +111,28 @@ def _finite(word: str) -> float:
     return value
 
 
-def _no_value(word: str):
-    raise ValueError(word)
-
-
 def _pairs(pairs: list[tuple[str, Any]]) -> dict:
     if len(value := dict(pairs)) < len(pairs):
         raise ValueError("a key twice: a brace between two objects is missing")
     return value
 
 
+def _levels(value) -> Iterator[list]:
+    """What is in a list or dict, level by level."""
+    holders = [value]
+    while holders:
+        yield (inner := [v for h in holders for v in (h.values() if isinstance(h, dict) else h)])
+        holders = [v for v in inner if isinstance(v, dict | list)]
+
+
 def _is_shallow(value) -> bool:
     """Whether brackets are nested at most DEPTH deep."""
-    holders = [value]
-    for _ in range(DEPTH):
-        inner = (v for h in holders for v in (h.values() if isinstance(h, dict) else h))
-        if not (holders := [v for v in inner if isinstance(v, dict | list)]):
-            return True
-    return False
+    return sum(1 for _ in islice(_levels(value), DEPTH + 1)) <= DEPTH
 
 
 _DECODERS = {
     certain: json.JSONDecoder(
-        parse_float=_finite, parse_constant=_no_value, strict=False, object_pairs_hook=None if certain else _pairs
+        parse_float=_finite, parse_constant=_finite, strict=False, object_pairs_hook=None if certain else _pairs
     )
     for certain in (True, False)
 }
@@ -362,13 +363,7 @@ def written(value) -> str:
 
 def is_cut(value) -> bool:
     """Whether the end of the text cut off a part of a value."""
-    holders = [value]
-    while holders:
-        inner = [v for h in holders for v in (h.values() if isinstance(h, dict) else h)]
-        if any(v is CUT for v in inner):
-            return True
-        holders = [v for v in inner if isinstance(v, dict | list)]
-    return False
+    return any(v is CUT for level in _levels(value) for v in level)
 
 
 def number(word: str) -> int | float | None:
