@@ -189,6 +189,61 @@ def test_tool_calls(prediction, golds, types, whole):
     assert metrics.tool_call(prediction, golds) == whole
 
 
+def swipe(*points) -> dict:
+    arguments = {"action": "swipe", "coordinate": list(points[:2]), "coordinate2": list(points[2:])}
+    return {"name": "mobile_use", "arguments": arguments}
+
+
+def click(place, name="mobile_use", **more) -> dict:
+    return {"name": name, "arguments": {"action": "click", "coordinate": place, **more}}
+
+
+@pytest.mark.parametrize(
+    "said, right, want",
+    [
+        # within 14% of a screen of 1000 x 2000: widths and heights count alike
+        (click([500, 1000]), click([500, 1000]), 1),
+        (click([639, 1000]), click([500, 1000]), 1),
+        (click([641, 1000]), click([500, 1000]), 0),
+        (click([500, 1279]), click([500, 1000]), 1),
+        (click([500, 1281]), click([500, 1000]), 0),
+        (click([599, 1199]), click([500, 1000]), 0),
+        (click(["510", "990"]), click([500, 1000]), 1),
+        # in the element's box, however large; a box is no tolerance
+        (click([53, 2104]), click([53, 1287, 513, 2104]), 1),
+        (click([52, 2104]), click([53, 1287, 513, 2104]), 0),
+        (click([9, 9]), click([[53, 1287, 513, 2104], [0, 0, 10, 10]]), 1),
+        (click([20, 9]), click([[53, 1287, 513, 2104], [0, 0, 10, 10]]), 0),
+        # what is no point, and everything else, must be equal
+        (click([500]), click([500, 1000]), 0),
+        (click("there"), click([500, 1000]), 0),
+        (click([500, 1000], time=1), click([500, 1000]), 0),
+        (click([500, 1000], time=1), click([500, 1000], time=2), 0),
+        (click([500, 1000], "computer_use"), click([500, 1000]), 0),
+        ({**ZOOM}, ZOOM, 1),
+        ({"name": "zoom", "arguments": {"factor": 3}}, ZOOM, 0),
+        ({"name": "a", "arguments": {"action": "type", "text": "hi"}},
+         {"name": "a", "arguments": {"action": "type", "text": "hi "}}, 0),
+        # a swipe has one of four directions
+        (swipe(500, 1500, 480, 400), swipe(100, 900, 100, 800), 1),
+        (swipe(500, 400, 500, 1500), swipe(100, 900, 100, 800), 0),
+        (swipe(500, 400, 900, 500), swipe(100, 900, 100, 800), 0),
+        (swipe(500, 400, 500, 400), swipe(100, 900, 100, 800), 0),
+        (click([100, 900]), swipe(100, 900, 100, 800), 0),
+    ],
+)  # fmt: skip
+def test_steps_of_agents(said, right, want):
+    assert metrics.tool_step(called(said), ["nothing", called(right)], screen=(1000, 2000)) == want
+    assert metrics.tool_step(called(said, ZOOM), [called(right)], screen=(1000, 2000)) == 0
+    assert metrics.tool_step(called(ZOOM, said), [called(ZOOM, right)], screen=(1000, 2000)) == want
+
+
+def test_without_a_screen_points_are_equal():
+    gold = called(click([500, 1000]))
+    assert metrics.tool_step(gold, [gold]) == 1 and metrics.tool_step(called(click([501, 1000])), [gold]) == 0
+    assert metrics.tool_step(gold, [called(click([400, 900, 600, 1100]))]) == 1
+
+
 @pytest.mark.parametrize(
     "metric, answer, golds, prediction",
     [
@@ -658,6 +713,28 @@ def test_answers_carry_the_ids_of_their_records(tiny_checkpoint, tmp_path, capsy
         assert run_eval(capsys, *argv)[0] == 0
         lines = [json.loads(line) for line in output.read_text().splitlines()]
         assert [line.get("record_id", "none") for line in lines] == ["r-1", 7, "none", "none"]
+
+
+@only_new
+def test_steps_are_measured_on_the_screen_that_the_model_sees(tiny_checkpoint, tmp_path, capsys, echo):
+    """A rerun, which opens no picture, scores them alike. Right answers may be in pixels of the file."""
+    Image.new("RGB", (60, 120)).save(tmp_path / "screen.png")
+    records = []
+    for said, right, boxes in (
+        ([14, 40], [14, 28], "resized"), ([14, 60], [14, 28], "resized"),
+        ([13, 77], [14, 90], "original"), ([14, 56], [10, 40, 20, 60], "original"),
+    ):  # fmt: skip
+        content = [{"type": "image", "image": "screen.png"}, {"type": "text", "text": "\n" + json.dumps(click(said))}]
+        asked = {"messages": [{"role": "user", "content": content}], "answer": click(right), "boxes": boxes}
+        records.append({**asked, "metric": "tool_step"})
+    output = tmp_path / "answers.jsonl"
+    argv = (write(tmp_path / "q.jsonl", *records), "--model", tiny_checkpoint, "--output", output)
+    for _ in range(2):
+        code, scores, err = run_eval(capsys, *argv)
+        assert code == 0, err
+        lines = [json.loads(line) for line in output.read_text().splitlines()]
+        assert [line["score"] for line in lines] == [1, 0, 1, 1] and scores["overall"]["value"] == 0.75
+        assert {tuple(line["screen"]) for line in lines} == {(56, 112)} and len(echo.asked) == 4
 
 
 @pytest.mark.parametrize(

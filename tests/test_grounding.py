@@ -14,7 +14,7 @@ from tiny import tiny_config
 from qwenvl_jax import cli
 from qwenvl_jax.answers.boxes import Sizes, converted, from_model, sizes
 from qwenvl_jax.answers.grounding import Object, Parsed, parse
-from qwenvl_jax.answers.loose import Reader
+from qwenvl_jax.answers.lenient import Reader
 from qwenvl_jax.answers.writing import FORMS, write
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
@@ -497,6 +497,12 @@ ANSWERS = {
             r"C:\\Users\\new": r"C:\Users\new",
             r"A:\nfoo\tbar\r\nto": "A:\nfoo\tbar\r\nto",
             r"a\to \not": "a\to \not",
+            r"$a\to b$ \new": "$a\\to b$ \new",
+            r"$\\alpha$ \to": "$\\alpha$ \to",
+            r"a \times b \times2": "a \\times b \\times2",
+            r"a\timescale \ttext \nequal": "a\timescale \ttext \nequal",
+            r"C:\new\table": "C:\new\table",
+            r"\d+\s*\_ \(x\)": r"\d+\s*\_ \(x\)",
             r"\u00e9 \u00C9\f": "é É\f",
         }.items()
     ],
@@ -522,6 +528,53 @@ def test_pictures_and_clips_are_counted_for_themselves(clips, places):
     """As the chat template numbers them. What is not there stays out of the conversation."""
     text = "Picture 1: [1,2,3,4]\nVideo 1: [1,2,3,4]\nSecond image: [1,2,3,4]\n第二个视频：[1,2,3,4]"
     assert tuple(o.image for o in parse(text, clips).objects) == places
+
+
+@pytest.mark.parametrize(
+    "text, places",
+    [
+        # from the end
+        ("In the last picture: #", (2,)),
+        ("the cat in the final photo #", (2,)),
+        ("The last input image shows #", (2,)),
+        ("In the second-to-last image: #", (1,)),
+        ("the second last picture #", (1,)),
+        ("最后一张图：#", (2,)),
+        ("最后一张里 #", (2,)),
+        ("最后的图片中：#", (2,)),
+        ("倒数第二张图：#", (1,)),
+        ('{"image": "last", "bbox_2d": [1, 2, 3, 4]}', (2,)),
+        ('{"last_image": [{"bbox_2d": [1, 2, 3, 4]}]}', (2,)),
+        ('{"bbox_2d": [1, 2, 3, 4], "label": "the cat in the last image"}', (2,)),
+        ("In the fourth to last image: #", (3,)),  # not there
+        # one of them, after a picture is named
+        ("Image 1 shows a dog: # In the second one, # and in the last one #", (0, 1, 2)),
+        ("In the first image # and in the second: #", (0, 1)),
+        ("The first picture has one: # On the third #", (0, 2)),
+        ("第一张图：# 第二个里 # 第3张：#", (0, 1, 2)),
+        # other things
+        ("In the second one: #", (0,)),
+        ("Image 2 has two dogs. The first one is #, the second one is #", (1, 1)),
+        ("Image 2: in the first row # in the first 5 rows #", (1, 1)),
+        ("第2张图：第一个 # 第二个 #", (1, 1)),
+        ("In the other image: #", (0,)),
+        ("最后图中有2只猫：#", (0,)),
+        ("In the last images: #", (0,)),
+        ("At last: #", (0,)),
+    ],
+)
+def test_pictures_in_other_words(text, places):
+    read = parse(text.replace("#", "[1, 2, 3, 4]"), [False] * 3)
+    assert tuple(o.image for o in read.objects) == places and read.malformed == 0
+
+
+def test_the_last_of_its_kind():
+    text = "The last picture: [1,2,3,4]\nThe last video: [1,2,3,4]\nin the first one: [1,2,3,4]"
+    assert [o.image for o in parse(text, (False, True, True, False)).objects] == [3, 2, 1]
+    assert [o.image for o in parse(text).objects] == [0, 0, 0]
+    assert [o.label for o in parse(text).objects] == ["", "", ""]
+    two = Result(text[:27], [], "stop", 1, pictures=(Sizes((10, 10), (10, 10)),) * 2, boxes="resized")
+    assert [o.image for o in two.objects().objects] == [1]
 
 
 def test_a_rectangle_turns_clockwise():
@@ -575,6 +628,14 @@ def test_what_is_written_is_read(form):
     for _ in range(1500):
         objects = drawn_objects(rng, form)
         assert parse(write(objects, form)) == Parsed(objects, 0)
+
+
+@pytest.mark.parametrize(
+    "label", ["\fa \bc", "$x$ \to", "\times \neq", r"\frac \d C:\Users\new", "C:\new", r"\\server\new"]
+)
+def test_labels_with_backslashes_and_control_characters(label):
+    objects = [box(label, 1, 2, 3, 4, seen=label)]
+    assert parse(write(objects)) == Parsed(objects, 0) and json.loads(write(objects))[0]["label"] == label
 
 
 def test_written_forms():
@@ -679,7 +740,29 @@ def test_mutated_answers(count):
 
 
 @pytest.mark.parametrize(
-    "unit", ["[", "{", "(", "7", "[{", "[[", "<", '"', "'", "\\", "<points ", "<ref>", "Picture 1 ", "`"]
+    "unit",
+    [
+        *(
+            "[",
+            "{",
+            "(",
+            "7",
+            "[{",
+            "[[",
+            "<",
+            '"',
+            "'",
+            "\\",
+            "<points ",
+            "<ref>",
+            "Picture 1 ",
+            "`",
+            '"""',
+            "//",
+            "$\\",
+        ),
+        *("the last image ", "in the second ", "倒数第", "最后一", "[1", "{a;"),
+    ],
 )
 def test_long_senseless_texts(unit):
     text = unit * (100_000 // len(unit))
@@ -699,6 +782,7 @@ SLOW = [
     '{"label":"a","label":"b",',
 ]
 SLOW += [
+    '{"a"=',
     '{"bbox_2d":',
     '"bbox_2d": [1,2,3,4] ',
     "<point>1 2",
@@ -714,6 +798,13 @@ def test_time_is_linear(unit):
     """Four times the text takes about four times as long; twelve leaves room for other load."""
     short, long = (timed(lambda n=n: parse(unit * (n // len(unit))), 0.02)[0] for n in (10_000, 40_000))
     assert long < 12 * max(short, 0.001)
+
+
+def test_many_lists_under_one_key():
+    short, long = (
+        timed(lambda n=n: parse('{"bbox_2d": [1, 2, 3, 4]' + " [5, 6, 7, 8]" * n + "}"), 0.02) for n in (1000, 4000)
+    )
+    assert len(long[1].objects) == 4001 and long[0] < 12 * max(short[0], 0.001)
 
 
 def drawn_json(rng, depth=0):

@@ -2,12 +2,14 @@
 
 import json
 import random
+import re
 
 import pytest
 from mutations import mutated
 from timing import timed
 
 from qwenvl_jax.answers import lenient
+from qwenvl_jax.answers.deltas import CallArguments, CallEnd, CallStart
 from qwenvl_jax.answers.tools import Stream, ToolCall, Turn, message, parse, results, write
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS
@@ -211,6 +213,119 @@ def test_text_and_calls_come_as_soon_as_they_are_known():
     assert stream.feed("\n") == [] and stream.feed("So.") == ["\nSo."] and stream.close() == []
 
 
+# ------------------------------------------------------------------------------------------ calls in pieces
+
+
+def deltas(pieces, thinking=False) -> list:
+    """The events of a stream, with neighbouring pieces of a text and of one call's arguments joined."""
+    stream, out = Stream(thinking, deltas=True), []
+    for event in [e for piece in pieces for e in stream.feed(piece)] + stream.close():
+        last = out[-1] if out else None
+        if isinstance(event, str) and isinstance(last, str):
+            out[-1] += event
+        elif isinstance(event, CallArguments) and isinstance(last, CallArguments):
+            out[-1] = last._replace(piece=last.piece + event.piece)
+        else:
+            out.append(event)
+    return out
+
+
+def check_deltas(events, turn: Turn) -> None:
+    """The events are the turn's calls; a malformed one is told before it is text, or is text."""
+    calls = [e for e in events if not isinstance(e, str)]
+    assert [type(e) for e in calls] == [CallStart, CallArguments, CallEnd] * (len(calls) // 3)
+    ended = []
+    for i, (start, arguments, end) in enumerate(zip(calls[::3], calls[1::3], calls[2::3], strict=True)):
+        assert start.number == arguments.number == end.number == i and start.id == f"call_{i}"
+        if end.call is None:
+            with pytest.raises(ValueError):
+                json.loads(arguments.piece)
+        else:
+            assert start.name == end.call.name and json.loads(arguments.piece) == end.call.arguments
+            assert arguments.piece == lenient.written(end.call.arguments) or arguments.piece.count('"a"') > 1
+            ended.append(end.call)
+    assert ended == turn.calls
+    said = "".join(e for e in events if isinstance(e, str))
+    assert said.strip() == turn.text.strip() if len(calls) == 3 * len(ended) else len(said) < len(turn.text)
+
+
+LONG = {
+    "code": 'def f(x):\n\tif x < "é":\r\n\t\treturn {"a": [1, 2]}  # "</b>" \\ C:\\new /\n',
+    "n": [0, -7, 1.5, 1e300, 10**18, True, None, {}, [], "", {"北京": "😀"}],
+    "more": {"a": {"b": [["x"], ["\x01\x7f\u2028"]]}},
+}
+WRITTEN = [
+    json.dumps({"name": "f", "arguments": LONG}, ensure_ascii=ascii, indent=indent, separators=separators)
+    for ascii in (True, False)
+    for indent, separators in ((None, None), (2, None), (None, (",", ":")))
+] + [
+    '{"name": "f", "arguments": {"a": 1, "a": "x"}}',  # a key twice
+    '{"name": "f", "arguments": {"a": "\\/\\u0041\\u000a\\u000able \\n\\u0061bla"}}',
+    r'{"name": "f", "arguments": {"a": "$\frac{1}{2}$ \times \n\nabla\neq \time \new C:\new C:\\d \d+ A:\n", "b": 1}}',
+    r'{"name": "f", "arguments": {"re": "^\w+\.\d{2}\s*$", "b": [1, 2}}',
+    '{"name": "f", "arguments": {"a": "say "hi", please", "b": "x"}}',
+    '{"name": "f", "arguments": {"a": ["say "hi", please", "b"], "c": ["a", true]}}',
+    '{"name": "f", "arguments": {"a": "A:\\n\\u0041", "b": "x:\\\\y"}}',
+]
+SPLIT = [*ANSWERS, *(tagged(body) for body in WRITTEN), *(f"A\n<tool_call>\n{body}" for body in [*CUT, *WRITTEN])]
+SPLIT += [f"<tool_call>\n{body[:n]}" for body in WRITTEN for n in range(30, len(body), 17)]
+
+
+@pytest.mark.parametrize("answer", SPLIT)
+def test_calls_in_pieces(answer):
+    whole = deltas([answer])
+    check_deltas(whole, parse(answer))
+    assert deltas(answer) == whole  # characters
+    rng = random.Random(answer)
+    for cuts in [[i] for i in range(1, len(answer), 1 + len(answer) // 40)] + [
+        sorted(rng.choices(range(len(answer) + 1), k=5)) for _ in range(10)
+    ]:
+        assert deltas(answer[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)) == whole
+
+
+@pytest.mark.parametrize("answer", [answer for answer in THOUGHTS if answer.count("</think") == 1])
+def test_calls_in_pieces_after_a_thought(answer):
+    for pieces in ([answer], answer):
+        check_deltas(deltas(pieces, thinking=True), parse(answer))
+
+
+@pytest.mark.parametrize("body", WRITTEN[:6])
+def test_arguments_come_as_they_are_written(body):
+    """No more than the few characters that may still change are held back, and never the last bracket."""
+    stream, given = Stream(deltas=True), ""
+    text = f"<tool_call>\n{body}\n</tool_call>"
+    begin = body.index('"arguments"') + 20
+    for i, c in enumerate(text):
+        given += "".join(e.piece for e in stream.feed(c) if isinstance(e, CallArguments))
+        if len("<tool_call>\n") + begin < i < len(text) - 20:
+            read = lenient.read(text[12 : i + 1]).value.get("arguments", {})
+            assert len(given) >= len(lenient.written(read)) - 30
+            with pytest.raises(ValueError):
+                json.loads(given)
+    assert json.loads(given) == LONG
+
+
+def test_events_of_a_call():
+    stream = Stream(deltas=True, first=2)
+    assert stream.feed("I look.\n<tool_ca") == ["I look."]
+    assert stream.feed('ll>{"name": "f", "argum') == []
+    assert stream.feed('ents": {"a": "Par') == [CallStart(0, "call_2", "f"), CallArguments(0, '{"a": "Par')]
+    assert stream.feed("is") == [CallArguments(0, "is")]
+    assert stream.feed('"}') == [CallArguments(0, '"')]
+    assert stream.feed("}</tool_call>") == [CallArguments(0, "}"), CallEnd(0, f(a="Paris"))]
+    assert stream.feed('<tool_call>{"name": "g", "arguments": {"b": [1, 2') == [
+        CallStart(1, "call_3", "g"),
+        CallArguments(1, '{"b": [1'),
+    ]
+    assert stream.close() == [CallEnd(1, None)] and stream.malformed == 1 and stream.whole == 1
+
+
+def test_what_is_given_is_not_taken_back():
+    """A call whose later words say something else ends as malformed."""
+    events = deltas([tagged('{"name": "f", "arguments": {"a": 1}, "arguments": {"b": 2}}')])
+    assert events == [CallStart(0, "call_0", "f"), CallArguments(0, '{"a": 1'), CallEnd(0, None)]
+
+
 # ------------------------------------------------------------------------------------------ writing, messages
 
 NASTY = [
@@ -341,6 +456,7 @@ def check_mutations(seeds):
         json.dumps(message(turn)["tool_calls"] if turn.calls else [], ensure_ascii=False).encode()
         cut = rng.randrange(len(text) + 1)
         assert streamed([text[:cut], text[cut:]]) == streamed([text])
+        assert deltas([text[:cut], text[cut:]]) == deltas([text])
     assert slowest < 0.05
 
 
@@ -364,6 +480,15 @@ def test_long_answers_are_read_in_linear_time(piece, before):
         return timed(lambda: parse(text, ["f"]), 0.05)[0]
 
     assert any(took(100_000) < max(0.05, 25 * took(10_000)) for _ in range(2))
+
+
+@pytest.mark.parametrize("unit", ["x", "\\\\n", "\\\\t5", "\\\\d", '", "', '"', "\\n", "é", "\\\\", "<", "C:\\\\n"])
+def test_long_calls_in_pieces_take_linear_time(unit):
+    def took(size: int) -> float:
+        text = '<tool_call>{"name": "f", "arguments": {"a": ["' + unit * (size // len(unit)) + '"]}}</tool_call>'
+        return timed(lambda: deltas(text[i : i + 9] for i in range(0, len(text), 9)), 0.05)[0]
+
+    assert any(took(40_000) < max(0.05, 12 * took(10_000)) for _ in range(2))
 
 
 # ------------------------------------------------------------------------------------------ lenient JSON
@@ -397,6 +522,49 @@ def test_backslashes_that_stand_for_themselves(text, value):
     assert lenient.read(f'{{"a": "{text}"}}').value == {"a": value}
     assert lenient.read(f"['{text}',]").value == [value]
     assert lenient.read(lenient.written({"a": value})).value == {"a": value}
+
+
+def test_valid_json_is_read_as_json():
+    """Also where its escapes may be something else: only \\b and \\f before letters and commands of LaTeX are not."""
+    rng = random.Random(0)
+    letters = [
+        *"abcz .:$(){}[]/01é",
+        "\\n",
+        "\\t",
+        "\\r",
+        '\\"',
+        "\\\\",
+        "\\/",
+        "\\u0041",
+        "C:",
+        "\\b ",
+        "\\f1",
+        "\\n5",
+        "\\t$",
+    ]
+    kept = "|".join(["[bf][A-Za-z]", *"nabla neq times theta tau nu ne to tan top rm".split()])
+    for _ in range(3000):
+        text = '{"a": "' + "".join(rng.choices(letters, k=rng.randrange(1, 20))) + '", "b": [1, "\\u00e9"]}'
+        if not re.search(rf"(?<!\\)(?:\\\\)*\\(?:{kept})", text):
+            assert lenient.read(text).value == json.loads(text), text
+
+
+@pytest.mark.parametrize("text, value", [
+    ('{"path": "C:\\\\new"}', "C:\\new"), ('{"path": "C:\\new"}', "C:\new"), ('{"path": "C:\\new",}', "C:\new"),
+    ('{"path": "C:\\Users\\new"}', "C:\\Users\\new"), ('{"path": "\\\\\\\\server\\\\new"}', "\\\\server\\new"),
+])  # fmt: skip
+def test_paths(text, value):
+    assert lenient.read(text).value == {"path": value} == lenient.Reader(text).read(0)[0][0]
+
+
+@pytest.mark.parametrize("text, value", [
+    ('{"a": , "b": 1}', {"a": None, "b": 1}), ('{"a": [1, 2, "b": 3}', None),
+    ('{"a": 1, {"b": 2}', {"a": 1}), ('{"a": }', {"a": None}), ('{"a": 1, b 2}', {"a": 1}),
+])  # fmt: skip
+def test_what_is_guessed_is_never_acted_on(text, value):
+    with pytest.raises(lenient.Unreadable):
+        lenient.read(text)
+    assert value is None or lenient.Reader(text).read(0)[0][0] == value
 
 
 @pytest.mark.parametrize("text", ["{{", "[1, 2}", "{12: 3}", "{" + "[" * 99, "{]", '{"a": NaN}'])

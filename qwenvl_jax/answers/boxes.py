@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from qwenvl_jax.answers.grounding import THOUGHT, Object, Parsed, parse, places
-from qwenvl_jax.answers.loose import NUMBER
+from qwenvl_jax.answers.lenient import NUMBER
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, shown
 from qwenvl_jax.types import COORDINATES, Visual

@@ -10,7 +10,7 @@
     <p data-bbox="x1 y1 x2 y2">, which `answers.documents` reads with its text                        Qwen2.5-VL
     click(start_box='(x,y)'), <point>x y</point>, <ref>cat</ref><box>[[x1, y1, x2, y2]]</box>      UI-TARS and others
 
-Broken JSON is read as far as it goes (`answers.loose`). The coordinates are those of the text;
+Broken JSON is read as far as it goes (`answers.lenient`). The coordinates are those of the text;
 `boxes.converted` takes them to others, and `writing.write` makes such texts.
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from qwenvl_jax.answers import names, shapes
-from qwenvl_jax.answers.loose import CUT, NUMBER, Reader, is_cut, out_of_string
+from qwenvl_jax.answers.lenient import CUT, NUMBER, Reader, is_cut, out_of_string
 
 
 class Object(NamedTuple):

@@ -1,6 +1,8 @@
 """What the words around coordinates name: the label of an object, and the picture or clip that it is in.
 
-Pictures are named as in "Picture 2:", "in the second image", 第二张图, {"image": 2} and {"label": "Image 2: dog"}.
+Pictures are named as in "Picture 2:", "in the second image", "in the last image", 第二张图, 最后一张, {"image": 2} and
+{"label": "Image 2: dog"}. After a picture is named, "in the second one" and "in the second:" name one of its kind.
+These name none, since they may be about other things: "the second one is", "the other image", "the left image", 第二个.
 """
 
 import re
@@ -14,7 +16,7 @@ class Picture(NamedTuple):
     """A picture as a text names it.
 
     kind: "image" or "video", by the noun; "index" for `img_idx` of Qwen's zoom tool, which always counts from 0.
-    number: as the text says it.
+    number: as the text says it; from the end, the last one is -1.
     """
 
     kind: str
@@ -47,10 +49,17 @@ _NAMED = re.compile(
     r"(?:[ _#]{0,3}|-|\s?(?:no\.?|number|nr\.?)\s?)"
     rf"(?:(?P<n>[0-9]{{1,3}})(?![0-9]|\.[0-9]|[a-z]){_COUNTS}"
     rf"|(?P<word>{'|'.join(_WORDS)})\b{_AFTER}(?!\s*\w))"
-    rf"|(?<![a-z-])(?<![0-9] )(?P<nth>{_ORDINAL})[ -](?:(?:input|given|provided|attached)\s)?"
-    rf"(?P<noun2>{_IMAGE}|video|clip)(?![a-z])"
-    rf"|(?:第\s?(?P<han>{_HAN})\s?(?:[张幅副]\s?{_HAN_NOUN}?|[个段]?\s?{_HAN_NOUN})|{_HAN_NOUN}\s{{0,3}}(?P<han2>{_HAN}))"
+    rf"|(?<![a-z-])(?<![0-9] )(?:(?P<nth>{_ORDINAL})(?P<back>(?:[ -]to)?[ -]last)?|(?P<last>last|final))[ -]"
+    rf"(?:(?:input|given|provided|attached)\s)?(?P<noun2>{_IMAGE}|video|clip)(?![a-z])"
+    rf"|(?:(?:(?P<back2>倒数)?第\s?(?P<han>{_HAN})|(?P<last2>最后)(?:的|\s?[一1]))\s?"
+    rf"(?:[张幅副]\s?{_HAN_NOUN}?|[个段]?\s?{_HAN_NOUN})|{_HAN_NOUN}\s{{0,3}}(?P<han2>{_HAN}))"
     r"(?![个只条人辆件位匹名头棵朵秒分])",
+    re.I,
+)
+# One of several pictures, after one is named.
+_ONE = re.compile(
+    rf"\b(?:in|on|from)\s+the\s+(?:(?P<nth>{_ORDINAL})|last|final)(?:\s+one\b|(?=\s*(?:[:：,，]|\Z)))"
+    rf"|第\s?(?P<han>{_HAN})\s?[个段](?=\s?[里中])",
     re.I,
 )
 # The end of a sentence that leads to coordinates and names nothing.
@@ -64,7 +73,7 @@ _THERE = re.compile(
     rf"^there (?:is|are|was|were)\s+(?:(?:also|only|an?|the|some|several|{'|'.join(_WORDS)}|[0-9]{{1,3}})\s+){{0,2}}",
     re.I,
 )
-_IN = re.compile(r"\W*\b(?:in|on|of|from|for|within)(?:\s+the)?\s*\Z|[\s(（,，在]+\Z", re.I)
+_IN = re.compile(r"\A\W*the\s+\Z|\W*\b(?:in|on|of|from|for|within)(?:\s+the)?\s*\Z|[\s(（,，在]+\Z", re.I)
 _STOP = re.compile(r"\b(?:i|we|you|it|they|he|she|see|found|here|click|tap|box|boxes|values?|sum)\b", re.I)
 _DETERMINER = re.compile(r"\b(?:the|this|that|an?|each|every|your|our|my)\s+\Z", re.I)
 _IS_NAME = re.compile(_AFTER, re.I)
@@ -76,7 +85,7 @@ _STRIPPED = " \t\r,;:：，、-*•`\"'."
 def mentions(text: str) -> Iterator[tuple[Picture, int, int]]:
     """(picture, start, end) of each name of a picture."""
     for found in _NAMED.finditer(text):
-        word = next(filter(None, (found[n] for n in ("n", "word", "nth", "han", "han2"))))
+        word = next(filter(None, (found[n] for n in ("n", "word", "nth", "han", "han2"))), "1")
         before = text[max(found.start() - 12, 0) : found.start()]
         if word.lower() == "second" and _DURATION.search(before):
             continue
@@ -84,7 +93,8 @@ def mentions(text: str) -> Iterator[tuple[Picture, int, int]]:
             continue
         noun = (found["noun"] or found["noun2"] or found[0]).lower()
         kind = "video" if noun in ("video", "clip") or "视频" in noun else "image"
-        yield Picture(kind, _number(word.lower())), found.start(), found.end()
+        from_end = any(found[n] for n in ("back", "back2", "last", "last2"))
+        yield Picture(kind, _number(word.lower()) * (-1 if from_end else 1)), found.start(), found.end()
 
 
 def _number(word: str) -> int:
@@ -101,8 +111,13 @@ def _number(word: str) -> int:
 
 def last(text: str, before: Picture | None = None) -> Picture | None:
     """The picture that a text names last, or `before`."""
-    for before, _, _ in mentions(text):  # noqa: B007
-        pass
+    named = [(start, picture.kind, picture.number) for picture, start, _ in mentions(text)]
+    for found in _ONE.finditer(text):
+        word = found["nth"] or found["han"]
+        named.append((found.start(), "", _number(word.lower()) if word else -1))
+    for _, kind, number in sorted(named):
+        if kind or (before and before.kind != "index"):
+            before = Picture(kind or (before.kind if before else ""), number)
     return before
 
 
@@ -124,6 +139,8 @@ def of_item(key, value) -> Picture | None:
         word = re.sub(r"\A(?:the\s+|#)|\s+one\Z", "", value.strip().lower())
         if re.fullmatch(rf"[0-9]{{1,3}}|{_ORDINAL}|{'|'.join(_WORDS)}", word):
             value = _number(word)
+        elif word in ("last", "final"):
+            return Picture(kind, -1)
         else:
             return of_key(value)
     return Picture(kind, value) if type(value) is int and 0 <= value < 1000 else None
@@ -146,13 +163,16 @@ def index(picture: Picture, first: int, clips: Sequence[bool]) -> int:
     """The place of a picture in the conversation, from 0. first: the number of the first one.
 
     clips: for each picture and clip of the conversation, whether it is a clip. If it has both, each kind is counted for
-    itself, as the chat template does.
+    itself, as the chat template does. Without it, the last picture is taken to be the only one.
     """
-    n = picture.number if picture.kind == "index" else picture.number - first
-    if picture.kind == "index" or len(set(clips)) < 2:
-        return n
-    same = [i for i, clip in enumerate(clips) if clip == (picture.kind == "video")]
-    return same[n] if n < len(same) else len(clips) + n
+    if picture.kind == "index":
+        return picture.number
+    mixed = len(set(clips)) > 1
+    same = [i for i, clip in enumerate(clips) if not mixed or clip == (picture.kind == "video")]
+    if picture.number < 0:
+        return same[picture.number] if -picture.number <= len(same) else len(clips)
+    n = picture.number - first
+    return same[n] if mixed and n < len(same) else n + mixed * len(clips)
 
 
 def label_of(value: dict) -> str | None:
@@ -197,7 +217,9 @@ def said(prose: str) -> str:
             line = _IN.sub("", _SENTENCE.split(head)[-1])
     name = _THERE.sub("", _BULLET.sub("", line.strip()).strip(_STRIPPED))
     touches = prose[-1:] and not prose[-1].isspace() and prose[-1] not in ":："
-    if name.endswith("=") or (not touches and _LEAD.search(name)):  # start_box='…', "The box is at …"
+    if name.endswith("=") or (
+        not touches and (_LEAD.search(name) or _ONE.fullmatch(name))
+    ):  # start_box='…', "The box is at …"
         return ""
     return _AND.sub("", name)
 

@@ -10,7 +10,7 @@ import re
 from collections import deque
 from collections.abc import Sequence
 
-from qwenvl_jax.answers.loose import CUT, number
+from qwenvl_jax.answers.lenient import CUT, number
 
 # What the numbers under a key are; keys are compared without case, "_", "-" and spaces. A key with other values is an
 # attribute, unless it is one of _CERTAIN.

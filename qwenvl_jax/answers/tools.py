@@ -5,8 +5,8 @@
     {"name": "zoom", "arguments": {"bbox_2d": [10, 20, 300, 400]}}
     </tool_call>
 
-`parse` reads an answer, `write` writes one, `Stream` reads it piece by piece. `message` and `results` continue a
-conversation with the calls and with what the tools returned.
+`parse` reads an answer, `write` writes one, `Stream` reads it piece by piece, and gives the calls whole or in pieces.
+`message` and `results` continue a conversation with the calls and with what the tools returned.
 """
 
 import json
@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qwenvl_jax.answers.calls import ToolCall, calls_of, untagged
+from qwenvl_jax.answers.deltas import CallArguments, CallEnd, CallStart, Deltas
 from qwenvl_jax.answers.lenient import written
 from qwenvl_jax.errors import InputError, shown
 
@@ -28,6 +29,7 @@ _INSIDE = re.compile(rf'"|\\.|{_OPEN}|{_CLOSE}|{_THOUGHT.pattern}', re.S)
 _BARE = re.compile(r'\{\s{0,9}"name"\s{0,9}:\s{0,9}"[^"{]{1,200}"\s{0,9},\s{0,9}"arguments"\s{0,9}:\s{0,9}\{')
 _PIECE = 4096
 _BARE_LENGTH = 300  # no match is longer
+Event = str | ToolCall | CallStart | CallArguments | CallEnd
 _BARE_NAME = re.compile(r'\{"name":"[^"{]{0,200}("?)')
 
 
@@ -150,9 +152,14 @@ class Stream:
 
     thinking: the answer begins within a thought, since the prompt ends with `<think>`. No call is made before its
     `</think>`. Without it, the calls of such a thought are given before anything can tell that they are none.
+    deltas: calls come as they are written: a `CallStart`, the `CallArguments` and, instead of the `ToolCall`, a
+        `CallEnd`. The joined arguments are those of `message`. Only a call with its opening tag whose name stands first
+        comes in pieces; others come at their end. A call that turns out to be malformed after its `CallStart` is not
+        text: it ends with None.
+    first: how many calls the conversation has so far, as in `message`.
     """
 
-    def __init__(self, thinking: bool = False):
+    def __init__(self, thinking: bool = False, deltas: bool = False, first: int = 0):
         self.malformed = 0
         self.whole: int | None = None  # as in Turn
         self.thought = 0  # how many characters end with a `</think>` that has no `<think>`; their calls are none
@@ -170,15 +177,18 @@ class Stream:
         self._unclosed = False  # whether the last thing was a call, ended by an opening tag
         self._space = ""  # white space that is dropped if a call follows
         self._after_call = False
-        self._events: list[str | ToolCall] = []
+        self._deltas = Deltas(first) if deltas else None
+        self._events: list[Event] = []
 
-    def feed(self, piece: str) -> list[str | ToolCall]:
+    def feed(self, piece: str) -> list[Event]:
         self._buffer += piece
         while self._step():
             pass
+        if self._inside:
+            self._write(self._at)
         return self._taken()
 
-    def close(self) -> list[str | ToolCall]:
+    def close(self) -> list[Event]:
         while self._buffer or self._inside:
             if self._inside and self._closing >= 0:
                 self._end_call(self._closing, len(_CLOSE))
@@ -193,7 +203,7 @@ class Stream:
         self._space = ""
         return self._taken()
 
-    def _taken(self) -> list[str | ToolCall]:
+    def _taken(self) -> list[Event]:
         events, self._events = [event for event in self._events if event], []
         return events
 
@@ -271,14 +281,19 @@ class Stream:
 
     def _end_call(self, end: int, tag: int) -> None:
         """The buffer up to `end` is a call, followed by a closing tag of so many characters, or by none."""
+        self._write(end)
         at, body = self._done, self._take(end)
         self._take(tag)
         self._inside, unclosed, self._unclosed = False, self._unclosed, False
         found = calls_of(body, closed=tag > 0)
         alone = self._alone and not self._after_call and not self._buffer
-        if found and (self._tagged or tag or (alone and not found[1].strip())):
+        if self._deltas and self._deltas.begun and not (found and self._deltas.fits(found[0][0])):
+            self.thought = at + thought(body) if thought(body) else self.thought
+            self._fail()
+            self._events += self._deltas.cut()
+        elif found and (self._tagged or tag or (alone and not found[1].strip())):
             self._space, self._after_call = "", True
-            self._events += found[0]
+            self._events += [e for call in found[0] for e in self._deltas.call(call)] if self._deltas else found[0]
             self._calls += len(found[0])
             self._unclosed = self._tagged and not tag and not found[1].strip()
             self._say(found[1])
@@ -287,9 +302,20 @@ class Stream:
         else:
             self.thought = at + thought(body) if thought(body) else self.thought
             if self._tagged or tag:
-                self.malformed += 1
-                self.whole = self._calls if self.whole is None else self.whole
+                self._fail()
             self._say((_OPEN if self._tagged else "") + body + (_CLOSE if tag else ""))
+
+    def _fail(self) -> None:
+        self.malformed += 1
+        self.whole = self._calls if self.whole is None else self.whole
+
+    def _write(self, end: int) -> None:
+        """Gives what is known of a call whose text is known up to `end`."""
+        if self._deltas and self._tagged:
+            known = end if self._closing < 0 else min(end, self._closing)
+            if events := self._deltas.read(self._buffer, known):
+                self._space, self._after_call = "", True
+                self._events += events
 
     def _say(self, text: str) -> None:
         """Text beside calls. White space next to a call is dropped: all after it, and one line break before it."""

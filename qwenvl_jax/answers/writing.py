@@ -2,11 +2,11 @@
 
 import html
 import itertools
-import json
 import math
 from collections.abc import Sequence
 
 from qwenvl_jax.answers.grounding import Object, Parsed, parse
+from qwenvl_jax.answers.lenient import written
 from qwenvl_jax.answers.names import label_of, of_label
 from qwenvl_jax.errors import InputError, shown
 
@@ -42,7 +42,7 @@ def _as_json(objects: Sequence[Object]) -> str:
         item: dict = {keys[o.kind]: [_short(n) for point in o.points for n in point]}
         if (label_of(o.attributes) or "") != o.label:
             item["label"] = o.label
-        lines.append(json.dumps(item | o.attributes | ({"image": o.image + 1} if several else {}), ensure_ascii=False))
+        lines.append(written(item | o.attributes | ({"image": o.image + 1} if several else {})))
     return "[" + ",".join(f"\n\t{line}" for line in lines) + "\n]" if lines else "[]"
 
 

@@ -187,7 +187,8 @@ class Evaluator:
 
     def _stored(self, question: Question, line: dict) -> Answer:
         golds = line["answer"] if isinstance(line["answer"], list) else [line["answer"]]  # boxes: the model's
-        return score(question._replace(answers=tuple(golds)), line["prediction"], line["finish_reason"], self._clean)
+        asked = question._replace(answers=tuple(golds), screen=_screen(line.get("screen")))
+        return score(asked, line["prediction"], line["finish_reason"], self._clean)
 
     def _encode(self, engine, i: int):
         """(the sample of question i, the question with its boxes in the model's coordinates), or the error."""
@@ -328,6 +329,8 @@ def _with_model_boxes(question: Question, sample: Sample, processor, coordinates
 
     Raises InputError for a box outside its picture.
     """
+    if question.metric == "tool_step" and sample.visuals:
+        question = question._replace(screen=processor.limits(sample.visuals[-1]))
     if question.metric not in BOXES and coordinates is None:
         return question
     golds = []
@@ -335,6 +338,12 @@ def _with_model_boxes(question: Question, sample: Sample, processor, coordinates
         talk = [*question.messages, {"role": "assistant", "content": answer}]
         golds.append(processor.boxes_to_model(talk, sample.visuals, coordinates)[-1]["content"])
     return question._replace(answers=tuple(golds))
+
+
+def _screen(value) -> tuple | None:
+    """The size of a screen as a line of answers says it; None for anything else."""
+    is_size = isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
+    return tuple(value) if is_size else None
 
 
 def _with_calls(question, processor, encoding: Mapping):

@@ -12,6 +12,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from qwenvl_jax.eval.calls import tool_call, tool_step, tool_type
+
 if TYPE_CHECKING:  # `--help` imports this file; the readers of answers compile a hundred patterns
     from qwenvl_jax.answers.boxes import Box
 
@@ -102,30 +104,6 @@ def _spans(text: str) -> list[tuple[float, float]]:
         else:
             out.append((start, end))
     return out
-
-
-def tool_type(prediction: str, golds: Sequence[str]) -> float:
-    """1 if the prediction makes the calls of an answer, in order, by type alone, else 0: TM of arXiv:2409.12191.
-
-    The type is the tool's name, and the argument `action` if it has one, as `computer_use` and `mobile_use` do.
-    """
-    from qwenvl_jax.answers import tools
-
-    def types(text):
-        return [(call.name, call.arguments.get("action")) for call in tools.parse(text).calls]
-
-    return float(types(prediction) in map(types, golds))
-
-
-def tool_call(prediction: str, golds: Sequence[str]) -> float:
-    """1 if the prediction makes the calls of an answer, in order, with equal arguments, else 0: EM of arXiv:2409.12191.
-
-    The order of keys does not count, and 1 equals 1.0. Text beside the calls is ignored.
-    """
-    from qwenvl_jax.answers import tools
-
-    calls = tools.parse(prediction).calls
-    return float(any(calls == tools.parse(gold).calls for gold in golds))
 
 
 def _number(text: str) -> float | None:
@@ -332,7 +310,7 @@ def bootstrap(
 
 
 METRICS: dict[str, Callable[..., float]] = {
-    f.__name__: f for f in (exact, anls, relaxed, seconds, tiou, tool_type, tool_call, teds)
+    f.__name__: f for f in (exact, anls, relaxed, seconds, tiou, tool_type, tool_call, tool_step, teds)
 }
 # F1 over the boxes of a task, by what makes two of them a pair; the other metrics are means over items.
 BOXES: dict[str, Callable[[Box, Box], bool]] = {"iou": overlaps, "points": inside}

@@ -9,7 +9,7 @@ from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 
 _IDS = ("id", "_id", "uid", "uuid", "question_id", "qid", "sample_id", "item_id")  # keys of a record
-_CALLS = ("tool_type", "tool_call")
+_CALLS = ("tool_type", "tool_call", "tool_step")
 
 
 class Question(NamedTuple):
@@ -24,6 +24,7 @@ class Question(NamedTuple):
     boxes: str | None = None  # their coordinates in the messages and answers; None: the model's
     reply: dict | None = None  # the assistant message with tool calls that is the answer; the template writes it
     record_id: str | int | None = None  # the record's own, for files of answers
+    screen: tuple[int, int] | None = None  # largest x and y in its last picture, in the model's coordinates
 
 
 class Questions:

@@ -8,7 +8,7 @@ from qwenvl_jax.eval import metrics
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 from qwenvl_jax.eval.questions import Question, text_of
 
-_PROPORTIONS = ("exact", "relaxed", "seconds", "tool_type", "tool_call")
+_PROPORTIONS = ("exact", "relaxed", "seconds", "tool_type", "tool_call", "tool_step")
 
 
 class Answer(NamedTuple):
@@ -29,6 +29,7 @@ class Answer(NamedTuple):
             "metric": q.metric,
             "question": text_of(q.messages[-1]),
             "answer": q.answers[0] if len(q.answers) == 1 else list(q.answers),
+            **({} if q.screen is None else {"screen": list(q.screen)}),
             "prediction": self.prediction,
             "finish_reason": self.finish_reason,
             "score": self.score,
@@ -107,7 +108,8 @@ def score(
         predicted = parse_boxes(said, unlabelled=loose, points=question.metric == "points")
         matched = metrics.match_boxes(predicted, gold, BOXES[question.metric])
         return Answer(question, prediction, finish_reason, matched.f1, matched)
-    return Answer(question, prediction, finish_reason, METRICS[question.metric](said, golds))
+    known = {"screen": question.screen} if question.metric == "tool_step" else {}
+    return Answer(question, prediction, finish_reason, METRICS[question.metric](said, golds, **known))
 
 
 def report(answers: Sequence[Answer], skipped: Mapping[str, int] | None = None) -> Report:

@@ -165,6 +165,10 @@ class Processor:
 
         return map_texts(messages, change)
 
+    def limits(self, visual: Visual) -> tuple[int, int]:
+        """The largest x and y in a picture, in the model's coordinates."""
+        return sizes(visual, self.config).of(family_of(self.config).BOXES)
+
     def _parts(self, normal: list[dict], tools, *, allow_control_tokens: bool | None = None, **flags) -> list[str]:
         allow = self.allow_control_tokens if allow_control_tokens is None else allow_control_tokens
         tools = check_tools(tools)
