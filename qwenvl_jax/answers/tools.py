@@ -37,7 +37,7 @@ class Turn(NamedTuple):
     text: str  # beside the calls; malformed calls stay in it as they are
     calls: list[ToolCall]
     malformed: int  # calls that cannot be read or are cut short
-    whole: int | None = None  # how many calls stand before the first malformed one; None: no call is malformed
+    first_malformed: int | None = None  # how many calls stand before the first malformed one; None: there is none
 
 
 def parse(text: str, names: Collection[str] = ()) -> Turn:
@@ -55,13 +55,14 @@ def parse(text: str, names: Collection[str] = ()) -> Turn:
     if stream.thought:
         stream, events = _read(text, stream.thought)
     said = "".join(event for event in events if isinstance(event, str))
-    turn = Turn(said, [event for event in events if isinstance(event, ToolCall)], stream.malformed, stream.whole)
+    calls = [event for event in events if isinstance(event, ToolCall)]
+    turn = Turn(said, calls, stream.malformed, stream.first_malformed)
     if not names or turn.calls or turn.malformed:
         return turn
     begin = thought(turn.text)
     found = untagged(_THINK.split(turn.text[begin:], maxsplit=1)[0], names)
     if found is None:
-        return turn._replace(malformed=1, whole=0)
+        return turn._replace(malformed=1, first_malformed=0)
     return turn._replace(text=(turn.text[:begin] + found[1]).strip(), calls=found[0]) if found[0] else turn
 
 
@@ -154,7 +155,7 @@ class Stream:
 
     def __init__(self, thinking: bool = False):
         self.malformed = 0
-        self.whole: int | None = None  # as in Turn
+        self.first_malformed: int | None = None  # as in Turn
         self.thought = 0  # how many characters end with a `</think>` that has no `<think>`; their calls are none
         self._calls = 0
         self._done = 0  # how many characters are no longer in the buffer
@@ -288,7 +289,8 @@ class Stream:
             self.thought = at + thought(body) if thought(body) else self.thought
             if self._tagged or tag:
                 self.malformed += 1
-                self.whole = self._calls if self.whole is None else self.whole
+                if self.first_malformed is None:
+                    self.first_malformed = self._calls
             self._say((_OPEN if self._tagged else "") + body + (_CLOSE if tag else ""))
 
     def _say(self, text: str) -> None:
