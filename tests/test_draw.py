@@ -11,8 +11,9 @@ from timing import timed
 
 from qwenvl_jax.answers import draw as module
 from qwenvl_jax.answers import fonts
-from qwenvl_jax.answers.draw import contact_sheet, draw, legend, outside
+from qwenvl_jax.answers.draw import draw, legend, outside
 from qwenvl_jax.answers.grounding import Object
+from qwenvl_jax.answers.sheets import contact_sheet
 from qwenvl_jax.errors import InputError
 
 BACKGROUNDS = ("white", "#D55E00", "#808080", "#F0E442")
