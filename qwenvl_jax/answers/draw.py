@@ -125,7 +125,7 @@ def upright(image: Image.Image) -> Image.Image:
     return copy.copy() if copy is image else copy
 
 
-def _visible(thing: Object, size: tuple[int, int]) -> list[tuple[float, float]] | None:
+def _visible(thing: Object, size: tuple[float, float]) -> list[tuple[float, float]] | None:
     """The points of an object, cut off at the edges of a picture; None if nothing of it is seen."""
     points = [(float(x), float(y)) for x, y in thing.points]
     least = {"box": 2, "point": 1, "polygon": 2}.get(thing.kind)
