@@ -8,6 +8,7 @@ Where no font of this machine has the letters of a label, its number is drawn, a
 """
 
 import math
+import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -23,6 +24,7 @@ _LONGEST = 4096  # pixels of the longer side that enlarging does not pass
 _PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 LEAST_TEXT = 12  # pixels of the height of letters
+_SYMBOLS = ("So", "Sk", "Cf")  # categories of emoji, and of what joins and colours them
 _SHARE = 0.45  # of the picture's width that a label takes at most
 
 Colour = tuple[int, int, int]
@@ -98,7 +100,9 @@ def outside(size: tuple[int, int], objects: Sequence[Object]) -> int:
 def legend(objects: Sequence[Object]) -> dict[str, str]:
     """What `draw` writes in place of the labels that no font of this machine has the letters of: {"#1": label}."""
     return {
-        text: name for name, text in _texts(objects, Fonts()).items() if name and clean(name) and text != clean(name)
+        text: name
+        for name, text in _texts(objects, Fonts()).items()
+        if clean(name) and text != clean(name) and text[0] == "#"
     }
 
 
@@ -169,7 +173,7 @@ def _outline(canvas: ImageDraw.ImageDraw, shape: _Shape, style: _Style) -> None:
     """Draws one shape: its line in its colour, beside a white and a black one."""
     colour, (line, edge, radius, _) = shape.colour, style
     if shape.kind == "box":
-        x1, y1, x2, y2 = shape.bounds
+        x1, y1, x2, y2 = _seen(shape.bounds, min(2 * line + 1, *canvas.im.size))
         for out, shade, width in ((edge, _WHITE, edge), (0, colour, line), (-line, _BLACK, edge)):
             if x2 - x1 + 2 * out > 0 and y2 - y1 + 2 * out > 0:
                 canvas.rectangle((x1 - out, y1 - out, x2 - 1 + out, y2 - 1 + out), None, shade, width)
@@ -180,6 +184,15 @@ def _outline(canvas: ImageDraw.ImageDraw, shape: _Shape, style: _Style) -> None:
             canvas.circle(shape.points[0], radius + more, shade)
         else:
             canvas.line(ring, shade, line + 2 * more, "curve")
+
+
+def _seen(bounds: Rectangle, least: int) -> Rectangle:
+    """The rectangle; grown around its centre to sides of so many pixels, if both are shorter."""
+    x1, y1, x2, y2 = bounds
+    if max(x2 - x1, y2 - y1) >= least:
+        return bounds
+    across, down = (max(least - side, 0) for side in (x2 - x1, y2 - y1))
+    return x1 - across // 2, y1 - down // 2, x2 + across - across // 2, y2 + down - down // 2
 
 
 def ink_on(colour: Colour) -> Colour:
@@ -217,12 +230,17 @@ def _name(thing: Object) -> str:
 
 
 def _texts(objects: Sequence[Object], fonts: Fonts) -> dict[str, str]:
-    """What is drawn for each name: its letters, or "#1" for the first one whose letters no font has."""
+    """What is drawn for each name: its letters, without emoji that no font has; "#1" if no font has its letters."""
     found: dict[str, str] = {}
     missing = 0
     for name in dict.fromkeys(map(_name, objects)):
         found[name] = clean(name)
-        if fonts.file(found[name]) is None:
+        if fonts.file(found[name]) is not None:
+            continue
+        words = clean("".join(c for c in name if unicodedata.category(c) not in _SYMBOLS))
+        if words and fonts.file(words) is not None:  # a label with emoji
+            found[name] = words
+        else:
             missing += 1
             found[name] = f"#{missing}"
     return found
