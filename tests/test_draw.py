@@ -346,7 +346,7 @@ def test_emoji_that_no_font_has_are_left_out(folder, written):
 
 
 @pytest.mark.parametrize("size", [(20, 20), (640, 480), (8000, 6000)])
-def test_a_box_of_one_pixel_is_seen(size):
+def test_a_box_of_one_pixel_is_seen(size, written):
     """Its mark is at least 1/600 of the picture's side, or 5 pixels, and stands around the pixel."""
     x, y = size[0] // 2, size[1] // 2
     before = Image.new("RGB", size, "#808080")
@@ -357,6 +357,9 @@ def test_a_box_of_one_pixel_is_seen(size):
     assert np.ptp(rows) + 1 >= least and np.ptp(columns) + 1 >= least
     for places, at in ((rows, y), (columns, x)):
         assert abs((places.min() + places.max() + 1) / 2 - (at + 0.5) * k) <= 1
+    draw(before, [box("px", x, y, x + 1, y + 1)])
+    ((_, (x1, y1, x2, y2), *_),) = written
+    assert not (x1 <= columns.max() and x2 >= columns.min() and y1 <= rows.max() and y2 >= rows.min())
 
 
 def test_labels_at_the_border_stay_in_the_picture(written):

@@ -81,6 +81,8 @@ class Look(NamedTuple):
                 text, colour = self.texts[_name(thing)], self.colours[_class(thing)]
                 shapes.append(_Shape(thing.kind, points, bounds, text, colour))
         style = _style(picture.size, shapes)
+        least = min(2 * style.line + 1, *picture.size)
+        shapes = [s._replace(bounds=_seen(s.bounds, least)) if s.kind == "box" else s for s in shapes]
         canvas = ImageDraw.Draw(picture)
         for shape in sorted(shapes, key=lambda s: _area(s.bounds), reverse=True):  # small ones stay on top
             _outline(canvas, shape, style)
@@ -173,7 +175,7 @@ def _outline(canvas: ImageDraw.ImageDraw, shape: _Shape, style: _Style) -> None:
     """Draws one shape: its line in its colour, beside a white and a black one."""
     colour, (line, edge, radius, _) = shape.colour, style
     if shape.kind == "box":
-        x1, y1, x2, y2 = _seen(shape.bounds, min(2 * line + 1, *canvas.im.size))
+        x1, y1, x2, y2 = shape.bounds
         for out, shade, width in ((edge, _WHITE, edge), (0, colour, line), (-line, _BLACK, edge)):
             if x2 - x1 + 2 * out > 0 and y2 - y1 + 2 * out > 0:
                 canvas.rectangle((x1 - out, y1 - out, x2 - 1 + out, y2 - 1 + out), None, shade, width)
