@@ -18,6 +18,7 @@ from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer.requests import Result
+from qwenvl_jax.inputs.media import frames
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.preprocessing import Preprocessing
 from qwenvl_jax.inputs.video import video_visual
@@ -127,10 +128,10 @@ def test_objects_of_a_clip_are_on_the_frames_of_their_times(text, tmp_path):
     result = Result(text, [5], "stop", 7, pictures=(Sizes((112, 112), (56, 56), True),), boxes="resized")
     drawing.finish(tmp_path / "a.png", [video], result, CONFIG)
     sheet = opened(tmp_path / "a.png")
-    frames = frame_boxes(sheet, 6)
-    assert list(frames) == CLIP_ANSWERS[text]
+    shown = frame_boxes(sheet, 6)
+    assert list(shown) == CLIP_ANSWERS[text]
     pixels, marked_alone = np.asarray(sheet), 4 if "leaves" in text else None
-    for i, (x1, y1, x2, y2) in frames.items():
+    for i, (x1, y1, x2, y2) in shown.items():
         k, own = (x2 - x1) / 56, (40 * i, 0, 99)
         inside = pixels[y1:y2, x1:x2]
         edge = inside[round(28 * k), round(14 * k) : round(14 * k) + 2]  # of the box
@@ -323,6 +324,51 @@ def test_chat_draws_and_prints_the_objects_of_the_last_answer(engine, monkeypatc
         "qwenvl: drawn: out.png",
     ]
     assert opened(tmp_path / "out.png").getpixel((100, 200)) != (128, 128, 128)
+
+
+@pytest.fixture
+def clip_engine(engine, monkeypatch):
+    """Answers about a clip of 6 frames of 56 × 56 pixels in 3 seconds, from a file of 112 × 112 pixels."""
+    video = clip(1.0)._replace(size=(112, 112))
+    found, sample = SimpleNamespace(path="."), SimpleNamespace(visuals=[video])
+    tools = found, lambda messages: sample, lambda kind, source, before: (video, f"{source}: {kind}", None)
+    monkeypatch.setattr(converse, "encoder", lambda *_: tools)
+    monkeypatch.setattr(Engine, "text", f'[{{"time": 1.0, {PLACE}}}, {{{PLACE}}}]')
+    sizes = (Sizes((112, 112), (56, 56), True),)
+    answer = Result(Engine.text, [5], "stop", 7, pictures=sizes, boxes="resized")
+    monkeypatch.setattr(Engine, "generate", lambda self, samples, options: [answer])
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_objects_of_a_clip_are_drawn_by_the_commands(verb, clip_engine, monkeypatch, tmp_path, capsys):
+    (tmp_path / "in.mp4").touch()
+    lines = ["/video in.mp4", "where?", "/draw out.png"]
+    monkeypatch.setattr("builtins.input", lambda prompt="": lines.pop(0) if lines else "/quit")
+    flags = [] if verb == "chat" else ["--video", "in.mp4", "--prompt", "where?", "--draw", "out.png"]
+    assert cli.main([verb, *flags]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "qwenvl: objects without a time (1 of 2) are drawn on the first frame",
+        "qwenvl: drawn: out.png",
+    ]
+    sheet = opened(tmp_path / "out.png")
+    shown = frame_boxes(sheet, 6)
+    assert list(shown) == [0, 2]
+    for i, (x1, y1, x2, y2) in shown.items():
+        k = (x2 - x1) / 56
+        at = [sheet.getpixel((x1 + round(x * k) + 1, (y1 + y2) // 2)) for x in (14, 28)]
+        assert at[0] != (40 * i, 0, 99) == at[1]
+
+
+def test_objects_of_a_clip_are_drawn_from_python():
+    video = clip(1.0)._replace(size=(112, 112))
+    text = f'[{{"timestamp": "0:02", {PLACE}}}]'
+    result = Result(text, [5], "stop", 7, pictures=(Sizes((112, 112), (56, 56), True),), boxes="resized")
+    (thing,) = result.objects("resized").objects
+    assert thing == Object("cat", "box", ((14, 14), (42, 42)), {"timestamp": "0:02"})
+    sheet = sheets.draw_clip(frames(video, CONFIG), video.seconds_per_grid / 2, [thing])
+    assert list(frame_boxes(sheet, 6)) == [4]
+    assert len(frame_boxes(sheets.draw_clip(frames(video, CONFIG), 0.5, [], [Moment(1.0)]), 6)) == 6
+    assert sheets.places([thing], 0.0, 6) == [set()]  # the clip has no times
 
 
 def test_generate_refuses_before_it_reads_the_model(monkeypatch, tmp_path, capsys):
