@@ -736,6 +736,33 @@ def test_time_is_linear(unit):
     assert long < 12 * max(short, 0.001)
 
 
+@pytest.mark.parametrize(
+    "unit", ["At 00:05 [1,2,3,4] ", '{"00:05": [1,2,3,4]} ', '{"times": [', '{"time": 1, "objects": [']
+)
+def test_time_is_linear_for_clips(unit):
+    short, long = (timed(lambda n=n: parse(unit * (n // len(unit)), [True]), 0.02)[0] for n in (5_000, 20_000))
+    assert long < 12 * max(short, 0.001)
+
+
+@pytest.mark.parametrize(
+    "text, times",
+    [
+        ('{"time": 3, "objects": [{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4], "time": 5}]}', [3, 5]),
+        ('{"00:03": [{"bbox_2d": [1, 2, 3, 4]}], "00:05": {"bbox_2d": [1, 2, 3, 4]}}', ["00:03", "00:05"]),
+        ("At 3 seconds: [1, 2, 3, 4] and [1, 2, 3, 4]. At 00:05: [1, 2, 3, 4]", [3, 3, 5]),
+        ("It is at [1, 2, 3, 4] at 3 seconds, and at [1, 2, 3, 4] at 5 seconds.", [3, 5]),
+        ("It is at [1, 2, 3, 4]. At 3 seconds, it is at [1, 2, 3, 4].", [None, 3]),
+        ("It is at [1, 2, 3, 4] for 3 seconds.", [None]),
+        ('{"1": [1, 2, 3, 4], "2": [1, 2, 3, 4]}', [None, None]),
+    ],
+)
+def test_the_time_of_an_object_of_a_clip_may_stand_around_it(text, times):
+    assert [o.attributes.get("time") for o in parse(text, [True]).objects] == times
+    assert [o.points for o in parse(text).objects] == [((1, 2), (3, 4))] * len(times)
+    own = text.count('4], "time"')  # in its own JSON; of a picture, no more is read
+    assert sum("time" in o.attributes for o in parse(text, [False]).objects) == own
+
+
 def drawn_json(rng, depth=0):
     if depth < 5 and rng.random() < 0.6:
         if rng.random() < 0.5:
