@@ -648,13 +648,18 @@ def test_a_record_is_read_and_replayed(tmp_path):
 
 
 def test_actions_are_drawn_where_they_are():
-    for points, name in ((((60.0, 40.0),), "left_click"), (((20.0, 20.0), (60.0, 40.0)), "swipe")):
-        drawn = np.asarray(draw(picture((100, 80)), Action("mobile_use", name, points, {}))).astype(int)
-        red = (drawn[..., 0] - drawn[..., 1] > 100)[:80]
-        ys, xs = np.nonzero(red[25:56, 45:76])
-        assert abs(xs.mean() + 45 - 60) < 4 and abs(ys.mean() + 25 - 40) < 4
-    box = np.asarray(draw(picture((100, 80)), Action("", "zoom", ((10.0, 10.0), (50.0, 60.0)), {"label": "汉"})))
-    assert (box[10, 20:40, 0] > box[10, 20:40, 1]).all() and (box[30, 70] == 200).all()
+    shot = picture((640, 400))
+    for points, name in ((((300.0, 200.0),), "left_click"), (((100.0, 80.0), (300.0, 200.0)), "swipe")):
+        drawn = np.asarray(draw(shot, Action("mobile_use", name, points, {})))
+        colour = drawn[200, 300]
+        ys, xs = np.nonzero((drawn[185:216, 285:316] == colour).all(-1))
+        assert abs(xs.mean() - 15) < 4 and abs(ys.mean() - 15) < 4 and (colour != 200).any()
+        assert (drawn[140, 200] == colour).all() == (name == "swipe")  # halfway
+        assert (drawn[300, 500] == 200).all() and (drawn[405:] == 255).any()  # its name
+    box = np.asarray(draw(shot, Action("", "zoom", ((100.0, 100.0), (500.0, 300.0)), {"label": "汉"})))
+    assert (box[100, 110:490] == box[110:290, 100][:1]).all() and (box[200, 300] == 200).all()
+    blank = np.asarray(draw(shot, Action("computer_use", "type", (), {"text": "x" * 500})))
+    assert (blank[:400] == 200).all() and (blank[405:, :630] == 255).any()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from qwenvl_jax import cli
+from qwenvl_jax.answers import sheets
 from qwenvl_jax.answers.boxes import Sizes
 from qwenvl_jax.answers.grounding import Object
 from qwenvl_jax.answers.moments import Moment
@@ -17,6 +18,7 @@ from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer.requests import Result
+from qwenvl_jax.inputs.media import frames
 from qwenvl_jax.inputs.options import MediaOptions
 from qwenvl_jax.inputs.preprocessing import Preprocessing
 from qwenvl_jax.inputs.video import video_visual
@@ -77,31 +79,100 @@ def test_several_pictures_and_clips_are_numbered(tmp_path):
     first, sheet, third = map(opened, files)
     assert first.size == (400, 400) and third.size == (500, 400)
     assert third.getpixel((50, 70)) not in ((255, 255, 255), (0, 0, 0))
-    assert {(40 * i, 0, 99) for i in range(6)} <= {c for _, c in sheet.getcolors(1 << 24)}
-    assert drawing.notes(on, things) == ["1 of 3 objects are not drawn: they lie outside the pictures, or in a clip"]
+    assert [i for i in range(6) if (40 * i, 0, 99) in {c for _, c in sheet.getcolors(1 << 24)}] == [0]
+    assert drawing.notes(on, things, CONFIG) == ["clip 2: objects without a time (1 of 1) are drawn on the first frame"]
 
 
 def test_what_the_picture_does_not_say_is_said(monkeypatch):
     monkeypatch.setattr("qwenvl_jax.answers.fonts._FOLDERS", ())
     things = [box("草莓", 1, 1, 90, 90), box("cat", 900, 900, 950, 950), box("dog", 1, 1, 9, 9, image=4)]
-    lost = "2 of 3 objects are not drawn: they lie outside the pictures, or in a clip"
-    assert drawing.notes([GRAY], things) == ["#1 is 草莓", lost]
-    assert drawing.notes([GRAY] * 2, things[:1]) == ["picture 1: #1 is 草莓"]
-    assert drawing.notes([GRAY], [box("cat", 1, 1, 9, 9)]) == []
+    lost = "2 of 3 objects are not drawn: their place or time is outside of what was given"
+    assert drawing.notes([GRAY], things, CONFIG) == ["#1 is 草莓", lost]
+    assert drawing.notes([GRAY] * 2, things[:1], CONFIG) == ["picture 1: #1 is 草莓"]
+    assert drawing.notes([GRAY], [box("cat", 1, 1, 9, 9)], CONFIG) == []
+
+
+def frame_boxes(sheet, count):
+    """{frame: (x1, y1, x2, y2)} of the frames of `clip` in a sheet, found by their colours."""
+    pixels, found = np.asarray(sheet), {}
+    for i in range(count):
+        rows, columns = (pixels == (40 * i, 0, 99)).all(-1).nonzero()
+        if len(rows) > 500:
+            found[i] = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    return found
+
+
+PLACE = '"bbox_2d": [14, 14, 42, 42], "label": "cat"'
+CLIP_ANSWERS = {
+    f'[{{"time": 1.0, {PLACE}}}]': [2],
+    f'[{{"timestamp": "00:00.5", {PLACE}}}, {{"timestamp": "00:02.5", {PLACE}}}]': [1, 5],
+    f'[{{"start_time": "0:01", "end_time": "0:02", {PLACE}}}]': [2, 3, 4],
+    f'{{"time": 2, "objects": [{{{PLACE}}}]}}': [4],
+    f'{{"00:01": [{{{PLACE}}}], "00:02": [{{{PLACE}}}]}}': [2, 4],
+    "At 1.5 seconds, the cat is at [14, 14, 42, 42].": [3],
+    "The cat is at [14, 14, 42, 42] at 0.5 seconds, and at [14, 14, 42, 42] at 2 seconds.": [1, 4],
+    f'[{{"frame": 3, {PLACE}}}]': [2],
+    f'[{{"frame_index": 0, {PLACE}}}, {{"frame_index": "3", {PLACE}}}]': [0, 3],
+    f'[{{"text_content": "01:00", {PLACE}}}]': [0],  # a text that the clip shows
+    "[14, 14, 42, 42]": [0],
+    f"[{{{PLACE}}}]": [0],
+    f'[{{"time": 2.9, {PLACE}}}]\nIt leaves at 2.0 seconds.': [4, 5],
+    "<|object_ref_start|>cat<|object_ref_end|><|box_start|>(14,14),(42,42)<|box_end|>": [0],
+}
+
+
+@pytest.mark.parametrize("text", CLIP_ANSWERS)
+def test_objects_of_a_clip_are_on_the_frames_of_their_times(text, tmp_path):
+    """The clip is 3 seconds long, with 6 frames of 56 × 56 pixels from a file of 112 × 112 pixels."""
+    video = clip(1.0)._replace(size=(112, 112))
+    result = Result(text, [5], "stop", 7, pictures=(Sizes((112, 112), (56, 56), True),), boxes="resized")
+    drawing.finish(tmp_path / "a.png", [video], result, CONFIG)
+    sheet = opened(tmp_path / "a.png")
+    shown = frame_boxes(sheet, 6)
+    assert list(shown) == CLIP_ANSWERS[text]
+    pixels, marked_alone = np.asarray(sheet), 4 if "leaves" in text else None
+    for i, (x1, y1, x2, y2) in shown.items():
+        k, own = (x2 - x1) / 56, (40 * i, 0, 99)
+        inside = pixels[y1:y2, x1:x2]
+        edge = inside[round(28 * k), round(14 * k) : round(14 * k) + 2]  # of the box
+        assert k > 5 and (edge != own).any(-1).all() == (i != marked_alone)
+        assert all((inside[round(y * k), round(x * k)] == own).all() for x, y in ((28, 28), (50, 7), (7, 28), (50, 28)))
+
+
+def test_objects_of_pictures_and_clips_of_one_answer(tmp_path, capsys):
+    text = (
+        '[{"image": 1, "bbox_2d": [100, 100, 300, 300], "label": "cat"},'
+        ' {"video": 1, "bbox_2d": [14, 14, 42, 42], "label": "猫", "time": 99},'
+        ' {"video": 2, "bbox_2d": [14, 14, 42, 42], "label": "dog", "time": 2}]'
+    )
+    places = (Sizes((56, 56), (56, 56), True), Sizes((400, 400), (400, 400)), Sizes((56, 56), (56, 56), True))
+    result = Result(text, [5], "stop", 7, pictures=places, boxes="resized")
+    drawing.finish(tmp_path / "a.png", [clip(1.0), GRAY, clip(1.0)], result, CONFIG)
+    first, second, third = (opened(tmp_path / f"a-{i}.png") for i in (1, 2, 3))
+    assert list(frame_boxes(first, 6)) == [0, 1, 2, 3, 4, 5] and list(frame_boxes(third, 6)) == [4]
+    assert second.getpixel((100, 200)) != (128, 128, 128)
+    assert "1 of 3 objects are not drawn: their place or time is outside of what was given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, is_span", [("[1, 2]", True), ("(20, 30)", False), ("[1.0, 2.0, 14, 42]", False)])
+def test_numbers_alone_about_a_clip(text, is_span):
+    result = Result(text, [5], "stop", 7, pictures=(Sizes((56, 56), (56, 56), True),), boxes="resized")
+    objects, moments = drawing._said([clip(1.0)], result, CONFIG)
+    assert (len(objects), len(moments)) == ((0, 1) if is_span else (1, 0))
 
 
 def test_times_of_a_clip(monkeypatch):
     said = []
-    monkeypatch.setattr("qwenvl_jax.answers.draw.contact_sheet", lambda frames, *more: said.append(more))
+    monkeypatch.setattr("qwenvl_jax.answers.sheets.contact_sheet", lambda frames, *more: said.append(more[:2]))
     moments = [Moment(1.0), Moment(2.1, 2.5)]
     for seconds in (1.0, 75.0, 0.0):
         drawing._drawn(clip(seconds), [], moments, CONFIG)
-    monkeypatch.setattr("qwenvl_jax.answers.draw.MOST_FRAMES", 2)
+    monkeypatch.setattr("qwenvl_jax.answers.sheets.MOST_FRAMES", 2)
     drawing._drawn(clip(1.0), [], moments[:1], CONFIG)
     assert said == [
         (["0:00.0", "0:00.5", "0:01.0", "0:01.5", "0:02.0", "0:02.5"], {2, 4, 5}),
         (["0:00.0", "0:37.5", "1:15.0", "1:52.5", "2:30.0", "3:07.5"], {0}),
-        (["1", "2", "3", "4", "5", "6"], ()),
+        (["1", "2", "3", "4", "5", "6"], set()),
         (["0:00.0", "0:01.5"], {0}),
     ]
 
@@ -121,7 +192,7 @@ def test_times_of_a_clip(monkeypatch):
     ],
 )
 def test_the_frames_of_a_moment(moment, frames):
-    assert list(drawing._frames_of(moment, 0.5, 8)) == frames
+    assert list(sheets.frames_of(moment, 0.5, 8)) == frames
 
 
 def test_the_moments_of_an_answer_are_marked_in_its_clip(tmp_path, capsys):
@@ -253,6 +324,51 @@ def test_chat_draws_and_prints_the_objects_of_the_last_answer(engine, monkeypatc
         "qwenvl: drawn: out.png",
     ]
     assert opened(tmp_path / "out.png").getpixel((100, 200)) != (128, 128, 128)
+
+
+@pytest.fixture
+def clip_engine(engine, monkeypatch):
+    """Answers about a clip of 6 frames of 56 × 56 pixels in 3 seconds, from a file of 112 × 112 pixels."""
+    video = clip(1.0)._replace(size=(112, 112))
+    found, sample = SimpleNamespace(path="."), SimpleNamespace(visuals=[video])
+    tools = found, lambda messages: sample, lambda kind, source, before: (video, f"{source}: {kind}", None)
+    monkeypatch.setattr(converse, "encoder", lambda *_: tools)
+    monkeypatch.setattr(Engine, "text", f'[{{"time": 1.0, {PLACE}}}, {{{PLACE}}}]')
+    sizes = (Sizes((112, 112), (56, 56), True),)
+    answer = Result(Engine.text, [5], "stop", 7, pictures=sizes, boxes="resized")
+    monkeypatch.setattr(Engine, "generate", lambda self, samples, options: [answer])
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_objects_of_a_clip_are_drawn_by_the_commands(verb, clip_engine, monkeypatch, tmp_path, capsys):
+    (tmp_path / "in.mp4").touch()
+    lines = ["/video in.mp4", "where?", "/draw out.png"]
+    monkeypatch.setattr("builtins.input", lambda prompt="": lines.pop(0) if lines else "/quit")
+    flags = [] if verb == "chat" else ["--video", "in.mp4", "--prompt", "where?", "--draw", "out.png"]
+    assert cli.main([verb, *flags]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "qwenvl: objects without a time (1 of 2) are drawn on the first frame",
+        "qwenvl: drawn: out.png",
+    ]
+    sheet = opened(tmp_path / "out.png")
+    shown = frame_boxes(sheet, 6)
+    assert list(shown) == [0, 2]
+    for i, (x1, y1, x2, y2) in shown.items():
+        k = (x2 - x1) / 56
+        at = [sheet.getpixel((x1 + round(x * k) + 1, (y1 + y2) // 2)) for x in (14, 28)]
+        assert at[0] != (40 * i, 0, 99) == at[1]
+
+
+def test_objects_of_a_clip_are_drawn_from_python():
+    video = clip(1.0)._replace(size=(112, 112))
+    text = f'[{{"timestamp": "0:02", {PLACE}}}]'
+    result = Result(text, [5], "stop", 7, pictures=(Sizes((112, 112), (56, 56), True),), boxes="resized")
+    (thing,) = result.objects("resized").objects
+    assert thing == Object("cat", "box", ((14, 14), (42, 42)), {"timestamp": "0:02"})
+    sheet = sheets.draw_clip(frames(video, CONFIG), video.seconds_per_grid / 2, [thing])
+    assert list(frame_boxes(sheet, 6)) == [4]
+    assert len(frame_boxes(sheets.draw_clip(frames(video, CONFIG), 0.5, [], [Moment(1.0)]), 6)) == 6
+    assert sheets.places([thing], 0.0, 6) == [set()]  # the clip has no times
 
 
 def test_generate_refuses_before_it_reads_the_model(monkeypatch, tmp_path, capsys):

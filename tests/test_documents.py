@@ -287,6 +287,24 @@ def test_a_long_page_is_quick():
     assert seconds < 0.5 and len(page) > 90_000 and len(document.blocks) == 400
 
 
+TABLES = {
+    "cells": ("<table>", '<tr><td>{0}</td><td>a name {0}</td><td data-bbox="1 2 3 {0}">{0}.5</td></tr>', "</table>"),
+    "Markdown": ("| a | b | c |\n| --- | --- | --- |\n", "| {0} | a name {0} | {0}.5 |\n", ""),
+    "marks": ("| a | b | c |\n| --- | --- | --- |\n", "| **{0}** | name_{0} | $x_{0}$ |\n", ""),
+    "LaTeX": ("\\begin{{tabular}}{{|l|c|c|}}\n", "{0} & \\textbf{{n {0}}} & {0}.5 \\\\\n", "\\end{{tabular}}"),
+}
+
+
+@pytest.mark.parametrize("form", TABLES)
+def test_a_table_of_a_thousand_rows_is_quick(form):
+    start, row, end = TABLES[form]
+    text = "".join([start.format(), *(row.format(i) for i in range(1000)), end.format()])
+    seconds, document = timed(lambda: parse(text), 0.05, tries=5)
+    rows = document.tables()[0][-1000:]
+    assert [len(cells) for cells in rows] == [3] * 1000 and rows[-1][0] == "999"
+    assert seconds < 0.05
+
+
 PIECES = [*FLOODS, "</b>", "</ul>", "</td>", "</tr>", "</div>", "</table>", '"', "\n", "中", "&amp;lt;", "$", "<hr>"]
 
 

@@ -11,8 +11,9 @@ from timing import timed
 
 from qwenvl_jax.answers import draw as module
 from qwenvl_jax.answers import fonts
-from qwenvl_jax.answers.draw import contact_sheet, draw, legend, outside
+from qwenvl_jax.answers.draw import draw, legend, outside
 from qwenvl_jax.answers.grounding import Object
+from qwenvl_jax.answers.sheets import contact_sheet
 from qwenvl_jax.errors import InputError
 
 BACKGROUNDS = ("white", "#D55E00", "#808080", "#F0E442")
@@ -335,6 +336,42 @@ def test_letters_that_no_font_has_are_numbered(folder, written):
     draw(Image.new("RGB", (400, 400)), [*things, things[0]])
     assert sorted(text for text, *_ in written) == ["#1", "#1", "#2", "cat"]
     assert legend(things) == {"#1": "草莓", "#2": "Ёлка"}
+
+
+def test_emoji_that_no_font_has_are_left_out(folder, written):
+    things = [box("dog 🐶", 10, 50, 60, 90), box("🐶👍🏽", 100, 50, 160, 90), box("# 1 🐶", 10, 250, 60, 290)]
+    draw(Image.new("RGB", (400, 400)), things)
+    assert {text for text, *_ in written} == {"dog", "#1", "# 1"}
+    assert legend(things)["#1"] == "🐶👍🏽"
+
+
+@pytest.mark.parametrize("size", [(20, 20), (640, 480), (8000, 6000)])
+def test_a_box_of_one_pixel_is_seen(size, written):
+    """Its mark is at least 1/600 of the picture's side, or 5 pixels, and stands around the pixel."""
+    x, y = size[0] // 2, size[1] // 2
+    before = Image.new("RGB", size, "#808080")
+    pixels = np.asarray(draw(before, [box("", x, y, x + 1, y + 1)]))
+    k = pixels.shape[1] // size[0]
+    rows, columns = (pixels != 0x80).any(-1).nonzero()
+    least = max(5, math.sqrt(size[0] * size[1]) * k / 600)
+    assert np.ptp(rows) + 1 >= least and np.ptp(columns) + 1 >= least
+    for places, at in ((rows, y), (columns, x)):
+        assert abs((places.min() + places.max() + 1) / 2 - (at + 0.5) * k) <= 1
+    draw(before, [box("px", x, y, x + 1, y + 1)])
+    ((_, (x1, y1, x2, y2), *_),) = written
+    assert not (x1 <= columns.max() and x2 >= columns.min() and y1 <= rows.max() and y2 >= rows.min())
+
+
+def test_labels_at_the_border_stay_in_the_picture(written):
+    for size in ((20, 20), (640, 480), (8000, 6000)):
+        written.clear()
+        w, h = size
+        things = [box("left", 0, h * 0.4, w * 0.1, h * 0.6), box("right", w * 0.9, h * 0.4, w, h * 0.6)]
+        things += [box("above", w * 0.4, 0, w * 0.6, h * 0.1), box("below", w * 0.4, h * 0.9, w * 0.6, h)]
+        drawn = draw(Image.new("RGB", size), things)
+        assert {text for text, *_ in written} == {"left", "right", "above", "below"}
+        for _, (x1, y1, x2, y2), *_ in written:
+            assert 0 <= x1 < x2 < drawn.width and 0 <= y1 < y2 < drawn.height
 
 
 def test_letters_of_a_font_of_the_system_are_drawn(folder, written):

@@ -638,6 +638,26 @@ def test_labels_with_backslashes_and_control_characters(label):
     assert parse(write(objects)) == Parsed(objects, 0) and json.loads(write(objects))[0]["label"] == label
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_pictures_and_clips_are_written_as_prompts_count_them(form):
+    """Objects → text → the same objects, in conversations of pictures, of clips and of both."""
+    rng = random.Random(FORMS.index(form))
+    for _ in range(500):
+        clips = rng.choices((False, True), k=rng.randint(1, 5))
+        objects = [o._replace(image=rng.randrange(len(clips))) for o in drawn_objects(rng, form)]
+        assert parse(write(objects, form, clips), clips) == Parsed(objects, 0)
+    clips, things = (True, False, True), [point("cat", 1, 2, image=i) for i in (0, 1, 2)]
+    text = write(things, form, clips)
+    if form == "json":
+        places = [{key: o[key] for key in o.keys() & {"image", "video"}} for o in json.loads(text)]
+        assert places == [{"video": 1}, {"image": 1}, {"video": 2}]
+    else:
+        assert re.findall(r"(?:Picture|Video) [0-9]+(?=: <)", text) == ["Video 1", "Picture 1", "Video 2"]
+    for outside, others in ((3, clips), (1, (False,)), (-1, (True,))):
+        with pytest.raises(InputError, match="of a conversation that has"):
+            write([*things[:1], point("cat", 1, 2, image=outside)], form, others)
+
+
 def test_written_forms():
     tilted = polygon("猫", *SLOPE)
     assert write([MUG, point("pen", 5, 6.5)]) == (
@@ -807,6 +827,33 @@ def test_many_lists_under_one_key():
     assert len(long[1].objects) == 4001 and long[0] < 12 * max(short[0], 0.001)
 
 
+@pytest.mark.parametrize(
+    "unit", ["At 00:05 [1,2,3,4] ", '{"00:05": [1,2,3,4]} ', '{"times": [', '{"time": 1, "objects": [']
+)
+def test_time_is_linear_for_clips(unit):
+    short, long = (timed(lambda n=n: parse(unit * (n // len(unit)), [True]), 0.02)[0] for n in (5_000, 20_000))
+    assert long < 12 * max(short, 0.001)
+
+
+@pytest.mark.parametrize(
+    "text, times",
+    [
+        ('{"time": 3, "objects": [{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4], "time": 5}]}', [3, 5]),
+        ('{"00:03": [{"bbox_2d": [1, 2, 3, 4]}], "00:05": {"bbox_2d": [1, 2, 3, 4]}}', ["00:03", "00:05"]),
+        ("At 3 seconds: [1, 2, 3, 4] and [1, 2, 3, 4]. At 00:05: [1, 2, 3, 4]", [3, 3, 5]),
+        ("It is at [1, 2, 3, 4] at 3 seconds, and at [1, 2, 3, 4] at 5 seconds.", [3, 5]),
+        ("It is at [1, 2, 3, 4]. At 3 seconds, it is at [1, 2, 3, 4].", [None, 3]),
+        ("It is at [1, 2, 3, 4] for 3 seconds.", [None]),
+        ('{"1": [1, 2, 3, 4], "2": [1, 2, 3, 4]}', [None, None]),
+    ],
+)
+def test_the_time_of_an_object_of_a_clip_may_stand_around_it(text, times):
+    assert [o.attributes.get("time") for o in parse(text, [True]).objects] == times
+    assert [o.points for o in parse(text).objects] == [((1, 2), (3, 4))] * len(times)
+    own = text.count('4], "time"')  # in its own JSON; of a picture, no more is read
+    assert sum("time" in o.attributes for o in parse(text, [False]).objects) == own
+
+
 def drawn_json(rng, depth=0):
     if depth < 5 and rng.random() < 0.6:
         if rng.random() < 0.5:
@@ -844,7 +891,7 @@ def test_numbers_are_converted_where_they_stand(text):
     """With every coordinate three times as large, the same objects and labels are read, and all other text stays."""
     large = Sizes((9000, 9000), (3000, 3000))
     out = from_model(text, large, "resized", "original")
-    scaled = converted(parse(text), [large] * 99, "resized", "original", whole=True).objects
+    scaled = converted(parse(text), [large] * 99, "resized", "original", rounded=True).objects
     if "rotate" not in text:
         assert [(o.label, o.points) for o in parse(out).objects] == [(o.label, o.points) for o in scaled]
     assert re.sub(r"-?[0-9.]+(e[0-9])?", "#", out) == re.sub(r"-?[0-9.]+(e[0-9])?", "#", text)
@@ -892,15 +939,15 @@ def test_there_and_back(p, target):
     for _ in range(400):
         pictures = [drawn_sizes(rng, p) for _ in range(rng.randint(1, 4))]
         parsed = Parsed([drawn_in(rng, pictures) for _ in range(8)], 0)
-        for whole in (False, True):
-            told = converted(parsed, pictures, "original", target, whole=whole)
+        for rounded in (False, True):
+            told = converted(parsed, pictures, "original", target, rounded=rounded)
             back = converted(told, pictures, target, "original")
             for o, t, b in zip(parsed.objects, told.objects, back.objects, strict=True):
                 place = pictures[o.image]
-                assert not whole or all(n == int(n) for xy in t.points for n in xy)
+                assert not rounded or all(n == int(n) for xy in t.points for n in xy)
                 for side in (0, 1):
                     step = place.original[side] / place.of(target)[side]
-                    allowed = max(1, step / 2) if whole else 1e-6
+                    allowed = max(1, step / 2) if rounded else 1e-6
                     moved = [abs(x[side] - y[side]) for x, y in zip(o.points, b.points, strict=True)]
                     assert max(moved) <= allowed * (1 + 1e-9)
 
@@ -1003,7 +1050,7 @@ def test_generate_prints_objects(tmp_path, capsys):
     assert cli.main([*command, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     places = [Sizes((image.width * 3, image.height * 2), sides)]
-    want = converted(parse(told["text"]), places, "resized", "original", whole=True)
+    want = converted(parse(told["text"]), places, "resized", "original", rounded=True)
     assert want.objects and told["malformed"] == 0
     assert told["objects"] == [
         {"label": o.label, "kind": "box", "points": [list(xy) for xy in o.points], "attributes": {}, "image": 0}

@@ -145,13 +145,13 @@ def test_answers(answer, text, calls):
 @pytest.mark.parametrize("body", MALFORMED)
 def test_malformed_calls_are_counted_and_stay_in_the_text(body):
     answer = f"Look.\n{tagged(body)}\n{tagged(CLICK)}"
-    assert parse(answer) == Turn(f"Look.\n{tagged(body)}", [CLICKED], 1, whole=0)
+    assert parse(answer) == Turn(f"Look.\n{tagged(body)}", [CLICKED], 1, first_malformed=0)
 
 
 @pytest.mark.parametrize("body", CUT)
 def test_a_call_that_is_cut_short_is_not_run(body):
     answer = f"{tagged(CLICK)}\n<tool_call>\n{body}"
-    assert parse(answer) == Turn(f"<tool_call>\n{body}", [CLICKED], 1, whole=1)
+    assert parse(answer) == Turn(f"<tool_call>\n{body}", [CLICKED], 1, first_malformed=1)
 
 
 def test_a_text_that_ends_within_a_tag():
@@ -317,7 +317,7 @@ def test_events_of_a_call():
         CallStart(1, "call_3", "g"),
         CallArguments(1, '{"b": [1'),
     ]
-    assert stream.close() == [CallEnd(1, None)] and stream.malformed == 1 and stream.whole == 1
+    assert stream.close() == [CallEnd(1, None)] and stream.malformed == 1 and stream.first_malformed == 1
 
 
 def test_what_is_given_is_not_taken_back():

@@ -136,7 +136,7 @@ class _Work:
                 raise InputError(f"the model returned {shown(answer)}; it must return the text of its answer")
             turn = calls.parse(answer, self.tools)
             if not turn.calls and not turn.malformed and _ACTION.search(turn.text):
-                turn = turn._replace(malformed=1, whole=0)
+                turn = turn._replace(malformed=1, first_malformed=0)
             if not turn.calls and not turn.malformed:
                 self._add(answer, None, "", self._screen)
                 return "answered", _words(turn)
@@ -152,7 +152,7 @@ class _Work:
         told: list[list[dict]] = []
         failed = False
         for number, call in enumerate(turn.calls):
-            failed = failed or number == turn.whole  # a call before it cannot be read
+            failed = failed or number == turn.first_malformed  # a call before it cannot be read
             if failed or self._limit():
                 told.append([_text(_NOT_DONE)])
                 continue

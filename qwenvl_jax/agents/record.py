@@ -9,7 +9,6 @@ Each file is written under a temporary name and then renamed, so that a run that
 
 import html
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -17,11 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwenvl_jax.agents.actions import Action
+from qwenvl_jax.answers import draw as drawing
+from qwenvl_jax.answers.grounding import Object
+from qwenvl_jax.answers.sheets import captioned
 from qwenvl_jax.errors import InputError, shown
 
 STEPS = "steps.jsonl"
 _PICTURE = re.compile(r"[0-9]{1,9}\.png")
-_RED, _WHITE = (220, 20, 60), (255, 255, 255)
 
 
 class Step(NamedTuple):
@@ -157,32 +158,13 @@ def describe(action: Action) -> str:
 
 
 def draw(picture, action: Action):
-    """A copy of a PIL image with the action drawn on it: a ring, an arrow or a box, and its name in a bar below."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    size = max(14, min(picture.size) // 40)
-    out = Image.new("RGB", (picture.width, picture.height + 2 * size), (30, 30, 30))
-    out.paste(picture.convert("RGB"))
-    pen = ImageDraw.Draw(out)
-    radius, width = size, max(2, size // 6)
-    for color, line in ((_WHITE, 3 * width), (_RED, width)):
-        if action.name == "zoom":
-            pen.rectangle((*action.points[0], *action.points[1]), outline=color, width=line)
-            continue
-        for x, y in action.points[-1:]:
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=color, width=line)
-            pen.line((x - width, y, x + width, y), fill=color, width=line)
-        if len(action.points) == 2:
-            _arrow(pen, *action.points, color, line, radius)
-    pen.text((size // 2, picture.height + size // 3), describe(action), _WHITE, ImageFont.load_default(size))
-    return out
-
-
-def _arrow(pen, start, end, color, width: int, head: int) -> None:
-    pen.line((*start, *end), fill=color, width=width)
-    angle = math.atan2(end[1] - start[1], end[0] - start[0])
-    for turn in (angle + 2.6, angle - 2.6):
-        pen.line((*end, end[0] + head * math.cos(turn), end[1] + head * math.sin(turn)), fill=color, width=width)
+    """A copy of a PIL image with the action drawn on it: a point, a box, or a line to a point; its name is below."""
+    points, objects = tuple(action.points), []
+    if action.name == "zoom":
+        objects.append(Object("", "box", points))
+    elif points:
+        objects += [Object("", "polygon", points)] * (len(points) == 2) + [Object("", "point", points[-1:])]
+    return captioned(drawing.draw(picture, objects), describe(action))
 
 
 def _drawn(picture: str) -> str:

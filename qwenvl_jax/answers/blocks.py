@@ -11,7 +11,7 @@ Rectangle = tuple[float, float, float, float]  # x1, y1, x2, y2
 
 # The report's forms: <div class="KIND">. The text of those in VERBATIM is a notation, not prose.
 FORMS = ("formula", "chart", "image", "image caption", "image ocr", "music sheet", "chemical formula", "caption")
-VERBATIM = ("formula", "music sheet", "chemical formula", "code", "math")
+VERBATIM = frozenset(("formula", "music sheet", "chemical formula", "code", "math"))
 INLINE = {"bold": "b", "italic": "i", "underline": "u", "strike": "s", "sub": "sub", "sup": "sup", "literal": "code"}
 INLINE |= {"link": "a", "break": "br", "span": "span", "math": "span", "picture": "img"}
 TAGS = {"paragraph": "p", "heading": "h", "list": "ul", "item": "li", "table": "table", "row": "tr", "cell": "td"}

@@ -241,12 +241,12 @@ def _scaled(n: float, side: int, picture: Sizes, source: str, target: str) -> fl
     return round(min(max(n * end / picture.of(source)[side], 0), end))
 
 
-def converted(parsed: Parsed, pictures: Sequence[Sizes], source: str, target: str, *, whole: bool = False) -> Parsed:
+def converted(parsed: Parsed, pictures: Sequence[Sizes], source: str, target: str, *, rounded: bool = False) -> Parsed:
     """Objects in `target` coordinates; what lies outside its picture is moved to the edge.
 
     pictures: those of the conversation, in order; a clip counts as one, and all its frames have its size. If there is
     one, every object is in it. Otherwise, an object in a picture that is not there counts as malformed.
-    source: the coordinates of the objects, one of COORDINATES. whole: round to whole numbers.
+    source: the coordinates of the objects, one of COORDINATES. rounded: to whole numbers.
     There and back, a point moves by rounding errors of floats only. Rounded to whole model pixels or thousandths on the
     way, it moves by up to half of one along each side; that is more than an original pixel in a picture that was shrunk
     to less than half. Raises InputError for unknown coordinates.
@@ -254,15 +254,15 @@ def converted(parsed: Parsed, pictures: Sequence[Sizes], source: str, target: st
     for what, name in (("source", source), ("target", target)):
         check_coordinates(str(name), what)
     objects = [o._replace(image=0) if len(pictures) == 1 else o for o in parsed.objects]
-    moved = [_moved(o, pictures[o.image], source, target, whole) for o in objects if o.image < len(pictures)]
+    moved = [_moved(o, pictures[o.image], source, target, rounded) for o in objects if o.image < len(pictures)]
     return Parsed(moved, parsed.malformed + len(parsed.objects) - len(moved))
 
 
-def _moved(o: Object, picture: Sizes, source: str, target: str, whole: bool) -> Object:
+def _moved(o: Object, picture: Sizes, source: str, target: str, rounded: bool) -> Object:
     def along(side: int, n: float) -> float:
         end = picture.of(target)[side]
         moved = min(max(n * end / picture.of(source)[side], 0.0), float(end))
-        return float(round(moved)) if whole else moved
+        return float(round(moved)) if rounded else moved
 
     return o._replace(points=tuple((along(0, x), along(1, y)) for x, y in o.points))
 

@@ -1,4 +1,4 @@
-"""Answers as pictures: boxes, points and polygons with their labels, and contact sheets of a clip's frames.
+"""Boxes, points and polygons with their labels, drawn on a picture; `sheets` draws them on the frames of a clip.
 
 Sizes follow the picture. A picture whose shorter side is under SMALL pixels is enlarged by a whole factor, so that a
 line of two pixels and letters of twelve have room. Colours are those of Okabe and Ito, which people with any form of
@@ -8,8 +8,9 @@ Where no font of this machine has the letters of a label, its number is drawn, a
 """
 
 import math
+import unicodedata
 import zlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageOps
@@ -19,14 +20,12 @@ from qwenvl_jax.answers.grounding import Object
 from qwenvl_jax.errors import InputError
 
 SMALL = 320  # pixels of the shorter side, to which smaller pictures are enlarged
-MOST_FRAMES = 1000  # of a contact sheet
 _LONGEST = 4096  # pixels of the longer side that enlarging does not pass
 _PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
-_MARK = (0xD5, 0x5E, 0x00)  # of the palette
-_LEAST_TEXT = 12  # pixels
+LEAST_TEXT = 12  # pixels of the height of letters
+_SYMBOLS = ("So", "Sk", "Cf")  # categories of emoji, and of what joins and colours them
 _SHARE = 0.45  # of the picture's width that a label takes at most
-_SHEET, _TILES = 1600, (96, 480)  # pixels of a contact sheet's width, roughly; least and most width of a frame in it
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels; x2 and y2 are not in it
@@ -57,24 +56,42 @@ def draw(image: Image.Image, objects: Sequence[Object]) -> Image.Image:
     A picture whose shorter side is under SMALL pixels is enlarged by a whole factor. A label has the same colour in
     each picture, unless two labels of one picture would share it. A label that finds no free place is left out.
     """
-    drawn = _upright(image)
+    drawn = upright(image)
     factor = max(1, min(math.ceil(SMALL / min(drawn.size)), _LONGEST // max(drawn.size)))
-    fonts, colours = Fonts(), _colours(objects)
-    texts = _texts(objects, fonts)
-    shapes = []
-    for thing in objects:
-        if (points := _visible(thing, drawn.size)) is not None:
-            points = [(x * factor, y * factor) for x, y in points]
-            bounds = _bounds(points, (drawn.width * factor, drawn.height * factor))
-            shapes.append(_Shape(thing.kind, points, bounds, texts[_name(thing)], colours[_class(thing)]))
     if factor > 1:
         drawn = drawn.resize((drawn.width * factor, drawn.height * factor), Image.Resampling.BICUBIC)
-    style = _style(drawn.size, shapes)
-    canvas = ImageDraw.Draw(drawn)
-    for shape in sorted(shapes, key=lambda s: _area(s.bounds), reverse=True):  # small ones stay on top
-        _outline(canvas, shape, style)
-    _Labels(canvas, shapes, style).write(fonts)
+    look_of(objects).draw(drawn, objects, factor)
     return drawn
+
+
+class Look(NamedTuple):
+    """How objects look in all pictures that show them: the text of each name, and the colour of each label."""
+
+    fonts: Fonts
+    texts: dict[str, str]
+    colours: dict[str, Colour]
+
+    def draw(self, picture: Image.Image, objects: Sequence[Object], scale: float) -> None:
+        """Draws on an RGB picture itself. scale: pixels of the picture per pixel of the objects."""
+        shapes, size = [], (picture.width / scale, picture.height / scale)
+        for thing in objects:
+            if (points := _visible(thing, size)) is not None:
+                points = [(x * scale, y * scale) for x, y in points]
+                bounds = _bounds(points, picture.size)
+                text, colour = self.texts[_name(thing)], self.colours[_class(thing)]
+                shapes.append(_Shape(thing.kind, points, bounds, text, colour))
+        style = _style(picture.size, shapes)
+        least = min(2 * style.line + 1, *picture.size)
+        shapes = [s._replace(bounds=_seen(s.bounds, least)) if s.kind == "box" else s for s in shapes]
+        canvas = ImageDraw.Draw(picture)
+        for shape in sorted(shapes, key=lambda s: _area(s.bounds), reverse=True):  # small ones stay on top
+            _outline(canvas, shape, style)
+        _Labels(canvas, shapes, style).write(self.fonts)
+
+
+def look_of(objects: Sequence[Object]) -> Look:
+    fonts = Fonts()
+    return Look(fonts, _texts(objects, fonts), _colours(objects))
 
 
 def outside(size: tuple[int, int], objects: Sequence[Object]) -> int:
@@ -85,53 +102,13 @@ def outside(size: tuple[int, int], objects: Sequence[Object]) -> int:
 def legend(objects: Sequence[Object]) -> dict[str, str]:
     """What `draw` writes in place of the labels that no font of this machine has the letters of: {"#1": label}."""
     return {
-        text: name for name, text in _texts(objects, Fonts()).items() if name and clean(name) and text != clean(name)
+        text: name
+        for name, text in _texts(objects, Fonts()).items()
+        if clean(name) and text != clean(name) and text[0] == "#"
     }
 
 
-def contact_sheet(frames: Sequence[Image.Image], captions: Sequence[str], marked: Container[int] = ()) -> Image.Image:
-    """The frames of a clip in a grid, in reading order, each over its caption, such as its time.
-
-    marked: numbers of frames, counted from 0, that get a coloured border, such as those of a moment in an answer.
-    Raises InputError unless there are 1 to MOST_FRAMES frames and as many captions.
-    """
-    if not 0 < len(frames) <= MOST_FRAMES or len(frames) != len(captions):
-        said = f"{len(frames):,} frames and {len(captions):,} captions"
-        raise InputError(f"{said}; a contact sheet has 1 to {MOST_FRAMES:,} frames, with a caption each")
-    first = _upright(frames[0])
-    ratio = first.height / first.width
-    columns = _columns(len(frames), ratio)
-    width = min(max(_SHEET // columns, _TILES[0]), _TILES[1])
-    height = min(max(round(width * ratio), 8), 4 * width)
-    text = max(_LEAST_TEXT, width // 16)
-    gap, fonts = max(4, width // 32), Fonts()
-    across, down = width + gap, height + round(text * 1.6) + gap
-    rows = -(-len(frames) // columns)
-    sheet = Image.new("RGB", (columns * across + gap, rows * down + gap), (255, 255, 255))
-    canvas = ImageDraw.Draw(sheet)
-    for i, (frame, caption) in enumerate(zip(frames, captions, strict=True)):
-        x, y = gap + i % columns * across, gap + i // columns * down
-        tile = ImageOps.contain(_upright(frame), (width, height), Image.Resampling.BICUBIC)
-        sheet.paste(tile, (x + (width - tile.width) // 2, y + (height - tile.height) // 2))
-        said = clean(caption)
-        said, font = fitted(said if fonts.file(said) is not None else f"#{i + 1}", fonts, text, width)
-        ink = (0, 0, 0)
-        if i in marked:
-            ink, end = _ink(_MARK), (x + width - 1, y + height - 1)
-            canvas.rectangle((x, y + height, end[0], y + height + round(text * 1.6)), _MARK)
-            canvas.rectangle((x, y, *end), None, _MARK, max(2, width // 40))
-        canvas.text((x + width // 2, y + height + text * 0.8), said, fill=ink, font=font, anchor="mm")
-    return sheet
-
-
-def _columns(count: int, ratio: float) -> int:
-    """How many columns make a sheet of about 4:3, with few places left empty."""
-    about = math.ceil(math.sqrt(count * max(ratio, 0.1) * 4 / 3))
-    near = [c for c in (about, about - 1, about + 1) if 0 < c <= count]
-    return min(near, key=lambda c: -count % c) if near else count
-
-
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """A new RGB picture, turned as its EXIF block says, with white where it is transparent."""
     if 0 in image.size:
         raise InputError("the picture has no pixels")
@@ -154,7 +131,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return copy.copy() if copy is image else copy
 
 
-def _visible(thing: Object, size: tuple[int, int]) -> list[tuple[float, float]] | None:
+def _visible(thing: Object, size: tuple[float, float]) -> list[tuple[float, float]] | None:
     """The points of an object, cut off at the edges of a picture; None if nothing of it is seen."""
     points = [(float(x), float(y)) for x, y in thing.points]
     least = {"box": 2, "point": 1, "polygon": 2}.get(thing.kind)
@@ -191,7 +168,7 @@ def _style(size: tuple[int, int], shapes: list[_Shape]) -> _Style:
     text = side * 0.024 * crowd
     if len(heights) > 4:
         text = min(text, max(heights[len(heights) // 2] * 0.7, side * 0.012))
-    return _Style(line, max(1, line // 3), 2 * line + 1, max(_LEAST_TEXT, round(text)))
+    return _Style(line, max(1, line // 3), 2 * line + 1, max(LEAST_TEXT, round(text)))
 
 
 def _outline(canvas: ImageDraw.ImageDraw, shape: _Shape, style: _Style) -> None:
@@ -211,7 +188,16 @@ def _outline(canvas: ImageDraw.ImageDraw, shape: _Shape, style: _Style) -> None:
             canvas.line(ring, shade, line + 2 * more, "curve")
 
 
-def _ink(colour: Colour) -> Colour:
+def _seen(bounds: Rectangle, least: int) -> Rectangle:
+    """The rectangle; grown around its centre to sides of so many pixels, if both are shorter."""
+    x1, y1, x2, y2 = bounds
+    if max(x2 - x1, y2 - y1) >= least:
+        return bounds
+    across, down = (max(least - side, 0) for side in (x2 - x1, y2 - y1))
+    return x1 - across // 2, y1 - down // 2, x2 + across - across // 2, y2 + down - down // 2
+
+
+def ink_on(colour: Colour) -> Colour:
     """Black or white, whichever contrasts more with a colour, by the relative luminance of WCAG 2."""
     linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in colour)]
     light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -246,12 +232,17 @@ def _name(thing: Object) -> str:
 
 
 def _texts(objects: Sequence[Object], fonts: Fonts) -> dict[str, str]:
-    """What is drawn for each name: its letters, or "#1" for the first one whose letters no font has."""
+    """What is drawn for each name: its letters, without emoji that no font has; "#1" if no font has its letters."""
     found: dict[str, str] = {}
     missing = 0
     for name in dict.fromkeys(map(_name, objects)):
         found[name] = clean(name)
-        if fonts.file(found[name]) is None:
+        if fonts.file(found[name]) is not None:
+            continue
+        words = clean("".join(c for c in name if unicodedata.category(c) not in _SYMBOLS))
+        if words and fonts.file(words) is not None:  # a label with emoji
+            found[name] = words
+        else:
             missing += 1
             found[name] = f"#{missing}"
     return found
@@ -286,7 +277,7 @@ class _Labels:
             left, _, right, _ = font.getbbox(text)
             width = math.ceil(right - left) + 2 * pad
             if text and (at := self._free(shape, width, height)):
-                ink = _ink(shape.colour)
+                ink = ink_on(shape.colour)
                 self._taken[self._cells(at)] = True
                 self._canvas.rectangle((at[0], at[1], at[2] - 1, at[3] - 1), shape.colour, ink, max(1, pad // 4))
                 self._canvas.text((at[0] + pad - left, (at[1] + at[3]) / 2), text, ink, font, "lm")

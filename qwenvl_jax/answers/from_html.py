@@ -13,7 +13,6 @@ from html import unescape
 from qwenvl_jax.answers.blocks import FORMS, INLINE, TAGS, VERBATIM, Block, Rectangle
 
 _DEPTH = 20
-_TEXTS = ("paragraph", "heading")
 _HOLDERS = {"list": "item", "table": "row", "row": "cell"}  # what holds nothing but these
 _HELD = {child: parent for parent, child in _HOLDERS.items()}
 _SAME = {"strong": "b", "em": "i", "del": "s", "strike": "s", "ins": "u", "th": "td", "menu": "ul", "dt": "p"}
@@ -28,7 +27,7 @@ _DROPPED = ("script", "style", "title", "iframe", "noembed", "noframes", "templa
 _KNOWN = {"thead", "tbody", "tfoot", "html", "body", "head", "center", "font", "small", "big", "label", "abbr", "mark"}
 _KNOWN |= {"dl", "colgroup", "col", "ruby", "rb", "rt", "rp", "time", "cite", "form", "input", "wbr", "meta", "link"}
 _KNOWN |= {"embed", "base", "svg", "button", "address", "details", "summary", "q", "var", "bdi", "bdo", *_DROPPED}
-
+_TAGS = {*_KINDS, *_SAME, *_KNOWN}
 _SPACE = " \t\n\r\f"
 _RUN = re.compile(r"[ \t\n\r\f]+")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
@@ -43,6 +42,8 @@ _ATTRIBUTE = re.compile(r"""([^\s=/"'<>]++)(?:\s*+=\s*+(?:"([^"]*+)"|'([^']*+)'|
 _BARE = re.compile(r"""["']?([^"'a-zA-Z<>]*+)""")  # a box without quotes, or without the second one
 _NUMBER = re.compile(r"-?[0-9]{1,9}(?:\.[0-9]{0,9})?")
 _NUMBERS = re.compile(rf"\s*[\[(]*\s*{_NUMBER.pattern}(?:[\s,;)(\[\]]+{_NUMBER.pattern})*\s*[\])/]*\s*")
+_ONLY_BOX = re.compile(f' data-bbox="{" ".join([f"({_NUMBER.pattern})"] * 4)}"')
+_PLAIN_REST = re.compile(r"([^<&]*+)</(td|th|li)>")  # of a cell or an item
 
 
 def read(text: str) -> tuple[list[Block], int]:
@@ -53,30 +54,31 @@ def read(text: str) -> tuple[list[Block], int]:
     framed = re.search(r"<(?:html|body)[\s>]|```(?:html|xml)?\s*<", text, re.I) is not None
     page, at, dropped, comments = _Reader(framed), 0, "", text.rfind("-->")
     while found := _TOKEN.search(text, at):
-        if not dropped:
+        if not dropped and at < found.start():
             page.text(text[at : found.start()])
-        at, name = found.end(), (found["name"] or "").lower()
+        tag, is_end, name, rest, broken = found.group(0, "end", "name", "rest", "broken")
+        at, name, rest, is_whole = found.end(), (name or "").lower(), rest or broken or "", tag[-1] == ">"
         if dropped:
-            dropped = "" if found["end"] and name == dropped else dropped
-        elif found[0] == "<!--":
+            dropped = "" if is_end and name == dropped else dropped
+        elif tag == "<!--":
             page.malformed += at > comments
             at = text.index("-->", at) + 3 if at <= comments else at
         elif not name:
-            page.malformed += not found[0].endswith(">")
-        elif not _is_tag(found, name, ends):
-            page.text(found[0])
-        elif found["end"]:
+            page.malformed += not is_whole
+        elif not (is_whole and name in _TAGS and (not rest or "=" in rest)) and not _is_tag(found, name, ends):
+            page.text(tag)
+        elif is_end:
             page.end(_SAME.get(name, name))
-        elif not found[0].endswith(">") and at == len(text):  # cut off
+        elif not is_whole and at == len(text):  # cut off
             page.malformed += 1
         elif name not in _DROPPED:
-            page.malformed += not found[0].endswith(">")
-            page.start(name, found["rest"] or found["broken"] or "")
+            page.malformed += not is_whole
+            plain = _PLAIN_REST.match(text, at) if name in ("td", "th", "li") else None
+            if page.start(name, rest, plain[1] if plain and plain[2] == name else None) and plain:
+                at = plain.end()
         elif at <= ends.get(name, -1):
             dropped = name
-        elif name == "script":  # its end is missing
-            at = len(text)
-        elif (at := text.find("<", at)) < 0:
+        elif name == "script" or (at := text.find("<", at)) < 0:  # its end is missing
             at = len(text)
     page.text(text[at:])
     page.leave(1)
@@ -85,8 +87,7 @@ def read(text: str) -> tuple[list[Block], int]:
 
 def _is_tag(found: re.Match, name: str, ends: dict[str, int]) -> bool:
     """Whether it is a tag rather than text such as `a<b` or `#include <stdio.h>`."""
-    rest = found["rest"] or found["broken"] or ""
-    known = name in _KINDS or name in _SAME or name in _KNOWN
+    rest, known = found["rest"] or found["broken"] or "", name in _TAGS
     if found[0].endswith(">"):
         is_prose = len(name) == 1 and rest.strip("/ ") and "=" not in rest
         return bool(found["end"]) or (not is_prose if known else name in ends or "=" in rest)
@@ -101,7 +102,7 @@ class _Open:
     __slots__ = ("attributes", "box", "kind", "parts", "reopened", "tag")
 
     def __init__(self, kind: str, tag: str, box=None, attributes=None):
-        self.kind, self.tag, self.box, self.attributes = kind, tag, box, attributes or {}
+        self.kind, self.tag, self.box, self.attributes = kind, tag, box, dict(attributes or ())
         self.parts: list = []
         self.reopened = 0  # the last item of a list that was opened again
 
@@ -135,13 +136,17 @@ class _Reader:
                 self.stack[-1].parts.append(block)
 
     def _children(self, node: _Open) -> list:
-        if self.verbatim:
+        if self.verbatim or not node.parts:
             return node.parts
         if node.kind in VERBATIM:
             text = _flat(node.parts, powers=node.kind in ("formula", "math"))
             text = re.sub(r"^(?:[ \t]*\n)+", "", text).rstrip(_SPACE) if node.kind == "code" else text.strip(_SPACE)
             pictures = [p for b in node.parts if isinstance(b, Block) for p in b.walk() if p.kind == "picture"]
             return [*pictures, text] if text else pictures
+        if len(node.parts) == 1 and isinstance(text := node.parts[0], str):
+            text = _RUN.sub(" ", text)
+            text = text if node.kind in INLINE else text.strip(" ")
+            return [text] if text else []
         parts: list = []
         for part in node.parts:
             if isinstance(part, str) and parts and isinstance(parts[-1], list):
@@ -171,7 +176,8 @@ class _Reader:
         self.verbatim += kind in VERBATIM
         return True
 
-    def start(self, name: str, rest: str) -> None:
+    def start(self, name: str, rest: str, plain: str | None = None) -> bool:
+        """Opens an element. plain: all that it has, if that is only text; then it may be closed at once, and True."""
         if name in ("html", "body"):
             self.leave(1)
             self.pages[name] += 1
@@ -182,25 +188,30 @@ class _Reader:
                 self.leave(table + 1)
         elif name == "input" and re.search("checkbox|radio", rest, re.I):
             self.text("☑ " if re.search("checked", rest, re.I) else "☐ ")
-        said = _said(rest)
-        kind, attributes = _described(name, said)
+        kind, attributes, box, readable = (not rest and _BARE_TAGS.get(name)) or _described(name, rest)
         if kind is None or (self.outside and kind in INLINE):
-            return
+            return False
         if kind == "link":
             self.end("a")
         if kind == "cell" and self.head:
-            attributes["header"] = True
-        box, readable = _box(said)
+            attributes = attributes | {"header": True}
         self.malformed += not readable
         if kind in ("break", "picture") and (len(self.stack) == 1 or self.verbatim):
             settled = kind == "picture" or self.verbatim
+        elif _HELD.get(kind) == self.stack[-1].kind:
+            settled = True
+            if plain is not None and not self.refused:
+                inner = _RUN.sub(" ", plain).strip(" ")
+                self.stack[-1].parts.append(Block(kind, box, [inner] if inner else [], dict(attributes), self.image))
+                return True
         else:
             settled = self.settle(kind, name, attributes)
         if kind in ("break", "picture", "rule"):
             if settled:
-                self.stack[-1].parts.append(Block(kind, box, [], attributes, self.image))
+                self.stack[-1].parts.append(Block(kind, box, [], dict(attributes), self.image))
         elif not settled or not self.push(kind, _SAME.get(name, name), box, attributes):
             self.refused.append(_SAME.get(name, name))
+        return False
 
     def settle(self, kind: str, name: str, attributes: dict) -> bool:
         """Closes what cannot hold an element, and opens what it must be in; False if that would be too deep."""
@@ -214,7 +225,7 @@ class _Reader:
             return self.fill()
         self.outside = False
         index = len(self.stack)
-        while self.stack[index - 1].kind in INLINE or self.stack[index - 1].kind in _TEXTS:
+        while (last := self.stack[index - 1].kind) in INLINE or last in ("paragraph", "heading"):
             index -= 1
         self.leave(index)
         top = self.stack[-1]
@@ -269,9 +280,8 @@ class _Reader:
                 node = self.stack[i]
                 if node.tag == tag:
                     return self.leave(i)
-                if (node.kind, tag) in (("table", "tr"), ("table", "td"), ("list", "li")):
-                    return None
-                if node.kind == "cell" and tag not in ("tr", "td", "table"):
+                ends_outside = (node.kind, tag) in (("table", "tr"), ("table", "td"), ("list", "li"))
+                if ends_outside or (node.kind == "cell" and tag not in ("tr", "td", "table")):
                     return None
 
     def text(self, text: str) -> None:
@@ -323,7 +333,16 @@ def _said(rest: str) -> dict[str, str]:
     return said
 
 
-def _described(name: str, said: dict[str, str]) -> tuple[str | None, dict]:
+def _described(name: str, rest: str) -> tuple[str | None, dict, Rectangle | None, bool]:
+    """(kind, attributes, box, whether the box can be read) of an element."""
+    if (bare := _BARE_TAGS.get(name)) and (placed := _ONLY_BOX.fullmatch(rest)):
+        a, b, c, d = map(float, placed.groups())
+        return *bare[:2], (min(a, c), min(b, d), max(a, c), max(b, d)), True
+    said = _said(rest)
+    return *_kind(name, said), *_box(said)
+
+
+def _kind(name: str, said: dict[str, str]) -> tuple[str | None, dict]:
     """The kind of an element and its attributes; None for a tag that means nothing here."""
     kind = _KINDS.get(_SAME.get(name, name))
     words = ""
@@ -346,7 +365,7 @@ def _described(name: str, said: dict[str, str]) -> tuple[str | None, dict]:
     elif kind == "cell":
         kept = {"header": True} if name == "th" else {}
         for span, most in (("rowspan", 65534), ("colspan", 1000)):  # the limits of HTML
-            if re.fullmatch("[0-9]+", digits := said.get(span, "")):
+            if (digits := said.get(span)) and re.fullmatch("[0-9]+", digits):
                 count = min(int(digits.lstrip("0")[:9] or 0), most)
                 kept |= {span: count} if count > 1 or (span == "rowspan" and count == 0) else {}
     elif kind == "link":
@@ -375,3 +394,6 @@ def _box(said: dict[str, str]) -> tuple[Rectangle | None, bool]:
     if len(numbers) != 4 and ("bbox" in said or len(numbers) < 6 or len(numbers) % 2):
         return None, False
     return (min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])), True
+
+
+_BARE_TAGS = {name: (*_kind(name, {}), None, True) for name in _TAGS}

@@ -45,6 +45,7 @@ _INLINE = re.compile(
     r"|\*\*(?P<b>(?![\s*])[^*\n]++)\*\*|\*(?P<i>(?![\s*])[^*\n]++)\*|~~(?P<s>[^~\n]++)~~"
     r"|(?P<alt>!?)\[(?P<words>[^\[\]\n]*+)\]\((?P<to>[^()\s]*+)\)"
 )
+_MARKS = re.compile(r"[$\\`*~\[]")  # one of these begins every inline element
 
 
 def to_html(markdown: str) -> str:
@@ -175,7 +176,7 @@ def _read(text: str) -> str:
             return f'<img alt="{escape(found["words"])}">'
         return f'<a href="{escape(found["to"])}">{_read(found["words"])}</a>'
 
-    return _INLINE.sub(one, text)
+    return _INLINE.sub(one, text) if _MARKS.search(text) else text
 
 
 def _pipes(line: str, tag: str) -> str:
@@ -230,7 +231,7 @@ def _latex(tabular: str, place: str) -> str:
                 column += 1
                 continue
             spans = {"column": 1, "row": 1}
-            while found := _MULTI.match(cell):
+            while "\\multi" in cell and (found := _MULTI.match(cell)):
                 spans[found[1]] = max(int(found[2]), 1)
                 cell = re.sub(r"\A\{|\}\s*\Z", "", cell[found.end() :])
             wide = min(spans["column"], 1000)
@@ -247,5 +248,6 @@ def _words(cell: str) -> str:
     if "\\" not in cell:
         return cell
     for command, tag in (("textbf", "b"), ("textit", "i"), ("emph", "i"), ("underline", "u")):
-        cell = re.sub(rf"\\{command}\{{([^{{}}]*+)\}}", rf"<{tag}>\1</{tag}>", cell)
+        if command in cell:
+            cell = re.sub(rf"\\{command}\{{([^{{}}]*+)\}}", rf"<{tag}>\1</{tag}>", cell)
     return cell.replace("\\newline", "<br>")

@@ -116,9 +116,10 @@ def parse(text: str, clips: Sequence[bool] = ()) -> Parsed:
     `img_idx` counts from 0.
     clips: for each picture and clip of the conversation, whether it is a clip. If it has both, "Picture 1" is the first
         picture and "Video 1" the first clip. Without it, the text is taken to speak of one kind only.
+        An object in a clip has its time in its attributes, also if it is said around it: "At 00:05 …", {"00:05": …}.
     If the text has thinking in it, only what follows `</think>` is read; nothing of a thought that does not end.
     """
-    return _Parser(text).parsed(clips)
+    return _Parser(text, clips).parsed()
 
 
 def places(text: str) -> list[Place]:
@@ -129,33 +130,42 @@ def places(text: str) -> list[Place]:
 
 
 class _Parser:
-    def __init__(self, text: str):
+    def __init__(self, text: str, clips: Sequence[bool] = ()):
         if "“bbox_2d”" in text or "“point_2d”" in text:
             text = text.replace("“", '"').replace("”", '"')
         if _ESCAPED_KEY.search(text):
             text = out_of_string(text)
         self.text = text
         self.reader = Reader(text)
-        self.found: list[tuple[Object, names.Picture | None]] = []  # with its picture, if the text names it
-        self.malformed = 0
-        self.places: list[Place] = []
+        self.found: list[tuple[Object, names.Picture | None, dict]] = []  # with its picture and time, if they are said
+        self.clips, self.has_clips, self.times = clips, any(clips), names.Times()
+        self.time: dict = {}  # as attributes: of the JSON object that is read now, or of what it is in
+        self.malformed, self.places = 0, list[Place]()
         self.form = self.words = ""  # the form and text of the place that is read now
         self.lone: list[tuple[float, ...]] = []  # pairs of numbers, which are a point if the text has nothing else
         self.label = ""  # of the last object outside of JSON
         self.picture: names.Picture | None = None
         self.ref: str | None = None  # a label that waits for its box
 
-    def parsed(self, clips: Sequence[bool] = ()) -> Parsed:
+    def parsed(self) -> Parsed:
         done = begin = _begin(self.text)
         while start := _START.search(self.text, done):
             prose = self.text[done : start.start()]
             self.picture = names.last(prose, self.picture) if prose else self.picture
+            if self.has_clips:
+                self.times.read(prose, len(self.found))
             self.form, self.words = start.lastgroup or "", self.text[start.start() : start.start() + 80]
             done = getattr(self, f"_{start.lastgroup}")(start, prose)
         if not self.found and not self.malformed:
             self._plain(self.text[begin:])
-        first = 0 if any(p and p.kind != "index" and p.number == 0 for _, p in self.found) else 1
-        objects = [o if p is None else o._replace(image=names.index(p, first, clips)) for o, p in self.found]
+        first = 0 if any(p and p.kind != "index" and p.number == 0 for _, p, _ in self.found) else 1
+        objects = [o if p is None else o._replace(image=names.index(p, first, self.clips)) for o, p, _ in self.found]
+        if self.has_clips:
+            self.times.read(self.text[done:], len(objects))
+            for i, o in enumerate(objects):
+                if o.image < len(self.clips) and self.clips[o.image]:
+                    time = self.found[i][2] or self.times.of(i, len(objects))
+                    objects[i] = o._replace(attributes=o.attributes | time)
         return Parsed(objects, self.malformed)
 
     def _plain(self, text: str) -> None:
@@ -186,7 +196,7 @@ class _Parser:
         self.places.append(Place(shape[0], self.form, shape[1], shape[2], self.words))
         if picture is None:
             picture = names.of_label(label)[0] or self.picture
-        self.found.append((Object(label, shape[0], shape[1], attributes or {}), picture))
+        self.found.append((Object(label, shape[0], shape[1], attributes or {}), picture, self.time))
 
     def _malformed(self) -> None:
         self.malformed += 1
@@ -218,7 +228,9 @@ class _Parser:
     def _value(self, value, name: str = "", picture: names.Picture | None = None, explicit: bool = False) -> None:
         """Adds the objects in a value. name: the label of those without one. explicit: bare numbers are no object."""
         if isinstance(value, dict):
+            outer, self.time = self.time, names.time_of(value) or self.time if self.has_clips else {}
             self._dict(value, name, picture, explicit)
+            self.time = outer
         elif isinstance(value, list) and not explicit and (row := shapes.row(value)):
             self.form, self.words = "", str(value)
             self._add(row[0] or name, row[1], row[2], picture)
@@ -272,7 +284,7 @@ class _Parser:
 
     def _children(self, value: dict, name: str, picture: names.Picture | None, explicit: bool) -> None:
         """The objects in an object that has no place itself. A key may be their label: {"cat": [x1, y1, x2, y2]}."""
-        own = names.label_of(value) or name
+        own, outer = names.label_of(value) or name, self.time
         points = all(shapes.bare(v) == "points" or shapes.is_pair(v) for v in value.values())
         for key, inner in value.items():
             is_list = shapes.plain_key(key) in _LISTS
@@ -280,9 +292,10 @@ class _Parser:
                 inner = Reader(inner).read(len(inner) - len(inner.lstrip()))[0]
             if not isinstance(inner, dict | list) or (shapes.bare(inner) == "points" and not points):
                 continue
-            named = names.of_key(key)
-            label = name if named or key in _CALLS else own if own or is_list else str(key)
+            named, time = names.of_key(key), names.time_of_key(key) if self.has_clips else {}
+            label = name if named or time or key in _CALLS else own if own or is_list else str(key)
             inner = [inner] if points and shapes.is_pair(inner) else inner
+            self.time = time or outer
             self._value(inner, label, named or picture, explicit)
 
     # --- control tokens, tags and pairs ---
@@ -315,7 +328,8 @@ class _Parser:
         if not closed and not any(c.isdigit() for c in run) and not start[0].startswith("<|"):
             return end  # a tag of something else
         places = shapes.within(run, "quad" in start[0])
-        if not closed and end == len(self.text) and not (run.rstrip().endswith((")", "]")) and _is_area(places[-1])):
+        is_complete = run.rstrip().endswith((")", "]")) and places[-1] and places[-1][0] != "point"
+        if not closed and end == len(self.text) and not is_complete:
             places[-1] = None  # the text ends in it
         label = self._said(prose) if start[0].startswith("<") else ""
         for shape in places:
@@ -384,7 +398,3 @@ def _span(pattern: re.Pattern, text: str, at: int) -> tuple[str, int]:
     found = pattern.match(text, at)
     assert found
     return found[0], found.end()
-
-
-def _is_area(shape) -> bool:
-    return shape is not None and shape[0] != "point"

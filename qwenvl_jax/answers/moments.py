@@ -54,6 +54,7 @@ _ANSWERS = {"answer", "finalanswer", "result", "output", "response", "答案"}
 # Keys that other things have too: a value that is no time is no fault.
 _ALSO = {*"from to at t sec secs second seconds stop finish until segment segments window windows range moment".split()}
 _DURATION = {"duration", "durationseconds", "durationsec", "持续时间", "时长"}
+_TIMES = _START | _END | _WHEN | _DURATION
 _TEXTS = (
     "description desc event eventdescription caption label text content activity action sentence summary query".split()
 )
@@ -137,6 +138,14 @@ def write(moments: Sequence[Moment], form: str = "json") -> str:
     return text
 
 
+def timed(value: dict) -> tuple[dict, list[Moment]]:
+    """(what an object of JSON says under keys such as "time" or "start_time", the moments that this is)."""
+    own = {key: inner for key, inner in value.items() if _name(str(key)) in _TIMES and not _is_branch(inner)}
+    walk = _Walk((), False)
+    walk.value(own)
+    return own, walk.moments
+
+
 def _parse(text: str) -> tuple[list[Moment], int, str]:
     """(moments, how many are malformed, the part of the text that counts)."""
     text = re.split("</think(?:ing)?>", text)[-1]
@@ -216,7 +225,7 @@ class _Walk:
             if isinstance(item, dict | list) and key not in used:
                 self._branch(key, item, depth)
             elif isinstance(item, str) and not used:  # {"00:12": "A man"}, {"A man": "00:12"}
-                if spans := _key_spans(key):
+                if spans := spans_of_key(key):
                     self._add(spans, item)
                 elif spans := _spans(item, strict=True):
                     self._add(spans, "" if _name(key) in _ANSWERS else key)
@@ -225,7 +234,7 @@ class _Walk:
         """A value in an object. Its key may be its time: {"00:12": {"description": "A man"}}, {"00:12": ["A man"]}."""
         before = len(self.moments) + self.malformed
         self.value(item, depth + 1)
-        if before == len(self.moments) + self.malformed and (spans := _key_spans(key)):
+        if before == len(self.moments) + self.malformed and (spans := spans_of_key(key)):
             texts = [v for k, v in item.items() if _name(k) in _TEXTS] if isinstance(item, dict) else item
             self._add(spans, ", ".join(text for text in texts if isinstance(text, str)))
 
@@ -319,7 +328,7 @@ def _spans(value: Any, strict: bool = False, depth: int = 0) -> list[tuple[float
     return flat
 
 
-def _key_spans(key: str) -> list[tuple[float, float | None]] | None:
+def spans_of_key(key: str) -> list[tuple[float, float | None]] | None:
     """The time or span that a key is; a span needs no unit."""
     bare = _KEY.fullmatch(key) if len(key) < 60 else None
     return [(float(bare[1]), float(bare[2]))] if bare else _spans(key, strict=True)
@@ -379,16 +388,10 @@ def _json(moment: Moment, form: str) -> str:
 
 
 def _line(moment: Moment, form: str) -> str:
-    one = {
-        "clock": times.clock,
-        "seconds": times.plain,
-        "tags": lambda s: f"<{times.plain(s)} seconds>",
-        "chinese": lambda s: f"{times.plain(s)}秒",
-    }[form]
-    ends = [one(end) for end in (moment.start, moment.end) if end is not None]
+    around = {"tags": "<{} seconds>", "chinese": "{}秒"}.get(form, "{}")
+    write_one = times.clock if form == "clock" else times.plain
+    ends = [around.format(write_one(end)) for end in (moment.start, moment.end) if end is not None]
+    text = moment.text and f"{'：' if form == 'chinese' else ': '}{moment.text}"
     if form == "chinese":
-        return ("从" + "到".join(ends) if len(ends) > 1 else f"第{ends[0]}") + (
-            f"：{moment.text}" if moment.text else ""
-        )
-    unit = " seconds" if form == "seconds" else ""
-    return " - ".join(ends) + unit + (f": {moment.text}" if moment.text else "")
+        return ("从" + "到".join(ends) if len(ends) > 1 else f"第{ends[0]}") + text
+    return " - ".join(ends) + " seconds" * (form == "seconds") + text

@@ -1,4 +1,4 @@
-"""What the words around coordinates name: the label of an object, and the picture or clip that it is in.
+"""What the words around coordinates name: the label of an object, the picture or clip that it is in, and its time.
 
 Pictures are named as in "Picture 2:", "in the second image", "in the last image", 第二张图, 最后一张, {"image": 2} and
 {"label": "Image 2: dog"}. After a picture is named, "in the second one" and "in the second:" name one of its kind.
@@ -6,9 +6,11 @@ These name none, since they may be about other things: "the second one is", "the
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from qwenvl_jax.answers import moments, times
 from qwenvl_jax.answers.shapes import plain_key
 
 
@@ -173,6 +175,37 @@ def index(picture: Picture, first: int, clips: Sequence[bool]) -> int:
         return same[picture.number] if -picture.number <= len(same) else len(clips)
     n = picture.number - first
     return same[n] if mixed and n < len(same) else n + mixed * len(clips)
+
+
+def time_of(value: dict) -> dict:
+    """What an object of JSON says of its time, such as {"start_time": "00:12", "end_time": "00:15"}; {} if nothing."""
+    said, found = moments.timed(value)
+    return said if found else {}
+
+
+def time_of_key(key) -> dict:
+    """The same of a key that is a time, such as "00:12"."""
+    return {"time": key} if isinstance(key, str) and moments.spans_of_key(key) else {}
+
+
+class Times:
+    """The times in the prose around objects."""
+
+    def __init__(self):
+        self._found: list[tuple[int, dict]] = []  # (how many objects stand before it, the time as attributes)
+
+    def read(self, prose: str, count: int) -> None:
+        """count: how many objects stand before the prose."""
+        for time in times.find(prose):
+            if time.kind == "moment":
+                said = {"time": time.start} if time.end is None else {"start_time": time.start, "end_time": time.end}
+                self._found.append((count, said))
+
+    def of(self, i: int, count: int) -> dict:
+        """The time of object i of `count`: the last one before it, or the next one if each object has one behind it."""
+        behind = bool(self._found) and self._found[0][0] > 0 and self._found[-1][0] == count
+        place = bisect_right(self._found, i, key=lambda found: found[0]) - (not behind)
+        return self._found[place][1] if place >= 0 else {}
 
 
 def label_of(value: dict) -> str | None:

@@ -39,7 +39,7 @@ class Turn(NamedTuple):
     text: str  # beside the calls; malformed calls stay in it as they are
     calls: list[ToolCall]
     malformed: int  # calls that cannot be read or are cut short
-    whole: int | None = None  # how many calls stand before the first malformed one; None: no call is malformed
+    first_malformed: int | None = None  # how many calls stand before the first malformed one; None: there is none
 
 
 def parse(text: str, names: Collection[str] = ()) -> Turn:
@@ -57,13 +57,14 @@ def parse(text: str, names: Collection[str] = ()) -> Turn:
     if stream.thought:
         stream, events = _read(text, stream.thought)
     said = "".join(event for event in events if isinstance(event, str))
-    turn = Turn(said, [event for event in events if isinstance(event, ToolCall)], stream.malformed, stream.whole)
+    calls = [event for event in events if isinstance(event, ToolCall)]
+    turn = Turn(said, calls, stream.malformed, stream.first_malformed)
     if not names or turn.calls or turn.malformed:
         return turn
     begin = thought(turn.text)
     found = untagged(_THINK.split(turn.text[begin:], maxsplit=1)[0], names)
     if found is None:
-        return turn._replace(malformed=1, whole=0)
+        return turn._replace(malformed=1, first_malformed=0)
     return turn._replace(text=(turn.text[:begin] + found[1]).strip(), calls=found[0]) if found[0] else turn
 
 
@@ -161,7 +162,7 @@ class Stream:
 
     def __init__(self, thinking: bool = False, deltas: bool = False, first: int = 0):
         self.malformed = 0
-        self.whole: int | None = None  # as in Turn
+        self.first_malformed: int | None = None  # as in Turn
         self.thought = 0  # how many characters end with a `</think>` that has no `<think>`; their calls are none
         self._calls = 0
         self._done = 0  # how many characters are no longer in the buffer
@@ -307,7 +308,7 @@ class Stream:
 
     def _fail(self) -> None:
         self.malformed += 1
-        self.whole = self._calls if self.whole is None else self.whole
+        self.first_malformed = self._calls if self.first_malformed is None else self.first_malformed
 
     def _write(self, end: int) -> None:
         """Gives what is known of a call whose text is known up to `end`."""

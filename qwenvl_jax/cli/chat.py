@@ -32,7 +32,7 @@ _HELP = '''\
 /video FILE   attach a video
 /drop         remove the attachments of the next message
 /retry        send the last message again
-/draw FILE    draw what the last answer places in the images: boxes, points and polygons (several: FILE-1, FILE-2, …)
+/draw FILE    draw the objects of the last answer on the image, or on the frames of the video (several: FILE-1, …)
 /objects      print it as JSON, in pixels of the image files
 /reset        forget the conversation
 /quit         end the chat; so do Ctrl-D, and Ctrl-C twice

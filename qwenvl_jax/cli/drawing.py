@@ -1,9 +1,8 @@
-"""Shared by `qwenvl generate` and `qwenvl chat`: what an answer places in pictures, as JSON and drawn on them."""
+"""Shared by `qwenvl generate` and `qwenvl chat`: what an answer places in pictures and clips, as JSON and drawn."""
 
 from __future__ import annotations
 
 import io
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -63,11 +62,9 @@ def objects_of(result, coordinates: str = "original") -> dict:
 
 def finish(file: Path, drawn_on: Sequence, result, config) -> None:
     """Writes the pictures of an answer, a Result, and says on stderr what they do not show."""
-    from qwenvl_jax.answers.moments import parse
-
-    objects, moments = result.objects("original").objects, parse(result.text).moments
+    objects, moments = _said(drawn_on, result, config)
     files = write(file, drawn_on, objects, config, moments)
-    for line in (*notes(drawn_on, objects), f"drawn: {', '.join(map(str, files))}"):
+    for line in (*notes(drawn_on, objects, config), f"drawn: {', '.join(map(str, files))}"):
         print(f"qwenvl: {line}", file=sys.stderr, flush=True)
 
 
@@ -95,50 +92,66 @@ def write(
     return files
 
 
-def notes(drawn_on: Sequence, objects: Sequence[Object]) -> list[str]:
+def notes(drawn_on: Sequence, objects: Sequence[Object], config) -> list[str]:
     """What the pictures do not show, as sentences."""
+    from qwenvl_jax.answers import sheets
+    from qwenvl_jax.answers.boxes import sizes
     from qwenvl_jax.answers.draw import legend, outside
 
     said, lost = [], sum(not 0 <= o.image < len(drawn_on) for o in objects)
     for i, where in enumerate(drawn_on):
         mine = [o for o in objects if o.image == i]
+        name = f"{'clip' if isinstance(where, Visual) else 'picture'} {i + 1}: " if len(drawn_on) > 1 else ""
         if isinstance(where, Visual):
-            lost += len(mine)
+            places = sheets.places(mine, *_rate(where, config))
+            size = sizes(where, config).original
+            lost += sum(not place or outside(size, [o]) for o, place in zip(mine, places, strict=True))
+            if untimed := sum(not sheets.is_timed(o) for o in mine):
+                said.append(f"{name}objects without a time ({untimed} of {len(mine)}) are drawn on the first frame")
         else:
             lost += outside(where.size, mine)
-            name = f"picture {i + 1}: " if len(drawn_on) > 1 else ""
-            said += [f"{name}{number} is {label}" for number, label in legend(mine).items()]
+        said += [f"{name}{number} is {label}" for number, label in legend(mine).items()]
     if not objects and any(not isinstance(where, Visual) for where in drawn_on):
         said.append("the answer places nothing in the pictures")
     if lost:
-        said.append(f"{lost} of {len(objects)} objects are not drawn: they lie outside the pictures, or in a clip")
+        said.append(f"{lost} of {len(objects)} objects are not drawn: their place or time is outside of what was given")
     return said
 
 
+def _said(drawn_on: Sequence, result, config) -> tuple[Sequence[Object], Sequence[Moment]]:
+    """The objects, in pixels of the files, and the moments of an answer.
+
+    Numbers alone could be both. "[1, 2, 3, 4]" is a box; "[1, 2]" is a span of a clip that is so long, else a point.
+    """
+    from qwenvl_jax.answers import grounding, moments, sheets
+
+    objects, times = result.objects("original").objects, moments.parse(result.text).moments
+    ends = {end for time in times for end in (time.start, time.end) if end is not None}
+    if not ends <= {n for o in grounding.parse(result.text).objects for point in o.points for n in point}:
+        return objects, times
+    clips = [_rate(where, config) for where in drawn_on if isinstance(where, Visual)]
+    is_point = len(objects) == 1 and objects[0].kind == "point" and not (objects[0].label or objects[0].attributes)
+    is_span = is_point and any(sheets.frames_of(time, *clip) for time in times for clip in clips)
+    return ([], times) if is_span else (objects, [])
+
+
 def _drawn(where, objects: list[Object], moments: Sequence[Moment], config):
-    from qwenvl_jax.answers.draw import MOST_FRAMES, contact_sheet, draw
+    from qwenvl_jax.answers.boxes import sizes
+    from qwenvl_jax.answers.draw import draw
+    from qwenvl_jax.answers.sheets import draw_clip
     from qwenvl_jax.inputs.media import frames
 
     if not isinstance(where, Visual):
         return draw(where, objects)
-    shown = frames(where, config)
-    step = -(-len(shown) // MOST_FRAMES)
-    seconds = where.seconds_per_grid / config.vision.temporal_patch_size
-    times = [_time(i * seconds) if seconds else str(i + 1) for i in range(0, len(shown), step)]
-    marked = {n // step for moment in moments for n in _frames_of(moment, seconds, len(shown))} if seconds else ()
-    return contact_sheet(shown[::step], times, marked)
+    (width, height), (wide, high), _ = sizes(where, config)
+    seen = [o._replace(points=tuple((x * wide / width, y * high / height) for x, y in o.points)) for o in objects]
+    return draw_clip(frames(where, config), _rate(where, config)[0], seen, moments)
 
 
-def _frames_of(moment: Moment, seconds: float, count: int) -> range:
-    """Which frames of a clip, `seconds` apart, a moment is in: at least the one that is shown when it starts."""
-    first = math.floor(min(moment.start / seconds, count) + 0.01)
-    last = first if moment.end is None else math.floor(min(moment.end / seconds, count - 1) + 0.01)
-    return range(first, min(max(last, first) + 1, count))
-
-
-def _time(seconds: float) -> str:
-    minutes, tenths = divmod(round(seconds * 10), 600)
-    return f"{minutes}:{tenths / 10:04.1f}"
+def _rate(clip: Visual, config) -> tuple[float, int]:
+    """(seconds between two frames, frames) of a clip."""
+    steps = config.vision.temporal_patch_size
+    return clip.seconds_per_grid / steps, clip.grid.t * steps
 
 
 def _save(picture, to, suffix: str) -> None:

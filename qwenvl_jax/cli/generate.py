@@ -68,7 +68,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--draw",
         metavar="FILE",
-        help="draw these objects on the image (several: FILE-1, FILE-2, …); of a video, mark the answer's times",
+        help="draw the objects on the image (several: FILE-1, FILE-2, …), or objects and times on frames of the video",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a stream")
     converse.add_distributed(parser)
