@@ -17,6 +17,7 @@ from qwenvl_jax.errors import CheckpointError, InputError, shown
 ROPES = ("sections", "interleaved")
 NORMS = ("rms", "layer")
 DTYPES = ("bfloat16", "float16", "float32")
+QUANTISED_DTYPES = ("int4", "int8", "float8_e4m3fn")
 MAX_JSON = 64 << 20  # bytes of a checkpoint's JSON or text file; Qwen's tokenizer.json has 7 MB
 _POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer starts
 GROUPS = ("vision", "merger", "llm")  # of parameters, for learning rates, freezing and adapters
@@ -111,8 +112,29 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """How a Linear holds its kernel [in, out]: (kernel − zeros) · scales, with `group` rows sharing a row of scales.
+
+    dtype: the kernel's, one of QUANTISED_DTYPES.
+    group: rows that share scales; 0: all rows.
+    zeros: are there zero points, one per scale, of the kernel's dtype?
+    order: are the kernel's rows sorted by group (GPTQ's desc_act)? Row j then stands for input feature order[j].
+    activations: the dtype to which the checkpoint asks to quantise a Linear's input, token by token; None: it does not.
+    """
+
+    dtype: str
+    group: int = 0
+    zeros: bool = False
+    order: bool = False
+    activations: str | None = None
+
+
+@dataclass(frozen=True)
 class Config:
-    """One model. `dtype` is the compute dtype; in a file it is also the dtype of the weights."""
+    """One model. `dtype` is the compute dtype; in a file it is also the dtype of the weights that are not quantised.
+
+    quantised: (a Linear's path in the tree, such as "decoder/layers/q_proj"; how it holds its kernel).
+    """
 
     family: str  # the model_type of config.json: a key of families.FAMILIES
     text: TextConfig = TextConfig()
@@ -123,6 +145,7 @@ class Config:
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
     eos_token_id: int | tuple[int, ...] = 151645
+    quantised: tuple[tuple[str, Quantised], ...] = ()
 
     def __post_init__(self):
         _check(self)

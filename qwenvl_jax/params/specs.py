@@ -16,6 +16,7 @@ from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.model.linear import Declared
 from qwenvl_jax.model.qwenvl import parts
+from qwenvl_jax.params import quantised
 from qwenvl_jax.sharding import AXES, check_letters, weight_spec
 
 MATMULS = ("linear", "conv", "head")
@@ -26,7 +27,8 @@ class Spec(NamedTuple):
 
     dims: one letter of types.py per dimension, "L" first if layers are stacked, "." for one that is never split.
     role: "linear" (a Linear's kernel), "conv" (a convolution's kernel as a matrix), "head" (the output head),
-        "embedding", "scale", "bias"; in an adapter "lora_a", "lora_b", "lora_scale".
+        "embedding", "scale", "bias"; of a quantised Linear "scales", "zeros", "order"; in an adapter "lora_a",
+        "lora_b", "lora_scale".
     group: "llm", "vision" or "merger"; learning rates and freezing are per group.
     init: (key, shape, dtype) → initial value.
     """
@@ -78,6 +80,11 @@ def _specs(config: Config) -> dict[str, Spec]:
                 shape, dims = (part.layers, *shape), ("L", *dims)
             check_letters(path, dims, shape)
             out[path] = Spec(shape, np.dtype(box.value.dtype), dims, box.role, part.group, box.init)
+    for linear, form in config.quantised:
+        kernel = out.get(f"{linear}/kernel")
+        if kernel is None or kernel.role != "linear":
+            raise InputError(f"{linear}: no Linear of this model, so it cannot be quantised")
+        out |= quantised.leaves(linear, kernel, form)
     return out
 
 
