@@ -65,7 +65,7 @@ def _kernel(x, kernel, scales, *rest, chunk: int, rows: int):
         at = pl.ds(i // per_scale, 1)
         for z in zeros:
             codes -= z[at, :].astype(x.dtype)  # exact: whole numbers below 256
-        part = pl.dot(x[:, pl.ds(i * chunk, chunk)], codes)
+        part = triton.dot(x[:, pl.ds(i * chunk, chunk)], codes)
         return total + part * scales[at, :].astype(jnp.float32)
 
     total = jax.lax.fori_loop(0, kernel.shape[0] // chunk, add, jnp.zeros((x.shape[0], kernel.shape[1]), jnp.float32))
@@ -80,7 +80,9 @@ def _chunk(kernel, scales) -> int:
 
 
 def _columns(kernel) -> int:
-    return min(kernel.shape[-1] & -kernel.shape[-1], COLUMNS)
+    """Columns per program: COLUMNS, or half of it if there would be few programs."""
+    F = kernel.shape[-1]
+    return min(F & -F, COLUMNS if F >= 16 * COLUMNS else COLUMNS // 2)
 
 
 def _parts(most: int, programs: int) -> int:
