@@ -1,6 +1,7 @@
 """Moves parameters from disk onto their devices, one after the other."""
 
 import abc
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
-from qwenvl_jax.config import Config
+from qwenvl_jax.config import DTYPES, Config
 from qwenvl_jax.params.specs import Spec, flatten, specs_of, unflatten
 
 
@@ -75,15 +76,48 @@ class ArraySource(Source):
         return out
 
 
+class Regrouped(Source):
+    """A quantised source with rows of scales and zeros repeated, as `on_mesh` of params/specs.py needs them."""
+
+    def __init__(self, source: Source, declared: dict[str, Spec]):
+        self._source = source
+        self.leaves = {
+            path: dataclasses.replace(leaf, spec=leaf.spec._replace(shape=declared[path].shape))
+            for path, leaf in source.leaves.items()
+        }
+
+    def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
+        """See `Source.read`."""
+        stored = self._source.leaves[leaf.path]
+        if stored.shape == leaf.shape:
+            return self._source.read(stored, index, dtype, bar)
+        *lead, rows, columns = index
+        copies = leaf.shape[-2] // stored.shape[-2]
+        first = rows.start // copies
+        part = self._source.read(stored, (*lead, slice(first, -(-rows.stop // copies)), columns), dtype, bar)
+        out = self.empty(leaf, index, dtype)
+        out[...] = np.repeat(part, copies, -2)[..., rows.start - first * copies : rows.stop - first * copies, :]
+        return out
+
+
 def to_devices(source: Source, shardings=None, dtype=None, progress: bool = True) -> dict:
-    """The parameters of a source as jax arrays; arguments as for `read_params` of convert/hf.py."""
+    """The parameters of a source as jax arrays; arguments as for `read_params` of convert/hf.py.
+
+    A dtype is for what is not quantised: kernels in few bits, their zeros, scales and order keep their own.
+    """
     flat_shardings = None if shardings is None else flatten(shardings)
     default = SingleDeviceSharding(jax.local_devices()[0])
     out = {}
     with progress_bar("loading", source.nbytes, progress) as bar:
         for path, leaf in source.leaves.items():
-            out[path] = _place(source, leaf, flat_shardings[path] if flat_shardings else default, dtype, bar)
+            to = dtype if is_castable(leaf.spec) else None
+            out[path] = _place(source, leaf, flat_shardings[path] if flat_shardings else default, to, bar)
     return unflatten(out)
+
+
+def is_castable(spec: Spec) -> bool:
+    """Is it an ordinary parameter in a floating dtype? Scales are not: float16 has exactly what the file says."""
+    return spec.role != "scales" and spec.dtype.name in DTYPES
 
 
 def progress_bar(what: str, nbytes: int, progress: bool = True) -> tqdm:
