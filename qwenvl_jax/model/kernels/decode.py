@@ -44,10 +44,13 @@ def decode_kernel(q, k, v, k_cache, v_cache, lengths, *, interpret: bool = False
 
 def block_slots(K: int, S: int, H: int, *, int8: bool = False) -> int:
     """Slots per block, in whole tiles: as many as BLOCK holds, or fewer (at least half) if those divide S.
-    int8: as many bytes, in multiples of LANES.
+
+    int8: as many bytes, in multiples of LANES; or all slots, if they are whole tiles.
     """
     block, step = (2 * BLOCK, LANES) if int8 else (BLOCK, TILE)
     most = min(max(block // (K * H * step), 1), -(-S // step)) * step
+    if int8 and S <= most and S % (2 * TILE) == 0:
+        return S
     return next((n for n in range(most, most // 2, -step) if S % n == 0), most)
 
 
