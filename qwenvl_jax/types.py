@@ -109,16 +109,29 @@ class PreferenceBatch(NamedTuple):
     reference: Any  # [B, n] float32: log-probability of segments 1 … n under the reference model
 
 
+class Int8(NamedTuple):
+    """Keys or values in int8. Each vector, of one head and slot, is its values times its scale."""
+
+    values: Any  # [B, K, S, H] int8, from −127 to 127
+    scales: Any  # [B, K, S] float32
+
+
 class Cache(NamedTuple):
-    """The KV cache: one array per layer, so that a decode step can update it in place.
+    """The KV cache: one array (or `Int8`) per layer, so that a decode step can update it in place.
 
     A row's live slots are the first `lengths[b]`. Its next token's M-RoPE position is `lengths + deltas` on all axes.
     """
 
-    k: list  # L × [B, K, S, H]
-    v: list  # L × [B, K, S, H]
+    k: list  # L × [B, K, S, H], or L × Int8
+    v: list  # L × [B, K, S, H], or L × Int8
     lengths: Any  # [B] int32
     deltas: Any  # [B] int32
+
+    @property
+    def slots(self) -> int:
+        """S, with free slots."""
+        layer = self.k[0]
+        return (layer.values if isinstance(layer, Int8) else layer).shape[2]
 
 
 class Model(NamedTuple):

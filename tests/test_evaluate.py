@@ -782,6 +782,7 @@ def test_answers_of_another_evaluation_are_refused(tiny_checkpoint, tmp_path, ca
     changed = numbers(tmp_path / "changed.jsonl", "b", "c")
     for args, says in (
         ((*argv, "--max-new-tokens", 9), ":1: was answered with other options (max_new_tokens was 256 and is 9)"),
+        ((*argv, "--kv-dtype", "int8"), ":1: was answered with other options (kv_dtype was None and is int8)"),
         ((*argv, "--max-pixels", 9000), "max_pixels was None and is 9000"),
         ((*argv, "--no-skip-special-tokens"), "skip_special_tokens was True and is False"),
         ((file, "--model", other, "--output", output), ":1: is the answer of another model"),

@@ -13,7 +13,7 @@ from qwenvl_jax import cli, errors
 from qwenvl_jax.cli.generate import _read_messages, read_request
 from qwenvl_jax.errors import BadRecord, CheckpointError, ContextError, InputError, MediaError, OptionsError, install
 from qwenvl_jax.families import PRESETS
-from qwenvl_jax.infer.options import GenerateOptions
+from qwenvl_jax.infer.options import EngineOptions, GenerateOptions
 from qwenvl_jax.inputs.fields import REQUEST
 from qwenvl_jax.inputs.messages import normalize
 from qwenvl_jax.inputs.options import LIMITS, MediaOptions, PromptOptions, RecordOptions
@@ -22,9 +22,10 @@ from qwenvl_jax.options import build, given, names, replace
 from qwenvl_jax.train.options import TrainOptions
 
 VERBS = {
-    "generate": (GenerateOptions, MediaOptions, PromptOptions),
-    "chat": (GenerateOptions, MediaOptions, PromptOptions),
-    "eval": (GenerateOptions, MediaOptions, PromptOptions, RecordOptions),
+    "generate": (GenerateOptions, MediaOptions, PromptOptions, EngineOptions),
+    "chat": (GenerateOptions, MediaOptions, PromptOptions, EngineOptions),
+    "eval": (GenerateOptions, MediaOptions, PromptOptions, RecordOptions, EngineOptions),
+    "plan": (EngineOptions,),
     "train": (TrainOptions,),
 }
 
@@ -60,7 +61,7 @@ def test_train_takes_every_shared_option():
 
 def test_an_option_is_declared_once():
     """Neither by two classes nor by hand. A seed is of two things; an answer's control tokens are kept or not twice."""
-    classes = (MediaOptions, PromptOptions, RecordOptions, GenerateOptions, TrainOptions)
+    classes = (MediaOptions, PromptOptions, RecordOptions, GenerateOptions, EngineOptions, TrainOptions)
     declared = [name for cls in classes for name in cls.__annotations__]
     assert {name for name in declared if declared.count(name) > 1} == {"seed", "skip_special_tokens"}
     shared = {name for cls in classes[:-1] for name in cls.__annotations__}

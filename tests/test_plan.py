@@ -319,6 +319,30 @@ def test_adapters_over_four_bits_take_less_memory():
 
 
 @compiled
+@pytest.mark.parametrize(
+    ("name", "target", "rows", "most"),
+    [
+        ("qwen2.5-vl-7b", "v6e-1", 1, 1.03),
+        ("qwen2.5-vl-7b", "v6e-1", 32, 1.10),
+        pytest.param("qwen2.5-vl-7b", "v6e-4", 32, 1.10, marks=pytest.mark.slow),
+        pytest.param("qwen2.5-vl-72b", "v6e-8", 32, 1.10, marks=pytest.mark.slow),
+        ("qwen2.5-vl-7b", "h200", 1, 1.03),
+        ("qwen2.5-vl-7b", "h200", 32, 1.15),
+    ],
+)
+def test_an_int8_cache_moves_its_own_bytes(name, target, rows, most):
+    """And is never copied, nor is a dequantised one written: all temporaries are smaller than one layer's keys."""
+    config = shallow(name, 2 if rows > 1 else 4)
+    answer, t = plan(Job(config, batch=rows, kv_dtype="int8"), parse_target(target)), config.text
+    heads = t.num_key_value_heads // answer["mesh"]["tensor"]
+    layer = rows * heads * 4096 * (t.head_dim + 4)
+    assert answer["hbm_per_chip"]["cache"] == 2 * t.num_hidden_layers * layer + 2 * 4 * rows
+    assert answer["bytes_accessed"] <= most * answer["min_bytes"]
+    if rows > 1:
+        assert answer["hbm_per_chip"]["temp"] < layer
+
+
+@compiled
 def test_many_rows_compile_without_the_kernel():
     """The loop that writes the caches of 32 rows; libtpu 0.0.42 cannot compile its obvious form."""
     config = resolve_model("demo")  # its heads do not fill the vector lanes

@@ -5,7 +5,7 @@ import math
 from qwenvl_jax.cli.errors import enable_compile_cache
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import ContextError, InputError
-from qwenvl_jax.infer.options import GenerateOptions, tokens_left
+from qwenvl_jax.infer.options import EngineOptions, GenerateOptions, tokens_left
 from qwenvl_jax.inputs.messages import Media
 from qwenvl_jax.inputs.options import MediaOptions, PromptOptions, RecordOptions
 from qwenvl_jax.options import add_flags, build, given, names
@@ -37,6 +37,7 @@ def add_arguments(parser) -> None:
     add_flags(parser, GenerateOptions, "Defaults come from the checkpoint's generation_config.json.")
     add_flags(parser, MediaOptions, "For all images and videos; an item of a message can override them.")
     add_flags(parser, PromptOptions)
+    add_flags(parser, EngineOptions)
 
 
 def located(args):
@@ -130,7 +131,7 @@ def engine(where, args, mesh):
     from qwenvl_jax.params import checkpoint
 
     enable_compile_cache()
-    return Engine(checkpoint.load_located(where, mesh=mesh, dtype=args.dtype))
+    return Engine(checkpoint.load_located(where, mesh=mesh, dtype=args.dtype), **given(args, EngineOptions))
 
 
 def user_turn(media: list[tuple[str, str]], text: str) -> dict:

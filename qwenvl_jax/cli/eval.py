@@ -14,7 +14,7 @@ from qwenvl_jax.eval.evaluator import check_counts, check_questions, evaluate
 from qwenvl_jax.eval.journal import holds_answers
 from qwenvl_jax.eval.metrics import BOXES, METRICS
 from qwenvl_jax.eval.questions import Question, Questions
-from qwenvl_jax.infer.options import GenerateOptions
+from qwenvl_jax.infer.options import EngineOptions, GenerateOptions
 from qwenvl_jax.inputs.options import MediaOptions, PromptOptions, RecordOptions
 from qwenvl_jax.options import add_flags, given, whole
 
@@ -53,6 +53,7 @@ def add_arguments(parser) -> None:
     add_flags(parser, MediaOptions)
     add_flags(parser, PromptOptions)
     add_flags(parser, RecordOptions)
+    add_flags(parser, EngineOptions)
 
 
 def run(args) -> int:
@@ -87,6 +88,7 @@ def run(args) -> int:
         on_bad=how.on_bad_record,
         limit=args.limit,
         progress=not args.json,
+        **given(args, EngineOptions),
         **sampling,
     )
     if one_of_several() and sys.modules["jax"].process_index():  # every process computes; process 0 prints

@@ -7,7 +7,8 @@ import sys
 
 from qwenvl_jax.cli.errors import FAILED, OK, mute_libraries
 from qwenvl_jax.errors import InputError
-from qwenvl_jax.options import whole
+from qwenvl_jax.infer.options import EngineOptions
+from qwenvl_jax.options import add_flags, given, whole
 
 HELP = "Does a job fit on a TPU slice or GPUs, and how fast at best? Compiles without the hardware."
 EXAMPLES = (
@@ -17,8 +18,8 @@ EXAMPLES = (
 )
 # The flags of each task.
 _TAKES: dict[str, tuple[str, ...]] = {
-    "decode": ("batch", "context"),
-    "prefill": ("batch", "context"),
+    "decode": ("batch", "context", "kv_dtype"),
+    "prefill": ("batch", "context", "kv_dtype"),
     "vision": ("images", "pixels"),
     "train": ("batch", "context", "images", "pixels", "lora", "full"),
 }
@@ -56,6 +57,7 @@ def add_arguments(parser) -> None:
     add("--mesh", metavar="DxFxT", help="chips along data, fsdp and tensor (default: by task)")
     add("--search", action="store_true", help="find the smallest slice that the job fits, and its fastest mesh")
     add("--json", action="store_true", help="print one JSON object")
+    add_flags(parser, EngineOptions)
 
 
 def run(args) -> int:
@@ -82,9 +84,10 @@ def job(args):
     from qwenvl_jax.plan import plan
 
     values = {name: value for name in _TAKES["train"] if (value := getattr(args, name)) is not None}
+    values |= given(args, EngineOptions)
     for name in values:
         if name not in _TAKES[args.task]:
-            raise InputError(f"--{name} is not an option of --task {args.task}; leave it out")
+            raise InputError(f"--{name.replace('_', '-')} is not an option of --task {args.task}; leave it out")
     values.pop("full", None)
     config = plan.resolve_model(args.model)
     if args.quantised:

@@ -15,7 +15,7 @@ from qwenvl_jax.eval.journal import Journal, answered_ids, fingerprint, question
 from qwenvl_jax.eval.metrics import BOXES
 from qwenvl_jax.eval.questions import Question, Questions, check_answer
 from qwenvl_jax.eval.report import Answer, Report, report, score
-from qwenvl_jax.infer.options import GenerateOptions
+from qwenvl_jax.infer.options import EngineOptions, GenerateOptions
 from qwenvl_jax.inputs.options import PromptOptions
 from qwenvl_jax.options import names
 from qwenvl_jax.types import Model, Sample
@@ -59,9 +59,10 @@ class Evaluator:
         on_bad: str = "stop",
         limit: int | None = None,
         progress: bool = False,
+        kv_dtype: str | None = None,
         **options,
     ):
-        """model: a `Model`, whose own parameters are dropped, or an `Engine`, whose max_batch is used.
+        """model: a `Model`, whose own parameters are dropped, or an `Engine`, whose max_batch and KV cache are used.
 
         records: what `inputs.source.open_records` takes (files, a dataset, or a list of records), or `Questions` of
             them. A record is a training record plus `answer` (a text or number, a list of them, or boxes; by default
@@ -71,11 +72,17 @@ class Evaluator:
         encoding: options of `Processor.encode` for all questions.
         on_bad: a record that cannot be asked or answered raises InputError ("stop"), or is logged and counted ("skip").
         limit: ask the first `limit` records only.
+        kv_dtype: of the KV cache, see `EngineOptions`; not for an `Engine`.
         options: other `GenerateOptions`; the default temperature is 0. With `skip_special_tokens`, control tokens are
             left out of the right answers too.
         Raises InputError that names the bad record. Images and videos are not opened here.
         """
         check_counts(batch, limit)
+        self._how = EngineOptions(kv_dtype)
+        if not isinstance(model, Model):
+            if kv_dtype is not None:
+                raise OptionsError("kv_dtype is an option of the engine; give it to Engine(model, kv_dtype=…)")
+            self._how = model.options
         if on_bad not in ("stop", "skip"):
             raise OptionsError(f"on_bad is {on_bad!r}; it must be 'stop' or 'skip'")
         self._encoding, self._progress, self._on_bad = dict(encoding or {}), progress, on_bad
@@ -98,6 +105,8 @@ class Evaluator:
         chosen = GenerateOptions(**options).resolve(model.generation, c.eos_token_id, **how)
         self._options = {**options, "skip_special_tokens": chosen.skip_special_tokens}
         self._identity = {**self._encoding, **_settings(chosen), "seed": options.get("seed")}
+        if self._how.int8:
+            self._identity["kv_dtype"] = "int8"
         self._clean = model.processor.without_control_tokens if chosen.skip_special_tokens else str
 
     def _read(self, processor, limit: int | None) -> list:
@@ -135,7 +144,8 @@ class Evaluator:
         if self._engine is None:
             # A single bucket of rows: padding the last batch is cheaper than compiling for its size.
             ladder = Ladder(rows=(self._batch,))
-            self._engine = Engine(self._model._replace(params=params), max_batch=self._batch, ladder=ladder)
+            model = self._model._replace(params=params)
+            self._engine = Engine(model, max_batch=self._batch, ladder=ladder, **vars(self._how))
         path = None if output is None else stores.local_file("output", output)
         engine = self._engine
         own, engine.params = engine.params, jax.tree.map(jax.numpy.asarray, params)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from qwenvl_jax.errors import InputError, NonFiniteError, OptionsError
 from qwenvl_jax.infer import sampling
 from qwenvl_jax.infer.compile_cache import enabled
-from qwenvl_jax.infer.options import MAX_LOGPROBS, GenerateOptions, tokens_left
+from qwenvl_jax.infer.options import MAX_LOGPROBS, EngineOptions, GenerateOptions, tokens_left
 from qwenvl_jax.infer.programs import CHUNK, Programs, cpu_layouts
 from qwenvl_jax.infer.requests import Request, Result, Row, Stream, batches
 from qwenvl_jax.inputs.ladder import Ladder, round_up
@@ -39,6 +39,7 @@ class Engine:
     max_length: most tokens of a prompt and its answer together; the default is the model's context.
     ladder: the buckets to compile for; `tokens` serves prompts and caches.
     lag: the host reads a token this many steps after the device drew it.
+    kv_dtype: of the KV cache, "int8", or None or "auto" for the dtype of the computation; see `EngineOptions`.
     Raises OptionsError for a value out of range.
     """
 
@@ -50,6 +51,7 @@ class Engine:
         max_length: int | None = None,
         ladder: Ladder | None = None,
         lag: int = 4,
+        kv_dtype: str | None = None,
     ):
         context = model.config.text.context
         max_length = context if max_length is None else max_length
@@ -59,6 +61,7 @@ class Engine:
             raise OptionsError(f"max_batch is {max_batch} and lag {lag}; they must be at least 1 and 0")
         self.config, self.processor, self.generation = model.config, model.processor, model.generation
         self.max_batch, self.max_length, self.lag = max_batch, max_length, lag
+        self.options = EngineOptions(kv_dtype=kv_dtype)
         self.params = jax.tree.map(jnp.asarray, model.params)
         shardings = [leaf.sharding for leaf in jax.tree.leaves(self.params)]
         mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
@@ -70,7 +73,7 @@ class Engine:
         rows, tokens = _capped(ladder.rows, max_batch), _capped(ladder.tokens, max_length)
         lanes = ladder.lanes * (1 if mesh is None else math.prod(mesh.shape[axis] for axis in ACTIVATION_AXES["R"]))
         self.ladder = ladder._replace(rows=rows, tokens=tokens, lanes=lanes)
-        self._programs = Programs(self.config, tokens, mesh)
+        self._programs = Programs(self.config, tokens, mesh, int8=self.options.int8)
         self._real, self._slots = Counter(), Counter()  # computed without and with padding, for "text" and "vision"
 
     @property
@@ -218,7 +221,7 @@ class Engine:
             while len(unread) <= self.lag and dispatched < max(row.limit for row in live):
                 # For a row that still needs it, this step writes slot prompt + dispatched − 1.
                 slots = max(row.prompt_tokens + min(dispatched, row.limit - 1) for row in live)
-                while cache.k[0].shape[2] < slots:
+                while cache.slots < slots:
                     cache = programs.grow(cache)
                 draw, state, cache = programs.step(
                     self._step_params, draw.tokens, state, cache, sampling_params, **variant
@@ -337,7 +340,7 @@ class Engine:
                 draw, state, cache = self._programs.step(
                     self._step_params, draw.tokens, state, cache, sampling_params, **variant
                 )
-            if cache.k[0].shape[2] >= self._programs.slots(tokens[-1]):
+            if cache.slots >= self._programs.slots(tokens[-1]):
                 return cache
             cache = self._programs.grow(cache)
 

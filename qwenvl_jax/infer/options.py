@@ -36,6 +36,25 @@ OFF = SamplingParams(0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
+class EngineOptions:
+    """Options of an engine, the same for all its conversations."""
+
+    kv_dtype: str | None = option(
+        None,
+        "dtype of the KV cache: int8 takes half the memory of bfloat16; auto (the default) is the dtype of computation",
+        choices=("auto", "int8"),
+        title="engine",
+    )
+
+    def __post_init__(self):
+        check(self)
+
+    @property
+    def int8(self) -> bool:
+        return self.kv_dtype == "int8"
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """Options of one conversation. None means the value in generation_config.json, see `resolve`.
 

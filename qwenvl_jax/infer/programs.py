@@ -28,9 +28,9 @@ CHUNK = 1024  # visual tokens that `place` puts into the text per call
 class Programs:
     """Jitted functions, made once. `traces` counts the traces of each, by name."""
 
-    def __init__(self, config: Config, buckets: Sequence[int], mesh: Mesh | None):
-        """buckets: of T and S, rising; mesh: that of the parameters, None for one device."""
-        self.config, self.buckets, self.mesh = config, tuple(buckets), mesh
+    def __init__(self, config: Config, buckets: Sequence[int], mesh: Mesh | None, *, int8: bool = False):
+        """buckets: of T and S, rising; mesh: that of the parameters, None for one device; int8: so is the KV cache."""
+        self.config, self.buckets, self.mesh, self.int8 = config, tuple(buckets), mesh, int8
         self.traces = Counter()
         self.compiling: str | None = None  # the program that is being traced and compiled; other threads may read it
         variant = ("sample", "logprobs")
@@ -52,7 +52,7 @@ class Programs:
 
     def grow(self, cache: Cache) -> Cache:
         """The cache in its next bucket. Layers are replaced one by one, so only one layer is in memory twice."""
-        slots = self.slots(cache.k[0].shape[2])
+        slots = self.slots(cache.slots)
         for layers in (cache.k, cache.v):
             for l, layer in enumerate(layers):
                 layers[l] = self.pad(layer, slots=slots)
@@ -104,7 +104,7 @@ class Programs:
 
     def _prefill(self, params, x, positions, segments):
         slots = self.slots(segments.shape[1])
-        logits, cache = qwenvl.prefill(self.config, params, x, positions, segments, slots)
+        logits, cache = qwenvl.prefill(self.config, params, x, positions, segments, slots, int8=self.int8)
         return constrain(logits, "BV"), _constrain_cache(cache)
 
     def _fork(self, source, logits, prompt, cache):
@@ -124,7 +124,10 @@ class Programs:
         return jax.tree.map(_replicated, draw), _constrain_state(state), _constrain_cache(cache)
 
     def _pad(self, layer, *, slots):
-        return constrain(jnp.pad(layer, ((0, 0), (0, 0), (0, slots - layer.shape[2]), (0, 0))), "BKSH")
+        def padded(a):
+            return jnp.pad(a, [(0, 0), (0, 0), (0, slots - a.shape[2]), *[(0, 0)] * (a.ndim - 3)])
+
+        return _constrain_layer(jax.tree.map(padded, layer))
 
 
 # Arrays that pass from program to program have a fixed sharding. Otherwise XLA would choose one per program, and the
@@ -136,8 +139,12 @@ def _replicated(x):
     return constrain(x, "." * x.ndim)
 
 
+def _constrain_layer(layer):
+    return jax.tree.map(lambda a: constrain(a, "BKSH"[: a.ndim]), layer)
+
+
 def _constrain_cache(cache: Cache) -> Cache:
-    k, v = ([constrain(layer, "BKSH") for layer in layers] for layers in (cache.k, cache.v))
+    k, v = ([_constrain_layer(layer) for layer in layers] for layers in (cache.k, cache.v))
     return Cache(k, v, _replicated(cache.lengths), _replicated(cache.deltas))
 
 

@@ -12,10 +12,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as tpu
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from qwenvl_jax.model.kernels.cpu import cpu_attention
+from qwenvl_jax.model.kernels.cpu import INT8_BLOCK, cached_scores, cached_sums, cpu_attention
 from qwenvl_jax.model.linear import precision
 from qwenvl_jax.model.scan import ATTENDED
 from qwenvl_jax.sharding import current_mesh, divides, on_shards
+from qwenvl_jax.types import Int8
 
 # Imported here, not in `flash`: an import during tracing makes jax 0.12 trace other functions again.
 with warnings.catch_warnings():  # jax 0.12 calls this module deprecated
@@ -146,13 +147,43 @@ def _on_shards(kernel, q, k, v, segments):
 def decode_attention(q, k, v, lengths):
     """One query per row attends to its KV cache.
 
-    q [B, 1, N, H]; k, v [B, K, S, H]; lengths [B]: live slots. Returns [B, 1, N, H].
+    q [B, 1, N, H]; k, v [B, K, S, H], or `Int8`; lengths [B]: live slots. Returns [B, 1, N, H].
     """
+    (k, k_scales), (v, v_scales) = (a if isinstance(a, Int8) else (a, None) for a in (k, v))
     B, _, N, H = q.shape
     K, S = k.shape[1:3]
-    q = q.reshape(B, K, N // K, H)
-    scores = jnp.einsum("BKGH,BKSH->BKGS", q, k, precision=precision(q.dtype), preferred_element_type=jnp.float32)
-    live = jnp.arange(S) < lengths[:, None]
-    scores = jnp.where(live[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, -1).astype(v.dtype)
-    return jnp.einsum("BKGS,BKSH->BKGH", weights, v, precision=precision(v.dtype)).reshape(B, 1, N, H)
+    live = (jnp.arange(S) < lengths[:, None])[:, None, None]
+    scores = _with_cache(cached_scores, "BKGH,BKSH->BKGS", q.reshape(B, K, N // K, H), k, lengths) * H**-0.5
+    if k_scales is not None:  # scores and weights are scaled, so that no dequantised cache is written
+        scores *= k_scales[:, :, None]
+    weights = jax.nn.softmax(jnp.where(live, scores, jnp.finfo(jnp.float32).min), -1)
+    if v_scales is not None:
+        weights *= jnp.where(live, v_scales[:, :, None], 0)
+    out = _with_cache(cached_sums, "BKGS,BKSH->BKGH", weights.astype(q.dtype), v, lengths)
+    return out.astype(q.dtype).reshape(B, 1, N, H)
+
+
+def _with_cache(in_blocks, dims: str, x, cache, lengths):
+    """x times a cache [B, K, S, H], in float32. in_blocks: the form for CPUs, where XLA converts the cache first."""
+
+    def product(x, cache, lengths):
+        dot = partial(jnp.einsum, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+        return dot(dims, x, cache.astype(x.dtype))
+
+    if cache.dtype != jnp.int8 or cache.size <= INT8_BLOCK or current_mesh() is not None:
+        return product(x, cache, lengths)
+    return jax.lax.platform_dependent(x, cache, lengths, cpu=in_blocks, default=product)
+
+
+def to_int8(x) -> Int8:
+    """x [..., H] in int8, each vector with its own scale: its largest element becomes ±127. NaN and ∞ become NaN."""
+    x = x.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(x), -1) / 127
+    values = x / jnp.where(scales == 0, 1, scales)[..., None]
+    return Int8(jnp.clip(jnp.round(values), -127, 127).astype(jnp.int8), scales)
+
+
+def as_slot(new, cache):
+    """Keys or values [B, 1, K, H] of one token as a slot of the cache: [B, K, 1, H] in its dtype, or `Int8`."""
+    new = jnp.swapaxes(new, 1, 2)
+    return to_int8(new) if isinstance(cache, Int8) else new.astype(cache.dtype)

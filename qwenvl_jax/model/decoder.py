@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qwenvl_jax.config import Config
-from qwenvl_jax.model.attention import attention, decode_attention
+from qwenvl_jax.model.attention import as_slot, attention, decode_attention
 from qwenvl_jax.model.kernels.decode import decode_kernel
 from qwenvl_jax.model.linear import NORMAL, Linear, declare, in_turn, is_narrow, layer_of, narrow_product, precision
 from qwenvl_jax.model.norms import RMSNorm
@@ -139,19 +139,23 @@ def write_and_attend(q, k, v, k_cache, v_cache, lengths):
 
 
 def _write(cache, new, lengths):
-    """Puts new [B, 1, K, H] at slot lengths[b] of every row of cache [B, K, S, H]; in place if it is donated.
+    """Puts new [B, 1, K, H] at slot lengths[b] of every row of the cache (see `Cache`); in place if it is donated.
 
     Rows are updated one by one: a batched update is a scatter, which copies the cache on GPUs and sharded TPUs.
     """
-    new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
-    if len(cache) == 1:
-        return jax.lax.dynamic_update_slice(cache, new, (0, 0, lengths[0], 0))
 
-    def row(b, cache):
-        return jax.lax.dynamic_update_slice(cache, jax.lax.dynamic_slice_in_dim(new, b, 1), (b, 0, lengths[b], 0))
+    def row(b, cache, new):
+        return jax.lax.dynamic_update_slice(cache, new, (b, 0, lengths[b], 0)[: cache.ndim])
+
+    new = as_slot(new, cache)
+    if len(lengths) == 1:
+        return jax.tree.map(partial(row, 0), cache, new)
+
+    def body(b, cache):
+        return jax.tree.map(lambda cache, new: row(b, cache, jax.lax.dynamic_slice_in_dim(new, b, 1)), cache, new)
 
     new = jax.lax.optimization_barrier(new)  # without it, libtpu 0.0.42 fails to compile this loop
-    return jax.lax.fori_loop(0, len(cache), row, cache)
+    return jax.lax.fori_loop(0, len(lengths), body, cache)
 
 
 def unembed(config: Config, params: dict, x):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.model import decoder, vision
+from qwenvl_jax.model.attention import to_int8
 from qwenvl_jax.model.decoder import embed
 from qwenvl_jax.model.norms import RMSNorm
 from qwenvl_jax.model.vision import encode_vision
@@ -69,23 +70,28 @@ def hidden(config: Config, params: dict, batch: Batch, *, remat: bool = False):
     return x
 
 
-def prefill(config: Config, params: dict, embeds, positions, segments, slots: int):
+def prefill(config: Config, params: dict, embeds, positions, segments, slots: int, *, int8: bool = False):
     """Reads right-padded prompts: (logits [B, V] float32 after each row's last live token, their Cache).
 
     embeds [B, T, D]; positions [3, B, T]; segments [B, T], 0 = padding; slots ≥ T: the cache's length S.
+    int8: the cache is in int8. The prompt itself attends to exact keys and values.
     """
     B, T = segments.shape
     chex.assert_shape((embeds, positions), ((B, T, config.text.hidden_size), (3, B, T)))
 
     def collect_kv(k, v):
-        return tuple(jnp.pad(jnp.swapaxes(a, 1, 2), ((0, 0), (0, 0), (0, slots - T), (0, 0))) for a in (k, v))
+        kv = tuple(jnp.swapaxes(a, 1, 2) for a in (k, v))
+        if int8:
+            kv = tuple(map(to_int8, kv))
+        return jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, 0), (0, slots - T), *[(0, 0)] * (a.ndim - 3)]), kv)
 
     x, (k, v) = decoder.run_layers(config, params, embeds, positions, segments, collect_kv)
     lengths = jnp.maximum(jnp.sum(segments != 0, 1, dtype=jnp.int32), 1)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], 1)
     deltas = jnp.max(jnp.where(segments != 0, positions, -1), (0, 2)).astype(jnp.int32) + 1 - lengths
     layers = range(config.text.num_hidden_layers)
-    cache = Cache([k[l] for l in layers], [v[l] for l in layers], lengths, deltas)
+    k, v = ([jax.tree.map(lambda a, l=l: a[l], stack) for l in layers] for stack in (k, v))
+    cache = Cache(k, v, lengths, deltas)
     return decoder.unembed(config, params, last)[:, 0], cache
 
 

@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from qwenvl_jax.config import Config, Quantised
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer import sampling
+from qwenvl_jax.infer.options import EngineOptions
 from qwenvl_jax.infer.programs import Programs
 from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import slots_needed
@@ -35,7 +36,7 @@ from qwenvl_jax.sharding import AXES, activation_sharding, kv_copies, make_mesh
 from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, make_step, shardings
-from qwenvl_jax.types import Batch, Cache, Grid, TrainBatch, VisionBatch
+from qwenvl_jax.types import Batch, Cache, Grid, Int8, TrainBatch, VisionBatch
 
 FORMS = {"int4": Quantised("int4", 128), "int8": Quantised("int8")}
 
@@ -47,7 +48,7 @@ class Job(NamedTuple):
         vision tower over `images`, in the engine's calls) or "train" (a step on `batch` rows of `context` tokens, with
         `images` in all, one per lane).
     context: for decode, the slots of the KV cache. pixels: of each image.
-    lora: rank of the trained adapters; 0 trains all weights.
+    lora: rank of the trained adapters; 0 trains all weights. kv_dtype: of the KV cache, see `EngineOptions`.
     """
 
     config: Config
@@ -57,6 +58,12 @@ class Job(NamedTuple):
     images: int = 1
     pixels: int = 1280 * 28 * 28
     lora: int = 0
+    kv_dtype: str | None = None
+
+    @property
+    def int8(self) -> bool:
+        """Is the KV cache in int8? Raises OptionsError for a bad kv_dtype."""
+        return EngineOptions(self.kv_dtype).int8
 
     def check(self) -> None:
         """Raises InputError for a value out of range."""
@@ -73,7 +80,7 @@ class Job(NamedTuple):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from {least} to {most}")
         if self.task == "vision" and not self.images:
             raise InputError("images is 0; the task vision needs at least 1")
-        self.grid()
+        _ = self.grid(), self.int8
 
     def grid(self) -> Grid:
         """The patches of an image that is as square as possible."""
@@ -260,16 +267,19 @@ def _decoder_arrays(params: dict, cache: Cache) -> dict:
     return {"weights": params, "cache": cache, "read": (read, cache)}
 
 
-def _cache(config: Config, mesh: Mesh, B: int, S: int) -> Cache:
-    t = config.text
+def _cache(job: Job, mesh: Mesh) -> Cache:
+    t, B, S = job.config.text, job.batch, job.context
     shape = (B, t.num_key_value_heads * kv_copies(t.num_key_value_heads), S, t.head_dim)
-    k, v = ([_shaped(mesh, "BKSH", shape, config.dtype) for _ in range(t.num_hidden_layers)] for _ in "kv")
+    layer: Any = _shaped(mesh, "BKSH", shape, jnp.int8 if job.int8 else job.config.dtype)
+    if job.int8:
+        layer = Int8(layer, _shaped(mesh, "BKS", shape[:3], jnp.float32))
+    k, v = ([layer] * t.num_hidden_layers for _ in "kv")
     return Cache(k, v, *(_shaped(mesh, ".", (B,), jnp.int32) for _ in "ld"))
 
 
 def _lower_decode(job: Job, mesh: Mesh):
     config, B, V = job.config, job.batch, job.config.text.vocab_size
-    params, cache = _weights(config, mesh), _cache(config, mesh, B, job.context)
+    params, cache = _weights(config, mesh), _cache(job, mesh)
     shaped = partial(_shaped, mesh)
     sampling_params = jax.tree.map(lambda a: shaped(".", a.shape, a.dtype), sampling.stack_params([], B))
     state = sampling.State(
@@ -285,10 +295,10 @@ def _lower_decode(job: Job, mesh: Mesh):
 
 def _lower_prefill(job: Job, mesh: Mesh):
     config, B, T = job.config, job.batch, job.context
-    params, cache = _weights(config, mesh), _cache(config, mesh, B, T)
+    params, cache = _weights(config, mesh), _cache(job, mesh)
     x = _shaped(mesh, "BTD", (B, T, config.text.hidden_size), config.dtype)
     positions, segments = _shaped(mesh, "...", (3, B, T), jnp.int32), _shaped(mesh, "..", (B, T), jnp.int32)
-    lowered = Programs(config, (T,), mesh).prefill.lower(params, x, positions, segments)
+    lowered = Programs(config, (T,), mesh, int8=job.int8).prefill.lower(params, x, positions, segments)
     return lowered, _decoder_arrays(params, cache), B * T, 1
 
 

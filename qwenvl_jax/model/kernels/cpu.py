@@ -18,6 +18,8 @@ from qwenvl_jax.model.scan import ATTENDED
 BLOCK_SCORES = 2**17  # scores in a block: half a megabyte
 MIN_BLOCK = 64  # least slots in a block
 DENSE_SCORES = 2**22  # up to so many scores (16 MB), all heads are computed at once
+INT8_BLOCK = 2**20  # values of an int8 cache that are converted at a time: 4 MB of float32
+_EXACT = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 _NO_SEGMENT = int(jnp.iinfo(jnp.int32).min)
 _MASKED = float(jnp.finfo(jnp.float32).min)
 # Otherwise XLA:CPU fuses slices and transposes into the matmuls and reads them element by element.
@@ -214,3 +216,41 @@ def _blocked_backward(causal, saved, g):
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def cached_scores(q, k, lengths):
+    """q [B, K, G, H] times int8 keys [B, K, S, H]: [B, K, G, S] float32. Only blocks with live slots are read."""
+    slots, blocks = _cache_blocks(k, lengths)
+
+    def block(i, scores):
+        start, keys = _cache_block(k, slots, i, q.dtype)
+        part = jnp.einsum("BKGH,BKSH->BKGS", q, keys, **_EXACT)
+        return jax.lax.dynamic_update_slice_in_dim(scores, part, start, 3)
+
+    return jax.lax.fori_loop(0, blocks, block, jnp.zeros((*q.shape[:3], k.shape[2]), jnp.float32))
+
+
+def cached_sums(weights, v, lengths):
+    """weights [B, K, G, S], 0 for dead slots, times int8 values [B, K, S, H]: [B, K, G, H] float32."""
+    slots, blocks = _cache_blocks(v, lengths)
+
+    def block(i, total):
+        start, values = _cache_block(v, slots, i, weights.dtype)
+        part = jax.lax.dynamic_slice_in_dim(weights, start, slots, 3)
+        part = jnp.where(start + jnp.arange(slots) >= i * slots, part, 0)  # the last block may overlap the one before
+        return total + jnp.einsum("BKGS,BKSH->BKGH", part, values, **_EXACT)
+
+    return jax.lax.fori_loop(0, blocks, block, jnp.zeros((*weights.shape[:3], v.shape[3]), jnp.float32))
+
+
+def _cache_blocks(cache, lengths):
+    """(slots per block, the number of blocks with live slots)."""
+    B, K, S, H = cache.shape
+    slots = min(S, max(INT8_BLOCK // (B * K * H), MIN_BLOCK))
+    return slots, -(-jnp.max(lengths) // slots)
+
+
+def _cache_block(cache, slots: int, i, dtype):
+    """(the first slot of block i, its values)."""
+    start = jnp.minimum(i * slots, cache.shape[2] - slots)
+    return start, jax.lax.dynamic_slice_in_dim(cache, start, slots, 2).astype(dtype)
