@@ -24,14 +24,14 @@ from qwenvl_jax.families import quantisation, to_dict
 from qwenvl_jax.inputs.fields import unsupported
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
 from qwenvl_jax.inputs.processor import RULE, RULE_FILE
-from qwenvl_jax.params import directory
+from qwenvl_jax.params import directory, lora
 from qwenvl_jax.params.directory import MARKER, PARAMS, first_line, kvstore, read_quantised
 from qwenvl_jax.params.directory import read_config as read_config
 from qwenvl_jax.params.locate import Located, locate, with_weights
 from qwenvl_jax.params.locate import find as find
-from qwenvl_jax.params.place import Leaf, Source, is_castable, to_devices
+from qwenvl_jax.params.place import Leaf, Regrouped, Source, is_castable, to_devices
 from qwenvl_jax.params.precision import Precision, on_cpu
-from qwenvl_jax.params.specs import flatten, param_shardings, specs, unflatten
+from qwenvl_jax.params.specs import flatten, on_mesh, param_shardings, specs, unflatten
 from qwenvl_jax.types import Model
 
 _LOG = logging.getLogger(__name__)
@@ -63,13 +63,16 @@ def load_located(located: Located, *, mesh=None, dtype=None, progress: bool = Tr
     from qwenvl_jax.inputs.processor import Processor
 
     path, (config, reasons) = located.path, read_quantised(located.path)
+    forms, config = config.quantised, config if mesh is None else on_mesh(config, mesh.shape)
     shardings = None if mesh is None else param_shardings(specs(config), mesh)
     chosen = precision_of(config, mesh) if dtype is None else Precision(_known_dtype(dtype), _known_dtype(dtype))
     config = config.replace(dtype=chosen.compute)
     processor = Processor.from_dir(path, config, located.adapters)  # before the weights, because it fails quickly
     generation = read_json(path / GENERATION, missing={})
-    with open_weights(located, config) as source:
-        params = to_devices(source, shardings, chosen.weights, progress)
+    apart = located.adapters if forms else ()  # quantised kernels cannot take an adapter in
+    with open_weights(located._replace(adapters=()) if apart else located, config.replace(quantised=forms)) as source:
+        params = to_devices(Regrouped(source, specs(config)), shardings, chosen.weights, progress)
+    params = _attached(config, params, apart)
     if progress and chosen.reason:
         _LOG.warning("%s: %s", path.name, chosen.reason)  # without handlers, Python shows it on stderr
     for linear, reason in reasons.items():
@@ -77,6 +80,20 @@ def load_located(located: Located, *, mesh=None, dtype=None, progress: bool = Tr
     if ignored := unsupported(generation):
         _LOG.warning("%s: not supported, so answers differ from transformers': %s", path / GENERATION, ignored)
     return Model(config, params, processor, generation)
+
+
+def _attached(config: Config, params: dict, adapters) -> dict:
+    """The parameters with adapters beside the kernels. Raises CheckpointError if an adapter holds whole parameters."""
+    from qwenvl_convert.peft import AdapterFile, load_adapter
+
+    total: dict = {}
+    for path in adapters:
+        with AdapterFile(config, path) as adapter:
+            if adapter.replaced:
+                held = f"holds whole parameters ({min(adapter.replaced)})"
+                raise CheckpointError(f"{path}: {held}, which cannot be laid over a quantised model")
+        total = lora.join(total, lora.split(load_adapter(config, params, path))[1])
+    return lora.combine(params, total)
 
 
 @contextlib.contextmanager

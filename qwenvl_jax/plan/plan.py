@@ -4,6 +4,7 @@ The compilers come with `libtpu` and jax's CUDA plugin and run on any machine. T
 `hlo.py` reads its costs from the text. Nothing runs and nothing is measured.
 """
 
+import dataclasses
 import math
 import re
 import time
@@ -27,7 +28,7 @@ from qwenvl_jax.inputs.pack import cover
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.directory import read_config
 from qwenvl_jax.params.locate import check_name, locate
-from qwenvl_jax.params.specs import abstract_params, bits, check_mesh, param_shardings, specs, specs_of
+from qwenvl_jax.params.specs import abstract_params, bits, check_mesh, on_mesh, param_shardings, specs, specs_of
 from qwenvl_jax.plan.hardware import CHIPS, GIB, Target, devices
 from qwenvl_jax.plan.hlo import Program
 from qwenvl_jax.sharding import AXES, activation_sharding, kv_copies, make_mesh
@@ -130,6 +131,7 @@ def plan(job: Job, target: Target, mesh: tuple[int, int, int] | None = None) -> 
     job.check()
     shape = mesh or default_mesh(job, target.chips)
     _check_shape(job, target, shape)
+    job = job._replace(config=on_mesh(job.config, dict(zip(AXES, shape, strict=True))))
     chips = make_mesh(*shape, devices=devices(target))
     with jax.set_mesh(chips):
         lowered, parts, tokens, calls = _LOWER[job.task](job, chips)
@@ -219,12 +221,15 @@ def resolve_model(name: str) -> Config:
 def quantised(config: Config, form: str) -> Config:
     """A config with the decoder's Linears in one of FORMS, as official checkpoints have them.
 
+    Qwen widened the MLP of the 72B for them, since 29,568 is not a multiple of 128 for each of two devices.
     Raises InputError if the config is of a quantised checkpoint, or if groups do not divide its widths.
     """
     if config.quantised:
         raise InputError("this checkpoint is quantised already; leave out --quantised")
     if form not in FORMS:
         raise InputError(f"quantised is {form!r}; it must be one of {', '.join(FORMS)}")
+    if config.text.intermediate_size == 29568:
+        config = config.replace(text=dataclasses.replace(config.text, intermediate_size=29696))
     linears = [path for path in lora.linears(config) if path.startswith("decoder/")]
     config = config.replace(quantised=tuple((path, FORMS[form]) for path in linears))
     specs(config)
