@@ -518,7 +518,9 @@ def test_an_adapter_is_not_merged_into_quantised_weights(awq, tmp_path, capsys):
     whole = jax.tree_util.tree_map_with_path(lambda p, x: x + 0.1 if p[-1].key == "lora_b" else x, whole)
     peft.save_adapter(config, whole, tmp_path / "adapter", base_name=str(path))
     with pytest.raises(CheckpointError, match="an adapter cannot be merged into quantised weights; write a model in"):
-        qwenvl_jax.load(tmp_path / "adapter")
+        conversion.to_orbax(tmp_path / "adapter", tmp_path / "orbax", progress=False)
+    held = qwenvl_jax.load(tmp_path / "adapter", progress=False).params["decoder"]["layers"]["q_proj"]
+    assert held["kernel"].dtype == "int4" and "lora_a" in held  # beside the kernel
     assert cli.main(["merge", str(tmp_path / "adapter"), str(tmp_path / "one"), "--dequantise"]) == 0
     assert cli.main(["merge", str(base), str(tmp_path / "two"), "--adapter", str(tmp_path / "adapter")]) == 0
     one, two = stored(tmp_path / "one"), stored(tmp_path / "two")
@@ -617,3 +619,12 @@ def load(model, dense: dict) -> None:
         state = dict(model.named_parameters())
         for name, x in dense.items():
             state[name].copy_(torch.from_numpy(x.copy()))
+
+
+@pytest.mark.parity
+def test_verify_compares_with_the_dequantised_weights(awq, tmp_path, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (84, 56), "red").save(tmp_path / "red.png")
+    assert cli.main(["verify", str(awq[0]), "--image", str(tmp_path / "red.png")]) == 0
+    assert "logits" in capsys.readouterr().out
