@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from qwenvl_convert import packed, quantised
 from qwenvl_convert.names import core, tensor_names, tensor_shape
 from qwenvl_convert.safetensors import DTYPES, Reader, Tensor
 
@@ -19,26 +20,31 @@ from qwenvl_jax.stores import HUB_ID
 
 
 class HfSource(Source, contextlib.AbstractContextManager):
-    """A Hugging Face checkpoint opened as parameters, checked against the config. Use it as a context manager."""
+    """A Hugging Face checkpoint opened as parameters, checked against the config. Use it as a context manager.
+
+    Linears that the files hold quantised and the config does not are dequantised.
+    beside: tensors of quantised Linears on which no parameter depends, by name (`Match` of convert/packed.py).
+    """
 
     def __init__(self, directory, config: Config):
-        self._reader = Reader(directory)
+        self.reader = Reader(directory)
         try:
-            self.leaves = _match(self._reader, config)
+            self.leaves, self.beside = _match(self.reader, config)
         except BaseException:
-            self._reader.close()
+            self.reader.close()
             raise
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
     def __exit__(self, *_):
         self._pool.shutdown(cancel_futures=True)
-        self._reader.close()
+        self.reader.close()
 
     def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
         """See `Source.read`. A pool of threads reads, transposes and casts pieces of a few tens of megabytes."""
         out = self.empty(leaf, index, dtype)
-        jobs = list(pieces(leaf.spec, dict(enumerate(leaf.tensors)), index, out))
-        for job, _ in zip(jobs, self._pool.map(lambda j: self._reader.read_part(*j), jobs), strict=True):
+        jobs = [(self.reader.read_part, job) for job in pieces(leaf.spec, dict(enumerate(leaf.tensors)), index, out)]
+        jobs += [(quantised.read, (self.reader, *job)) for job in packed.pieces(leaf, index, out)]
+        for (_, job), _ in zip(jobs, self._pool.map(lambda j: j[0](*j[1]), jobs), strict=True):
             if bar is not None:
                 bar.update(job[-1].size * leaf.dtype.itemsize)
         return out
@@ -47,15 +53,15 @@ class HfSource(Source, contextlib.AbstractContextManager):
 def pieces(spec: Spec, tensors: dict[int, Tensor], index: tuple[slice, ...], out: np.ndarray):
     """Yields the arguments of `Reader.read_part` that fill the part `index` of a parameter, `out`, from its tensors.
 
-    tensors: by layer, 0 if layers are not stacked; what has no tensor is left as it is.
+    tensors: by layer, 0 if layers are not stacked; what has no tensor, or a quantised one, is left as it is.
     """
     layers = range(index[0].start, index[0].stop) if spec.stacked else [0]
     inner = index[1:] if spec.stacked else index
     rows, columns = inner[::-1] if spec.transposed else (*inner, slice(0, 1))[:2]
     for layer, part in zip(layers, out if spec.stacked else [out], strict=True):
-        if layer not in tensors:
+        tensor = tensors.get(layer)
+        if not isinstance(tensor, Tensor):
             continue
-        tensor = tensors[layer]
         part = part[:, None] if part.ndim == 1 else part
         width = tensor.matrix[1] * DTYPES[tensor.dtype].itemsize
         step = max(256, (32 << 20) // width // 256 * 256)
@@ -81,8 +87,8 @@ def read_params(directory, config: Config, shardings=None, dtype=None, progress:
         return to_devices(source, shardings, dtype, progress)
 
 
-def _match(reader: Reader, config: Config) -> dict[str, Leaf]:
-    stored = {}
+def _match(reader: Reader, config: Config) -> tuple[dict[str, Leaf], dict[str, Tensor]]:
+    stored: dict[str, tuple[str, Tensor]] = {}
     for name, tensor in reader.tensors.items():
         key = core(name)
         if key in stored:
@@ -90,32 +96,27 @@ def _match(reader: Reader, config: Config) -> dict[str, Leaf]:
             raise CheckpointError(f"{reader.directory}: a tensor is stored twice, under two spellings ({both})")
         stored[key] = (name, tensor)
     declared, names = specs(config), tensor_names(config)
-    _check_names(reader, config, stored, {core(name): name for group in names.values() for name in group})
+    match = packed.match(reader, config, stored)
+    needed = {core(name): name for path, group in names.items() for name in match.names(path, group)}
+    _check_names(reader, config, stored, needed, match)
     leaves = {}
     for path, group in names.items():
-        tensors = dict(stored[core(hub)] for hub in group)
+        if path in match.leaves:
+            leaves |= match.leaves[path]
+            continue
+        tensors = dict(stored[core(hub)] for hub in match.names(path, group))
         for name, tensor in tensors.items():
             tensor.check(name, tensor_shape(config, declared[path]), "config.json")
         # Some savers mix dtypes; the parameter gets one that holds every layer exactly.
         dtypes = {DTYPES[tensor.dtype] for tensor in tensors.values()}
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
         leaves[path] = Leaf(path, declared[path]._replace(dtype=dtype), tuple(tensors.values()))
-    return leaves
+    return leaves, match.beside
 
 
-_QUANTISED = (
-    *(".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv", ".weight_packed"),
-    *(".absmax", ".quant_map", ".SCB"),
-)
-
-
-def _check_names(reader: Reader, config: Config, stored: dict, needed: dict[str, str]) -> None:
+def _check_names(reader: Reader, config: Config, stored: dict, needed: dict[str, str], match: packed.Match) -> None:
     """needed: `core` of each tensor's name → its name on the hub."""
     where = reader.directory
-    if any(name.endswith(_QUANTISED) or ".quant_state." in name for name in stored):
-        raise CheckpointError(
-            f"{where}: quantised weights (AWQ, GPTQ, FP8, bitsandbytes) are not supported; use the original model"
-        )
     if lora := next((name for name, _ in stored.values() if ".lora_" in name), None):
         raise CheckpointError(
             f"{where}: tensor {lora} has no place in a checkpoint: an adapter was saved inside of its model; save "
@@ -126,8 +127,9 @@ def _check_names(reader: Reader, config: Config, stored: dict, needed: dict[str,
         hint = "; should config.json say tie_word_embeddings?" if missing == ["lm_head.weight"] else ""
         raise CheckpointError(f"{where}: tensor {missing[0]} is missing{_and_more(missing)}{hint}")
     # Old versions of transformers stored these buffers; they follow from the config.
-    buffers = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
-    extra = sorted(name for name in stored.keys() - needed if not name.endswith(buffers))
+    unused = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+    beside = {core(name) for name in match.beside}
+    extra = sorted(name for name in stored.keys() - needed - beside if not name.endswith(unused))
     if extra == ["lm_head.weight"]:
         if not _same(reader, stored["lm_head.weight"][1], stored["embed_tokens.weight"][1]):
             raise CheckpointError(
@@ -136,6 +138,8 @@ def _check_names(reader: Reader, config: Config, stored: dict, needed: dict[str,
             )
     elif extra:
         name = stored[extra[0]][0]
+        if name.endswith(packed.QUANTISED):
+            raise CheckpointError(f"{where}: tensor {name}: only the blocks' and the merger's Linears may be quantised")
         raise CheckpointError(f"{where}: tensor {name} has no place in this {config.family} model{_and_more(extra)}")
 
 

@@ -5,38 +5,45 @@ params/place.py), and a type handler copies one layer after the other. Stock Orb
 """
 
 import contextlib
+import logging
 import math
 import signal
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from qwenvl_convert.hf import card
-from qwenvl_convert.names import tensor_names, tensor_shape
-from qwenvl_convert.safetensors import Writer
+from qwenvl_convert import quantised
+from qwenvl_convert.hf import HfSource, card
+from qwenvl_convert.names import respell, tensor_names, tensor_shape
+from qwenvl_convert.safetensors import STORED, Reader, Writer
 
+from qwenvl_jax.config import Config, read_json
 from qwenvl_jax.errors import CheckpointError
-from qwenvl_jax.families import to_dict
+from qwenvl_jax.families.quantisation import Scheme, form_of, from_dict
 from qwenvl_jax.inputs.processor import RULE, Processor, read_rule
 from qwenvl_jax.params.checkpoint import (
     CHUNK_BYTES,
     PIECE_BYTES,
     check_new,
+    config_dict,
     copy_side_files,
     open_weights,
     staged,
     write_json,
     write_rule,
 )
-from qwenvl_jax.params.directory import FORMAT, MARKER, PARAMS, read_config
+from qwenvl_jax.params.directory import BESIDE, MARKER, PARAMS, linear_modules, marker, read_config, read_quantised
 from qwenvl_jax.params.locate import Located, locate
 from qwenvl_jax.params.place import ArraySource, Leaf, Source, progress_bar
 from qwenvl_jax.params.specs import Spec, unflatten
 from qwenvl_jax.types import Model
 
+_LOG = logging.getLogger("qwenvl_jax.orbax")  # below the package's, whose warnings the commands print
 SHARD = 5_000_000_000  # largest file of weights in bytes, as transformers writes them
 
 
@@ -48,7 +55,7 @@ def to_orbax(src, dst, *, adapter=(), progress: bool = True) -> None:
     refuse `src`; then there is no `dst`.
     """
     located = locate(src, *adapter, weights=False)
-    src, config = located.path, read_config(located.path)
+    src, (config, reasons) = located.path, read_quantised(located.path)
     if (src / MARKER).is_file() and not located.adapters:
         raise CheckpointError(f"{src}: is an Orbax checkpoint already; --to hf makes a Hugging Face one of it")
     check_new(dst, src)
@@ -66,7 +73,20 @@ def to_orbax(src, dst, *, adapter=(), progress: bool = True) -> None:
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(work / PARAMS, unflatten(source.leaves))
         _write_side_files(located, work)
-        write_json(work / MARKER, {"format": FORMAT})
+        write_json(work / MARKER, marker(config, reasons))
+        if isinstance(source, HfSource) and source.beside:
+            tensors = {name: source.reader.whole(tensor) for name, tensor in source.beside.items()}
+            with Writer(work, {n: (x.dtype, x.shape) for n, x in tensors.items()}, sys.maxsize, BESIDE) as writer:
+                _write(writer, tensors)
+                writer.finish()
+    for linear, reason in reasons.items():
+        _LOG.warning("%s: %s was dequantised, so there is no way back: %s", dst, linear, reason)
+
+
+def _write(writer: Writer, tensors: dict[str, np.ndarray]) -> None:
+    """Writes whole tensors."""
+    for name, x in tensors.items():
+        writer.write_rows(name, 0, x if x.ndim == 2 else x.reshape(-1, 1), False)
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
@@ -132,15 +152,25 @@ def to_hf(src, dst, *, adapter=(), layout: str = "hub", max_shard_bytes: int = S
     _to_hf(located, dst, layout, max_shard_bytes, progress)
 
 
-def merge(src, dst, *, adapter=(), layout: str = "hub", max_shard_bytes: int = SHARD, progress: bool = True) -> None:
+def merge(
+    src,
+    dst,
+    *,
+    adapter=(),
+    layout: str = "hub",
+    max_shard_bytes: int = SHARD,
+    dequantise: bool = False,
+    progress: bool = True,
+) -> None:
     """Writes a model, or an adapter merged into its base, as a new, complete Hugging Face directory `dst`.
 
+    dequantise: write quantised weights in the config's dtype, which merging an adapter into them needs.
     Arguments, memory and errors as for `to_hf`; `src` may have either format. The files beside the weights are those
     of the base, except the model card.
     """
     located = locate(src, *adapter, weights=False)
     Processor.from_dir(located.path, read_config(located.path))  # raises if a file is missing
-    _to_hf(located, dst, layout, max_shard_bytes, progress)
+    _to_hf(located, dst, layout, max_shard_bytes, progress, dequantise)
 
 
 def save_hf(model: Model, dst, *, base: Located, layout: str = "hub", max_shard_bytes: int = SHARD) -> None:
@@ -152,20 +182,47 @@ def save_hf(model: Model, dst, *, base: Located, layout: str = "hub", max_shard_
     stored = {str(leaf.dtype) for leaf in source.leaves.values()}
     dtype = stored.pop() if len(stored) == 1 else model.config.dtype
     with staged(dst, source.nbytes, base.path) as work:
-        _write_hf(source, model.config, work, layout, max_shard_bytes, False)
         copy_side_files(base.path, work)
         write_rule(getattr(model.processor, RULE, False), work)
-        write_json(work / "config.json", to_dict(model.config.replace(dtype=dtype)))
+        write_json(work / "config.json", config_dict(model.config.replace(dtype=dtype), base.path))
+        _write_hf(source, model.config, work, layout, max_shard_bytes, False)
         write_json(work / "generation_config.json", dict(model.generation))
         (work / "README.md").write_text(card(base.name), "utf-8")
 
 
-def _to_hf(located: Located, dst, layout: str, max_shard_bytes: int, progress: bool) -> None:
-    config = read_config(located.path)
-    check_new(dst, located.path)
-    with open_weights(located, config) as source, staged(dst, source.nbytes, located.path) as work:
-        _write_hf(source, config, work, layout, max_shard_bytes, progress)
+def _to_hf(located: Located, dst, layout: str, max_shard_bytes: int, progress: bool, dequantise: bool = False) -> None:
+    path, (config, reasons) = located.path, read_quantised(located.path)
+    if dequantise and (path / MARKER).is_file() and config.quantised:
+        raise CheckpointError(f"{path}: is an Orbax checkpoint; convert it with `qwenvl convert --to hf` and merge that")
+    lost = read_json(path / MARKER, missing={}).get("dequantised") or reasons
+    if lost and not dequantise:
+        linear = next(iter(lost))
+        raise CheckpointError(
+            f"{path}: {linear} and others were quantised and cannot be written so again ({lost[linear]}); keep the "
+            "original, or write it in 16 bits with `qwenvl merge --dequantise`"
+        )
+    config = config.replace(quantised=()) if dequantise else config
+    check_new(dst, path)
+    with open_weights(located, config) as source, staged(dst, source.nbytes, path) as work:
         _write_side_files(located, work)
+        if dequantise:
+            _forget_quantisation(work / "config.json")
+        with contextlib.ExitStack() as files:
+            beside = {}
+            if config.quantised and isinstance(source, HfSource):
+                beside = {name: (source.reader, tensor) for name, tensor in source.beside.items()}
+            elif (path / MARKER).is_file() and (path / BESIDE).is_file():
+                reader = files.enter_context(Reader(path, BESIDE))
+                beside = {name: (reader, tensor) for name, tensor in reader.tensors.items()}
+            _write_hf(source, config, work, layout, max_shard_bytes, progress, beside)
+
+
+def _forget_quantisation(file: Path) -> None:
+    data = read_json(file)
+    for part in (data, data.get("text_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
+    write_json(file, data)
 
 
 def _write_side_files(located: Located, work: Path) -> None:
@@ -176,19 +233,36 @@ def _write_side_files(located: Located, work: Path) -> None:
         (work / "README.md").write_text(card(located.name), "utf-8")
 
 
-def _write_hf(source: Source, config, work: Path, layout: str, max_shard_bytes: int, progress: bool) -> None:
+def _write_hf(
+    source: Source, config: Config, work: Path, layout: str, max_shard_bytes: int, progress: bool, beside: dict | None = None
+) -> None:
+    """Writes the weights into `work`, whose config.json is there. beside: name on the hub → (Reader, Tensor) to copy."""
     if max_shard_bytes <= 0:
         raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
-    names = tensor_names(config, layout)
-    kinds = {path: (leaf.dtype, tensor_shape(config, leaf.spec)) for path, leaf in source.leaves.items()}
-    shapes = {name: kinds[path] for path, name in _file_order(names)}
+    names, schemes = tensor_names(config, layout), _schemes(config, work)
+    copied = {respell(name, "hub", layout): entry for name, entry in (beside or {}).items()}
+    shapes: dict[str, tuple] = {}
+    for path, name in _file_order(names):
+        leaf, linear = source.leaves[path], path.removesuffix("/kernel")
+        if linear in schemes:
+            dtypes = {"scales": source.leaves[f"{linear}/scales"].dtype}
+            kinds = quantised.encoded(schemes[linear], *leaf.shape[-2:], dtypes)
+            shapes |= {f"{name.removesuffix('.weight')}.{suffix}": kind for suffix, kind in kinds.items()}
+        else:
+            shapes[name] = leaf.dtype, tensor_shape(config, leaf.spec)
+    shapes |= {name: (STORED[tensor.dtype], tensor.shape) for name, (_, tensor) in copied.items()}
     with (
         progress_bar("writing", source.nbytes, progress) as bar,
         _orderly_interrupt() as raise_if_interrupted,
         Writer(work, shapes, max_shard_bytes) as writer,
     ):
         for path, group in names.items():
-            leaf = source.leaves[path]
+            leaf, linear = source.leaves[path], path.removesuffix("/kernel")
+            if linear in schemes:
+                for name, tensors in _encoded(source, linear, group, schemes[linear], bar):
+                    _write(writer, {n: x for n, x in tensors.items() if n not in copied})
+                    raise_if_interrupted()
+                continue
             transpose = leaf.spec.transposed
             for piece, part in _read_ahead(source, leaf, bar):
                 name = group[0]
@@ -197,7 +271,35 @@ def _write_hf(source: Source, config, work: Path, layout: str, max_shard_bytes: 
                 row = piece[-1 if transpose else 0].start
                 writer.write_rows(name, row, part if part.ndim > 1 else part[:, None], transpose)
                 raise_if_interrupted()
+        _write(writer, {name: reader.whole(tensor) for name, (reader, tensor) in copied.items()})
         writer.finish()
+
+
+def _schemes(config: Config, work: Path) -> dict[str, Scheme]:
+    """How the files hold each quantised Linear, by the config.json in `work`. Raises CheckpointError if it cannot be."""
+    how = from_dict(read_json(work / "config.json")) if config.quantised else None
+    modules, out = linear_modules(config) if how else {}, {}
+    for linear, form in config.quantised:
+        found = {how.lookup(module)[1] for module in modules[linear][0]} if how else {None}
+        scheme = found.pop()
+        if found or scheme is None or form_of(scheme) != form:
+            raise CheckpointError(f"config.json: its quantization_config is not about {linear}, which is held as {form}")
+        out[linear] = scheme
+    return out
+
+
+def _encoded(source: Source, linear: str, group: tuple[str, ...], scheme: Scheme, bar):
+    """Yields the tensors of a quantised Linear, by name, a layer at a time."""
+    leaves = {name: leaf for name in ("kernel", "scales", "zeros", "order") if (leaf := source.leaves.get(f"{linear}/{name}"))}
+    for l, hub in enumerate(group):
+        arrays = {}
+        for name, leaf in leaves.items():
+            index = tuple(slice(0, n) for n in leaf.shape)
+            lead = (slice(l, l + 1),) if leaf.spec.stacked else ()
+            whole = source.read(leaf, (*lead, *index[len(lead) :]), None, bar)
+            arrays[name] = whole[0] if lead else whole
+        module = hub.removesuffix(".weight")
+        yield hub, {f"{module}.{suffix}": x for suffix, x in quantised.encode(scheme, arrays).items()}
 
 
 @contextlib.contextmanager

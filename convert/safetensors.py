@@ -22,7 +22,12 @@ from qwenvl_jax.params.directory import INDEX, leftover
 
 SINGLE = "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# With those of quantised weights.
+STORED = DTYPES | {
+    **{"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)},
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+_NAMES = {dtype: name for name, dtype in STORED.items()}
 _MAX_HEADER = 100_000_000  # the reference reader's limit
 _ROWS = 256  # rows transposed at once: whole cache lines on both sides, and few enough for the cache
 
@@ -171,7 +176,7 @@ class Reader(contextlib.AbstractContextManager):
 
         Casts to out's dtype. Reads a few of the wanted rows at a time, so it needs only a few megabytes beside `out`.
         """
-        dtype = DTYPES[tensor.dtype]
+        dtype = STORED[tensor.dtype]
         width = tensor.matrix[1]
         if out.dtype == dtype:  # numpy copies integers faster, and without the interpreter's lock
             out, dtype = out.view(_bits(dtype)), _bits(dtype)
@@ -185,6 +190,16 @@ class Reader(contextlib.AbstractContextManager):
             target = out[:, at : at + n].T if transpose else out[at : at + n]
             target[...] = scratch[:n, columns]
 
+    def part(self, tensor: Tensor, rows: slice, columns: slice) -> np.ndarray:
+        """[rows, columns] of the tensor as a matrix, in a new array."""
+        out = np.empty((rows.stop - rows.start, columns.stop - columns.start), STORED[tensor.dtype])
+        self.read_part(tensor, rows, columns, False, out)
+        return out
+
+    def whole(self, tensor: Tensor) -> np.ndarray:
+        rows, columns = tensor.matrix
+        return self.part(tensor, slice(0, rows), slice(0, columns)).reshape(tensor.shape)
+
 
 def _entry(file: Path, name: str, entry, begin: int) -> Tensor:
     try:
@@ -194,7 +209,7 @@ def _entry(file: Path, name: str, entry, begin: int) -> Tensor:
         good = False
     if not good or stop < start:
         raise CheckpointError(f"{file}: the header's entry for tensor {name} is malformed")
-    if dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != stop - start:
+    if dtype in STORED and math.prod(shape) * STORED[dtype].itemsize != stop - start:
         raise CheckpointError(f"{file}: tensor {name} is {dtype} {shape}, but {stop - start} bytes are set aside")
     return Tensor(file, dtype, tuple(shape), begin + start, begin + stop)
 

@@ -3,18 +3,21 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from qwenvl_jax.config import Config, TextConfig, VisionConfig
+from qwenvl_jax.config import Config, Quantised, TextConfig, VisionConfig
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.questions import Question, Questions
 from qwenvl_jax.inputs.ladder import Ladder
 from qwenvl_jax.inputs.layout import make_sample
 from qwenvl_jax.inputs.pack import Segment, pack_rows, pack_vision
 from qwenvl_jax.inputs.preprocessing import smart_resize
+from qwenvl_jax.model.linear import dequantise
+from qwenvl_jax.params import lora
 from qwenvl_jax.params.checkpoint import OrbaxSource
 from qwenvl_jax.params.place import to_devices
-from qwenvl_jax.params.specs import abstract_params
+from qwenvl_jax.params.specs import abstract_params, flatten, specs, unflatten
 from qwenvl_jax.train.data import with_targets
 from qwenvl_jax.types import Grid, Sample, TrainBatch, Visual
 
@@ -64,6 +67,33 @@ def tiny_params(config: Config, seed: int = 0) -> dict:
         return (one + 0.2 * rng.standard_normal(w.shape)).astype(w.dtype)
 
     return jax.tree_util.tree_map_with_path(random, abstract_params(config))
+
+
+def quantised(config: Config, form: Quantised, seed: int = 0) -> tuple[Config, dict, dict]:
+    """(a config with the decoder's Linears in this form, random parameters, the dense ones that they stand for)."""
+    linears = [path for path in lora.linears(config) if path.startswith("decoder/")]
+    config = config.replace(quantised=tuple((path, form) for path in linears))
+    rng = np.random.default_rng(seed)
+    flat, most = flatten(tiny_params(config.replace(quantised=()), seed)), 7 if form.dtype == "int4" else 127
+    wide = dict(flat)
+    for path, spec in specs(config).items():
+        linear, _, leaf = path.rpartition("/")
+        if linear not in linears or leaf == "bias":
+            continue
+        if leaf == "scales":
+            flat[path] = (rng.uniform(0.5, 1.5, spec.shape) / most / 4).astype(np.float32)
+        elif leaf == "order":
+            flat[path] = rng.permuted(np.broadcast_to(np.arange(spec.shape[-1], dtype=np.int32), spec.shape), axis=-1)
+        else:
+            flat[path] = rng.integers(-most, most + 1, spec.shape).astype(np.float32).astype(spec.dtype)
+    for linear in linears:
+        held = [flat.get(f"{linear}/{leaf}") for leaf in ("kernel", "scales", "zeros")]
+        kernel = np.asarray(dequantise(*(None if a is None else jnp.asarray(a) for a in held)))
+        order = flat.get(f"{linear}/order")
+        if order is not None:
+            kernel = np.take_along_axis(kernel, np.argsort(order, -1)[..., None], -2)
+        wide[f"{linear}/kernel"] = kernel
+    return config, unflatten(flat), unflatten(wide)
 
 
 def picture(rng, config: Config, h: int, w: int) -> Visual:

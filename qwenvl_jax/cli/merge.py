@@ -15,12 +15,13 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--adapter", action="append", metavar="DIR_OR_ID", help="LoRA adapter to merge into it; repeatable"
     )
+    parser.add_argument("--dequantise", action="store_true", help="write quantised weights in 16 bits")
     parser.add_argument("--layout", choices=("hub", "nested"), default="hub", help="tensor names (default: hub)")
 
 
 def run(args) -> int:
     from qwenvl_convert import orbax
 
-    orbax.merge(args.src, args.dst, adapter=args.adapter or (), layout=args.layout)
+    orbax.merge(args.src, args.dst, adapter=args.adapter or (), layout=args.layout, dequantise=args.dequantise)
     print(args.dst)
     return OK

@@ -163,3 +163,21 @@ def _linear(param: str, tensor: str) -> dict[str, str]:
 def _norm(param: str, tensor: str, kind: str) -> dict[str, str]:
     bias = {f"{param}/bias": f"{tensor}.bias"} if kind == "layer" else {}
     return {f"{param}/scale": f"{tensor}.weight"} | bias
+
+
+# What trainers and wrappers add to a module's name: torch.compile, FSDP, checkpointing, PEFT, Lightning, DDP.
+_WRAPPERS = {
+    *("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "base_layer", "module"),
+}
+_LEADING = {"base_model", "model", "language_model"}
+
+
+def core(name: str) -> str:
+    """A tensor's or module's name without the prefixes in which layouts and wrappers differ.
+
+    "model.layers.0.…", "model.language_model.layers.0.…" and "base_model.model.model.layers.0.…" are all "layers.0.…".
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] in _LEADING:
+        parts.pop(0)
+    return ".".join(parts)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention, decode_attention
 from qwenvl_jax.model.kernels.decode import decode_kernel
-from qwenvl_jax.model.linear import NORMAL, Linear, declare, is_narrow, narrow_product, precision
+from qwenvl_jax.model.linear import NORMAL, Linear, declare, is_narrow, layer_of, narrow_product, precision
 from qwenvl_jax.model.norms import RMSNorm
 from qwenvl_jax.model.rope import rotate, text_rope
 from qwenvl_jax.model.scan import checkpointed, unpack_bfloat16
@@ -129,7 +129,7 @@ def step(config: Config, params: dict, tokens, cache: Cache):
 def layer_weights(params: dict, l: int) -> dict:
     """Weights of layer `l`: a slice of the stack, or an item of the list made by `cpu_layouts` (infer/programs.py)."""
     stack = params["decoder"]["layers"]
-    return stack[l] if isinstance(stack, list) else jax.tree.map(lambda w: w[l], stack)
+    return stack[l] if isinstance(stack, list) else layer_of(stack, l)
 
 
 def write_and_attend(q, k, v, k_cache, v_cache, lengths):

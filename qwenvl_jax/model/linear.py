@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+GROUPED_ROWS = 256  # with more rows, a quantised kernel is dequantised once: the sums of groups would be larger
+QUANTISED = ("scales", "zeros", "order")  # leaves of a quantised Linear beside its kernel
 NARROW_ROWS = 32  # with more rows, a CPU converts the kernel to float32 faster than it multiplies three times
 
 
@@ -52,9 +54,10 @@ def precision(dtype) -> jax.lax.Precision | None:
 
 
 class Linear(nn.Module):
-    """[..., in] → [..., features] in the input's dtype, with a low-rank adapter if the parameters hold one.
+    """[..., in] → [..., features] in the input's dtype. What its parameters hold decides how.
 
     dims: the kernel's, such as "D F". Adapter (params/lora.py): lora_a [in, r], lora_b [r, features], lora_scale [].
+    Quantised (params/quantised.py): scales, perhaps zeros [groups, features], perhaps order [in].
     """
 
     features: int
@@ -66,19 +69,34 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", declare(NORMAL, self.dims, self.role), shape, self.param_dtype)
+        held = {leaf: self._held(leaf) for leaf in QUANTISED if self.has_variable("params", leaf)}
+        if not held:
+            kernel = self.param("kernel", declare(NORMAL, self.dims, self.role), shape, self.param_dtype)
         # A 2-D matmul: XLA:CPU takes three times as long for the gradients of a 3-D one.
         lead, x = x.shape[:-1], x.reshape(-1, shape[0])
-        y = _product(x, kernel)
+        y = quantised_product(x, self._held("kernel"), **held) if held else _product(x, kernel)
         if self.use_bias:
             bias = self.param("bias", declare(ZEROS, self.dims.split()[1], "bias"), shape[1:], self.param_dtype)
             y = y + bias.astype(x.dtype)
         if self.has_variable("params", "lora_a"):
-            a, b, scale = (self.get_variable("params", f"lora_{leaf}") for leaf in ("a", "b", "scale"))
+            a, b, scale = map(self._held, ("lora_a", "lora_b", "lora_scale"))
             # The scale is applied in float32 at width r, where it costs nothing.
             low = jnp.dot(x, a.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32)
             y = y + jnp.dot((low * scale).astype(x.dtype), b.astype(x.dtype), precision=precision(x.dtype))
         return y.reshape(*lead, self.features)
+
+    def _held(self, leaf: str):
+        return self.get_variable("params", leaf)
+
+
+def layer_of(stack: dict, l: int) -> dict:
+    """The weights of one layer of a stack, as a decode step takes them."""
+    if "scales" not in stack:
+        return {name: layer_of(w, l) if isinstance(w, dict) else w[l] for name, w in stack.items()}
+    # XLA:TPU reads a slice in place only if no reshape follows it.
+    groups, columns = stack["scales"].shape[1:]
+    grouped = stack["kernel"].reshape(len(stack["kernel"]), groups, -1, columns)
+    return {name: w[l] for name, w in (stack | {"kernel": grouped}).items()}
 
 
 def _product(x, kernel):
@@ -137,3 +155,45 @@ def _narrow_backward(dims, saved, g):
 
 
 narrow_product.defvjp(_narrow_forward, _narrow_backward)
+
+
+def quantised_product(x, kernel, scales, zeros=None, order=None):
+    """x [rows, in] times a kernel that is stored in few bits: [rows, F] in x's dtype. Differentiable in x.
+
+    kernel [in, F] or [groups, in/groups, F]; scales [groups, F]; zeros [groups, F] in the kernel's dtype; order [in].
+    See `Quantised` in config.py.
+    """
+    if order is not None:
+        x = x[:, order]
+    kernel = kernel.reshape(len(scales), -1, scales.shape[1])
+    product = _grouped if len(x) <= GROUPED_ROWS else _dequantised
+    return product(x, kernel, scales, zeros)
+
+
+def dequantise(kernel, scales, zeros=None, dtype=jnp.float32):
+    """The matrix [..., in, F] that a quantised kernel stands for, with its rows as stored; rounded once, from float32."""
+    *lead, groups, columns = scales.shape
+    w = kernel.reshape(*lead, groups, -1, columns).astype(jnp.float32)
+    if zeros is not None:
+        w -= zeros[..., None, :].astype(jnp.float32)
+    w *= scales[..., None, :].astype(jnp.float32)
+    return w.reshape(*lead, -1, columns).astype(dtype)
+
+
+def _dequantised(x, kernel, scales, zeros):
+    return jnp.dot(x, dequantise(kernel, scales, zeros, x.dtype), precision=precision(x.dtype))
+
+
+def _grouped(x, kernel, scales, zeros):
+    """One dot per group, scaled and then summed: XLA:TPU converts the kernel inside of the dot.
+
+    It would write a whole kernel if the scales were applied before the dot, or if there were only one row.
+    """
+    rows = len(x)
+    x = jnp.broadcast_to(x, (2, x.shape[1])) if rows == 1 else x
+    x = x.reshape(len(x), len(scales), -1)
+    dot = partial(jnp.einsum, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+    y = dot("bgk,gkf->gbf", x, kernel.astype(x.dtype))
+    if zeros is not None:
+        y -= jnp.sum(x, -1, dtype=jnp.float32).T[..., None] * zeros[:, None].astype(jnp.float32)
+    return jnp.sum(y * scales[:, None].astype(jnp.float32), 0).astype(x.dtype)[:rows]

@@ -20,17 +20,18 @@ import numpy as np
 from qwenvl_jax import stores
 from qwenvl_jax.config import DTYPES, Config, read_json
 from qwenvl_jax.errors import CheckpointError, InputError
-from qwenvl_jax.families import to_dict
+from qwenvl_jax.families import quantisation, to_dict
 from qwenvl_jax.inputs.fields import unsupported
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
 from qwenvl_jax.inputs.processor import RULE, RULE_FILE
 from qwenvl_jax.params import directory
-from qwenvl_jax.params.directory import MARKER, PARAMS, first_line, kvstore, read_config
+from qwenvl_jax.params.directory import MARKER, PARAMS, first_line, kvstore, read_quantised
+from qwenvl_jax.params.directory import read_config as read_config
 from qwenvl_jax.params.locate import Located, locate, with_weights
 from qwenvl_jax.params.locate import find as find
-from qwenvl_jax.params.place import Leaf, Source, to_devices
+from qwenvl_jax.params.place import Leaf, Source, is_castable, to_devices
 from qwenvl_jax.params.precision import Precision, on_cpu
-from qwenvl_jax.params.specs import count_params, flatten, param_shardings, specs, unflatten
+from qwenvl_jax.params.specs import flatten, param_shardings, specs, unflatten
 from qwenvl_jax.types import Model
 
 _LOG = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def load_located(located: Located, *, mesh=None, dtype=None, progress: bool = Tr
     """As `load`, of what `locate` gave. Weights that are elsewhere are copied when all other files are checked."""
     from qwenvl_jax.inputs.processor import Processor
 
-    path, config = located.path, read_config(located.path)
+    path, (config, reasons) = located.path, read_quantised(located.path)
     shardings = None if mesh is None else param_shardings(specs(config), mesh)
     chosen = precision_of(config, mesh) if dtype is None else Precision(_known_dtype(dtype), _known_dtype(dtype))
     config = config.replace(dtype=chosen.compute)
@@ -71,6 +72,8 @@ def load_located(located: Located, *, mesh=None, dtype=None, progress: bool = Tr
         params = to_devices(source, shardings, chosen.weights, progress)
     if progress and chosen.reason:
         _LOG.warning("%s: %s", path.name, chosen.reason)  # without handlers, Python shows it on stderr
+    for linear, reason in reasons.items():
+        _LOG.warning("%s: %s is dequantised to %s: %s", path.name, linear, config.dtype, reason)
     if ignored := unsupported(generation):
         _LOG.warning("%s: not supported, so answers differ from transformers': %s", path / GENERATION, ignored)
     return Model(config, params, processor, generation)
@@ -85,6 +88,11 @@ def open_weights(located: Located, config: Config):
     from qwenvl_convert.hf import HfSource
     from qwenvl_convert.peft import AdaptedSource, AdapterFile
 
+    if located.adapters and config.quantised:
+        raise CheckpointError(
+            f"{located.path}: is quantised, and an adapter cannot be merged into quantised weights; write a model in 16 "
+            "bits with `qwenvl merge --dequantise` and open that"
+        )
     with contextlib.ExitStack() as files:
         adapters = [files.enter_context(AdapterFile(config, path)) for path in located.adapters]
         located = with_weights(located)
@@ -100,7 +108,12 @@ def open_weights(located: Located, config: Config):
 def precision_of(config: Config, mesh=None) -> Precision:
     """The precision that `load` chooses without a dtype: the checkpoint's, or on a CPU that of `on_cpu`."""
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-    return on_cpu(config.dtype, count_params(config)) if device.platform == "cpu" else Precision(config.dtype, None)
+    if device.platform == "cpu":
+        return on_cpu(config.dtype, sum(s.size for s in specs(config).values() if is_castable(s)))
+    if config.quantised and config.dtype == "float16":
+        reason = "computes in bfloat16, since the activations of these models overflow float16 (dtype changes this)"
+        return Precision("bfloat16", "bfloat16", reason)
+    return Precision(config.dtype, None)
 
 
 def save(model: Model, path, *, files_from=None) -> None:
@@ -141,9 +154,24 @@ def save(model: Model, path, *, files_from=None) -> None:
             (work / "README.md").unlink(missing_ok=True)  # it describes other weights
             write_rule(getattr(model.processor, RULE, False), work)
         stored = model.params["decoder"]["embed_tokens"]["embedding"].dtype  # not the compute dtype, on CPUs
-        write_json(work / "config.json", to_dict(model.config.replace(dtype=str(stored))))
+        write_json(work / "config.json", config_dict(model.config.replace(dtype=str(stored)), files_from))
         write_json(work / GENERATION, dict(model.generation))
-        write_json(work / MARKER, {"format": directory.FORMAT})
+        write_json(work / MARKER, directory.marker(model.config))
+
+
+def config_dict(config: Config, files_from: Path | None = None) -> dict:
+    """The config.json of a config, with its quantization_config.
+
+    That is the one of `files_from`, if the Linears are held as there, and otherwise compressed-tensors'.
+    """
+    data, held = to_dict(config.replace(quantised=())), config.quantised
+    if not held:
+        return data
+    if files_from is not None and (files_from / "config.json").is_file():
+        theirs = read_json(files_from / "config.json").get("quantization_config")
+        if theirs and read_config(files_from).quantised == held:
+            return data | {"quantization_config": theirs}
+    return data | {"quantization_config": quantisation.to_dict(dict(held), directory.linear_modules(config))}
 
 
 class OrbaxSource(Source):
@@ -188,10 +216,12 @@ def stored_params(path: Path, config: Config) -> dict[str, Leaf]:
     stored, needed = directory.stored_arrays(path), specs(config)
     for name in sorted(needed.keys() ^ stored.keys()):
         raise CheckpointError(f"{path / PARAMS}: {name} is {'missing' if name in needed else 'unexpected'}")
-    for name, (shape, _) in stored.items():
+    for name, (shape, dtype) in stored.items():
         have, want = list(shape), list(needed[name].shape)
         if have != want:
             raise CheckpointError(f"{path / PARAMS}: {name} has shape {have}; config.json calls for {want}")
+        if dtype != needed[name].dtype and not (is_castable(needed[name]) or needed[name].role == "scales"):
+            raise CheckpointError(f"{path / PARAMS}: {name} is {dtype}; {MARKER} calls for {needed[name].dtype}")
     return {name: Leaf(name, needed[name]._replace(dtype=dtype)) for name, (_, dtype) in stored.items()}
 
 

@@ -1,5 +1,6 @@
 """Checkpoint directories without their weights: their files, format and config. Imports no jax."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -8,25 +9,48 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401 - makes "bfloat16" the name of a numpy dtype
 import numpy as np
 
-from qwenvl_jax.config import Config, read_json, refuse_pointer
+from qwenvl_jax.config import MAX_JSON, Config, Quantised, read_json, refuse_pointer, typed
 from qwenvl_jax.errors import CheckpointError, InputError, shown
-from qwenvl_jax.families import from_dict
+from qwenvl_jax.families import family_of, from_dict, quantisation
+from qwenvl_jax.families.shared import core
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
 
 FORMAT = 1
-MARKER, PARAMS = "qwenvl_jax.json", "params"  # of our own format
+# Of our own format. BESIDE holds tensors of a quantised checkpoint that are no parameters, for the way back.
+MARKER, PARAMS, BESIDE = "qwenvl_jax.json", "params", "beside.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # a Hugging Face checkpoint has one of them
 # A checkpoint's files, except the weights.
 SIDE_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
 ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 
 
-def read_config(path: Path, *, quantised: bool = False) -> Config:
+def read_config(path: Path) -> Config:
     """The config of a checkpoint directory, with the mean and std of its preprocessor config, if it has one.
 
-    quantised: accept the config of quantised weights, which cannot be loaded.
+    Of quantised weights, it says how each Linear is held (`Config.quantised`).
     Raises CheckpointError if the model is not supported.
     """
+    return read_quantised(path)[0]
+
+
+def read_quantised(path: Path) -> tuple[Config, dict[str, str]]:
+    """As `read_config`, and {a Linear: why it is dequantised when it is loaded, though the files hold it quantised}."""
+    config = read_dense(path)
+    if (path / MARKER).is_file():
+        return config.replace(quantised=_marked(path / MARKER)), {}
+    file, reasons = path / "config.json", {}
+    try:
+        how = quantisation.from_dict(read_json(file))
+        if how is not None:
+            held, reasons = quantisation.forms(how, linear_modules(config), _stored_names(path))
+            config = config.replace(quantised=held)
+    except InputError as e:
+        raise e if str(file) in str(e) else CheckpointError(f"{file}: {e}") from e
+    return config, reasons
+
+
+def read_dense(path: Path) -> Config:
+    """As `read_config`, as if nothing were quantised."""
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path}: not a checkpoint, there is no config.json in it{leftover(path)}")
@@ -35,17 +59,52 @@ def read_config(path: Path, *, quantised: bool = False) -> Config:
         config = from_dict(data)
     except InputError as e:
         raise CheckpointError(f"{file}: {e}") from e
-    text = data.get("text_config")
-    how = data.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
-    if how and not quantised:
-        method = how.get("quant_method", "?") if isinstance(how, dict) else how
-        raise CheckpointError(f"{file}: quantised checkpoints ({method}) are not supported; use the original model")
     preprocessing = read_preprocessing(path, config)
     if preprocessing is None:
         return config
     # Part of the model's config, because pictures are normalised on the device.
     mean, std = preprocessing.image_mean, preprocessing.image_std
     return config.replace(vision=dataclasses.replace(config.vision, image_mean=mean, image_std=std))
+
+
+def _marked(file: Path) -> tuple[tuple[str, Quantised], ...]:
+    """`Config.quantised` of one of our directories, which says it in its own file."""
+    held = read_json(file).get("quantised", {})
+    try:
+        return tuple((path, Quantised(**form)) for path, form in typed("quantised", held, dict).items())
+    except (TypeError, InputError) as e:
+        raise CheckpointError(f"{file}: quantised is {shown(held)}, which is not readable ({e})") from e
+
+
+def marker(config: Config, reasons: dict[str, str] | None = None) -> dict:
+    """The contents of MARKER. reasons: see `read_quantised`."""
+    held = {path: dataclasses.asdict(form) for path, form in config.quantised}
+    more = {"quantised": held} if held else {}
+    return {"format": FORMAT} | more | ({"dequantised": reasons} if reasons else {})
+
+
+def linear_modules(config: Config) -> dict[str, tuple[list[str], int]]:
+    """Path of each Linear → its modules on the hub, one per layer if it is stacked, and its rows."""
+    from qwenvl_jax.params.specs import specs  # imports jax, which few checkpoints need here
+
+    names, out = family_of(config).tensor_names(config), {}
+    for path, spec in specs(config.replace(quantised=())).items():
+        if spec.role == "linear":
+            layers = range(spec.shape[0]) if spec.stacked else [0]
+            module = names[path].removesuffix(".weight")
+            out[path.removesuffix("/kernel")] = [module.format(l=l) for l in layers], spec.shape[-2]
+    return out
+
+
+def _stored_names(path: Path) -> set[str] | None:
+    """The tensors of a Hugging Face directory, by `core` of their names; None if its files are not here or not readable."""
+    with contextlib.suppress(InputError, OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        if not (path / SINGLE).is_file():
+            return {core(name) for name in read_json(path / INDEX)["weight_map"]}
+        with (path / SINGLE).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return {core(name) for name in json.loads(file.read(min(length, MAX_JSON)))}
+    return None
 
 
 # What training and saving leave behind: a pattern of names, and what to do.

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from tqdm import tqdm
 
-from qwenvl_jax.config import Config
+from qwenvl_jax.config import DTYPES, Config
 from qwenvl_jax.params.specs import Spec, flatten, specs_of, unflatten
 
 
@@ -76,14 +76,23 @@ class ArraySource(Source):
 
 
 def to_devices(source: Source, shardings=None, dtype=None, progress: bool = True) -> dict:
-    """The parameters of a source as jax arrays; arguments as for `read_params` of convert/hf.py."""
+    """The parameters of a source as jax arrays; arguments as for `read_params` of convert/hf.py.
+
+    A dtype is for what is not quantised: kernels in few bits, their zeros, scales and order keep their own.
+    """
     flat_shardings = None if shardings is None else flatten(shardings)
     default = SingleDeviceSharding(jax.local_devices()[0])
     out = {}
     with progress_bar("loading", source.nbytes, progress) as bar:
         for path, leaf in source.leaves.items():
-            out[path] = _place(source, leaf, flat_shardings[path] if flat_shardings else default, dtype, bar)
+            to = dtype if is_castable(leaf.spec) else None
+            out[path] = _place(source, leaf, flat_shardings[path] if flat_shardings else default, to, bar)
     return unflatten(out)
+
+
+def is_castable(spec: Spec) -> bool:
+    """Is it an ordinary parameter in a floating dtype? Scales are not: float16 has exactly what the file says."""
+    return spec.role != "scales" and spec.dtype.name in DTYPES
 
 
 def progress_bar(what: str, nbytes: int, progress: bool = True) -> tqdm:

@@ -5,11 +5,13 @@ perhaps `zeros` of the same shape in the kernel's dtype, and perhaps `order` [L,
 Someone else's files: convert/quantised.py.
 """
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.nn import initializers
 
-from qwenvl_jax.config import Quantised
+from qwenvl_jax.config import Config, Quantised
 from qwenvl_jax.errors import CheckpointError
 
 KERNEL_DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("int4", "int8", "float8_e4m3fn")}
@@ -35,3 +37,31 @@ def leaves(linear: str, kernel, form: Quantised) -> dict:
         order = kernel._replace(shape=(*lead, rows), dims=(*stack, "."), dtype=np.dtype(np.int32), role="order")
         out[f"{linear}/order"] = order._replace(init=initializers.zeros)
     return out
+
+
+def dequantise(config: Config, params: dict, dtype=jnp.float32) -> tuple[Config, dict]:
+    """The config and parameters of the same model with dense kernels, which are in `dtype` and in the inputs' order.
+
+    In float32 they are exact. Biases, adapters and what is not quantised stay as they are.
+    """
+
+    def walk(tree):
+        if not isinstance(tree, dict):
+            return tree
+        if "scales" not in tree:
+            return {name: walk(value) for name, value in tree.items()}
+        form = {name: tree[name] for name in ("kernel", "scales", "zeros", "order") if name in tree}
+        stacked = form["kernel"].ndim == 3
+        kernel = jax.lax.map(lambda one: _dense(one, dtype), form) if stacked else _dense(form, dtype)
+        return {name: value for name, value in tree.items() if name not in form} | {"kernel": kernel}
+
+    return config.replace(quantised=()), walk(params)
+
+
+def _dense(form: dict, dtype):
+    kernel, scales = form["kernel"].astype(jnp.float32), form["scales"].astype(jnp.float32)
+    groups = kernel.reshape(len(scales), -1, kernel.shape[1])
+    if "zeros" in form:
+        groups -= form["zeros"].astype(jnp.float32)[:, None]
+    dense = (groups * scales[:, None]).reshape(kernel.shape).astype(dtype)
+    return jnp.zeros_like(dense).at[form["order"]].set(dense) if "order" in form else dense

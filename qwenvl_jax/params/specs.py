@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -53,6 +54,16 @@ class Spec(NamedTuple):
     @property
     def size(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on a device."""
+        return -(-self.size * bits(self.dtype) // 8)
+
+
+def bits(dtype) -> int:
+    """Bits of a number on a device, where two numbers of four bits share a byte. `itemsize` is the host's."""
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * np.dtype(dtype).itemsize
 
 
 def specs(config: Config) -> dict[str, Spec]:

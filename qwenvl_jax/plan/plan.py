@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from qwenvl_jax.config import Config
+from qwenvl_jax.config import Config, Quantised
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer import sampling
@@ -27,7 +27,7 @@ from qwenvl_jax.inputs.pack import cover
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.directory import read_config
 from qwenvl_jax.params.locate import check_name, locate
-from qwenvl_jax.params.specs import abstract_params, check_mesh, param_shardings, specs, specs_of
+from qwenvl_jax.params.specs import abstract_params, bits, check_mesh, param_shardings, specs, specs_of
 from qwenvl_jax.plan.hardware import CHIPS, GIB, Target, devices
 from qwenvl_jax.plan.hlo import Program
 from qwenvl_jax.sharding import AXES, activation_sharding, kv_copies, make_mesh
@@ -35,6 +35,8 @@ from qwenvl_jax.train.losses import sft_loss
 from qwenvl_jax.train.options import TrainOptions
 from qwenvl_jax.train.step import batch_shardings, init_state, make_optimizer, make_step, shardings
 from qwenvl_jax.types import Batch, Cache, Grid, TrainBatch, VisionBatch
+
+FORMS = {"int4": Quantised("int4", 128), "int8": Quantised("int8")}
 
 
 class Job(NamedTuple):
@@ -214,6 +216,21 @@ def resolve_model(name: str) -> Config:
     return read_config(locate(name, weights=False).path)
 
 
+def quantised(config: Config, form: str) -> Config:
+    """A config with the decoder's Linears in one of FORMS, as official checkpoints have them.
+
+    Raises InputError if the config is of a quantised checkpoint, or if groups do not divide its widths.
+    """
+    if config.quantised:
+        raise InputError("this checkpoint is quantised already; leave out --quantised")
+    if form not in FORMS:
+        raise InputError(f"quantised is {form!r}; it must be one of {', '.join(FORMS)}")
+    linears = [path for path in lora.linears(config) if path.startswith("decoder/")]
+    config = config.replace(quantised=tuple((path, FORMS[form]) for path in linears))
+    specs(config)
+    return config
+
+
 def _shaped(mesh: Mesh, dims: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=activation_sharding(dims, shape, mesh))
 
@@ -223,8 +240,8 @@ def _placed(tree, where):
 
 
 def _local_bytes(tree) -> int:
-    """Bytes per chip of a tree of sharded shapes."""
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+    """Bytes per chip of a tree of sharded shapes. Two numbers of four bits share a byte."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * bits(a.dtype) // 8 for a in jax.tree.leaves(tree))
 
 
 def _weights(config: Config, mesh: Mesh) -> dict:
