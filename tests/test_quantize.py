@@ -1,7 +1,5 @@
 """Quantising: rounding errors, folding, calibration, and the files that `qwenvl quantize` writes."""
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
