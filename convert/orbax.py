@@ -193,7 +193,9 @@ def save_hf(model: Model, dst, *, base: Located, layout: str = "hub", max_shard_
 def _to_hf(located: Located, dst, layout: str, max_shard_bytes: int, progress: bool, dequantise: bool = False) -> None:
     path, (config, reasons) = located.path, read_quantised(located.path)
     if dequantise and (path / MARKER).is_file() and config.quantised:
-        raise CheckpointError(f"{path}: is an Orbax checkpoint; convert it with `qwenvl convert --to hf` and merge that")
+        raise CheckpointError(
+            f"{path}: is an Orbax checkpoint; convert it with `qwenvl convert --to hf` and merge that"
+        )
     lost = read_json(path / MARKER, missing={}).get("dequantised") or reasons
     if lost and not dequantise:
         linear = next(iter(lost))
@@ -234,9 +236,18 @@ def write_side_files(located: Located, work: Path) -> None:
 
 
 def _write_hf(
-    source: Source, config: Config, work: Path, layout: str, max_shard_bytes: int, progress: bool, beside: dict | None = None
+    source: Source,
+    config: Config,
+    work: Path,
+    layout: str,
+    max_shard_bytes: int,
+    progress: bool,
+    beside: dict | None = None,
 ) -> None:
-    """Writes the weights into `work`, whose config.json is there. beside: name on the hub → (Reader, Tensor) to copy."""
+    """Writes the weights into `work`, whose config.json is there.
+
+    beside: name on the hub → (Reader, Tensor) to copy.
+    """
     if max_shard_bytes <= 0:
         raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}; it must be positive")
     names, schemes = tensor_names(config, layout), _schemes(config, work)
@@ -259,7 +270,7 @@ def _write_hf(
         for path, group in names.items():
             leaf, linear = source.leaves[path], path.removesuffix("/kernel")
             if linear in schemes:
-                for name, tensors in _encoded(source, linear, group, schemes[linear], bar):
+                for tensors in _encoded(source, linear, group, schemes[linear], bar):
                     _write(writer, {n: x for n, x in tensors.items() if n not in copied})
                     raise_if_interrupted()
                 continue
@@ -283,14 +294,17 @@ def _schemes(config: Config, work: Path) -> dict[str, Scheme]:
         found = {how.lookup(module)[1] for module in modules[linear][0]} if how else {None}
         scheme = found.pop()
         if found or scheme is None or form_of(scheme) != form:
-            raise CheckpointError(f"config.json: its quantization_config is not about {linear}, which is held as {form}")
+            raise CheckpointError(
+                f"config.json: its quantization_config is not about {linear}, which is held as {form}"
+            )
         out[linear] = scheme
     return out
 
 
 def _encoded(source: Source, linear: str, group: tuple[str, ...], scheme: Scheme, bar):
     """Yields the tensors of a quantised Linear, by name, a layer at a time."""
-    leaves = {name: leaf for name in ("kernel", "scales", "zeros", "order") if (leaf := source.leaves.get(f"{linear}/{name}"))}
+    named = ((name, source.leaves.get(f"{linear}/{name}")) for name in ("kernel", "scales", "zeros", "order"))
+    leaves = {name: leaf for name, leaf in named if leaf is not None}
     for l, hub in enumerate(group):
         arrays = {}
         for name, leaf in leaves.items():
@@ -299,7 +313,7 @@ def _encoded(source: Source, linear: str, group: tuple[str, ...], scheme: Scheme
             whole = source.read(leaf, (*lead, *index[len(lead) :]), None, bar)
             arrays[name] = whole[0] if lead else whole
         module = hub.removesuffix(".weight")
-        yield hub, {f"{module}.{suffix}": x for suffix, x in quantised.encode(scheme, arrays).items()}
+        yield {f"{module}.{suffix}": x for suffix, x in quantised.encode(scheme, arrays).items()}
 
 
 @contextlib.contextmanager

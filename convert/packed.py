@@ -49,8 +49,8 @@ def match(reader: Reader, config: Config, stored: dict[str, tuple[str, Tensor]])
     odd = next((name for key, (name, _) in stored.items() if key.endswith(QUANTISED) or ".quant_state." in key), None)
     if odd and how is None:
         raise CheckpointError(
-            f"{reader.directory}: {odd} is a quantised tensor, but config.json has no quantization_config; copy the whole "
-            "config.json of the checkpoint"
+            f"{reader.directory}: {odd} is a quantised tensor, but config.json has no quantization_config; copy the "
+            "whole config.json of the checkpoint"
         )
     if how is None:
         return out
@@ -64,18 +64,24 @@ def match(reader: Reader, config: Config, stored: dict[str, tuple[str, Tensor]])
         for hub, one in zip(group, layers, strict=True):
             if form is not None and (one is None or not _same(form_of(one.scheme), form)):
                 said = one.scheme if one else "as it is"
-                raise CheckpointError(f"{reader.directory}: {hub} is held {said}, unlike the other layers' or the config's")
+                raise CheckpointError(
+                    f"{reader.directory}: {hub} is held {said}, unlike the other layers' or the config's"
+                )
             if one is not None:
                 out.tensors[hub] = [f"{one.module}.{suffix}" for suffix in one.tensors]
                 out.beside.update(_beside(reader, one, f"{linear}/bias" in dense, stored))
         if any(layers):
-            one_by_one = [one or _plain(config, dense[path], hub, stored) for hub, one in zip(group, layers, strict=True)]
+            one_by_one = [
+                one or _plain(config, dense[path], hub, stored) for hub, one in zip(group, layers, strict=True)
+            ]
             out.leaves[path] = _leaves(config, path, dense[path], tuple(one_by_one))
     cache = (".self_attn.q_scale", ".self_attn.k_scale", ".self_attn.v_scale")  # of a quantised KV cache: not used here
     out.beside.update({f"model.{key}": tensor for key, (_, tensor) in stored.items() if key.endswith(cache)})
     for name, tensor in out.beside.items():
         if tensor.dtype not in STORED:
-            raise CheckpointError(f"{tensor.file}: tensor {name} is {tensor.dtype}; only {', '.join(STORED)} are supported")
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name} is {tensor.dtype}; only {', '.join(STORED)} are supported"
+            )
     return out
 
 
@@ -160,7 +166,7 @@ def _leaves(config: Config, path: str, kernel: Spec, layers: tuple) -> dict[str,
 
 
 def pieces(leaf: Leaf, index: tuple[slice, ...], out: np.ndarray):
-    """Yields the arguments of `quantised.read`, without the reader, that fill the part `index` of a parameter, `out`."""
+    """Yields the arguments of `quantised.read`, after the reader, that fill the part `index` of a parameter, `out`."""
     layers, inner = (range(index[0].start, index[0].stop), index[1:]) if leaf.spec.stacked else ([0], index)
     rows, columns = (*inner, slice(0, 1))[:2]
     name = leaf.path.rpartition("/")[2]

@@ -3,14 +3,14 @@
 Ours: dense[order[j], n] = (kernel[j, n] − zeros[g, n]) · scales[g, n], with row j in group g; `Quantised` of config.py
 says more. Unsigned codes of b bits become signed: 2^(b−1) is subtracted from codes and zeros both.
 
-| format | kernel | zeros | scales | order |
-|---|---|---|---|---|
-| awq | `qweight` [in, out/8], words along out | `qzeros` [groups, out/8] | `scales` [groups, out] | |
-| gptq | `qweight` [in·b/32, out], words along in | `qzeros` [groups, out·b/32], minus 1 | `scales` | `g_idx` [in] |
-| gptq_v2 | the same | the same, as they are | the same | the same |
-| pack-quantized | `weight_packed` [out, ⌈in·b/32⌉], along in | `weight_zero_point` [⌈out·b/32⌉, groups], along out | `weight_scale` [out, groups] | `weight_g_idx` [in] |
-| int-, float-quantized | `weight` [out, in] | `weight_zero_point` [out, groups] | `weight_scale`, or a block's | |
-| fp8 | `weight` [out, in] | | `weight_scale_inv`, a block's [⌈out/rows⌉, ⌈in/columns⌉] | |
+awq: `qweight` [in, out/8] and `qzeros` [groups, out/8] with words along out; `scales` [groups, out].
+gptq: `qweight` [in·b/32, out] with words along in; `qzeros` [groups, out·b/32] with words along out and 1 less than the
+    zeros; `scales` [groups, out]; `g_idx` [in], the group of each input. gptq_v2: the same with the zeros as they are.
+pack-quantized: `weight_packed` [out, ⌈in·b/32⌉] with words along in; `weight_zero_point` [⌈out·b/32⌉, groups] along
+    out; `weight_scale` [out, groups]; `weight_shape` [2]; `weight_g_idx` [in].
+int-quantized and float-quantized: `weight` [out, in]; `weight_scale` and `weight_zero_point` [out, 1], of a tensor [1],
+    of blocks [⌈out/rows⌉, ⌈in/columns⌉].
+fp8: `weight` [out, in]; `weight_scale_inv`, of blocks.
 
 A word is an int32 with its first code in the lowest bits; AWQ's nibbles are in the order of AWQ_ORDER.
 """
@@ -238,7 +238,9 @@ def check(reader: Reader, packed: Packed) -> None:
     per = 32 // scheme.bits
     uneven = {AWQ: n_out % 8, GPTQ: n_in % per or n_out % per, GPTQ_V2: n_in % per or n_out % per}
     if uneven.get(scheme.format):
-        raise CheckpointError(f"{reader.directory}: {packed.module} is {n_in} × {n_out}, which {scheme.format} cannot pack")
+        raise CheckpointError(
+            f"{reader.directory}: {packed.module} is {n_in} × {n_out}, which {scheme.format} cannot pack"
+        )
     for suffix, part in parts(scheme, n_in, n_out).items():
         tensor, name = packed.tensors[suffix], f"{packed.module}.{suffix}"
         says = f"quantization_config ({scheme}) calls for"
@@ -254,14 +256,18 @@ def check(reader: Reader, packed: Packed) -> None:
             _check_index(reader, packed, tensor, name)
         if suffix == "qzeros" and part.leaf is None:
             if np.any(reader.whole(tensor) != _middle(scheme)):
-                raise CheckpointError(f"{tensor.file}: tensor {name} is not symmetric, but quantization_config.sym is true")
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {name} is not symmetric, but quantization_config.sym is true"
+                )
 
 
 def _check_index(reader: Reader, packed: Packed, tensor: Tensor, name: str) -> None:
     n_in, group = packed.shape[0], packed.scheme.group or packed.shape[0]
     index = reader.whole(tensor)
     if not packed.scheme.order and np.any(index != np.arange(n_in) // group):
-        raise CheckpointError(f"{tensor.file}: tensor {name} reorders inputs, but quantization_config.desc_act is false")
+        raise CheckpointError(
+            f"{tensor.file}: tensor {name} reorders inputs, but quantization_config.desc_act is false"
+        )
     counts = np.bincount(index.clip(0), minlength=n_in // group)
     if index.min() < 0 or np.any(counts != group):
         raise CheckpointError(f"{tensor.file}: tensor {name} does not put {group} inputs into each group")

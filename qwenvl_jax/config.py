@@ -128,6 +128,11 @@ class Quantised:
     order: bool = False
     activations: str | None = None
 
+    def __str__(self):
+        text = f"{self.dtype}, " + (f"groups of {self.group}" if self.group else "a scale per output")
+        text += ", zero points" * self.zeros + ", inputs in another order" * self.order
+        return text + (f", asks for {self.activations} inputs" if self.activations else "")
+
 
 @dataclass(frozen=True)
 class Config:

@@ -464,7 +464,7 @@ def test_what_a_trainer_leaves_out_is_named(missing, said, home, tmp_path):
         ({"model_type": "qwen2_5_vl_text"}, "a text model"),
         ({"model_type": "qwen3_vl"}, "'qwen3_vl' is not supported; this library runs 'qwen2_vl' and 'qwen2_5_vl'"),
         ({"model_type": "qwen2_5_omni"}, "'qwen2_5_omni' is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised checkpoints .awq. are not supported"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quantised checkpoints .aqlm. are not supported"),
         ({"text_config": {"quantization_config": {"quant_method": "bitsandbytes"}}}, ".bitsandbytes."),
     ],
 )

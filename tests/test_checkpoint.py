@@ -391,7 +391,7 @@ def test_load_of_anything_else(tmp_path):
     fails(tmp_path / "file", "is a file")
     fails(tmp_path / "empty", r"no config\.json")
     fails(write_config(tmp_path / "llama", model_type="llama"), "llama")
-    fails(write_config(tmp_path / "awq", quantization_config={"quant_method": "awq"}), "quantised.*awq")
+    fails(write_config(tmp_path / "hqq", quantization_config={"quant_method": "hqq"}), "quantised.*hqq")
     (tmp_path / "empty" / "config.json").write_text("{")
     fails(tmp_path / "empty", r"config\.json")
 

@@ -145,7 +145,7 @@ def test_a_checkpoint_is_loaded_and_kept(hub, files, monkeypatch):
     "change, sentence",
     [
         (dict(model_type="llama"), "config.json: "),
-        (dict(quantization_config={"quant_method": "awq"}), r"quantised checkpoints \(awq\) are not supported"),
+        (dict(quantization_config={"quant_method": "hqq"}), r"quantised checkpoints \(hqq\) are not supported"),
         ("preprocessor_config.json", "has no preprocessor_config.json"),
         ("config.json", "not a checkpoint, there is no config.json in it"),
         ("model.safetensors", f"{REPO}: weights are read from safetensors files, and the repository has only pytorch"),

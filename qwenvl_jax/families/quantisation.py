@@ -76,23 +76,22 @@ def is_packed(module: str, stored) -> bool:
     return any(core(module) + suffix in stored for suffix in SUFFIXES)
 
 
-def forms(how: Quantisation, linears: dict[str, tuple[list[str], int]], stored: set[str] | None) -> tuple:
+def forms(how: Quantisation, linears: dict[str, tuple[list[str], tuple]], stored: set[str] | None) -> tuple:
     """(Config.quantised, {path: why a Linear that the files hold quantised is dequantised when it is loaded}).
 
-    linears: path → (its modules on the hub, one per layer if it is stacked; its rows). stored: see `Quantisation`.
+    linears: path → (its modules on the hub, one per layer if it is stacked; in and out). stored: see `Quantisation`.
     Raises CheckpointError if a group size does not divide the rows.
     """
     found, reasons = [], {}
-    for path, (modules, rows) in linears.items():
+    for path, (modules, (rows, _)) in linears.items():
         schemes = {how.scheme(module, stored) for module in modules}
         scheme = schemes.pop()
         if schemes:
             reasons[path] = "its layers are not all held in the same way"
         elif scheme is not None and scheme.group and rows % scheme.group:
             if scheme.outputs == 1:
-                raise CheckpointError(
-                    f"quantization_config: {modules[0]} has {rows} inputs, not a multiple of the group size {scheme.group}"
-                )
+                size = f"{rows} inputs, not a multiple of the group size {scheme.group}"
+                raise CheckpointError(f"quantization_config: {modules[0]} has {size}")
             reasons[path] = f"its {rows} inputs are not a multiple of the block's {scheme.group}"
         elif scheme is not None:
             found.append((path, form_of(scheme)))
@@ -122,11 +121,12 @@ def from_dict(data: dict) -> Quantisation | None:
         raise CheckpointError("quantization_config has no quant_method; copy the whole config.json of the checkpoint")
     read = _METHODS.get(method) if isinstance(method, str) else None
     if read is None:
-        raise CheckpointError(f"quantised checkpoints ({shown(method)}) are not supported; {_OTHER}")
+        name = method[:80] if isinstance(method, str) else shown(method)
+        raise CheckpointError(f"quantised checkpoints ({name}) are not supported; {_OTHER}")
     return Quantisation(method, tuple(read(how)))
 
 
-def to_dict(held: dict[str, Quantised], linears: dict[str, tuple[list[str], int]]) -> dict:
+def to_dict(held: dict[str, Quantised], linears: dict[str, tuple[list[str], tuple]]) -> dict:
     """The `quantization_config`, as compressed-tensors writes it, of Linears that are held in these forms.
 
     held: `Config.quantised`. linears: as for `forms`.
@@ -211,7 +211,9 @@ def _gptq(how: dict):
     if get("lm_head", bool, False):
         raise CheckpointError(f"quantization_config.lm_head: a quantised output head is not supported; {_OTHER}")
     group, order = _group(how, "group_size"), get("desc_act", bool, False)
-    scheme = Scheme(form, _bits(how, (4, 8), "bits"), group, zeros=not get("sym", bool, True), order=order and group > 0)
+    scheme = Scheme(
+        form, _bits(how, (4, 8), "bits"), group, zeros=not get("sym", bool, True), order=order and group > 0
+    )
     for key, changes in get("dynamic", dict, {}).items():  # GPTQModel's: "-:pattern" is not quantised
         if key.startswith("-:"):
             yield _pattern(key[2:]), False, None
@@ -241,7 +243,9 @@ def _compressed(how: dict):
     get = reader(how, where="quantization_config.")
     sparsity = get("sparsity_config", dict, {}).get("format", "dense")
     if sparsity != "dense":
-        raise CheckpointError(f"quantised checkpoints (with the sparse format {shown(sparsity)}) are not supported; {_OTHER}")
+        raise CheckpointError(
+            f"quantised checkpoints (with the sparse format {shown(sparsity)}) are not supported; {_OTHER}"
+        )
     if get("transform_config", dict, {}).get("config_groups"):
         raise CheckpointError(f"quantised checkpoints (with transform_config) are not supported; {_OTHER}")
     groups = get("config_groups", dict)
@@ -323,7 +327,9 @@ def _targets(values: list, key: str) -> Callable[[str], bool]:
     names = _names(values, key)
     tests = [_pattern(name[3:]) for name in names if name.startswith("re:")]
     plain = set(names)
-    return lambda module: "Linear" in plain or any(n in plain for n in spellings(module)) or any(t(module) for t in tests)
+    return lambda module: (
+        "Linear" in plain or any(n in plain for n in spellings(module)) or any(t(module) for t in tests)
+    )
 
 
 def _pattern(pattern: str) -> Callable[[str], bool]:
@@ -351,7 +357,9 @@ def _names(values: Iterable, key: str) -> list[str]:
 def _required(how: dict, keys: tuple[str, ...], where: str):
     value = next((how[key] for key in keys if how.get(key) is not None), None)
     if value is None:
-        raise CheckpointError(f"quantization_config has no {where}{keys[0]}; copy the whole config.json of the checkpoint")
+        raise CheckpointError(
+            f"quantization_config has no {where}{keys[0]}; copy the whole config.json of the checkpoint"
+        )
     return value
 
 
@@ -359,7 +367,9 @@ def _bits(how: dict, known: tuple[int, ...], *keys: str, where: str = "") -> int
     value = _required(how, keys, where)
     if not is_number(value, int) or value not in known:
         those = " or ".join(map(str, known))
-        raise CheckpointError(f"quantization_config.{where}{keys[0]} is {shown(value)}; only {those} bits are supported here")
+        raise CheckpointError(
+            f"quantization_config.{where}{keys[0]} is {shown(value)}; only {those} bits are supported here"
+        )
     return value
 
 
@@ -367,7 +377,9 @@ def _group(how: dict, *keys: str, where: str = "") -> int:
     """The group size, 0 for all inputs (-1 in files)."""
     value = _required(how, keys, where)
     if not is_number(value, int) or not (value == -1 or 0 < value < 2**31):
-        raise CheckpointError(f"quantization_config.{where}{keys[0]} is {shown(value)}; it must be -1 or a positive integer")
+        raise CheckpointError(
+            f"quantization_config.{where}{keys[0]} is {shown(value)}; it must be -1 or a positive integer"
+        )
     return max(value, 0)
 
 

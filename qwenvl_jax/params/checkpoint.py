@@ -90,8 +90,8 @@ def open_weights(located: Located, config: Config):
 
     if located.adapters and config.quantised:
         raise CheckpointError(
-            f"{located.path}: is quantised, and an adapter cannot be merged into quantised weights; write a model in 16 "
-            "bits with `qwenvl merge --dequantise` and open that"
+            f"{located.path}: is quantised, and an adapter cannot be merged into quantised weights; write a model in "
+            "16 bits with `qwenvl merge --dequantise` and open that"
         )
     with contextlib.ExitStack() as files:
         adapters = [files.enter_context(AdapterFile(config, path)) for path in located.adapters]

@@ -83,8 +83,8 @@ def marker(config: Config, reasons: dict[str, str] | None = None) -> dict:
     return {"format": FORMAT} | more | ({"dequantised": reasons} if reasons else {})
 
 
-def linear_modules(config: Config) -> dict[str, tuple[list[str], int]]:
-    """Path of each Linear → its modules on the hub, one per layer if it is stacked, and its rows."""
+def linear_modules(config: Config) -> dict[str, tuple[list[str], tuple[int, int]]]:
+    """Path of each Linear → its modules on the hub, one per layer if it is stacked, and its in and out."""
     from qwenvl_jax.params.specs import specs  # imports jax, which few checkpoints need here
 
     names, out = family_of(config).tensor_names(config), {}
@@ -92,12 +92,12 @@ def linear_modules(config: Config) -> dict[str, tuple[list[str], int]]:
         if spec.role == "linear":
             layers = range(spec.shape[0]) if spec.stacked else [0]
             module = names[path].removesuffix(".weight")
-            out[path.removesuffix("/kernel")] = [module.format(l=l) for l in layers], spec.shape[-2]
+            out[path.removesuffix("/kernel")] = [module.format(l=l) for l in layers], spec.shape[-2:]
     return out
 
 
 def _stored_names(path: Path) -> set[str] | None:
-    """The tensors of a Hugging Face directory, by `core` of their names; None if its files are not here or not readable."""
+    """The tensors of a Hugging Face directory, by `core` of their names; None if its files are not here."""
     with contextlib.suppress(InputError, OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         if not (path / SINGLE).is_file():
             return {core(name) for name in read_json(path / INDEX)["weight_map"]}

@@ -13,11 +13,12 @@ from jax.nn import initializers
 
 from qwenvl_jax.config import Config, Quantised
 from qwenvl_jax.errors import CheckpointError
+from qwenvl_jax.model import linear
 
 KERNEL_DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("int4", "int8", "float8_e4m3fn")}
 
 
-def leaves(linear: str, kernel, form: Quantised) -> dict:
+def leaves(path: str, kernel, form: Quantised) -> dict:
     """The Specs of a quantised Linear, by path, from the dense kernel's Spec.
 
     Raises CheckpointError if `group` does not divide the kernel's rows.
@@ -26,16 +27,16 @@ def leaves(linear: str, kernel, form: Quantised) -> dict:
     *stack, n_in, n_out = kernel.dims
     group = form.group or rows
     if rows % group:
-        raise CheckpointError(f"{linear}: its {rows} rows are not a multiple of the group size {group}")
+        raise CheckpointError(f"{path}: its {rows} rows are not a multiple of the group size {group}")
     dims = (*stack, n_in if form.group else ".", n_out)
     scales = kernel._replace(shape=(*lead, rows // group, columns), dims=dims, role="scales", init=initializers.ones)
     dtype = KERNEL_DTYPES[form.dtype]
-    out = {f"{linear}/kernel": kernel._replace(dtype=dtype), f"{linear}/scales": scales}
+    out = {f"{path}/kernel": kernel._replace(dtype=dtype), f"{path}/scales": scales}
     if form.zeros:
-        out[f"{linear}/zeros"] = scales._replace(dtype=dtype, role="zeros", init=initializers.zeros)
+        out[f"{path}/zeros"] = scales._replace(dtype=dtype, role="zeros", init=initializers.zeros)
     if form.order:
         order = kernel._replace(shape=(*lead, rows), dims=(*stack, "."), dtype=np.dtype(np.int32), role="order")
-        out[f"{linear}/order"] = order._replace(init=initializers.zeros)
+        out[f"{path}/order"] = order._replace(init=initializers.zeros)
     return out
 
 
@@ -59,9 +60,5 @@ def dequantise(config: Config, params: dict, dtype=jnp.float32) -> tuple[Config,
 
 
 def _dense(form: dict, dtype):
-    kernel, scales = form["kernel"].astype(jnp.float32), form["scales"].astype(jnp.float32)
-    groups = kernel.reshape(len(scales), -1, kernel.shape[1])
-    if "zeros" in form:
-        groups -= form["zeros"].astype(jnp.float32)[:, None]
-    dense = (groups * scales[:, None]).reshape(kernel.shape).astype(dtype)
-    return jnp.zeros_like(dense).at[form["order"]].set(dense) if "order" in form else dense
+    kernel = linear.dequantise(form["kernel"], form["scales"], form.get("zeros"), dtype)
+    return jnp.zeros_like(kernel).at[form["order"]].set(kernel) if "order" in form else kernel
