@@ -1,20 +1,22 @@
 """Quantised Linears: products, gradients, adapters and meshes give what the dequantised model gives."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import quantised, sample, tiny_config
+from test_engine import FakeProcessor
+from tiny import picture, quantised, sample, tiny_config
 
 from qwenvl_jax.config import Quantised
+from qwenvl_jax.infer.engine import Engine
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.model import linear, qwenvl
-from qwenvl_jax.model.linear import dequantise, quantised_product
-from qwenvl_jax.params import lora
+from qwenvl_jax.model.linear import pack, quantised_product
+from qwenvl_jax.params.place import ArraySource, Regrouped, to_devices
 from qwenvl_jax.params.quantised import KERNEL_DTYPES
-from qwenvl_jax.params.specs import flatten
+from qwenvl_jax.params.specs import check_mesh, on_mesh, param_shardings, specs
+from qwenvl_jax.sharding import make_mesh
+from qwenvl_jax.types import Model
 
 FORMS = {
     "int4": Quantised("int4", 16),
@@ -65,6 +67,12 @@ def test_products_and_gradients_are_those_of_the_dense_kernel(form, rows):
     got = jax.jit(quantised_product)(x, **held)
     np.testing.assert_allclose(got, x @ want, rtol=1e-5, atol=2e-5 * np.abs(want).max())
 
+    if form.dtype == "int4":
+        packed = held | {"kernel": pack(held["kernel"].astype(jnp.int8), form.group)}
+        assert packed["kernel"].shape == (24, 40)
+        again = jax.jit(quantised_product)(x, **packed)
+        np.testing.assert_allclose(again, got, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
     def loss(x):
         return jnp.sum(jnp.sin(quantised_product(x, **held)))
 
@@ -80,3 +88,78 @@ def test_a_quantised_model_is_its_dequantised_model(form):
     forward = jax.jit(qwenvl.forward, static_argnums=0)
     want = forward(config.replace(quantised=()), wide, batch)
     np.testing.assert_allclose(forward(config, params, batch), want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("form", [FORMS["int4 in order"], FORMS["int8"]], ids=["int4", "int8"])
+def test_an_engine_answers_as_with_the_dequantised_model(form):
+    config, params, wide = quantised(tiny_config("qwen2_vl"), form)
+    rng = np.random.default_rng(0)
+    samples = [sample(rng, config, 9), sample(rng, config, 3, picture(rng, config, 6, 10), 4)]
+    answers = [
+        Engine(Model(c, p, FakeProcessor(), {}), max_length=64).generate(
+            samples, max_new_tokens=8, temperature=0, ignore_eos=True, logprobs=1
+        )
+        for c, p in ((config, params), (config.replace(quantised=()), wide))
+    ]
+    for got, want in zip(*answers, strict=True):
+        assert got.token_ids == want.token_ids
+        np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-4)
+
+
+def test_a_grouped_product_is_that_of_the_dense_kernel():
+    """The form for TPUs."""
+    for rows in (1, 5):
+        for form in FORMS.values():
+            held = drawn(form, 48, 40)
+            held.pop("order", None)
+            x = np.random.default_rng(1).standard_normal((rows, 48)).astype(np.float32)
+            args = held["kernel"].reshape(len(held["scales"]), -1, 40), held["scales"], held.get("zeros")
+            want = dense(held)
+            got = jax.jit(linear._grouped)(x, *args)
+            np.testing.assert_allclose(got, x @ want, rtol=1e-5, atol=2e-5 * np.abs(want).max())
+
+
+def regrouped(config, params, sizes):
+    """The model as `load` lays it out over a mesh of these sizes."""
+    source, config = ArraySource(config, params), on_mesh(config, sizes)
+    return config, to_devices(Regrouped(source, specs(config)), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "group"),
+    [((1, 1, 8), (16, 4)), ((2, 2, 2), (8, 16)), ((1, 8, 1), (2, 16))],
+    ids=["tensor", "all axes", "fsdp"],
+)
+def test_eight_devices_answer_as_one(shape, group):
+    """Groups of 16 in widths of 48, or of 96 over 8 devices, are split; the inputs are in an order of their own."""
+    config = tiny_config("qwen2_5_vl", dict(num_hidden_layers=2, intermediate_size=96))
+    config, params, _ = quantised(config, FORMS["int4 in order"])
+    rng = np.random.default_rng(0)
+    samples = [sample(rng, config, 9), sample(rng, config, 5)] * 4
+    mesh = make_mesh(*shape)
+    split, laid = regrouped(config, params, mesh.shape)
+    forms = dict(split.quantised)
+    assert (forms["decoder/layers/up_proj"].group, forms["decoder/layers/down_proj"].group) == group
+    laid = jax.device_put(laid, param_shardings(specs(split), mesh))
+    down = laid["decoder"]["layers"]["down_proj"]
+    assert down["scales"].sharding.spec == down["kernel"].sharding.spec  # never a copy on every device
+    batch = make_batch(samples, config)
+    with jax.set_mesh(mesh):
+        got = jax.jit(qwenvl.forward, static_argnums=0)(split, laid, batch)
+    want = jax.jit(qwenvl.forward, static_argnums=0)(config, params, batch)
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    tokens = [
+        [r.token_ids for r in Engine(model, max_length=64).generate(samples, max_new_tokens=6, temperature=0)]
+        for model in (Model(config, params, FakeProcessor(), {}), Model(split, laid, FakeProcessor(), {}))
+    ]
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "tensor", "group"), [(11008, 4, 64), (18944, 8, 64), (29568, 2, 64), (29568, 8, 16), (29696, 8, 128)]
+)
+def test_groups_that_a_mesh_would_split_become_smaller_ones(rows, tensor, group):
+    config = tiny_config("qwen2_5_vl", dict(intermediate_size=rows))
+    config = config.replace(quantised=(("decoder/layers/down_proj", Quantised("int4", 128)),))
+    assert dict(on_mesh(config, {"tensor": tensor}).quantised)["decoder/layers/down_proj"].group == group
+    check_mesh(config, {"tensor": tensor})

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from qwenvl_jax.config import Config
 from qwenvl_jax.model.attention import attention, decode_attention
 from qwenvl_jax.model.kernels.decode import decode_kernel
-from qwenvl_jax.model.linear import NORMAL, Linear, declare, is_narrow, layer_of, narrow_product, precision
+from qwenvl_jax.model.linear import NORMAL, Linear, declare, in_turn, is_narrow, layer_of, narrow_product, precision
 from qwenvl_jax.model.norms import RMSNorm
 from qwenvl_jax.model.rope import rotate, text_rope
 from qwenvl_jax.model.scan import checkpointed, unpack_bfloat16
@@ -121,15 +121,15 @@ def step(config: Config, params: dict, tokens, cache: Cache):
         values.append(v)
         return attended, None
 
+    layers = params["decoder"]["layers"]
     for l in range(config.text.num_hidden_layers):
-        x, _ = block.apply({"params": layer_weights(params, l)}, x, cos, sin, lambda *qkv, l=l: attend(l, *qkv))
+        if isinstance(layers, list):  # of `cpu_layouts` (infer/programs.py)
+            weights = layers[l]
+        else:
+            layers, x = in_turn(layers, x)
+            weights = layer_of(layers, l)
+        x, _ = block.apply({"params": weights}, x, cos, sin, lambda *qkv, l=l: attend(l, *qkv))
     return x, Cache(keys, values, cache.lengths + 1, cache.deltas)
-
-
-def layer_weights(params: dict, l: int) -> dict:
-    """Weights of layer `l`: a slice of the stack, or an item of the list made by `cpu_layouts` (infer/programs.py)."""
-    stack = params["decoder"]["layers"]
-    return stack[l] if isinstance(stack, list) else layer_of(stack, l)
 
 
 def write_and_attend(q, k, v, k_cache, v_cache, lengths):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 GROUPED_ROWS = 256  # with more rows, a quantised kernel is dequantised once: the sums of groups would be larger
+MAX_BLOCK_ROWS, MIN_BLOCK_ROWS = 256, 16  # of a quantised kernel, converted at a time on a CPU
 QUANTISED = ("scales", "zeros", "order")  # leaves of a quantised Linear beside its kernel
 NARROW_ROWS = 32  # with more rows, a CPU converts the kernel to float32 faster than it multiplies three times
 
@@ -99,6 +100,16 @@ def layer_of(stack: dict, l: int) -> dict:
     return {name: w[l] for name, w in (stack | {"kernel": grouped}).items()}
 
 
+def in_turn(stack: dict, x) -> tuple[dict, jax.Array]:
+    """The same values. XLA takes no slices of scales before x is computed.
+
+    Otherwise XLA:TPU slices the scales of all layers at once and writes them to memory in float32.
+    """
+    small = {name: {leaf: w[leaf] for leaf in QUANTISED if leaf in w} for name, w in stack.items() if "scales" in w}
+    small, x = jax.lax.optimization_barrier((small, x)) if small else (small, x)
+    return stack | {name: stack[name] | leaves for name, leaves in small.items()}, x
+
+
 def _product(x, kernel):
     """x [rows, in] times kernel [in, features]."""
     dot = partial(jnp.dot, precision=precision(x.dtype))
@@ -160,18 +171,19 @@ narrow_product.defvjp(_narrow_forward, _narrow_backward)
 def quantised_product(x, kernel, scales, zeros=None, order=None):
     """x [rows, in] times a kernel that is stored in few bits: [rows, F] in x's dtype. Differentiable in x.
 
-    kernel [in, F] or [groups, in/groups, F]; scales [groups, F]; zeros [groups, F] in the kernel's dtype; order [in].
-    See `Quantised` in config.py.
+    kernel [in, F] or [groups, in/groups, F], perhaps packed by `pack`; scales [groups, F]; zeros [groups, F] in the
+    kernel's dtype; order [in]. See `Quantised` in config.py.
     """
     if order is not None:
         x = x[:, order]
-    kernel = kernel.reshape(len(scales), -1, scales.shape[1])
-    product = _grouped if len(x) <= GROUPED_ROWS else _dequantised
-    return product(x, kernel, scales, zeros)
+    args = x, kernel.reshape(len(scales), -1, scales.shape[1]), scales, zeros
+    if len(x) > GROUPED_ROWS:
+        return _dequantised(*args)
+    return jax.lax.platform_dependent(*args, cpu=_blocked, default=_grouped)
 
 
 def dequantise(kernel, scales, zeros=None, dtype=jnp.float32):
-    """The matrix [..., in, F] that a quantised kernel stands for, with its rows as stored; rounded once, from float32."""
+    """The matrix [..., in, F] that a quantised kernel stands for, its rows as stored; rounded once, from float32."""
     *lead, groups, columns = scales.shape
     w = kernel.reshape(*lead, groups, -1, columns).astype(jnp.float32)
     if zeros is not None:
@@ -181,7 +193,8 @@ def dequantise(kernel, scales, zeros=None, dtype=jnp.float32):
 
 
 def _dequantised(x, kernel, scales, zeros):
-    return jnp.dot(x, dequantise(kernel, scales, zeros, x.dtype), precision=precision(x.dtype))
+    kernel = dequantise(_unpack(kernel, x.shape[1]), scales, zeros, x.dtype)
+    return jnp.dot(x, kernel, precision=precision(x.dtype))
 
 
 def _grouped(x, kernel, scales, zeros):
@@ -189,7 +202,7 @@ def _grouped(x, kernel, scales, zeros):
 
     It would write a whole kernel if the scales were applied before the dot, or if there were only one row.
     """
-    rows = len(x)
+    rows, kernel = len(x), _unpack(kernel, x.shape[1])
     x = jnp.broadcast_to(x, (2, x.shape[1])) if rows == 1 else x
     x = x.reshape(len(x), len(scales), -1)
     dot = partial(jnp.einsum, precision=precision(x.dtype), preferred_element_type=jnp.float32)
@@ -197,3 +210,61 @@ def _grouped(x, kernel, scales, zeros):
     if zeros is not None:
         y -= jnp.sum(x, -1, dtype=jnp.float32).T[..., None] * zeros[:, None].astype(jnp.float32)
     return jnp.sum(y * scales[:, None].astype(jnp.float32), 0).astype(x.dtype)[:rows]
+
+
+def _blocked(x, kernel, scales, zeros):
+    """`_grouped` for CPUs: a loop over blocks of the kernel, which are converted to float32 in the cache.
+
+    In all other forms, XLA:CPU converts the whole kernel in memory, or does not use its fast matmul.
+    """
+    groups, columns = scales.shape
+    block = block_rows(x.shape[1] // groups)
+    if block < MIN_BLOCK_ROWS:
+        return _dequantised(x, kernel, scales, zeros)
+    in_group = x.shape[1] // groups // block
+    blocks = jnp.swapaxes(x.astype(jnp.float32).reshape(len(x), -1, block), 0, 1)
+
+    def add(y, args):
+        i, x, kernel = args
+        parts = jax.lax.optimization_barrier([part.astype(jnp.float32) for part in _halves(kernel, block)])
+        part = sum(map(jnp.dot, jnp.split(x, len(parts), 1), parts))
+        if zeros is not None:
+            part -= jnp.sum(x, 1, keepdims=True) * zeros[i // in_group].astype(jnp.float32)
+        return y + part * scales[i // in_group].astype(jnp.float32), None
+
+    start = jnp.zeros((len(x), columns), jnp.float32)
+    args = jnp.arange(len(blocks)), blocks, kernel.reshape(len(blocks), -1, columns)
+    return jax.lax.scan(add, start, args)[0].astype(x.dtype)
+
+
+def block_rows(group: int) -> int:
+    """Rows of a kernel that `_blocked` takes at a time: a group of `group` rows, or an even part of it."""
+    return next(group // n for n in range(1, group + 1) if group % n == 0 and group // n <= MAX_BLOCK_ROWS)
+
+
+def pack(kernel, group: int):
+    """A kernel [..., in, F] of numbers of four bits in int8 → [..., in/2, F]: two numbers share a byte.
+
+    The high bits hold the second half of each block's rows. group: rows that share scales. For CPUs, where XLA converts
+    int4 slowly. A kernel whose blocks cannot be halved stays as it is.
+    """
+    *lead, rows, columns = kernel.shape
+    block = block_rows(group)
+    if block % 2 or block < MIN_BLOCK_ROWS:
+        return kernel
+    halves = kernel.reshape(*lead, -1, 2, block // 2, columns)
+    return ((halves[..., 0, :, :] & 15) | (halves[..., 1, :, :] << 4)).reshape(*lead, rows // 2, columns)
+
+
+def _halves(block, rows: int) -> list:
+    """The numbers of a block of a kernel: as it is, or the two halves that `pack` put into one."""
+    return [block] if len(block) == rows else [(block << 4) >> 4, block >> 4]
+
+
+def _unpack(kernel, rows: int):
+    """kernel [groups, n, F] of a matrix with `rows` rows: as it is, or as it was before `pack`."""
+    groups, n, columns = kernel.shape
+    if groups * n == rows:
+        return kernel
+    blocks = kernel.reshape(-1, block_rows(rows // groups) // 2, columns)
+    return jnp.concatenate([(blocks << 4) >> 4, blocks >> 4], 1).reshape(groups, 2 * n, columns)

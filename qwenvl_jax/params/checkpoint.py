@@ -29,9 +29,9 @@ from qwenvl_jax.params.directory import MARKER, PARAMS, first_line, kvstore, rea
 from qwenvl_jax.params.directory import read_config as read_config
 from qwenvl_jax.params.locate import Located, locate, with_weights
 from qwenvl_jax.params.locate import find as find
-from qwenvl_jax.params.place import Leaf, Source, is_castable, to_devices
+from qwenvl_jax.params.place import Leaf, Regrouped, Source, is_castable, to_devices
 from qwenvl_jax.params.precision import Precision, on_cpu
-from qwenvl_jax.params.specs import flatten, param_shardings, specs, unflatten
+from qwenvl_jax.params.specs import flatten, on_mesh, param_shardings, specs, unflatten
 from qwenvl_jax.types import Model
 
 _LOG = logging.getLogger(__name__)
@@ -63,13 +63,14 @@ def load_located(located: Located, *, mesh=None, dtype=None, progress: bool = Tr
     from qwenvl_jax.inputs.processor import Processor
 
     path, (config, reasons) = located.path, read_quantised(located.path)
+    forms, config = config.quantised, config if mesh is None else on_mesh(config, mesh.shape)
     shardings = None if mesh is None else param_shardings(specs(config), mesh)
     chosen = precision_of(config, mesh) if dtype is None else Precision(_known_dtype(dtype), _known_dtype(dtype))
     config = config.replace(dtype=chosen.compute)
     processor = Processor.from_dir(path, config, located.adapters)  # before the weights, because it fails quickly
     generation = read_json(path / GENERATION, missing={})
-    with open_weights(located, config) as source:
-        params = to_devices(source, shardings, chosen.weights, progress)
+    with open_weights(located, config.replace(quantised=forms)) as source:
+        params = to_devices(Regrouped(source, specs(config)), shardings, chosen.weights, progress)
     if progress and chosen.reason:
         _LOG.warning("%s: %s", path.name, chosen.reason)  # without handlers, Python shows it on stderr
     for linear, reason in reasons.items():

@@ -1,6 +1,7 @@
 """Moves parameters from disk onto their devices, one after the other."""
 
 import abc
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -72,6 +73,30 @@ class ArraySource(Source):
         """See `Source.read`."""
         out = self.empty(leaf, index, dtype)
         out[...] = self._params[leaf.path][index]
+        return out
+
+
+class Regrouped(Source):
+    """A quantised source with rows of scales and zeros repeated, as `on_mesh` of params/specs.py needs them."""
+
+    def __init__(self, source: Source, declared: dict[str, Spec]):
+        self._source = source
+        self.leaves = {
+            path: dataclasses.replace(leaf, spec=leaf.spec._replace(shape=declared[path].shape))
+            for path, leaf in source.leaves.items()
+        }
+
+    def read(self, leaf: Leaf, index: tuple[slice, ...], dtype=None, bar=None) -> np.ndarray:
+        """See `Source.read`."""
+        stored = self._source.leaves[leaf.path]
+        if stored.shape == leaf.shape:
+            return self._source.read(stored, index, dtype, bar)
+        *lead, rows, columns = index
+        copies = leaf.shape[-2] // stored.shape[-2]
+        first = rows.start // copies
+        part = self._source.read(stored, (*lead, slice(first, -(-rows.stop // copies)), columns), dtype, bar)
+        out = self.empty(leaf, index, dtype)
+        out[...] = np.repeat(part, copies, -2)[..., rows.start - first * copies : rows.stop - first * copies, :]
         return out
 
 

@@ -27,7 +27,7 @@ from qwenvl_jax.inputs.pack import cover
 from qwenvl_jax.params import lora
 from qwenvl_jax.params.directory import read_config
 from qwenvl_jax.params.locate import check_name, locate
-from qwenvl_jax.params.specs import abstract_params, bits, check_mesh, param_shardings, specs, specs_of
+from qwenvl_jax.params.specs import abstract_params, bits, check_mesh, on_mesh, param_shardings, specs, specs_of
 from qwenvl_jax.plan.hardware import CHIPS, GIB, Target, devices
 from qwenvl_jax.plan.hlo import Program
 from qwenvl_jax.sharding import AXES, activation_sharding, kv_copies, make_mesh
@@ -130,6 +130,7 @@ def plan(job: Job, target: Target, mesh: tuple[int, int, int] | None = None) -> 
     job.check()
     shape = mesh or default_mesh(job, target.chips)
     _check_shape(job, target, shape)
+    job = job._replace(config=on_mesh(job.config, dict(zip(AXES, shape, strict=True))))
     chips = make_mesh(*shape, devices=devices(target))
     with jax.set_mesh(chips):
         lowered, parts, tokens, calls = _LOWER[job.task](job, chips)
