@@ -24,6 +24,7 @@ from tiny import FAMILIES, mixed_samples, tiny_config, tiny_params
 from qwenvl_jax import cli, load
 from qwenvl_jax.config import Quantised
 from qwenvl_jax.demo import SAMPLES
+from qwenvl_jax.eval.journal import fingerprint
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.model.linear import Linear
@@ -207,6 +208,7 @@ def test_what_is_written_opens_and_is_near(family, way, tiny_checkpoints, tmp_pa
         (want, _), (got, half) = dense(was, linear), dense(now, linear)
         assert (np.abs(got - want) <= half * (1 + 5e-5)).all(), path
         assert held[linear].dtype == ("int4" if "4" in way and spec.group == "llm" else "int8")
+    assert fingerprint(now.config, now.processor, now.params) != fingerprint(was.config, was.processor, was.params)
     before, after = (json.loads((d / "config.json").read_text()) for d in (source, tmp_path / "out"))
     assert after.pop("quantization_config") and after == before
     assert (tmp_path / "out" / "LICENSE").read_text() == "free"
