@@ -172,7 +172,8 @@ def output_errors(config: Config, layer: dict, rounded: dict[str, Rounded], x, p
     for name, (linears, _) in SHARED.items():
         h, both = inputs[name] * live, [(layer[linear]["kernel"], kernels[linear]) for linear in linears]
         was, change = (jnp.concatenate(w, 1) for w in zip(*((a, b - a) for a, b in both), strict=True))
-        out[name] = _size(jnp.dot(h, change)) / _size(jnp.dot(h, was))
+        moved, size = (_size(jnp.dot(h, w, precision="highest")) for w in (change, was))
+        out[name] = moved / size
     changed, _ = block_inputs(config, with_kernels(layer, kernels), x, positions, segments)
     return out | {"block": _size((changed - y) * live) / _size((y - x) * live)}
 

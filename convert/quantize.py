@@ -28,7 +28,7 @@ from qwenvl_jax.errors import CheckpointError, InputError
 from qwenvl_jax.families.quantisation import AWQ, Scheme, form_of, to_dict, written
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.inputs.source import open_records
-from qwenvl_jax.options import build
+from qwenvl_jax.options import build, replace
 from qwenvl_jax.params.checkpoint import check_new, open_weights, staged, write_json
 from qwenvl_jax.params.directory import linear_modules, read_config
 from qwenvl_jax.params.locate import locate
@@ -77,13 +77,13 @@ class Report:
 def quantize(src, dst, options: QuantizeOptions | None = None, *, progress: bool = True, **changes) -> Report:
     """Writes the checkpoint `src`, named as for `load`, in few bits as a new Hugging Face directory `dst`.
 
-    changes: options by name, in place of `options`.
+    changes: options by name; they win over `options`.
     Needs memory for a layer in float32, a few times over; with records, also for their hidden states, and once for the
     vision tower and the embeddings. A run that is interrupted leaves no `dst` and starts anew.
     Raises InputError if `dst` exists, if the disk is full, if `load` would refuse `src`, if it is quantised already, if
     the group does not divide a Linear's inputs, or if a record cannot be used.
     """
-    options = build(QuantizeOptions, changes) if options is None else options
+    options = build(QuantizeOptions, changes) if options is None else replace(options, changes)
     located = locate(src, weights=False)
     config = read_config(located.path)
     if config.quantised:
@@ -100,9 +100,9 @@ def quantize(src, dst, options: QuantizeOptions | None = None, *, progress: bool
             rows = None
             if records is not None:
                 bar = partial(tqdm, desc="reading", unit=" records", disable=None if progress else True)
-                samples = list(read_samples(records, options, processor, bar))
-                report.records = len(samples)
-                rows = embed_rows(source, config.replace(dtype="float32"), iter(samples))
+                samples = read_samples(records, options, processor, bar)
+                rows = embed_rows(source, config.replace(dtype="float32"), samples)
+                report.records = int(rows.segments.max(-1).sum())
                 report.tokens = int(np.count_nonzero(rows.segments))
             _write_weights(source, config, schemes, rows, work, shapes, report, progress)
             write_side_files(located, work)
@@ -207,8 +207,8 @@ class _Copy:
             array = np.asarray(array) if isinstance(x, Rounded) else np.asarray(array).astype(leaf.dtype)
             self.writer.write_rows(name, 0, array if array.ndim == 2 else array.reshape(-1, 1), False)
 
-    def copy(self, path: str, checkpoint) -> None:
-        """Copies a parameter as it is. checkpoint: called after every piece."""
+    def copy(self, path: str, after_piece) -> None:
+        """Copies a parameter as it is; `after_piece` is called after each piece."""
         leaf = self.source.leaves[path]
         for piece, part in read_ahead(self.source, leaf, self.bar):
             layer = piece[0].start if leaf.spec.stacked else 0
@@ -216,7 +216,7 @@ class _Copy:
             row = piece[-1 if leaf.spec.transposed else 0].start
             part = part if part.ndim > 1 else part[:, None]
             self.writer.write_rows(self.names[path][layer], row, part, leaf.spec.transposed)
-            checkpoint()
+            after_piece()
 
 
 def _write_weights(

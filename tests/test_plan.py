@@ -14,8 +14,18 @@ from qwenvl_jax.cli.plan import job as plan_job
 from qwenvl_jax.errors import InputError, install
 from qwenvl_jax.families import PRESETS
 from qwenvl_jax.plan.hardware import CHIPS, Target, devices, parse_target
-from qwenvl_jax.plan.hlo import Collective
-from qwenvl_jax.plan.plan import Job, _collective_lines, default_mesh, meshes, plan, resolve_model, search, table
+from qwenvl_jax.plan.hlo import Collective, Program
+from qwenvl_jax.plan.plan import (
+    Job,
+    _collective_lines,
+    default_mesh,
+    meshes,
+    plan,
+    quantised,
+    resolve_model,
+    search,
+    table,
+)
 from qwenvl_jax.sharding import make_mesh, parse_mesh
 
 compiled = pytest.mark.compiled
@@ -240,6 +250,72 @@ def test_many_rows_move_little_more(name, target):
     answer = plan(Job(shallow(name, 2), batch=32), parse_target(target))
     assert answer["bytes_accessed"] <= 1.10 * answer["min_bytes"]
     assert answer["hbm_per_chip"]["temp"] <= 8e6
+
+
+@compiled
+@pytest.mark.parametrize("rows, most", [(1, 1.05), (32, 1.12)])
+@pytest.mark.parametrize(
+    "name, target",
+    [
+        ("qwen2.5-vl-7b", "v5e-1"),
+        ("qwen2.5-vl-7b", "v6e-1"),
+        pytest.param("qwen2.5-vl-72b", "v6e-4", marks=pytest.mark.slow),
+    ],
+)
+def test_weights_in_four_bits_are_read_in_four_bits(name, target, rows, most):
+    """Rows of unequal length; the cache counts as full. A layer in 16 bits would take four times as many bytes."""
+    answer = plan(Job(quantised(shallow(name, 4), "int4"), batch=rows), parse_target(target))
+    assert answer["bytes_accessed"] <= most * answer["min_bytes"]
+    assert answer["hbm_per_chip"]["temp"] <= 32e6
+
+
+@compiled
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", pytest.param("qwen2.5-vl-72b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["int4", "int8"])
+@pytest.mark.parametrize("card", ["h100", "h200"])
+def test_gpus_write_no_dequantised_matrix(name, form, card, monkeypatch):
+    programs = []
+    monkeypatch.setattr("qwenvl_jax.plan.plan.Program", lambda text: programs.append(Program(text)) or programs[-1])
+    for rows in (1, 32):
+        config = quantised(shallow(name, 2), form)
+        answer = plan(Job(config, batch=rows), parse_target(card))
+        t = config.text
+        q_proj = t.hidden_size * t.num_attention_heads * t.head_dim
+        written = {
+            math.prod(array.shape)
+            for computation, _ in programs[-1].runs
+            for i in programs[-1].computations[computation].values()
+            for array in i.results
+            if i.opcode not in ("parameter", "bitcast", "get-tuple-element", "tuple")
+        }
+        assert not any(size % q_proj == 0 for size in written if size), name
+        kernels = [i for i in programs[-1].computations[programs[-1].entry].values() if i.opcode == "custom-call"]
+        assert sum("/quantised_dot/" in i.attributes for i in kernels) == 7 * 2
+        assert rows > 1 or answer["bytes_accessed"] <= 1.05 * answer["min_bytes"]
+
+
+@compiled
+def test_prefill_dequantises_each_layer_once():
+    """As many operations as with 16 bits, and no more memory."""
+    config, answers = shallow("qwen2.5-vl-7b", 2), []
+    for one in (config, quantised(config, "int4")):
+        answers.append(plan(Job(one, "prefill", context=8192), Target("v6e", 1)))
+    dense, few = answers
+    assert few["flops"] <= 1.02 * dense["flops"]
+    assert few["hbm_per_chip"]["temp"] <= dense["hbm_per_chip"]["temp"]
+    assert few["bytes_accessed"] <= dense["bytes_accessed"]
+
+
+@compiled
+def test_adapters_over_four_bits_take_less_memory():
+    config = shallow("qwen2.5-vl-7b", 2)
+    config, answers = replace(config, vision=replace(config.vision, depth=2)), []
+    for one in (config, quantised(config, "int4")):
+        answers.append(plan(Job(one, "train", context=1024, pixels=28 * 28 * 64, lora=8), Target("v5e", 1)))
+    dense, few = (a["hbm_per_chip"] for a in answers)
+    saved = dense["weights"] - few["weights"]
+    assert dense["optimizer"] == few["optimizer"] and saved > 0.7e9
+    assert dense["total"] - few["total"] > 0.5 * saved
 
 
 @compiled

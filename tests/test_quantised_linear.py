@@ -1,21 +1,31 @@
 """Quantised Linears: products, gradients, adapters and meshes give what the dequantised model gives."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_engine import FakeProcessor
-from tiny import picture, quantised, sample, tiny_config
+from tiny import picture, quantised, sample, tiny_config, train_batch
 
 from qwenvl_jax.config import Quantised
+from qwenvl_jax.errors import InputError
+from qwenvl_jax.families import PRESETS
 from qwenvl_jax.infer.engine import Engine
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.model import linear, qwenvl
+from qwenvl_jax.model.kernels.quantised import fits, quantised_dot
 from qwenvl_jax.model.linear import pack, quantised_product
+from qwenvl_jax.params import lora
 from qwenvl_jax.params.place import ArraySource, Regrouped, to_devices
-from qwenvl_jax.params.quantised import KERNEL_DTYPES
-from qwenvl_jax.params.specs import check_mesh, on_mesh, param_shardings, specs
+from qwenvl_jax.params.quantised import KERNEL_DTYPES, dequantise
+from qwenvl_jax.params.specs import check_mesh, flatten, on_mesh, param_shardings, specs, specs_of
+from qwenvl_jax.plan import plan
 from qwenvl_jax.sharding import make_mesh
+from qwenvl_jax.train.losses import sft_loss
+from qwenvl_jax.train.step import init_state, make_optimizer, make_step, split
 from qwenvl_jax.types import Model
 
 FORMS = {
@@ -163,3 +173,82 @@ def test_groups_that_a_mesh_would_split_become_smaller_ones(rows, tensor, group)
     config = config.replace(quantised=(("decoder/layers/down_proj", Quantised("int4", 128)),))
     assert dict(on_mesh(config, {"tensor": tensor}).quantised)["decoder/layers/down_proj"].group == group
     check_mesh(config, {"tensor": tensor})
+
+
+@forms
+@pytest.mark.parametrize("rows", [1, 17, 70])
+def test_the_gpu_kernel_is_the_dense_kernel(form, rows):
+    """Interpreted."""
+    form = dataclasses.replace(form, group=form.group and 64)
+    layers = [drawn(form, 128, 256, seed) for seed in range(2)]
+    kernel, scales, zeros = (
+        jnp.stack([h[name] for h in layers]) if name in layers[0] else None for name in ("kernel", "scales", "zeros")
+    )
+    kernel = kernel.reshape(2, scales.shape[1], -1, 256)
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((rows, 128)), jnp.bfloat16)
+    assert fits(x, kernel, scales)
+    got = quantised_dot(x, kernel, scales, zeros, 1, interpret=True)
+    layers[1].pop("order", None)
+    want = np.asarray(x, np.float64) @ dense(layers[1])
+    assert got.dtype == x.dtype
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=1e-2, atol=1e-2 * np.abs(want).max())
+
+
+def test_a_stack_is_multiplied_as_its_layer():
+    held = {name: jnp.stack([w, w[::-1]]) for name, w in drawn(FORMS["int4 in order"], 48, 40).items()}
+    x = np.random.default_rng(1).standard_normal((3, 48)).astype(np.float32)
+    got = quantised_product(x, **held, layer=1)
+    np.testing.assert_array_equal(got, quantised_product(x, **{name: w[1] for name, w in held.items()}))
+
+
+def test_adapters_train_over_a_quantised_base():
+    """Gradients and optimizer state are of adapters alone; the base stays as it is."""
+    config, params, wide = quantised(tiny_config("qwen2_5_vl"), FORMS["int4 in order"])
+    rng = np.random.default_rng(0)
+    batch = jax.tree.map(lambda a: a[None], train_batch(config, [[sample(rng, config, 9)], [sample(rng, config, 12)]]))
+    losses, logits = [], []
+    for c, p in ((config, params), (config.replace(quantised=()), wide)):
+        p = lora.add(c, p, jax.random.key(1), rank=4, alpha=8)
+        declared = specs_of(c, p)
+        optimizer = make_optimizer(declared, 1e-2)
+        step = make_step(declared, partial(sft_loss, c), optimizer, lora.is_trainable)
+        state = init_state(declared, jax.tree.map(jnp.array, p), optimizer, lora.is_trainable)
+        moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+        assert len(moments) == 2 * sum(map(lora.is_trainable, flatten(p)))
+        seen = []
+        for _ in range(4):
+            state, metrics = step(state, batch)
+            seen.append(float(metrics["loss"]))
+        assert seen[-1] < seen[0]
+        losses.append(seen)
+        trained = flatten(state.params)
+        for path, leaf in flatten(p).items():
+            assert lora.is_trainable(path) or np.array_equal(trained[path], leaf), path
+        logits.append(
+            jax.jit(qwenvl.forward, static_argnums=0)(c, state.params, jax.tree.map(lambda a: a[0], batch.inputs))
+        )
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    np.testing.assert_allclose(*logits, atol=1e-3 * np.abs(logits[1]).max())
+
+
+def test_what_quantised_weights_cannot_do_is_refused():
+    config, params, _ = quantised(tiny_config("qwen2_5_vl"), FORMS["int4"])
+    with pytest.raises(InputError, match="down_proj is quantised, so an adapter cannot be merged into it; dequantise"):
+        lora.merge(lora.add(config, params, jax.random.key(0), rank=2, alpha=2, targets="down_proj"))
+    with pytest.raises(InputError, match="is quantised and cannot be trained itself; train adapters"):
+        split(params, lambda path: path.startswith("decoder/layers"))
+    dense = dequantise(config, lora.strip(params))[1]
+    assert lora.merge(dense) is not dense
+
+
+@pytest.mark.parametrize("form", ["int4", "int8"])
+def test_plan_counts_few_bits(form):
+    """Qwen widened the MLP of the 72B so that groups of 128 divide it."""
+    config = plan.quantised(PRESETS["qwen2.5-vl-72b"], form)
+    declared = specs(config)
+    up = declared["decoder/layers/up_proj/kernel"]
+    assert up.shape == (80, 8192, 29696) and up.nbytes == up.size * (1 if form == "int8" else 0.5)
+    assert declared["decoder/layers/up_proj/scales"].shape == (80, 64 if form == "int4" else 1, 29696)
+    assert declared["vision/blocks/qkv/kernel"].dtype == jnp.bfloat16
+    with pytest.raises(InputError, match="quantised already"):
+        plan.quantised(config, form)

@@ -13,6 +13,7 @@ HELP = "Does a job fit on a TPU slice or GPUs, and how fast at best? Compiles wi
 EXAMPLES = (
     "qwenvl plan --model qwen2.5-vl-7b --target v5e-8",
     "qwenvl plan --model qwen2.5-vl-7b --target h100 --task train --lora 16 --search",
+    "qwenvl plan --model qwen2.5-vl-72b --target v6e-4 --quantised int4",
 )
 # The flags of each task.
 _TAKES: dict[str, tuple[str, ...]] = {
@@ -30,6 +31,11 @@ def add_arguments(parser) -> None:
         required=True,
         metavar="NAME_OR_DIR",
         help="preset (qwen2.5-vl-7b, …), checkpoint directory or hub id",
+    )
+    add(
+        "--quantised",
+        choices=("int4", "int8"),
+        help="the decoder's weights in 4 bits with groups of 128, or in 8 bits (default: as the checkpoint has them)",
     )
     add("--target", required=True, help="v5e-8, v6e-4, v5p-128, h200, h100x8, …; with --search, v6e or h100")
     add(
@@ -80,4 +86,7 @@ def job(args):
         if name not in _TAKES[args.task]:
             raise InputError(f"--{name} is not an option of --task {args.task}; leave it out")
     values.pop("full", None)
-    return plan.Job(plan.resolve_model(args.model), args.task, **values)
+    config = plan.resolve_model(args.model)
+    if args.quantised:
+        config = plan.quantised(config, args.quantised)
+    return plan.Job(config, args.task, **values)

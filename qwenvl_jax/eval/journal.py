@@ -275,12 +275,12 @@ def _sums():
     import jax
     import jax.numpy as jnp
 
+    from qwenvl_jax.params.specs import bits as bits_of
     from qwenvl_jax.params.specs import flatten
 
     def total(w):
         """A sum of the bits, weighted by place. Integers wrap, so their order on the devices does not matter."""
-        w = w.astype(jnp.int8) if w.dtype == jnp.int4 else w
-        bits = jax.lax.bitcast_convert_type(w, f"uint{8 * w.dtype.itemsize}").astype(jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(w, f"uint{bits_of(w.dtype)}").astype(jnp.uint32)
         for axis in range(w.ndim):
             bits = bits * (2 * jax.lax.broadcasted_iota(jnp.uint32, w.shape, axis) + 2 * axis + 3)
         return bits.sum(dtype=jnp.uint32)

@@ -9,9 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from qwenvl_jax.model.kernels.quantised import fits, quantised_dot
+from qwenvl_jax.sharding import constrain
+
 GROUPED_ROWS = 256  # with more rows, a quantised kernel is dequantised once: the sums of groups would be larger
 MAX_BLOCK_ROWS, MIN_BLOCK_ROWS = 256, 16  # of a quantised kernel, converted at a time on a CPU
 QUANTISED = ("scales", "zeros", "order")  # leaves of a quantised Linear beside its kernel
+KERNEL_ROWS = 64  # most rows for which a GPU multiplies by the kernel of kernels/quantised.py
 NARROW_ROWS = 32  # with more rows, a CPU converts the kernel to float32 faster than it multiplies three times
 
 
@@ -70,7 +74,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (x.shape[-1], self.features)
-        held = {leaf: self._held(leaf) for leaf in QUANTISED if self.has_variable("params", leaf)}
+        held = {leaf: self._held(leaf) for leaf in (*QUANTISED, "layer") if self.has_variable("params", leaf)}
         if not held:
             kernel = self.param("kernel", declare(NORMAL, self.dims, self.role), shape, self.param_dtype)
         # A 2-D matmul: XLA:CPU takes three times as long for the gradients of a 3-D one.
@@ -91,13 +95,14 @@ class Linear(nn.Module):
 
 
 def layer_of(stack: dict, l: int) -> dict:
-    """The weights of one layer of a stack, as a decode step takes them."""
+    """The weights of one layer of a stack, as a decode step takes them.
+
+    A quantised Linear gets the whole stack and the layer's number: a kernel reads its layer in place, not a slice.
+    """
     if "scales" not in stack:
         return {name: layer_of(w, l) if isinstance(w, dict) else w[l] for name, w in stack.items()}
-    # XLA:TPU reads a slice in place only if no reshape follows it.
-    groups, columns = stack["scales"].shape[1:]
-    grouped = stack["kernel"].reshape(len(stack["kernel"]), groups, -1, columns)
-    return {name: w[l] for name, w in (stack | {"kernel": grouped}).items()}
+    held = {name: stack[name] for name in ("kernel", *QUANTISED) if name in stack}
+    return {name: w[l] for name, w in stack.items() if name not in held} | held | {"layer": l}
 
 
 def in_turn(stack: dict, x) -> tuple[dict, jax.Array]:
@@ -168,18 +173,49 @@ def _narrow_backward(dims, saved, g):
 narrow_product.defvjp(_narrow_forward, _narrow_backward)
 
 
-def quantised_product(x, kernel, scales, zeros=None, order=None):
+def quantised_product(x, kernel, scales, zeros=None, order=None, layer: int | None = None):
     """x [rows, in] times a kernel that is stored in few bits: [rows, F] in x's dtype. Differentiable in x.
 
-    kernel [in, F] or [groups, in/groups, F], perhaps packed by `pack`; scales [groups, F]; zeros [groups, F] in the
-    kernel's dtype; order [in]. See `Quantised` in config.py.
+    kernel [in, F], perhaps packed by `pack`; scales [groups, F]; zeros [groups, F] in the kernel's dtype; order [in].
+    See `Quantised` in config.py. layer: if it is not None, all of them are stacks and this is the layer's number.
     """
-    if order is not None:
-        x = x[:, order]
-    args = x, kernel.reshape(len(scales), -1, scales.shape[1]), scales, zeros
+    if order is not None:  # each device needs all features, perhaps for several Linears
+        x = constrain(x, "B.")[:, order if layer is None else order[layer]]
+    groups, columns = scales.shape[-2:]
+    # XLA:TPU reads a slice of a stack in place only if no reshape follows it.
+    kernel = kernel.reshape(*kernel.shape[:-2], groups, -1, columns)
+
+    def of_layer(product):
+        def sliced(x, *held):
+            return product(x, *(w if w is None or layer is None else w[layer] for w in held))
+
+        return sliced
+
     if len(x) > GROUPED_ROWS:
-        return _dequantised(*args)
-    return jax.lax.platform_dependent(*args, cpu=_blocked, default=_grouped)
+        return of_layer(_dequantised)(x, kernel, scales, zeros)
+    forms = {"cpu": of_layer(_blocked)}
+    if len(x) <= KERNEL_ROWS and fits(x, kernel, scales):
+        forms["cuda"] = partial(_by_kernel, layer)
+    return jax.lax.platform_dependent(x, kernel, scales, zeros, **forms, default=of_layer(_grouped))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernel(layer, x, *held):
+    if layer is None:
+        held, layer = [w if w is None else w[None] for w in held], 0
+    return quantised_dot(x, *held, layer)
+
+
+def _by_kernel_forward(layer, x, *held):
+    return _by_kernel(layer, x, *held), held
+
+
+def _by_kernel_backward(layer, held, g):
+    kernel = dequantise(*(w if w is None or layer is None else w[layer] for w in held), g.dtype)
+    return jnp.dot(g, kernel.T, precision=precision(g.dtype)), None, None, None
+
+
+_by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
 
 
 def dequantise(kernel, scales, zeros=None, dtype=jnp.float32):

@@ -24,7 +24,7 @@ from qwenvl_jax.families import quantisation, to_dict
 from qwenvl_jax.inputs.fields import unsupported
 from qwenvl_jax.inputs.preprocessing import read_preprocessing
 from qwenvl_jax.inputs.processor import RULE, RULE_FILE
-from qwenvl_jax.params import directory
+from qwenvl_jax.params import directory, lora
 from qwenvl_jax.params.directory import MARKER, PARAMS, first_line, kvstore, read_quantised
 from qwenvl_jax.params.directory import read_config as read_config
 from qwenvl_jax.params.locate import Located, locate, with_weights
@@ -69,8 +69,10 @@ def load_located(located: Located, *, mesh=None, dtype=None, progress: bool = Tr
     config = config.replace(dtype=chosen.compute)
     processor = Processor.from_dir(path, config, located.adapters)  # before the weights, because it fails quickly
     generation = read_json(path / GENERATION, missing={})
-    with open_weights(located, config.replace(quantised=forms)) as source:
+    apart = located.adapters if forms else ()  # quantised kernels cannot take an adapter in
+    with open_weights(located._replace(adapters=()) if apart else located, config.replace(quantised=forms)) as source:
         params = to_devices(Regrouped(source, specs(config)), shardings, chosen.weights, progress)
+    params = _attached(config, params, apart)
     if progress and chosen.reason:
         _LOG.warning("%s: %s", path.name, chosen.reason)  # without handlers, Python shows it on stderr
     for linear, reason in reasons.items():
@@ -78,6 +80,20 @@ def load_located(located: Located, *, mesh=None, dtype=None, progress: bool = Tr
     if ignored := unsupported(generation):
         _LOG.warning("%s: not supported, so answers differ from transformers': %s", path / GENERATION, ignored)
     return Model(config, params, processor, generation)
+
+
+def _attached(config: Config, params: dict, adapters) -> dict:
+    """The parameters with adapters beside the kernels. Raises CheckpointError if an adapter holds whole parameters."""
+    from qwenvl_convert.peft import AdapterFile, load_adapter
+
+    total: dict = {}
+    for path in adapters:
+        with AdapterFile(config, path) as adapter:
+            if adapter.replaced:
+                held = f"holds whole parameters ({min(adapter.replaced)})"
+                raise CheckpointError(f"{path}: {held}, which cannot be laid over a quantised model")
+        total = lora.join(total, lora.split(load_adapter(config, params, path))[1])
+    return lora.combine(params, total)
 
 
 @contextlib.contextmanager

@@ -89,9 +89,17 @@ def combine(base: dict, adapter: dict) -> dict:
 
 
 def merge(params: dict) -> dict:
-    """Adds the adapter to the kernels: in float32, one layer at a time, then rounded to the kernel's dtype."""
+    """Adds the adapter to the kernels: in float32, one layer at a time, then rounded to the kernel's dtype.
+
+    Raises InputError if a kernel is quantised.
+    """
     base, adapter = (flatten(tree) for tree in split(params))
-    for path in {p.rpartition("/")[0] for p in adapter}:
+    for path in sorted({p.rpartition("/")[0] for p in adapter}):
+        if f"{path}/scales" in base:
+            raise InputError(
+                f"{path} is quantised, so an adapter cannot be merged into it; dequantise it first (`dequantise` of "
+                "params/quantised.py, `qwenvl merge --dequantise`), or use the adapter as it is"
+            )
         kernel = base[f"{path}/kernel"]
         leaves = kernel, *(adapter[f"{path}/{leaf}"] for leaf in ADAPTER)
         base[f"{path}/kernel"] = jax.lax.map(_fold, leaves) if kernel.ndim == 3 else _fold(leaves)

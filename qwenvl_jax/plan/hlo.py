@@ -21,6 +21,7 @@ _FREE = {
 }  # fmt: skip
 _ARITHMETIC = {"add", "subtract", "multiply", "divide"}
 _KERNEL = re.compile(r"\b(?:splash_m[hq]a_|mha_)(fwd|dkv|dq|forward|backward)")
+_QUANTISED = "/quantised_dot/"  # of kernels/quantised.py, for GPUs: x, then a kernel, scales and zeros of all layers
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 
@@ -124,6 +125,9 @@ class Program:
                 total += _attention(i, kernel[1], [body[o].results[0] for o in i.operands])
             elif i.opcode == "custom-call" and "window_attention" in i.name:
                 total += _windows(i, body[i.operands[-1]].results[0])
+            elif i.opcode == "custom-call" and _QUANTISED in _source(i):
+                x, kernel = (body[o].results[0].shape for o in i.operands[:2])
+                total += 2 * x[0] * math.prod(kernel[1:])
             elif i.opcode == "custom-call":
                 total += _stated(i, "flops") or 0
             elif i.opcode in ("fusion", "async-start"):
@@ -157,6 +161,9 @@ class Program:
             return 2 * _size(operands[1 if i.opcode == "dynamic-update-slice" else 2])
         if i.opcode.removesuffix("-start") in COLLECTIVES:
             return sum(map(_size, operands)) + _size(i.results[-len(operands) :])
+        if i.opcode == "custom-call" and _QUANTISED in _source(i):  # reads one layer of its stacks
+            x, *stacks = operands
+            return _size(x) + sum(_size(a) // a[0].shape[0] for a in stacks) + written
         if i.opcode == "custom-call" and (stated := _stated(i, "bytes_accessed")) is not None:
             return stated
         return sum(map(_size, operands)) + written

@@ -4,6 +4,7 @@ The compilers come with `libtpu` and jax's CUDA plugin and run on any machine. T
 `hlo.py` reads its costs from the text. Nothing runs and nothing is measured.
 """
 
+import dataclasses
 import math
 import re
 import time
@@ -220,12 +221,15 @@ def resolve_model(name: str) -> Config:
 def quantised(config: Config, form: str) -> Config:
     """A config with the decoder's Linears in one of FORMS, as official checkpoints have them.
 
+    Qwen widened the MLP of the 72B for them, since 29,568 is not a multiple of 128 for each of two devices.
     Raises InputError if the config is of a quantised checkpoint, or if groups do not divide its widths.
     """
     if config.quantised:
         raise InputError("this checkpoint is quantised already; leave out --quantised")
     if form not in FORMS:
         raise InputError(f"quantised is {form!r}; it must be one of {', '.join(FORMS)}")
+    if config.text.intermediate_size == 29568:
+        config = config.replace(text=dataclasses.replace(config.text, intermediate_size=29696))
     linears = [path for path in lora.linears(config) if path.startswith("decoder/")]
     config = config.replace(quantised=tuple((path, FORMS[form]) for path in linears))
     specs(config)

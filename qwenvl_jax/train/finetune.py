@@ -41,7 +41,8 @@ def finetune(
     optimizer, on_metrics: as for `train`.
     The result is the directory `final`, which `load` opens, and transformers too if `result_format` is "hf". With LoRA,
     it holds merged adapters, and PEFT opens the directory `adapter` beside it. A finished run returns at once; one that
-    is now to be longer goes on, and its former result is renamed to `final-STEP`.
+    is now to be longer goes on, and its former result is renamed to `final-STEP`. Over a quantised checkpoint, only
+    adapters are trained, and the result is `adapter` alone.
     Raises InputError for bad options, checkpoints and records.
     """
     for name in ("model", "data", "output"):
@@ -73,6 +74,10 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
                 return None
     records, questions = _open(options)
     source = locate(options.model, weights=False)
+    stored = directory.read_config(source.path)  # the result has the dtype of the checkpoint
+    if stored.quantised and adapter.is_dir():
+        _say(f"already finished: {mirror.name(adapter)}")
+        return None
     model = _load(options, source)
     with contextlib.closing(_dataset(options, records, model)) as data:
         evaluate = None
@@ -80,9 +85,8 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
             if evaluator is None:
                 raise OptionsError("eval_data needs an evaluator")
             evaluate = evaluator(model, questions, options.encoding)
-        stored = directory.read_config(source.path)  # the result has the dtype of the checkpoint
         result = train(
-            model, data, options, evaluate=evaluate, donate=True, reserve=_result_bytes(model, stored.dtype), **more
+            model, data, options, evaluate=evaluate, donate=True, reserve=_result_bytes(model, stored), **more
         )
     if result.signal is not None:
         _say(f"stopped after step {result.step}; the same command resumes the run")
@@ -101,6 +105,9 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
                 model.config, adapted, adapter, allow_control_tokens=model.processor.allow_control_tokens, **how
             )
             _say(f"adapter for PEFT: {mirror.name(adapter)}")
+        if stored.quantised:
+            _say("it is used with the quantised checkpoint; `qwenvl merge --dequantise` writes both as one model")
+            return None
         params = lora.merge(params)
     params = jax.tree.map(lambda w: w.astype(stored.dtype), params)
     model = model._replace(config=stored, params=params)
@@ -112,11 +119,11 @@ def _finetune(options: TrainOptions, mirror: Mirror, evaluator, more: dict) -> i
     return None
 
 
-def _result_bytes(model: Model, dtype: str) -> int:
+def _result_bytes(model: Model, stored: Config) -> int:
     """The size of the result, which the first process writes; several leave it to a later call."""
-    return (
-        0 if jax.process_count() > 1 else sum(w.size for w in jax.tree.leaves(model.params)) * np.dtype(dtype).itemsize
-    )
+    if jax.process_count() > 1 or stored.quantised:  # then it is a small adapter
+        return 0
+    return sum(w.size for w in jax.tree.leaves(model.params)) * np.dtype(stored.dtype).itemsize
 
 
 def _set_aside(mirror: Mirror, step: int, *results: Path) -> None:

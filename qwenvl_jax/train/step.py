@@ -258,6 +258,11 @@ def split(params: dict, trainable: Callable[[str], bool]) -> tuple[dict, dict]:
     train = {path: w for path, w in flat.items() if trainable(path)}
     if not train:
         raise InputError("nothing is trainable: every group is frozen, or no parameter matches the pattern")
+    if packed := next((path for path in train if path.endswith("/scales")), None):
+        linear = packed.removesuffix("/scales")
+        raise InputError(
+            f"{linear} is quantised and cannot be trained itself; train adapters (lora_rank), or freeze it"
+        )
     return train, {path: w for path, w in flat.items() if path not in train}
 
 
