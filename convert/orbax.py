@@ -63,7 +63,7 @@ def to_orbax(src, dst, *, adapter=(), progress: bool = True) -> None:
         open_weights(located, config) as source,
         staged(dst, source.nbytes, src) as work,
         progress_bar("converting", source.nbytes, progress) as bar,
-        _orderly_interrupt() as raise_if_interrupted,
+        orderly_interrupt() as raise_if_interrupted,
     ):
         registry = ocp.type_handlers.create_type_handler_registry(
             (Leaf, _LeafHandler(source, bar, raise_if_interrupted)),
@@ -72,7 +72,7 @@ def to_orbax(src, dst, *, adapter=(), progress: bool = True) -> None:
         handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(work / PARAMS, unflatten(source.leaves))
-        _write_side_files(located, work)
+        write_side_files(located, work)
         write_json(work / MARKER, marker(config, reasons))
         if isinstance(source, HfSource) and source.beside:
             tensors = {name: source.reader.whole(tensor) for name, tensor in source.beside.items()}
@@ -101,7 +101,7 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
         context = ts.Context({"file_io_sync": False, "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}})
         for leaf, info in zip(values, infos, strict=True):
             store = None
-            for piece, part in _read_ahead(self._source, leaf, self._bar):
+            for piece, part in read_ahead(self._source, leaf, self._bar):
                 if store is None:  # chunks divide the first piece, so no chunk spans two pieces
                     spec = ocp.type_handlers.get_json_tspec_write(
                         info,
@@ -206,7 +206,7 @@ def _to_hf(located: Located, dst, layout: str, max_shard_bytes: int, progress: b
     config = config.replace(quantised=()) if dequantise else config
     check_new(dst, path)
     with open_weights(located, config) as source, staged(dst, source.nbytes, path) as work:
-        _write_side_files(located, work)
+        write_side_files(located, work)
         if dequantise:
             _forget_quantisation(work / "config.json")
         with contextlib.ExitStack() as files:
@@ -227,7 +227,7 @@ def _forget_quantisation(file: Path) -> None:
     write_json(file, data)
 
 
-def _write_side_files(located: Located, work: Path) -> None:
+def write_side_files(located: Located, work: Path) -> None:
     """Copies the files beside the weights. With adapters merged, the rule is theirs and the model card is new."""
     copy_side_files(located.path, work)
     if located.adapters:
@@ -253,7 +253,7 @@ def _write_hf(
     names, schemes = tensor_names(config, layout), _schemes(config, work)
     copied = {respell(name, "hub", layout): entry for name, entry in (beside or {}).items()}
     shapes: dict[str, tuple] = {}
-    for path, name in _file_order(names):
+    for path, name in file_order(names):
         leaf, linear = source.leaves[path], path.removesuffix("/kernel")
         if linear in schemes:
             dtypes = {"scales": source.leaves[f"{linear}/scales"].dtype}
@@ -264,7 +264,7 @@ def _write_hf(
     shapes |= {name: (STORED[tensor.dtype], tensor.shape) for name, (_, tensor) in copied.items()}
     with (
         progress_bar("writing", source.nbytes, progress) as bar,
-        _orderly_interrupt() as raise_if_interrupted,
+        orderly_interrupt() as raise_if_interrupted,
         Writer(work, shapes, max_shard_bytes) as writer,
     ):
         for path, group in names.items():
@@ -275,7 +275,7 @@ def _write_hf(
                     raise_if_interrupted()
                 continue
             transpose = leaf.spec.transposed
-            for piece, part in _read_ahead(source, leaf, bar):
+            for piece, part in read_ahead(source, leaf, bar):
                 name = group[0]
                 if leaf.spec.stacked:
                     name, part, piece = group[piece[0].start], part[0], piece[1:]
@@ -317,7 +317,7 @@ def _encoded(source: Source, linear: str, group: tuple[str, ...], scheme: Scheme
 
 
 @contextlib.contextmanager
-def _orderly_interrupt():
+def orderly_interrupt():
     """Defers Ctrl-C until the yielded `raise_if_interrupted` is called or the block ends; a second one is immediate.
 
     After an exception at an arbitrary point, Orbax's threads continue: they create files in the directory that is
@@ -345,7 +345,7 @@ def _orderly_interrupt():
         signal.signal(signal.SIGINT, previous)
 
 
-def _read_ahead(source, leaf: Leaf, bar):
+def read_ahead(source, leaf: Leaf, bar):
     """(index, array) of each piece of a parameter; a thread reads the next piece meanwhile."""
     pieces = _pieces(leaf.spec)
     with ThreadPoolExecutor(1) as pool:
@@ -357,7 +357,7 @@ def _read_ahead(source, leaf: Leaf, bar):
             yield piece, part
 
 
-def _file_order(names: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+def file_order(names: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
     """(parameter path, tensor name) layer by layer, so that most layers' tensors share a file."""
     towers, entries = {}, []
     for path, group in names.items():

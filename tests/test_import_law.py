@@ -132,7 +132,21 @@ def test_the_package_is_light():
     assert out.stdout.strip() == "set()"
 
 
-VERBS = ["", "generate", "chat", "data", "train", "eval", "plot", "convert", "merge", "plan", "info", "verify"]
+VERBS = [
+    "",
+    "generate",
+    "chat",
+    "data",
+    "train",
+    "eval",
+    "plot",
+    "convert",
+    "merge",
+    "quantize",
+    "plan",
+    "info",
+    "verify",
+]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -16,12 +16,12 @@ import threading
 import traceback
 
 import qwenvl_jax
-from qwenvl_jax.cli import chat, convert, data, eval, generate, info, merge, plan, plot, train, verify
+from qwenvl_jax.cli import chat, convert, data, eval, generate, info, merge, plan, plot, quantize, train, verify
 from qwenvl_jax.cli.errors import BAD_INPUT, BROKEN_PIPE, INTERRUPTED, explain, one_of_several, quiet
 
-_MODULES = (generate, chat, data, train, eval, plot, convert, merge, plan, info, verify)
+_MODULES = (generate, chat, data, train, eval, plot, convert, merge, quantize, plan, info, verify)
 VERBS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
-_COMPILING = (generate, chat, train, eval, verify)
+_COMPILING = (generate, chat, train, eval, quantize, verify)
 _CACHE = (
     "Compiled programs are cached for the next run, in $XDG_CACHE_HOME/qwenvl_jax (default: ~/.cache/qwenvl_jax). "
     "Set JAX_COMPILATION_CACHE_DIR=DIR for another directory, JAX_ENABLE_COMPILATION_CACHE=0 for no cache."

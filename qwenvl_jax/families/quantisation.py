@@ -136,16 +136,17 @@ def to_dict(held: dict[str, Quantised], linears: dict[str, tuple[list[str], tupl
         groups.setdefault(written(form), []).append(path)
     formats = {scheme.format for scheme in groups}
     every = len(groups) == 1
-    ignored = [module for path, (modules, _) in linears.items() if path not in held for module in modules]
-    if every and not any(path.startswith("vision/") for path in held):
-        ignored = ["re:.*visual.*", *(module for module in ignored if not module.startswith("visual."))]
+    ignored = [path for path in linears if path not in held]
+    patterns = [_module_pattern(linears[path][0]) for path in ignored]
+    if not any(path.startswith("vision/") for path in held):
+        patterns = ["re:.*visual.*", *(p for p in patterns if "visual" not in p)]
     return {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": {
             f"group_{i}": {
-                "targets": ["Linear"] if every else [module for path in paths for module in linears[path][0]],
+                "targets": ["Linear"] if every else [_module_pattern(linears[path][0]) for path in paths],
                 "weights": _args(scheme),
                 "input_activations": _input_args(scheme.activations),
                 "output_activations": None,
@@ -153,15 +154,21 @@ def to_dict(held: dict[str, Quantised], linears: dict[str, tuple[list[str], tupl
             }
             for i, (scheme, paths) in enumerate(groups.items())
         },
-        "ignore": ["lm_head", *ignored] if every else ["lm_head"],
+        "ignore": ["lm_head", *patterns],
         "kv_cache_scheme": None,
     }
 
 
+def _module_pattern(modules: list[str]) -> str:
+    """Matches the modules of a Linear, one per layer, in every spelling: the hub's, transformers' and vLLM's."""
+    escaped = re.escape(core(modules[0]))
+    return "re:.*" + (escaped.replace(r"\.0", r"\.\d+", 1) if len(modules) > 1 else escaped) + "$"
+
+
 def written(form: Quantised) -> Scheme:
-    """The scheme of compressed-tensors that holds a form."""
+    """The scheme of compressed-tensors that holds a form. vLLM opens integers packed, unless inputs are quantised."""
     bits = 4 if form.dtype == "int4" else 8
-    plain = FLOAT if form.dtype == "float8_e4m3fn" else INT if bits == 8 and not form.group else PACKED
+    plain = FLOAT if form.dtype == "float8_e4m3fn" else INT if form.activations else PACKED
     return Scheme(plain, bits, form.group, 1, form.zeros, form.order, form.activations)
 
 
