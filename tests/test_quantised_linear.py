@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from qwenvl_convert.peft import save_adapter
 from test_engine import FakeProcessor
 from tiny import picture, quantised, sample, tiny_config, train_batch
 
@@ -19,6 +20,7 @@ from qwenvl_jax.model import linear, qwenvl
 from qwenvl_jax.model.kernels.quantised import fits, quantised_dot
 from qwenvl_jax.model.linear import pack, quantised_product
 from qwenvl_jax.params import lora
+from qwenvl_jax.params.checkpoint import _attached
 from qwenvl_jax.params.place import ArraySource, Regrouped, to_devices
 from qwenvl_jax.params.quantised import KERNEL_DTYPES, dequantise
 from qwenvl_jax.params.specs import check_mesh, flatten, on_mesh, param_shardings, specs, specs_of
@@ -252,3 +254,14 @@ def test_plan_counts_few_bits(form):
     assert declared["vision/blocks/qkv/kernel"].dtype == jnp.bfloat16
     with pytest.raises(InputError, match="quantised already"):
         plan.quantised(config, form)
+
+
+def test_an_adapter_of_a_quantised_checkpoint_stays_beside_its_kernels(tmp_path):
+    """`load` does this, because the adapter cannot be merged."""
+    config, params, _ = quantised(tiny_config("qwen2_5_vl"), FORMS["int4"])
+    adapted = lora.add(config, params, jax.random.key(1), rank=4, alpha=8)
+    save_adapter(config, adapted, tmp_path / "adapter", base_name="base")
+    got = flatten(_attached(config, params, (tmp_path / "adapter",)))
+    for path, leaf in flatten(adapted).items():
+        np.testing.assert_array_equal(got[path], leaf, path)
+    assert got.keys() == flatten(adapted).keys()
