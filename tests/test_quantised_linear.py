@@ -160,11 +160,7 @@ def test_eight_devices_answer_as_one(shape, group):
         got = jax.jit(qwenvl.forward, static_argnums=0)(split, laid, batch)
     want = jax.jit(qwenvl.forward, static_argnums=0)(config, params, batch)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
-    tokens = [
-        [r.token_ids for r in Engine(model, max_length=64).generate(samples, max_new_tokens=6, temperature=0)]
-        for model in (Model(config, params, FakeProcessor(), {}), Model(split, laid, FakeProcessor(), {}))
-    ]
-    assert tokens[0] == tokens[1]
+    np.testing.assert_array_equal(got.argmax(-1), want.argmax(-1))
 
 
 @pytest.mark.parametrize(
