@@ -386,18 +386,23 @@ def test_an_answer_without_objects_is_said_so(engine, monkeypatch, tmp_path, cap
     assert opened(tmp_path / "out.png").getcolors() == [(160_000, (128, 128, 128))]
 
 
-@pytest.mark.parametrize("side", [140, 1120])
-def test_the_demo_locates_in_pictures_of_any_size(side, tmp_path, capfd):
-    """Drawn at the same places of the picture, whatever its size is; the README shows the first one."""
+@pytest.mark.parametrize("side, stored", [(140, None), (1120, None), (700, Image.Transpose.ROTATE_90)])
+def test_the_demo_locates_in_pictures_of_any_size(side, stored, tmp_path, capfd):
+    """Drawn at the same places of the picture, however it is stored; the README shows the first one.
+
+    stored: how the pixels in the file are turned, which the file's EXIF says.
+    """
     with Image.open(SAMPLES / "scene.png") as scene:
-        scene.resize((side, side)).save(tmp_path / "scene.png")
+        scene, exif = scene.resize((side, side)), Image.Exif()
+    exif[0x0112] = 1 if stored is None else 6
+    (scene if stored is None else scene.transpose(stored)).save(tmp_path / "scene.png", exif=exif)
     prompt = ["--prompt", "Locate every strawberry.", "--max-pixels", "19600"]
     argv = ["generate", "--image", str(tmp_path / "scene.png"), *prompt, "--draw", str(tmp_path / "out.png")]
     assert cli.main(argv) == 0
     assert capfd.readouterr().out.count("strawberry") == 3
     drawn = opened(tmp_path / "out.png")
     shown = opened(SAMPLES.parent / "located.png")
-    assert drawn.size == ((420, 420) if side == 140 else (1120, 1120))
+    assert drawn.size == ((420, 420) if side == 140 else (side, side))
     for picture in (drawn, shown):
         for x, y in ((10, 50), (30, 25), (90, 80), (110, 111), (0.5, 100), (20, 131)):  # on the lines of three boxes
             k = picture.width / 140
