@@ -782,14 +782,20 @@ def test_an_hour_is_sampled_exactly(hour):
     t, h, w = visual.grid
     assert 2 * t == 768 and visual.seconds_per_grid == pytest.approx(3600 / t)
     assert t * h * w // 4 <= 768 / 2 * 300  # tokens
-    steps = visual.patches.reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, :, 0]  # one channel of gray
-    frames = steps.transpose(0, 5, 1, 3, 6, 2, 4, 7).reshape(768, h * 14, w * 14)
-    middle = [int((i + 0.5) * h * 14 / 2) for i in range(2)], [int((j + 0.5) * w * 14 / 8) for j in range(8)]
-    bits = frames[:, *np.ix_(*middle)].reshape(768, 16) > 120
-    numbers = (bits << np.arange(16)).sum(1)
-    assert numbers.tolist() == np.linspace(0, 3600 * 5 - 1, 768).round().astype(int).tolist()
-    part = video_visual(hour, P, MediaOptions(video_start=1800, video_end=1810, max_pixels=784 * 8))
+    assert _numbers(visual) == np.linspace(0, 3600 * 5 - 1, 768).round().astype(int).tolist()
+    part = video_visual(hour, P, MediaOptions(video_start=1800, video_end=1810))
     assert 2 * part.grid.t == 20 and part.seconds_per_grid == pytest.approx(1, rel=0.05)
+    assert _numbers(part) == np.linspace(1800 * 5, 1810 * 5, 20).round().astype(int).tolist()
+
+
+def _numbers(visual):
+    """The number that each frame of `hour` shows: 2 × 8 bits of black and white."""
+    t, h, w = visual.grid
+    steps = visual.patches.reshape(t, h // 2, w // 2, 2, 2, 3, 2, 14, 14)[:, :, :, :, :, 0]  # one channel of gray
+    frames = steps.transpose(0, 5, 1, 3, 6, 2, 4, 7).reshape(2 * t, h * 14, w * 14)
+    middle = [int((i + 0.5) * h * 14 / 2) for i in range(2)], [int((j + 0.5) * w * 14 / 8) for j in range(8)]
+    bits = frames[:, *np.ix_(*middle)].reshape(2 * t, 16) > 120
+    return (bits << np.arange(16)).sum(1).tolist()
 
 
 @pytest.mark.parity
