@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from qwenvl_convert.options import QuantizeOptions
 
 from qwenvl_jax import cli, errors
 from qwenvl_jax.cli.generate import _read_messages, read_request
@@ -26,6 +27,7 @@ VERBS = {
     "chat": (GenerateOptions, MediaOptions, PromptOptions),
     "eval": (GenerateOptions, MediaOptions, PromptOptions, RecordOptions),
     "train": (TrainOptions,),
+    "quantize": (QuantizeOptions,),
 }
 
 
