@@ -287,7 +287,7 @@ def _write_hf(
 
 
 def _schemes(config: Config, work: Path) -> dict[str, Scheme]:
-    """How the files hold each quantised Linear, by the config.json in `work`. Raises CheckpointError if it cannot be."""
+    """How the files hold each quantised Linear, by the config.json in `work`. Raises CheckpointError if they cannot."""
     how = from_dict(read_json(work / "config.json")) if config.quantised else None
     modules, out = linear_modules(config) if how else {}, {}
     for linear, form in config.quantised:

@@ -11,12 +11,15 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from qwenvl_convert.hf import HfSource
+from qwenvl_convert.names import tensor_names, tensor_shape
 
 from qwenvl_jax.config import Config
 from qwenvl_jax.errors import InputError, install
 from qwenvl_jax.inputs.pack import make_batch
 from qwenvl_jax.inputs.preprocessing import Preprocessing, pixel_table
 from qwenvl_jax.model import decoder, qwenvl
+from qwenvl_jax.params.directory import read_dense, read_quantised
 from qwenvl_jax.types import Batch, Sample
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # the reference's arguments by kind of visual
@@ -134,23 +137,49 @@ def reference_stages(model, inputs: dict) -> dict:
 
 
 def load_reference(path):
-    """The torch model of a Hugging Face checkpoint directory, float32, plain attention."""
+    """The torch model of a Hugging Face checkpoint directory, float32, plain attention.
+
+    Quantised weights are dequantised here: it has the kernels that they stand for.
+    """
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it writes to stderr even if that is a file
     with torch.no_grad():
+        config, reasons = read_quantised(Path(path))
+        if config.quantised or reasons:
+            settings = AutoConfig.from_pretrained(path)
+            del settings.quantization_config
+            settings.torch_dtype = torch.float32
+            model = AutoModelForImageTextToText.from_config(settings, attn_implementation="eager")
+            model.load_state_dict(_dequantised(path), strict=False)
+            return model.eval()
         return AutoModelForImageTextToText.from_pretrained(
             path, torch_dtype=torch.float32, attn_implementation="eager"
         ).eval()
 
 
+def _dequantised(path) -> dict:
+    """The tensors of a quantised checkpoint, dequantised, by their names in transformers 4.51.3."""
+    import torch
+
+    config, out = read_dense(Path(path)).replace(dtype="float32"), {}
+    with HfSource(path, config) as source:
+        for linear, names in tensor_names(config).items():
+            leaf = source.leaves[linear]
+            whole = source.read(leaf, tuple(slice(0, n) for n in leaf.shape), np.float32)
+            for name, x in zip(names, whole if leaf.spec.stacked else [whole], strict=True):
+                x = x.T if leaf.spec.transposed else x
+                out[name] = torch.from_numpy(np.ascontiguousarray(x).reshape(tensor_shape(config, leaf.spec)))
+    return out
+
+
 def verify(path, image, prompt: str = "Describe this picture.", max_new_tokens: int = 16) -> list[Stage]:
     """Compares this library with the reference on a checkpoint directory and one picture.
 
-    Both run in float32 on their framework's default device. Needs the extra `parity`. Raises InputError
-    without it, for an Orbax checkpoint, and for a picture that the reference refuses.
+    Both run in float32 on their framework's default device; the reference has dequantised weights. Needs the extra
+    `parity`. Raises InputError without it, for an Orbax checkpoint, and for a picture that the reference refuses.
     """
     try:
         import torch

@@ -268,8 +268,8 @@ def _check_index(reader: Reader, packed: Packed, tensor: Tensor, name: str) -> N
         raise CheckpointError(
             f"{tensor.file}: tensor {name} reorders inputs, but quantization_config.desc_act is false"
         )
-    counts = np.bincount(index.clip(0), minlength=n_in // group)
-    if index.min() < 0 or np.any(counts != group):
+    outside = index.min() < 0 or index.max() >= n_in // group
+    if outside or np.any(np.bincount(index, minlength=n_in // group) != group):
         raise CheckpointError(f"{tensor.file}: tensor {name} does not put {group} inputs into each group")
 
 

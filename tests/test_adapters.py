@@ -545,7 +545,7 @@ def test_a_source_of_arrays_is_closed_with_its_files(tmp_path):
     src = write_hf(tmp_path / "src", config, torch_tensors(config))
     with HfSource(src, config) as source, pytest.raises(CheckpointError, match=r"has no adapter_config\.json"):
         peft.AdaptedSource(source, peft.AdapterFile(config, tmp_path))
-    assert not source._reader._open
+    assert not source.reader._open
 
 
 def test_the_demo_is_named_so_that_its_adapter_opens_on_every_machine():

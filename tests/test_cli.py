@@ -817,8 +817,8 @@ def test_info_of_a_preset(capsys):
 
 
 def test_info_of_quantised_weights(tmp_path, capsys):
-    """They cannot be loaded, but they can be described."""
-    quantised = {"quantization_config": {"quant_method": "awq"}}
+    """Those of other methods cannot be loaded, but they can be described."""
+    quantised = {"quantization_config": {"quant_method": "hqq"}}
     data = to_dict(PRESETS["qwen2.5-vl-7b"]) | quantised
     (tmp_path / "config.json").write_text(json.dumps(data))
     save_file({"model.embed_tokens.weight": np.zeros((2, 2), np.int32)}, tmp_path / "model.safetensors")
@@ -826,7 +826,7 @@ def test_info_of_quantised_weights(tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["preset"] == "qwen2.5-vl-7b" and facts["dtypes"] == {"I32": 4}
     assert cli.main(["generate", "--model", str(tmp_path), "--prompt", "?"]) == 2
-    assert "quantised checkpoints (awq) are not supported" in capsys.readouterr().err
+    assert "quantised checkpoints (hqq) are not supported" in capsys.readouterr().err
 
 
 def test_convert_there_and_back_and_info(tiny_checkpoint, tmp_path, capsys):

@@ -97,7 +97,7 @@ def linear(rng, kind: str, out: int, inp: int, scale_dtype=np.float16) -> tuple[
     if how.get("desc_act"):
         index = rng.permutation(index)
     z = np.full((groups, out), 2 ** (bits - 1)) if how.get("sym") else rng.integers(0, 2**bits, (groups, out))
-    s = _scales(rng, (groups, out)).astype(scale_dtype)
+    s = _scales(rng, (groups, out), bits).astype(scale_dtype)
     weight = ((q - z[index]) * s.astype(np.float64)[index]).astype(np.float32).T.copy()
     if how["quant_method"] == "awq":
         return {"qweight": words(q, 4, AWQ_NIBBLES), "qzeros": words(z, 4, AWQ_NIBBLES), "scales": s}, weight
@@ -121,7 +121,7 @@ def _compressed(rng, how, out: int, inp: int, scale_dtype):
     if given.get("actorder") == "group":
         index = rng.permutation(index)
     z = np.zeros((out, groups), int) if given["symmetric"] else rng.integers(-half, half, (out, groups))
-    s = _scales(rng, (out, groups)).astype(scale_dtype)
+    s = _scales(rng, (out, groups), bits).astype(scale_dtype)
     weight = ((q - z[:, index]) * s.astype(np.float64)[:, index]).astype(np.float32)
     if form == "int-quantized":
         zero = {} if given["symmetric"] else {"weight_zero_point": z.astype(np.int8)}
@@ -133,7 +133,7 @@ def _compressed(rng, how, out: int, inp: int, scale_dtype):
 
 
 def _float8(rng, out: int, inp: int, sides, name: str, dtype):
-    q = rng.standard_normal((out, inp)).astype(ml_dtypes.float8_e4m3fn)
+    q = (4 * rng.standard_normal((out, inp))).astype(ml_dtypes.float8_e4m3fn)
     if sides is None:
         s = _scales(rng, (1,)).astype(dtype)
         return {"weight": q, name: s}, q.astype(np.float32) * s.astype(np.float32)
@@ -143,8 +143,9 @@ def _float8(rng, out: int, inp: int, sides, name: str, dtype):
     return {"weight": q, name: s}, q.astype(np.float32) * whole
 
 
-def _scales(rng, shape):
-    return rng.uniform(0.2, 1, shape) * 0.03
+def _scales(rng, shape, bits: int = 4):
+    """Weights of about 0.1, as the tiny models have them."""
+    return rng.uniform(0.2, 1, shape) * 0.24 / 2 ** (bits - 1)
 
 
 def quantise(kind: str, tensors: dict, seed: int = 0, chosen=None) -> tuple[dict, dict]:
@@ -183,3 +184,25 @@ def write_quantised(directory, config, kind: str, tensors: dict, how: dict | Non
     data = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(data | {"quantization_config": FORMATS[kind] if how is None else how}))
     return path
+
+
+def assert_same_as_reference(kind: str, decompress) -> None:
+    """Does `decompress`, of a Linear's torch tensors, give the weights, element for element?
+
+    The reference multiplies in the dtype of the scales, so ours are rounded to it.
+    """
+    import torch
+
+    meant = {2: torch.bfloat16, 1: torch.float8_e4m3fn}
+    rng = np.random.default_rng(1)
+    for out, inp in ((48, 32), (24, 80), (72, 48), (8, 16)):
+        for dtype in (np.float16, ml_dtypes.bfloat16, np.float32):
+            tensors, weight = linear(rng, kind, out, inp, dtype)
+            theirs = {}
+            for name, x in tensors.items():
+                if x.dtype.kind in "fiu":
+                    theirs[name] = torch.from_numpy(np.ascontiguousarray(x))
+                else:
+                    theirs[name] = torch.from_numpy(x.view(f"i{x.dtype.itemsize}").copy()).view(meant[x.dtype.itemsize])
+            want = decompress(theirs).float().numpy()
+            np.testing.assert_array_equal(weight.astype(dtype).astype(np.float32), want, err_msg=f"{out} × {inp}")

@@ -131,7 +131,8 @@ def _packed(config: Config, quantised: dict | None) -> dict[str, tuple[str, int]
     from qwenvl_jax.families.shared import core
     from qwenvl_jax.params import directory
 
-    held, out = {linear: form.dtype for linear, form in config.quantised}, {}
+    held = {linear: form.dtype for linear, form in config.quantised}
+    out: dict[str, tuple[str, int]] = {}
     for linear, (modules, shape) in directory.linear_modules(config).items():
         if linear in held:
             out |= {core(module): (held[linear], math.prod(shape)) for module in modules}

@@ -87,11 +87,12 @@ def linear_modules(config: Config) -> dict[str, tuple[list[str], tuple[int, int]
     """Path of each Linear → its modules on the hub, one per layer if it is stacked, and its in and out."""
     from qwenvl_jax.params.specs import specs  # imports jax, which few checkpoints need here
 
-    names, out = family_of(config).tensor_names(config), {}
-    for path, spec in specs(config.replace(quantised=())).items():
-        if spec.role == "linear":
+    declared, out = specs(config.replace(quantised=())), {}
+    for path, name in family_of(config).tensor_names(config).items():
+        spec = declared.get(path)
+        if spec is not None and spec.role == "linear":
             layers = range(spec.shape[0]) if spec.stacked else [0]
-            module = names[path].removesuffix(".weight")
+            module = name.removesuffix(".weight")
             out[path.removesuffix("/kernel")] = [module.format(l=l) for l in layers], spec.shape[-2:]
     return out
 
