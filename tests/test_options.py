@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from qwenvl_convert.options import QuantizeOptions
 
 from qwenvl_jax import cli, errors
 from qwenvl_jax.cli.generate import _read_messages, read_request
@@ -27,6 +28,7 @@ VERBS = {
     "eval": (GenerateOptions, MediaOptions, PromptOptions, RecordOptions, EngineOptions),
     "plan": (EngineOptions,),
     "train": (TrainOptions,),
+    "quantize": (QuantizeOptions,),
 }
 
 
