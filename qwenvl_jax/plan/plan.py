@@ -60,11 +60,6 @@ class Job(NamedTuple):
     lora: int = 0
     kv_dtype: str | None = None
 
-    @property
-    def int8(self) -> bool:
-        """Is the KV cache in int8? Raises OptionsError for a bad kv_dtype."""
-        return EngineOptions(self.kv_dtype).int8
-
     def check(self) -> None:
         """Raises InputError for a value out of range."""
         if self.task not in _LOWER:
@@ -80,7 +75,7 @@ class Job(NamedTuple):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from {least} to {most}")
         if self.task == "vision" and not self.images:
             raise InputError("images is 0; the task vision needs at least 1")
-        _ = self.grid(), self.int8
+        _ = self.grid(), EngineOptions(self.kv_dtype)
 
     def grid(self) -> Grid:
         """The patches of an image that is as square as possible."""
@@ -270,8 +265,8 @@ def _decoder_arrays(params: dict, cache: Cache) -> dict:
 def _cache(job: Job, mesh: Mesh) -> Cache:
     t, B, S = job.config.text, job.batch, job.context
     shape = (B, t.num_key_value_heads * kv_copies(t.num_key_value_heads), S, t.head_dim)
-    layer: Any = _shaped(mesh, "BKSH", shape, jnp.int8 if job.int8 else job.config.dtype)
-    if job.int8:
+    layer: Any = _shaped(mesh, "BKSH", shape, jnp.int8 if job.kv_dtype == "int8" else job.config.dtype)
+    if job.kv_dtype == "int8":
         layer = Int8(layer, _shaped(mesh, "BKS", shape[:3], jnp.float32))
     k, v = ([layer] * t.num_hidden_layers for _ in "kv")
     return Cache(k, v, *(_shaped(mesh, ".", (B,), jnp.int32) for _ in "ld"))
@@ -298,7 +293,7 @@ def _lower_prefill(job: Job, mesh: Mesh):
     params, cache = _weights(config, mesh), _cache(job, mesh)
     x = _shaped(mesh, "BTD", (B, T, config.text.hidden_size), config.dtype)
     positions, segments = _shaped(mesh, "...", (3, B, T), jnp.int32), _shaped(mesh, "..", (B, T), jnp.int32)
-    lowered = Programs(config, (T,), mesh, int8=job.int8).prefill.lower(params, x, positions, segments)
+    lowered = Programs(config, (T,), mesh, int8=job.kv_dtype == "int8").prefill.lower(params, x, positions, segments)
     return lowered, _decoder_arrays(params, cache), B * T, 1
 
 
