@@ -20,6 +20,7 @@ from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.evaluator import Evaluator
 from qwenvl_jax.families import family_of
+from qwenvl_jax.infer.options import EngineOptions
 from qwenvl_jax.inputs.messages import map_texts, normalize
 from qwenvl_jax.inputs.processor import Processor
 from qwenvl_jax.train.records import BadRecord, PackShape, RecordProcessor
@@ -495,7 +496,9 @@ def test_a_large_photo_is_trained_and_scored_alike(processor, photo):
     prediction = want if target == "resized" else "cat<|box_start|>(750,50),(975,1000)<|box_end|>"
     exact = [r | {"metric": "exact"} for r in records]
     answers = [SimpleNamespace(text=prediction, finish_reason="stop")] * 3
-    engine = SimpleNamespace(processor=processor, max_batch=4, max_length=4096, generate=lambda *a, **o: answers)
+    engine = SimpleNamespace(
+        processor=processor, max_batch=4, max_length=4096, options=EngineOptions(), generate=lambda *a, **o: answers
+    )
     engine.params, engine.generation, engine.config = {}, {}, processor.config
     report = Evaluator(engine, records, encoding={"max_pixels": 700_000}).report({})
     assert [a.score for a in report.answers] == [1, 1, 1]
@@ -514,7 +517,7 @@ def test_a_box_outside_is_refused_with_its_line(processor, photo, tmp_path):
     with pytest.raises(BadRecord, match="boxes is 'pixels'; it must be one of original, resized, thousandths"):
         learnt(processor, bad | {"boxes": "pixels"})
     (tmp_path / "q.jsonl").write_text(json.dumps(record(photo, *FORMS[0])) + "\n" + json.dumps(bad) + "\n")
-    engine = SimpleNamespace(processor=processor, max_batch=4, max_length=4096, params={})
+    engine = SimpleNamespace(processor=processor, max_batch=4, max_length=4096, options=EngineOptions(), params={})
     engine.generation, engine.config = {}, processor.config
     with pytest.raises(InputError, match=r"q.jsonl:2: the box .* outside its picture"):
         Evaluator(engine, tmp_path / "q.jsonl", encoding={"max_pixels": 700_000}).report({})

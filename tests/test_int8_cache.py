@@ -249,6 +249,7 @@ def test_programs_buckets_and_padding_are_as_before(engines, compilations):
     assert engines.int8.padding == engines.float.padding
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_batch_growth_or_forks(engines):
     """What is rounded once stays as it is: no copy, growth or neighbour changes a token."""
     samples, options = mixed_samples(model().config), dict(max_new_tokens=70, ignore_eos=True, temperature=0.9, seed=1)

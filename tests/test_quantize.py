@@ -192,7 +192,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(("family", "way"), [(FAMILIES[i % 2], way) for i, way in enumerate(WAYS)])
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [
+        pytest.param(FAMILIES[i % 2], way, marks=[pytest.mark.slow] if "tower" in way else [])
+        for i, way in enumerate(WAYS)
+    ],
+)
 def test_what_is_written_opens_and_is_near(family, way, tiny_checkpoints, tmp_path):
     source, options = tiny_checkpoints[family], WAYS[way]
     report = quantize(source, tmp_path / "out", progress=False, **options)
@@ -234,9 +240,10 @@ def logit_error(path, reference: dict, samples) -> float:
     return (change / size) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "format"),
-    [("qwen2_5_vl", "compressed-tensors"), pytest.param("qwen2_vl", "awq", marks=pytest.mark.slow)],
+    [("qwen2_5_vl", "compressed-tensors"), ("qwen2_vl", "awq")],
 )
 def test_calibration_beats_rounding_to_nearest_where_channels_are_large(family, format, tiny_checkpoints, tmp_path):
     source, rng = tiny_checkpoints[family], np.random.default_rng(0)
@@ -287,6 +294,7 @@ def test_calibration_beats_rounding_to_nearest_on_the_demo(tmp_path):
     assert errors[0] < 0.02 and errors[1] < 0.9 * errors[2] < 0.2, errors
 
 
+@pytest.mark.slow
 def test_a_long_record_counts_with_its_first_tokens(tiny_checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(calibrate, "TOKENS", 32)
     data = write_records(tmp_path / "a.jsonl", ["many " * 60, "few", "some words"])
@@ -328,6 +336,7 @@ def test_bad_options_are_refused(flags, tiny_checkpoints, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_bad_records_are_named_or_skipped(tiny_checkpoints, tmp_path, capsys):
     source, data = tiny_checkpoints["qwen2_vl"], tmp_path / "bad.jsonl"
     good = {"query": "How many?", "answer": "two"}
