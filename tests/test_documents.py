@@ -144,6 +144,23 @@ def test_boxes_in_original_pixels():
     assert [bool(block.box) for block in lost.blocks] == [True, True, False, False] and lost.malformed == 2
 
 
+@pytest.mark.parametrize("coordinates", ["foo", "clip", None, ""])
+def test_unknown_coordinates_of_pages(coordinates):
+    for page in (parse('<p data-bbox="1 2 3 4">a</p>'), parse("<p>a</p>")):
+        with pytest.raises(InputError, match=r"source is .*; it must be one of original"):
+            page.converted([Sizes((9, 9), (9, 9))], coordinates)
+        with pytest.raises(InputError, match=r"target is .*; it must be one of original"):
+            page.converted([Sizes((9, 9), (9, 9))], "resized", coordinates)
+
+
+def test_a_page_before_the_first():
+    page = Document([Block("paragraph", (1, 2, 3, 4), ["a"], image=-1)])
+    lost = page.converted([Sizes((9, 9), (9, 9))] * 2, "resized")
+    assert (lost.blocks[0].box, lost.malformed) == (None, 1)
+    with pytest.raises(InputError, match="is in picture -1; pictures count from 0"):
+        page.qwenvl()
+
+
 def test_pages_keep_their_numbers():
     """Empty pages count."""
     document = parse("<html><body></body></html>" * 2 + "<html><body><p>third</p></body></html>")

@@ -374,7 +374,7 @@ def test_what_is_written_is_read_again(seed):
     ([f(a=1)], "So <tool_call>", "text is"), ([f(a=1)], "A</think>B</tool_call>" + tagged("x"), "text is"),
     ([ToolCall("", {"a": 1})], "", "the call of '' cannot be written"), ([f(a=float("nan"))], "", "the call of 'f'"),
     ([f(a={1, 2})], "", "the call of 'f'"), ([ToolCall("f", [1])], "", "the call of 'f'"),
-    ([f(a="\ud83d")], "", "the call of 'f'"),
+    ([f(a="\ud83d")], "", "the call of 'f'"), ([{"name": "f"}], "", "is no call"), ([f(a=1)], None, "text is None"),
 ])  # fmt: skip
 def test_what_would_be_read_as_something_else_is_not_written(calls, text, said):
     with pytest.raises(InputError, match=said):
@@ -430,6 +430,7 @@ def test_a_call_without_an_id_gets_its_result():
 
 @pytest.mark.parametrize("returned, error", [
     ([], "1 tool calls, and 0 results"), (["a", "b"], "1 tool calls, and 2"), ([{1, 2}], "result of f cannot be"),
+    ([{"a": [float("nan")]}], "result of f cannot be"),
 ])  # fmt: skip
 def test_results_that_do_not_fit(returned, error):
     with pytest.raises(InputError, match=error):

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from qwenvl_jax.answers.fonts import Fonts, clean, fitted
 from qwenvl_jax.answers.grounding import Object
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, shown
 
 SMALL = 320  # pixels of the shorter side, to which smaller pictures are enlarged
 _LONGEST = 4096  # pixels of the longer side that enlarging does not pass
@@ -110,6 +110,8 @@ def legend(objects: Sequence[Object]) -> dict[str, str]:
 
 def upright(image: Image.Image) -> Image.Image:
     """A new RGB picture, turned as its EXIF block says, with white where it is transparent."""
+    if not isinstance(image, Image.Image):
+        raise InputError(f"{shown(image)} is no PIL picture; open it with `inputs.media.load_image`")
     if 0 in image.size:
         raise InputError("the picture has no pixels")
     try:
@@ -133,7 +135,10 @@ def upright(image: Image.Image) -> Image.Image:
 
 def _visible(thing: Object, size: tuple[float, float]) -> list[tuple[float, float]] | None:
     """The points of an object, cut off at the edges of a picture; None if nothing of it is seen."""
-    points = [(float(x), float(y)) for x, y in thing.points]
+    try:
+        points = [(float(x), float(y)) for x, y in thing.points]
+    except (TypeError, ValueError) as e:
+        raise InputError(f"the points of {shown(thing)} must be pairs of numbers, (x, y)") from e
     least = {"box": 2, "point": 1, "polygon": 2}.get(thing.kind)
     if least is None or len(points) < least or any(math.isnan(v) for point in points for v in point):
         return None
