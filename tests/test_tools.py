@@ -204,6 +204,19 @@ def test_a_stream_that_begins_within_a_thought(answer):
     assert streamed([tagged(F)], thinking=True) == ([tagged(F)], 0)
 
 
+@pytest.mark.parametrize("said", ["I look.</think>", "</think>\n\n", "<think>I look.</think>\n"])
+@pytest.mark.parametrize("tag", ["x </think> y", "<think>", "</thinking>", "</think>" * 3])
+def test_a_call_without_tags_after_a_thought(said, tag):
+    """A tag in its strings ends no thought, whether or not the thought has its own opening tag."""
+    answer = said + json.dumps({"name": "f", "arguments": {"a": tag}})
+    turn = parse(answer)
+    assert (turn.text.strip(), turn.calls, turn.malformed) == (said.strip(), [f(a=tag)], 0)
+    for i in range(len(answer)):
+        events, malformed = streamed([answer[:i], answer[i:]], thinking=not said.startswith("<think>"))
+        assert "".join(e for e in events if isinstance(e, str)).strip() == said.strip()
+        assert events[-1] == f(a=tag) and malformed == 0
+
+
 def test_text_and_calls_come_as_soon_as_they_are_known():
     stream = Stream()
     assert stream.feed("Let me ") == ["Let me "] and stream.feed("look <b>") == ["look <b>"]

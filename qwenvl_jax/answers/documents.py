@@ -65,7 +65,7 @@ class Document:
         return [blocks.rows(block) for block in self.walk() if block.kind == "table"]
 
     def qwenvl(self) -> str:
-        """QwenVL-HTML, which `parse` reads back as the same blocks. Raises InputError for unknown kinds and pictures."""
+        """QwenVL-HTML, which `parse` reads back as the same blocks. Raises InputError for unknown kinds and images."""
         if lost := next((block for block in self.blocks if block.image < 0), None):
             raise InputError(f"{shown(lost)} is in picture {lost.image}; pictures count from 0: correct its image")
         pages: list[list[str]] = [[] for _ in range(max((block.image for block in self.blocks), default=0) + 1)]

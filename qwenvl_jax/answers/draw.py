@@ -25,6 +25,7 @@ _PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 LEAST_TEXT = 12  # pixels of the height of letters
 _SYMBOLS = ("So", "Sk", "Cf")  # categories of emoji, and of what joins and colours them
+_MOST_VAIN = 300  # searches for the place of a label
 _SHARE = 0.45  # of the picture's width that a label takes at most
 
 Colour = tuple[int, int, int]
@@ -264,6 +265,7 @@ class _Labels:
         self._cell = cell = max(1, style.text // 4)
         self._taken = np.zeros((height // cell + 2, width // cell + 2), bool)  # by labels and points
         self._things = self._taken.copy()  # the inside of the smaller shapes
+        self._vain = 0  # how often there was no place nearby
         self._shapes = sorted(shapes, key=lambda s: _area(s.bounds))
         for shape in shapes:
             x1, y1, x2, y2 = grown = self._around(shape)
@@ -298,7 +300,10 @@ class _Labels:
         return slice(at[1] // cell, -(-at[3] // cell)), slice(at[0] // cell, -(-at[2] // cell))
 
     def _free(self, shape: _Shape, width: int, height: int) -> Rectangle | None:
-        """The first place that is free: first one that hides no object either, then any, then any nearby."""
+        """The first place that is free: first one that hides no object either, then any, then any nearby.
+
+        After _MOST_VAIN vain searches nearby, the picture counts as full, and only the usual places are tried.
+        """
         if width > self._size[0]:
             return None
         places = list(self._places(shape, width, height))
@@ -306,9 +311,13 @@ class _Labels:
         clear = (at for at in free if not self._things[self._cells(at)].any())
         if free:
             return next(clear, free[0])
+        if self._vain == _MOST_VAIN:
+            return None
         x, y = places[0][:2]
         nearby = (self._at(x + dx * height, y + dy * height, width, height) for dx, dy in _NEARBY)
-        return next((at for at in nearby if not self._taken[self._cells(at)].any()), None)
+        found = next((at for at in nearby if not self._taken[self._cells(at)].any()), None)
+        self._vain += found is None
+        return found
 
     def _places(self, shape: _Shape, width: int, height: int) -> Iterator[Rectangle]:
         """The usual places of a label: above, below and beside its shape, then in its corners."""

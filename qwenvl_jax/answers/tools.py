@@ -305,7 +305,8 @@ class Stream:
         elif unclosed and not tag and not _BEGINS.match(body):  # the opening tag stood for the closing one
             self._say(body)
         else:
-            self.thought = at + thought(body) if thought(body) else self.thought
+            if thought(found[1] if found else body):  # else it is in a string of what would be a call after a thought
+                self.thought = at + thought(body)
             if self._tagged or tag:
                 self._fail()
             self._say((_OPEN if self._tagged else "") + body + (_CLOSE if tag else ""))
