@@ -25,6 +25,7 @@ from qwenvl_jax.errors import InputError, shown
 
 _HTML = re.compile(r"<(?:html|body)[\s>]|data-bbox|```(?:html|xml)\s*<|\A\s*<(?!!--|think)", re.I)  # or it is Markdown
 
+_CODE = re.compile(r"(<pre\b[^<>]*>\s*)?(<code\s+class\b[^<>]*>(?=[^<]*+</code>)[^<\n]*+\n[^<]*+</code>)")
 _THINKS = re.compile(r"\s*<think(?:ing)?>")
 _THOUGHT = re.compile(r"(?<![\\`])</think(?:ing)?>")
 
@@ -111,4 +112,6 @@ def parse(text: str) -> Document:
         text = text[thought.end() :]
     elif _THINKS.match(text):
         text = ""
-    return Document(*from_html.read(text if _HTML.search(text) else from_markdown.to_html(text)))
+    text = text if _HTML.search(text) else from_markdown.to_html(text)
+    # Lines of code in a language are a block, also without <pre>.
+    return Document(*from_html.read(_CODE.sub(lambda m: m[0] if m[1] else f"<pre>{m[0]}</pre>", text)))
