@@ -40,21 +40,21 @@ class RecordedPhone:
             raise ValueError(f"there is no {step.picture} beside it")
         if step.action is None or step.action.name in _PASSED_OVER:
             return step
-        step = step._replace(action=playable(step.action))
-        width, height = load_image(str(file)).size if step.action.points else (0, 0)
-        for x, y in step.action.points:
+        action = playable(step.action)
+        width, height = load_image(str(file)).size if action.points else (0, 0)
+        for x, y in action.points:
             if not (0 <= x <= width and 0 <= y <= height):
                 raise ValueError(f"the point {[x, y]} is not on {step.picture}, which is {width} × {height}")
-        if len(step.action.points) == 2 and step.action.points[0] == step.action.points[1]:
+        if len(action.points) == 2 and action.points[0] == action.points[1]:
             raise ValueError("the points are equal, so that the swipe goes nowhere")
         if step.box:
             x1, y1, x2, y2 = step.box
-            if len(step.action.points) != 1 or not (x1 < x2 and y1 < y2):
+            if len(action.points) != 1 or not (x1 < x2 and y1 < y2):
                 raise ValueError(f"box is {list(step.box)}; it must be [left, top, right, bottom] around one point")
-            ((x, y),) = step.action.points
+            ((x, y),) = action.points
             if not (x1 <= x <= x2 and y1 <= y <= y2):
                 raise ValueError(f"the point {[x, y]} is not in its box {list(step.box)}")
-        return step
+        return step._replace(action=action)
 
     @property
     def done(self) -> bool:
