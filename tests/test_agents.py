@@ -733,6 +733,20 @@ def test_a_recorded_phone_goes_on_with_the_right_action(tmp_path):
         ({"action": {"name": "key", "tool": "computer_use", "arguments": {"text": "a"}}}, "key needs keys"),
         ({"action": {"name": "click", "points": [[5, 6]]}, "box": [9, 9, 5, 5]}, "left, top, right, bottom"),
         ({"action": {"name": "click", "points": [[5, 6]]}, "box": [9, 9, 15, 15]}, "is not in its box"),
+        ({"action": {"name": "scroll", "arguments": {"pixels": None}}}, "pixels is None; it must be a number"),
+        ({"action": {"name": "scroll", "arguments": {"pixels": [1]}}}, "pixels is [1]; it must be a number"),
+        ({"action": {"name": "type", "arguments": {"text": 5}}}, "text is 5; it must be a string"),
+        (
+            {"action": {"name": "key", "tool": "computer_use", "arguments": {"keys": []}}},
+            "keys is []; it must be a list",
+        ),
+        ({"action": {"name": "system_button", "arguments": {"button": "x"}}}, "button is 'x'; it must be one of Back"),
+        ({"action": {"name": "click", "points": [[5, 6]], "arguments": {"text": "a"}}}, "click takes no text"),
+        ({"action": {"name": "click", "points": [[500, 20]]}}, "[500.0, 20.0] is not on 003.png, which is 200 × 400"),
+        ({"action": {"name": "click", "points": [["nan", 20]]}}, "[nan, 20.0] is not on 003.png"),
+        ({"action": {"name": "click", "points": [["1e400", -1]]}}, "[inf, -1.0] is not on 003.png"),
+        ({"action": {"name": "click", "points": [[10**400, 1]]}}, "int too large"),
+        ({"action": {"name": "swipe", "points": [[5, 6], [5, 6]]}}, "the swipe goes nowhere"),
         ({"picture": "009.png"}, "there is no 009.png beside it"),
         ({"picture": "009.png", "action": {"name": "click", "points": [[5, 6]]}}, "there is no 009.png"),
     ],
@@ -743,6 +757,43 @@ def test_a_recording_that_cannot_be_played(step, said, tmp_path):
         file.write(json.dumps({"picture": "003.png"} | step) + "\n")
     with pytest.raises(InputError, match=f"steps.jsonl, line 6: .*{re.escape(said)}"):
         RecordedPhone(folder)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "asked"),
+    [
+        ({"name": "scroll", "arguments": {"pixels": "-50"}}, computer("scroll", pixels=-9)),
+        ({"name": "key", "arguments": {"keys": "ctrl+c"}}, computer("key", keys=["ctrl", "c"])),
+        ({"name": "key", "arguments": {"text": "volume_up"}}, call("mobile_use", "key", text="volume_up")),
+        (
+            {"name": "system_button", "arguments": {"button": "back"}},
+            call("mobile_use", "system_button", button="Back"),
+        ),
+    ],
+)
+def test_a_recording_may_be_written_as_models_write(recorded, asked, tmp_path):
+    picture((200, 400), (0, 0, 0)).save(tmp_path / "000.png")
+    lines = [{"task": "a"}, {"picture": "000.png", "action": recorded}, {"picture": "000.png"}]
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    device = RecordedPhone(tmp_path)
+    run(Script(asked, "Done."), device, "a", tools=["computer_use", "mobile_use"])
+    assert device.done and device.wrong == 0
+
+
+@pytest.mark.parametrize(
+    "break_", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\r", "\r\n", "\ufeff", "\ud800"]
+)
+def test_any_text_is_read_back_from_a_record(break_, tmp_path):
+    said = f"a{break_}b"
+    record = Record(tmp_path / "run", said)
+    action = Action("computer_use", "type", (), {"text": said})
+    record.add(Step("000.png", said, action, said, 1.0), picture((60, 60), (0, 0, 0)))
+    record.end("success", said)
+    read_back = read(tmp_path / "run")
+    assert read_back == (said, [Step("000.png", said, action, said, 1.0)], "success", said)
+    path = tmp_path / "run" / "steps.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n"))  # as an editor may save it
+    assert read(tmp_path / "run") == read_back
 
 
 def test_a_recording_passes_over_zooms(tmp_path):

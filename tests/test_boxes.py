@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import random
 import re
 import time
@@ -15,7 +16,8 @@ from PIL import Image
 from tiny import FAMILIES, tiny_config
 
 from qwenvl_jax import cli
-from qwenvl_jax.answers.boxes import Box, Sizes, from_model, parse_boxes, sizes, to_model
+from qwenvl_jax.answers.boxes import Box, Sizes, converted, from_model, parse_boxes, sizes, to_model
+from qwenvl_jax.answers.grounding import Object, Parsed
 from qwenvl_jax.demo import SAMPLES
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.eval.evaluator import Evaluator
@@ -443,6 +445,55 @@ def test_a_text_is_about_the_latest_pictures():
     assert changed[1]["content"] == [image, {"type": "text", "text": "A"}, {"video": "b.mp4"}]
     assert changed[5] == {"role": "assistant", "content": [{"type": "output_text", "text": "E"}], "weight": 0}
     assert normalize(changed[:5])[0][0]["content"] == "S"
+
+
+@pytest.mark.parametrize("name", ["foo", "clip", "", ["original"]])
+def test_unknown_coordinates(name):
+    """Also where there is nothing to convert."""
+    picture, thing = Sizes((9, 9), (9, 9)), Parsed([Object("a", "point", ((1.0, 2.0),), {})], 0)
+    for text in ("a", "[1, 2, 3, 4]"):
+        for pair in ((name, "original"), ("original", name)):
+            with pytest.raises(InputError, match=r"(source|target) is .*; it must be one of original"):
+                from_model(text, picture, *pair)
+            with pytest.raises(InputError, match=r"(source|target) is .*; it must be one of original"):
+                to_model(text, [picture], *pair)
+            with pytest.raises(InputError, match=r"(source|target) is .*; it must be one of original"):
+                converted(thing, [picture], *pair)
+    with pytest.raises(InputError, match=r"coordinates is .*; it must be one of original"):
+        picture.of(name)
+
+
+@pytest.mark.parametrize("picture", [Sizes((0, 0), (0, 0)), Sizes((9, 9), (0, 9)), Sizes((9, -1), (9, 9))])
+def test_a_picture_without_pixels(picture):
+    thing = Parsed([Object("a", "point", ((1.0, 2.0),), {})], 0)
+    for call in (
+        lambda: converted(thing, [picture], "resized", "original"),
+        lambda: from_model("[1, 2, 3, 4]", picture, "resized", "original"),
+        lambda: to_model('{"bbox_2d": [1, 2, 3, 4]}', [picture], "resized", "original"),
+    ):
+        with pytest.raises(InputError, match="picture without pixels"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "image, x, malformed",
+    [
+        (0, 1.0, 0),
+        (1, 1.0, 0),
+        (2, 1.0, 1),
+        (-1, 1.0, 1),
+        (-2, 1.0, 1),
+        (0, math.nan, 1),
+        (0, math.inf, 0),
+        (0, -math.inf, 0),
+    ],
+)
+def test_objects_that_are_nowhere_are_malformed(image, x, malformed):
+    parsed = Parsed([Object("a", "box", ((x, 1.0), (9.0, 9.0)), {}, image), Object("b", "point", ((1.0, 2.0),), {})], 3)
+    for rounded in (True, False):
+        moved = converted(parsed, [Sizes((18, 18), (9, 9))] * 2, "resized", "original", rounded=rounded)
+        assert moved.malformed == 3 + malformed and [o.label for o in moved.objects] == ["a", "b"][malformed:]
+        assert all(0 <= n <= 18 for o in moved.objects for point in o.points for n in point)
 
 
 def test_sizes():

@@ -13,7 +13,7 @@ from qwenvl_jax.answers import draw as module
 from qwenvl_jax.answers import fonts
 from qwenvl_jax.answers.draw import draw, legend, outside
 from qwenvl_jax.answers.grounding import Object
-from qwenvl_jax.answers.sheets import contact_sheet
+from qwenvl_jax.answers.sheets import contact_sheet, draw_clip
 from qwenvl_jax.errors import InputError
 
 BACKGROUNDS = ("white", "#D55E00", "#808080", "#F0E442")
@@ -261,10 +261,11 @@ def test_what_lies_outside_is_cut_off_and_counted(thing, seen):
     assert outside(blank.size, [thing, box("b", 1, 1, 9, 9)]) == (0 if seen else 1)
 
 
-def test_500_objects_take_less_than_a_second():
-    picture, things = Image.new("RGB", (1280, 960)), crowd(500, (1280, 960))
+@pytest.mark.parametrize("count, size", [(500, (1280, 960)), (3000, (1000, 1000)), (3000, (320, 320))])
+def test_thousands_of_objects_take_less_than_two_seconds(count, size):
+    picture, things = Image.new("RGB", size), crowd(count, size)
     draw(picture, things[:5])
-    assert timed(lambda: draw(picture, things), 1)[0] < 1
+    assert timed(lambda: draw(picture, things), 1)[0] < (1 if count == 500 else 2)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 9000), (30, 30), (8000, 6000)])
@@ -281,6 +282,28 @@ def test_a_picture_without_pixels_is_refused():
         draw(Image.new("RGB", (0, 7)), [])
     with pytest.raises(InputError, match="no pixels"):
         contact_sheet([Image.new("RGB", (0, 7))], [""])
+
+
+@pytest.mark.parametrize("size", [(2, 8000), (1, 8000), (8000, 2), (1, 1), (9, 300)])
+def test_slivers_in_a_contact_sheet(size):
+    sheet = contact_sheet([Image.new("RGB", size)] * 3, ["a", "b", "c"], (), [[box("a", 0, 0, *size)]] * 3)
+    assert max(sheet.size) < 3000
+
+
+@pytest.mark.parametrize("seconds", [NAN, INF, -1.0, -INF])
+def test_frames_that_are_no_time_apart(seconds):
+    with pytest.raises(InputError, match="seconds apart; it must be a time, or 0"):
+        draw_clip([Image.new("RGB", (60, 60))] * 3, seconds)
+
+
+def test_what_is_no_picture_and_no_point():
+    with pytest.raises(InputError, match=r"'a\.png' is no PIL picture; open it with"):
+        draw("a.png", [])
+    with pytest.raises(InputError, match="'b' is no PIL picture"):
+        contact_sheet("ba", ["", ""])
+    for points in ((("a", "b"), ("c", "d")), ((1, 2, 3), (4, 5, 6)), (1, 2, 3, 4), None):
+        with pytest.raises(InputError, match="must be pairs of numbers"):
+            draw(Image.new("RGB", (60, 60)), [Object("a", "box", points, {})])
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F", "HSV", "LAB"])

@@ -158,6 +158,9 @@ def test_tiou(prediction, gold, want):
     assert metrics.tiou(prediction, ["90 to 91 seconds", gold]) == pytest.approx(want, abs=1e-12)
 
 
+CUT_CALL = '\n<tool_call>\n{"name": "x", "argum\n</tool_call>'
+
+
 def called(*calls) -> str:
     return "\n".join(f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls)
 
@@ -182,11 +185,20 @@ ZOOM = {"name": "zoom", "arguments": {"factor": 2}}
         ("left_click at (10, 20)", [called(CLICK)], 0, 0),
         ("<tool_call>\n" + json.dumps(CLICK), [called(CLICK)], 1, 1),
         (called(CLICK)[:-30], [called(CLICK)], 0, 0),
+        (called(CLICK) + CUT_CALL, [called(CLICK)], 0, 0),
+        (CUT_CALL + called(CLICK), [called(CLICK)], 0, 0),
+        ("<tool_call>broken</tool_call>", ["hello"], 0, 0),
+        ("hello", ["<tool_call>broken</tool_call>", "hello"], 1, 1),
     ],
 )  # fmt: skip
 def test_tool_calls(prediction, golds, types, whole):
     assert metrics.tool_type(prediction, golds) == types
     assert metrics.tool_call(prediction, golds) == whole
+
+
+def drag(*points) -> dict:
+    arguments = {"action": "left_click_drag", "coordinate": list(points[:2]), "coordinate2": list(points[2:])}
+    return {"name": "computer_use", "arguments": arguments}
 
 
 def swipe(*points) -> dict:
@@ -230,12 +242,30 @@ def click(place, name="mobile_use", **more) -> dict:
         (swipe(500, 400, 900, 500), swipe(100, 900, 100, 800), 0),
         (swipe(500, 400, 500, 400), swipe(100, 900, 100, 800), 0),
         (click([100, 900]), swipe(100, 900, 100, 800), 0),
+        ({"name": "swipe", "arguments": {"coordinate": [500, 1500], "coordinate2": [480, 400]}},
+         {"name": "swipe", "arguments": {"coordinate": [100, 900], "coordinate2": [100, 800]}}, 1),
+        # a drag has two ends
+        (drag(0, 0, 0, 500), drag(900, 100, 900, 110), 0),
+        (drag(900, 100, 900, 500), drag(900, 100, 900, 110), 0),
+        (drag(890, 120, 910, 110), drag(900, 100, 900, 110), 1),
     ],
 )  # fmt: skip
 def test_steps_of_agents(said, right, want):
     assert metrics.tool_step(called(said), ["nothing", called(right)], screen=(1000, 2000)) == want
     assert metrics.tool_step(called(said, ZOOM), [called(right)], screen=(1000, 2000)) == 0
     assert metrics.tool_step(called(ZOOM, said), [called(ZOOM, right)], screen=(1000, 2000)) == want
+    assert metrics.tool_step(called(said) + CUT_CALL, [called(right)], screen=(1000, 2000)) == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [*(dict(screen=s) for s in ((0, 0), (1, 0), (1,), (-1, -1), (math.nan, 1), (math.inf, 1), "xy")),
+     *(dict(tolerance=t) for t in (-1, math.nan, "x", None))],
+)  # fmt: skip
+def test_steps_need_a_screen_with_an_area(given):
+    (name,) = given
+    with pytest.raises(InputError, match=rf"{name} is .*; it must be"):
+        metrics.tool_step("", [""], **given)
 
 
 def test_without_a_screen_points_are_equal():

@@ -696,6 +696,21 @@ def test_what_a_form_cannot_say_is_refused(wrong, form):
         write([PEN] * (form != "xml") + [wrong], form)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (point("a", 1, 2, image=-1), "is in picture 0; correct its image"),
+        (point("a", 1, 2, image=-9), "is in picture -8; correct its image"),
+        ({"point_2d": [1, 2], "label": "a"}, "is no Object"),
+        ("a", "is no Object"),
+    ],
+)
+def test_what_is_no_object_of_a_conversation(wrong, said, form):
+    with pytest.raises(InputError, match=said):
+        write([point("b", 1, 2), wrong], form)
+
+
 def test_unknown_form():
     with pytest.raises(InputError, match="form is 'yaml'; it must be one of json, tokens, xml"):
         write([MUG], "yaml")

@@ -204,6 +204,19 @@ def test_a_stream_that_begins_within_a_thought(answer):
     assert streamed([tagged(F)], thinking=True) == ([tagged(F)], 0)
 
 
+@pytest.mark.parametrize("said", ["I look.</think>", "</think>\n\n", "<think>I look.</think>\n"])
+@pytest.mark.parametrize("tag", ["x </think> y", "<think>", "</thinking>", "</think>" * 3])
+def test_a_call_without_tags_after_a_thought(said, tag):
+    """A tag in its strings ends no thought, whether or not the thought has its own opening tag."""
+    answer = said + json.dumps({"name": "f", "arguments": {"a": tag}})
+    turn = parse(answer)
+    assert (turn.text.strip(), turn.calls, turn.malformed) == (said.strip(), [f(a=tag)], 0)
+    for i in range(len(answer)):
+        events, malformed = streamed([answer[:i], answer[i:]], thinking=not said.startswith("<think>"))
+        assert "".join(e for e in events if isinstance(e, str)).strip() == said.strip()
+        assert events[-1] == f(a=tag) and malformed == 0
+
+
 def test_text_and_calls_come_as_soon_as_they_are_known():
     stream = Stream()
     assert stream.feed("Let me ") == ["Let me "] and stream.feed("look <b>") == ["look <b>"]
@@ -374,7 +387,7 @@ def test_what_is_written_is_read_again(seed):
     ([f(a=1)], "So <tool_call>", "text is"), ([f(a=1)], "A</think>B</tool_call>" + tagged("x"), "text is"),
     ([ToolCall("", {"a": 1})], "", "the call of '' cannot be written"), ([f(a=float("nan"))], "", "the call of 'f'"),
     ([f(a={1, 2})], "", "the call of 'f'"), ([ToolCall("f", [1])], "", "the call of 'f'"),
-    ([f(a="\ud83d")], "", "the call of 'f'"),
+    ([f(a="\ud83d")], "", "the call of 'f'"), ([{"name": "f"}], "", "is no call"), ([f(a=1)], None, "text is None"),
 ])  # fmt: skip
 def test_what_would_be_read_as_something_else_is_not_written(calls, text, said):
     with pytest.raises(InputError, match=said):
@@ -430,6 +443,7 @@ def test_a_call_without_an_id_gets_its_result():
 
 @pytest.mark.parametrize("returned, error", [
     ([], "1 tool calls, and 0 results"), (["a", "b"], "1 tool calls, and 2"), ([{1, 2}], "result of f cannot be"),
+    ([{"a": [float("nan")]}], "result of f cannot be"),
 ])  # fmt: skip
 def test_results_that_do_not_fit(returned, error):
     with pytest.raises(InputError, match=error):

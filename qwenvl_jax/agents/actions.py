@@ -144,21 +144,34 @@ def read_action(call: ToolCall, screen: Sizes, coordinates: str = "resized", pic
     return Action(call.name, name, tuple(points), values)
 
 
-def unplayable(action: Action) -> str | None:
-    """Why no call can ask for a recorded action, or None. Without a tool, an action of any tool will do."""
+def playable(action: Action) -> Action:
+    """A recorded action with its arguments as `read_action` gives them. Without a tool, one of any tool will do.
+
+    Raises InputError if no call can ask for it.
+    """
     wants = {tool: known[action.name] for tool, known in _ARGUMENTS.items() if action.name in known}
     wants = {tool: needs for tool, needs in wants.items() if action.tool in ("", tool)}
     said = f"there is no action {shown(action.name)}; the actions are {', '.join(ACTIONS)}"
     for needs in map(str.split, wants.values()):
-        least, most = (sum(need.startswith("coordinate") for need in some) for some in (_must(needs), needs))
-        missing = [need for need in _must(needs) if need in ("text", "keys", "button") and need not in action.arguments]
-        if missing:
-            said = f'{action.name} needs {missing[0]}: "arguments": {{"{missing[0]}": …}}'
-        elif not least <= len(action.points) <= most:
-            said = f'{action.name} has {len(action.points)} points and needs {least or most}: "points": [[x, y], …]'
-        else:
-            return None
-    return said
+        try:
+            return _checked(action, needs)
+        except InputError as e:
+            said = str(e)
+    raise InputError(said)
+
+
+def _checked(action: Action, needs: Sequence[str]) -> Action:
+    least, most = (sum(need.startswith("coordinate") for need in some) for some in (_must(needs), needs))
+    if missing := [n for n in _must(needs) if n in ("text", "keys", "button") and n not in action.arguments]:
+        raise InputError(f'{action.name} needs {missing[0]}: "arguments": {{"{missing[0]}": …}}')
+    if not least <= len(action.points) <= most:
+        said = f"{action.name} has {len(action.points)} points and needs {least or most}"
+        raise InputError(f'{said}: "points": [[x, y], …]')
+    readers = {name: _READERS[name] for name in (need.rstrip("?") for need in needs) if name in _READERS}
+    if more := [name for name in action.arguments if name in _READERS and name not in readers]:
+        raise InputError(f"{action.name} takes no {more[0]}; leave it out")
+    read = {name: readers[name](name, value) for name, value in action.arguments.items() if name in readers}
+    return action._replace(arguments=action.arguments | read)
 
 
 def _must(needs: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ It plays the folder of a run (see `record`), or one that a person wrote, where "
 
 from pathlib import Path
 
-from qwenvl_jax.agents.actions import Action, unplayable
+from qwenvl_jax.agents.actions import Action, playable
 from qwenvl_jax.agents.record import STEPS, Step, read
 from qwenvl_jax.errors import InputError
 from qwenvl_jax.inputs.media import load_image
@@ -34,21 +34,27 @@ class RecordedPhone:
             raise InputError(f"{self._folder / STEPS} has no screenshot; each line needs a picture, such as 000.png")
         self._screens = acting if acting and acting[-1] is steps[-1] else [*acting, steps[-1]]
 
-    def _check(self, step: Step) -> None:
-        """Raises ValueError for a step that no action of a model can be."""
-        if not (self._folder / step.picture).is_file():
+    def _check(self, step: Step) -> Step:
+        """The step with its action as a model's call would be read. Raises ValueError if no call can ask for it."""
+        if not (file := self._folder / step.picture).is_file():
             raise ValueError(f"there is no {step.picture} beside it")
         if step.action is None or step.action.name in _PASSED_OVER:
-            return
-        if said := unplayable(step.action):
-            raise ValueError(said)
+            return step
+        action = playable(step.action)
+        width, height = load_image(str(file)).size if action.points else (0, 0)
+        for x, y in action.points:
+            if not (0 <= x <= width and 0 <= y <= height):
+                raise ValueError(f"the point {[x, y]} is not on {step.picture}, which is {width} × {height}")
+        if len(action.points) == 2 and action.points[0] == action.points[1]:
+            raise ValueError("the points are equal, so that the swipe goes nowhere")
         if step.box:
             x1, y1, x2, y2 = step.box
-            if len(step.action.points) != 1 or not (x1 < x2 and y1 < y2):
+            if len(action.points) != 1 or not (x1 < x2 and y1 < y2):
                 raise ValueError(f"box is {list(step.box)}; it must be [left, top, right, bottom] around one point")
-            ((x, y),) = step.action.points
+            ((x, y),) = action.points
             if not (x1 <= x <= x2 and y1 <= y <= y2):
                 raise ValueError(f"the point {[x, y]} is not in its box {list(step.box)}")
+        return step._replace(action=action)
 
     @property
     def done(self) -> bool:

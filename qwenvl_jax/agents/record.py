@@ -81,25 +81,29 @@ class Record:
         _replace(self.folder / STEPS, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
-def read(folder, check: Callable[[Step], None] = lambda step: None) -> Run:
-    """A run from its folder. Raises InputError that names the file and line, also where `check` raises ValueError."""
+def read(folder, check: Callable[[Step], Step] = lambda step: step) -> Run:
+    """A run from its folder. Raises InputError that names the file and line, also where `check` raises ValueError.
+
+    check: returns the step that stands in the run for one that was read.
+    """
     path = Path(folder) / STEPS
     try:
-        lines = path.read_bytes().decode("utf-8", "replace").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig", "replace").split("\n")  # JSON's strings may have other breaks
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror}); name the folder of a run") from e
     task, steps, status, text = "", [], "", ""
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             value = json.loads(line)
             if "status" in value:
                 status, text = str(value["status"]), str(value["text"])
             elif "picture" in value:
-                check(step := _step(value))
-                steps.append(step)
+                steps.append(check(_step(value)))
             else:
                 task = str(value["task"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
             raise InputError(f"{path}, line {number}: {shown(line)} is not a line of a run ({e})") from e
     return Run(task, steps, status, text)
 

@@ -45,7 +45,10 @@ class Sizes(NamedTuple):
     clip: bool = False  # bare pairs of numbers may then be times
 
     def of(self, coordinates: str) -> tuple[int, int]:
-        """The largest x and y in these coordinates."""
+        """The largest x and y in these coordinates. Raises InputError for others, and for a picture without pixels."""
+        check_coordinates(str(coordinates), "coordinates")
+        if min(*self.original, *self.resized) < 1:
+            raise InputError(f"{self} is of a picture without pixels; each side has at least one")
         return (1000, 1000) if coordinates == "thousandths" else getattr(self, coordinates)
 
 
@@ -100,6 +103,8 @@ def to_model(text: str, pictures: Sequence[Sizes], target: str, source: str | No
     Raises InputError for what looks like a box and cannot be converted: it cannot be read, is outside its picture, has
     its corners exchanged or no area, has fractions, or may belong to pictures of different sizes.
     """
+    for what, name in (("target", str(target)), ("source", source)):
+        check_coordinates(name, what)
     sizes = list(dict.fromkeys(pictures))
     if not sizes or (source is None and not learnt):
         return text
@@ -126,6 +131,8 @@ def from_model(text: str, picture: Sizes, source: str, target: str) -> str:
     source: the model's coordinates. A "rotate_rect" stays as it is, since stretching changes its angle; `converted`
     gives its corners.
     """
+    for what, name in (("source", source), ("target", target)):
+        check_coordinates(str(name), what)
     found = [p for p in _places(text) if p.spans and not p.is_turned and not p.is_chance(picture, source)]
     return _rewritten(text, found, picture, source, target)
 
@@ -245,7 +252,8 @@ def converted(parsed: Parsed, pictures: Sequence[Sizes], source: str, target: st
     """Objects in `target` coordinates; what lies outside its picture is moved to the edge.
 
     pictures: those of the conversation, in order; a clip counts as one, and all its frames have its size. If there is
-    one, every object is in it. Otherwise, an object in a picture that is not there counts as malformed.
+    one, every object is in it. Otherwise, an object in a picture that is not there counts as malformed. So does one
+        with a NaN.
     source: the coordinates of the objects, one of COORDINATES. rounded: to whole numbers.
     There and back, a point moves by rounding errors of floats only. Rounded to whole model pixels or thousandths on the
     way, it moves by up to half of one along each side; that is more than an original pixel in a picture that was shrunk
@@ -254,7 +262,8 @@ def converted(parsed: Parsed, pictures: Sequence[Sizes], source: str, target: st
     for what, name in (("source", source), ("target", target)):
         check_coordinates(str(name), what)
     objects = [o._replace(image=0) if len(pictures) == 1 else o for o in parsed.objects]
-    moved = [_moved(o, pictures[o.image], source, target, rounded) for o in objects if o.image < len(pictures)]
+    good = (o for o in objects if 0 <= o.image < len(pictures) and not any(math.isnan(n) for p in o.points for n in p))
+    moved = [_moved(o, pictures[o.image], source, target, rounded) for o in good]
     return Parsed(moved, parsed.malformed + len(parsed.objects) - len(moved))
 
 

@@ -20,10 +20,12 @@ from dataclasses import dataclass, replace
 
 from qwenvl_jax.answers import blocks, from_html, from_markdown, to_markdown
 from qwenvl_jax.answers.blocks import Block
-from qwenvl_jax.answers.boxes import Sizes
+from qwenvl_jax.answers.boxes import Sizes, check_coordinates
+from qwenvl_jax.errors import InputError, shown
 
 _HTML = re.compile(r"<(?:html|body)[\s>]|data-bbox|```(?:html|xml)\s*<|\A\s*<(?!!--|think)", re.I)  # or it is Markdown
 
+_CODE = re.compile(r"(<pre\b[^<>]*>\s*)?(<code\s+class\b[^<>]*>(?=[^<]*+</code>)[^<\n]*+\n[^<]*+</code>)")
 _THINKS = re.compile(r"\s*<think(?:ing)?>")
 _THOUGHT = re.compile(r"(?<![\\`])</think(?:ing)?>")
 
@@ -64,7 +66,9 @@ class Document:
         return [blocks.rows(block) for block in self.walk() if block.kind == "table"]
 
     def qwenvl(self) -> str:
-        """QwenVL-HTML, which `parse` reads back as the same blocks. Raises InputError for an unknown kind."""
+        """QwenVL-HTML, which `parse` reads back as the same blocks. Raises InputError for unknown kinds and images."""
+        if lost := next((block for block in self.blocks if block.image < 0), None):
+            raise InputError(f"{shown(lost)} is in picture {lost.image}; pictures count from 0: correct its image")
         pages: list[list[str]] = [[] for _ in range(max((block.image for block in self.blocks), default=0) + 1)]
         for block in self.blocks:
             pages[block.image].append(blocks.html(block, boxes=True))
@@ -75,20 +79,24 @@ class Document:
 
         pictures: those of the conversation. If there is one, every block is in it. Otherwise, a box on a page that has
         no picture is left out and counts as malformed. source: the model's coordinates, one of `boxes.COORDINATES`.
+        Raises InputError for unknown coordinates.
         """
+        for what, name in (("source", source), ("target", target)):
+            check_coordinates(str(name), what)
         lost = 0
 
         def convert(block: Block) -> Block:
             nonlocal lost
             image, box = 0 if len(pictures) == 1 else block.image, block.box
-            lost += box is not None and image >= len(pictures)
-            if box and image < len(pictures):
+            is_there = 0 <= image < len(pictures)
+            lost += box is not None and not is_there
+            if box and is_there:
                 (w, h), (wide, high) = pictures[image].of(source), pictures[image].of(target)
                 x1, x2 = (min(max(x * wide / w, 0.0), float(wide)) for x in box[::2])
                 y1, y2 = (min(max(y * high / h, 0.0), float(high)) for y in box[1::2])
                 box = (x1, y1, x2, y2)
             children = [child if isinstance(child, str) else convert(child) for child in block.children]
-            return replace(block, box=box if image < len(pictures) else None, children=children, image=image)
+            return replace(block, box=box if is_there else None, children=children, image=image)
 
         converted = [convert(block) for block in self.blocks]
         return Document(converted, self.malformed + lost)
@@ -104,4 +112,6 @@ def parse(text: str) -> Document:
         text = text[thought.end() :]
     elif _THINKS.match(text):
         text = ""
-    return Document(*from_html.read(text if _HTML.search(text) else from_markdown.to_html(text)))
+    text = text if _HTML.search(text) else from_markdown.to_html(text)
+    # Lines of code in a language are a block, also without <pre>.
+    return Document(*from_html.read(_CODE.sub(lambda m: m[0] if m[1] else f"<pre>{m[0]}</pre>", text)))

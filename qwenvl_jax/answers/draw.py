@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from qwenvl_jax.answers.fonts import Fonts, clean, fitted
 from qwenvl_jax.answers.grounding import Object
-from qwenvl_jax.errors import InputError
+from qwenvl_jax.errors import InputError, shown
 
 SMALL = 320  # pixels of the shorter side, to which smaller pictures are enlarged
 _LONGEST = 4096  # pixels of the longer side that enlarging does not pass
@@ -25,6 +25,7 @@ _PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 LEAST_TEXT = 12  # pixels of the height of letters
 _SYMBOLS = ("So", "Sk", "Cf")  # categories of emoji, and of what joins and colours them
+_MOST_VAIN = 300  # searches for the place of a label
 _SHARE = 0.45  # of the picture's width that a label takes at most
 
 Colour = tuple[int, int, int]
@@ -110,6 +111,8 @@ def legend(objects: Sequence[Object]) -> dict[str, str]:
 
 def upright(image: Image.Image) -> Image.Image:
     """A new RGB picture, turned as its EXIF block says, with white where it is transparent."""
+    if not isinstance(image, Image.Image):
+        raise InputError(f"{shown(image)} is no PIL picture; open it with `inputs.media.load_image`")
     if 0 in image.size:
         raise InputError("the picture has no pixels")
     try:
@@ -133,7 +136,10 @@ def upright(image: Image.Image) -> Image.Image:
 
 def _visible(thing: Object, size: tuple[float, float]) -> list[tuple[float, float]] | None:
     """The points of an object, cut off at the edges of a picture; None if nothing of it is seen."""
-    points = [(float(x), float(y)) for x, y in thing.points]
+    try:
+        points = [(float(x), float(y)) for x, y in thing.points]
+    except (TypeError, ValueError) as e:
+        raise InputError(f"the points of {shown(thing)} must be pairs of numbers, (x, y)") from e
     least = {"box": 2, "point": 1, "polygon": 2}.get(thing.kind)
     if least is None or len(points) < least or any(math.isnan(v) for point in points for v in point):
         return None
@@ -259,6 +265,7 @@ class _Labels:
         self._cell = cell = max(1, style.text // 4)
         self._taken = np.zeros((height // cell + 2, width // cell + 2), bool)  # by labels and points
         self._things = self._taken.copy()  # the inside of the smaller shapes
+        self._vain = 0  # how often there was no place nearby
         self._shapes = sorted(shapes, key=lambda s: _area(s.bounds))
         for shape in shapes:
             x1, y1, x2, y2 = grown = self._around(shape)
@@ -293,7 +300,10 @@ class _Labels:
         return slice(at[1] // cell, -(-at[3] // cell)), slice(at[0] // cell, -(-at[2] // cell))
 
     def _free(self, shape: _Shape, width: int, height: int) -> Rectangle | None:
-        """The first place that is free: first one that hides no object either, then any, then any nearby."""
+        """The first place that is free: first one that hides no object either, then any, then any nearby.
+
+        After _MOST_VAIN vain searches nearby, the picture counts as full, and only the usual places are tried.
+        """
         if width > self._size[0]:
             return None
         places = list(self._places(shape, width, height))
@@ -301,9 +311,13 @@ class _Labels:
         clear = (at for at in free if not self._things[self._cells(at)].any())
         if free:
             return next(clear, free[0])
+        if self._vain == _MOST_VAIN:
+            return None
         x, y = places[0][:2]
         nearby = (self._at(x + dx * height, y + dy * height, width, height) for dx, dy in _NEARBY)
-        return next((at for at in nearby if not self._taken[self._cells(at)].any()), None)
+        found = next((at for at in nearby if not self._taken[self._cells(at)].any()), None)
+        self._vain += found is None
+        return found
 
     def _places(self, shape: _Shape, width: int, height: int) -> Iterator[Rectangle]:
         """The usual places of a label: above, below and beside its shape, then in its corners."""

@@ -19,8 +19,10 @@ _PLACED = re.compile(
     re.I,
 )
 _HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.*)")
-_FENCE = re.compile(r"\s*(`{3,}|~{3,})\s*([\w+#.-]*)")
+_UNDERLINE = re.compile(r" {0,3}(?:={2,}|-{2,})\s*")  # of a heading
+_FENCE = re.compile(r"\s*(`{3,}(?=[^`]*$)|~{3,})\s*([\w+#.-]*)")
 _ITEM = re.compile(r"([ \t]*)(?:[-*+•]|([0-9]{1,9})[.)])(?:[ \t]+|$)(.*)")
+_INDENTED = re.compile(r"(?: {4}|\t)(?=.*\S)")
 _RULE = re.compile(r" {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}")
 _DELIMITERS = re.compile(r"\s*+\|?(?:\s*+:?-++:?\s*+\|)*+(?:\s*+:?-++:?\s*+)?")
 _TABULAR = re.compile(r"\s*\\begin\{(?:tabular[x*]?|longtable|array)\}")
@@ -87,10 +89,7 @@ def _block(lines: list[str], at: int, place: str) -> tuple[str, int]:
         words = core if (core := words.rstrip("#"))[-1:] in ("", " ", "\t") else words  # closing signs
         return f"<h{level}>{_read(words)}</h{level}>", at + 1
     if found := _FENCE.match(line):
-        fence = found[1]
-        end = _until(lines, at + 1, lambda x: x.strip().startswith(fence))
-        code = escape("\n".join(lines[at + 1 : end]))
-        return f'<pre><code class="language-{found[2]}">{code}</code></pre>', end + 1
+        return _fenced(lines, at, found, found.start(1))
     if found := _EQUATION.match(line):
         begin, close = (f"\\{which}{{{found['env']}}}" for which in ("begin", "end"))
         alone = close in line
@@ -120,18 +119,24 @@ def _block(lines: list[str], at: int, place: str) -> tuple[str, int]:
         rows = [_pipes(lines[at], "th"), *(_pipes(row, "td") for row in lines[at + 2 : end])]
         return f"<table{place}>{''.join(rows)}</table>", end
     if _ITEM.match(line):
-        end = at + 1
-        while end < len(lines) and (_ITEM.match(lines[end]) or (lines[end].strip() and lines[end][0] in " \t")):
-            end += 1 + (end + 2 < len(lines) and not lines[end + 1].strip() and bool(_ITEM.match(lines[end + 2])))
-        return _list(lines[at:end]), end
+        return _list(lines, at)
     if line.lstrip().startswith(">"):
         end = _until(lines, at, lambda x: not x.lstrip().startswith(">"))
-        return f"<blockquote>{_read(' '.join(x.lstrip().lstrip('> ') for x in lines[at:end]))}</blockquote>", end
+        inner = [re.sub(r"\A(?:\s*>)+ ?", "", x) for x in lines[at:end]]
+        is_plain = not any(_starts(x) or not x.strip() for x in inner)
+        return f"<blockquote>{_read(' '.join(inner)) if is_plain else _blocks(inner, '')}</blockquote>", end
     if re.match(r"\s*<(?:table|div|ul|ol|pre|p|h[1-6]|figure|details)[\s>]", line, re.I):
         end = _until(lines, at + 1, lambda x: not x.strip() or _PLACED.match(x) is not None)
         raw = "\n".join(lines[at:end])
         return re.sub(r"\A\s*<table\b", f"<table{place}", raw, flags=re.I), end
-    end = _until(lines, at + 1, lambda x: not x.strip() or _starts(x))
+    if _is_code(lines, at):
+        end = _until(lines, at, lambda x: x.strip() != "" and not _INDENTED.match(x))
+        code = "\n".join(_INDENTED.sub("", x, count=1) for x in lines[at:end])
+        return f"<pre>{escape(code.rstrip())}</pre>", end
+    end = _until(lines, at + 1, lambda x: not x.strip() or _starts(x) or _UNDERLINE.fullmatch(x) is not None)
+    if end < len(lines) and _UNDERLINE.fullmatch(lines[end]):
+        level = 1 if "=" in lines[end] else 2
+        return f"<h{level}>{_read(' '.join(x.strip() for x in lines[at:end]))}</h{level}>", end + 1
     text = re.sub(r"(?:(?<! ) {2,}|(?<!\\)\\)\n", "<br>", "\n".join(lines[at:end]))
     return f"<p>{_read(text)}</p>", end
 
@@ -144,6 +149,30 @@ def _starts(line: str) -> bool:
     """Whether a line starts a block though no empty line is before it."""
     starts = (_PLACED, _HEADING, _FENCE, _TABULAR, _EQUATION, _FLOAT, _ITEM, _DISPLAYED)
     return any(p.match(line) for p in starts) or line.lstrip().startswith("$$")
+
+
+def _is_code(lines: list[str], at: int) -> bool:
+    """Whether lines are code by their indent: two or more after an empty line, not in a list, and no HTML."""
+    if not all(_INDENTED.match(x) for x in lines[at : at + 2]) or at + 2 > len(lines) or lines[at].lstrip()[0] == "<":
+        return False
+    before = next((lines[i] for i in range(at - 1, -1, -1) if lines[i].strip()), "")
+    return (not at or not lines[at - 1].strip()) and not (_ITEM.match(before) or before[:1] in (" ", "\t"))
+
+
+def _fenced(lines: list[str], at: int, found: re.Match, indent: int, in_list: bool = False) -> tuple[str, int]:
+    """The code after a fence, without the fence's indent, and the line after it.
+
+    In a list, code that has no closing fence ends before the next line without an indent.
+    """
+
+    def closes(line: str) -> bool:
+        return line.strip().startswith(found[1])
+
+    end = _until(lines, at + 1, lambda x: closes(x) or (in_list and x[:1] not in ("", " ", "\t")))
+    margin = re.compile(rf"\A[ \t]{{0,{indent}}}")
+    code = escape("\n".join(margin.sub("", x) for x in lines[at + 1 : end]))
+    closed = end < len(lines) and closes(lines[end])
+    return f'<pre><code class="language-{found[2]}">{code}</code></pre>', end + closed
 
 
 def _float(text: str, place: str) -> str:
@@ -185,14 +214,35 @@ def _pipes(line: str, tag: str) -> str:
     return "<tr>" + "".join(f"<{tag}>{_read(cell.replace(chr(92) + '|', '|'))}</{tag}>" for cell in cells) + "</tr>"
 
 
-def _list(lines: list[str]) -> str:
-    """A list; an item that is indented deeper starts a list in the item before it."""
+def _mark(item: re.Match | None) -> str:
+    """The marker of an item, without its number."""
+    return item.string[item.end(1) : item.start(3)].strip().lstrip("0123456789") if item else ""
+
+
+def _list(lines: list[str], at: int) -> tuple[str, int]:
+    """A list, and the line after it; an item that is indented deeper starts a list in the item before it."""
     out: list[str] = []
     stack: list[tuple[int, str]] = []  # indent and tag of the open lists
-    for line in filter(str.strip, lines):
-        found = _ITEM.match(line)
+    first = _mark(_ITEM.match(lines[at]))
+    while at < len(lines):
+        line, found = lines[at], _ITEM.match(lines[at])
+        if not line.strip():
+            after = lines[at + 1] if at + 1 < len(lines) else ""
+            item = _ITEM.match(after)
+            is_other = item is not None and not item[1] and _mark(item) != first  # another list
+            if is_other or not (item or (after[:1] in (" ", "\t") and _FENCE.match(after))):
+                break
+            at += 1
+            continue
         if not found:
-            out.append(" " + _read(line.strip()))
+            if line[0] not in " \t":
+                break
+            if fence := _FENCE.match(line):
+                code, at = _fenced(lines, at, fence, fence.start(1), in_list=True)
+                out.append(code)
+            else:
+                out.append(" " + _read(line.strip()))
+                at += 1
             continue
         indent, tag = len(found[1].expandtabs(4)), "ol" if found[2] else "ul"
         while stack and (indent < stack[-1][0] or (indent == stack[-1][0] and tag != stack[-1][1])):
@@ -202,9 +252,14 @@ def _list(lines: list[str]) -> str:
         else:
             stack.append((indent, tag))
             out.append(f'<{tag} start="{found[2]}">' if found[2] else f"<{tag}>")
+        if fence := _FENCE.match(found[3]):
+            code, at = _fenced(lines, at, fence, found.start(3), in_list=True)
+            out.append(f"<li>{code}")
+            continue
         words = re.sub(r"\A\[([ xX])\] ", lambda box: "☐ " if box[1] == " " else "☑ ", found[3])
         out.append(f"<li>{_read(words)}")
-    return "".join([*out, *(f"</li></{tag}>" for _, tag in reversed(stack))])
+        at += 1
+    return "".join([*out, *(f"</li></{tag}>" for _, tag in reversed(stack))]), at
 
 
 def _latex(tabular: str, place: str) -> str:

@@ -7,7 +7,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Container, Sequence
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 from qwenvl_jax.answers.draw import LEAST_TEXT, SMALL, ink_on, look_of, upright
 from qwenvl_jax.answers.fonts import Fonts, clean, fitted
@@ -31,7 +31,8 @@ def draw_clip(
     frames: as the model sees them, `inputs.media.frames`. seconds: between two frames; 0 if unknown.
     objects: of this clip, in pixels of these frames. Each is drawn on its frames (`places`). If there are any, the
         sheet shows only frames with objects and frames of moments.
-    Of more than MOST_FRAMES frames, every second, third, … is shown. Raises InputError if there are no frames.
+    Of more than MOST_FRAMES frames, every second, third, … is shown. Raises InputError if there are no frames, and for
+    seconds that are not finite.
     """
     drawn: dict[int, list[Object]] = {}
     for thing, where in zip(objects, places(objects, seconds, len(frames)), strict=True):
@@ -52,6 +53,8 @@ def places(objects: Sequence[Object], seconds: float, count: int) -> list[set[in
     "frame", which counts from 1 unless one is 0. An object with neither is in the first frame.
     seconds, count: seconds between two frames, and how many there are.
     """
+    if not 0 <= seconds < math.inf:
+        raise InputError(f"the frames are {seconds} seconds apart; it must be a time, or 0 if it is unknown")
     numbers = [_frame_number(o) for o in objects]
     first = 0 if 0 in numbers else 1
     found = []
@@ -118,9 +121,12 @@ def contact_sheet(
     canvas = ImageDraw.Draw(sheet)
     for i, (frame, caption) in enumerate(zip(frames, captions, strict=True)):
         x, y = gap + i % columns * across, gap + i // columns * down
-        tile = ImageOps.contain(frame := upright(frame), (width, height), Image.Resampling.BICUBIC)
+        frame = upright(frame)
+        scale = min(width / frame.width, height / frame.height)
+        sides = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
+        tile = frame.resize(sides, Image.Resampling.BICUBIC)
         if i < len(objects):
-            look.draw(tile, objects[i], tile.width / frame.width)
+            look.draw(tile, objects[i], scale)
         place = x + (width - tile.width) // 2, y + (height - tile.height) // 2
         fill = _MARK if i in marked else _WHITE
         line = max(2, gap // 2)

@@ -86,6 +86,8 @@ def write(calls: Iterable[ToolCall], text: str = "") -> str:
 
     Raises InputError for arguments that JSON cannot hold and a text that would be read as a call or hide one.
     """
+    if not isinstance(text, str):
+        raise InputError(f"text is {shown(text)}; it must be a string")
     blocks = [_block(call) for call in calls]
     answer = "\n".join(([text] if text or not blocks else []) + blocks)
     turn = parse(answer)
@@ -96,6 +98,8 @@ def write(calls: Iterable[ToolCall], text: str = "") -> str:
 
 
 def _block(call: ToolCall) -> str:
+    if not isinstance(call, ToolCall):
+        raise InputError(f"{shown(call)} is no call; make one: ToolCall(name, arguments)")
     try:
         block = f"{_OPEN}\n{_shielded(written(call._asdict()))}\n{_CLOSE}"
         (read,) = parse(block).calls
@@ -301,7 +305,8 @@ class Stream:
         elif unclosed and not tag and not _BEGINS.match(body):  # the opening tag stood for the closing one
             self._say(body)
         else:
-            self.thought = at + thought(body) if thought(body) else self.thought
+            if thought(found[1] if found else body):  # else it is in a string of what would be a call after a thought
+                self.thought = at + thought(body)
             if self._tagged or tag:
                 self._fail()
             self._say((_OPEN if self._tagged else "") + body + (_CLOSE if tag else ""))
@@ -369,7 +374,7 @@ def _is_json(text: str) -> bool:
 
 
 def _json(value) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _shielded(text: str) -> str:

@@ -25,9 +25,12 @@ def write(objects: Sequence[Object], form: str = "json", clips: Sequence[bool] =
     """
     if form not in FORMS:
         raise InputError(f"form is {shown(form)}; it must be one of {', '.join(FORMS)}")
-    if clips and (lost := next((o for o in objects if not 0 <= o.image < len(clips)), None)):
-        many = f"of a conversation that has {len(clips)}"
-        raise InputError(f"{shown(lost)} is in picture {lost.image + 1} {many}; correct its image")
+    for o in objects:
+        if not isinstance(o, Object):
+            raise InputError(f"{shown(o)} is no Object; make one of `grounding.Object`, or read a text with `parse`")
+        if not 0 <= o.image < (len(clips) or math.inf):
+            many = f" of a conversation that has {len(clips)}" if clips else ""
+            raise InputError(f"{shown(o)} is in picture {o.image + 1}{many}; correct its image, which counts from 0")
     try:
         text = {"json": _as_json, "tokens": _as_tokens, "xml": _as_xml}[form](objects, clips)
         if parse(text, clips) == Parsed(list(objects), 0):

@@ -3,30 +3,45 @@
 import math
 from collections.abc import Sequence
 
+from qwenvl_jax.errors import InputError, shown
+
 
 def tool_type(prediction: str, golds: Sequence[str]) -> float:
     """1 if the prediction makes the calls of an answer, in order, by type alone, else 0: TM of arXiv:2409.12191.
 
     The type is the tool's name, and the argument `action` if it has one, as `computer_use` and `mobile_use` do.
+    A prediction with a malformed call is never right.
     """
-    from qwenvl_jax.answers import tools
 
-    def types(text):
-        return [(call.name, call.arguments.get("action")) for call in tools.parse(text).calls]
+    def types(calls):
+        return [(call.name, call.arguments.get("action")) for call in calls]
 
-    return float(types(prediction) in map(types, golds))
+    calls = _predicted(prediction)
+    return float(calls is not None and types(calls) in map(types, map(_calls, golds)))
 
 
 def tool_call(prediction: str, golds: Sequence[str]) -> float:
     """1 if the prediction makes the calls of an answer, in order, with equal arguments, else 0: EM of arXiv:2409.12191.
 
     The order of keys does not count, and 1 equals 1.0. Text beside the calls is ignored. Points must be equal, too:
-    `tool_step` has the tolerance of benchmarks of phones.
+    `tool_step` has the tolerance of benchmarks of phones. A prediction with a malformed call is never right.
     """
+    calls = _predicted(prediction)
+    return float(calls is not None and calls in map(_calls, golds))
+
+
+def _calls(text: str) -> list:
     from qwenvl_jax.answers import tools
 
-    calls = tools.parse(prediction).calls
-    return float(any(calls == tools.parse(gold).calls for gold in golds))
+    return tools.parse(text).calls
+
+
+def _predicted(text: str) -> list | None:
+    """The calls of a prediction; None if one of them is malformed, since an agent would not get through it."""
+    from qwenvl_jax.answers import tools
+
+    turn = tools.parse(text)
+    return None if turn.malformed else turn.calls
 
 
 def tool_step(
@@ -42,22 +57,30 @@ def tool_step(
       `tolerance`. That is the rule of Android in the Wild (arXiv:2307.10088), which OS-Atlas and UI-TARS follow, too.
       Its second rule, that both points may be in one element of the screen, needs the list of elements.
     - A swipe, from `coordinate` to `coordinate2`, is right if it goes up, down, left or right as the answer's does
-      (issue 59 of bytedance/UI-TARS).
-    - All other arguments must be equal, typed text too.
+      (issue 59 of bytedance/UI-TARS). A drag moves something: both of its ends count as points.
+    - All other arguments must be equal, typed text too. A prediction with a malformed call is never right.
 
     screen: its (width, height) in the coordinates of the calls. Without it, points outside of boxes must be equal.
     An evaluation takes the size of the question's last picture.
+    Raises InputError for a screen without an area and a tolerance that is not 0 or more.
     """
-    from qwenvl_jax.answers import tools
-
-    calls = tools.parse(prediction).calls
+    if screen is not None and not (len(screen) == 2 and all(_is_number(side) and side > 0 for side in screen)):
+        raise InputError(f"screen is {shown(screen)}; it must be (width, height), both above 0")
+    if not (_is_number(tolerance) and tolerance >= 0):
+        raise InputError(f"tolerance is {shown(tolerance)}; it must be a share of the screen, 0 or more")
+    calls = _predicted(prediction)
 
     def is_right(gold: str) -> bool:
-        wanted = tools.parse(gold).calls
-        pairs = zip(calls, wanted, strict=False)
-        return len(calls) == len(wanted) and all(_is_same_step(*pair, screen, tolerance) for pair in pairs)
+        wanted = _calls(gold)
+        if calls is None or len(calls) != len(wanted):
+            return False
+        return all(_is_same_step(*pair, screen, tolerance) for pair in zip(calls, wanted, strict=True))
 
     return float(any(map(is_right, golds)))
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _is_same_step(call, wanted, screen, tolerance: float) -> bool:
@@ -69,7 +92,7 @@ def _is_same_step(call, wanted, screen, tolerance: float) -> bool:
     swipes = [
         _direction(*(shapes.numbers_of(a.get(key)) for key in ("coordinate", "coordinate2"))) for a in (said, right)
     ]
-    if None not in swipes:
+    if None not in swipes and "swipe" in (wanted.name, right.get("action")):
         if swipes[0] != swipes[1]:
             return False
         right = {key: value for key, value in right.items() if key not in ("coordinate", "coordinate2")}

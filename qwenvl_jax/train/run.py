@@ -263,10 +263,11 @@ def read_metrics(run) -> list[dict]:
 def _lines_up_to(file: Path, step: float) -> list[str]:
     """The complete lines up to a step. A resumed run computes later ones again."""
     lines = []
-    for line in file.read_text("utf-8", errors="replace").splitlines(True) if file.exists() else ():
+    text = file.read_text("utf-8", errors="replace") if file.exists() else ""
+    for line in text.split("\n")[:-1]:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                lines.append(line)
+            if json.loads(line)["step"] <= step:
+                lines.append(line + "\n")
     return lines
 
 
