@@ -161,6 +161,28 @@ def test_numbers_alone_about_a_clip(text, is_span):
     assert (len(objects), len(moments)) == ((0, 1) if is_span else (1, 0))
 
 
+BOX = '[{"bbox_2d": [5, 8, 40, 50], "label": "dog"}]'
+
+
+@pytest.mark.parametrize(
+    "text, spans",
+    [
+        (f"From 00:05 to 00:08, the dog jumps.\n{BOX}", [(5, 8)]),
+        (f"{BOX}\nIt leaves at 8 seconds.", [(8, None)]),
+        ("In Video 1 it is at [5, 10, 40, 50]. It jumps at 00:05.", [(5, None)]),
+        (f'{BOX}\n[{{"start_time": 5, "end_time": 8}}]', [(5, 8)]),
+        ("It is at (5, 8, 40, 50) from 5 to 8 seconds.", [(5, 8)]),
+        ("(5, 8)\n(40, 50)", []),
+        ("[[5, 8], [40, 50]]", []),
+    ],
+)
+def test_times_with_the_numbers_of_a_box(text, spans):
+    """A number that is a coordinate in one place may be a time in another."""
+    result = Result(text, [5], "stop", 7, pictures=(Sizes((56, 56), (56, 56), True),), boxes="resized")
+    objects, moments = drawing._said([clip(30.0)], result, CONFIG)
+    assert objects and [m[:2] for m in moments] == spans
+
+
 def test_times_of_a_clip(monkeypatch):
     said = []
     monkeypatch.setattr("qwenvl_jax.answers.sheets.contact_sheet", lambda frames, *more: said.append(more[:2]))
