@@ -33,6 +33,15 @@ _LABELS = (
 _READ = {"text_content", "text", "caption", "title", "description"}  # words that the picture shows
 _LISTS = ("labels", "names", "texts", "categories", "classes", "objects")  # a label for each of several places
 
+# Keys that say in which frames of a clip an object is, as plain keys; a "span" is a first and a last one.
+_FRAMES = dict.fromkeys("frame frames frameid frameids frameindex frameidx framenumber frameno 帧".split(), "frame")
+_FRAMES |= dict.fromkeys("framerange framespan frameinterval".split(), "span")
+_FRAMES |= dict.fromkeys("startframe framestart firstframe beginframe".split(), "start")
+_FRAMES |= dict.fromkeys("endframe frameend lastframe stopframe".split(), "end")
+_FRAME = re.compile(r"frame[ _#-]{0,3}[0-9]{1,6}|第\s?[0-9]{1,6}\s?帧", re.I)
+_FRAME_NUMBER = re.compile(r"(?:frame|第)?[ _#-]{0,3}([0-9]{1,6})(?:\.0{1,9})?\s?帧?", re.I)
+_FRAME_SPAN = re.compile(r"(?:frames?\s?)?([0-9]{1,6})\s?(?:-|–|to|~|到|至)\s?([0-9]{1,6})", re.I)
+
 _IMAGE = "picture|image|photograph|photo|pic|img|screenshot"
 _NOUN = rf"(?P<noun>{_IMAGE}|video|clip)"
 _WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -208,12 +217,43 @@ def index(picture: Picture, first: int, clips: Sequence[bool]) -> int:
 def time_of(value: dict) -> dict:
     """What an object of JSON says of its time, such as {"start_time": "00:12", "end_time": "00:15"}; {} if nothing."""
     said, found = moments.timed(value)
-    return said if found else {}
+    frames = {key: inner for key, inner in value.items() if plain_key(key) in _FRAMES}
+    return (said if found else {}) | (frames if frames_said(frames) else {})
 
 
 def time_of_key(key) -> dict:
-    """The same of a key that is a time, such as "00:12"."""
-    return {"time": key} if isinstance(key, str) and moments.spans_of_key(key) else {}
+    """The same of a key that is a time or a frame, such as "00:12", "3.0" or "frame_3"."""
+    if not isinstance(key, str) or len(key) > 60:
+        return {}
+    if _FRAME.fullmatch(key.strip()):
+        return {"frame": key}
+    return {"time": key} if re.fullmatch(r"[0-9]{1,6}\.[0-9]{1,9}", key) or moments.spans_of_key(key) else {}
+
+
+def frames_said(attributes: dict) -> list[tuple[int, int]]:
+    """(first, last) of each span of frames that attributes name: {"frame": 3}, {"start_frame": 2, "end_frame": 4}."""
+    at: dict[str, list[int]] = {}
+    for key, value in attributes.items():
+        what = _FRAMES.get(plain_key(key), "")
+        if what and what not in at:
+            numbers = [_frame_number(v) for v in (value if isinstance(value, list) else [value])[:1000]]
+            if what == "span" and isinstance(value, str) and (ends := _FRAME_SPAN.fullmatch(value[:60].strip())):
+                numbers = [int(end) for end in ends.groups()]
+            if found := [n for n in numbers if n is not None]:
+                at[what] = found
+    if "start" in at or "end" in at:
+        first = at.get("start", at.get("end", [0]))[0]
+        return [(first, max(first, at["end"][0]) if "end" in at else first)]
+    if len(span := at.get("span", [])) == 2:
+        return [(min(span), max(span))]
+    return [(n, n) for n in at.get("frame", span)]
+
+
+def _frame_number(value) -> int | None:
+    """3 of 3, 3.0, "3", "frame 3" or 第3帧."""
+    if isinstance(value, str) and (found := _FRAME_NUMBER.fullmatch(value[:60].strip())):
+        return int(found[1])
+    return int(value) if type(value) in (int, float) and 0 <= value < 1e7 and value == int(value) else None
 
 
 class Times:
