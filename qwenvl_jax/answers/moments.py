@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from qwenvl_jax.answers import time_keys, times
+from qwenvl_jax.answers import around, time_keys, times
 from qwenvl_jax.answers.lenient import DEPTH, Unreadable, read, written
 from qwenvl_jax.errors import InputError, shown
 
@@ -292,7 +292,7 @@ def _spans(value: Any, strict: bool = False, depth: int = 0) -> list[tuple[float
         if not strict and re.fullmatch(rf"\s*{_NUMBER}\s*", value):
             return [(float(value), None)]
         found = [time for time in times.find(value) if time.kind != "bad"]
-        if strict and (len(found) != 1 or not times.is_alone(value, found[0])):
+        if strict and (len(found) != 1 or not around.is_alone(value, found[0])):
             return None
         if not found and not strict and (bare := _BARE_SPAN.fullmatch(value)) and not bare["text"]:
             return [(float(bare[1]), float(bare[2]))]
@@ -325,7 +325,7 @@ def _prose(text: str) -> tuple[list[Moment], int]:
     """(the moments of a text without JSON, how many are malformed)."""
     found = times.find(text)
     spots = [time for time in found if time.kind == "moment"]
-    said = times.said(text, spots)
+    said = around.said(text, spots)
     return [Moment(t.start, t.end, s) for t, s in zip(spots, said, strict=True)], sum(t.kind == "bad" for t in found)
 
 
@@ -349,8 +349,24 @@ def _bare(text: str) -> list[Moment]:
             out += [Moment(float(s[1]), float(s[2])) for s in spans if s and float(s[1]) <= float(s[2])]
         elif len(parts) > 2 and all(instants):
             out += [Moment(float(one[1])) for one in instants if one]
+        elif len(told := _told(parts)) > 1:
+            out += told
         elif (span := _BARE_SPAN.fullmatch(line)) and float(span[1]) <= float(span[2]):
             out.append(Moment(float(span[1]), float(span[2]), (span["text"] or "").strip()))
+    return out
+
+
+def _told(parts: list[str]) -> list[Moment]:
+    """The spans of "0.0-5.2: a, b; 5.2-9.1: c" in its parts, each with its text; [] for another line."""
+    out: list[Moment] = []
+    for part in parts:
+        span = _BARE_SPAN.fullmatch(part)
+        if span and span["text"] and float(span[2]) >= float(span[1]) >= (out[-1].start if out else 0):
+            out.append(Moment(float(span[1]), float(span[2]), span["text"].strip()))
+        elif out:
+            out[-1] = out[-1]._replace(text=f"{out[-1].text}, {part.strip()}")
+        else:
+            return []
     return out
 
 
