@@ -19,7 +19,8 @@ _BEFORE_NEXT = re.compile(
 )
 _AFTER = re.compile(
     rf"(?:</?[a-z_]{{1,20}}>|[{_MARKS}]|(?:mark|point|timestamp)s?\b"
-    r"|in(?:to[ ]the[ ](?:video|clip))?\b|onwards?\b|(?:to|till|until)[ ]the[ ](?:very[ ])?end\b(?:[ ]of[ ]the[ ](?:video|clip))?"
+    r"|in(?:to[ ]the[ ](?:video|clip))?\b|onwards?\b|(?:to|till|until)[ ]the[ ](?:very[ ])?end\b"
+    r"|of[ ]the[ ](?:video|clip)\b"
     r"|[到至](?:最后|结尾|末尾|片尾|视频结束)|处|时(?!间)|左右|之间"
     r"|开始|结束)*+",
     re.I,

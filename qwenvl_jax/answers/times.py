@@ -7,7 +7,7 @@ moments.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -265,8 +265,8 @@ def _with_units(text: str, found: re.Match, done: int, named: int | None = None)
     elif _FIRST.search(before):
         start, end = Decimal(0), seconds
     if end is None and (then := _THEN.match(text, to)) and (not then["ends"] or _START.search(before)):
-        if (last := _number(then[then.lastindex or 0]) * _SCALES[unit]) >= start:
-            end, to = last, then.end()
+        if (value := _number(then[then.lastindex or 0]) * _SCALES[unit]) >= start:
+            end, to = value, then.end()
     hyphen = "-" in text[found.end("n") : found.start(unit)]  # a 5-second clip, a 5 minute walk
     is_adjective = hyphen or (found[unit] in ("second", "minute", "hour") and seconds > _SCALES[unit])
     is_adjective = is_adjective and end is None and bool(_ATTRIBUTE.match(text, to))
