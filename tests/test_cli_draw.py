@@ -109,6 +109,16 @@ CLIP_ANSWERS = {
     f'[{{"start_time": "0:01", "end_time": "0:02", {PLACE}}}]': [2, 3, 4],
     f'{{"time": 2, "objects": [{{{PLACE}}}]}}': [4],
     f'{{"00:01": [{{{PLACE}}}], "00:02": [{{{PLACE}}}]}}': [2, 4],
+    f'[{{"time": 3.0, {PLACE}}}, {{"time": "00:02.999", {PLACE}}}]': [5],
+    f'[{{"time_ms": 1500, {PLACE}}}, {{"timestamp_ms": 500, {PLACE}}}]': [1, 3],
+    f'[{{"frame_id": 2.0, {PLACE}}}, {{"frame": "frame 4", {PLACE}}}]': [1, 3],
+    f'[{{"frame": [1, 2], {PLACE}}}, {{"frames": ["6"], {PLACE}}}]': [0, 1, 5],
+    f'[{{"start_frame": 2, "end_frame": 4, {PLACE}}}]': [1, 2, 3],
+    f'[{{"frame_range": "2-4", {PLACE}}}]': [1, 2, 3],
+    f'[{{"start_frame": 3, "end_frame": 1000000, {PLACE}}}]': [2, 3, 4, 5],
+    f'{{"frame": 2, "objects": [{{{PLACE}}}]}}': [1],
+    f'{{"frame_2": [{{{PLACE}}}], "Frame 4": [{{{PLACE}}}], "第5帧": [{{{PLACE}}}]}}': [1, 3, 4],
+    '{"0.5": [14, 14, 42, 42], "2.0": [14, 14, 42, 42]}': [1, 4],
     "At 1.5 seconds, the cat is at [14, 14, 42, 42].": [3],
     "The cat is at [14, 14, 42, 42] at 0.5 seconds, and at [14, 14, 42, 42] at 2 seconds.": [1, 4],
     f'[{{"frame": 3, {PLACE}}}]': [2],
@@ -161,6 +171,28 @@ def test_numbers_alone_about_a_clip(text, is_span):
     assert (len(objects), len(moments)) == ((0, 1) if is_span else (1, 0))
 
 
+BOX = '[{"bbox_2d": [5, 8, 40, 50], "label": "dog"}]'
+
+
+@pytest.mark.parametrize(
+    "text, spans",
+    [
+        (f"From 00:05 to 00:08, the dog jumps.\n{BOX}", [(5, 8)]),
+        (f"{BOX}\nIt leaves at 8 seconds.", [(8, None)]),
+        ("In Video 1 it is at [5, 10, 40, 50]. It jumps at 00:05.", [(5, None)]),
+        (f'{BOX}\n[{{"start_time": 5, "end_time": 8}}]', [(5, 8)]),
+        ("It is at (5, 8, 40, 50) from 5 to 8 seconds.", [(5, 8)]),
+        ("(5, 8)\n(40, 50)", []),
+        ("[[5, 8], [40, 50]]", []),
+    ],
+)
+def test_times_with_the_numbers_of_a_box(text, spans):
+    """A number that is a coordinate in one place may be a time in another."""
+    result = Result(text, [5], "stop", 7, pictures=(Sizes((56, 56), (56, 56), True),), boxes="resized")
+    objects, moments = drawing._said([clip(30.0)], result, CONFIG)
+    assert objects and [m[:2] for m in moments] == spans
+
+
 def test_times_of_a_clip(monkeypatch):
     said = []
     monkeypatch.setattr("qwenvl_jax.answers.sheets.contact_sheet", lambda frames, *more: said.append(more[:2]))
@@ -187,7 +219,12 @@ def test_times_of_a_clip(monkeypatch):
         (Moment(1.6, 1.7), [3]),
         (Moment(2.5, 1.0), [5]),  # exchanged
         (Moment(3.0, 99.0), [6, 7]),
-        (Moment(4.0), []),
+        (Moment(4.0), [7]),  # the length of the clip
+        (Moment(3.999), [7]),
+        (Moment(3.999, 4.0), [7]),
+        (Moment(4.1), []),
+        (Moment(-1.0), []),
+        (Moment(-1.0, 0.6), [0, 1]),
         (Moment(1e8, 1e9), []),
     ],
 )

@@ -370,7 +370,33 @@ ANSWERS = {
             0,
         ),
         ("Picture 2 has nothing. In picture 1: [12, 30, 200, 310]", [MUG._replace(label="")], 0),
-        ("第2幅图：[12, 30, 200, 310]", [MUG._replace(label="", image=1)], 0),
+        *(
+            (f"{lead}[12, 30, 200, 310]", [MUG._replace(label="", image=1)], 0)
+            for lead in (
+                *("第2幅图：", "图2中：", "第二张图中：", "第二张图像上：", "第二张照片（右）："),
+                *("In picture 2 of 3: ", "Image 2/3: ", "Picture 2 out of 3: ", "In my second image: ", "图2/3："),
+            )
+        ),
+        *(
+            (f"{lead}[12, 30, 200, 310]", [MUG._replace(label=label, image=1)], 0)
+            for lead, label in {
+                "图2中的杯子：": "杯子",
+                "图2里的杯子：": "杯子",
+                "在图2中，杯子：": "杯子",
+                "在图2中杯子：": "杯子",
+                "图2中有一个杯子：": "杯子",
+                "图2上衣：": "上衣",
+                "Unlike the first image, the second image has a mug: ": "mug",
+                "(Image 2) mug: ": "mug",
+                "Image 2 **mug**: ": "mug",
+            }.items()
+        ),
+        ("In the very last picture: [12, 30, 200, 310]", [MUG._replace(label="")], 0),
+        (
+            "mug (12,30),(200,310) in image 2 and pen (5,6),(70,80) in image 1",
+            [MUG._replace(image=1), PEN],
+            0,
+        ),
         ("Image 2 (right): [12, 30, 200, 310]", [MUG._replace(label="", image=1)], 0),
         ("The mug in image 2: [12, 30, 200, 310]", [MUG._replace(label="The mug", image=1)], 0),
         ("mug: x1=12, y1=30, x2=200, y2=310\n**pen**: x1=5, y1=6, x2=70, y2=80", [MUG, PEN], 0),
@@ -552,8 +578,38 @@ def test_pictures_and_clips_are_counted_for_themselves(clips, places):
         ("In the first image # and in the second: #", (0, 1)),
         ("The first picture has one: # On the third #", (0, 2)),
         ("第一张图：# 第二个里 # 第3张：#", (0, 1, 2)),
+        # in marks
+        ("**Image 2**\n- dog: #", (1,)),
+        ("**Image 2** #", (1,)),
+        ("*Image 2*: #", (1,)),
+        ("Image 2 **dog**: #", (1,)),
+        ("Image **2**: #", (1,)),
+        ("Image [2]: #", (1,)),
+        ("- Image 2\n* 3 dogs: #", (1,)),
+        ("the picture 2 of 3: #", (1,)),
+        # behind the place
+        ("dog at # (Image 2), cat at # (Image 1)", (1, 0)),
+        ("# in image 2", (1,)),
+        ("# [image 2]", (1,)),
+        ("The dogs are at # and # in the second image. The cat # is alone.", (1, 1, 1)),
+        ("| dog | # | Image 2 |\n| cat | # | Image 1 |", (1, 0)),
+        ("dog: #, Image 2\ncat: #, Image 1", (1, 0)),
+        ("dog # - Image 2", (1,)),
+        ("狗#（第二张图），猫#（图1）", (1, 0)),
+        ("狗在#，位于图2中。", (1,)),
+        ("(12, 30) in image 2", (1,)),
+        ('{"image": 1, "bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [1, 2, 3, 4]} in image 3', (0, 2)),
+        # before the next one
+        ("| Image 1 | # |\n| Image 2 | # |", (0, 1)),
+        ("Image 1: #, Image 2: #", (0, 1)),
+        ("Image 1: # Image 2: #", (0, 1)),
+        ("# (Image 2: #)", (0, 1)),
+        ("In image 1 it is at # and in image 2 at #", (0, 1)),
+        ("# In image 2: #", (0, 1)),
         # other things
         ("In the second one: #", (0,)),
+        ("Image 3 x 4: #", (0,)),
+        ("the image 2*3: #", (0,)),
         ("Image 2 has two dogs. The first one is #, the second one is #", (1, 1)),
         ("Image 2: in the first row # in the first 5 rows #", (1, 1)),
         ("第2张图：第一个 # 第二个 #", (1, 1)),
@@ -823,6 +879,9 @@ SLOW += [
     "<point>1 2",
     "<|box_start|>(1,2),(3,4)",
     f"[{MUG_JSON},",
+    "[1,2,3,4] (Image 2) ",
+    "[1,2,3,4] and ",
+    "图2中(1,2),(3,4)",
     "{a:",
     '{"a":{',
 ]

@@ -65,10 +65,9 @@ class Parsed(NamedTuple):
     malformed: int
 
 
-_CALLS = ("arguments", "parameters")
-# Keys that hold objects and name nothing.
-_LISTS = {"objects", "detections", "results", "result", "instances", "items", "annotations", "data", "answer", "output"}
-_LISTS |= {"response", "predictions", "elements", *shapes.KEYS}
+_CALLS = ("arguments", "parameters")  # keys that hold objects and name nothing; these too:
+_LISTS = set("objects detections results result instances items annotations data answer output response".split())
+_LISTS |= {"predictions", "elements", *shapes.KEYS}
 
 _PAIR = rf"\(\s*+{NUMBER}\s*+[,，]\s*+{NUMBER}\s*+\)"
 _NAMED = [rf"\b{name}\s*+[=:]\s*+({NUMBER})" for name in ("x1?", "y1?", "x2", "y2")]
@@ -93,18 +92,8 @@ _RUN = re.compile(r"[-+.0-9eE,;\s()\[\]]*+")
 _RUN_END = re.compile(r"""<\|(?:box|quad)_end\|>|</(?:box|bbox|bndbox|quad|points?)>|["']""")
 _XML_NUMBER = re.compile(rf"\s*+<(\w++)>\s*+({NUMBER})\s*+</\1>")
 _XML = re.compile(rf"(?:\s*+<(\w++)>\s*+{NUMBER}\s*+</\1>){{2,9}}")
-_LINE = re.compile(
-    rf"^[ \t]*+({NUMBER}(?:[ \t]*+,[ \t]*+|[ \t]++){NUMBER}(?:(?:[ \t]*+,[ \t]*+|[ \t]++){NUMBER}){{2}})[ \t]*+$", re.M
-)
 _HALF = re.compile(r"\s*+,?\s*+\([-+.0-9eE,\s]*+\Z")
 _ESCAPED_KEY = re.compile(r'\\"(?:bbox_2d|point_2d)\\"')
-_ANY_PAIR = rf"[(\[]\s*+({NUMBER})\s*+[,，]\s*+({NUMBER})\s*+[)\]]"
-_CORNER = re.compile(r"\b(?:top|upper)[ -]?left\b|左上", re.I)
-_CORNERS = re.compile(
-    rf"(?:\b(?:top|upper)[ -]?left\b|左上)[^()\[\]]{{0,40}}{_ANY_PAIR}"
-    rf"[^()\[\]]{{0,40}}(?:\b(?:bottom|lower)[ -]?right\b|右下)[^()\[\]]{{0,40}}{_ANY_PAIR}",
-    re.I,
-)
 THOUGHT = re.compile(r"</?think(?:ing)?>")
 
 
@@ -141,21 +130,22 @@ class _Parser:
         self.clips, self.has_clips, self.times = clips, any(clips), names.Times()
         self.time: dict = {}  # as attributes: of the JSON object that is read now, or of what it is in
         self.malformed, self.places = 0, list[Place]()
-        self.form = self.words = ""  # the form and text of the place that is read now
+        self.form = self.words = self.label = ""  # of the place that is read now; of the last object outside of JSON
         self.lone: list[tuple[float, ...]] = []  # pairs of numbers, which are a point if the text has nothing else
-        self.label = ""  # of the last object outside of JSON
         self.picture: names.Picture | None = None
         self.ref: str | None = None  # a label that waits for its box
+        self.run = 0  # the first of the last objects with only "and" between them
 
     def parsed(self) -> Parsed:
         done = begin = _begin(self.text)
         while start := _START.search(self.text, done):
             prose = self.text[done : start.start()]
-            self.picture = names.last(prose, self.picture) if prose else self.picture
+            self._pictures(prose)
             if self.has_clips:
                 self.times.read(prose, len(self.found))
             self.form, self.words = start.lastgroup or "", self.text[start.start() : start.start() + 80]
             done = getattr(self, f"_{start.lastgroup}")(start, prose)
+        self._pictures(self.text[done : done + 200] if self.found or self.lone else "")
         if not self.found and not self.malformed:
             self._plain(self.text[begin:])
         first = 0 if any(p and p.kind != "index" and p.number == 0 for _, p, _ in self.found) else 1
@@ -168,14 +158,24 @@ class _Parser:
                     objects[i] = o._replace(attributes=o.attributes | time)
         return Parsed(objects, self.malformed)
 
+    def _pictures(self, prose: str) -> None:
+        """Reads the names of pictures between two places. What a name stands behind is in its picture."""
+        if (named := names.behind(prose)) is not None:
+            for i in range(self.run, len(self.found)):
+                thing, picture, time = self.found[i]
+                self.found[i] = thing, named if picture is self.picture else picture, time
+        if prose.strip(" ,，、&") not in ("", "and", "和", "以及", "与"):
+            self.run = len(self.found)
+        self.picture = names.last(prose, self.picture) if prose else self.picture
+
     def _plain(self, text: str) -> None:
         """Numbers without any mark: a box a line, one point, or "top left (x1, y1), bottom right (x2, y2)"."""
         self.form, self.words = "plain", text
-        for line in _LINE.findall(text):
+        for line in shapes.LINE.findall(text):
             self._add("", shapes.shape("point", shapes.floats(line)))
         if self.found:
             return
-        corners, done = list(_CORNERS.finditer(text)), 0
+        corners, done = list(shapes.CORNERS.finditer(text)), 0
         if corners and 2 * len(corners) == len(self.lone):
             for found in corners:
                 prose, done = text[done : found.start()], found.end()
@@ -184,7 +184,7 @@ class _Parser:
                 self._add(label, shapes.shape("box", shapes.floats(" ".join(found.groups()))))
         elif len(self.lone) == 1:
             self._add("", shapes.shape("point", self.lone[0]))
-        elif len(self.lone) == 2 and _CORNER.search(text):
+        elif len(self.lone) == 2 and shapes.CORNER.search(text):
             self._add("", shapes.shape("box", (*self.lone[0], *self.lone[1])))
         elif self.lone and corners:
             self._malformed()

@@ -15,10 +15,9 @@ Which expressions are times, see `answers.times`. JSON may be broken or cut shor
 import math
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-from qwenvl_jax.answers import times
+from qwenvl_jax.answers import around, time_keys, times
 from qwenvl_jax.answers.lenient import DEPTH, Unreadable, read, written
 from qwenvl_jax.errors import InputError, shown
 
@@ -39,27 +38,6 @@ class Parsed(NamedTuple):
 
 
 _FORMS = ("json", "json_seconds", "clock", "seconds", "tags", "chinese")
-_STARTS = (
-    "start starttime begin begintime from timestampstart starttimestamp startsec startseconds starts startms tstart"
-)
-_ENDS = "end endtime stop finish to until timestampend endtimestamp endsec endseconds ends endms tend"
-_WHENS = (
-    "time times timestamp timestamps timespan timespans timerange timeranges timeinterval interval intervals segment "
-    "segments span spans window windows relevantwindows moment moments t sec secs second seconds at when timecode range"
-)
-_START = {*_STARTS.split(), "开始", "开始时间", "起始", "起始时间"}
-_END = {*_ENDS.split(), "结束", "结束时间"}
-_WHEN = {*_WHENS.split(), "时间", "时间戳", "时刻", "时间段", "时间点", "时间范围"}
-_ANSWERS = {"answer", "finalanswer", "result", "output", "response", "答案"}
-# Keys that other things have too: a value that is no time is no fault.
-_ALSO = {*"from to at t sec secs second seconds stop finish until segment segments window windows range moment".split()}
-_DURATION = {"duration", "durationseconds", "durationsec", "持续时间", "时长"}
-_TIMES = _START | _END | _WHEN | _DURATION
-_TEXTS = (
-    "description desc event eventdescription caption label text content activity action sentence summary query".split()
-)
-_TEXTS += ["title", "name", "描述", "事件", "内容", "动作", "说明"]
-
 _JSON = re.compile(r"\{(?=\s*(?:[\"'}]|[^\W\d]\w*+\s*:))|\[(?=\s*[\[{\"'])")
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.S | re.I)
 _TAGS = re.compile(r"</?[a-z_]{1,20}>", re.I)
@@ -140,7 +118,11 @@ def write(moments: Sequence[Moment], form: str = "json") -> str:
 
 def timed(value: dict) -> tuple[dict, list[Moment]]:
     """(what an object of JSON says under keys such as "time" or "start_time", the moments that this is)."""
-    own = {key: inner for key, inner in value.items() if _name(str(key)) in _TIMES and not _is_branch(inner)}
+    own = {
+        key: inner
+        for key, inner in value.items()
+        if time_keys.name(str(key)) in time_keys.TIMES and not _is_branch(inner)
+    }
     walk = _Walk((), False)
     walk.value(own)
     return own, walk.moments
@@ -203,11 +185,16 @@ class _Walk:
     def _object(self, value: dict, depth: int) -> None:
         keys: dict[str, str] = {}
         for key in value:
-            keys.setdefault(_name(key), key)
+            name = time_keys.name(key)
+            spans = _spans(value[key]) if name in time_keys.SPANS and isinstance(value[key], list) else None
+            keys.setdefault("span" if spans and all(end is not None for _, end in spans) else name, key)
         start, end, when, length = (
-            next((key for name, key in keys.items() if name in kind), None) for kind in (_START, _END, _WHEN, _DURATION)
+            next((key for name, key in keys.items() if name in kind), None)
+            for kind in (time_keys.START, time_keys.END, time_keys.WHEN, time_keys.DURATION)
         )
-        text = next((value[keys[name]] for name in _TEXTS if name in keys and isinstance(value[keys[name]], str)), "")
+        text = next(
+            (value[keys[name]] for name in time_keys.TEXTS if name in keys and isinstance(value[keys[name]], str)), ""
+        )
         if when is not None and (start is not None or end is not None or _is_branch(value[when])):
             start, when = (when, None) if start is None and not _is_branch(value[when]) else (start, None)
         used = [key for key in (start, end, when) if key is not None]
@@ -217,7 +204,7 @@ class _Walk:
                 self._add(
                     spans, text, next((v for k, v in value.items() if k not in used and _are_texts(v, len(spans))), ())
                 )
-            elif not _ALSO.issuperset(map(_name, used)):
+            elif not time_keys.ALSO.issuperset(map(time_keys.name, used)):
                 self.malformed += 1
         elif not value and depth and self._half and id(value) in self._unfinished:
             self.malformed += 1
@@ -228,14 +215,16 @@ class _Walk:
                 if spans := spans_of_key(key):
                     self._add(spans, item)
                 elif spans := _spans(item, strict=True):
-                    self._add(spans, "" if _name(key) in _ANSWERS else key)
+                    self._add(spans, "" if time_keys.name(key) in time_keys.ANSWERS else key)
 
     def _branch(self, key: str, item: dict | list, depth: int) -> None:
         """A value in an object. Its key may be its time: {"00:12": {"description": "A man"}}, {"00:12": ["A man"]}."""
         before = len(self.moments) + self.malformed
         self.value(item, depth + 1)
         if before == len(self.moments) + self.malformed and (spans := spans_of_key(key)):
-            texts = [v for k, v in item.items() if _name(k) in _TEXTS] if isinstance(item, dict) else item
+            texts = (
+                [v for k, v in item.items() if time_keys.name(k) in time_keys.TEXTS] if isinstance(item, dict) else item
+            )
             self._add(spans, ", ".join(text for text in texts if isinstance(text, str)))
 
     def _ends(self, value: dict, start: str | None, end: str | None, length: str | None) -> list | None:
@@ -258,6 +247,8 @@ class _Walk:
         if value[when] in (None, "", [], {}):
             return []
         spans = None if id(value[when]) in self._unfinished else _spans(value[when])
+        if spans and time_keys.is_milliseconds(when, value[when]):
+            spans = [(first / 1000, None if last is None else last / 1000) for first, last in spans]
         seconds = None if length is None else _seconds(value[length], length)
         if spans and seconds is not None and len(spans) == 1 and spans[0][1] is None:
             return [(spans[0][0], spans[0][0] + seconds)]
@@ -270,12 +261,6 @@ class _Walk:
                 self.malformed += 1
             else:
                 self.moments.append(Moment(start, end, own))
-
-
-@lru_cache(maxsize=1024)
-def _name(key: str) -> str:
-    """A key without marks and case; "" for a long one."""
-    return re.sub(r"[\W_]", "", key.lower()) if len(key) < 40 else ""
 
 
 def _are_texts(value, count: int) -> bool:
@@ -291,8 +276,7 @@ def _seconds(value, key=None) -> float | None:
     spans = None if isinstance(value, list) else _spans(value)
     if spans is None or len(spans) != 1 or spans[0][1] is not None:
         return None
-    is_ms = re.search(r"(?i)(?:_ms|millis(?:econds)?|Ms)$", str(key)) and isinstance(value, int | float)
-    return spans[0][0] / 1000 if is_ms else spans[0][0]
+    return spans[0][0] / 1000 if time_keys.is_milliseconds(key, value) else spans[0][0]
 
 
 def _spans(value: Any, strict: bool = False, depth: int = 0) -> list[tuple[float, float | None]] | None:
@@ -308,7 +292,7 @@ def _spans(value: Any, strict: bool = False, depth: int = 0) -> list[tuple[float
         if not strict and re.fullmatch(rf"\s*{_NUMBER}\s*", value):
             return [(float(value), None)]
         found = [time for time in times.find(value) if time.kind != "bad"]
-        if strict and (len(found) != 1 or not times.is_alone(value, found[0])):
+        if strict and (len(found) != 1 or not around.is_alone(value, found[0])):
             return None
         if not found and not strict and (bare := _BARE_SPAN.fullmatch(value)) and not bare["text"]:
             return [(float(bare[1]), float(bare[2]))]
@@ -341,7 +325,7 @@ def _prose(text: str) -> tuple[list[Moment], int]:
     """(the moments of a text without JSON, how many are malformed)."""
     found = times.find(text)
     spots = [time for time in found if time.kind == "moment"]
-    said = times.said(text, spots)
+    said = around.said(text, spots)
     return [Moment(t.start, t.end, s) for t, s in zip(spots, said, strict=True)], sum(t.kind == "bad" for t in found)
 
 
@@ -365,8 +349,24 @@ def _bare(text: str) -> list[Moment]:
             out += [Moment(float(s[1]), float(s[2])) for s in spans if s and float(s[1]) <= float(s[2])]
         elif len(parts) > 2 and all(instants):
             out += [Moment(float(one[1])) for one in instants if one]
+        elif len(told := _told(parts)) > 1:
+            out += told
         elif (span := _BARE_SPAN.fullmatch(line)) and float(span[1]) <= float(span[2]):
             out.append(Moment(float(span[1]), float(span[2]), (span["text"] or "").strip()))
+    return out
+
+
+def _told(parts: list[str]) -> list[Moment]:
+    """The spans of "0.0-5.2: a, b; 5.2-9.1: c" in its parts, each with its text; [] for another line."""
+    out: list[Moment] = []
+    for part in parts:
+        span = _BARE_SPAN.fullmatch(part)
+        if span and span["text"] and float(span[2]) >= float(span[1]) >= (out[-1].start if out else 0):
+            out.append(Moment(float(span[1]), float(span[2]), span["text"].strip()))
+        elif out:
+            out[-1] = out[-1]._replace(text=f"{out[-1].text}, {part.strip()}")
+        else:
+            return []
     return out
 
 

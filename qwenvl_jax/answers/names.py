@@ -33,6 +33,15 @@ _LABELS = (
 _READ = {"text_content", "text", "caption", "title", "description"}  # words that the picture shows
 _LISTS = ("labels", "names", "texts", "categories", "classes", "objects")  # a label for each of several places
 
+# Keys that say in which frames of a clip an object is, as plain keys; a "span" is a first and a last one.
+_FRAMES = dict.fromkeys("frame frames frameid frameids frameindex frameidx framenumber frameno 帧".split(), "frame")
+_FRAMES |= dict.fromkeys("framerange framespan frameinterval".split(), "span")
+_FRAMES |= dict.fromkeys("startframe framestart firstframe beginframe".split(), "start")
+_FRAMES |= dict.fromkeys("endframe frameend lastframe stopframe".split(), "end")
+_FRAME = re.compile(r"frame[ _#-]{0,3}[0-9]{1,6}|第\s?[0-9]{1,6}\s?帧", re.I)
+_FRAME_NUMBER = re.compile(r"(?:frame|第)?[ _#-]{0,3}([0-9]{1,6})(?:\.0{1,9})?\s?帧?", re.I)
+_FRAME_SPAN = re.compile(r"(?:frames?\s?)?([0-9]{1,6})\s?(?:-|–|to|~|到|至)\s?([0-9]{1,6})", re.I)
+
 _IMAGE = "picture|image|photograph|photo|pic|img|screenshot"
 _NOUN = rf"(?P<noun>{_IMAGE}|video|clip)"
 _WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -41,15 +50,18 @@ _DIGITS = "一二三四五六七八九"
 _HAN = rf"(?:[0-9]{{1,3}}(?![0-9.])|[{_DIGITS}十两]{{1,3}})"
 _HAN_NOUN = r"(?:图片|图像|照片|相片|截图|图|视频)"
 _ORDINAL = rf"(?:{'|'.join(_ORDINALS)}|[0-9]{{1,2}}(?:st|nd|rd|th))"
-_COUNTS = r"(?!\s{0,3}(?:[x×*%]|px\b|pixels?\b|by\b|-?\s?(?:seconds?|minutes?|hours?)\b))"  # "image 640 x 480"
+# "image 640 x 480", "image 100%"; but "**Image 2**" is a heading
+_COUNTS = r"(?![ \t]{0,3}(?:[x×*][ \t]{0,3}[0-9]|%|px\b|pixels?\b|by\b|-?\s?(?:seconds?|minutes?|hours?)\b))"
 # What follows the number of a picture but nothing that it counts: "the image 2 shows", not "the image 2 dogs".
 _AFTER = (
-    r"(?=\s{0,3}(?:[^\w\s]|\Z|(?:is|was|shows?|has|contains?|depicts?|there|and|or|at|in|on|with|we|i|you)\b)|[ \t]*\n)"
+    r"(?=\s{0,3}(?:[^\w\s]|\Z|(?:is|was|shows?|has|contains?|depicts?|there|and|or|at|in|on|with|we|i|you|of [0-9])\b)"
+    r"|[ \t]*\n)"
 )
 _NAMED = re.compile(
     rf"(?<![a-z]){_NOUN}"
     r"(?:[ _#]{0,3}|-|\s?(?:no\.?|number|nr\.?)\s?)"
     rf"(?:(?P<n>[0-9]{{1,3}})(?![0-9]|\.[0-9]|[a-z]){_COUNTS}"
+    rf"|\[(?P<n2>[0-9]{{1,3}})\]|\*\*(?P<n3>[0-9]{{1,3}})(?=\*\*)"
     rf"|(?P<word>{'|'.join(_WORDS)})\b{_AFTER}(?!\s*\w))"
     rf"|(?<![a-z-])(?<![0-9] )(?:(?P<nth>{_ORDINAL})(?P<back>(?:[ -]to)?[ -]last)?|(?P<last>last|final))[ -]"
     rf"(?:(?:input|given|provided|attached)\s)?(?P<noun2>{_IMAGE}|video|clip)(?![a-z])"
@@ -70,12 +82,28 @@ _LEAD = re.compile(
 )
 _BULLET = re.compile(r"^[0-9]{1,3}[.)]\s+")
 _AND = re.compile(r"^(?:(?:and|&)(?:\s|$)|和|以及|与)\s*", re.I)
-_SIDE = re.compile(r"^\s*\([^()]{0,40}\)\s*(?=[:：]|\Z)")
+# What stands behind the name of a picture and names nothing: "(right)", "2/3", "of 3", 中, 里的.
+_SIDE = re.compile(
+    r"^(?:\s*(?:/|(?:out )?of)\s?[0-9]{1,3}(?![0-9]))?[\s)）\]】*]*(?:[(（][^()（）]{0,40}[)）]\s*(?=[:：]|\Z))?", re.I
+)
+_WITHIN = re.compile(r"\s*(?:之中|当中|中间|里面|上面|[中里内上])")
+_ENDS_WITHIN = re.compile(r"[的有是，,：:\s（(]|\Z")
 _THERE = re.compile(
-    rf"^there (?:is|are|was|were)\s+(?:(?:also|only|an?|the|some|several|{'|'.join(_WORDS)}|[0-9]{{1,3}})\s+){{0,2}}",
+    r"^(?:there (?:is|are|was|were)|(?:also )?(?:has|have|shows?|contains?|depicts?|features?|displays?))\s+"
+    rf"(?:(?:also|only|an?|the|some|several|{'|'.join(_WORDS)}|[0-9]{{1,3}})\s+){{0,2}}"
+    rf"|^的|^有(?:(?:{_HAN})[个只条人辆件位匹名头棵朵张把]?)?",
     re.I,
 )
-_IN = re.compile(r"\A\W*the\s+\Z|\W*\b(?:in|on|of|from|for|within)(?:\s+the)?\s*\Z|[\s(（,，在]+\Z", re.I)
+_THE = r"(?:the|this|that|my|your|our)(?:\s+(?:very|same))?"
+_IN = re.compile(rf"\A\W*{_THE}\s+\Z|\W*\b(?:in|on|of|from|for|within)(?:\s+{_THE})?\s*\Z|[\s(（,，在]+\Z", re.I)
+# What stands between a place and the picture that it is in: "[1, 2, 3, 4] in the second image", "… (Image 2)".
+_BEHIND = re.compile(
+    r"(?P<open>[ \t*]*[(（\[]\s?(?:(?:in|from|of|on)\s)?|[ \t*]*(?:,?[ \t]*(?:which|that) is[ \t]+)?"
+    r"(?:located[ \t]|found[ \t])?(?:in|from|of|on|within)[ \t]+|[ \t]*(?:位于|在|属于|来自)[ \t]*)"
+    r"(?:the[ \t]+)?(?:very[ \t]+)?"
+    r"|[ \t*]*(?:[,，|@:：]|[-–—=]{1,2}>?|→)?[ \t]*(?:(?:in|from|of|on)[ \t]+)?(?:the[ \t]+)?(?:位于|在)?"
+)
+_CLAUSE_END = re.compile(r"[中里内上]?[ \t*]*(?:[;；.。\n]|\Z|\|[^\n]*(?:\n|\Z))")
 _STOP = re.compile(r"\b(?:i|we|you|it|they|he|she|see|found|here|click|tap|box|boxes|values?|sum)\b", re.I)
 _DETERMINER = re.compile(r"\b(?:the|this|that|an?|each|every|your|our|my)\s+\Z", re.I)
 _IS_NAME = re.compile(_AFTER, re.I)
@@ -87,7 +115,7 @@ _STRIPPED = " \t\r,;:：，、-*•`\"'."
 def mentions(text: str) -> Iterator[tuple[Picture, int, int]]:
     """(picture, start, end) of each name of a picture."""
     for found in _NAMED.finditer(text):
-        word = next(filter(None, (found[n] for n in ("n", "word", "nth", "han", "han2"))), "1")
+        word = next(filter(None, (found[n] for n in ("n", "n2", "n3", "word", "nth", "han", "han2"))), "1")
         before = text[max(found.start() - 12, 0) : found.start()]
         if word.lower() == "second" and _DURATION.search(before):
             continue
@@ -121,6 +149,15 @@ def last(text: str, before: Picture | None = None) -> Picture | None:
         if kind or (before and before.kind != "index"):
             before = Picture(kind or (before.kind if before else ""), number)
     return before
+
+
+def behind(prose: str) -> Picture | None:
+    """The picture that a text names at its beginning for what stands before it: " (Image 2), cat: "."""
+    lead = prose.partition("\n")[0][:80]
+    picture, start, end = next(mentions(lead), (None, 0, 0))
+    if picture is None or not (found := _BEHIND.fullmatch(lead, 0, start)) or re.match(r"\s*[:：]", prose[end:]):
+        return None
+    return picture if found["open"] is not None or _CLAUSE_END.match(prose, end) else None
 
 
 def of_key(key) -> Picture | None:
@@ -180,12 +217,43 @@ def index(picture: Picture, first: int, clips: Sequence[bool]) -> int:
 def time_of(value: dict) -> dict:
     """What an object of JSON says of its time, such as {"start_time": "00:12", "end_time": "00:15"}; {} if nothing."""
     said, found = moments.timed(value)
-    return said if found else {}
+    frames = {key: inner for key, inner in value.items() if plain_key(key) in _FRAMES}
+    return (said if found else {}) | (frames if frames_said(frames) else {})
 
 
 def time_of_key(key) -> dict:
-    """The same of a key that is a time, such as "00:12"."""
-    return {"time": key} if isinstance(key, str) and moments.spans_of_key(key) else {}
+    """The same of a key that is a time or a frame, such as "00:12", "3.0" or "frame_3"."""
+    if not isinstance(key, str) or len(key) > 60:
+        return {}
+    if _FRAME.fullmatch(key.strip()):
+        return {"frame": key}
+    return {"time": key} if re.fullmatch(r"[0-9]{1,6}\.[0-9]{1,9}", key) or moments.spans_of_key(key) else {}
+
+
+def frames_said(attributes: dict) -> list[tuple[int, int]]:
+    """(first, last) of each span of frames that attributes name: {"frame": 3}, {"start_frame": 2, "end_frame": 4}."""
+    at: dict[str, list[int]] = {}
+    for key, value in attributes.items():
+        what = _FRAMES.get(plain_key(key), "")
+        if what and what not in at:
+            numbers = [_frame_number(v) for v in (value if isinstance(value, list) else [value])[:1000]]
+            if what == "span" and isinstance(value, str) and (ends := _FRAME_SPAN.fullmatch(value[:60].strip())):
+                numbers = [int(end) for end in ends.groups()]
+            if found := [n for n in numbers if n is not None]:
+                at[what] = found
+    if "start" in at or "end" in at:
+        first = at.get("start", at.get("end", [0]))[0]
+        return [(first, max(first, at["end"][0]) if "end" in at else first)]
+    if len(span := at.get("span", [])) == 2:
+        return [(min(span), max(span))]
+    return [(n, n) for n in at.get("frame", span)]
+
+
+def _frame_number(value) -> int | None:
+    """3 of 3, 3.0, "3", "frame 3" or 第3帧."""
+    if isinstance(value, str) and (found := _FRAME_NUMBER.fullmatch(value[:60].strip())):
+        return int(found[1])
+    return int(value) if type(value) in (int, float) and 0 <= value < 1e7 and value == int(value) else None
 
 
 class Times:
@@ -245,7 +313,10 @@ def said(prose: str) -> str:
     line = re.sub(r"<[^<>]*>", "", line.rpartition("-->")[2])
     if found := list(mentions(line)):
         (_, at, end), before = found[-1], found[-2][2] if len(found) > 1 else 0
-        line, head = _SIDE.sub("", line[end:]), line[before:at]
+        within, head = _WITHIN.match(line, end), line[before:at]
+        if within and (head.endswith("在") or _ENDS_WITHIN.match(line, within.end())):
+            end = within.end()
+        line = _SIDE.sub("", line[end:])
         if not line.strip(_STRIPPED):  # "the cup in image 2:"
             line = _IN.sub("", _SENTENCE.split(head)[-1])
     name = _THERE.sub("", _BULLET.sub("", line.strip()).strip(_STRIPPED))

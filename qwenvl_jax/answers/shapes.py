@@ -10,7 +10,7 @@ import re
 from collections import deque
 from collections.abc import Sequence
 
-from qwenvl_jax.answers.lenient import CUT, number
+from qwenvl_jax.answers.lenient import CUT, NUMBER, number
 
 # What the numbers under a key are; keys are compared without case, "_", "-" and spaces. A key with other values is an
 # attribute, unless it is one of _CERTAIN.
@@ -53,6 +53,17 @@ _LARGEST = 1e9
 _SEPARATOR = re.compile("[,;，]")
 _ATTRIBUTE = re.compile(r"""(?<![\w-])([\w-]++)\s*+=\s*+(?:"([^"]*+)"|'([^']*+)')""")
 Shape = tuple[str, tuple[tuple[float, float], ...], tuple[float, ...]]
+# Coordinates without marks: four numbers that are a line of their own, and two corners of a box by name.
+LINE = re.compile(
+    rf"^[ \t]*+({NUMBER}(?:[ \t]*+,[ \t]*+|[ \t]++){NUMBER}(?:(?:[ \t]*+,[ \t]*+|[ \t]++){NUMBER}){{2}})[ \t]*+$", re.M
+)
+_ANY_PAIR = rf"[(\[]\s*+({NUMBER})\s*+[,，]\s*+({NUMBER})\s*+[)\]]"
+CORNER = re.compile(r"\b(?:top|upper)[ -]?left\b|左上", re.I)
+CORNERS = re.compile(
+    rf"(?:\b(?:top|upper)[ -]?left\b|左上)[^()\[\]]{{0,40}}{_ANY_PAIR}"
+    rf"[^()\[\]]{{0,40}}(?:\b(?:bottom|lower)[ -]?right\b|右下)[^()\[\]]{{0,40}}{_ANY_PAIR}",
+    re.I,
+)
 GROUP = re.compile(r"[(\[]([^()\[\]]*+)[)\]]")
 
 

@@ -13,14 +13,13 @@ from qwenvl_jax.answers.draw import LEAST_TEXT, SMALL, ink_on, look_of, upright
 from qwenvl_jax.answers.fonts import Fonts, clean, fitted
 from qwenvl_jax.answers.grounding import Object
 from qwenvl_jax.answers.moments import Moment, timed
-from qwenvl_jax.answers.shapes import plain_key
+from qwenvl_jax.answers.names import frames_said
 from qwenvl_jax.errors import InputError
 
 MOST_FRAMES = 1000  # of a contact sheet
 _SHEET, _TILES = 1600, (96, 480)  # pixels of a sheet's width, roughly; least and most width of a frame in it
 _MARK = (0xD5, 0x5E, 0x00)
 _BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
-_FRAME_KEYS = ("frame", "frameid", "frameindex", "frameidx", "framenumber", "frameno")
 
 
 def draw_clip(
@@ -49,43 +48,40 @@ def draw_clip(
 def places(objects: Sequence[Object], seconds: float, count: int) -> list[set[int]]:
     """For each object of a clip, the numbers of the frames that it is in, from 0; none if it is after the end.
 
-    The attributes of an object say when it is there: a time or span as `moments.parse` reads them, else a number under
-    "frame", which counts from 1 unless one is 0. An object with neither is in the first frame.
+    The attributes of an object say when it is there: a time or span as `moments.parse` reads them, else numbers under
+    "frame" or "start_frame", which count from 1 unless one is 0. An object with neither is in the first frame.
     seconds, count: seconds between two frames, and how many there are.
     """
     if not 0 <= seconds < math.inf:
         raise InputError(f"the frames are {seconds} seconds apart; it must be a time, or 0 if it is unknown")
-    numbers = [_frame_number(o) for o in objects]
-    first = 0 if 0 in numbers else 1
+    numbers = [frames_said(o.attributes) for o in objects]
+    first = 0 if any(0 in span for spans in numbers for span in spans) else 1
     found = []
-    for thing, number in zip(objects, numbers, strict=True):
+    for thing, spans in zip(objects, numbers, strict=True):
         if own := timed(thing.attributes)[1]:
             found.append({n for moment in own for n in frames_of(moment, seconds, count)})
         else:
-            found.append({n for n in [0 if number is None else number - first] if 0 <= n < count})
+            inside = [range(max(a - first, 0), min(b - first + 1, count)) for a, b in spans or [(first, first)]]
+            found.append({n for span in inside for n in span})
     return found
 
 
 def is_timed(thing: Object) -> bool:
     """Whether an object says in which frames it is."""
-    return bool(timed(thing.attributes)[1]) or _frame_number(thing) is not None
+    return bool(timed(thing.attributes)[1]) or bool(frames_said(thing.attributes))
 
 
 def frames_of(moment: Moment, seconds: float, count: int) -> range:
-    """Which frames of a clip, `seconds` apart, a moment is in: at least the one that is shown when it starts."""
-    if not seconds:
+    """Which frames of a clip, `seconds` apart, a moment is in: at least the one that is shown when it starts.
+
+    What starts when the clip ends is in the last frame, since models name the length of the clip.
+    """
+    last = moment.start if moment.end is None else max(moment.start, moment.end)
+    if not seconds or last < 0 or moment.start > (count + 0.01) * seconds:
         return range(0)
-    first = math.floor(min(moment.start / seconds, count) + 0.01)
+    first = min(math.floor(max(moment.start, 0) / seconds + 0.01), count - 1)
     last = first if moment.end is None else math.floor(min(moment.end / seconds, count - 1) + 0.01)
     return range(first, min(max(last, first) + 1, count))
-
-
-def _frame_number(thing: Object) -> int | None:
-    for key, value in thing.attributes.items():
-        if plain_key(key) in _FRAME_KEYS:
-            value = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 7 else value
-            return value if type(value) is int else None
-    return None
 
 
 def _time(seconds: float) -> str:

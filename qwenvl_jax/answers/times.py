@@ -7,7 +7,7 @@ moments.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -24,18 +24,19 @@ _SPELLED = rf"(?:{'|'.join(_TENS)})(?:[ -](?:{'|'.join(_UNITS)}))?|{'|'.join(_UN
 _N = rf"(?:{_DIGITS}|(?:{_SPELLED})(?![a-z])|(?<![{_HAN_DIGITS}])[{_HAN_DIGITS}]{{1,7}}+)"
 _SCALES = {"h": Decimal(3600), "m": Decimal(60), "s": Decimal(1), "ms": Decimal("0.001")}
 _UNIT = (
-    r"(?:(?P<ms>milliseconds?|msecs?|ms|毫秒)|(?P<h>hours?|hrs?|h|个?小时)|(?P<m>minutes?|mins?|m|分钟|分"
-    r"|minutos?|minuten?|minuti|минут[аыу]?|분)|(?P<s>seconds?|secs?|s|秒钟?|segundos?|sekunden?|secondes?|secondi|секунд[аыу]?"
+    r"(?:(?P<ms>milliseconds?|msecs?|ms|毫秒)|(?P<h>hours?|hrs?|h|个?小时)|(?P<m>minutes?|mins?|m|分钟|分|′"
+    r"|minutos?|minuten?|minuti|минут[аыу]?|분)|(?P<s>seconds?|secs?|s|秒钟?|″|segundos?|sekunden?|secondes?|secondi|секунд[аыу]?"
     r"|초))(?![a-zа-я])"
 )
 _TO_UNIT = r"(?:st|nd|rd|th)?[*_`$]{0,3}[ \t-]{0,2}"
 _PAIR = re.compile(rf"[ \t]?,?[ \t]?(?:and[ \t])?零?(?P<n>{_N}){_TO_UNIT}{_UNIT}")
 _SUFFIX = re.compile(_TO_UNIT + _UNIT)
 _TIME = re.compile(
-    rf"""(?=[.0-9{_HAN_DIGITS}oetfsnz])(?<![0-9a-z])(?<![0-9][:：,])(?<![^.]\.)(?:
+    rf"""(?=[.0-9{_HAN_DIGITS}oetfsnzm])(?<![0-9a-z])(?<![0-9][:：,])(?<![^.]\.)(?:
     (?P<clock>[0-9]{{1,9}}+(?:[:：][0-9]{{1,9}}+){{1,4}}+(?:[.,][0-9]{{1,20}}+(?![:：][0-9]))?)(?![0-9]|[:：][0-9])
         (?:[ ]?s(?:ec(?:ond)?s?)?\b)?
-    |(?:(?:(?<!the[ ])(?<!a[ ])seconds?|timestamps?)(?:[ ]?[=≈:]|[ ]is|[ ]of|(?=[ ]))|t[ ]?[=≈:])[ ]?
+    |(?:(?:(?<!the[ ])(?<!a[ ])(?:seconds?|(?<!every[ ])(?<!per[ ])(?<!each[ ])minutes?)
+        |timestamps?)(?:[ ]?[=≈:]|[ ]is|[ ]of|(?=[ ]))|t[ ]?[=≈:])[ ]?
         (?P<named>{_DIGITS})(?![0-9]|[:：.][0-9])
     |(?P<n>{_N}){_TO_UNIT}{_UNIT})""",
     re.X,
@@ -61,6 +62,10 @@ _RIGHT = r"[\])>*\"'”`]{0,3}(?:[ ](?:mark|point|timestamp)|开始|起|处|左�
 _ROUGHLY = r"(?:(?:about|around|approximately|the|at|t[ ]?=|约|大约|第)[ \t]*){0,3}"
 _DASH = rf"{_RIGHT}[ \t]*(?:-{{1,3}}>?|[–—~～→−]|to|until|till?|through|thru|up to|直?到|直?至)[ \t]*{_ROUGHLY}{_LEFT}"
 _TO = re.compile(_DASH)
+# "from the start to 5 seconds"
+_FROM_START = re.compile(
+    rf"(?:\bfrom[ ]|从)(?:the[ ])?(?:very[ ])?(?:start|beginning|开头|开始|头)(?:[ ]of[ ]the[ ](?:video|clip))?{_DASH}$"
+)
 _AGAIN = re.compile(r"[ ]?[(（=][ ]?(?:or|即)?[ ]?")  # 90 seconds (1:30)
 _CUT = re.compile(_DASH + r"[0-9:：.]*\s*")  # a span without its end
 _AND = re.compile(rf"{_RIGHT}[ \t]*(?:and|&|和|与|-|to)[ \t]*{_ROUGHLY}{_LEFT}")
@@ -76,6 +81,11 @@ _LOWER = re.compile(
     rf"(?<![0-9a-z])(?<![0-9][:：.])({_DIGITS})(?:st|nd|rd|th)?(?:(?P<to>{_DASH})|(?P<and>{_AND.pattern})|(?P<ends>{_END.pattern}))$"
 )
 _UPPER = re.compile(rf"{_DASH}({_DIGITS})(?!{_TO_UNIT}{re.sub('[?]P<[a-z]+>', '?:', _UNIT)}|[0-9a-z]|[:：.][0-9])")
+# The end of a span without a unit: "from 3.2 seconds to 5.", "starts at 3.2 seconds and ends at 5."
+_THEN = re.compile(rf"(?:{_DASH}|(?P<ends>{_END.pattern}))({_DIGITS})(?=[ ]?(?:[,;)\]，。；\n]|\.(?![0-9])|$))")
+# What makes 分 minutes and not points of a game.
+_MINUTE_BEFORE = re.compile(r"[从到至第于在自][ ]?$")
+_MINUTE_AFTER = re.compile(rf"[ ]?(?:处|时|左右|整|之间|开始|{_DASH}{_N}{_TO_UNIT}分)")
 # Numbers that share the unit of the last one: "at 5, 10 and 15 seconds"; and those after the first: "seconds 5, 10".
 _SPAN = rf"({_DIGITS})(?:st|nd|rd|th)?(?:{_DASH}({_DIGITS})(?:st|nd|rd|th)?)?"
 _AND_THEN = r"(?:and[ ]then|and|or|&|then)[ ]"
@@ -85,30 +95,10 @@ _LIST = re.compile(rf"(?:{_BEFORE_LIST}|\r{_SHARE})[ ]?((?:{_SPAN}{_SHARE})+)$")
 _ITEM = re.compile(_SPAN)
 _MORE = re.compile(rf"{_SHARE}{_SPAN}(?![0-9a-z]|[:：.][0-9])(?P<last>(?=[ ]?(?:[,，、;.)\]\n]|$|(?:and|or|&)[ ])))?")
 _PLAIN = {ord(wide): narrow for wide, narrow in zip("０１２３４５６７８９．", "0123456789.", strict=True)}
+_QUOTES = re.compile(r"(?<![0-9.])([0-9]{1,3})['’]([0-5][0-9](?:\.[0-9]{1,9})?)[\"”](?![ ]?(?:tall|high|long|wide))")
+_POINT = re.compile(r"(?<=[0-9])[｡·](?=[0-9])")
 _PLAIN |= {capital: chr(capital + 32) for capital in range(ord("A"), ord("Z") + 1)}  # str.lower() may move what follows
-# What the text says of a time.
-_CLOSED, _OPENING = re.compile(r"[\])>*_.\"'\s]*"), tuple("(:[<-–—（：")
-_SENTENCE = re.compile(r"[.!?](?=\s)|[。！？；\n]")
-_MARKS = r"\s*_#$>•\-–—:：,，.。;；()\[\]<|\"'“”`~="
-_LEAD = re.compile(
-    rf"(?:[{_MARKS}]|[0-9]{{1,3}}[.)、](?=\s)|\b(?:from|between|at|on|in|t|time|timestamps?|timecode|around|about|the|first"
-    r"|start(?:s|ing)?(?:[ _]time)?|(?:event|scene|step|moment|segment)(?:[ ][0-9]{1,3})?)\b|[从在第前约]"
-    r"|(?:开始|起始|发生)?时间段?|时间戳)*+",
-    re.I,
-)
-_BEFORE_NEXT = re.compile(
-    rf"(?:[{_MARKS}]|\b(?:and|then|at|from|between|around|about|by|in|finally)\b|[从在第到和与及])+$", re.I
-)
-_AFTER = re.compile(
-    rf"(?:</?[a-z_]{{1,20}}>|[{_MARKS}]|(?:mark|point|timestamp)s?\b"
-    r"|in(?:to[ ]the[ ](?:video|clip))?\b|onwards?\b|处|时(?!间)|左右|之间"
-    r"|开始|结束)*+",
-    re.I,
-)
-_TAG = re.compile(r"</?[a-zA-Z_]{1,20}>")
-_LABEL = re.compile(r"\W*(?:description|event|caption|activity|action|描述|事件|内容)[\s\"'*]*[:：]", re.I)
 _LIST_LENGTH = 120  # most characters of numbers that share a unit
-_SENTENCE_LENGTH = 300  # of a long sentence, so many characters to each side of its time count
 
 
 class Time(NamedTuple):
@@ -123,7 +113,7 @@ class Time(NamedTuple):
 
 def find(text: str) -> list[Time]:
     """All times and spans of a text, in its order. Their places do not overlap."""
-    text = text.translate(_PLAIN)
+    text = _POINT.sub(".", _QUOTES.sub(r"\1′\2″", text.translate(_PLAIN)))  # as long as it was
     singles, out = list(_singles(text)), []
     i = 0
     while i < len(singles):
@@ -137,6 +127,12 @@ def find(text: str) -> list[Time]:
             out[-1] = out[-1]._replace(to=one.to)
             i += 1
         else:
+            if (
+                one.end is None
+                and one.kind == "moment"
+                and (begin := _FROM_START.search(text[max(one.at - 60, 0) : one.at]))
+            ):
+                one = one._replace(at=one.at - len(begin[0]), start=0.0, end=one.start)
             out.append(one)
             i += 1
     if out and out[-1].end is None and _CUT.fullmatch(text, out[-1].to):
@@ -195,15 +191,17 @@ def _named(text: str, found: re.Match) -> list[Time]:
         end, at = _number(upper[1]), upper.end()
     elif _TO.match(text, at) and re.match(rf"{_DASH}{_DIGITS}", text[at : at + 80]):
         return []
-    out = [_time(found.start(), at, _number(found["named"]), end, "moment")]
-    several = re.match("(?:second|timestamp)s", found[0])
+    scale = 60 if found[0].startswith("minute") else 1
+    out = [_time(found.start(), at, _number(found["named"]) * scale, end and end * scale, "moment")]
+    several = re.match("(?:second|minute|timestamp)s", found[0])
     while (
         (more := _MORE.match(text, at))
         and (several or more["last"] is not None)
         and not _SUFFIX.match(text, more.end())
     ):
         at = more.end()
-        out.append(_time(more.start(1), at, _number(more[1]), _number(more[2]) if more[2] else None, "moment"))
+        ends = [_number(n) * scale if n else None for n in more.groups()[:2]]
+        out.append(_time(more.start(1), at, ends[0] or Decimal(0), ends[1], "moment"))
     return out
 
 
@@ -242,23 +240,33 @@ def _with_units(text: str, found: re.Match, done: int, named: int | None = None)
     """
     at, to, unit = found.start(), found.end(), _unit(found)
     seconds = _number(found["n"]) * _SCALES[unit]
-    alone = named is None and found[unit] in ("m", "h", "分")  # metres, points of a game, …
+    alone = named is None and found[unit] in ("m", "h", "分", "′", "″")  # metres, points, feet, …
     last = unit
     while last in ("h", "m") and (more := _PAIR.match(text, to)) and _SCALES[_unit(more)] < _SCALES[last]:
         last, to, alone = _unit(more), more.end(), False
         seconds += _number(more["n"]) * _SCALES[last]
     if named is not None:
         return [_time(named, to, seconds, None, "moment")]
+    if alone and found[unit] in ("m", "h", "分"):
+        alone = not (done and _TO.fullmatch(text, done, at))  # not the end of a span
+        if found[unit] == "分" and alone:
+            alone = not (_MINUTE_BEFORE.search(text, max(at - 2, 0), at) or _MINUTE_AFTER.match(text, to))
+            alone = alone and bool(re.search(r"\w", text[:at][-20:] + text[to : to + 20]))
     if alone or (found[unit] == "s" and text[to - 2] == "0" and _is_age(text, found)):
         return []
     before = text[max(at - 48, done) : at]
     start, end = seconds, None
+    if text[at - 1 : at] in tuple("-−") and at - 1 >= done and _is_minus(text, at - 1, done, to):
+        return [_time(at - 1, to, -seconds, None, "bad")]
     if (lower := _LOWER.search(before)) and _is_pair(lower, before[: lower.start()]):
         start, end = _number(lower[1]) * _SCALES[unit], seconds
         at -= len(before) - lower.start()
         before = before[: lower.start()]
     elif _FIRST.search(before):
         start, end = Decimal(0), seconds
+    if end is None and (then := _THEN.match(text, to)) and (not then["ends"] or _START.search(before)):
+        if (value := _number(then[then.lastindex or 0]) * _SCALES[unit]) >= start:
+            end, to = value, then.end()
     hyphen = "-" in text[found.end("n") : found.start(unit)]  # a 5-second clip, a 5 minute walk
     is_adjective = hyphen or (found[unit] in ("second", "minute", "hour") and seconds > _SCALES[unit])
     is_adjective = is_adjective and end is None and bool(_ATTRIBUTE.match(text, to))
@@ -268,6 +276,14 @@ def _with_units(text: str, found: re.Match, done: int, named: int | None = None)
     if len(out) > 1 and _LENGTH_BEFORE.search(text[max(out[0].at - 48, done) : out[0].at]):
         return [time._replace(kind="length") for time in out]
     return out
+
+
+def _is_minus(text: str, at: int, done: int, to: int) -> bool:
+    """Whether the dash at a place makes the time behind it negative: it joins no two times and begins no item."""
+    before = text[max(at - 9, done) : at]
+    if not before.rpartition("\n")[2].strip():
+        return not done and not re.search(r"\w", text[to : to + 20].partition("\n")[0])
+    return bool(re.search(r"(?:[^\W\d_][ ]|[:：=(,\[][ ]?)$", before))
 
 
 def _sharing(text: str, at: int, done: int, scale: Decimal, last: Decimal) -> list[Time]:
@@ -313,57 +329,6 @@ def _joined(text: str, one: Time, after: Time) -> bool:
     if between.strip() == "|":  # two cells of a table
         return True
     return bool(_END.fullmatch(between) and _START.search(before))
-
-
-def is_alone(text: str, time: Time) -> bool:
-    """Whether the text is nothing but this time, apart from marks and words such as "at"."""
-    return not _LEAD.sub("", text[: time.at] + text[time.to :]).strip()
-
-
-def said(text: str, spots: Sequence[Time]) -> list[str]:
-    """What the text says of each moment.
-
-    In a line that begins with a time, what stands between this time and the next one, or else the next line. In any
-    other line, the sentence.
-    """
-    out = []
-    line_start = line_end = -1
-    leads = False
-    for i, spot in enumerate(spots):
-        if spot.at >= line_end:
-            line_start = text.rfind("\n", 0, spot.at) + 1
-            leads = _LEAD.match(text, line_start, spot.at).end() == spot.at  # type: ignore[union-attr]
-            line_end = text.find("\n", spot.to)
-            line_end = len(text) if line_end < 0 else line_end
-        following = spots[i + 1].at if i + 1 < len(spots) else len(text)
-        if leads:
-            out.append(_beside(text, spot.to, line_end, following))
-        else:
-            start, end = max(line_start, spot.at - _SENTENCE_LENGTH), min(line_end, spot.to + _SENTENCE_LENGTH)
-            for stop in _SENTENCE.finditer(text, start, spot.at):
-                start = stop.end()
-            full_stop = _SENTENCE.search(text, spot.to, end)
-            end = full_stop.end() if full_stop else end
-            if _CLOSED.fullmatch(text, spot.to, end) and text[start : spot.at].rstrip()[-1:] in _OPENING:
-                end = spot.at  # A dog runs (0:05 - 0:09).
-            out.append(text[start:end].strip(" \t\r\n*-•(:["))
-    return out
-
-
-def _beside(text: str, at: int, line_end: int, following: int) -> str:
-    """What stands after a time that ends at `at`. following: where the next time begins."""
-    begin = _AFTER.match(text, at, line_end).end()  # type: ignore[union-attr]
-    said = text[begin : min(line_end, following)]
-    if following < line_end:
-        said = said[:-40] + _BEFORE_NEXT.sub("", said[-40:])
-    elif not said.strip():  # a heading
-        below = text.find("\n", line_end + 1)
-        below = len(text) if below < 0 else below
-        said = text[line_end + 1 : below] if below <= following else ""
-    said = _TAG.sub("", said)
-    if label := _LABEL.match(said):
-        said = said[label.end() :]
-    return "" if not re.search(r"\w", said) else said.strip(' \t\r\n*_|"“”`-–—•<>[]')
 
 
 def clock(seconds: float, places: int = 0) -> str:

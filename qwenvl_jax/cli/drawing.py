@@ -123,12 +123,19 @@ def _said(drawn_on: Sequence, result, config) -> tuple[Sequence[Object], Sequenc
 
     Numbers alone could be both. "[1, 2, 3, 4]" is a box; "[1, 2]" is a span of a clip that is so long, else a point.
     """
-    from qwenvl_jax.answers import grounding, moments, sheets
+    from qwenvl_jax.answers import boxes, grounding, moments, sheets
 
     objects, times = result.objects("original").objects, moments.parse(result.text).moments
     ends = {end for time in times for end in (time.start, time.end) if end is not None}
     if not ends <= {n for o in grounding.parse(result.text).objects for point in o.points for n in point}:
         return objects, times
+    # With other coordinates in the text, only the moments that are read from coordinates change.
+    other = boxes.from_model(
+        result.text, boxes.Sizes((10_007 * 10**8, 10_007 * 10**8), (10**8, 10**8)), "resized", "original"
+    )
+    others = {time[:2] for time in moments.parse(other).moments}
+    if other != result.text and (sure := [time for time in times if time[:2] in others]):
+        return objects, sure
     clips = [_rate(where, config) for where in drawn_on if isinstance(where, Visual)]
     is_point = len(objects) == 1 and objects[0].kind == "point" and not (objects[0].label or objects[0].attributes)
     is_span = is_point and any(sheets.frames_of(time, *clip) for time in times for clip in clips)
