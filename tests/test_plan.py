@@ -305,7 +305,6 @@ def test_prefill_dequantises_each_layer_once():
     dense, few = answers
     assert few["flops"] <= 1.02 * dense["flops"]
     layer = 2 * sum(s.size for p, s in specs(config).items() if p.startswith("decoder/layers/")) // 2
-    print(few["hbm_per_chip"], dense["hbm_per_chip"], few["bytes_accessed"], dense["bytes_accessed"], layer)
     assert few["hbm_per_chip"]["temp"] - dense["hbm_per_chip"]["temp"] < 2 * layer
     assert (
         few["bytes_accessed"] - dense["bytes_accessed"] < 2 * 5 * layer
@@ -321,7 +320,6 @@ def test_adapters_over_four_bits_take_less_memory():
         answers.append(plan(Job(one, "train", context=1024, pixels=28 * 28 * 64, lora=8), Target("v5e", 1)))
     dense, few = (a["hbm_per_chip"] for a in answers)
     saved = dense["weights"] - few["weights"]
-    print(dense, few)
     assert dense["optimizer"] == few["optimizer"] and saved > 0.69e9  # 12 of 16 bits, less the scales
     assert dense["total"] - few["total"] > 0.5 * saved
 
