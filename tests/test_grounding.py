@@ -151,6 +151,8 @@ ANSWERS = {
             0,
         ),
         ("{bbox_2d: [12, 30, 200, 310], label: mug}", [MUG], 0),
+        (f"[{MUG_JSON}, {PEN_JSON[1:]}]", [MUG, PEN], 0),  # without an opening brace
+        (f"[{MUG_JSON[1:-1]}]", [MUG], 0),
         ('"bbox_2d": [12, 30, 200, 310], "label": "mug"}', [MUG], 0),  # the prompt ended with {
         ("{“bbox_2d”: [12, 30, 200, 310], “label”: “mug”}", [MUG], 0),
         ('{"bbox_2d"：[12, 30, 200, 310], "label"：“mug”}'.replace("“", '"').replace("”", '"'), [MUG], 0),

@@ -172,6 +172,8 @@ class Reader:
                     self._doubt(_behind(_OPENERS, text, at))
                     break
                 at = self._opened(at)
+            elif not self.certain and isinstance(holder, list) and _LIST_KEY.match(text, at):
+                self._push({})  # its opening brace is missing
             else:
                 value, at = self._scalar(at, "{" if isinstance(holder, dict) else "[")
                 if value is not CUT or not self.certain:

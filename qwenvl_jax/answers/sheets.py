@@ -77,10 +77,10 @@ def frames_of(moment: Moment, seconds: float, count: int) -> range:
     What starts when the clip ends is in the last frame, since models name the length of the clip.
     """
     last = moment.start if moment.end is None else max(moment.start, moment.end)
-    if not seconds or last < 0 or moment.start > (count + 0.01) * seconds:
+    if not seconds or last < 0 or not moment.start <= (count + 0.01) * seconds:
         return range(0)
     first = min(math.floor(max(moment.start, 0) / seconds + 0.01), count - 1)
-    last = first if moment.end is None else math.floor(min(moment.end / seconds, count - 1) + 0.01)
+    last = first if moment.end is None else math.floor(min(count - 1, moment.end / seconds) + 0.01)
     return range(first, min(max(last, first) + 1, count))
 
 
