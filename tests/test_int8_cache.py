@@ -326,7 +326,7 @@ def test_other_dtypes_are_refused(bad):
 def test_the_command_line_knows_it(verb, monkeypatch, capsys):
     args = build_parser().parse_args([*verb.split(), "--kv-dtype", "int8"])
     if verb.startswith("plan"):
-        assert plan_job(args).int8
+        assert plan_job(args).kv_dtype == "int8"
     elif not verb.startswith("eval"):
         monkeypatch.setattr(converse, "enable_compile_cache", lambda: None)
         monkeypatch.setattr(checkpoint, "load_located", lambda *_, **__: model())
